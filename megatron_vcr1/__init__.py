@@ -1,0 +1,1 @@
+"""Reinforcement fine-tuning of video language models on megatron-core."""

@@ -1,0 +1,55 @@
+"""The `vcr1` command.
+
+A command is a module with two functions: `add_parser(subparsers)` describes its arguments, and the function that it
+sets as `run` does the work and returns the exit code. Such modules import nothing heavy at the top, so that
+`vcr1 --help` answers at once.
+
+Exit codes: 0, 1 (failed), 2 (bad usage or input).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_vcr1.config import commands as config_commands
+from megatron_vcr1.data import commands as data_commands
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.evaluation import commands as evaluation_commands
+
+COMMANDS = (config_commands, data_commands, evaluation_commands)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vcr1",
+        description="Reinforcement fine-tuning of video language models on megatron-core.",
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    A command whose parser sets `takes_overrides` finds the `--section.key VALUE` options in `args.overrides`.
+    """
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if getattr(args, "takes_overrides", False):
+        args.overrides = unknown
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"vcr1: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

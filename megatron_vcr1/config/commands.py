@@ -1,0 +1,37 @@
+"""`vcr1 config`: show and check settings."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `config` to the `vcr1` command."""
+    parser = subparsers.add_parser(
+        "config",
+        help="print every setting with its description and default, or check a file",
+        description="Print a TOML file with every setting, its description and its default. "
+        "With --check, print the settings of FILE instead, after validating them.",
+        epilog="Any key can be overridden: vcr1 config --check run.toml --parallel.tensor 2 --model.freeze merger",
+    )
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="validate FILE and print its settings, overrides applied"
+    )
+    parser.set_defaults(run=run, takes_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises UserError for a file or an override that is wrong."""
+    # pydantic is not for `vcr1 --help` to load.
+    from megatron_vcr1.config.loading import load_config
+    from megatron_vcr1.config.rendering import default_config, render_toml
+    from megatron_vcr1.errors import UserError
+
+    if args.check is not None:
+        print(render_toml(load_config(args.check, args.overrides), documented=False), end="")
+        return 0
+    if args.overrides:
+        raise UserError(f"{args.overrides[0]}: nothing to override; name the file: vcr1 config --check FILE ...")
+    print(render_toml(default_config(), documented=True), end="")
+    return 0

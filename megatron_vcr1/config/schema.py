@@ -1,0 +1,102 @@
+"""Everything that can be set, one class a TOML section. The descriptions are its documentation (`vcr1 config`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Name = TypeVar("Name")
+
+
+def _split(value: Any) -> Any:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+# A TOML list of names, or on the command line `a,b` (nothing: the empty list).
+Names = Annotated[tuple[Name, ...], BeforeValidator(_split)]
+
+
+class Section(BaseModel):
+    """A table of the TOML file. Unknown keys are errors; values never change once loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(Section):
+    """Which model, and what of it learns."""
+
+    path: Path = Field(
+        description="A Hugging Face directory of a Qwen2.5-VL or Qwen2-VL model, or an imported one.",
+        examples=["models/Qwen2.5-VL-7B-Instruct"],
+    )
+    layer_spec: Literal["auto", "local", "transformer_engine"] = Field(
+        default="auto",
+        description="Whose layers the model is built from: 'transformer_engine', 'local' (plain torch), or 'auto': "
+        "TransformerEngine where it can be imported. Attention is chosen with it.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="Type of parameters and activations.")
+    freeze: Names[Literal["vision_tower", "merger", "language_model"]] = Field(
+        default=(), description="Parts that keep their weights: any of 'vision_tower', 'merger', 'language_model'."
+    )
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Self:
+        if len(set(self.freeze)) == 3:
+            raise ValueError("freeze names all three parts, so nothing would be trained; leave one out")
+        return self
+
+
+class ParallelSection(Section):
+    """How one copy of the model is divided among ranks. What is left of them holds further copies (data parallel)."""
+
+    tensor: int = Field(default=1, ge=1, description="Ranks that share every layer, vision tower included (TP).")
+    pipeline: int = Field(
+        default=1,
+        ge=1,
+        description="Stages that the layers are divided into (PP); the first also has the vision tower.",
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Divide the activations between tensor-parallel regions along the sequence. Needs tensor > 1.",
+    )
+    first_stage_layers: int | None = Field(
+        default=None, ge=1, description="Language-model layers on the first stage. Unset: an even share."
+    )
+    last_stage_layers: int | None = Field(
+        default=None, ge=1, description="Language-model layers on the last stage. Unset: an even share."
+    )
+
+
+class RecomputeSection(Section):
+    """Which activations are computed again in the backward pass instead of being kept."""
+
+    granularity: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="'none', 'selective' (the parts of each layer named in modules) or 'full' (whole layers).",
+    )
+    num_layers: int = Field(
+        default=1,
+        ge=1,
+        description="With granularity 'full': language-model layers between two kept activations; must divide every "
+        "stage's layers. The vision tower keeps one a layer.",
+    )
+    modules: Names[Literal["core_attn", "layernorm", "mlp"]] = Field(
+        default=("core_attn",),
+        min_length=1,
+        description="With granularity 'selective': any of 'core_attn', 'layernorm', 'mlp'.",
+    )
+
+
+class RunConfig(Section):
+    """One run."""
+
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    recompute: RecomputeSection = RecomputeSection()
+
+
+def section_types() -> dict[str, type[Section]]:
+    """The sections of a RunConfig by their names in the file."""
+    return {name: cast(type[Section], field.annotation) for name, field in RunConfig.model_fields.items()}

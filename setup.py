@@ -1,0 +1,49 @@
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    "av>=14",
+    "fsspec",
+    "jinja2>=3.1",  # transformers renders chat templates with it and does not require it
+    "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
+    "numpy",
+    "pillow",
+    "psutil",  # without it megatron-core's checkpoint writer waits for ever instead of failing
+    "pydantic>=2.7",
+    "rich",
+    "safetensors",
+    "torch>=2.11,<2.14",
+    "tqdm",
+    "transformers>=5.0,<6",
+]
+
+EXTRAS = {
+    "gpu": [
+        "nvidia-dali-cuda130>=2.1",
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # what megatron-core 0.16 is tested with
+    ],
+    "datasets": ["pyarrow"],  # annotations that are published as Parquet or Arrow files
+    "rollout": ["sglang>=0.5.23,<0.6"],
+    "dev": [
+        "hypothesis",
+        "mypy",
+        "pyarrow",
+        "pytest>=8",
+        "pytest-xdist",
+        "ruff",
+    ],
+}
+
+setup(
+    name="megatron_vcr1",
+    version="0.1.0",
+    description="Reinforcement fine-tuning of video language models on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # The folder kernels/ holds the import package vcr1_kernels: a package named `kernels` would hide Hugging Face's.
+    packages=find_packages(include=["megatron_vcr1*"]) + find_packages("kernels", include=["vcr1_kernels*"]),
+    package_dir={"vcr1_kernels": "kernels/vcr1_kernels"},
+    package_data={"megatron_vcr1.data": ["*.toml", "*.json"]},
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["vcr1 = megatron_vcr1.cli:main"]},
+)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.config.loading import load_config, parse_overrides
+from megatron_vcr1.errors import UserError
+
+RUN = """
+[model]
+path = "qwen"
+dtype = "float32"
+
+[parallel]
+tensor = 2
+"""
+
+
+@pytest.fixture
+def run_toml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return path
+
+
+def error_of(path: Path, *options: str) -> str:
+    with pytest.raises(UserError) as raised:
+        load_config(path, options)
+    return str(raised.value).replace(str(path), "run.toml")
+
+
+def test_file_and_defaults(run_toml):
+    config = load_config(run_toml)
+    assert (config.model.path, config.model.dtype, config.model.freeze) == (Path("qwen"), "float32", ())
+    assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.first_stage_layers) == (2, 1, None)
+
+
+def test_options_win_over_the_file(run_toml):
+    options = (
+        "--parallel.tensor 4 --parallel.sequence_parallel=true --model.freeze vision_tower,merger --model.path=a=b"
+    )
+    config = load_config(run_toml, options.split())
+    assert (config.parallel.tensor, config.parallel.sequence_parallel) == (4, True)
+    assert config.model.freeze == ("vision_tower", "merger")
+    assert config.model.path == Path("a=b")
+    assert config.model.dtype == "float32"
+
+
+def test_an_empty_value_empties_a_list(run_toml):
+    run_toml.write_text(RUN.replace("[parallel]", 'freeze = ["merger"]\n[parallel]'))
+    assert load_config(run_toml).model.freeze == ("merger",)
+    assert load_config(run_toml, ["--model.freeze="]).model.freeze == ()
+
+
+def test_the_later_of_two_options_wins():
+    options = ["--parallel.tensor", "1", "--parallel.tensor=2"]
+    assert parse_overrides(options) == {("parallel", "tensor"): "2"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--parallel.tensor", "two"], "--parallel.tensor: input should be a valid integer"),
+        (["--parallel.tensor", "0"], "--parallel.tensor: input should be greater than or equal to 1, not '0'"),
+        (["--parallel.tenser", "2"], "--parallel.tenser: unknown key; did you mean tensor?"),
+        (["--paralel.tensor", "2"], "--paralel.tensor: unknown section; did you mean parallel?"),
+        (["--parallel.zzz", "2"], "--parallel.zzz: unknown key; there are tensor, pipeline, sequence_parallel"),
+        (["--model.dtype", "int8"], "--model.dtype: input should be 'float32' or 'bfloat16', not 'int8'"),
+        (["--model.freeze", "head"], "--model.freeze: input should be 'vision_tower', 'merger' or 'language_model'"),
+        (["--model.freeze", "vision_tower,merger,language_model"], "nothing would be trained"),
+        (["--parallel.tensor"], "--parallel.tensor needs a value"),
+        (["--parallel.tensor", "--parallel.pipeline", "2"], "--parallel.tensor needs a value"),
+        (["--tensor", "2"], "--tensor: unknown option; settings are given as --section.key VALUE"),
+        (["tensor"], "tensor: unknown option"),
+    ],
+)
+def test_a_bad_option_is_named(run_toml, options, message):
+    assert message in error_of(run_toml, *options)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[parallel]\ntensor = 2", "run.toml: model: missing; add it to the file as a table [model]"),
+        ("[model]\ndtype = 'float32'", "run.toml: model.path: missing; add it to the file or give --model.path VALUE"),
+        (RUN + "tenser = 1", "run.toml: parallel.tenser: unknown key; did you mean tensor?"),
+        (RUN + "[grpo]\n", "run.toml: grpo: unknown section; there are model, parallel, recompute"),
+        (RUN + "pipeline = 1.5", "run.toml: parallel.pipeline: input should be a valid integer"),
+        ("parallel = 3\n[model]\npath='x'", "run.toml: parallel: input should be a valid dictionary"),
+        ("[model", "run.toml: not TOML: "),
+    ],
+)
+def test_a_bad_file_is_named(run_toml, text, message):
+    run_toml.write_text(text)
+    assert message in error_of(run_toml)
+
+
+def test_an_option_into_what_is_no_table(run_toml):
+    run_toml.write_text("parallel = 3\n[model]\npath='x'")
+    assert "run.toml: parallel: input should be a valid dictionary" in error_of(run_toml, "--parallel.tensor", "2")
+
+
+def test_every_problem_is_reported_at_once(run_toml):
+    message = error_of(run_toml, "--parallel.tensor", "x", "--model.layer_spec", "flax")
+    assert "--parallel.tensor" in message and "--model.layer_spec" in message
+
+
+def test_unreadable_files(tmp_path):
+    assert "no such file" in error_of(tmp_path / "missing.toml")
+    assert "cannot be read" in error_of(tmp_path)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in error_of(binary)
+
+
+def test_a_config_does_not_change(run_toml):
+    config = load_config(run_toml)
+    with pytest.raises(ValueError, match="frozen"):
+        config.parallel.tensor = 3

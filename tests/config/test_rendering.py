@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from megatron_vcr1.config.loading import load_config
+from megatron_vcr1.config.rendering import LINE_WIDTH, default_config, render_toml
+from megatron_vcr1.config.schema import ModelSection, ParallelSection, RecomputeSection, RunConfig
+
+CUSTOM = RunConfig(
+    model=ModelSection(path='mödels/a "quoted" \\ name', layer_spec="local", freeze=("vision_tower", "merger")),
+    parallel=ParallelSection(tensor=2, pipeline=3, sequence_parallel=True, first_stage_layers=2),
+    recompute=RecomputeSection(granularity="selective", modules=("mlp", "layernorm")),
+)
+
+
+@pytest.mark.parametrize("config", [default_config(), CUSTOM])
+@pytest.mark.parametrize("documented", [True, False])
+def test_what_is_written_reads_back_equal(tmp_path, config, documented):
+    path = tmp_path / "config.toml"
+    path.write_text(render_toml(config, documented=documented), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_every_key_is_shown_under_its_description():
+    text = render_toml(default_config(), documented=True)
+    prose = text.replace("\n# ", " ")
+    for name, section in default_config():
+        assert f"[{name}]" in text
+        for key, field in type(section).model_fields.items():
+            assert f"\n{key} =" in text or f"\n# {key} =" in text
+            assert field.description in prose, f"{name}.{key}"
+
+
+def test_a_bare_file_holds_only_what_is_set():
+    text = render_toml(default_config(), documented=False)
+    assert "#" not in text
+    assert tomllib.loads(text)["parallel"] == {"tensor": 1, "pipeline": 1, "sequence_parallel": False}
+
+
+def test_descriptions_are_wrapped():
+    assert max(map(len, render_toml(default_config(), documented=True).splitlines())) <= LINE_WIDTH
+
+
+def test_sections_stay_readable():
+    for name, section in default_config():
+        assert len(type(section).model_fields) <= 20, f"[{name}] has too many keys: divide it by concept"

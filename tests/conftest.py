@@ -1,0 +1,35 @@
+"""What every test shares: no network, one thread a process, and the optional real data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch and huggingface_hub are imported, by the tests or by processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of real annotations, videos and tokenizers that VCR1_REALDATA names; without it, a skip."""
+    folder = os.environ.get("VCR1_REALDATA")
+    if not folder:
+        pytest.skip("VCR1_REALDATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def torchvision_path() -> Path:
+    """Where tools/venv.sh puts torchvision: for the PYTHONPATH of a process that runs transformers' own processors.
+
+    That process declares the operators that a CPU build of torch lacks before it imports transformers. It must be one
+    of its own: elsewhere transformers was imported without torchvision.
+    """
+    folder = Path(sys.prefix) / "torchvision"
+    if not folder.is_dir():
+        pytest.skip("torchvision is not installed beside the environment (tools/venv.sh does it)")
+    return folder

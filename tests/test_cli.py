@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from megatron_vcr1 import cli
+
+
+def test_config_prints_a_file_that_checks(tmp_path, capsys):
+    assert cli.main(["config"]) == 0
+    documented = capsys.readouterr().out
+    path = tmp_path / "run.toml"
+    path.write_text(documented)
+    assert cli.main(["config", "--check", str(path), "--parallel.tensor", "2"]) == 0
+    checked = tomllib.loads(capsys.readouterr().out)
+    assert checked["parallel"].pop("tensor") == 2
+    default = tomllib.loads(documented)
+    assert default["parallel"].pop("tensor") == 1
+    assert checked == default
+
+
+def test_bad_input_is_explained_without_a_traceback(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\npath = 'x'\n[parallel]\ntensor = 0\n")
+    assert cli.main(["config", "--check", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    expected = f"vcr1: error: {path}: parallel.tensor: input should be greater than or equal to 1, not 0\n"
+    assert printed.err == expected
+
+
+def test_overrides_without_a_file_are_refused(capsys):
+    assert cli.main(["config", "--parallel.tensor", "2"]) == 2
+    assert "vcr1 config --check FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["config", "--check"]])
+def test_bad_usage(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    assert "usage: vcr1" in capsys.readouterr().err
+
+
+def test_only_some_commands_take_overrides(monkeypatch, capsys):
+    class Plain:
+        @staticmethod
+        def add_parser(subparsers):
+            subparsers.add_parser("plain").set_defaults(run=lambda args: 0)
+
+    monkeypatch.setattr(cli, "COMMANDS", (Plain,))
+    assert cli.main(["plain"]) == 0
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plain", "--parallel.tensor", "2"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --parallel.tensor 2" in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from megatron_vcr1 import cli; cli.build_parser().format_help(); "
+        "print([name for name in ('torch', 'transformers', 'pydantic', 'numpy', 'av', 'rich') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
