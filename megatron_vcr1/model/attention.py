@@ -1,0 +1,61 @@
+"""The one attention of both towers: packed rows in, `vcr1_kernels.shared_prefix_attention` inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+from vcr1_kernels import SegmentLayout, shared_prefix_attention
+
+
+@dataclass
+class AttentionLayout(PackedSeqParams):
+    """What megatron-core hands down to every layer as ``packed_seq_params``.
+
+    A layer reads `windows` if it was built with windowed attention, else `full`. Text has no windows.
+    """
+
+    qkv_format: str = "sbhd"  # rows stay [rows, 1, heads, head_dim]: one packed sequence is one batch entry
+    full: SegmentLayout | None = None
+    windows: SegmentLayout | None = None
+
+
+class PackedAttention(MegatronModule):
+    """Core attention of a megatron-core SelfAttention, over the segments of an `AttentionLayout`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *args: Any,
+        windowed_layers: frozenset[int] = frozenset(),
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As megatron-core's DotProductAttention; `windowed_layers` are the 1-based numbers of those with windows."""
+        super().__init__(config=config)
+        self.windowed = layer_number in windowed_layers
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        packed_seq_params: AttentionLayout | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """query [rows, 1, heads, head_dim]; key, value [rows, 1, kv_heads, head_dim]; [rows, 1, heads * head_dim]."""
+        if packed_seq_params is None or packed_seq_params.full is None:
+            raise ValueError("PackedAttention needs an AttentionLayout as packed_seq_params")
+        layout = packed_seq_params.windows if self.windowed else packed_seq_params.full
+        assert layout is not None, "a windowed layer was given a layout without windows"
+        output = shared_prefix_attention(
+            query.squeeze(1), key.squeeze(1), value.squeeze(1), layout, scale=self.softmax_scale
+        )
+        return output.flatten(1).unsqueeze(1)

@@ -1,0 +1,216 @@
+"""The shape of a Qwen2-VL or Qwen2.5-VL model, read from a Hugging Face ``config.json``.
+
+Both layouts of that file are understood: the published one, whose language-model keys stand at the top level, and the
+one that transformers 5 writes, with a nested ``text_config``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vcr1.config.layout import ModelShape
+from megatron_vcr1.errors import UserError
+
+Family = Literal["qwen2_vl", "qwen2_5_vl"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """The language model: Qwen2 with three-axis rotary positions (mRoPE)."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    norm_epsilon: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # rotary frequencies of the time, height and width axes; sum = head_dim / 2
+    tied_embeddings: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """The vision tower and its patch merger."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int  # pixels
+    temporal_patch_size: int  # frames
+    merge_size: int  # patches a side that become one token
+    window_size: int | None  # pixels a side; None: every layer attends to the whole temporal step
+    full_attention_layers: tuple[int, ...]  # 0-based
+    tokens_per_second: int | None  # time positions a second; None: one a temporal patch, whatever it lasts
+    gated: bool  # SwiGLU with RMSNorm (2.5), or QuickGELU with LayerNorm (2)
+    in_channels: int = 3
+    # Normalisation of pixels in [0, 1], by channel; the preprocessor's file may say otherwise.
+    pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def patches_per_token(self) -> int:
+        return self.merge_size**2
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A whole vision-language model."""
+
+    family: Family
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+
+    @property
+    def shape(self) -> ModelShape:
+        """The numbers that config.layout.check_layout compares with a division among ranks."""
+        return ModelShape(
+            num_layers=self.text.num_layers,
+            num_heads=self.text.num_heads,
+            num_kv_heads=self.text.num_kv_heads,
+            ffn_hidden_size=self.text.ffn_hidden_size,
+            vocab_size=self.text.vocab_size,
+            vision_num_heads=self.vision.num_heads,
+            vision_ffn_hidden_size=self.vision.ffn_hidden_size,
+        )
+
+    @classmethod
+    def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
+        """Read ``config.json`` of a Hugging Face (or imported) directory.
+
+        Raises:
+            UserError: the file is missing, is not JSON, lacks a key, or describes a model of another kind.
+        """
+        path = Path(model_dir) / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; name a directory that holds a Qwen2-VL or Qwen2.5-VL model") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not readable as JSON: {error}") from error
+        try:
+            return cls.from_dict(raw)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Build from the parsed JSON object. Raises UserError naming the key."""
+        family = raw.get("model_type")
+        if family not in ("qwen2_vl", "qwen2_5_vl"):
+            raise UserError(f"model_type is {family!r}; this package builds qwen2_vl and qwen2_5_vl")
+        if raw.get("quantization_config"):
+            raise UserError("quantization_config is set; convert the unquantized checkpoint instead")
+        text_raw = {**raw, **raw.get("text_config", {})}
+        if not raw.get("vision_config"):
+            raise UserError("vision_config is missing")
+        text = _text_config(text_raw, tied=bool(raw.get("tie_word_embeddings", False)))
+        vision = _vision_config(family, raw["vision_config"], text.hidden_size)
+        config = cls(
+            family=family,
+            text=text,
+            vision=vision,
+            image_token_id=int(raw.get("image_token_id", 151655)),
+            video_token_id=int(raw.get("video_token_id", 151656)),
+        )
+        _check(config)
+        return config
+
+
+def _require(raw: Mapping[str, Any], key: str, where: str) -> Any:
+    if raw.get(key) is None:
+        raise UserError(f"{where} lacks {key!r}")
+    return raw[key]
+
+
+def _text_config(raw: Mapping[str, Any], *, tied: bool) -> TextConfig:
+    where = "the language model's configuration"
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if raw.get("use_sliding_window"):
+        raise UserError("use_sliding_window is true; no published Qwen2-VL or Qwen2.5-VL model uses it")
+    return TextConfig(
+        num_layers=_require(raw, "num_hidden_layers", where),
+        hidden_size=_require(raw, "hidden_size", where),
+        ffn_hidden_size=_require(raw, "intermediate_size", where),
+        num_heads=_require(raw, "num_attention_heads", where),
+        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        vocab_size=_require(raw, "vocab_size", where),
+        norm_epsilon=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 1e6),
+        mrope_section=tuple(_require(rope, "mrope_section", f"{where} (rope_scaling or rope_parameters)")),
+        tied_embeddings=tied,
+    )
+
+
+def _vision_config(family: Family, raw: Mapping[str, Any], text_hidden_size: int) -> VisionConfig:
+    # Published files leave out what equals the families' defaults (depth 32, 16 heads, patches of 2 x 14 x 14).
+    if family == "qwen2_5_vl":
+        hidden_size = _require(raw, "hidden_size", "vision_config")
+        ffn_hidden_size = _require(raw, "intermediate_size", "vision_config")
+        out_hidden_size = raw.get("out_hidden_size", text_hidden_size)
+    else:  # Qwen2-VL's "hidden_size" is the width that the merger puts out
+        hidden_size = raw.get("embed_dim", 1280)
+        ffn_hidden_size = int(hidden_size * raw.get("mlp_ratio", 4))
+        out_hidden_size = raw.get("hidden_size", text_hidden_size)
+    windowed = family == "qwen2_5_vl"
+    num_layers = raw.get("depth", 32)
+    return VisionConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_heads=raw.get("num_heads", 16),
+        out_hidden_size=out_hidden_size,
+        patch_size=raw.get("patch_size", 14),
+        temporal_patch_size=raw.get("temporal_patch_size", 2),
+        merge_size=raw.get("spatial_merge_size", 2),
+        window_size=raw.get("window_size", 112) if windowed else None,
+        full_attention_layers=tuple(raw.get("fullatt_block_indexes", (7, 15, 23, 31))) if windowed else (),
+        tokens_per_second=raw.get("tokens_per_second", 4) if windowed else None,
+        gated=windowed,
+        in_channels=raw.get("in_channels", 3),
+    )
+
+
+def _check(config: ModelConfig) -> None:
+    text, vision = config.text, config.vision
+    for name, part in (("the language model", text), ("vision_config", vision)):
+        if part.hidden_size % part.num_heads:
+            raise UserError(f"{name}: hidden size {part.hidden_size} is no multiple of {part.num_heads} heads")
+    if text.num_heads % text.num_kv_heads:
+        raise UserError(f"{text.num_heads} heads do not divide among {text.num_kv_heads} key-value heads")
+    if 2 * sum(text.mrope_section) != text.head_dim:
+        raise UserError(
+            f"mrope_section {list(text.mrope_section)} must sum to half the head size, {text.head_dim // 2}"
+        )
+    if vision.head_dim % 4:
+        raise UserError(
+            f"vision_config: head size {vision.head_dim} must be a multiple of 4 for two-axis rotary positions"
+        )
+    if vision.out_hidden_size != text.hidden_size:
+        raise UserError(
+            f"the merger puts out {vision.out_hidden_size} features, the language model takes {text.hidden_size}"
+        )
+    if vision.window_size is not None and vision.window_size < vision.merge_size * vision.patch_size:
+        raise UserError(f"vision_config: window_size {vision.window_size} is smaller than one merged token")

@@ -1,0 +1,158 @@
+"""Which modules the layers are made of: TransformerEngine's where it is installed, megatron-core's own otherwise.
+
+Both give the same checkpoint keys (TransformerEngine's fused names), so a checkpoint does not tell which one wrote it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.attention import PackedAttention
+
+logger = logging.getLogger(__name__)
+
+_LOCAL_TO_FUSED_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, marked so that its gradient is summed over the ranks of a sequence-parallel group."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(config))
+        mark_sequence_parallel(self, config)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, marked in the same way."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(config))
+        mark_sequence_parallel(self, config)
+
+
+def mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
+    for parameter in module.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _parameter_device(config: TransformerConfig) -> torch.device:
+    return torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+
+
+class SelfContainedMLP(MLP):
+    """An MLP that adds its output bias itself.
+
+    megatron-core's hands the bias parameter out, to be added by the layer. Under ``recompute_modules=["mlp"]`` it
+    becomes an output of the checkpointed function and gets a history of its own: backward then recurses through
+    all layers and microbatches.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output, bias = super().forward(hidden_states, *args, **kwargs)
+        return (output if bias is None else output + bias), None
+
+
+class LocalBackend(LocalSpecProvider):
+    """megatron-core's parallel linears, torch's norms."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return RMSNorm if rms_norm else LayerNorm
+
+
+def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) -> BackendSpecProvider:
+    """The layers' backend, named in the log.
+
+    Raises:
+        UserError: TransformerEngine was asked for by name and is not installed.
+    """
+    if requested == "local":
+        logger.info("layers: local (as asked)")
+        return LocalBackend()
+    if importlib.util.find_spec("transformer_engine") is None:
+        if requested == "transformer_engine":
+            raise UserError(
+                "model.layer_spec is 'transformer_engine', which is not installed; "
+                "pip install 'megatron_vcr1[gpu]', or use 'local'"
+            )
+        logger.info("layers: local (transformer_engine is not installed)")
+        return LocalBackend()
+    # The one door to TransformerEngine.
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    logger.info("layers: transformer_engine")
+    return TESpecProvider()
+
+
+def block_spec(
+    backend: BackendSpecProvider,
+    *,
+    num_layers: int,
+    rms_norm: bool,
+    causal: bool,
+    final_norm: bool,
+    windowed_layers: frozenset[int] = frozenset(),
+) -> TransformerBlockSubmodules:
+    """Layers of one tower's share on this stage, all alike.
+
+    Args:
+        num_layers: on this pipeline stage.
+        windowed_layers: 1-based numbers of the layers that attend within windows.
+    """
+    layer = _layer_spec(backend, rms_norm=rms_norm, causal=causal, windowed_layers=windowed_layers)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers, layer_norm=backend.layer_norm(rms_norm=rms_norm) if final_norm else None
+    )
+
+
+def _layer_spec(
+    backend: BackendSpecProvider, *, rms_norm: bool, causal: bool, windowed_layers: frozenset[int]
+) -> ModuleSpec:
+    fused = backend.fuse_layernorm_and_linear()
+    norm = IdentityOp if fused else backend.layer_norm(rms_norm=rms_norm)
+    norm_linear = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=norm_linear,
+            core_attention=partial(PackedAttention, windowed_layers=windowed_layers),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=SelfContainedMLP,
+        submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=backend.row_parallel_linear()),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={} if fused else _LOCAL_TO_FUSED_KEYS,
+        ),
+    )

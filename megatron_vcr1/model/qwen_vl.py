@@ -1,0 +1,189 @@
+"""Qwen2-VL and Qwen2.5-VL over pipeline stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch import Tensor
+from vcr1_kernels import linear_log_probs
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.attention import AttentionLayout
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
+from megatron_vcr1.model.packed_batch import PackedBatch
+from megatron_vcr1.model.transformer_config import text_transformer_config, vision_transformer_config
+from megatron_vcr1.model.vision import VisionTower
+
+# One checkpoint key a layer, the same for every pipeline layout.
+SHARDING_METADATA = {"non_homogeneous_layers": True}
+
+
+class QwenVLModel(MegatronModule):
+    """This rank's share of the model: on the first stage also the vision tower, on the last also the head.
+
+    Calling it with a `PackedBatch` gives, on the last stage, the hidden state behind every target, [targets,
+    hidden_size]; on the others, what the pipeline hands on. The head is left to the caller, who fuses it with the loss
+    (`head_weight`, `tensor_group`), or takes `log_probs` or `logits`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        text_config: TransformerConfig,
+        vision_config: TransformerConfig,
+        backend: BackendSpecProvider,
+    ) -> None:
+        super().__init__(config=text_config)
+        self.model_config = config
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.share_embeddings_and_output_weights = config.text.tied_embeddings
+        self.vision_tower: VisionTower | None = None
+        if self.pre_process:
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            merger_config = dataclasses.replace(vision_config, sequence_parallel=False)
+            self.vision_tower = VisionTower(config.vision, vision_config, merger_config, backend, groups)
+        spec = block_spec(
+            backend,
+            num_layers=get_num_layers_to_build(text_config),
+            rms_norm=True,
+            causal=True,
+            final_norm=True,
+        )
+        self.language_model = GPTModel(
+            text_config,
+            spec,
+            vocab_size=config.text.vocab_size,
+            max_sequence_length=0,  # only learned positions have a length, and these are rotary
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            share_embeddings_and_output_weights=config.text.tied_embeddings,
+            position_embedding_type="mrope",
+            rotary_base=config.text.rope_theta,
+            scatter_embedding_sequence_parallel=False,  # vision features are put in first
+        )
+
+    @property
+    def tensor_group(self) -> torch.distributed.ProcessGroup | None:
+        """The ranks that share the vocabulary; None when there is one."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        return group if group.size() > 1 else None
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """megatron-core's schedules put the previous stage's output here."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight. The first and the last stage hold a copy each; megatron-core sums their gradients."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        embeddings = self._embed(batch) if self.pre_process else None
+        rotary = self.language_model.rotary_pos_emb(
+            batch.position_ids[:, None], self.language_model.mrope_section
+        )  # [rows, 1, 1, head_dim]
+        hidden = self.language_model.decoder(
+            hidden_states=embeddings,
+            attention_mask=None,
+            rotary_pos_emb=rotary,
+            packed_seq_params=AttentionLayout(full=batch.layout),
+        )
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # The head's gradient comes back whole (it is summed over the vocabulary's shards there), so it is only
+            # sliced here.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden[:, 0].index_select(0, batch.predicting_rows)
+
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        """Token embeddings with vision features in place of the pads, [rows (of this rank), 1, hidden_size]."""
+        embeddings = self.language_model.embedding(batch.token_ids[None], position_ids=None)
+        if batch.vision:
+            assert self.vision_tower is not None
+            features = self.vision_tower(batch.vision).to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, batch.vision_rows, features[:, None])
+        if self.config.sequence_parallel:
+            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
+        return embeddings
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the language-model head, [vocab_shard, hidden_size]; on the last stage."""
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+            assert weight is not None
+            return weight
+        return self.language_model.output_layer.weight
+
+    def log_probs(self, hidden: Tensor, target_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Log-probability of each target; float32 [targets], the same on every tensor-parallel rank."""
+        return linear_log_probs(
+            hidden, self.head_weight(), target_ids, temperature=temperature, group=self.tensor_group
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the whole vocabulary, [targets, vocab_size]; for generation and comparison, never for a loss."""
+        if self.tensor_group is not None:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        logits = hidden @ self.head_weight().T
+        return logits if self.tensor_group is None else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's, one key a layer, without TransformerEngine's extra states, which only FP8 fills."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), **SHARDING_METADATA})
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool = False) -> QwenVLModel:
+    """This rank's share of a model, after parallel.groups.initialize.
+
+    Args:
+        initialize_weights: fill the parameters with random numbers; otherwise they are undefined until loaded.
+
+    Raises:
+        UserError: a setting needs TransformerEngine, which is not installed.
+    """
+    backend = choose_backend(run.model.layer_spec)
+    if (
+        run.recompute.granularity == "selective"
+        and "layernorm" in run.recompute.modules
+        and isinstance(backend, LocalBackend)
+    ):
+        raise UserError("recompute.modules: 'layernorm' works with TransformerEngine's layers only; leave it out")
+    dtype = getattr(torch, run.model.dtype)
+    settings = (run.parallel, run.recompute)
+    model = QwenVLModel(
+        config,
+        text_transformer_config(config.text, *settings, dtype=dtype, initialize_weights=initialize_weights),
+        vision_transformer_config(config.vision, *settings, dtype=dtype, initialize_weights=initialize_weights),
+        backend,
+    )
+    freeze(model, run.model.freeze)
+    return model
+
+
+def freeze(model: QwenVLModel, parts: tuple[str, ...]) -> None:
+    """Stop "vision_tower" (patch embedding and layers), "merger" or "language_model" from learning."""
+    if "language_model" in parts:
+        model.language_model.requires_grad_(False)
+    if model.vision_tower is None:
+        return
+    if "vision_tower" in parts:
+        model.vision_tower.patch_embed.requires_grad_(False)
+        model.vision_tower.decoder.requires_grad_(False)
+    if "merger" in parts:
+        model.vision_tower.merger.requires_grad_(False)

@@ -1,0 +1,235 @@
+"""The vision tower of Qwen2-VL and Qwen2.5-VL on megatron-core layers: frames in, one feature a language token out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+from vcr1_kernels import SegmentLayout, frames_to_patches
+
+from megatron_vcr1.data.encoding import VisionInput
+from megatron_vcr1.model.attention import AttentionLayout
+from megatron_vcr1.model.config import VisionConfig
+from megatron_vcr1.model.layer_specs import block_spec
+
+Grid = tuple[int, int, int]  # patches in time, height, width
+ROTARY_BASE = 10_000.0
+
+
+def window_order(grids: Sequence[Grid], config: VisionConfig) -> tuple[Tensor, tuple[int, ...]]:
+    """Merge units (blocks of merge_size x merge_size patches) sorted by attention window.
+
+    Windows tile each temporal step from its top left corner; those at the right and lower edge may be smaller.
+
+    Returns:
+        order: int64 [units], the unit that comes i-th.
+        lengths: patches of each window, in that order.
+    """
+    assert config.window_size is not None
+    side = config.window_size // config.merge_size // config.patch_size  # units
+    orders, lengths, first_unit = [], [], 0
+    for num_steps, height, width in grids:
+        rows, columns = height // config.merge_size, width // config.merge_size
+        step, row, column = torch.meshgrid(
+            torch.arange(num_steps), torch.arange(rows), torch.arange(columns), indexing="ij"
+        )
+        windows_down, windows_across = -(-rows // side), -(-columns // side)
+        window = ((step * windows_down + row // side) * windows_across + column // side).flatten()
+        orders.append(window.argsort(stable=True) + first_unit)
+        lengths += (window.bincount() * config.patches_per_token).tolist()
+        first_unit += window.numel()
+    return torch.cat(orders), tuple(lengths)
+
+
+def patch_coordinates(grids: Sequence[Grid], merge_size: int) -> Tensor:
+    """Row and column of every patch in its frame, int64 [patches, 2], merge units contiguous."""
+    pieces = []
+    for num_steps, height, width in grids:
+        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        units = torch.stack((row, column), dim=-1).unfold(0, merge_size, merge_size).unfold(1, merge_size, merge_size)
+        pieces.append(units.permute(0, 1, 3, 4, 2).reshape(-1, 2).repeat(num_steps, 1))
+    return torch.cat(pieces)
+
+
+def rotary_angles(coordinates: Tensor, head_dim: int) -> Tensor:
+    """Two-axis rotary angles, float32 [patches, 1, 1, head_dim]: half of the frequencies turn with the row, half with
+    the column.
+    """
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=coordinates.device) / (head_dim // 2)
+    angles = (coordinates[:, :, None].float() / ROTARY_BASE**exponents).flatten(1)
+    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+class PatchEmbed(nn.Module):
+    """Flattened patches to hidden states: what the published 3-D convolution does, as its stride is its kernel."""
+
+    def __init__(self, vision: VisionConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(
+            torch.empty(vision.hidden_size, vision.patch_dim, dtype=config.params_dtype, device=device)
+        )
+        if config.perform_initialization:
+            config.init_method(self.weight)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Args: patches [patches, patch_dim]. Returns [patches, hidden_size]."""
+        return F.linear(patches, self.weight)
+
+
+class PatchMerger(MegatronModule):
+    """Every merge unit of patches becomes one language token."""
+
+    def __init__(
+        self,
+        vision: VisionConfig,
+        config: TransformerConfig,
+        backend: BackendSpecProvider,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.unit_size = vision.hidden_size * vision.patches_per_token
+        self.norm = build_module(
+            backend.layer_norm(rms_norm=vision.gated), config=config, hidden_size=vision.hidden_size, eps=1e-6
+        )
+        self.linear_fc1 = build_module(
+            backend.column_parallel_linear(),
+            self.unit_size,
+            self.unit_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=groups.tp,
+        )
+        self.linear_fc2 = build_module(
+            backend.row_parallel_linear(),
+            self.unit_size,
+            vision.out_hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=groups.tp,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Args: hidden [patches, hidden_size]. Returns [tokens, out_hidden_size]."""
+        units = self.norm(hidden).view(-1, 1, self.unit_size)
+        inner, _ = self.linear_fc1(units)
+        output, _ = self.linear_fc2(F.gelu(inner))
+        return output.squeeze(1)
+
+
+class VisionTower(MegatronModule):
+    """Patch embedding, transformer layers with windowed and full attention, patch merger."""
+
+    def __init__(
+        self,
+        vision: VisionConfig,
+        config: TransformerConfig,
+        merger_config: TransformerConfig,
+        backend: BackendSpecProvider,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.vision = vision
+        self.patch_embed = PatchEmbed(vision, config)
+        all_layers = range(1, vision.num_layers + 1)
+        windowed = (
+            n for n in all_layers if vision.window_size is not None and n - 1 not in vision.full_attention_layers
+        )
+        spec = block_spec(
+            backend,
+            num_layers=vision.num_layers,
+            rms_norm=vision.gated,
+            causal=False,
+            final_norm=False,
+            windowed_layers=frozenset(windowed),
+        )
+        self.decoder = TransformerBlock(
+            config, spec, post_layer_norm=False, pre_process=True, post_process=True, pg_collection=groups
+        )
+        self.merger = PatchMerger(vision, merger_config, backend, groups)
+
+    def forward(self, inputs: Sequence[VisionInput]) -> Tensor:
+        """Encode images and videos, all in one packed pass.
+
+        Args:
+            inputs: at least one; their frames may lie on another device.
+
+        Returns:
+            [tokens, out_hidden_size]: the features of every input, in order.
+        """
+        vision, weight = self.vision, self.patch_embed.weight
+        grids = [item.grid_thw for item in inputs]
+        patches = torch.cat([self._patches(item, weight) for item in inputs])
+        coordinates = patch_coordinates(grids, vision.merge_size)
+        steps = tuple(height * width for num_steps, height, width in grids for _ in range(num_steps))
+        order, windows = None, None
+        if vision.window_size is not None:
+            order, windows = window_order(grids, vision)
+            patches, coordinates = (_reorder_units(x, order, vision.patches_per_token) for x in (patches, coordinates))
+        hidden = self._encode(self.patch_embed(patches), coordinates, steps, windows)
+        features = self.merger(hidden)
+        return features if order is None else features[order.argsort().to(features.device)]
+
+    def _patches(self, item: VisionInput, like: Tensor) -> Tensor:
+        return frames_to_patches(
+            item.frames.to(like.device, non_blocking=True),
+            patch_size=self.vision.patch_size,
+            temporal_patch_size=self.vision.temporal_patch_size,
+            merge_size=self.vision.merge_size,
+            mean=self.vision.pixel_mean,
+            std=self.vision.pixel_std,
+            dtype=like.dtype,
+        )
+
+    def _encode(
+        self, hidden: Tensor, coordinates: Tensor, steps: tuple[int, ...], windows: tuple[int, ...] | None
+    ) -> Tensor:
+        """Run the layers on [patches, hidden_size]; under sequence parallelism, padded to a multiple of the ranks."""
+        num_patches = len(hidden)
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        padding = -num_patches % ranks
+        if padding:
+            hidden, coordinates = (F.pad(x, (0, 0, 0, padding)) for x in (hidden, coordinates))
+        hidden = hidden.unsqueeze(1)
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+        hidden = self.decoder(
+            hidden,
+            attention_mask=None,
+            rotary_pos_emb=rotary_angles(coordinates.to(hidden.device), self.vision.head_dim),
+            packed_seq_params=AttentionLayout(
+                full=_bidirectional(steps, padding),
+                windows=None if windows is None else _bidirectional(windows, padding),
+            ),
+        )
+        if self.config.sequence_parallel:
+            # Every rank goes on with all rows and computes the same, so the gradient comes back whole and is only
+            # sliced.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden.squeeze(1)[:num_patches]
+
+
+def _reorder_units(patches: Tensor, order: Tensor, patches_per_unit: int) -> Tensor:
+    return patches.unflatten(0, (-1, patches_per_unit))[order.to(patches.device)].flatten(0, 1)
+
+
+def _bidirectional(lengths: tuple[int, ...], padding: int) -> SegmentLayout:
+    return SegmentLayout.packed((*lengths, padding) if padding else lengths, causal=False)

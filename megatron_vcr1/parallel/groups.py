@@ -1,0 +1,115 @@
+"""Start and end of the distributed world: torch.distributed plus megatron-core's tensor-, pipeline- and data-parallel
+groups.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_vcr1.config.schema import ParallelSection
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Processes of this job, from torchrun's environment; 1 when it was started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(parallel: ParallelSection, *, seed: int = 0, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Join the world (torchrun's environment, or a world of one) and build megatron-core's process groups.
+
+    NCCL with one GPU a process where CUDA exists, gloo otherwise. The layout is checked by config.check_layout before
+    this is called.
+    """
+    if not dist.is_initialized():
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the world; safe to call when it was never joined."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def world(parallel: ParallelSection, *, seed: int = 0) -> Iterator[None]:
+    """`initialize` for the length of a with-block."""
+    initialize(parallel, seed=seed)
+    try:
+        yield
+    finally:
+        shutdown()
+
+
+def is_first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage()
+
+
+def device() -> torch.device:
+    """Where this process's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes files and reports for the job."""
+    return dist.get_rank() == 0
+
+
+def num_copies() -> int:
+    """Copies of the model (the data-parallel size)."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def copy_index() -> int:
+    """Which copy of the model this process belongs to (the data-parallel rank)."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def speaks_for_copy() -> bool:
+    """Whether this process reports the results of its copy of the model: the first rank of the last stage."""
+    return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def broadcast_in_copy(produce: Callable[[], T]) -> T:
+    """Let one rank of each copy of the model produce something (a decoded video, say), and give it to the copy's other
+    ranks.
+    """
+    source = parallel_state.get_model_parallel_src_rank()
+    box = [produce() if dist.get_rank() == source else None]
+    dist.broadcast_object_list(box, src=source, group=parallel_state.get_model_parallel_group())
+    return cast(T, box[0])
+
+
+def gather_objects(mine: T) -> list[T]:
+    """What every rank of the job has, in rank order, on every rank; for small things."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered

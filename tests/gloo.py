@@ -1,0 +1,80 @@
+"""Four real processes over gloo, started once a session and handed functions to run: distributed tests without a start-
+up each.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+WORLD_SIZE = 4
+
+
+class RankFailure(AssertionError):
+    """A function raised in one of the processes; the message holds every rank's traceback."""
+
+
+class GlooPool:
+    """`run` calls a module-level function on every rank, at the same time, and returns what each rank returned."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(WORLD_SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 90, **kwargs: Any) -> list[Any]:
+        """Raises RankFailure when a rank fails, or hangs beyond the time-out; the pool is then started anew."""
+        if not self._workers:
+            self._start()
+        for _, connection in self._workers:
+            connection.send((function, args, kwargs))
+        results, failures = [], []
+        for rank, (_, connection) in enumerate(self._workers):
+            # Once a rank has failed, the others may wait for it for ever: do not wait for them.
+            if not connection.poll(1 if failures else timeout_s):
+                failures.append(f"rank {rank}: no answer (waiting in a collective?)")
+                continue
+            ok, value = connection.recv()
+            (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
+        if failures:
+            self.close()
+            raise RankFailure("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+
+def _serve(rank: int, port: int, connection: Connection) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD_SIZE),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    while True:
+        function, args, kwargs = connection.recv()
+        try:
+            answer = (True, function(*args, **kwargs))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)

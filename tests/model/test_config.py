@@ -1,0 +1,87 @@
+"""config.json in both of its layouts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from tests.model import tiny
+
+
+def test_published_qwen2_5_vl_7b(realdata: Path) -> None:
+    config = ModelConfig.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct")
+    text, vision = config.text, config.vision
+    assert (text.num_layers, text.hidden_size, text.ffn_hidden_size, text.vocab_size) == (28, 3584, 18944, 152064)
+    assert (text.num_heads, text.num_kv_heads, text.head_dim, text.mrope_section) == (28, 4, 128, (16, 24, 24))
+    assert (text.rope_theta, text.norm_epsilon, text.tied_embeddings) == (1e6, 1e-6, False)
+    assert (vision.num_layers, vision.hidden_size, vision.ffn_hidden_size, vision.num_heads) == (32, 1280, 3420, 16)
+    assert (vision.window_size, vision.full_attention_layers, vision.tokens_per_second) == (112, (7, 15, 23, 31), 2)
+    assert (vision.out_hidden_size, vision.patch_dim) == (3584, 1176)
+    assert (config.image_token_id, config.video_token_id) == (151655, 151656)
+
+
+def test_published_qwen2_vl_leaves_defaults_out() -> None:
+    raw = {
+        "model_type": "qwen2_vl",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+        "vision_config": {"hidden_size": 1536, "in_chans": 3, "spatial_patch_size": 14},
+    }
+    vision = ModelConfig.from_dict(raw).vision
+    assert (vision.num_layers, vision.hidden_size, vision.ffn_hidden_size, vision.num_heads) == (32, 1280, 5120, 16)
+    assert (vision.out_hidden_size, vision.window_size, vision.tokens_per_second) == (1536, None, None)
+    assert ModelConfig.from_dict(raw).text.tied_embeddings
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_nested_layout_of_transformers_5(family: str) -> None:
+    config = ModelConfig.from_dict(tiny.hf_config(family).to_dict())
+    assert (config.family, config.text.num_layers, config.text.rope_theta) == (family, 4, 1e4)
+    assert config.vision.gated is (family == "qwen2_5_vl")
+    assert config.text.tied_embeddings is (family == "qwen2_vl")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        ({"vision_config": None}, "vision_config is missing"),
+        ({"text_config": {"num_hidden_layers": None}}, "lacks 'num_hidden_layers'"),
+        ({"text_config": {"num_attention_heads": 7}}, "hidden size 96 is no multiple of 7 heads"),
+        ({"text_config": {"num_key_value_heads": 5}}, "12 heads do not divide among 5"),
+        ({"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1]}}}, "mrope_section [1, 1, 1] must sum to"),
+        ({"text_config": {"use_sliding_window": True}}, "use_sliding_window"),
+        ({"vision_config": {"out_hidden_size": 64}}, "the merger puts out 64 features, the language model takes 96"),
+        ({"vision_config": {"window_size": 14}}, "window_size 14 is smaller than one merged token"),
+    ],
+)
+def test_impossible_models_are_refused_by_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    raw = tiny.hf_config("qwen2_5_vl").to_dict()
+    for key, value in change.items():
+        raw[key] = {**raw[key], **value} if isinstance(value, dict) and key in raw else value
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError) as error:
+        ModelConfig.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [(None, "not found"), ("{", "not readable as JSON")])
+def test_missing_and_damaged_files(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_pretrained(tmp_path)

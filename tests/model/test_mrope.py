@@ -1,0 +1,93 @@
+"""mRoPE positions against the rule written out by hand and against transformers, where its rule is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+from megatron_vcr1.model.mrope import prompt_positions, vision_positions
+from tests.model import tiny
+from tests.model.tiny import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+
+PADS = frozenset((IMAGE_PAD, VIDEO_PAD))
+
+
+def _positions(token_ids: list[int], vision: list[tuple[tuple[int, int, int], float | None]], **kwargs: int) -> Tensor:
+    settings = {"merge_size": 2, "tokens_per_second": 2, **kwargs}
+    return prompt_positions(torch.tensor(token_ids), vision, vision_token_ids=PADS, **settings)
+
+
+def test_text_advances_all_axes_together() -> None:
+    assert _positions([5, 6, 7], []).tolist() == [[0, 1, 2]] * 3
+    assert _positions([], []).shape == (3, 0)
+
+
+def test_video_moves_with_time_and_text_goes_on_past_its_largest_position() -> None:
+    # Two steps 2.5 s apart of 1 x 2 tokens, behind two tokens of text: time 2 and 2 + 5, text from 8 on.
+    token_ids = [7, VISION_START, *[VIDEO_PAD] * 4, VISION_END, 8]
+    assert _positions(token_ids, [((2, 2, 4), 2.5)]).tolist() == [
+        [0, 1, 2, 2, 7, 7, 8, 9],
+        [0, 1, 2, 2, 2, 2, 8, 9],
+        [0, 1, 2, 3, 2, 3, 8, 9],
+    ]
+
+
+def test_time_is_multiplied_before_it_is_truncated() -> None:
+    time = vision_positions((4, 2, 2), 0.4, merge_size=2, tokens_per_second=2)[0]
+    assert time.tolist() == [0, 0, 1, 2]  # 0, 0.8, 1.6, 2.4 and not multiples of a truncated 0.8
+
+
+def test_qwen2_counts_temporal_patches_whatever_they_last() -> None:
+    time = vision_positions((3, 2, 2), 2.5, merge_size=2, tokens_per_second=None)[0]
+    assert time.tolist() == [0, 1, 2]
+
+
+def test_long_video_with_real_float_steps_matches_float32_arithmetic() -> None:
+    seconds = 2 / 29.97
+    time = vision_positions((384, 2, 2), seconds, merge_size=2, tokens_per_second=2)[0]
+    assert time.tolist() == ((torch.arange(384).float() * seconds).float() * 2).floor().long().tolist()
+
+
+def _transformers_positions(token_ids: Tensor, grids: list[tuple[int, int, int]], seconds: list[float]) -> Tensor:
+    stand_in = type("Model", (), {})()  # get_rope_index reads nothing of a model but its configuration
+    stand_in.config = tiny.hf_config("qwen2_5_vl")
+    stand_in.get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids.__get__(stand_in)
+    types = torch.zeros_like(token_ids)
+    types[token_ids == VIDEO_PAD] = 2
+    positions, _ = Qwen2_5_VLModel.get_rope_index(
+        stand_in,
+        token_ids[None],
+        mm_token_type_ids=types[None],
+        video_grid_thw=torch.tensor(grids),
+        second_per_grid_ts=torch.tensor(seconds),
+    )
+    return positions[:, 0]
+
+
+@pytest.mark.parametrize("num_steps, same", [(2, True), (9, False)])
+def test_transformers_5_agrees_until_time_outgrows_space(num_steps: int, same: bool) -> None:
+    """Pins transformers' deviation from the published models: when a release mends it, this fails and can go."""
+    grid, seconds = (num_steps, 4, 10), 1.0
+    token_ids = torch.tensor([3, VISION_START, *[VIDEO_PAD] * (num_steps * 10), VISION_END, 4, 5])
+    ours = _positions(token_ids.tolist(), [(grid, seconds)])
+    theirs = _transformers_positions(token_ids, [grid], [seconds])
+    vision = token_ids == VIDEO_PAD
+    assert torch.equal(ours[:, vision], theirs[:, vision])
+    assert torch.equal(ours, theirs) is same
+
+
+@pytest.mark.parametrize(
+    "token_ids, vision, message",
+    [
+        ([1, VIDEO_PAD, VIDEO_PAD, 2], [((1, 2, 2), 1.0)], "1 vision pad tokens from token 2 on belong to no"),
+        ([1, VIDEO_PAD, 2], [((1, 2, 4), 1.0)], "vision input 0 has a grid of (1, 2, 4) and needs 2 pad tokens"),
+        ([1, 2], [((1, 2, 2), None)], "vision input 0"),
+        ([1, IMAGE_PAD, 2], [], "belong to no image or video"),
+    ],
+)
+def test_pads_that_do_not_fit_the_grids_are_refused(token_ids: list[int], vision: list, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        _positions(token_ids, vision)
+    assert message in str(error.value)

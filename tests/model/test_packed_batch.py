@@ -1,0 +1,70 @@
+"""What a microbatch holds, row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vcr1_kernels import SegmentLayout
+
+from megatron_vcr1.data.encoding import EncodedPrompt
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.packed_batch import pack
+from tests.model import tiny
+
+CONFIG = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
+
+
+def _text_group(name: str, prompt: list[int], *responses: list[int]) -> Group:
+    return Group(name, EncodedPrompt(torch.tensor(prompt), ()), tuple(torch.tensor(one) for one in responses))
+
+
+def test_a_prompt_stands_once_and_last_tokens_are_not_fed() -> None:
+    batch = pack([_text_group("a", [5, 6, 7], [10, 11, 12], [20])], CONFIG)
+    assert batch.token_ids.tolist() == [5, 6, 7, 10, 11]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert batch.layout == SegmentLayout((3, 2, 0), (-1, 0, 0))
+    assert batch.predicting_rows.tolist() == [2, 3, 4, 2]
+    assert batch.target_ids.tolist() == [10, 11, 12, 20]
+    assert batch.response_lengths == (3, 1)
+
+
+def test_groups_stand_behind_each_other_and_each_starts_at_position_zero() -> None:
+    batch = pack([_text_group("a", [5, 6], [7, 8]), _text_group("b", [9], [3, 4], [2, 1])], CONFIG, rows_multiple_of=4)
+    assert batch.token_ids.tolist() == [5, 6, 7, 9, 3, 2, 0, 0]  # two rows of padding
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1, 1, 0, 0]
+    assert batch.layout == SegmentLayout((2, 1, 1, 1, 1, 2), (-1, 0, -1, 2, 2, -1))
+    assert batch.predicting_rows.tolist() == [1, 2, 3, 4, 3, 5]
+
+
+def test_responses_go_on_from_the_prompts_last_position() -> None:
+    prompt = tiny.prompt("v", seed=0)
+    batch = pack([Group("v", prompt, tiny.responses((4, 3), seed=1))], CONFIG)
+    last = int(batch.position_ids[:, : len(prompt.token_ids)].max())
+    assert (
+        batch.position_ids[:, len(prompt.token_ids) :].tolist()
+        == [[last + 1, last + 2, last + 3, last + 1, last + 2]] * 3
+    )
+
+
+def test_vision_rows_are_the_prompts_pads_whatever_a_response_holds() -> None:
+    prompt = tiny.prompt("iv", seed=0)
+    response = torch.tensor([tiny.VIDEO_PAD, tiny.IMAGE_PAD, 3])
+    batch = pack([_text_group("t", [1], [2, 3]), Group("iv", prompt, (response,))], CONFIG)
+    is_pad = (prompt.token_ids == tiny.VIDEO_PAD) | (prompt.token_ids == tiny.IMAGE_PAD)
+    assert batch.vision_rows.tolist() == (is_pad.nonzero()[:, 0] + 2).tolist()
+    assert len(batch.vision) == 2
+
+
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        (_text_group("empty-prompt", [], [1]), "sample empty-prompt: a prompt and each of its responses need at least"),
+        (_text_group("empty-response", [1], [2], []), "sample empty-response: a prompt and each"),
+        (_text_group("stray-pad", [1, tiny.VIDEO_PAD], [2]), "sample stray-pad: 1 vision pad tokens from token 1"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_by_name(group: Group, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        pack([group], CONFIG)
+    assert message in str(error.value)

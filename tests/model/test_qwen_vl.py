@@ -1,0 +1,197 @@
+"""The model against transformers' own: logits and every gradient, at every layout, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.parallel import groups, schedule
+from tests.gloo import GlooPool
+from tests.model import tiny
+
+TOLERANCE = 1e-5
+# What stands in the prompt (i: image, v: video), and the lengths of its responses.
+CASES = (("", (3, 5)), ("i", (4, 1, 2)), ("v", (6,)), ("ivv", (2, 7)))
+# Cases that share a microbatch: alone, with another one, and without any vision input.
+MICROBATCHES = ((1, 2), (3,), (0,))
+
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "tp1": {},
+    "tp2": {"parallel": {"tensor": 2}},
+    "tp2-sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
+    "tp4-sp-more-ranks-than-kv-heads": {"parallel": {"tensor": 4, "sequence_parallel": True}},
+    "pp2": {"parallel": {"pipeline": 2}},
+    "pp2-uneven-recompute-full": {
+        "parallel": {"pipeline": 2, "first_stage_layers": 1},
+        "recompute": {"granularity": "full"},
+    },
+    "pp4": {"parallel": {"pipeline": 4}},
+    "tp2-pp2": {"parallel": {"tensor": 2, "pipeline": 2}},
+    "tp2-pp2-sp-recompute-full": {
+        "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+        "recompute": {"granularity": "full"},
+    },
+    "tp2-pp2-sp-recompute-selective": {
+        "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+        "recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]},
+    },
+}
+
+
+def _group(case: int) -> Group:
+    kinds, lengths = CASES[case]
+    return Group(str(case), tiny.prompt(kinds, seed=case), tiny.responses(lengths, seed=100 + case))
+
+
+def _coefficients(num_targets: int) -> Tensor:
+    """Weights of the log-probs in the loss, of both signs."""
+    return torch.linspace(-1.0, 1.5, num_targets)
+
+
+NUM_TARGETS = sum(sum(lengths) for _, lengths in CASES)
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its gradients in the form of weights, and its logits for every case, by transformers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny.create(request.param, folder / "model")
+    config = ModelConfig.from_pretrained(folder / "model")
+    logits, loss = {}, torch.zeros(())
+    for case in range(len(CASES)):
+        group = _group(case)
+        answers = torch.cat([tiny.transformers_logits(model, config, group.prompt, one) for one in group.responses])
+        log_probs = answers.log_softmax(-1).gather(1, torch.cat(group.responses)[:, None])[:, 0]
+        loss = loss + (log_probs * _coefficients(len(log_probs))).sum() / NUM_TARGETS
+        logits[str(case)] = answers.detach()
+    loss.backward()
+    tiny.save_gradients(model, folder / "gradients", folder / "model")
+    save_file({**logits, "loss": loss.detach()}, folder / "answers.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[GlooPool]:
+    pool = GlooPool()
+    yield pool
+    pool.close()
+
+
+def _build(folder: Path, settings: dict[str, Any], weights: str) -> QwenVLModel:
+    run = RunConfig.model_validate({"model": {"path": folder / "model", "dtype": "float32"}, **settings})
+    model = build_model(ModelConfig.from_pretrained(folder / "model"), run)
+    load_model_weights(model, folder / weights)
+    return model
+
+
+def _forward_backward(model: QwenVLModel) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The loss over all cases through the pipeline schedule; metrics of the last stage, and this rank's gradients."""
+    model.config.finalize_model_grads_func = finalize_model_grads
+    parallel = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    parallel.zero_grad_buffer()
+    rows_multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    batches = [
+        pack([_group(case) for case in cases], model.model_config, rows_multiple_of=rows_multiple)
+        for cases in MICROBATCHES
+    ]
+    coefficients = [torch.cat([_coefficients(sum(CASES[case][1])) for case in cases]) for cases in MICROBATCHES]
+
+    def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        index = next(i for i, one in enumerate(batches) if one is batch)
+        log_probs = model.log_probs(hidden, batch.target_ids)
+        value = (log_probs * coefficients[index]).sum() / NUM_TARGETS
+        return value, {"loss": value.item(), "logits": model.logits(hidden.detach())}
+
+    metrics = schedule.forward_backward(parallel, batches, loss)
+    return metrics, {name: parameter.main_grad for name, parameter in model.named_parameters()}
+
+
+def _compare(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
+    """Largest differences on this rank."""
+    groups.initialize(RunConfig.model_validate({"model": {"path": folder}, **settings}).parallel)
+    model = _build(folder, settings, "model").train()
+    answers = load_file(folder / "answers.safetensors")
+    metrics, gradients = _forward_backward(model)
+    expected = dict(_build(folder, settings, "gradients").named_parameters())
+    assert gradients.keys() == expected.keys()
+    worst = {"gradient": max(float((gradients[name] - expected[name]).abs().max()) for name in expected)}
+    if groups.is_last_stage():
+        wanted = torch.cat([answers[str(case)] for cases in MICROBATCHES for case in cases])
+        worst["logits"] = float((torch.cat([one["logits"] for one in metrics]) - wanted).abs().max())
+        worst["loss"] = abs(sum(one["loss"] for one in metrics) - float(answers["loss"]))
+    return worst
+
+
+def _loss_and_gradients(model: QwenVLModel, batches: list[PackedBatch]) -> tuple[float, dict[str, Tensor]]:
+    """Mean log-prob of all targets, and its gradients, in one process."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for batch in batches:
+        total = total + model.log_probs(model(batch), batch.target_ids).sum()
+    loss = total / sum(len(batch.target_ids) for batch in batches)
+    loss.backward()
+    return loss.item(), {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def _shared_against_separate(folder: Path) -> dict[str, float]:
+    groups.initialize(RunConfig.model_validate({"model": {"path": folder}}).parallel)
+    model = _build(folder, {}, "model").train()
+    whole = [Group("g", tiny.prompt("iv", seed=7), tiny.responses((5, 1, 3, 8), seed=8)), _group(0)]
+    apart = [Group(one.id, one.prompt, (response,)) for one in whole for response in one.responses]
+    loss, gradients = _loss_and_gradients(model, [pack(whole, model.model_config)])
+    wanted_loss, wanted = _loss_and_gradients(model, [pack([one], model.model_config) for one in apart])
+    assert gradients.keys() == wanted.keys()
+    return {
+        "loss": abs(loss - wanted_loss),
+        "gradient": max(float((gradients[name] - wanted[name]).abs().max()) for name in wanted),
+    }
+
+
+def test_a_group_equals_its_responses_one_by_one(reference: Path, pool: GlooPool) -> None:
+    """One pass over the prompt, as many responses behind it: the same loss and gradient as prompts copied for each."""
+    for worst in pool.run(_shared_against_separate, reference):
+        assert all(value <= TOLERANCE for value in worst.values()), worst
+
+
+def _what_learns(folder: Path, frozen: str) -> dict[str, bool]:
+    run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32", "freeze": [frozen]}})
+    groups.initialize(run.parallel)
+    model = build_model(ModelConfig.from_pretrained(folder / "model"), run, initialize_weights=True).train()
+    _, gradients = _loss_and_gradients(model, [pack([_group(1)], model.model_config)])
+    return {name: name in gradients for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "part, prefixes",
+    [
+        ("vision_tower", ("vision_tower.patch_embed.", "vision_tower.decoder.")),
+        ("merger", ("vision_tower.merger.",)),
+        ("language_model", ("language_model.",)),
+    ],
+)
+def test_frozen_parts_get_no_gradient(reference: Path, pool: GlooPool, part: str, prefixes: tuple[str, ...]) -> None:
+    for learns in pool.run(_what_learns, reference, part):
+        assert {name for name, one in learns.items() if not one} == {
+            name for name in learns if name.startswith(prefixes)
+        }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_loss_and_every_gradient_equal_transformers(reference: Path, pool: GlooPool, layout: str) -> None:
+    differences = pool.run(_compare, reference, LAYOUTS[layout])
+    assert any("logits" in one for one in differences)
+    for rank, worst in enumerate(differences):
+        assert all(value <= TOLERANCE for value in worst.values()), f"rank {rank}: {worst}"

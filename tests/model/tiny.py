@@ -1,0 +1,162 @@
+"""Small random models of both families with awkward sizes, and transformers' answers for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.mrope import prompt_positions
+
+VOCAB_SIZE = 204
+IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 190, 191, 192, 193
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+
+
+def hf_config(family: str, **overrides: int) -> transformers.PretrainedConfig:
+    """12 heads and 2 key-value heads of 8 features, windows of 2 x 2 merge units; Qwen2-VL with tied embeddings."""
+    tokens = dict(image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD)
+    tokens |= dict(vision_start_token_id=VISION_START, vision_end_token_id=VISION_END)
+    text: dict[str, Any] = dict(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=96,
+        intermediate_size=100,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "type": "mrope", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    vision: dict[str, Any] = dict(depth=3, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    if family == "qwen2_5_vl":
+        vision |= dict(hidden_size=32, intermediate_size=36, out_hidden_size=96)
+        vision |= dict(window_size=56, fullatt_block_indexes=[1], tokens_per_second=2)
+    else:
+        vision |= dict(embed_dim=32, hidden_size=96, mlp_ratio=4)
+    kind = transformers.Qwen2_5_VLConfig if family == "qwen2_5_vl" else transformers.Qwen2VLConfig
+    return kind(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=family == "qwen2_vl",
+        **{**tokens, **overrides},
+    )
+
+
+def create(family: str, folder: Path, seed: int = 0, **overrides: int) -> torch.nn.Module:
+    """A random model, saved in Hugging Face format."""
+    kinds = {
+        "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+        "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
+    }
+    model = kinds[family](hf_config(family, **overrides))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            is_scale = ("norm" in name.lower() and name.endswith("weight")) or "ln_q.weight" in name
+            parameter.copy_(noise + 1 if is_scale else noise)
+    model = model.float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def vision_input(
+    generator: torch.Generator, frames: int, height: int, width: int, seconds: float | None
+) -> VisionInput:
+    pixels = torch.randint(0, 256, (frames, height * 14, width * 14, 3), dtype=torch.uint8, generator=generator)
+    return VisionInput(frames=pixels, grid_thw=(max(frames // 2, 1), height, width), seconds_per_grid=seconds)
+
+
+def prompt(kinds: str, seed: int) -> EncodedPrompt:
+    """A prompt with random text between the inputs that `kinds` names: i(mage), v(ideo)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(num_tokens: int) -> Tensor:
+        return torch.randint(2, 190, (num_tokens,), generator=generator)
+
+    ids, inputs = [text(3)], []
+    for index, kind in enumerate(kinds):
+        if kind == "i":
+            item, pad = vision_input(generator, 1, 6 + 4 * index, 10, None), IMAGE_PAD
+        else:  # an odd grid, and time steps that are no whole seconds
+            item, pad = vision_input(generator, 6, 4, 10 - 4 * index, 0.8 + index), VIDEO_PAD
+        inputs.append(item)
+        num_pads = item.num_tokens(2)
+        ids += [torch.tensor([VISION_START]), torch.full((num_pads,), pad), torch.tensor([VISION_END]), text(4)]
+    return EncodedPrompt(torch.cat(ids), tuple(inputs))
+
+
+def responses(lengths: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(2, 190, (length,), generator=generator) for length in lengths)
+
+
+def _pixel_values(item: VisionInput) -> Tensor:
+    """Flattened patches as the published processors lay them out: (t, h/2, w/2, 2, 2) rows, (channel, frame, y, x)
+    columns.
+    """
+    frames = item.frames if len(item.frames) > 1 else item.frames.repeat(2, 1, 1, 1)
+    pixels = (frames.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    t, h, w = item.grid_thw
+    pixels = pixels.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3)
+    return pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, -1)
+
+
+def transformers_logits(model: torch.nn.Module, config: ModelConfig, item: EncodedPrompt, response: Tensor) -> Tensor:
+    """transformers' logits for each token of one response behind one prompt, [tokens, vocab_size]."""
+    positions = prompt_positions(
+        item.token_ids,
+        [(one.grid_thw, one.seconds_per_grid) for one in item.vision],
+        vision_token_ids=frozenset((config.image_token_id, config.video_token_id)),
+        merge_size=2,
+        tokens_per_second=config.vision.tokens_per_second,
+    )
+    tail = (torch.arange(len(response)) + int(positions.max()) + 1).expand(3, -1)
+    ids = torch.cat((item.token_ids, response))[None]
+    inputs: dict[str, Any] = {}
+    images = [one for one in item.vision if one.seconds_per_grid is None]
+    videos = [one for one in item.vision if one.seconds_per_grid is not None]
+    if images:
+        inputs["pixel_values"] = torch.cat([_pixel_values(one) for one in images])
+        inputs["image_grid_thw"] = torch.tensor([one.grid_thw for one in images])
+    if videos:
+        inputs["pixel_values_videos"] = torch.cat([_pixel_values(one) for one in videos])
+        inputs["video_grid_thw"] = torch.tensor([one.grid_thw for one in videos])
+    output = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.cat((positions, tail), dim=1)[:, None],
+        use_cache=False,
+        **inputs,
+    )
+    start = len(item.token_ids) - 1
+    return output.logits[0, start : start + len(response)]
+
+
+def save_gradients(model: torch.nn.Module, folder: Path, source: Path) -> None:
+    """Write a model's gradients as if they were its weights: what loads weights at any layout then loads the expected
+    gradients.
+    """
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    model = _clone_with_gradients(model)
+    model.save_pretrained(folder)
+
+
+def _clone_with_gradients(model: torch.nn.Module) -> torch.nn.Module:
+    clone = type(model)(model.config).float()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in clone.named_parameters():
+            gradient = parameters[name].grad
+            parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
+    return clone
