@@ -1,0 +1,1 @@
+"""What a model's answers are worth: log-probs, benchmarks, metrics."""

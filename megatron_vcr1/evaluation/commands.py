@@ -1,0 +1,73 @@
+"""`vcr1 score`: arguments here, work in evaluation.score."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "score",
+        help="per-token log-probs of given responses",
+        description="Per-token log-probs of given responses to prompts with text, images and videos. For a model "
+        "divided among processes: torchrun --nproc-per-node N --no-python vcr1 score ... --tensor-parallel T "
+        "--pipeline-parallel P",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="a Hugging Face or an imported directory"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help='lines of {"id", "messages", "response"}; a response is a text or a list of token ids',
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.jsonl", help='lines of {"id", "token_ids", "log_probs"}'
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=_positive, default=1, metavar="N", help="ranks that share every layer"
+    )
+    parser.add_argument(
+        "--pipeline-parallel", type=_positive, default=1, metavar="N", help="stages that the layers are divided into"
+    )
+    parser.add_argument("--sequence-parallel", action="store_true", help="divide activations along the sequence too")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--layer-spec", choices=("auto", "local", "transformer_engine"), default="auto")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="logits are divided by this; default: %(default)s"
+    )
+    parser.add_argument(
+        "--microbatch-tokens",
+        type=_positive,
+        default=16384,
+        metavar="N",
+        help="prompts and responses computed at once; default: %(default)s",
+    )
+    parser.set_defaults(run=_run_score)
+
+
+def _run_score(args: argparse.Namespace) -> int:
+    from megatron_vcr1.config.schema import ModelSection, ParallelSection, RunConfig
+    from megatron_vcr1.evaluation.score import score_file
+
+    run = RunConfig(
+        model=ModelSection(path=args.model, dtype=args.dtype, layer_spec=args.layer_spec),
+        parallel=ParallelSection(
+            tensor=args.tensor_parallel, pipeline=args.pipeline_parallel, sequence_parallel=args.sequence_parallel
+        ),
+    )
+    num_failed = score_file(
+        run, args.data, args.out, temperature=args.temperature, microbatch_tokens=args.microbatch_tokens
+    )
+    return 1 if num_failed else 0
+
+
+def _positive(text: str) -> int:
+    """argparse turns the ValueError into a message that names the option."""
+    if not int(text) > 0:
+        raise ValueError(text)
+    return int(text)

@@ -1,0 +1,147 @@
+"""`vcr1 score`, the command itself, against transformers' log-probs for text, images and videos."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vcr1.data.encoding import encode_messages
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.model.config import ModelConfig
+from tests.data.tiny_processor import tiny_processor
+from tests.data.video_clips import write_clip
+from tests.model import tiny
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory, a data file with text, image and video prompts, and transformers' log-probs for it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    stand_in = tiny_processor(patch_size=14)
+    pads = dict(image_token_id=stand_in.image_token_id, video_token_id=stand_in.video_token_id)
+    model = tiny.create(request.param, folder / "model", **pads)
+    stand_in.tokenizer.chat_template = stand_in.chat_template.replace(
+        "{% if part.type == 'video' %}",
+        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part.type == 'video' %}",
+    )
+    stand_in.tokenizer.save_pretrained(folder / "model")
+    settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56}
+    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
+
+    clip = write_clip(folder / "clip.mp4", num_frames=60)
+    picture = torch.randint(0, 256, (90, 130, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(picture.numpy()).save(folder / "picture.png")
+    requests = _requests(clip, folder / "picture.png")
+    (folder / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in requests))
+    expected = _transformers_log_probs(model, folder / "model", requests)
+    (folder / "expected.json").write_text(json.dumps(expected))
+    return folder
+
+
+def _requests(clip: Path, picture: Path) -> list[dict[str, Any]]:
+    def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": list(parts)}]
+
+    text = {"type": "text", "text": "When does it happen?"}
+    image, video = {"type": "image", "image": str(picture)}, {"type": "video", "video": str(clip)}
+    return [
+        {"id": "text", "messages": user(text), "response": "From 1 to 2."},
+        {"id": "image", "messages": user(image, text), "response": [30, 31, 40]},
+        {"id": "video", "messages": user(video, text), "response": "<answer>0.5 to 1.5</answer>"},
+        {"id": "both", "messages": user(image, text, video), "response": "B"},
+    ]
+
+
+def _transformers_log_probs(
+    model: torch.nn.Module, model_dir: Path, requests: list[dict[str, Any]]
+) -> dict[str, list[float]]:
+    processor, config = PromptProcessor.from_pretrained(model_dir), ModelConfig.from_pretrained(model_dir)
+    expected = {}
+    for request in requests:
+        prompt = encode_messages(request["messages"], processor)
+        response = request["response"]
+        ids = processor.tokenize(response) if isinstance(response, str) else torch.tensor(response)
+        with torch.no_grad():
+            logits = tiny.transformers_logits(model, config, prompt, ids)
+        expected[request["id"]] = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
+    return expected
+
+
+def _score(folder: Path, *options: str, ranks: int = 1, data: str = "data.jsonl") -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "megatron_vcr1.cli", "score", "--dtype", "float32"]
+    command += ["--model", str(folder / "model"), "--data", str(folder / data), "--out", str(folder / "out.jsonl")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *options], env=environment, cwd=folder, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "ranks, options",
+    [
+        (1, ["--microbatch-tokens", "100"]),
+        (4, ["--tensor-parallel", "2", "--pipeline-parallel", "2", "--sequence-parallel"]),
+    ],
+)
+def test_log_probs_equal_transformers(workspace: Path, ranks: int, options: list[str]) -> None:
+    result = _score(workspace, *options, ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (workspace / "out.jsonl").read_text().splitlines()]
+    expected = json.loads((workspace / "expected.json").read_text())
+    assert [row["id"] for row in rows] == list(expected)
+    for row in rows:
+        assert len(row["token_ids"]) == len(row["log_probs"])
+        assert row["log_probs"] == pytest.approx(expected[row["id"]], abs=TOLERANCE)
+    assert "4 scored, 0 failed" in result.stdout
+
+
+def test_a_bad_video_costs_its_own_row(workspace: Path) -> None:
+    rows = [json.loads(line) for line in (workspace / "data.jsonl").read_text().splitlines()]
+    missing = {"type": "video", "video": "nowhere.mp4"}
+    bad = {"id": "bad", "messages": [{"role": "user", "content": [missing]}], "response": "x"}
+    (workspace / "damaged.jsonl").write_text("\n".join(json.dumps(one) for one in (rows[0], bad, rows[1])))
+    result = _score(workspace, data="damaged.jsonl")
+    assert result.returncode == 1, result.stderr
+    out = [json.loads(line) for line in (workspace / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in out] == ["text", "bad", "image"]
+    assert "nowhere.mp4" in out[1]["error"]
+    assert "2 scored, 1 failed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "data2.jsonl:1: not JSON"),
+        ('{"id": 1, "messages": []}', 'data2.jsonl:1: needs the keys "id", "messages" and "response"'),
+        ('{"id": 1, "messages": "hi", "response": "x"}', 'data2.jsonl:1: "messages" must be a list'),
+        ('{"id": 1, "messages": [], "response": [-1]}', 'data2.jsonl:1: "response" must be'),
+        ("", "no requests in it"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_computed(tmp_path: Path, line: str, message: str) -> None:
+    from megatron_vcr1.errors import UserError
+    from megatron_vcr1.evaluation.score import read_requests
+
+    (tmp_path / "data2.jsonl").write_text(line)
+    with pytest.raises(UserError) as error:
+        read_requests(tmp_path / "data2.jsonl")
+    assert message in str(error.value)
+
+
+def test_a_layout_that_the_ranks_do_not_make_up_is_refused(workspace: Path) -> None:
+    result = _score(workspace, "--tensor-parallel", "5")
+    assert result.returncode == 2
+    assert "parallel.tensor = 5 does not divide 12 attention heads" in result.stderr
+    assert "Traceback" not in result.stderr
