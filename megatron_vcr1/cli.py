@@ -10,7 +10,9 @@ Exit codes: 0, 1 (failed), 2 (bad usage or input).
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_vcr1.config import commands as config_commands
@@ -44,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    # What is installed is chosen, and named in the log, once; megatron-core repeats it in every module.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")  # megatron-core's call
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megatron_vcr1").setLevel(logging.INFO)
     try:
         return args.run(args)
     except UserError as error:

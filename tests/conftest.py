@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.gloo import GlooPool
 
 # Before torch and huggingface_hub are imported, by the tests or by processes that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
@@ -33,3 +36,11 @@ def torchvision_path() -> Path:
     if not folder.is_dir():
         pytest.skip("torchvision is not installed beside the environment (tools/venv.sh does it)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def gloo_pool() -> Iterator[GlooPool]:
+    """Four processes that stay for the session. Tests that use it are marked xdist_group("gloo"), to share one pool."""
+    pool = GlooPool()
+    yield pool
+    pool.close()

@@ -188,7 +188,8 @@ def _write_rows(scorer: Scorer, requests: Sequence[ScoreRequest], out: Path) -> 
             bar.update(len(chunk))
     if writes:
         os.replace(partial, out)
-        print(f"{len(requests) - num_failed} scored, {num_failed} failed: {out}")
+        explanation = " (their rows say why)" if num_failed else ""
+        print(f"{len(requests) - num_failed} scored, {num_failed} failed{explanation}: {out}")
     return num_failed
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,9 +111,11 @@ class ModelConfig:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable as JSON: {error}") from error
         try:
-            return cls.from_dict(raw)
+            config = cls.from_dict(raw)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        mean, std = _pixel_statistics(Path(model_dir)) or (config.vision.pixel_mean, config.vision.pixel_std)
+        return replace(config, vision=replace(config.vision, pixel_mean=mean, pixel_std=std))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -191,6 +193,23 @@ def _vision_config(family: Family, raw: Mapping[str, Any], text_hidden_size: int
         gated=windowed,
         in_channels=raw.get("in_channels", 3),
     )
+
+
+def _pixel_statistics(model_dir: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation, if the processor's file names them: transformers 5 nests them, earlier versions do not."""
+    for name, read in (
+        ("processor_config.json", lambda raw: raw.get("image_processor", {})),
+        ("preprocessor_config.json", lambda raw: raw),
+    ):
+        path = model_dir / name
+        if path.is_file():
+            try:
+                settings = read(json.loads(path.read_text()))
+            except ValueError as error:
+                raise UserError(f"{path}: not readable as JSON: {error}") from None
+            if "image_mean" in settings and "image_std" in settings:
+                return tuple(settings["image_mean"]), tuple(settings["image_std"])
+    return None
 
 
 def _check(config: ModelConfig) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -26,6 +27,9 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.attention import PackedAttention
 
 logger = logging.getLogger(__name__)
+
+# It knows MLP classes by identity, and would say of every layer that ours is another.
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 _LOCAL_TO_FUSED_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -65,6 +69,10 @@ class SelfContainedMLP(MLP):
     becomes an output of the checkpointed function and gets a history of its own: backward then recurses through
     all layers and microbatches.
     """
+
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules) -> None:
+        group = parallel_state.get_tensor_model_parallel_group()
+        super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         output, bias = super().forward(hidden_states, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_bac
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.transformer_config import text_transformer_config, vision_transformer_config
 from megatron_vcr1.model.vision import VisionTower
+
+logger = logging.getLogger(__name__)
 
 # One checkpoint key a layer, the same for every pipeline layout.
 SHARDING_METADATA = {"non_homogeneous_layers": True}
@@ -164,6 +167,8 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
         and isinstance(backend, LocalBackend)
     ):
         raise UserError("recompute.modules: 'layernorm' works with TransformerEngine's layers only; leave it out")
+    attention = "vcr1_kernels (Triton)" if torch.cuda.is_available() else "torch SDPA (there is no GPU)"
+    logger.info("attention: %s", attention)
     dtype = getattr(torch, run.model.dtype)
     settings = (run.parallel, run.recompute)
     model = QwenVLModel(

@@ -96,6 +96,7 @@ def _common(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,
+        cuda_graph_scope=[],
         # Fusions that need Apex or a compiler are left to the TransformerEngine layers and to vcr1_kernels.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -4,6 +4,7 @@ groups.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout: timedelta =
     this is called.
     """
     if not dist.is_initialized():
+        # Asked for by megatron-core: kernels and collectives then start in the order of the program.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -39,6 +42,8 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout: timedelta =
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not is_first_rank():
+        logging.getLogger("megatron_vcr1").setLevel(logging.WARNING)  # one voice a job
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

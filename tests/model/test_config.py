@@ -79,6 +79,18 @@ def test_impossible_models_are_refused_by_key(tmp_path: Path, change: dict[str, 
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, nest",
+    [("preprocessor_config.json", lambda x: x), ("processor_config.json", lambda x: {"image_processor": x})],
+)
+def test_normalisation_comes_from_the_processors_file(tmp_path: Path, name: str, nest: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny.hf_config("qwen2_5_vl").to_dict()))
+    assert ModelConfig.from_pretrained(tmp_path).vision.pixel_mean[0] == 0.48145466
+    (tmp_path / name).write_text(json.dumps(nest({"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 2, 3]})))
+    vision = ModelConfig.from_pretrained(tmp_path).vision
+    assert (vision.pixel_mean, vision.pixel_std) == ((0.5, 0.4, 0.3), (1, 2, 3))
+
+
 @pytest.mark.parametrize("content, message", [(None, "not found"), ("{", "not readable as JSON")])
 def test_missing_and_damaged_files(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import groups, schedule
 from tests.gloo import GlooPool
 from tests.model import tiny
+
+pytestmark = pytest.mark.xdist_group("gloo")
 
 TOLERANCE = 1e-5
 # What stands in the prompt (i: image, v: video), and the lengths of its responses.
@@ -81,13 +82,6 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     tiny.save_gradients(model, folder / "gradients", folder / "model")
     save_file({**logits, "loss": loss.detach()}, folder / "answers.safetensors")
     return folder
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[GlooPool]:
-    pool = GlooPool()
-    yield pool
-    pool.close()
 
 
 def _build(folder: Path, settings: dict[str, Any], weights: str) -> QwenVLModel:
@@ -160,9 +154,9 @@ def _shared_against_separate(folder: Path) -> dict[str, float]:
     }
 
 
-def test_a_group_equals_its_responses_one_by_one(reference: Path, pool: GlooPool) -> None:
+def test_a_group_equals_its_responses_one_by_one(reference: Path, gloo_pool: GlooPool) -> None:
     """One pass over the prompt, as many responses behind it: the same loss and gradient as prompts copied for each."""
-    for worst in pool.run(_shared_against_separate, reference):
+    for worst in gloo_pool.run(_shared_against_separate, reference):
         assert all(value <= TOLERANCE for value in worst.values()), worst
 
 
@@ -182,16 +176,18 @@ def _what_learns(folder: Path, frozen: str) -> dict[str, bool]:
         ("language_model", ("language_model.",)),
     ],
 )
-def test_frozen_parts_get_no_gradient(reference: Path, pool: GlooPool, part: str, prefixes: tuple[str, ...]) -> None:
-    for learns in pool.run(_what_learns, reference, part):
+def test_frozen_parts_get_no_gradient(
+    reference: Path, gloo_pool: GlooPool, part: str, prefixes: tuple[str, ...]
+) -> None:
+    for learns in gloo_pool.run(_what_learns, reference, part):
         assert {name for name, one in learns.items() if not one} == {
             name for name in learns if name.startswith(prefixes)
         }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_loss_and_every_gradient_equal_transformers(reference: Path, pool: GlooPool, layout: str) -> None:
-    differences = pool.run(_compare, reference, LAYOUTS[layout])
+def test_logits_loss_and_every_gradient_equal_transformers(reference: Path, gloo_pool: GlooPool, layout: str) -> None:
+    differences = gloo_pool.run(_compare, reference, LAYOUTS[layout])
     assert any("logits" in one for one in differences)
     for rank, worst in enumerate(differences):
         assert all(value <= TOLERANCE for value in worst.values()), f"rank {rank}: {worst}"
