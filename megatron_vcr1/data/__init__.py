@@ -1,0 +1,1 @@
+"""Manifests, videos, prompts, packing and loading."""

@@ -1,0 +1,18 @@
+"""Published annotation formats to manifests: a reader a family of formats, one place where rows are cleaned."""
+
+from __future__ import annotations
+
+FORMATS = {
+    "charades_sta": "grounding; the split's .txt and the lengths' .csv (columns id, length), or one .json",
+    "activitynet": "grounding; .json of {video: {duration, timestamps, sentences}}",
+    "got10k": "tracking; the folder of sequences (--split: its subfolder), or .json of path, object, gt",
+    "nextgqa": "grounded QA; .csv, gsub_*.json and map_vid_vidorID.json, or one .json",
+    "mvbench": "QA; the folder of .json files (--split: a sub-task)",
+    "videomme": "QA; the .parquet file (--split: short, medium or long)",
+    "perception_test": "QA; .json of {video: {metadata, mc_question}} (--split: the metadata's)",
+    "vidtab_quality": "quality; .json of video, instruction, answer",
+    "carebench": "captioning; .json or .jsonl of video, caption; FIBER-1k too",
+    "dream1k": "captioning; .jsonl (--split: a source, e.g. DREAM/videvo)",
+    "huggingface": "any task; .jsonl, .json, .parquet, .arrow or a saved dataset's folder, columns as in a manifest",
+}
+"""Name to description: the task, the files that ``--annotations`` takes, what ``--split`` picks."""

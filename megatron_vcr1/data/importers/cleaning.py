@@ -1,0 +1,213 @@
+"""What is done to a published annotation that is not right: repaired, kept or skipped, and always reported.
+
+Readers hand over rows as a manifest writes them, but unchecked, with two freedoms: ``video`` is the name that the
+dataset uses, and a choice may be given as ``target.answer``, the text of the right option.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import fsspec
+
+from megatron_vcr1.data.manifest import RowError, is_remote, sample_from_row
+from megatron_vcr1.types import OPTION_LETTERS, VideoSample
+
+Row = dict[str, Any]
+Action = Literal["skipped", "repaired", "kept"]
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """Something wrong with one published row, and what was done about it."""
+
+    row_id: str
+    problem: str
+    detail: str
+    action: Action
+
+
+class SkipRow(Exception):
+    """The row cannot become a sample."""
+
+    def __init__(self, problem: str, detail: str) -> None:
+        super().__init__(f"{problem}: {detail}")
+        self.problem = problem
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class VideoFolder:
+    """Where the videos lie; ``root`` is a folder, an fsspec URL, or None: then names stay as published, unchecked."""
+
+    root: str | None = None
+
+    def find(self, name: str) -> str | None:
+        """The absolute path or URL of a video, or None if it is not there.
+
+        A name without a known suffix is tried with each of them; a copy without the published subfolders is found too.
+        Without a root, a bare name is given the suffix .mp4.
+        """
+        if self.root is None:
+            return name if _has_suffix(name) or "/" in name else name + VIDEO_SUFFIXES[0]
+        root = self.root if is_remote(self.root) else os.path.abspath(self.root)
+        for relative in dict.fromkeys([name, PurePosixPath(name).name]):
+            for suffix in ("",) if _has_suffix(name) else (*VIDEO_SUFFIXES, ""):
+                path = os.path.join(root, relative + suffix)  # which leaves an absolute name as it is
+                if _exists(path):
+                    return path
+        return None
+
+
+@dataclass
+class RowCleaner:
+    """Turns raw rows into samples and remembers every issue.
+
+    Attributes:
+        videos: where to look for the rows' videos.
+        keep_overruns: leave spans that end after the video as annotated (published scores count against them) rather
+            than cut them at its end.
+        issues: one entry a problem, in row order.
+    """
+
+    videos: VideoFolder
+    keep_overruns: bool = False
+    issues: list[Issue] = field(default_factory=list)
+
+    def clean(self, row: Row) -> VideoSample | None:
+        """The row's sample, or None if the row had to be skipped; `issues` tells why."""
+        row_id = str(row["id"])
+        notes: list[Issue] = []
+        try:
+            row = {**row, "target": dict(row["target"])}
+            if row["task"] != "captioning" and not row["query"].strip():
+                raise SkipRow("empty_query", "the row asks nothing")
+            row["video"] = self._video(row["video"])
+            notes += self._clean_intervals(row_id, row)
+            notes += _clean_boxes(row_id, row["target"])
+            notes += _clean_choice(row_id, row)
+            notes += _note_oddities(row_id, row)
+            sample = sample_from_row(row)
+        except SkipRow as skip:
+            self.issues.append(Issue(row_id, skip.problem, skip.detail, "skipped"))
+            return None
+        except RowError as error:
+            self.issues.append(Issue(row_id, "invalid_row", str(error), "skipped"))
+            return None
+        self.issues.extend(notes)
+        return sample
+
+    def _video(self, video: str | list[str]) -> str | list[str]:
+        if isinstance(video, list):
+            return [self._find(frame) for frame in video]
+        return self._find(video)
+
+    def _find(self, name: str) -> str:
+        path = self.videos.find(name)
+        if path is None:
+            raise SkipRow("missing_video", f"{name} is not below {self.videos.root}")
+        return path
+
+    def _clean_intervals(self, row_id: str, row: Row) -> list[Issue]:
+        """Repairs the target's spans in place; a span that cannot be used is left out, the last such skips the row."""
+        target = row["target"]
+        key = "interval" if "interval" in target else "intervals"
+        if key not in target:
+            return []
+        raw_spans = [target[key]] if key == "interval" else target[key]
+        issues, spans = [], []
+        for raw_span in raw_spans:
+            try:
+                span, notes = _clean_span(raw_span, row["duration_s"], self.keep_overruns)
+            except SkipRow as skip:
+                if len(raw_spans) == 1:
+                    raise
+                issues.append(Issue(row_id, skip.problem, f"{skip.detail}; this span was left out", "repaired"))
+            else:
+                spans.append(span)
+                shown = f"{raw_span} s of {row['duration_s']} s"
+                issues += [Issue(row_id, problem, shown, action) for problem, action in notes]
+        if not spans:
+            raise SkipRow("no_usable_span", f"none of {raw_spans} can be used")
+        target[key] = spans[0] if key == "interval" else spans
+        return issues
+
+
+def _clean_span(
+    span: list[float], duration_s: float | None, keep_overruns: bool
+) -> tuple[list[float], list[tuple[str, Action]]]:
+    """The span within the video, and what had to be done as (problem, action).
+
+    Raises:
+        SkipRow: the span is inverted or starts after the video's end.
+    """
+    start_s, end_s = span
+    notes: list[tuple[str, Action]] = []
+    if start_s >= end_s:
+        raise SkipRow("inverted_span", f"{span} s")
+    if duration_s is not None and start_s >= duration_s:
+        raise SkipRow("span_after_end", f"{span} s of {duration_s} s")
+    if start_s < 0:
+        start_s = 0.0
+        notes.append(("negative_start", "repaired"))
+    if duration_s is not None and end_s > duration_s:
+        end_s = end_s if keep_overruns else duration_s
+        notes.append(("span_past_end", "kept" if keep_overruns else "repaired"))
+    return [start_s, end_s], notes
+
+
+def _clean_boxes(row_id: str, target: Row) -> list[Issue]:
+    """Cuts boxes at the frame's edge; a box of which nothing is left skips the row."""
+    notes: list[Issue] = []
+    for index, box in enumerate(target.get("boxes", [])):
+        inside = [min(max(value, 0.0), 1.0) for value in box]
+        if not (inside[0] < inside[2] and inside[1] < inside[3]):
+            raise SkipRow("empty_box", f"box {index} is {box}")
+        if inside != box:
+            notes.append(Issue(row_id, "box_outside_frame", f"box {index} is {box}", "repaired"))
+            target["boxes"] = [*target["boxes"][:index], inside, *target["boxes"][index + 1 :]]
+    return notes
+
+
+def _clean_choice(row_id: str, row: Row) -> list[Issue]:
+    """Finds the letter of an answer that is given as text."""
+    if "answer" not in row["target"]:
+        return []
+    answer, options = row["target"].pop("answer"), row["options"]
+    letters = [letter for letter, option in zip(OPTION_LETTERS, options, strict=False) if option == answer]
+    if not letters:
+        raise SkipRow("answer_not_in_options", f"{answer!r} is none of {options}")
+    row["target"]["choice"] = letters[0]
+    if len(letters) == 1:
+        return []
+    detail = f"{answer!r} is the text of options {', '.join(letters)}; {letters[0]} is taken as right"
+    return [Issue(row_id, "ambiguous_answer", detail, "kept")]
+
+
+def _note_oddities(row_id: str, row: Row) -> list[Issue]:
+    """Rows that are used as they are, but that whoever reads the scores should know of."""
+    if row["target"].get("events") == []:
+        return [Issue(row_id, "no_events", "the caption is annotated with an empty list of events", "kept")]
+    if len(row.get("options", ())) == 1:
+        return [Issue(row_id, "single_option", f"the only option is {row['options'][0]!r}", "kept")]
+    return []
+
+
+def _has_suffix(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in (*VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png")
+
+
+def _exists(path: str) -> bool:
+    return _remote_exists(path) if is_remote(path) else os.path.exists(path)
+
+
+@lru_cache(maxsize=1 << 16)
+def _remote_exists(url: str) -> bool:
+    file_system, inner_path = fsspec.core.url_to_fs(url)
+    return bool(file_system.exists(inner_path))

@@ -1,0 +1,180 @@
+"""Questions with options: NExT-GQA (CSV and JSON), MVBench, Video-MME, Perception Test; and quality: VidTAB."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_vcr1.data.importers.cleaning import Row
+from megatron_vcr1.data.importers.files import read_csv, read_json, read_table
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.types import OPTION_LETTERS
+
+_OPTION_LABEL = re.compile(r"(?:\([A-G]\)|[A-G]\.)\s*")
+
+MVBENCH_FOLDERS = {
+    "action_antonym": "ssv2_video",
+    "action_count": "perception/videos",
+    "action_localization": "sta/sta_video",
+    "action_prediction": "star/Charades_v1_480",
+    "action_sequence": "star/Charades_v1_480",
+    "character_order": "perception/videos",
+    "counterfactual_inference": "clevrer/video_validation",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "fine_grained_pose": "nturgbd",
+    "moving_attribute": "clevrer/video_validation",
+    "moving_count": "clevrer/video_validation",
+    "moving_direction": "clevrer/video_validation",
+    "object_existence": "clevrer/video_validation",
+    "object_interaction": "star/Charades_v1_480",
+    "object_shuffle": "perception/videos",
+    "scene_transition": "scene_qa/video",
+    "state_change": "perception/videos",
+    "unexpected_action": "FunQA_test/test",
+}
+"""Sub-task to folder of its videos in MVBench's own layout; several source sets reuse the same file names."""
+
+
+def read_nextgqa(annotations: tuple[Path, ...]) -> Iterator[Row]:
+    """NExT-GQA: one JSON list with everything, or the CSV with the gsub JSON and the video-to-path map JSON."""
+    if len(annotations) == 1:
+        for entry in read_json(annotations[0]):
+            yield _grounded_row(
+                entry["id"],
+                entry["video"],
+                entry,
+                entry["glue"],
+                _without_labels(entry["options"]),
+                {"choice": entry["answer"].strip("()")},
+            )
+        return
+    questions, spans_of, folder_of = _nextgqa_files(annotations)
+    for entry in questions:
+        video, question_id = entry["video_id"], entry["qid"]
+        located = spans_of[video]
+        yield _grounded_row(
+            f"{video}_{question_id}",
+            f"{folder_of[video]}.mp4",
+            {**entry, "duration": located["duration"]},
+            located["location"][question_id],
+            [entry[f"a{index}"].strip() for index in range(5)],
+            {"answer": entry["answer"].strip()},
+        )
+
+
+def _without_labels(options: list[str]) -> list[str]:
+    """``(A) text`` or ``A. text`` to ``text``."""
+    return [option[label.end() :].strip() if (label := _OPTION_LABEL.match(option)) else option for option in options]
+
+
+def _grounded_row(
+    row_id: str, video: str, entry: Row, intervals: list[list[float]], options: list[str], answer: dict[str, str]
+) -> Row:
+    return {
+        "id": row_id,
+        "task": "grounded_qa",
+        "video": video,
+        "duration_s": entry["duration"],
+        "query": entry["question"],
+        "options": options,
+        "category": entry["type"],
+        "target": {**answer, "intervals": intervals},
+    }
+
+
+def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[list[dict[str, str]], Row, dict[str, str]]:
+    """Tells the three files apart by their content: CSV questions, spans by video, path by video."""
+    csv_files = [path for path in annotations if path.suffix == ".csv"]
+    json_files = [read_json(path) for path in annotations if path.suffix == ".json"]
+    spans = [content for content in json_files if isinstance(next(iter(content.values()), None), dict)]
+    folders = [content for content in json_files if isinstance(next(iter(content.values()), None), str)]
+    if not len(csv_files) == len(spans) == len(folders) == 1:
+        given = " ".join(map(str, annotations))
+        raise UserError(
+            f"--annotations {given}: expected one JSON list, or the questions' .csv, gsub_*.json and "
+            "map_vid_vidorID.json together"
+        )
+    return read_csv(csv_files[0]), spans[0], folders[0]
+
+
+def read_mvbench(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
+    """MVBench: the folder of 20 JSON files, or some of them; a split is a sub-task, the file's stem."""
+    files = [file for path in annotations for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    for file in files:
+        sub_task = file.stem
+        if split not in (None, sub_task):
+            continue
+        if sub_task not in MVBENCH_FOLDERS:
+            raise UserError(f"{file}: {sub_task} is none of MVBench's sub-tasks: {', '.join(MVBENCH_FOLDERS)}")
+        for index, entry in enumerate(read_json(file)):
+            clip = [entry["start"], entry["end"]] if "start" in entry else None
+            yield {
+                "id": f"{sub_task}_{index}",
+                "task": "multiple_choice_qa",
+                "video": f"{MVBENCH_FOLDERS[sub_task]}/{entry['video']}",
+                "duration_s": clip[1] - clip[0] if clip else None,
+                "clip": clip,
+                "image_fps": entry.get("fps"),  # one sub-task's videos are folders of images
+                "query": entry["question"],
+                "options": entry["candidates"],
+                "category": sub_task,
+                "target": {"answer": entry["answer"]},
+            }
+
+
+def read_videomme(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
+    """Video-MME: the parquet file; a split is a length class: short, medium or long."""
+    for path in annotations:
+        for entry in read_table(path):
+            if split in (None, entry["duration"]):
+                yield {
+                    "id": entry["question_id"],
+                    "task": "multiple_choice_qa",
+                    "video": entry["videoID"],
+                    "duration_s": None,
+                    "query": entry["question"],
+                    "options": _without_labels(entry["options"]),
+                    "category": f"{entry['duration']}/{entry['task_type']}",
+                    "target": {"choice": entry["answer"]},
+                }
+
+
+def read_perception_test(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
+    """Perception Test: ``{video: {metadata, mc_question: []}}``; a split is the metadata's."""
+    for path in annotations:
+        for video, entry in read_json(path).items():
+            metadata = entry["metadata"]
+            if split in (None, metadata["split"]):
+                for question in entry["mc_question"]:
+                    yield _perception_row(video, metadata, question)
+
+
+def _perception_row(video: str, metadata: dict[str, Any], question: dict[str, Any]) -> Row:
+    return {
+        "id": f"{video}_{question['id']}",
+        "task": "multiple_choice_qa",
+        "video": video,
+        "duration_s": metadata["num_frames"] / metadata["frame_rate"],
+        "query": question["question"],
+        "options": question["options"],
+        "category": question["area"],
+        "target": {"choice": OPTION_LETTERS[question["answer_id"]]},
+    }
+
+
+def read_vidtab_quality(annotations: tuple[Path, ...]) -> Iterator[Row]:
+    """VidTAB's quality task: a JSON list of ``video``, ``instruction`` and ``answer``."""
+    for path in annotations:
+        for entry in read_json(path):
+            yield {
+                "id": Path(entry["video"]).stem,
+                "task": "quality",
+                "video": entry["video"],
+                "duration_s": None,
+                "query": entry["instruction"],
+                "target": {"label": entry["answer"]},
+            }

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.types import (
+    Box,
+    CaptionTarget,
+    ChoiceTarget,
+    GroundedChoiceTarget,
+    GroundingTarget,
+    Interval,
+    QualityTarget,
+    Task,
+    TrackingTarget,
+    VideoSample,
+)
+
+BOX = Box(0.1, 0.2, 0.3, 0.4)
+GROUNDING = GroundingTarget(Interval(1.0, 2.0))
+
+
+def sample(**changes: Any) -> VideoSample:
+    return VideoSample(**{"id": "a", "video": "a.mp4", "target": GROUNDING, "query": "a dog barks", **changes})
+
+
+@pytest.mark.parametrize("bounds", [(2.0, 1.0), (1.0, 1.0), (-0.1, 1.0), (0.0, float("inf")), (float("nan"), 1.0)])
+def test_interval_refuses_what_is_no_span(bounds: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="0 <= start < end"):
+        Interval(*bounds)
+
+
+def test_interval_duration() -> None:
+    assert Interval(1.5, 4.0).duration_s == 2.5
+
+
+@pytest.mark.parametrize(
+    "edges", [(0.3, 0.2, 0.1, 0.4), (0.1, 0.4, 0.3, 0.4), (-0.01, 0.2, 0.3, 0.4), (0.1, 0.2, 1.01, 0.4)]
+)
+def test_box_refuses_inverted_empty_and_outside(edges: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="x0 < x1"):
+        Box(*edges)
+
+
+@pytest.mark.parametrize(
+    ("target", "extra", "task"),
+    [
+        (GROUNDING, {}, Task.TEMPORAL_GROUNDING),
+        (TrackingTarget((BOX, BOX)), {}, Task.TRACKING),
+        (GroundedChoiceTarget("B", (Interval(0, 1),)), {"options": ("x", "y")}, Task.GROUNDED_QA),
+        (ChoiceTarget("A"), {"options": ("x",)}, Task.MULTIPLE_CHOICE_QA),
+        (CaptionTarget("A dog barks.", ()), {"query": ""}, Task.CAPTIONING),
+        (QualityTarget("high quality"), {}, Task.QUALITY),
+    ],
+)
+def test_the_target_decides_the_task(target: Any, extra: dict[str, Any], task: Task) -> None:
+    assert sample(target=target, **extra).task == task
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": ""}, "id is empty"),
+        ({"video": ""}, "video is empty"),
+        ({"video": ()}, "video is empty"),
+        ({"query": "  "}, "query is empty"),
+        ({"duration_s": 0.0}, "duration_s must be positive"),
+        ({"duration_s": float("nan")}, "duration_s must be positive"),
+        ({"duration_s": 1.0}, "starts at 1.0 s, after the video's 1.0 s"),
+        ({"options": ("x", "y")}, "temporal_grounding has none"),
+        ({"target": ChoiceTarget("A")}, "need 1 to 7, got 0"),
+        ({"target": ChoiceTarget("C"), "options": ("x", "y")}, "'C' is not one of the options' letters AB"),
+        ({"target": ChoiceTarget(""), "options": ("x", "y")}, "'' is not one of"),
+        ({"query": "what is <|video_pad|>?"}, r"<\|video_pad\|> stands for something else"),
+        ({"target": ChoiceTarget("A"), "options": ("<|im_end|>", "y")}, r"<\|im_end\|>"),
+    ],
+)
+def test_sample_refuses_contradictions(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(**changes)
+
+
+@pytest.mark.parametrize("num_boxes", [0, 1, 7])
+def test_tracking_needs_pairs_of_frames(num_boxes: int) -> None:
+    with pytest.raises(ValueError, match="even number of frames"):
+        TrackingTarget((BOX,) * num_boxes)
+
+
+def test_grounded_answer_needs_a_span_and_texts_need_words() -> None:
+    with pytest.raises(ValueError, match="at least one supporting interval"):
+        GroundedChoiceTarget("A", ())
+    with pytest.raises(ValueError, match="caption is empty"):
+        CaptionTarget(" ")
+    with pytest.raises(ValueError, match="label is empty"):
+        QualityTarget("")
+
+
+def test_a_span_may_end_after_the_video_and_samples_are_immutable() -> None:
+    overrun = sample(duration_s=1.5)
+    assert overrun.intervals == (Interval(1.0, 2.0),)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        overrun.id = "b"  # type: ignore[misc]
