@@ -22,6 +22,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from vcr1_kernels import swiglu
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.attention import PackedAttention
@@ -62,20 +63,25 @@ def _parameter_device(config: TransformerConfig) -> torch.device:
     return torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
 
 
-class SelfContainedMLP(MLP):
-    """An MLP that adds its output bias itself.
+class PackedMLP(MLP):
+    """megatron-core's MLP with vcr1_kernels' SwiGLU inside, which adds its output bias itself.
 
-    megatron-core's hands the bias parameter out, to be added by the layer. Under ``recompute_modules=["mlp"]`` it
-    becomes an output of the checkpointed function and gets a history of its own: backward then recurses through
-    all layers and microbatches.
+    megatron-core's own hands the bias parameter out, to be added by the layer. Under ``recompute_modules=["mlp"]`` it
+    becomes an output of the checkpointed function and gets a history of its own: backward then recurses through all
+    layers and microbatches.
     """
 
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules) -> None:
         group = parallel_state.get_tensor_model_parallel_group()
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        output, bias = super().forward(hidden_states, *args, **kwargs)
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """[rows, 1, hidden_size] to the same shape."""
+        inner, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            inner = inner + bias
+        inner = swiglu(inner) if self.config.gated_linear_unit else self.activation_func(inner)
+        output, bias = self.linear_fc2(inner)
         return (output if bias is None else output + bias), None
 
 
@@ -149,7 +155,7 @@ def _layer_spec(
         ),
     )
     mlp = ModuleSpec(
-        module=SelfContainedMLP,
+        module=PackedMLP,
         submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=backend.row_parallel_linear()),
     )
     return ModuleSpec(

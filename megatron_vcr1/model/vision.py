@@ -24,8 +24,8 @@ Grid = tuple[int, int, int]  # patches in time, height, width
 ROTARY_BASE = 10_000.0
 
 
-def window_order(grids: Sequence[Grid], config: VisionConfig) -> tuple[Tensor, tuple[int, ...]]:
-    """Merge units (blocks of merge_size x merge_size patches) sorted by attention window.
+def window_order(grid: Grid, config: VisionConfig) -> tuple[Tensor, tuple[int, ...]]:
+    """Merge units (blocks of merge_size x merge_size patches) of an image or video, sorted by attention window.
 
     Windows tile each temporal step from its top left corner; those at the right and lower edge may be smaller.
 
@@ -34,29 +34,22 @@ def window_order(grids: Sequence[Grid], config: VisionConfig) -> tuple[Tensor, t
         lengths: patches of each window, in that order.
     """
     assert config.window_size is not None
+    num_steps, rows, columns = grid[0], grid[1] // config.merge_size, grid[2] // config.merge_size
     side = config.window_size // config.merge_size // config.patch_size  # units
-    orders, lengths, first_unit = [], [], 0
-    for num_steps, height, width in grids:
-        rows, columns = height // config.merge_size, width // config.merge_size
-        step, row, column = torch.meshgrid(
-            torch.arange(num_steps), torch.arange(rows), torch.arange(columns), indexing="ij"
-        )
-        windows_down, windows_across = -(-rows // side), -(-columns // side)
-        window = ((step * windows_down + row // side) * windows_across + column // side).flatten()
-        orders.append(window.argsort(stable=True) + first_unit)
-        lengths += (window.bincount() * config.patches_per_token).tolist()
-        first_unit += window.numel()
-    return torch.cat(orders), tuple(lengths)
+    windows_down, windows_across = -(-rows // side), -(-columns // side)
+    step, row, column = torch.meshgrid(
+        torch.arange(num_steps), torch.arange(rows), torch.arange(columns), indexing="ij"
+    )
+    window = ((step * windows_down + row // side) * windows_across + column // side).flatten()
+    return window.argsort(stable=True), tuple((window.bincount() * config.patches_per_token).tolist())
 
 
-def patch_coordinates(grids: Sequence[Grid], merge_size: int) -> Tensor:
-    """Row and column of every patch in its frame, int64 [patches, 2], merge units contiguous."""
-    pieces = []
-    for num_steps, height, width in grids:
-        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        units = torch.stack((row, column), dim=-1).unfold(0, merge_size, merge_size).unfold(1, merge_size, merge_size)
-        pieces.append(units.permute(0, 1, 3, 4, 2).reshape(-1, 2).repeat(num_steps, 1))
-    return torch.cat(pieces)
+def patch_coordinates(grid: Grid, merge_size: int) -> Tensor:
+    """Row and column of every patch in its frame, int64 [units, merge_size ** 2, 2]."""
+    num_steps, height, width = grid
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    units = torch.stack((row, column), dim=-1).unfold(0, merge_size, merge_size).unfold(1, merge_size, merge_size)
+    return units.permute(0, 1, 3, 4, 2).reshape(-1, merge_size**2, 2).repeat(num_steps, 1, 1)
 
 
 def rotary_angles(coordinates: Tensor, head_dim: int) -> Tensor:
@@ -175,20 +168,27 @@ class VisionTower(MegatronModule):
         Returns:
             [tokens, out_hidden_size]: the features of every input, in order.
         """
-        vision, weight = self.vision, self.patch_embed.weight
+        vision = self.vision
         grids = [item.grid_thw for item in inputs]
-        patches = torch.cat([self._patches(item, weight) for item in inputs])
-        coordinates = patch_coordinates(grids, vision.merge_size)
         steps = tuple(height * width for num_steps, height, width in grids for _ in range(num_steps))
-        order, windows = None, None
-        if vision.window_size is not None:
-            order, windows = window_order(grids, vision)
-            patches, coordinates = (_reorder_units(x, order, vision.patches_per_token) for x in (patches, coordinates))
-        hidden = self._encode(self.patch_embed(patches), coordinates, steps, windows)
-        features = self.merger(hidden)
-        return features if order is None else features[order.argsort().to(features.device)]
+        if vision.window_size is None:
+            orders = [torch.arange(_num_units(grid, vision)) for grid in grids]
+            windows = None
+        else:
+            ordered = [window_order(grid, vision) for grid in grids]
+            orders = [order for order, _ in ordered]
+            windows = tuple(length for _, lengths in ordered for length in lengths)
+        patches = torch.cat([self._patches(item, order) for item, order in zip(inputs, orders, strict=True)])
+        coordinates = torch.cat(
+            [patch_coordinates(grid, vision.merge_size)[order] for grid, order in zip(grids, orders, strict=True)]
+        )
+        hidden = self._encode(self.patch_embed(patches), coordinates.flatten(0, 1), steps, windows)
+        features = self.merger(hidden).split([len(order) for order in orders])
+        return torch.cat([one[order.argsort().to(one.device)] for one, order in zip(features, orders, strict=True)])
 
-    def _patches(self, item: VisionInput, like: Tensor) -> Tensor:
+    def _patches(self, item: VisionInput, order: Tensor) -> Tensor:
+        """Normalised patches, [patches, patch_dim], merge units in the given order."""
+        like = self.patch_embed.weight
         return frames_to_patches(
             item.frames.to(like.device, non_blocking=True),
             patch_size=self.vision.patch_size,
@@ -196,6 +196,7 @@ class VisionTower(MegatronModule):
             merge_size=self.vision.merge_size,
             mean=self.vision.pixel_mean,
             std=self.vision.pixel_std,
+            unit_order=order.to(like.device),
             dtype=like.dtype,
         )
 
@@ -227,8 +228,8 @@ class VisionTower(MegatronModule):
         return hidden.squeeze(1)[:num_patches]
 
 
-def _reorder_units(patches: Tensor, order: Tensor, patches_per_unit: int) -> Tensor:
-    return patches.unflatten(0, (-1, patches_per_unit))[order.to(patches.device)].flatten(0, 1)
+def _num_units(grid: Grid, config: VisionConfig) -> int:
+    return grid[0] * grid[1] * grid[2] // config.patches_per_token
 
 
 def _bidirectional(lengths: tuple[int, ...], padding: int) -> SegmentLayout:

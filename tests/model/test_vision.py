@@ -13,24 +13,24 @@ from megatron_vcr1.model.vision import patch_coordinates, rotary_angles, window_
 from tests.model import tiny
 
 VISION = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict()).vision
-GRIDS = [[(1, 2, 2)], [(1, 10, 6)], [(3, 4, 14), (1, 6, 6)], [(2, 16, 8), (1, 2, 18), (5, 4, 4)]]
+GRIDS = [(1, 2, 2), (1, 10, 6), (3, 4, 14), (2, 16, 8), (1, 2, 18), (5, 4, 4)]
 
 
-@pytest.mark.parametrize("grids", GRIDS)
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("window_size", [28, 56, 112])
-def test_window_order_equals_transformers(grids: list[tuple[int, int, int]], window_size: int) -> None:
-    order, lengths = window_order(grids, dataclasses.replace(VISION, window_size=window_size))
+def test_window_order_equals_transformers(grid: tuple[int, int, int], window_size: int) -> None:
+    order, lengths = window_order(grid, dataclasses.replace(VISION, window_size=window_size))
     expected_order, boundaries = vision_utils.get_vision_window_index(
-        torch.tensor(grids), spatial_merge_size=2, window_size=window_size, patch_size=14
+        torch.tensor([grid]), spatial_merge_size=2, window_size=window_size, patch_size=14
     )
     assert torch.equal(order, expected_order)
     assert list(lengths) == boundaries.diff().tolist()
 
 
-@pytest.mark.parametrize("grids", GRIDS)
-def test_patch_coordinates_equal_transformers(grids: list[tuple[int, int, int]]) -> None:
-    expected = vision_utils.get_vision_position_ids(torch.tensor(grids), 2)
-    assert torch.equal(patch_coordinates(grids, 2), expected)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_patch_coordinates_equal_transformers(grid: tuple[int, int, int]) -> None:
+    expected = vision_utils.get_vision_position_ids(torch.tensor([grid]), 2)
+    assert torch.equal(patch_coordinates(grid, 2).flatten(0, 1), expected)
 
 
 def test_rotary_angles_turn_half_with_rows_and_half_with_columns() -> None:
