@@ -1,0 +1,173 @@
+"""From chat messages to what the model eats: token ids with expanded vision pads, and resized frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vcr1.data.images import read_image
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.resize import resize_frame, smart_resize
+from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
+
+Message = Mapping[str, Any]
+"""`{"role": str, "content": str | list of parts}`; a part is `{"type": "text" | "image" | "video", <type>: ...}`."""
+
+VIDEO_OPTIONS = (
+    "fps",
+    "min_frames",
+    "max_frames",
+    "total_pixels",
+    "min_pixels",
+    "max_pixels",
+    "start_s",
+    "end_s",
+    "image_fps",
+)
+IMAGE_OPTIONS = ("min_pixels", "max_pixels")
+
+
+@dataclass(frozen=True, slots=True)
+class VisionInput:
+    """One image or video, ready for the vision tower."""
+
+    frames: Tensor
+    """uint8 [num_frames, height, width, 3], resized: height and width are multiples of patch_size * merge_size."""
+    grid_thw: tuple[int, int, int]
+    """Patches in time, height and width."""
+    seconds_per_grid: float | None
+    """True time that one step of the grid's first axis covers; None for an image."""
+
+    def num_tokens(self, merge_size: int) -> int:
+        """Language-model tokens that this input fills."""
+        time, height, width = self.grid_thw
+        return time * height * width // merge_size**2
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt for the model: text and vision inputs."""
+
+    token_ids: Tensor
+    """int64 [num_tokens]; every vision pad is repeated once for each token of its input."""
+    vision: tuple[VisionInput, ...]
+    """In the order in which their pads appear in `token_ids`."""
+
+
+def encode_messages(
+    messages: Sequence[Message],
+    processor: PromptProcessor,
+    *,
+    add_generation_prompt: bool = True,
+    read: Callable[..., VideoFrames] = read_frames,
+) -> EncodedPrompt:
+    """Encode a conversation with images and videos, exactly as transformers' Qwen2-VL and Qwen2.5-VL processors do.
+
+    Args:
+        messages: `content` is a string or a list of `{"type": "text", "text": str}`, `{"type": "image", "image": path}`
+            and `{"type": "video", "video": path or list of frame paths}` parts. An image part may set min_pixels and
+            max_pixels, a video part any of VIDEO_OPTIONS, which `read_frames` explains.
+        processor: the model's tokenizer, chat template and patch sizes.
+        add_generation_prompt: end with the opening of the assistant's turn.
+        read: what decodes a video: `read_frames`, or one with other defaults or in another process.
+
+    Raises:
+        VideoError: an image or video cannot be read; names the file and the reason.
+        ValueError: a part is malformed, or its text holds a vision token, which would be taken for a picture.
+    """
+    vision = []
+    for where, part in _parts(messages):
+        kind = part.get("type")
+        if kind not in ("text", "image", "video"):
+            raise ValueError(f"{where}: type is {kind!r}; use 'text', 'image' or 'video'")
+        if kind not in part:
+            raise ValueError(f"{where}: the key {kind!r} is missing")
+        if kind == "text":
+            _refuse_vision_tokens(part["text"], processor, where)
+        elif kind == "image":
+            vision.append(_encode_image(part, processor, where))
+        else:
+            vision.append(_encode_video(part, processor, read, where))
+    text = processor.render(messages, add_generation_prompt=add_generation_prompt)
+    token_ids = expand_vision_pads(processor.tokenize(text), vision, processor)
+    return EncodedPrompt(token_ids, tuple(vision))
+
+
+def expand_vision_pads(token_ids: Tensor, vision: Sequence[VisionInput], processor: PromptProcessor) -> Tensor:
+    """Repeat each vision pad as often as its input has tokens.
+
+    Args:
+        token_ids: int64 [num_text_tokens], one pad for each input.
+
+    Returns:
+        int64 [num_tokens].
+
+    Raises:
+        ValueError: the pads are not as many as the inputs: the chat template does not fit this kind of model.
+    """
+    is_pad = (token_ids == processor.image_token_id) | (token_ids == processor.video_token_id)
+    if int(is_pad.sum()) != len(vision):
+        raise ValueError(
+            f"the chat template wrote {int(is_pad.sum())} vision tokens for {len(vision)} images and videos; "
+            "use the model's own chat template"
+        )
+    repeats = torch.ones_like(token_ids)
+    repeats[is_pad] = torch.tensor([one.num_tokens(processor.merge_size) for one in vision], dtype=torch.int64)
+    return token_ids.repeat_interleave(repeats)
+
+
+def encode_frames(video: VideoFrames, processor: PromptProcessor) -> VisionInput:
+    """A decoded video as input of the vision tower; an odd last frame shares its grid step with its own repetition."""
+    num_frames, height, width, _ = video.frames.shape
+    grid_t = -(-num_frames // processor.temporal_patch_size)
+    grid_thw = (grid_t, height // processor.patch_size, width // processor.patch_size)
+    seconds_per_grid = processor.temporal_patch_size * video.duration_s / num_frames
+    return VisionInput(video.frames, grid_thw, seconds_per_grid)
+
+
+def _parts(messages: Sequence[Message]) -> Iterator[tuple[str, Message]]:
+    """Every part of a conversation, with where it stands; a message that is a string is one part."""
+    for index, message in enumerate(messages):
+        if not {"role", "content"} <= set(message):
+            raise ValueError(f"messages[{index}]: needs the keys 'role' and 'content'")
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part_index, part in enumerate(parts):
+            yield f"messages[{index}].content[{part_index}]", part
+
+
+def _encode_video(
+    part: Message, processor: PromptProcessor, read: Callable[..., VideoFrames], where: str
+) -> VisionInput:
+    options = _options(part, "video", VIDEO_OPTIONS, where)
+    return encode_frames(read(part["video"], factor=processor.factor, **options), processor)
+
+
+def _encode_image(part: Message, processor: PromptProcessor, where: str) -> VisionInput:
+    bounds = {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
+    bounds |= _options(part, "image", IMAGE_OPTIONS, where)
+    image = read_image(part["image"])
+    try:
+        height, width = smart_resize(*image.shape[:2], factor=processor.factor, **bounds)
+    except ValueError as error:
+        raise VideoError(part["image"], str(error)) from error
+    grid_thw = (1, height // processor.patch_size, width // processor.patch_size)
+    return VisionInput(resize_frame(image, height, width).unsqueeze(0), grid_thw, None)
+
+
+def _options(part: Message, kind: str, allowed: Sequence[str], where: str) -> dict[str, Any]:
+    """The options of an image or video part; an unknown key is an error, since ignoring it would change the input."""
+    options = {key: value for key, value in part.items() if key not in ("type", kind)}
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; {kind} parts may have {', '.join(allowed)}")
+    return options
+
+
+def _refuse_vision_tokens(text: str, processor: PromptProcessor, where: str) -> None:
+    for token in processor.vision_tokens:
+        if token in text:
+            raise ValueError(f"{where}: the text holds {token!r}, which stands for a picture; remove it from the data")

@@ -1,0 +1,140 @@
+"""The input side of a Hugging Face model directory: tokenizer, chat template, patch sizes and vision token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+@dataclass(frozen=True)
+class PromptProcessor:
+    """What turns messages, images and videos into a Qwen-VL model's input. transformers' own needs torchvision."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str
+    image_token_id: int
+    video_token_id: int
+    vision_tokens: tuple[str, ...] = VISION_TOKENS
+    """Strings that the tokenizer reads as vision tokens; a prompt's text must not hold them."""
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    min_pixels: int = 56 * 56
+    """Least area of an image after resizing; a video's bounds are its reader's."""
+    max_pixels: int = 28 * 28 * 1280
+
+    @property
+    def factor(self) -> int:
+        """Sides of a resized frame are multiples of this; factor x factor pixels make one token."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_pretrained(cls, model_dir: str | Path) -> PromptProcessor:
+        """Read a model directory saved by transformers 4 or 5.
+
+        Raises:
+            FileNotFoundError: not a directory, or it has no config.json or no processor file.
+            ValueError: no chat template, no vision token ids, or images and videos are cut into different patches.
+        """
+        folder = Path(model_dir)
+        config = _read_json(folder / "config.json")
+        if config is None:
+            raise FileNotFoundError(f"{folder / 'config.json'}: not found; give a Hugging Face model directory")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return cls(
+            tokenizer=tokenizer,
+            chat_template=_chat_template(folder, tokenizer),
+            image_token_id=_token_id(config, "image_token_id", tokenizer, "<|image_pad|>", folder),
+            video_token_id=_token_id(config, "video_token_id", tokenizer, "<|video_pad|>", folder),
+            **_vision_settings(folder),
+        )
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text, with one vision pad for each image or video."""
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def tokenize(self, text: str) -> Tensor:
+        """Token ids, int64 [num_tokens]."""
+        return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64)
+
+    def decode(self, token_ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids [num_tokens]."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The processor's template, where there is one, goes before the tokenizer's, which may know text only."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    legacy = _read_json(folder / "chat_template.json")
+    template = legacy["chat_template"] if legacy else tokenizer.chat_template
+    if not isinstance(template, str):
+        raise ValueError(f"{folder}: no chat template; add the model's chat_template.jinja or chat_template.json")
+    return template
+
+
+def _token_id(config: Mapping[str, Any], key: str, tokenizer: PreTrainedTokenizerBase, token: str, folder: Path) -> int:
+    token_id = config.get(key, tokenizer.get_vocab().get(token))
+    if token_id is None:
+        raise ValueError(f"{folder / 'config.json'}: no {key}, and the tokenizer has no {token}")
+    return int(token_id)
+
+
+def _vision_settings(folder: Path) -> dict[str, Any]:
+    """Patch sizes, normalisation and an image's pixel bounds.
+
+    transformers 5 saves processor_config.json with one section for images and one for videos; before it, a video
+    shared preprocessor_config.json with the images or had a video_preprocessor_config.json of its own.
+    """
+    combined = _read_json(folder / "processor_config.json") or {}
+    image = combined.get("image_processor") or _read_json(folder / "preprocessor_config.json")
+    video = combined.get("video_processor") or _read_json(folder / "video_preprocessor_config.json")
+    if image is None:
+        raise FileNotFoundError(
+            f"{folder}: neither processor_config.json nor preprocessor_config.json has image settings"
+        )
+    defaults: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    defaults |= {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    settings = {key: image.get(key, default) for key, default in defaults.items()}
+    for key, default in defaults.items():
+        if video is not None and video.get(key, default) != settings[key]:
+            raise ValueError(f"{folder}: {key} is {settings[key]} for images and {video.get(key, default)} for videos")
+    settings["image_mean"] = tuple(settings["image_mean"])
+    settings["image_std"] = tuple(settings["image_std"])
+    return settings | _image_pixel_bounds(image)
+
+
+def _image_pixel_bounds(image: Mapping[str, Any]) -> dict[str, int]:
+    """min_pixels and max_pixels under each of the names that transformers has given them."""
+    size = image.get("size") or {}
+    bounds = {}
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = image.get(key) or size.get(edge) or size.get(key)
+        if value is not None:
+            bounds[key] = int(value)
+    return bounds

@@ -1,0 +1,365 @@
+"""Prompts against transformers' own processors: token ids, frames, grids and seconds per grid."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from vcr1_kernels import frames_to_patches
+
+from megatron_vcr1.data.encoding import encode_frames, encode_messages
+from megatron_vcr1.data.processor import VISION_TOKENS, PromptProcessor
+from megatron_vcr1.data.video import VideoFrames, read_frames
+from tests.data.video_clips import write_clip
+
+# As the published template does it: one pad for each picture, a system turn where there is none.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nHelp.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+IMAGE_SETTINGS = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+
+
+def write_model_dir(folder: Path, family: str = "qwen2_5_vl") -> Path:
+    """Everything of a published model's directory but the weights, with a byte-level tokenizer."""
+    folder.mkdir()
+    special = ["<|im_start|>", "<|im_end|>", *VISION_TOKENS]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": special})
+    fast.save_pretrained(folder)
+    config = {"model_type": family, "image_token_id": 260, "video_token_id": 261}
+    config |= {"vision_start_token_id": 258, "vision_end_token_id": 259}
+    assert [fast.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|video_pad|>")] == [260, 261]
+    _write(folder / "config.json", config)
+    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": PROCESSORS[family]}
+    _write(folder / "preprocessor_config.json", IMAGE_SETTINGS | names)
+    _write(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    return folder
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def processor(model_dir: Path) -> PromptProcessor:
+    return PromptProcessor.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clip.mp4 of 1.6 s and 112 x 112 pixels; photo.png of 231 x 197."""
+    folder = tmp_path_factory.mktemp("media")
+    write_clip(folder / "clip.mp4")
+    picture = np.random.default_rng(0).integers(0, 256, (197, 231, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(folder / "photo.png")
+    return folder
+
+
+def conversation(media: Path) -> list[dict[str, Any]]:
+    """Images and videos mixed, several turns, letters beyond ASCII."""
+    photo = {"type": "image", "image": str(media / "photo.png")}
+    clip = {"type": "video", "video": str(media / "clip.mp4"), "fps": 10, "max_frames": 10, "min_pixels": 20 * 784}
+    return [
+        {"role": "user", "content": [clip, {"type": "text", "text": "Wann? 何时?"}, photo]},
+        {"role": "assistant", "content": "<answer>0.40 to 1.20</answer>"},
+        {"role": "user", "content": [photo | {"max_pixels": 80 * 784}, clip | {"fps": 2, "min_pixels": 16 * 784}]},
+    ]
+
+
+def test_pads_are_expanded_in_order(processor: PromptProcessor, media: Path) -> None:
+    prompt = encode_messages(conversation(media), processor)
+    assert prompt.token_ids.dtype == torch.int64
+    assert [one.grid_thw for one in prompt.vision] == [(5, 10, 10), (1, 14, 16), (1, 14, 16), (2, 8, 8)]
+    assert [one.seconds_per_grid for one in prompt.vision] == pytest.approx([0.32, None, None, 0.8])
+    assert [tuple(one.frames.shape) for one in prompt.vision] == [
+        (10, 140, 140, 3),
+        (1, 196, 224, 3),
+        (1, 196, 224, 3),
+        (4, 112, 112, 3),
+    ]
+    pads = prompt.token_ids[(prompt.token_ids == 260) | (prompt.token_ids == 261)].tolist()
+    assert pads == [261] * 125 + [260] * 56 + [260] * 56 + [261] * 32
+    without_pads = prompt.token_ids[(prompt.token_ids != 260) & (prompt.token_ids != 261)]
+    assert processor.decode(without_pads, skip_special_tokens=False) == processor.render(conversation(media)).replace(
+        "<|video_pad|>", ""
+    ).replace("<|image_pad|>", "")
+
+
+def test_text_alone(processor: PromptProcessor) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    prompt = encode_messages(messages, processor)
+    text = "<|im_start|>system\nHelp.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.decode(prompt.token_ids, skip_special_tokens=False) == text
+    assert prompt.vision == ()
+    open_ended = encode_messages(messages, processor, add_generation_prompt=False)
+    assert torch.equal(open_ended.token_ids, prompt.token_ids[: len(open_ended.token_ids)])
+
+
+def test_an_image_is_resized_as_transformers_does(processor: PromptProcessor, media: Path) -> None:
+    messages = [{"role": "user", "content": [{"type": "image", "image": str(media / "photo.png")}]}]
+    (image,) = encode_messages(messages, processor).vision
+    theirs = Qwen2VLImageProcessorPil(**IMAGE_SETTINGS)(Image.open(media / "photo.png"), return_tensors="pt")
+    assert theirs["image_grid_thw"].tolist() == [list(image.grid_thw)]
+    # Pillow, which that processor uses, differs by one of 255 levels at most; test_transformers compares exactly.
+    one_level = 1 / 255 / min(processor.image_std)
+    torch.testing.assert_close(patches(image.frames, processor), theirs["pixel_values"], atol=one_level * 1.01, rtol=0)
+
+
+def patches(frames: torch.Tensor, processor: PromptProcessor) -> torch.Tensor:
+    return frames_to_patches(
+        frames,
+        patch_size=processor.patch_size,
+        temporal_patch_size=processor.temporal_patch_size,
+        merge_size=processor.merge_size,
+        mean=processor.image_mean,
+        std=processor.image_std,
+    )
+
+
+def test_an_odd_last_frame_fills_a_grid_step(processor: PromptProcessor) -> None:
+    video = VideoFrames(torch.zeros(5, 56, 84, 3, dtype=torch.uint8), (0.0, 1.0, 2.0, 3.0, 4.0), 5.0, "images")
+    encoded = encode_frames(video, processor)
+    assert encoded.grid_thw == (3, 4, 6)
+    assert encoded.num_tokens(processor.merge_size) == 18
+    assert encoded.seconds_per_grid == 2.0
+
+
+def test_the_reader_is_given_the_options_and_the_factor(processor: PromptProcessor) -> None:
+    seen = {}
+
+    def read(path: str, **options: Any) -> VideoFrames:
+        seen.update(options, path=path)
+        return VideoFrames(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), (0.0, 0.5), 1.0, "images")
+
+    part = {"type": "video", "video": "a.mp4", "fps": 3, "start_s": 1.5, "end_s": 4}
+    encode_messages([{"role": "user", "content": [part]}], processor, read=read)
+    assert seen == {"path": "a.mp4", "fps": 3, "start_s": 1.5, "end_s": 4, "factor": 28}
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "audio", "audio": "a.wav"}, r"messages\[0\]\.content\[1\]: type is 'audio'"),
+        ({"type": "video", "path": "a.mp4"}, r"content\[1\]: the key 'video' is missing"),
+        (
+            {"type": "video", "video": "a.mp4", "nframes": 8},
+            "unknown key 'nframes'; video parts may have fps, min_frames",
+        ),
+        (
+            {"type": "image", "image": "a.png", "fps": 2},
+            "unknown key 'fps'; image parts may have min_pixels, max_pixels",
+        ),
+        ({"type": "text", "text": "<|video_pad|>"}, r"content\[1\]: the text holds '<\|video_pad\|>'"),
+        ({"type": "text"}, r"content\[1\]: the key 'text' is missing"),
+        ({"type": "image", "image": "gone.png"}, r"gone\.png: no such file"),
+        ({"type": "video", "video": "gone.mp4"}, r"gone\.mp4: no such file"),
+    ],
+)
+def test_bad_parts_are_named(processor: PromptProcessor, part: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_messages([{"role": "user", "content": [{"type": "text", "text": "Look:"}, part]}], processor)
+
+
+def test_a_message_without_content_is_named(processor: PromptProcessor) -> None:
+    with pytest.raises(ValueError, match=r"messages\[1\]: needs the keys 'role' and 'content'"):
+        encode_messages([{"role": "user", "content": "Hi"}, {"role": "assistant"}], processor)
+
+
+def test_a_template_without_pictures_is_refused(processor: PromptProcessor, media: Path) -> None:
+    text_only = replace(processor, chat_template="{% for message in messages %}{{ message.role }}{% endfor %}")
+    with pytest.raises(ValueError, match="0 vision tokens for 4 images and videos"):
+        encode_messages(conversation(media), text_only)
+
+
+@pytest.mark.parametrize("layout", ["processor_config", "video_preprocessor_config", "jinja", "size"])
+def test_every_layout_of_a_model_directory(tmp_path: Path, model_dir: Path, layout: str) -> None:
+    folder = write_model_dir(tmp_path / "model")
+    image = json.loads((folder / "preprocessor_config.json").read_text())
+    if layout == "processor_config":  # transformers 5
+        (folder / "preprocessor_config.json").unlink()
+        size = {"shortest_edge": image.pop("min_pixels"), "longest_edge": image.pop("max_pixels")}
+        _write(folder / "processor_config.json", {"image_processor": image | {"size": size}, "video_processor": image})
+    elif layout == "video_preprocessor_config":
+        _write(folder / "video_preprocessor_config.json", image)
+    elif layout == "jinja":
+        (folder / "chat_template.json").unlink()
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    else:
+        size = {"min_pixels": image.pop("min_pixels"), "max_pixels": image.pop("max_pixels")}
+        _write(folder / "preprocessor_config.json", image | {"size": size})
+    ours, plain = PromptProcessor.from_pretrained(folder), PromptProcessor.from_pretrained(model_dir)
+    for name in ("chat_template", "image_token_id", "patch_size", "min_pixels", "max_pixels", "image_mean", "factor"):
+        assert getattr(ours, name) == getattr(plain, name)
+
+
+def test_incomplete_model_directories_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json: not found; give a Hugging Face model directory"):
+        PromptProcessor.from_pretrained(tmp_path / "gone")
+    folder = write_model_dir(tmp_path / "model")
+    _write(folder / "video_preprocessor_config.json", {"patch_size": 16})
+    with pytest.raises(ValueError, match="patch_size is 14 for images and 16 for videos"):
+        PromptProcessor.from_pretrained(folder)
+    (folder / "video_preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"video_preprocessor_config\.json: not valid JSON"):
+        PromptProcessor.from_pretrained(folder)
+    (folder / "video_preprocessor_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither processor_config\.json nor preprocessor_config\.json"):
+        PromptProcessor.from_pretrained(folder)
+
+
+def test_reading_a_processor_needs_no_torchvision(model_dir: Path) -> None:
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "from megatron_vcr1.data.encoding import encode_messages\n"
+        "from megatron_vcr1.data.processor import PromptProcessor\n"
+        f"processor = PromptProcessor.from_pretrained({str(model_dir)!r})\n"
+        "encode_messages([{'role': 'user', 'content': 'Hi'}], processor)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# transformers' processors import torchvision, whose wheel for CUDA works on a CPU torch only if two of its operators
+# are declared first; so they run in a process of their own.
+TRANSFORMERS_SCRIPT = """
+import json, sys
+import torch
+from torch import library
+torchvision = library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    try:
+        torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except RuntimeError:
+        pass  # a torchvision that fits torch has declared it
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
+
+model_dir, request_file, frames_file, result_file = sys.argv[1:]
+request = json.load(open(request_file))
+processor = AutoProcessor.from_pretrained(model_dir)
+videos = [video.permute(0, 3, 1, 2) for video in load_file(frames_file).values()]
+text = processor.apply_chat_template(request["messages"], add_generation_prompt=True)
+result = processor(
+    text=[text],
+    images=[Image.open(file) for file in request["images"]],
+    videos=videos,
+    video_metadata=request["metadata"],
+    images_kwargs={"max_pixels": request["max_pixels"], "min_pixels": request["min_pixels"]},
+    return_tensors="pt",
+)
+save_file({key: torch.as_tensor(value).contiguous() for key, value in result.items()}, result_file)
+"""
+
+
+def run_transformers(
+    torchvision_path: Path,
+    model_dir: Path,
+    messages: list[dict[str, Any]],
+    videos: list[VideoFrames],
+    max_pixels: int,
+    folder: Path,
+) -> dict[str, torch.Tensor]:
+    """What transformers' processor of the model makes of the messages, with the videos' frames as we decoded them."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    request = {
+        "messages": messages,
+        "images": [part["image"] for part in parts if part["type"] == "image"],
+        "metadata": [
+            {"fps": len(video.frames) / video.duration_s, "total_num_frames": len(video.frames)} for video in videos
+        ],
+        "min_pixels": 3136,
+        "max_pixels": max_pixels,
+    }
+    _write(folder / "request.json", request)
+    save_file({f"{index:03}": video.frames for index, video in enumerate(videos)}, folder / "frames.safetensors")
+    (folder / "script.py").write_text(TRANSFORMERS_SCRIPT)
+    files = [folder / name for name in ("request.json", "frames.safetensors", "result.safetensors")]
+    search_path = os.pathsep.join([str(torchvision_path), *filter(None, sys.path)])
+    command = [sys.executable, folder / "script.py", model_dir, *files]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": search_path})
+    return load_file(files[-1])
+
+
+def assert_equal_to_transformers(
+    torchvision_path: Path, model_dir: Path, messages: list[dict[str, Any]], folder: Path
+) -> None:
+    processor = PromptProcessor.from_pretrained(model_dir)
+    videos = []
+
+    def read(path: str, **options: Any) -> VideoFrames:
+        videos.append(read_frames(path, **options))
+        return videos[-1]
+
+    prompt = encode_messages(messages, processor, read=read)
+    theirs = run_transformers(torchvision_path, model_dir, messages, videos, processor.max_pixels, folder)
+    assert torch.equal(prompt.token_ids, theirs["input_ids"][0])
+    for kind, grids, pixels in (
+        ("image", "image_grid_thw", "pixel_values"),
+        ("video", "video_grid_thw", "pixel_values_videos"),
+    ):
+        mine = [one for one in prompt.vision if (one.seconds_per_grid is not None) == (kind == "video")]
+        assert [list(one.grid_thw) for one in mine] == theirs[grids].tolist()
+        my_pixels = torch.cat([patches(one.frames, processor) for one in mine])
+        torch.testing.assert_close(my_pixels, theirs[pixels], atol=1e-6, rtol=1e-6)
+    if "second_per_grid_ts" in theirs:  # Qwen2-VL's positions do not use it
+        seconds = torch.tensor([one.seconds_per_grid for one in prompt.vision if one.seconds_per_grid is not None])
+        torch.testing.assert_close(seconds, theirs["second_per_grid_ts"].to(seconds.dtype))
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_transformers(torchvision_path: Path, tmp_path: Path, media: Path, family: str) -> None:
+    messages = conversation(media)
+    messages[-1]["content"][0].pop("max_pixels")  # transformers has one bound for all images
+    assert_equal_to_transformers(torchvision_path, write_model_dir(tmp_path / "model", family), messages, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["Qwen2.5-VL-7B-Instruct"])
+def test_transformers_with_the_real_tokenizer_and_videos(
+    torchvision_path: Path, realdata: Path, tmp_path: Path, media: Path, model: str
+) -> None:
+    messages = conversation(media)
+    for part in messages[0]["content"] + messages[2]["content"]:
+        part.pop("max_pixels", None)
+        if part["type"] == "video":
+            part["video"] = str(realdata / "videos" / "llamafactory_3.mp4")
+    assert_equal_to_transformers(torchvision_path, realdata / "qwen" / "Qwen2.5-VL-7B-Instruct", messages, tmp_path)
+
+
+def test_real_chat_template(realdata: Path) -> None:
+    processor = PromptProcessor.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct")
+    assert (processor.image_token_id, processor.video_token_id) == (151655, 151656)
+    assert (processor.min_pixels, processor.max_pixels) == (3136, 12845056)
+    prompt = encode_messages([{"role": "user", "content": "hi"}], processor)
+    system = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
+    assert prompt.token_ids.tolist() == [*system, 151644, 872, 198, 6023, 151645, 198, 151644, 77091, 198]

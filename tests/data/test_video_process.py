@@ -1,0 +1,74 @@
+"""The reader in a process of its own: the same frames, and a crash or a hang costs one video."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vcr1.data.video import VideoError, read_frames
+from megatron_vcr1.data.video_process import VideoReader
+from tests.data.video_clips import write_clip
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[VideoReader]:
+    with VideoReader() as reader:
+        yield reader
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("process") / "clip.mp4")
+
+
+def test_it_gives_what_read_frames_gives(reader: VideoReader, clip: Path) -> None:
+    for options in ({}, {"fps": 10.0}, {"max_pixels": 20 * 784, "min_frames": 2}):
+        other, here = reader.read_frames(clip, **options), read_frames(clip, **options)  # type: ignore[arg-type]
+        assert torch.equal(other.frames, here.frames)
+        assert (other.timestamps_s, other.duration_s, other.backend) == (
+            here.timestamps_s,
+            here.duration_s,
+            here.backend,
+        )
+
+
+def test_errors_come_through(reader: VideoReader, clip: Path) -> None:
+    with pytest.raises(VideoError, match=r"gone\.mp4: no such file"):
+        reader.read_frames("gone.mp4")
+    with pytest.raises(VideoError, match=r"gone\.png: no such file"):
+        reader.read_frames(["gone.png"])
+    with pytest.raises(ValueError, match="fps must be above 0"):
+        reader.read_frames(clip, fps=0)
+    with pytest.raises(ValueError, match="owns the GPU"):
+        reader.read_frames(clip, backend="dali-gpu")
+
+
+def test_a_crash_costs_one_video(reader: VideoReader, clip: Path) -> None:
+    reader.read_frames(clip)
+    process = reader._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSEGV)
+    with pytest.raises(VideoError, match=r"clip\.mp4: the decoder crashed \(SIGSEGV\)"):
+        reader.read_frames(clip)
+    assert reader.read_frames(clip).frames.shape[0] == 4
+
+
+def test_a_hang_is_ended_by_the_time_limit(reader: VideoReader, clip: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "never.mp4"
+    os.mkfifo(pipe)  # opening it blocks for ever
+    with pytest.raises(VideoError, match=r"never\.mp4: the decoder hung and was ended by the time limit"):
+        reader.read_frames(pipe, time_limit_s=0.2)
+    assert reader.read_frames(clip).frames.shape[0] == 4
+
+
+def test_the_process_ends_with_its_reader(clip: Path) -> None:
+    with VideoReader() as reader:
+        reader.read_frames(clip)
+        process = reader._process
+    assert process is not None
+    assert process.returncode == -signal.SIGKILL
