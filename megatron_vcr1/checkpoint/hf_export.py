@@ -1,0 +1,80 @@
+"""Imported or trained directory to Hugging Face directory, chunk by chunk.
+
+The manifest says where every byte of every safetensors file belongs, so the stored chunks are read once, in any order
+and by any number of processes, and their rows are written to their places. Tensor-parallel training cuts some tensors
+by columns; of those, each row's piece is written on its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vcr1.checkpoint.model_dir import copy_model_files
+from megatron_vcr1.checkpoint.safetensors_io import SafetensorsWriter, create_safetensors
+from megatron_vcr1.checkpoint.stored_model import StoredModel, open_model
+from megatron_vcr1.checkpoint.workers import (
+    Progress,
+    new_directory,
+    no_progress,
+    num_workers,
+    on_every_worker,
+    on_first_worker,
+    rank,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export wrote."""
+
+    num_bytes: int  # of weights
+    casts: dict[str, int]  # changes of dtype ("float32 to bfloat16") and the number of tensors' parts that had them
+
+
+def export_checkpoint(model_dir: Path, out_dir: Path, *, progress: Progress = no_progress) -> ExportResult:
+    """Export an imported or trained directory; of several processes in torch.distributed each takes a share.
+
+    Tensors get the names, dtypes and files that they had when the model was imported.
+
+    Args:
+        model_dir: what `import_checkpoint` or training wrote.
+        out_dir: a new directory, which `transformers` loads.
+        progress: see `workers.Progress`.
+
+    Raises:
+        UserError: bad input, named; ``out_dir`` exists; the disk is too small. Nothing is left under ``out_dir``.
+        OSError: a fault of the disk. Nothing is left under ``out_dir``.
+    """
+    model = open_model(model_dir)
+    with new_directory(out_dir, model.num_bytes) as partial:
+        on_first_worker(lambda: _create_files(partial, model))
+        casts = sum(on_every_worker(lambda: _write_share(model, partial, progress)), Counter[str]())
+        on_first_worker(lambda: copy_model_files(model_dir, partial, manifest=False))
+    return ExportResult(model.num_bytes, dict(casts))
+
+
+def _create_files(directory: Path, model: StoredModel) -> None:
+    for name, header in model.headers.items():
+        create_safetensors(directory / name, header)
+
+
+def _write_share(model: StoredModel, directory: Path, progress: Progress) -> Counter[str]:
+    """Write this process's share of the chunks into the files of ``directory``; returns the changes of dtype."""
+    casts: Counter[str] = Counter()
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(closing(SafetensorsWriter(directory / name))) for name in model.headers}
+        chunks = model.chunks[rank() :: num_workers()]
+        total = sum(chunk.num_bytes for chunk in chunks)
+        for chunk in chunks:
+            for rows in model.read(chunk):
+                for place in model.places[rows.hf_name]:
+                    dtype = place.tensor.dtype
+                    if rows.values.dtype != dtype:
+                        casts[f"{rows.values.dtype} to {dtype}".replace("torch.", "")] += 1
+                    values = rows.values.to(dtype)
+                    writers[place.file].write_rows(place.tensor, rows.row, rows.column, values)
+            progress(chunk.num_bytes, total)
+    return casts

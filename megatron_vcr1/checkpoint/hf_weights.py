@@ -1,0 +1,146 @@
+"""The tensors of a set of safetensors files, found by their published names and checked against the model's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from megatron_vcr1.checkpoint.model_dir import read_headers
+from megatron_vcr1.checkpoint.safetensors_io import SafetensorsHeader, SafetensorsReader, StoredTensor
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.hf_layout import TensorLayout, hf_shapes, published_name
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor and the file that it is in."""
+
+    file: str
+    tensor: StoredTensor
+
+
+def place_tensors(
+    headers: Mapping[str, SafetensorsHeader], layouts: Mapping[str, TensorLayout], where: Path
+) -> dict[str, tuple[Placed, ...]]:
+    """Where every tensor of the model stands, by published name; ``where`` names the directory or file in errors.
+
+    A tensor has one place, but for the embedding of a model that ties it to the head: some programs write the head too.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape, or tensors that become one have different dtypes.
+    """
+    shapes = hf_shapes(layouts)
+    places: dict[str, tuple[Placed, ...]] = {name: () for name in shapes}
+    unexpected = []
+    for file, header in headers.items():
+        for tensor in header.tensors:
+            name = published_name(tensor.name)
+            if name == _HEAD and _HEAD not in shapes:
+                name = _EMBEDDING
+            if name not in shapes:
+                unexpected.append(f"{tensor.name} ({file})")
+            elif tensor.shape != shapes[name]:
+                raise UserError(
+                    f"{where}: {tensor.name} in {file} has shape {tensor.shape}; config.json asks for {shapes[name]}"
+                )
+            else:
+                places[name] += (Placed(file, tensor),)
+    if unexpected:
+        raise UserError(f"{where}: unexpected tensors: {_some(unexpected)}; config.json describes a model without them")
+    missing = [name for name, found in places.items() if not found]
+    if missing:
+        raise UserError(
+            f"{where}: missing tensors: {_some(missing)}; fetch the model's files again, or correct config.json"
+        )
+    for layout in layouts.values():
+        _check_one_dtype(layout, places, where)
+    return places
+
+
+def _check_one_dtype(layout: TensorLayout, places: Mapping[str, tuple[Placed, ...]], where: Path) -> None:
+    dtypes = {place.tensor.name: place.tensor.dtype for name in layout.hf_shapes for place in places[name]}
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise UserError(
+            f"{where}: tensors that become one have different dtypes: {listed}; save the model in one dtype"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+class HfWeights:
+    """The weights of a Hugging Face directory, open for reading by rows."""
+
+    def __init__(self, hf_dir: Path, layouts: Mapping[str, TensorLayout]) -> None:
+        """Open and check all files.
+
+        Raises:
+            UserError: as `read_headers` and `place_tensors`.
+        """
+        self.hf_dir = hf_dir
+        self.headers = read_headers(hf_dir)
+        self.places = place_tensors(self.headers, layouts, hf_dir)
+        with ExitStack() as stack:
+            self._readers = {file: stack.enter_context(SafetensorsReader(hf_dir / file)) for file in self.headers}
+            self._files = stack.pop_all()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.num_bytes for header in self.headers.values() for tensor in header.tensors)
+
+    def dtype(self, layout: TensorLayout) -> torch.dtype:
+        """The dtype of the tensors that ``layout`` is made of."""
+        return self.places[layout.blocks[0].hf_name][0].tensor.dtype
+
+    def read_rows(self, layout: TensorLayout, start: int, rows: Tensor) -> None:
+        """Read rows of a Megatron tensor.
+
+        Args:
+            layout: the Megatron tensor.
+            start: its first row to read.
+            rows: [num_rows, layout.num_columns], contiguous and of the right `dtype`; filled.
+
+        Raises:
+            UserError: a tied model's head differs from its embedding.
+        """
+        for block in layout.blocks_in(start, start + rows.shape[0]):
+            self._fill(block.hf_name, block.hf_row, rows[block.row : block.row + block.num_rows])
+
+    def read_hf_rows(self, name: str, row: int, num_rows: int) -> Tensor:
+        """Rows of a Hugging Face tensor by its published name; [num_rows, num_columns], in the stored dtype."""
+        tensor = self.places[name][0].tensor
+        rows = torch.empty(num_rows, tensor.num_columns, dtype=tensor.dtype)
+        self._fill(name, row, rows)
+        return rows
+
+    def _fill(self, name: str, row: int, rows: Tensor) -> None:
+        first, *copies = self.places[name]
+        self._readers[first.file].read_rows(first.tensor, row, rows)
+        for copy in copies:
+            other = torch.empty_like(rows)
+            self._readers[copy.file].read_rows(copy.tensor, row, other)
+            if not torch.equal(other.view(torch.uint8), rows.view(torch.uint8)):
+                raise UserError(
+                    f"{self.hf_dir}: {first.tensor.name} and {copy.tensor.name} differ, but config.json ties them; "
+                    "set tie_word_embeddings to false"
+                )
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

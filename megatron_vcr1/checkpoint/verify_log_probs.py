@@ -1,0 +1,90 @@
+"""Does a converted checkpoint compute what transformers computes? One prompt with an image, token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from vcr1_kernels import frames_to_patches
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.packed_batch import pack
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.parallel import groups
+
+_NUM_TEXT_TOKENS, _NUM_RESPONSE_TOKENS = 16, 32
+_IMAGE_UNITS = (6, 10)  # merged tokens down and across: more than one attention window
+
+
+def log_prob_differences(hf_dir: Path, model_dir: Path) -> Tensor:
+    """Compare the two models' log-probs of a random response to random text and a random image, in float32.
+
+    Each model is whole in memory, one after the other, on the GPU if there is one; in this process alone.
+
+    Args:
+        hf_dir: loaded by transformers.
+        model_dir: loaded by this package; imported, trained or Hugging Face.
+
+    Returns:
+        float32 [response tokens]: our log-prob minus transformers'.
+    """
+    config = ModelConfig.from_pretrained(model_dir)
+    prompt, response = _probe(config)
+    run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}})
+    with groups.world(run.parallel), torch.inference_mode():
+        expected = _transformers_log_probs(hf_dir, config, prompt, response)
+        model = build_model(config, run).eval()
+        load_model_weights(model, model_dir)
+        batch = pack([Group("probe", prompt, (response,))], config).to(groups.device())
+        return model.log_probs(model(batch), batch.target_ids).cpu() - expected
+
+
+def _probe(config: ModelConfig) -> tuple[EncodedPrompt, Tensor]:
+    """The same random numbers for every model."""
+    generator = torch.Generator().manual_seed(0)
+    down, across = _IMAGE_UNITS
+    merge_size = config.vision.merge_size
+    pixels_a_unit = merge_size * config.vision.patch_size
+    frames = torch.randint(
+        0, 256, (1, down * pixels_a_unit, across * pixels_a_unit, 3), dtype=torch.uint8, generator=generator
+    )
+    image = VisionInput(frames, (1, down * merge_size, across * merge_size), seconds_per_grid=None)
+    num_words = min(config.text.vocab_size, config.image_token_id, config.video_token_id)  # the ids below are text
+    before, after = torch.randint(0, num_words, (2, _NUM_TEXT_TOKENS), generator=generator)
+    pads = torch.full((down * across,), config.image_token_id)
+    response = torch.randint(0, num_words, (_NUM_RESPONSE_TOKENS,), generator=generator)
+    return EncodedPrompt(torch.cat((before, pads, after)), (image,)), response
+
+
+def _transformers_log_probs(hf_dir: Path, config: ModelConfig, prompt: EncodedPrompt, response: Tensor) -> Tensor:
+    """float32 [response tokens]."""
+    from transformers import AutoModelForImageTextToText  # slow to import
+
+    device = groups.device()
+    model = AutoModelForImageTextToText.from_pretrained(hf_dir, dtype=torch.float32).to(device).eval()
+    (image,) = prompt.vision
+    vision = config.vision
+    patches = frames_to_patches(
+        image.frames,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.merge_size,
+        mean=vision.pixel_mean,
+        std=vision.pixel_std,
+    )
+    token_ids = torch.cat((prompt.token_ids, response[:-1])).to(device)
+    output = model(
+        input_ids=token_ids[None],
+        attention_mask=torch.ones_like(token_ids)[None],
+        pixel_values=patches.to(device),
+        image_grid_thw=torch.tensor([image.grid_thw], device=device),
+        mm_token_type_ids=(token_ids == config.image_token_id).int()[None],
+        use_cache=False,
+    )
+    log_probs = output.logits[0, -len(response) :].log_softmax(-1)
+    return log_probs.gather(1, response[:, None].to(device))[:, 0].cpu()

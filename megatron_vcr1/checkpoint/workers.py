@@ -1,0 +1,112 @@
+"""The processes that share a conversion: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_vcr1.errors import UserError
+
+T = TypeVar("T")
+_OTHER_FILES_BYTES = 2**26  # tokenizer, configuration, indices
+
+
+# Called with the bytes that this worker has just done, and with all those that it has to do.
+Progress = Callable[[int, int], object]
+
+
+def no_progress(num_bytes: int, total_bytes: int) -> None:
+    """Shows nothing."""
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_workers() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_every_worker(work: Callable[[], T]) -> list[T]:
+    """Run ``work`` everywhere and return every worker's result, by rank, to all of them.
+
+    A worker that fails on its input or its disk fails on all of them: none waits for one that is gone.
+
+    Raises:
+        UserError, OSError: the error of the first worker that had one.
+    """
+    result: T | None = None
+    failure: UserError | OSError | None = None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        failure = error
+    outcomes = [(result, failure)] * num_workers()
+    if dist.is_initialized():
+        dist.all_gather_object(outcomes, (result, failure))
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def on_first_worker(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and return its result, or raise its UserError or OSError, on all workers."""
+    return on_every_worker(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
+    """A directory that appears under its name complete, or not at all.
+
+    The block, on every worker, fills the directory that it is given. That is beside ``path`` under a temporary name;
+    it is renamed when the block has ended without an error, and removed when it has not.
+
+    Args:
+        path: the final name; must not exist, or be an empty directory.
+        num_bytes: of weights that the block will write; checked against the free space.
+
+    Raises:
+        UserError: ``path`` holds something, its parent does not exist, or the disk lacks the space.
+    """
+    path = path.absolute()
+    partial = on_first_worker(lambda: _make_partial(path, num_bytes))
+    try:
+        yield partial
+        on_first_worker(lambda: _publish(partial, path))
+    finally:
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # gone after _publish
+
+
+def _make_partial(path: Path, num_bytes: int) -> Path:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists; name a new directory, or remove it first")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such directory; create it first")
+    needed, free = num_bytes + _OTHER_FILES_BYTES, shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise UserError(f"{path.parent}: disk full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    return partial
+
+
+def _publish(partial: Path, path: Path) -> None:
+    _sync_directory(partial)
+    os.rename(partial, path)  # replaces an empty directory, refuses any other
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""Small random Hugging Face directories, written by the safetensors package itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.hf_layout import hf_shapes, model_layout
+
+FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+_TEXT = {
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 160,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+}
+_VISION = {
+    "qwen2_5_vl": {"depth": 2, "hidden_size": 48, "intermediate_size": 80, "num_heads": 4, "out_hidden_size": 96},
+    "qwen2_vl": {"depth": 2, "embed_dim": 48, "mlp_ratio": 2, "num_heads": 4, "hidden_size": 96},
+}
+
+
+def small_config(family: str = "qwen2_5_vl", *, tied: bool = False) -> dict[str, Any]:
+    """A config.json in the published layout: two layers of everything, six query heads on two key-value heads."""
+    return {"model_type": family, "tie_word_embeddings": tied, "vision_config": _VISION[family], **_TEXT}
+
+
+def random_weights(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Random tensors under the model's published names."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = hf_shapes(model_layout(ModelConfig.from_dict(config)))
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in sorted(shapes.items())}
+
+
+def write_hf_dir(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], *, num_files: int = 2) -> Path:
+    """Write a directory like the published ones: files with an index, or one without, and others beside them."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "tokenizer.json").write_text('{"note": "copied as it is"}\n')
+    (path / "preprocessor_config.json").write_text("{}")
+    if num_files == 1:
+        safetensors.torch.save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+    weight_map: dict[str, str] = {}
+    names = list(weights)
+    for index in range(num_files):
+        file = f"model-{index + 1:05d}-of-{num_files:05d}.safetensors"
+        shard = {name: weights[name] for name in names[index::num_files]}
+        safetensors.torch.save_file(shard, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total_size = sum(tensor.nbytes for tensor in weights.values())
+    content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
+    return path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory, by name."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}

@@ -1,0 +1,134 @@
+"""Loading into the real model at several layouts, and exporting what a sharded model saves."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_vcr1.checkpoint.hf_export import export_checkpoint
+from megatron_vcr1.checkpoint.hf_import import import_checkpoint
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, copy_model_files
+from megatron_vcr1.config.schema import ParallelSection, RunConfig
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.hf_layout import model_layout, to_megatron
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.parallel import groups
+from tests.checkpoint.hf_dirs import FAMILIES, contents, random_weights, small_config, write_hf_dir
+from tests.gloo import GlooPool
+
+LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "sequence_parallel": True})
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+
+def _load_and_save(hf_dir: Path, imported_dir: Path, saved_dir: Path, parallel: dict[str, Any]) -> int:
+    """Load from both directories, compare bit by bit, save; returns the number of parameters of this rank."""
+    run = RunConfig.model_validate({"model": {"path": hf_dir}, "parallel": parallel})
+    groups.initialize(run.parallel)
+    model = build_model(ModelConfig.from_pretrained(hf_dir), run)
+    loaded = []
+    for source in (hf_dir, imported_dir):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        load_model_weights(model, source)
+        loaded.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+    for name, from_hf in loaded[0].items():
+        assert not from_hf.isnan().any(), f"{name} is not filled"
+        assert torch.equal(from_hf, loaded[1][name]), f"{name} differs"
+    if dist.get_rank() == 0:
+        (saved_dir / MEGATRON_DIR).mkdir(parents=True)
+        copy_model_files(imported_dir, saved_dir)
+    dist.barrier()
+    # megatron-core writes from forked processes, which the pool's daemonic processes may not have, and hears from them
+    # through a manager process of its own, which would outlive the pool; a queue does.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(model.sharded_state_dict(), str(saved_dir / MEGATRON_DIR))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_loads_the_same_weights_and_saves_an_exportable_checkpoint(
+    tmp_path: Path, gloo_pool: GlooPool, family: str
+) -> None:
+    config = small_config(family, tied=family == "qwen2_vl")
+    hf_dir = write_hf_dir(tmp_path / "hf", config, random_weights(config))
+    import_checkpoint(hf_dir, tmp_path / "imported")
+    for index, parallel in enumerate(LAYOUTS):
+        saved_dir = tmp_path / f"saved{index}"
+        num_parameters = gloo_pool.run(_load_and_save, hf_dir, tmp_path / "imported", saved_dir, parallel)
+        if parallel:
+            assert max(num_parameters) < sum(tensor.numel() for tensor in random_weights(config).values())
+        export_checkpoint(saved_dir, saved_dir / "exported")
+        assert contents(saved_dir / "exported") == contents(hf_dir), parallel
+
+
+def _convert(hf_dir: Path, folder: Path) -> None:
+    groups.initialize(ParallelSection())
+    import_checkpoint(hf_dir, folder / "imported")
+    export_checkpoint(folder / "imported", folder / "exported")
+
+
+def test_four_processes_convert_what_one_does(hf_dir: Path, tmp_path: Path, gloo_pool: GlooPool) -> None:
+    gloo_pool.run(_convert, hf_dir, tmp_path)
+    assert len(list((tmp_path / "imported" / MEGATRON_DIR).glob("*.distcp"))) == 4
+    assert contents(tmp_path / "exported") == contents(hf_dir)
+
+
+def _fail_to_convert(hf_dir: Path, out_dir: Path) -> str:
+    groups.initialize(ParallelSection())
+    try:
+        import_checkpoint(hf_dir, out_dir)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_of_one_process_is_the_error_of_all(hf_dir: Path, imported_dir: Path, gloo_pool: GlooPool) -> None:
+    errors = gloo_pool.run(_fail_to_convert, hf_dir, imported_dir)
+    assert errors == [f"{imported_dir}: exists; name a new directory, or remove it first"] * 4
+
+
+class _PaddedEmbedding:
+    """A model of one tensor [192, 96], a padded vocabulary of 160, in four shards: its halves by rows and columns."""
+
+    key = "language_model.embedding.word_embeddings.weight"
+
+    def __init__(self) -> None:
+        self.shards = {f"{row}{column}": torch.full((96, 48), torch.nan) for row in range(2) for column in range(2)}
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        return {
+            name: ShardedTensor.from_rank_offsets(
+                self.key, shard, (0, int(name[0]), 2), (1, int(name[1]), 2), allow_shape_mismatch=True
+            )
+            for name, shard in self.shards.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+        self.shards = state_dict
+
+
+@pytest.mark.parametrize("source", ["hf", "imported"])
+def test_a_padded_vocabulary_is_filled_with_zeros(hf_dir: Path, imported_dir: Path, source: str) -> None:
+    model = _PaddedEmbedding()
+    with groups.world(ParallelSection()):
+        load_model_weights(model, hf_dir if source == "hf" else imported_dir)
+    config = small_config()
+    embedding = to_megatron(model_layout(ModelConfig.from_dict(config))[model.key], random_weights(config))
+    shards = model.shards
+    loaded = torch.cat((torch.cat((shards["00"], shards["01"]), 1), torch.cat((shards["10"], shards["11"]), 1)))
+    assert torch.equal(loaded[:160], embedding.float())
+    assert not loaded[160:].any()

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_vcr1.checkpoint.safetensors_io import (
+    SafetensorsReader,
+    SafetensorsWriter,
+    create_safetensors,
+    parse_header,
+)
+from megatron_vcr1.errors import UserError
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "matrix": torch.randn(7, 5, dtype=torch.bfloat16),
+        "vector": torch.randn(4),
+        "convolution": torch.randn(3, 2, 2, dtype=torch.float16),
+        "double": torch.randn(2, 3, dtype=torch.float64),
+    }
+
+
+@pytest.fixture
+def file(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    return tmp_path / "a.safetensors"
+
+
+def test_rows_are_what_the_safetensors_package_wrote(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with SafetensorsReader(file) as reader:
+        assert {tensor.name for tensor in reader.header.tensors} == tensors.keys()
+        for stored in reader.header.tensors:
+            expected = tensors[stored.name]
+            assert (stored.shape, stored.dtype) == (tuple(expected.shape), expected.dtype)
+            rows = torch.empty(len(expected) - 1, stored.num_columns, dtype=stored.dtype)
+            reader.read_rows(stored, 1, rows)
+            assert torch.equal(rows, expected[1:].reshape(rows.shape))
+
+
+def test_rectangles_written_are_what_the_safetensors_package_reads(
+    file: Path, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    with SafetensorsReader(file) as reader:
+        header = reader.header
+    copy = tmp_path / "b.safetensors"
+    create_safetensors(copy, header)
+    with closing(SafetensorsWriter(copy)) as writer:
+        for stored in header.tensors:
+            rows = tensors[stored.name].reshape(-1, stored.num_columns)
+            for first in (0, 2):  # rows 0 and 1, then the rest
+                for column in range(stored.num_columns):
+                    writer.write_rows(stored, first, column, rows[first:][: 2 if first == 0 else None, column, None])
+    assert copy.read_bytes() == file.read_bytes()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in safetensors.torch.load_file(copy).items())
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 8, 100, -1])
+def test_a_truncated_file_is_refused(file: Path, num_bytes: int) -> None:
+    file.write_bytes(file.read_bytes()[:num_bytes])
+    with pytest.raises(UserError, match=r"a\.safetensors: .*fetch it again"):
+        SafetensorsReader(file)
+
+
+def test_a_file_with_bytes_behind_its_end_is_refused(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(UserError, match="but its header describes"):
+        SafetensorsReader(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.safetensors: cannot be opened: No such file"):
+        SafetensorsReader(tmp_path / "none.safetensors")
+
+
+def _header(**entries: object) -> str:
+    return json.dumps(entries)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "damaged"),
+        ("{", "damaged"),
+        (_header(a={"dtype": "F32", "shape": [2]}), "damaged"),
+        (_header(a={"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}), "a has dtype F8_E4M3"),
+        (_header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}), "a bytes 0..4"),
+        (_header(a={"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}), "a bytes 4..12"),
+        (_header(a={"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}), "a bytes 0..-8"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_header(text, Path("a.safetensors"))

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vcr1.checkpoint import torch_dist
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.checkpoint.torch_dist import Chunk, GlobalTensor, read_chunk, read_metadata
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.hf_layout import model_layout, to_megatron
+from tests.checkpoint.hf_dirs import random_weights, small_config
+
+
+class _RunsCode:
+    """A pickle that creates a file when it is loaded without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open, (str(self.path), "w"))
+
+
+def _write(directory: Path, tensor: torch.Tensor) -> None:
+    directory.mkdir()
+    chunks = torch_dist.write_chunks(
+        directory / "__0_0.distcp", (("w", (row, 0), tensor[row : row + 2].clone()) for row in range(0, len(tensor), 2))
+    )
+    torch_dist.write_metadata(directory, {"w": GlobalTensor(tensor.dtype, tuple(tensor.shape), tuple(chunks))})
+
+
+def test_chunks_are_read_as_they_were_written(tmp_path: Path) -> None:
+    tensor = torch.randn(5, 3, dtype=torch.bfloat16)
+    _write(tmp_path / "c", tensor)
+    stored = read_metadata(tmp_path / "c")["w"]
+    assert (stored.dtype, stored.shape) == (torch.bfloat16, (5, 3))
+    assert [chunk.offsets for chunk in stored.chunks] == [(0, 0), (2, 0), (4, 0)]
+    assert torch.equal(torch.cat([read_chunk(tmp_path / "c", chunk) for chunk in stored.chunks]), tensor)
+
+
+def test_a_chunk_does_not_carry_the_buffer_that_it_lay_in(tmp_path: Path) -> None:
+    buffer = bytearray(1 << 20)
+    (chunk,) = torch_dist.write_chunks(
+        tmp_path / "a.distcp", [("w", (0,), torch.frombuffer(buffer, dtype=torch.float32, count=4))]
+    )
+    assert chunk.num_bytes == (tmp_path / "a.distcp").stat().st_size < 4000
+
+
+def test_a_pickle_that_runs_code_is_refused_before_it_runs(imported_dir: Path, tmp_path: Path) -> None:
+    (imported_dir / "megatron/.metadata").write_bytes(pickle.dumps(_RunsCode(tmp_path / "ran")))
+    with pytest.raises(UserError, match=r"\.metadata: refused or damaged: it names .*open"):
+        read_metadata(imported_dir / "megatron")
+    with pytest.raises(UserError, match="refused"):
+        load_model_weights(None, imported_dir)  # type: ignore[arg-type]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_chunk_that_runs_code_is_refused(tmp_path: Path) -> None:
+    torch.save(_RunsCode(tmp_path / "ran"), tmp_path / "a.distcp")
+    chunk = Chunk("w", (0,), (4,), "a.distcp", 0, (tmp_path / "a.distcp").stat().st_size)
+    with pytest.raises(UserError, match=r"a\.distcp: w at \(0,\) cannot be read"):
+        read_chunk(tmp_path, chunk)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_truncated_chunk_file_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "c", torch.randn(4, 3))
+    file = tmp_path / "c/__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-100])
+    last = read_metadata(tmp_path / "c")["w"].chunks[-1]
+    with pytest.raises(UserError, match=r"__0_0\.distcp: w at \(2, 0\) cannot be read"):
+        read_chunk(tmp_path / "c", last)
+
+
+def test_chunks_with_a_gap_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    chunks = torch_dist.write_chunks(tmp_path / "c/__0_0.distcp", [("w", (0, 0), torch.randn(2, 3))])
+    torch_dist.write_metadata(tmp_path / "c", {"w": GlobalTensor(torch.float32, (4, 3), tuple(chunks))})
+    with pytest.raises(UserError, match=r"the chunks of w do not fill its shape \(4, 3\)"):
+        read_metadata(tmp_path / "c")
+
+
+def test_a_chunk_outside_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    chunk = Chunk("w", (0, 0), (2, 3), "../secret", 0, 100)
+    torch_dist.write_metadata(tmp_path / "c", {"w": GlobalTensor(torch.float32, (2, 3), (chunk,))})
+    with pytest.raises(UserError, match="in no file of this directory"):
+        read_metadata(tmp_path / "c")
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metadata\.json: no Megatron checkpoint here"):
+        read_metadata(tmp_path)
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(UserError, match="only torch_dist is read"):
+        read_metadata(tmp_path)
+
+
+def test_an_imported_checkpoint_holds_the_megatron_tensors(imported_dir: Path) -> None:
+    config = small_config()
+    weights = random_weights(config)
+    layouts = model_layout(ModelConfig.from_dict(config))
+    stored = read_metadata(imported_dir / "megatron")
+    assert stored.keys() == layouts.keys()
+    for key, layout in layouts.items():
+        (chunk,) = stored[key].chunks
+        assert torch.equal(read_chunk(imported_dir / "megatron", chunk), to_megatron(layout, weights))
