@@ -1,0 +1,1 @@
+"""The public ops: validation, autograd and the PyTorch path of each; the package re-exports them."""

@@ -1,0 +1,193 @@
+"""Triton path of `vcr1_kernels.ops.attention`: launches and the tables that tell each program its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from vcr1_kernels.layout import SegmentLayout
+from vcr1_kernels.triton_ops.attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
+
+
+class _Tiles(NamedTuple):
+    resident: int  # rows that a program keeps: queries in forward and for dQ, keys for dK and dV
+    streamed: int  # rows of the other side in one step
+    num_warps: int
+    num_stages: int
+
+
+def launch_forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output, [tokens, num_heads, head_dim], and the base-2 log-sum-exp, float32 [num_heads, tokens]."""
+    num_tokens, num_heads, _ = query.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    tiles = _query_tiles(query)
+    blocks = _query_blocks(layout, tiles.resident, query.device)
+    forward_kernel[(len(blocks), num_heads)](
+        query,
+        key,
+        value,
+        out,
+        log_sum_exp,
+        blocks,
+        *_strides(query, key, value),
+        num_tokens,
+        scale * math.log2(math.e),
+        BLOCK_QUERIES=tiles.resident,
+        BLOCK_KEYS=tiles.streamed,
+        **_constants(query, key, layout, tiles),
+    )
+    return out, log_sum_exp
+
+
+def launch_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    layout: SegmentLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous."""
+    grad_query, grad_key, grad_value = (
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)
+    )
+    grad_out = grad_out.contiguous()
+    delta = torch.empty_like(log_sum_exp)
+    scalars = (*_strides(query, key, value), len(query), scale, scale * math.log2(math.e))
+    tiles = _query_tiles(query)
+    blocks = _query_blocks(layout, tiles.resident, query.device)
+    query_gradient_kernel[(len(blocks), query.shape[1])](
+        query,
+        key,
+        value,
+        out,
+        grad_out,
+        log_sum_exp,
+        delta,
+        grad_query,
+        blocks,
+        *scalars,
+        BLOCK_QUERIES=tiles.resident,
+        BLOCK_KEYS=tiles.streamed,
+        **_constants(query, key, layout, tiles),
+    )
+    tiles = _key_tiles(query)
+    blocks, ranges = _key_blocks(layout, tiles, query.device)
+    key_gradient_kernel[(len(blocks), key.shape[1])](
+        query,
+        key,
+        value,
+        grad_out,
+        log_sum_exp,
+        delta,
+        grad_key,
+        grad_value,
+        blocks,
+        ranges,
+        *scalars,
+        BLOCK_QUERIES=tiles.streamed,
+        BLOCK_KEYS=tiles.resident,
+        **_constants(query, key, layout, tiles),
+    )
+    return grad_query, grad_key, grad_value
+
+
+def _query_tiles(query: Tensor) -> _Tiles:
+    """For forward and dQ. Chosen to fit Hopper's registers without spilling; float32 runs without matrix units."""
+    if query.dtype == torch.float32:
+        return _Tiles(64, 64, num_warps=8, num_stages=1)
+    return _Tiles(128, 64, num_warps=8, num_stages=3) if query.shape[2] <= 128 else _Tiles(64, 32, 8, 2)
+
+
+def _key_tiles(query: Tensor) -> _Tiles:
+    """For dK and dV, which keep two accumulators: half the streamed rows."""
+    if query.dtype == torch.float32:
+        return _Tiles(64, 32, num_warps=8, num_stages=1)
+    return _Tiles(128, 32, num_warps=8, num_stages=3) if query.shape[2] <= 128 else _Tiles(64, 32, 8, 2)
+
+
+def _constants(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _Tiles) -> dict[str, int | bool | str]:
+    _, num_heads, head_dim = query.shape
+    return {
+        "NUM_HEADS": num_heads,
+        "GROUP_SIZE": num_heads // key.shape[1],
+        "HEAD_DIM": head_dim,
+        "CAUSAL": layout.causal,
+        "BLOCK_DIM": max(triton.next_power_of_2(head_dim), 16),
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
+
+
+@lru_cache(maxsize=64)
+def _query_blocks(layout: SegmentLayout, block_rows: int, device: torch.device) -> Tensor:
+    """int32 [num_blocks, 5]: first row, end of its segment, start of its segment, start and end of its prefix.
+
+    The blocks with most keys come first, so that the last ones to run are short.
+    """
+    blocks = []
+    for segment, prefix in enumerate(layout.prefixes):
+        own_start, end = layout.starts[segment], layout.starts[segment + 1]
+        prefix_start, prefix_end = (0, 0) if prefix < 0 else layout.starts[prefix : prefix + 2]
+        for start in range(own_start, end, block_rows):
+            num_keys = prefix_end - prefix_start + (start if layout.causal else end) - own_start
+            blocks.append((num_keys, (start, end, own_start, prefix_start, prefix_end)))
+    return _table([row for _, row in sorted(blocks, reverse=True)], 5, device)
+
+
+@lru_cache(maxsize=64)
+def _key_blocks(layout: SegmentLayout, tiles: _Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int32 [num_blocks, 5]: first row, end of its segment, end of the causal diagonal, first and end range.
+
+    Beside it the ranges, int32 [num_ranges, 2]: the query rows that see all of a block, which are the rest of its
+    segment and the segments that have it as their prefix. The blocks with most queries come first.
+    """
+    readers: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]
+    for segment, prefix in enumerate(layout.prefixes):
+        if prefix >= 0:
+            readers[prefix].append((layout.starts[segment], layout.starts[segment + 1]))
+    blocks: list[tuple[int, tuple[int, ...]]] = []
+    ranges: list[tuple[int, ...]] = []
+    for segment, reader_ranges in enumerate(readers):
+        own_start, end = layout.starts[segment], layout.starts[segment + 1]
+        for start in range(own_start, end, tiles.resident):
+            diagonal_rows = -(-tiles.resident // tiles.streamed) * tiles.streamed  # the mask ends with a whole step
+            diagonal_end = min(start + diagonal_rows, end) if layout.causal else start
+            block_ranges = _joined([(diagonal_end if layout.causal else own_start, end), *reader_ranges])
+            num_queries = diagonal_end - start + sum(last - first for first, last in block_ranges)
+            row = (start, end, diagonal_end, len(ranges), len(ranges) + len(block_ranges))
+            blocks.append((num_queries, row))
+            ranges += block_ranges
+    return _table([row for _, row in sorted(blocks, reverse=True)], 5, device), _table(ranges, 2, device)
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same rows in as few ranges as possible."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if start == end:
+            continue
+        if joined and joined[-1][1] == start:
+            start, _ = joined.pop()
+        joined.append((start, end))
+    return joined
+
+
+def _table(rows: list[tuple[int, ...]], num_columns: int, device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, num_columns).to(device)

@@ -1,0 +1,59 @@
+"""Triton path of `vcr1_kernels.ops.swiglu`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _swiglu_kernel(gate_up_ptr, out_ptr, row_stride, ffn_size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < ffn_size
+    gate_ptr = gate_up_ptr + row * row_stride + columns
+    gate = tl.load(gate_ptr, mask=inside).to(tl.float32)
+    up = tl.load(gate_ptr + ffn_size, mask=inside).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * ffn_size + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward_kernel(gate_up_ptr, grad_out_ptr, grad_ptr, gate_up_row_stride, ffn_size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < ffn_size
+    gate_ptr = gate_up_ptr + row * gate_up_row_stride + columns
+    gate = tl.load(gate_ptr, mask=inside).to(tl.float32)
+    up = tl.load(gate_ptr + ffn_size, mask=inside).to(tl.float32)
+    grad_out = tl.load(grad_out_ptr + row * ffn_size + columns, mask=inside).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    grad_gate = grad_out * up * (sigmoid + silu * (1 - sigmoid))
+    grad_gate_ptr = grad_ptr + row * 2 * ffn_size + columns
+    tl.store(grad_gate_ptr, grad_gate.to(grad_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_ptr + ffn_size, (grad_out * silu).to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [..., gate | up]; [..., ffn_size]."""
+    rows = gate_up.reshape(-1, gate_up.shape[-1])
+    ffn_size = gate_up.shape[-1] // 2
+    out = torch.empty(*gate_up.shape[:-1], ffn_size, dtype=gate_up.dtype, device=gate_up.device)
+    _swiglu_kernel[(len(rows), triton.cdiv(ffn_size, _BLOCK))](rows, out, rows.stride(0), ffn_size, BLOCK=_BLOCK)
+    return out
+
+
+def launch_swiglu_backward(gate_up: Tensor, grad_out: Tensor) -> Tensor:
+    """Gradient of `gate_up`, [..., gate | up], given the output's, [..., ffn_size]."""
+    rows = gate_up.reshape(-1, gate_up.shape[-1])
+    ffn_size = gate_up.shape[-1] // 2
+    grad = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    _swiglu_backward_kernel[(len(rows), triton.cdiv(ffn_size, _BLOCK))](
+        rows, grad_out.contiguous(), grad, rows.stride(0), ffn_size, BLOCK=_BLOCK
+    )
+    return grad

@@ -1,0 +1,116 @@
+"""Compiles, without a GPU, every kernel that the ops launch: run by test_hopper.py, in a process of its own.
+
+The launchers run on CPU tensors up to the launch, which is replaced by a compilation for sm_90 with exactly the
+argument types and specialisations that a real launch would have. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import defaultdict
+from typing import Any
+
+import torch
+import triton
+import vcr1_kernels as vk
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from vcr1_kernels import backend as path
+
+HOPPER = GPUTarget("cuda", 90, 32)
+compiled: dict[str, dict[str, Any]] = defaultdict(dict)  # by kernel and specialisation
+
+
+def compile_instead_of_launching(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    compiler = make_backend(HOPPER)
+    binder = create_function_from_signature(kernel.signature, kernel.params, compiler)
+    bound_args, specialization, _ = binder(*args, **kwargs, debug=False)
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    _, signature, constants, attributes = kernel._pack_args(compiler, options, bound_args, specialization, None)
+    key = repr((specialization, options))
+    if key not in compiled[kernel.__name__]:
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled[kernel.__name__][key] = triton.compile(source, target=HOPPER, options=options)
+
+
+def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
+    """Forward and backward of each op; what they return is unwritten memory."""
+    vocab_size, hidden_size, num_heads, num_kv_heads, head_dim = 1600, 64, 28, 4, 128
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype).requires_grad_()
+
+    def per_token() -> Tensor:
+        return torch.randn(num_tokens + 3)[3:]  # a slice, as of a packed batch: not aligned to 16 bytes
+
+    hidden, weight, target_ids = leaf(num_tokens, hidden_size), leaf(vocab_size, hidden_size), torch.arange(num_tokens)
+    for entropy in (False, True):
+        vk.linear_log_probs(hidden, weight, target_ids, return_entropy=entropy, temperature=1 / num_tokens)
+    loss = vk.linear_grpo_loss(
+        hidden,
+        weight,
+        target_ids,
+        per_token(),
+        token_weights=per_token(),
+        ref_log_probs=per_token(),
+        rollout_log_probs=per_token(),
+        kl_coef=1 / num_tokens,
+        dual_clip=3.0,
+        entropy_coef=0.1,
+    ).loss
+    loss.backward()
+    vk.log_probs_from_logits(leaf(num_tokens, vocab_size), target_ids).sum().backward()
+    layout = vk.SegmentLayout((num_tokens - 40, 30, 10), (-1, 0, 0))
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    vk.shared_prefix_attention(*(leaf(num_tokens, n, head_dim) for n in heads), layout).sum().backward()
+    vk.swiglu(leaf(num_tokens, 96)).sum().backward()
+    angles = torch.randn(num_tokens, head_dim)
+    vk.mrope(leaf(num_tokens, num_heads, head_dim) * 1, leaf(num_tokens, num_kv_heads, head_dim) * 1, angles, angles)
+    frames = torch.zeros(num_tokens % 7, 56, 28 * (num_tokens % 5), 3, dtype=torch.uint8)
+    for order in (None, torch.arange(-(-len(frames) // 2) * 2 * (num_tokens % 5))):
+        vk.frames_to_patches(
+            frames,
+            patch_size=14,
+            temporal_patch_size=2,
+            merge_size=2,
+            mean=(0.5, 0.4, 0.3),
+            std=(0.2, 0.3, 0.4),
+            unit_order=order,
+            dtype=dtype,
+        )
+
+
+def num_spilling_instructions(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return len(re.findall(r"\b(?:LDL|STL)\b", subprocess.check_output(command, text=True)))
+
+
+def main() -> None:
+    JITFunction.run = compile_instead_of_launching
+    path._interpreting = True  # CPU tensors go to the launchers
+    run_every_op(64, torch.bfloat16)
+    num_compiled = {name: len(kernels) for name, kernels in compiled.items()}
+    run_every_op(93, torch.bfloat16)
+    report = {
+        name: {
+            "compiled": num_compiled[name],
+            "compiled_again": len(kernels) - num_compiled[name],
+            "shared_bytes": max(kernel.metadata.shared for kernel in kernels.values()),
+            "spills": sum(num_spilling_instructions(kernel.asm["cubin"]) for kernel in kernels.values()),
+            "matrix_units": all("wgmma" in kernel.asm["ptx"] for kernel in kernels.values()),
+        }
+        for name, kernels in compiled.items()
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

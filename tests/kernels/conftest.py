@@ -1,0 +1,39 @@
+"""Every op is tested on two paths: PyTorch on the CPU, and the Triton kernels, in the interpreter where no GPU is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from vcr1_kernels.backend import interpreter
+
+
+@pytest.fixture(params=["pytorch", "triton"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test puts its tensors; with it, which path the ops take."""
+    if request.param == "pytorch":
+        yield torch.device("cpu")
+    elif torch.cuda.is_available():
+        yield torch.device("cuda")
+    else:
+        with interpreter():
+            yield torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_dtype_skip(request: pytest.FixtureRequest) -> None:
+    """Triton 3.6's interpreter multiplies the bit patterns of bfloat16 matrices: float16 runs the same code."""
+    path, dtype = request.node.callspec.params["device"], request.node.callspec.params["dtype"]
+    if path == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("bfloat16 tl.dot needs a GPU")

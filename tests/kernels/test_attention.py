@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vcr1_kernels import SegmentLayout, reference, shared_prefix_attention
+
+from tests.kernels.accuracy import assert_accurate, doubles, gradients
+
+LAYOUTS = {
+    "group": SegmentLayout((70, 33, 5, 18), (-1, 0, 0, 0)),
+    "two-groups-and-an-empty-response": SegmentLayout((9, 4, 0, 66, 3), (-1, 0, 0, -1, 3)),
+    "empty-prefix": SegmentLayout((0, 4, 6), (-1, 0, 0)),
+    "prefix-behind-and-between": SegmentLayout((5, 7, 6, 3), (1, -1, 1, -1)),
+    "packed": SegmentLayout.packed((3, 3, 70, 1, 0)),
+    "windows": SegmentLayout.packed((16, 16, 8, 16, 5), causal=False),
+    "prefix-not-causal": SegmentLayout((20, 9, 9), (-1, 0, 0), causal=False),
+    "one-token": SegmentLayout.packed((1,)),
+}
+
+
+def _inputs(
+    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    return [torch.randn(num_tokens, n, head_dim).to(device, dtype) for n in heads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_matches_float64(
+    layout: SegmentLayout, dtype: torch.dtype, device: torch.device, triton_dtype_skip: None
+) -> None:
+    inputs = _inputs(layout.num_tokens, 2, 1, 20, dtype, device)
+
+    def op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return shared_prefix_attention(query, key, value, layout)
+
+    def truth(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return reference.shared_prefix_attention(query, key, value, layout)
+
+    output = op(*inputs)
+    assert output.dtype == dtype
+    assert_accurate(output, truth(*doubles(*inputs)), dtype)
+    for actual, expected in zip(gradients(op, inputs), gradients(truth, doubles(*inputs)), strict=True):
+        # The gradient of query and key cancels to 0 where a row sees one key, or nearly so: a value of relative error.
+        if expected.norm() > 1e-9:
+            assert_accurate(actual, expected, dtype)
+
+
+def test_equals_the_unshared_sequences(device: torch.device) -> None:
+    """Against torch's own attention of prompt + response, one sequence a response, which knows nothing of layouts."""
+    prompt, responses, num_heads, num_kv_heads = 21, (7, 12, 1), 4, 2
+    layout = SegmentLayout((prompt, *responses), (-1, 0, 0, 0))
+    inputs = _inputs(layout.num_tokens, num_heads, num_kv_heads, 16, torch.float32, device)
+
+    def unshared(*inputs: Tensor) -> Tensor:
+        outputs = []
+        for start, end in zip(layout.starts[1:], layout.starts[2:], strict=False):
+            rows = [*range(prompt), *range(start, end)]
+            query, key, value = (tensor[rows].transpose(0, 1)[None] for tensor in inputs)
+            key, value = (tensor.repeat_interleave(num_heads // num_kv_heads, 1) for tensor in (key, value))
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True)[0].transpose(0, 1)
+            outputs.append(out if not outputs else out[prompt:])  # the prompt's rows are the same every time
+        return torch.cat(outputs)
+
+    def shared(*inputs: Tensor) -> Tensor:
+        return shared_prefix_attention(*inputs, layout)
+
+    exact = doubles(*inputs)
+    assert_accurate(shared(*inputs), unshared(*exact), torch.float32)
+    for actual, expected in zip(gradients(shared, inputs), gradients(unshared, exact), strict=True):
+        assert_accurate(actual, expected, torch.float32)
+
+
+def test_slices_of_a_packed_projection(device: torch.device) -> None:
+    layout = SegmentLayout((6, 3), (-1, 0))
+    packed = torch.randn(9, 4 + 2 + 2, 16, device=device)
+    views = packed.split([4, 2, 2], dim=1)
+    copies = [view.contiguous() for view in views]
+    torch.testing.assert_close(
+        shared_prefix_attention(*views, layout, scale=0.3), shared_prefix_attention(*copies, layout, scale=0.3)
+    )
+
+
+def test_gradcheck() -> None:
+    layout = SegmentLayout((3, 2, 2), (-1, 0, 0))
+    inputs = [tensor.requires_grad_() for tensor in _inputs(7, 2, 1, 4, torch.float64, torch.device("cpu"))]
+    torch.autograd.gradcheck(lambda *x: shared_prefix_attention(*x, layout), inputs)
+
+
+def test_thousands_of_windows_take_one_batch() -> None:
+    layout = SegmentLayout.packed([16] * 4000, causal=False)
+    query, key, value = _inputs(layout.num_tokens, 2, 2, 16, torch.float32, torch.device("cpu"))
+    start_s = time.perf_counter()
+    output = shared_prefix_attention(query, key, value, layout)
+    elapsed_s = time.perf_counter() - start_s
+    windows = [tensor.unflatten(0, (-1, 16)).transpose(1, 2) for tensor in (query, key, value)]
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(*windows).transpose(1, 2).flatten(0, 1))
+    assert elapsed_s < 4  # one operation a window would take longer
+
+
+def test_no_tokens(device: torch.device) -> None:
+    inputs = _inputs(0, 2, 1, 8, torch.float32, device)
+    assert [g.shape for g in gradients(lambda *x: shared_prefix_attention(*x, SegmentLayout((), ())), inputs)] == [
+        tensor.shape for tensor in inputs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "message"),
+    [
+        (torch.zeros(4, 2, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8), r"query must be \[5, num_heads, head_dim\]"),
+        (torch.zeros(5, 2, 8), torch.zeros(5, 2, 4), torch.zeros(5, 2, 4), r"key must be \[5, num_kv_heads, 8\]"),
+        (torch.zeros(5, 2, 8), torch.zeros(5, 2, 8), torch.zeros(5, 1, 8), r"value must be \[5, 2, 8\]"),
+        (torch.zeros(5, 3, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8), "3 query heads are not a multiple of 2"),
+        (torch.zeros(5, 2, 8), torch.zeros(5, 2, 8).half(), torch.zeros(5, 2, 8), "query is torch.float32 but key"),
+        (torch.zeros(5, 8, 2).mT, torch.zeros(5, 2, 8), torch.zeros(5, 2, 8), "last dimension of query"),
+    ],
+)
+def test_bad_input(query: Tensor, key: Tensor, value: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shared_prefix_attention(query, key, value, SegmentLayout((2, 3), (-1, 0)))

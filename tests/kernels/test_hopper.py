@@ -1,0 +1,54 @@
+"""What a machine without a GPU can know of the kernels on an H100 or H200: see compile_for_hopper.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, dict[str, Any]]:
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    kernels = Path(__file__).parents[2] / "kernels"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(kernels), environment.get("PYTHONPATH", "")])
+    process = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_every_kernel_compiles(report: dict[str, dict[str, Any]]) -> None:
+    assert set(report) == {
+        "_row_statistics_kernel",
+        "_logit_gradient_kernel",
+        "_token_loss_kernel",
+        "forward_kernel",
+        "query_gradient_kernel",
+        "key_gradient_kernel",
+        "_swiglu_kernel",
+        "_swiglu_backward_kernel",
+        "_rotate_kernel",
+        "_frames_to_patches_kernel",
+    }
+
+
+def test_lengths_and_temperature_do_not_recompile(report: dict[str, dict[str, Any]]) -> None:
+    assert {name: kernel["compiled_again"] for name, kernel in report.items() if kernel["compiled_again"]} == {}
+
+
+def test_kernels_fit_the_chip(report: dict[str, dict[str, Any]]) -> None:
+    assert max(kernel["shared_bytes"] for kernel in report.values()) <= HOPPER_SHARED_BYTES
+    assert {name: kernel["spills"] for name, kernel in report.items() if kernel["spills"]} == {}
+
+
+def test_attention_uses_the_matrix_units(report: dict[str, dict[str, Any]]) -> None:
+    for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+        assert report[name]["matrix_units"]

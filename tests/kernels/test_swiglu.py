@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from vcr1_kernels import reference, swiglu
+
+from tests.kernels.accuracy import assert_accurate, doubles, gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 2046), (2, 5, 2 * 1100), (16,), (0, 8)])
+def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    gate_up = (3 * torch.randn(shape)).to(device, dtype)
+    output = swiglu(gate_up)
+    assert output.dtype == dtype
+    assert_accurate(output, reference.swiglu(*doubles(gate_up)), dtype)
+    assert_accurate(gradients(swiglu, [gate_up])[0], gradients(reference.swiglu, doubles(gate_up))[0], dtype)
+
+
+def test_gate_comes_first(device: torch.device) -> None:
+    output = swiglu(torch.tensor([[0.0, 100.0, 5.0, 7.0]], device=device))
+    torch.testing.assert_close(output.cpu(), torch.tensor([[0.0, 700.0]]))
+
+
+def test_rows_of_a_larger_tensor(device: torch.device) -> None:
+    wide = torch.randn(5, 30, device=device)
+    torch.testing.assert_close(swiglu(wide[:, 4:24]), swiglu(wide[:, 4:24].contiguous()))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="two equal halves"):
+        swiglu(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        swiglu(torch.zeros(4, 2).t())
