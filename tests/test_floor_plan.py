@@ -31,9 +31,9 @@ FLOORS = {
     "vcr1_kernels": 0,
     "errors": -1,
 }
-OPTIONAL_PACKAGES = ("apex", "nvidia", "sglang", "transformer_engine")
+OPTIONAL_PACKAGES = ("apex", "flash_attn", "nvidia", "sglang", "transformer_engine")
 TEXTS = (".md", ".sbatch", ".sh", ".toml", ".txt")
-KERNEL_PACKAGES = {"torch", "triton", "vcr1_kernels"}
+KERNEL_PACKAGES = {"flash_attn", "torch", "triton", "vcr1_kernels"}
 
 # Where the distribution has another name than what is imported.
 DISTRIBUTIONS = {
@@ -43,7 +43,7 @@ DISTRIBUTIONS = {
     "transformer_engine": "transformer-engine",
     "triton": "torch",  # comes with it
 }
-UNDECLARED = {"apex"}  # not on the package index: containers bring it
+UNDECLARED = {"apex", "flash_attn"}  # built against one torch and CUDA: containers and users bring them
 
 PACKAGE_FILES = sorted(chain((ROOT / "megatron_vcr1").rglob("*.py"), (ROOT / "kernels/vcr1_kernels").rglob("*.py")))
 PYTHON_FILES = sorted(

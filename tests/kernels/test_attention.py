@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vcr1_kernels import SegmentLayout, reference, shared_prefix_attention
+from vcr1_kernels.ops.attention import _dense_blocks
 
 from tests.kernels.accuracy import assert_accurate, doubles, gradients
 
@@ -95,12 +94,10 @@ def test_gradcheck() -> None:
 def test_thousands_of_windows_take_one_batch() -> None:
     layout = SegmentLayout.packed([16] * 4000, causal=False)
     query, key, value = _inputs(layout.num_tokens, 2, 2, 16, torch.float32, torch.device("cpu"))
-    start_s = time.perf_counter()
     output = shared_prefix_attention(query, key, value, layout)
-    elapsed_s = time.perf_counter() - start_s
     windows = [tensor.unflatten(0, (-1, 16)).transpose(1, 2) for tensor in (query, key, value)]
     torch.testing.assert_close(output, F.scaled_dot_product_attention(*windows).transpose(1, 2).flatten(0, 1))
-    assert elapsed_s < 4  # one operation a window would take longer
+    assert len(_dense_blocks(layout)) == 1
 
 
 def test_no_tokens(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from vcr1_kernels import reference
 from vcr1_kernels.backend import use_triton
 from vcr1_kernels.checks import require_contiguous_rows, require_floating, require_shape
 from vcr1_kernels.layout import SegmentLayout
+from vcr1_kernels.ops.flash_attn import flash_attention, use_flash_attn
 
 
 def shared_prefix_attention(
@@ -43,6 +44,8 @@ def shared_prefix_attention(
         scale = query.shape[-1] ** -0.5
     if query.numel() == 0:
         return query + 0 * (key.sum() + value.sum())
+    if use_flash_attn(query, layout):
+        return flash_attention(query, key, value, layout, scale)
     if use_triton(query):
         return _TritonAttention.apply(query, key, value, layout, scale)
     if query.device.type == "cpu":

@@ -1,0 +1,54 @@
+"""The one door to flash-attn, which serves packed segments that share no prefix where it is installed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from vcr1_kernels.layout import SegmentLayout
+
+_MAX_HEAD_DIM = 256
+
+
+def use_flash_attn(query: Tensor, layout: SegmentLayout) -> bool:
+    """True for half-precision GPU tensors whose segments are independent, where flash-attn is installed."""
+    return (
+        query.is_cuda
+        and all(prefix < 0 for prefix in layout.prefixes)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[2] <= _MAX_HEAD_DIM
+        and _flash_attn_is_installed()
+    )
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_is_installed() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
+    """`shared_prefix_attention` of independent segments; shapes as there."""
+    from flash_attn import flash_attn_varlen_func
+
+    boundaries = _boundaries(layout, query.device)
+    longest = max(layout.lengths)
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=boundaries,
+        cu_seqlens_k=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=layout.causal,
+    )
+
+
+@lru_cache(maxsize=64)
+def _boundaries(layout: SegmentLayout, device: torch.device) -> Tensor:
+    """First row of each segment, and the number of tokens behind them; int32 [num_segments + 1]."""
+    return torch.tensor(layout.starts, dtype=torch.int32, device=device)

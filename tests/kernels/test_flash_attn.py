@@ -1,0 +1,53 @@
+"""What flash-attn is told of a layout, by a stand-in that follows its documentation; the library itself needs a GPU."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vcr1_kernels import SegmentLayout, reference
+from vcr1_kernels.ops.flash_attn import flash_attention, use_flash_attn
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+) -> Tensor:
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert max_seqlen_q == int(cu_seqlens_q.diff().max()) and max_seqlen_k == int(cu_seqlens_k.diff().max())
+    outputs = []
+    for start, end in zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], strict=False):
+        heads_first = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        output = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_segments_reach_it_as_sequences(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    stand_in = ModuleType("flash_attn")
+    stand_in.flash_attn_varlen_func = _varlen  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    layout = SegmentLayout.packed((5, 1, 0, 9), causal=causal)
+    query, key, value = (torch.randn(15, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    torch.testing.assert_close(
+        flash_attention(query, key, value, layout, 0.3),
+        reference.shared_prefix_attention(query, key, value, layout, scale=0.3),
+    )
+
+
+def test_it_is_for_half_precision_on_a_gpu() -> None:
+    query = torch.randn(3, 2, 8, dtype=torch.bfloat16)
+    assert not use_flash_attn(query, SegmentLayout.packed((3,)))
