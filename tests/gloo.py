@@ -36,7 +36,7 @@ class GlooPool:
             process.start()
             self._workers.append((process, ours))
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 90, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 180, **kwargs: Any) -> list[Any]:
         """Raises RankFailure when a rank fails, or hangs beyond the time-out; the pool is then started anew."""
         if not self._workers:
             self._start()
