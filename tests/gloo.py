@@ -74,7 +74,18 @@ def _serve(rank: int, port: int, connection: Connection) -> None:
     while True:
         function, args, kwargs = connection.recv()
         try:
+            _drop_subgroups()
             answer = (True, function(*args, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send(answer)
+
+
+def _drop_subgroups() -> None:
+    """Destroy the last function's process groups but the world: each keeps threads. All ranks have returned from it."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    for group in list(_world.pg_map) if dist.is_initialized() else ():
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
