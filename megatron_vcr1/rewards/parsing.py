@@ -1,0 +1,163 @@
+"""What a completion says: tagged blocks, and the spans, boxes and letters in them.
+
+A policy emits anything, so every function takes any text, works in time linear in its length, and either returns a
+value or raises `UnparsableError`. Patterns use possessive quantifiers: a number is tried once, never piece by piece.
+Only ASCII digits make a number.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from megatron_vcr1.types import OPTION_LETTERS, Box, Interval
+
+_DECIMAL = r"[0-9]++(?:\.[0-9]*+)?+"
+_EXPONENT = r"(?:[eE][+-]?+[0-9]++)?+"
+# Not from the middle of a number: that would find nothing new and look at every digit again for each digit before it.
+_TIMES = re.compile(rf"(?<![0-9])((?:(?<!\w)-)?+{_DECIMAL}{_EXPONENT}) (?:to|and) (-?+{_DECIMAL}{_EXPONENT})")
+
+
+def _list_of_rows(opening: str, closing: str) -> re.Pattern[str]:
+    number = rf"[+-]?+(?:{_DECIMAL}|\.[0-9]++){_EXPONENT}"
+    row = rf"{opening}\s*+{number}(?:\s*+,\s*+{number})*+\s*+{closing}"
+    return re.compile(rf"\[\s*+(?:{row}(?:\s*+,\s*+{row})*+\s*+,?+)?+\s*+\]", re.ASCII)
+
+
+_TUPLES = _list_of_rows(r"\(", r"\)")
+_LISTS = _list_of_rows(r"\[", r"\]")
+_ROW = re.compile(r"[(\[]([^()\[\]]++)[)\]]")
+
+
+class UnparsableError(ValueError):
+    """The completion does not say what was asked for. The message is the reason, one of a few that can be counted."""
+
+
+def last_answer(completion: str) -> str:
+    """The text of the last ``<answer>`` block, stripped.
+
+    Raises:
+        UnparsableError: no block is opened and closed.
+    """
+    answers = list(_blocks(completion, "answer"))
+    return _found(answers[-1] if answers else None, completion, "answer")
+
+
+def first_glue(completion: str) -> str:
+    """The text of the first ``<glue>`` block, stripped.
+
+    Raises:
+        UnparsableError: no block is opened and closed.
+    """
+    return _found(next(_blocks(completion, "glue"), None), completion, "glue")
+
+
+def parse_interval(answer: str) -> Interval:
+    """The last ``START to END`` (or ``and``) in seconds.
+
+    Differs from the published reward in that a sign or an exponent belongs to its number: that one reads "-5 to 9" as
+    5 to 9, and "1e400 to 500" as 400 to 500.
+
+    Raises:
+        UnparsableError: there is none, or it is no span of time.
+    """
+    times = _TIMES.findall(answer)
+    if not times:
+        raise UnparsableError("no start and end")
+    start_s, end_s = map(float, times[-1])
+    _check_times(start_s, end_s)
+    if start_s == end_s:
+        raise UnparsableError("start equals end")
+    return Interval(start_s, end_s)
+
+
+def parse_spans(glue: str) -> tuple[Interval, ...]:
+    """A list of ``(start, end)`` in seconds, nothing else; may be empty. Spans of no length cover nothing: left out.
+
+    Raises:
+        UnparsableError: it is something else, or any of the spans is invalid.
+    """
+    spans = []
+    for row in _parse_rows(glue, _TUPLES, "no list of (start, end)"):
+        if len(row) != 2:
+            raise UnparsableError("a span is not two numbers")
+        start_s, end_s = row
+        _check_times(start_s, end_s)
+        if start_s < end_s:
+            spans.append(Interval(start_s, end_s))
+    return tuple(spans)
+
+
+def parse_boxes(answer: str, num_boxes: int) -> tuple[Box | None, ...]:
+    """A list of ``num_boxes`` lists ``[x0, y0, x1, y1]``, nothing else; None for a box that is inverted or beyond 0..1.
+
+    Raises:
+        UnparsableError: it is something else, or has another number of boxes or of numbers in a box.
+    """
+    rows = _parse_rows(answer, _LISTS, "no list of boxes")
+    if len(rows) != num_boxes:
+        raise UnparsableError("wrong number of boxes")
+    if any(len(row) != 4 for row in rows):
+        raise UnparsableError("a box is not four numbers")
+    return tuple(_box(*row) for row in rows)
+
+
+def parse_choice(answer: str) -> str:
+    """The first capital letter among those of options, wherever it stands.
+
+    Raises:
+        UnparsableError: there is none.
+    """
+    letter = next((character for character in answer if character in OPTION_LETTERS), None)
+    if letter is None:
+        raise UnparsableError("no option letter")
+    return letter
+
+
+def parse_caption(completion: str) -> str:
+    """The caption that a judge is to read: the last answer, if there is anything in it.
+
+    Raises:
+        UnparsableError: there is none.
+    """
+    caption = last_answer(completion)
+    if not caption:
+        raise UnparsableError("empty caption")
+    return caption
+
+
+def _blocks(text: str, tag: str) -> Iterator[str]:
+    """What stands between each ``<tag>`` and the next ``</tag>``; a tag opened twice counts from the second time."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    end = 0
+    while (start := text.find(opening, end)) >= 0 and (end := text.find(closing, start)) >= 0:
+        yield text[text.rfind(opening, start, end) + len(opening) : end]
+
+
+def _found(block: str | None, completion: str, tag: str) -> str:
+    if block is None:
+        raise UnparsableError(f"<{tag}> not closed" if f"<{tag}>" in completion else f"no <{tag}>")
+    return block.strip()
+
+
+def _parse_rows(text: str, pattern: re.Pattern[str], otherwise: str) -> list[tuple[float, ...]]:
+    if not pattern.fullmatch(text):
+        raise UnparsableError(otherwise)
+    return [tuple(map(float, row.split(","))) for row in _ROW.findall(text, 1)]
+
+
+def _check_times(start_s: float, end_s: float) -> None:
+    if not (math.isfinite(start_s) and math.isfinite(end_s)):
+        raise UnparsableError("time is not finite")
+    if start_s < 0 or end_s < 0:
+        raise UnparsableError("negative time")
+    if start_s > end_s:
+        raise UnparsableError("start after end")
+
+
+def _box(x0: float, y0: float, x1: float, y1: float) -> Box | None:
+    try:
+        return Box(x0, y0, x1, y1)
+    except ValueError:
+        return None

@@ -1,0 +1,156 @@
+"""The reward of a completion: its parts by task, and their sum as the paper takes it (VideoChat-R1, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_vcr1.rewards.formats import format_fault
+from megatron_vcr1.rewards.overlap import mean_box_iou, span_union_iou, temporal_iou
+from megatron_vcr1.rewards.parsing import (
+    UnparsableError,
+    first_glue,
+    last_answer,
+    parse_boxes,
+    parse_caption,
+    parse_choice,
+    parse_interval,
+    parse_spans,
+)
+from megatron_vcr1.types import (
+    Box,
+    CaptionTarget,
+    ChoiceTarget,
+    GroundedChoiceTarget,
+    GroundingTarget,
+    QualityTarget,
+    TrackingTarget,
+    VideoSample,
+)
+
+NOT_JUDGED = "not judged"
+"""Why a caption has no recall: no judge has read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardBreakdown:
+    """What a completion earned, by part.
+
+    Attributes:
+        format, iou, accuracy, recall: each in [0, 1]; None if the task has no such part, or it could not be judged.
+        reasons: why a part is 0 or not judged, by its name. Few different ones, so that they can be counted.
+        extra: values of the user's own rewards by name; set with `dataclasses.replace`.
+    """
+
+    format: float
+    iou: float | None = None
+    accuracy: float | None = None
+    recall: float | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float | None:
+        """The unweighted sum of the parts. None: a part is not judged, so the completion has no reward, not a low one.
+
+        Format + IoU for grounding and tracking, format + accuracy for QA and quality, all three for grounded QA,
+        format + recall for captioning.
+        """
+        if self.reasons.get("recall") == NOT_JUDGED:
+            return None
+        parts = (self.format, self.iou, self.accuracy, self.recall, *self.extra.values())
+        return sum(part for part in parts if part is not None)
+
+
+def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float | None = None) -> RewardBreakdown:
+    """Rewards a completion, whatever it holds: what cannot be read is worth 0, with the reason.
+
+    Where this differs on purpose from the paper or from its published code:
+
+    - Equation 3 prints 0 for a right format; text and code mean 1, and so does this.
+    - An answer without an option letter is wrong; the published accuracy takes it as equal to another empty one.
+    - Spans without any time in them score 0; the published IoU of two empty lists is 1.
+    - Numbers are read with their sign and exponent, and in ASCII digits only (`parse_interval`).
+    - Inside a block, a tag that is opened again starts the block anew.
+    - Tracking has as many boxes as the model sees frames; the published one shows 7 frames and asks for 8 boxes.
+    - White space between the numbers of ``<glue>`` is free.
+
+    Args:
+        thinking: whether the prompt asked for ``<think>``.
+        recall: of captioning only, see `event_recall`; None if no judge has read the caption, which leaves the
+            completion without a total. A completion without a caption is worth 0 without a judge.
+
+    Raises:
+        ValueError: `recall` is out of [0, 1], or given for another task. Never for anything in the completion.
+    """
+    if recall is not None and not (isinstance(sample.target, CaptionTarget) and 0 <= recall <= 1):
+        raise ValueError(f"recall is a number in [0, 1] and of captioning only, got {recall} for {sample.task}")
+    fault = format_fault(sample, completion, thinking=thinking)
+    parts = _task_parts(sample, completion, recall)
+    values = {name: part.value for name, part in parts.items()}
+    reasons = {name: part.reason for name, part in parts.items() if part.reason}
+    return RewardBreakdown(
+        format=0.0 if fault else 1.0,
+        iou=values.get("iou"),
+        accuracy=values.get("accuracy"),
+        recall=values.get("recall"),
+        reasons={"format": fault, **reasons} if fault else reasons,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The value of one part, and the reason if it is 0 or not judged."""
+
+    value: float | None
+    reason: str | None
+
+
+def _task_parts(sample: VideoSample, completion: str, recall: float | None) -> dict[str, _Part]:
+    """What the task rewards beside the format."""
+    match sample.target:
+        case GroundingTarget(interval):
+            iou = _measured(lambda: temporal_iou(parse_interval(last_answer(completion)), interval), "no overlap")
+            return {"iou": iou}
+        case TrackingTarget(boxes):
+            return {"iou": _measured(lambda: _tracking_iou(completion, boxes), "no overlap")}
+        case GroundedChoiceTarget(choice, intervals):
+            iou = _measured(lambda: span_union_iou(parse_spans(first_glue(completion)), intervals), "no overlap")
+            return {"iou": iou, "accuracy": _measured(lambda: _accuracy(completion, choice), "wrong option")}
+        case ChoiceTarget(choice):
+            return {"accuracy": _measured(lambda: _accuracy(completion, choice), "wrong option")}
+        case QualityTarget(label):
+            return {"accuracy": _measured(lambda: _label_match(completion, label), "wrong label")}
+        case CaptionTarget():
+            return {"recall": _measured(lambda: _judged(completion, recall), "no event entailed")}
+
+
+def _measured(measure: Callable[[], float | None], zero_means: str) -> _Part:
+    """Runs a measure: what it cannot parse is worth 0."""
+    try:
+        value = measure()
+    except UnparsableError as unparsable:
+        return _Part(0.0, str(unparsable))
+    if value is None:
+        return _Part(None, NOT_JUDGED)
+    return _Part(value, None if value > 0 else zero_means)
+
+
+def _tracking_iou(completion: str, target: tuple[Box, ...]) -> float:
+    predicted = parse_boxes(last_answer(completion), len(target))
+    if not any(predicted):
+        raise UnparsableError("no box is upright and within 0..1")
+    return mean_box_iou(predicted, target)
+
+
+def _accuracy(completion: str, choice: str) -> float:
+    return float(parse_choice(last_answer(completion)) == choice)
+
+
+def _label_match(completion: str, label: str) -> float:
+    return float(last_answer(completion).lower() == label.strip().lower())
+
+
+def _judged(completion: str, recall: float | None) -> float | None:
+    parse_caption(completion)  # what has no caption needs no judge
+    return recall

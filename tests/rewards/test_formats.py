@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from megatron_vcr1.rewards.formats import format_fault
+from megatron_vcr1.types import Task
+from tests.rewards import published
+from tests.rewards.samples import sample, soups
+
+TAGS = ("think", "answer", "glue")
+TAG_SOUP = [*(f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")), " ", "\n", "\u2003", "x", "[]"]
+
+
+@pytest.mark.parametrize(
+    "completion, thinking, fault",
+    [
+        ("<answer>1 to 2</answer>", False, None),
+        (" \n<answer>\n1 to 2</answer>\n", False, None),
+        ("<answer>anything</answer>", False, None),
+        ("<think>x</think>\n\n<answer>1 to 2</answer>", True, None),
+        ("<think></think><answer></answer>", True, None),
+        ("", False, "no <answer>"),
+        ("1 to 2", False, "no <answer>"),
+        ("It is <answer>1 to 2</answer>", False, "text before <answer>"),
+        ("<think>x</think><answer>1 to 2</answer>", False, "text before <answer>"),
+        ("<answer>1 to 2</answer>.", False, "text after </answer>"),
+        ("<answer>1 to 2", False, "<answer> not closed"),
+        ("<answer>1 to 2</answer>", True, "no <think>"),
+        ("<think>x", True, "no <answer> right after </think>"),
+        ("<think>x</think> so <answer>1 to 2</answer>", True, "no <answer> right after </think>"),
+        ("<think>x</think><answer>1", True, "<answer> not closed"),
+    ],
+)
+def test_form(completion: str, thinking: bool, fault: str | None) -> None:
+    assert format_fault(sample(Task.TEMPORAL_GROUNDING), completion, thinking=thinking) == fault
+
+
+@pytest.mark.parametrize(
+    "completion, fault",
+    [
+        ("<answer>A</answer><glue>[(1, 2)]</glue>", None),
+        ("<answer>A</answer>\n<glue>[]</glue>", None),
+        ("<answer>A</answer>", "no <glue> right after </answer>"),
+        ("<answer>A</answer><glue>[(1, 2)", "<glue> not closed"),
+        ("<answer>A</answer><glue>1 to 2</glue>", "no list of (start, end)"),
+        ("<answer>A</answer><glue>[(2, 1)]</glue>", "start after end"),
+    ],
+)
+def test_grounded_qa_needs_readable_spans(completion: str, fault: str | None) -> None:
+    assert format_fault(sample(Task.GROUNDED_QA), completion, thinking=False) == fault
+
+
+@pytest.mark.parametrize(
+    "num_boxes, box, fault",
+    [(8, "[0, 0, 1, 1]", None), (8, "[0, 0, 640, 480]", None), (7, "[0, 0, 1, 1]", "wrong number of boxes")],
+)
+def test_tracking_needs_readable_boxes(num_boxes: int, box: str, fault: str | None) -> None:
+    completion = f"<answer>[{', '.join([box] * num_boxes)}]</answer>"
+    assert format_fault(sample(Task.TRACKING), completion, thinking=False) == fault
+
+
+@pytest.mark.parametrize("before", ["", "<think>", "<answer>", "<think></think><answer>"])
+@pytest.mark.parametrize("after", ["", "</answer>", "</glue>", "</answer><glue>[]</glue>"])
+def test_form_is_that_of_the_published_pattern(before: str, after: str) -> None:
+    for soup in soups(TAG_SOUP, 500):
+        completion = before + soup + after
+        for thinking in (False, True):
+            tags = [*["think"] * thinking, "answer"]
+            fault = format_fault(sample(Task.QUALITY), completion, thinking=thinking)
+            assert (fault is None) == published.follows_format(completion, tags)
+            fault = format_fault(sample(Task.GROUNDED_QA), completion, thinking=thinking)
+            follows = published.follows_format(completion, [*tags, "glue"])
+            assert (fault in (None, "no list of (start, end)")) == follows  # the list is another matter
+
+
+@pytest.mark.parametrize("unit", [" ", "</think>", "</think> ", "</think><answer>", "</answer><glue>", "<answer>", "x"])
+def test_form_takes_linear_time(unit: str) -> None:
+    """A pattern of lazy wildcards would try every pair of seams: minutes. CPU time is counted."""
+    text = "<think>" + (unit * 200_000)[:200_000]
+    before_s = time.process_time()
+    for task in Task:
+        format_fault(sample(task), text, thinking=True)
+        format_fault(sample(task), text + "</think><answer></answer><glue>", thinking=True)
+    assert time.process_time() - before_s < 5

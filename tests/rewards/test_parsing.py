@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vcr1.rewards.parsing import (
+    UnparsableError,
+    first_glue,
+    last_answer,
+    parse_boxes,
+    parse_choice,
+    parse_interval,
+    parse_spans,
+)
+from megatron_vcr1.types import Box, Interval
+from tests.rewards import published
+from tests.rewards.samples import FRAGMENTS, boxes, soups
+
+TIMES = st.floats(0, 1e6).map(lambda value: round(value, 2))
+INTERVALS = st.tuples(TIMES, TIMES).filter(lambda pair: pair[0] != pair[1]).map(lambda pair: Interval(*sorted(pair)))
+SPACE = st.text(" \t\n", max_size=2)
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ("<answer>A</answer>", "A"),
+        ("<answer>A</answer> no, <answer> B\n</answer>", "B"),
+        ("<answer>A</answer><answer>B", "A"),
+        ("<answer>A<answer>B</answer></answer>", "B"),
+        ("<think>in <answer> I put A</think><answer>B</answer>", "B"),
+        ("</answer><answer>A</answer>", "A"),
+        ("<answer></answer>", ""),
+    ],
+)
+def test_the_last_closed_answer_counts(completion: str, expected: str) -> None:
+    assert last_answer(completion) == expected
+
+
+def test_the_first_glue_counts() -> None:
+    assert first_glue("<glue> [(1, 2)]</glue><glue>[(3, 4)]</glue>") == "[(1, 2)]"
+
+
+@pytest.mark.parametrize(
+    "completion, reason",
+    [
+        ("", "no <answer>"),
+        ("A</answer>", "no <answer>"),
+        ("<Answer>A</Answer>", "no <answer>"),
+        ("<answer>A", "<answer> not closed"),
+        ("</answer><answer>", "<answer> not closed"),
+    ],
+)
+def test_an_answer_that_is_missing(completion: str, reason: str) -> None:
+    with pytest.raises(UnparsableError, match=f"^{reason}$"):
+        last_answer(completion)
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("12.54 to 17.83", (12.54, 17.83)),
+        ("12 and 17", (12, 17)),
+        ("first 1 to 2, rather 12. to 17.5 s", (12, 17.5)),
+        ("1 to 2 to 3", (1, 2)),
+        ("at 10-12 to 17", (12, 17)),
+        ("1e1 to 1.7e1", (10, 17)),
+    ],
+)
+def test_an_interval_is_the_last_two_times(answer: str, expected: tuple[float, float]) -> None:
+    assert parse_interval(answer) == Interval(*expected)
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ("", "no start and end"),
+        ("null", "no start and end"),
+        ("NaN to inf", "no start and end"),
+        ("१२ to १७", "no start and end"),  # digits, for Python's \d and float
+        ("12 - 17", "no start and end"),
+        ("12  to 17", "no start and end"),
+        ("12 to seventeen", "no start and end"),
+        ("17 to 12", "start after end"),
+        ("12 to 12", "start equals end"),
+        ("-5 to 10", "negative time"),
+        ("(-5 to 10)", "negative time"),
+        ("-5 to -10", "negative time"),
+        ("1 to 1e400", "time is not finite"),
+        ("1e400 to 5", "time is not finite"),
+        ("1 to " + "9" * 400, "time is not finite"),
+    ],
+)
+def test_an_interval_that_is_none(answer: str, reason: str) -> None:
+    with pytest.raises(UnparsableError, match=f"^{reason}$"):
+        parse_interval(answer)
+
+
+@pytest.mark.parametrize(
+    "glue, expected",
+    [
+        ("[(5.2, 10.4)]", [(5.2, 10.4)]),
+        ("[(1,2),(4, 5),]", [(1, 2), (4, 5)]),
+        ("[ ( 1 , 2 ) ]", [(1, 2)]),
+        ("[(3, 3), (4, 5)]", [(4, 5)]),
+        ("[]", []),
+    ],
+)
+def test_spans(glue: str, expected: list[tuple[float, float]]) -> None:
+    assert parse_spans(glue) == tuple(Interval(*span) for span in expected)
+
+
+NO_LISTS_OF_SPANS = [
+    *("", "null", "(1, 2)", "[1, 2]", "[[1, 2]]", "[(1, 2)", "[(1, 2)] s", "[(1, 2) (3, 4)]", "[(1,)]", "[()]", "[,]"),
+    *(
+        "[(nan, 2)]",
+        "[(1, inf)]",
+        "[(None, 2)]",
+        "[(१, २)]",
+        "[(1_0, 20)]",
+        "[((1, 2))]",
+        "[(1, 2), [3, 4]]",
+        "[" * 1000,
+    ),
+]
+
+
+@pytest.mark.parametrize("glue", NO_LISTS_OF_SPANS)
+def test_spans_that_are_no_list(glue: str) -> None:
+    with pytest.raises(UnparsableError, match=r"^no list of \(start, end\)$"):
+        parse_spans(glue)
+
+
+@pytest.mark.parametrize(
+    "glue, reason",
+    [
+        ("[(1, 2, 3)]", "a span is not two numbers"),
+        ("[(1)]", "a span is not two numbers"),
+        ("[(1, 2), (4, 3)]", "start after end"),
+        ("[(-1, 2)]", "negative time"),
+        ("[(1, 1e400)]", "time is not finite"),
+    ],
+)
+def test_one_bad_span_spoils_the_list(glue: str, reason: str) -> None:
+    with pytest.raises(UnparsableError, match=f"^{reason}$"):
+        parse_spans(glue)
+
+
+def test_boxes_that_are_inverted_or_out_of_range_are_none() -> None:
+    good = "[0, .25, 1., 7.5e-1]"
+    bad = ["[0.5, 0, 0.4, 1]", "[0, 0, 0, 1]", "[-0.1, 0, 1, 1]", "[0, 0, 640, 480]", "[0, 0, 1, 1e400]"]
+    read = parse_boxes(f"[{', '.join([good, *bad])}]", 6)
+    assert read == (Box(0, 0.25, 1, 0.75), None, None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ("[[0, 0, 1, 1]]", "wrong number of boxes"),
+        ("[]", "wrong number of boxes"),
+        ("[[0, 0, 1, 1], [0, 0, 1]]", "a box is not four numbers"),
+        ("[0, 0, 1, 1]", "no list of boxes"),
+        ("[(0, 0, 1, 1), (0, 0, 1, 1)]", "no list of boxes"),
+        ("[[0, 0, 1, 1], [0, 0, 1, NaN]]", "no list of boxes"),
+        ("[[0, 0, 1, 1], null]", "no list of boxes"),
+        ("[[0, 0, 1, 1], ...]", "no list of boxes"),
+    ],
+)
+def test_boxes_that_cannot_be_read(answer: str, reason: str) -> None:
+    with pytest.raises(UnparsableError, match=f"^{reason}$"):
+        parse_boxes(answer, 2)
+
+
+@pytest.mark.parametrize("answer, letter", [("A", "A"), ("(B) a dog", "B"), ("it is G", "G"), ("HBA", "B")])
+def test_the_first_option_letter_counts(answer: str, letter: str) -> None:
+    assert parse_choice(answer) == letter
+
+
+@pytest.mark.parametrize("answer", ["", "a", "H", "1", "Ａ"])  # noqa: RUF001 - the last is a full-width A
+def test_no_option_letter(answer: str) -> None:
+    with pytest.raises(UnparsableError, match="no option letter"):
+        parse_choice(answer)
+
+
+@settings(deadline=None)
+@given(INTERVALS, TIMES, TIMES)
+def test_an_interval_survives_being_written(interval: Interval, other_s: float, another_s: float) -> None:
+    assert parse_interval(f"{other_s} to {another_s}, or {interval.start_s} to {interval.end_s}") == interval
+
+
+@settings(deadline=None)
+@given(st.lists(INTERVALS, max_size=5), SPACE, SPACE)
+def test_spans_survive_being_written(spans: list[Interval], left: str, right: str) -> None:
+    rows = [f"{left}({span.start_s!r}{right},{left}{span.end_s!r}){right}" for span in spans]
+    assert parse_spans(f"[{','.join(rows)}]") == tuple(spans)
+
+
+@settings(deadline=None)
+@given(st.lists(boxes, min_size=1, max_size=9))
+def test_boxes_survive_being_written(some: list[Box]) -> None:
+    rows = [[box.x0, box.y0, box.x1, box.y1] for box in some]  # str() writes the shortest text that reads the same
+    assert parse_boxes(str(rows), len(some)) == tuple(some)
+
+
+def test_blocks_are_those_of_the_published_pattern() -> None:
+    """Up to a tag that opens again inside its own block."""
+    tags = [fragment for fragment in FRAGMENTS if fragment.startswith("<")]
+    for completion in soups([*tags * 4, *FRAGMENTS], 10_000):
+        for tag, read, index in (("answer", last_answer, -1), ("glue", first_glue, 0)):
+            if blocks := published.blocks(completion, tag):
+                assert read(completion) == blocks[index].rpartition(f"<{tag}>")[2].strip()
+            else:
+                with pytest.raises(UnparsableError):
+                    read(completion)
+
+
+def test_times_are_those_of_the_published_pattern() -> None:
+    """But for signs and exponents."""
+    num_read = 0
+    for answer in soups([*"01237. \n", *[" to ", " and "] * 4, "12.5", "9."], 30_000):
+        times = published.last_times(answer)
+        if times is not None and times[0] < times[1]:
+            assert parse_interval(answer) == Interval(*times)
+            num_read += 1
+        else:
+            with pytest.raises(UnparsableError, match="start and end" if times is None else "start (after|equals) end"):
+                parse_interval(answer)
+    assert num_read > 1000
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text
+
+
+def is_list(parse: Callable[[], object]) -> bool:
+    try:
+        parse()
+    except UnparsableError as error:
+        return not str(error).startswith("no list")
+    return True
+
+
+def test_numbers_in_lists_are_those_of_python() -> None:
+    """But for underscores between digits."""
+    num_read = 0
+    for number in soups([*"0369.+-eE_ "], 30_000, max_fragments=6):
+        expected = is_number(number)
+        assert is_list(partial(parse_spans, f"[(1, {number})]")) == expected
+        assert is_list(partial(parse_boxes, f"[[0, 0, 1, {number}]]", 1)) == expected
+        num_read += expected
+    assert num_read > 1000
+
+
+NUM_CHARACTERS = 200_000
+HOSTILE = [
+    *("9", "9.", ".", "-", "1e", "1e5", " ", " to ", "1 to ", "1 to 2 ", "9 ", "(", "[", "[(", "(1,", "(1,2),", "[1,"),
+    *(
+        "1,",
+        "[1, 2, 3, 4],",
+        "[(1, 2), ",
+        ", ",
+        "<answer>",
+        "</answer>",
+        "<answer></answer>",
+        "<answer>1 to 2</answer>",
+    ),
+    *("<glue>", "</glue>", "</answer><glue>", "<glue>[(1,2)]</glue>", "<think>", "</think> ", "<", "A", "\0"),
+]
+READERS = [
+    last_answer,
+    first_glue,
+    parse_interval,
+    parse_spans,
+    lambda text: parse_boxes(text, 8),
+    parse_choice,
+]
+
+
+def read_all(text: str) -> None:
+    for read in READERS:
+        with contextlib.suppress(UnparsableError):
+            read(text)
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_any_text_takes_linear_time(unit: str) -> None:
+    """Linear takes some milliseconds; quadratic, 4e10 steps, minutes. CPU time, so that a busy machine does no harm."""
+    body = (unit * NUM_CHARACTERS)[:NUM_CHARACTERS]
+    before_s = time.process_time()
+    for text in (body, f"[{body}", f"[({body}", f"[{body}]", f"1 {body}", f"<answer>{body}", f"{body}1 to 2"):
+        read_all(text)
+    assert time.process_time() - before_s < 5

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.rewards import load_reward
+from megatron_vcr1.rewards.user_reward import UserRewardError
+from megatron_vcr1.types import Task
+from tests.rewards.samples import sample
+
+SOURCE = """
+SCALE = 2
+
+def brevity(sample, completion):
+    return SCALE / len(completion)
+
+def not_a_number(sample, completion):
+    return float("nan")
+
+def forgets(sample, completion):
+    completion.upper()
+
+def of_one(sample):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"rewards_of_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(SOURCE)
+    (tmp_path / f"{name}_broken.py").write_text("raise RuntimeError('no licence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_a_function_is_found_and_called(my_rewards: str) -> None:
+    reward = load_reward(f"{my_rewards}:brevity")
+    assert reward.name == f"{my_rewards}:brevity"
+    assert reward(sample(Task.QUALITY), "four") == 0.5
+
+
+@pytest.mark.parametrize("name", ["", "brevity", "my.module:", ":brevity", "my module:f", "m:f()", "a:b:c", "..m:f"])
+def test_another_form_of_name(name: str) -> None:
+    with pytest.raises(UserError, match="write it as module:function"):
+        load_reward(name)
+
+
+@pytest.mark.parametrize(
+    "suffix, message",
+    [
+        (":length", "the module has no function length"),
+        (":SCALE", "the module has no function SCALE"),
+        (":of_one", r"called as of_one\(sample, completion\), but too many positional"),
+        ("_absent:f", "No module named .* PYTHONPATH"),
+        ("_broken:f", "RuntimeError\\('no licence'\\)"),
+    ],
+)
+def test_a_function_that_cannot_be_used(my_rewards: str, suffix: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_reward(my_rewards + suffix)
+
+
+@pytest.mark.parametrize(
+    "function, completion, message",
+    [
+        ("brevity", "", r"sample clip-7: reward \w+:brevity raised ZeroDivisionError"),
+        ("forgets", "x", r"sample clip-7: reward \w+:forgets raised TypeError.*NoneType"),
+        ("not_a_number", "x", r"sample clip-7: reward \w+:not_a_number returned nan, not a finite number"),
+    ],
+)
+def test_a_failure_names_the_sample_and_is_no_zero(
+    my_rewards: str, function: str, completion: str, message: str
+) -> None:
+    with pytest.raises(UserRewardError, match=message):
+        load_reward(f"{my_rewards}:{function}")(sample(Task.QUALITY), completion)
