@@ -4,13 +4,14 @@ A command is a module with two functions: `add_parser(subparsers)` describes its
 sets as `run` does the work and returns the exit code. Such modules import nothing heavy at the top, so that
 `vcr1 --help` answers at once.
 
-Exit codes: 0, 1 (failed), 2 (bad usage or input).
+Exit codes: 0, 1 (failed), 2 (bad usage or input), 130 (interrupted).
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -48,14 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     # What is installed is chosen, and named in the log, once; megatron-core repeats it in every module.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")  # megatron-core's call
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")  # megatron-core's calls
+    warnings.filterwarnings("ignore", message=".*load_state_dict.* is deprecated")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megatron_vcr1").setLevel(logging.INFO)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not while the interpreter exits
+        return code
     except UserError as error:
         print(f"vcr1: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has what it wanted: `vcr1 config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"vcr1: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vcr1: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -66,3 +66,17 @@ def test_help_loads_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_failing_disk_is_a_message_and_exit_code_1(monkeypatch, capsys):
+    class Failing:
+        @staticmethod
+        def add_parser(subparsers):
+            subparsers.add_parser("fail").set_defaults(run=fail)
+
+    def fail(args):
+        raise OSError(28, "No space left on device", "out.jsonl")
+
+    monkeypatch.setattr(cli, "COMMANDS", (Failing,))
+    assert cli.main(["fail"]) == 1
+    assert capsys.readouterr().err == "vcr1: failed: [Errno 28] No space left on device: 'out.jsonl'\n"

@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     convert = commands.add_parser("convert", help="conversion of a checkpoint against cp", allow_abbrev=False)
-    convert.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint (default 2)")
+    convert.add_argument(
+        "--gigabytes", type=float, default=2.0, help="size of the checkpoint, at least one layer: about 1.2 (default 2)"
+    )
     convert.add_argument("--rounds", type=int, default=5, help="how often each case runs (default 5)")
     convert.add_argument("--directory", type=Path, help="on the disk to be measured (default: for temporary files)")
     convert.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")

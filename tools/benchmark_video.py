@@ -42,6 +42,8 @@ def main() -> None:
     if arguments.worker:
         serve(arguments.worker, arguments.threads)
         return
+    if missing := [str(clip) for clip in arguments.videos or () if not clip.is_file()]:
+        sys.exit(f"benchmark_video: no such file: {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         clips = arguments.videos or [write_clip(Path(folder) / "synthetic.mp4", arguments.seconds)]
         workers = start_workers(arguments.backends, arguments.threads)
@@ -228,10 +230,11 @@ def _our_reader(backend: str, threads: int) -> ReadClip:
 
     from megatron_vcr1.data.video import read_frames
 
-    if backend.startswith("dali"):
-        pass
     if backend == "dali-gpu" and not torch.cuda.is_available():
         raise RuntimeError("no GPU")
+
+    if backend.startswith("dali"):
+        import nvidia.dali  # noqa: F401  # missing here, it is left out; missing at the first clip, it is a failure
 
     def read(clip: str) -> int:
         return len(read_frames(clip, backend=backend, num_threads=threads).frames)

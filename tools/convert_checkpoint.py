@@ -20,6 +20,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ def _print(report: dict[str, Any], *, as_json: bool, out: Path | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")  # as in the vcr1 command
+    warnings.filterwarnings("ignore", message=".*load_state_dict.* is deprecated")  # megatron-core's call
     torch.set_num_threads(1)  # it is the disk that takes the time
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
@@ -181,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"convert_checkpoint: failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("convert_checkpoint: interrupted", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -91,8 +91,6 @@ def _tensor_problems(shape: ModelShape, parallel: ParallelSection) -> Iterator[s
     if undivided := list(_undivided(shape, parallel.tensor)):
         sizes = ", ".join(str(size) for size in fitting_tensor_sizes(shape))
         yield f"parallel.tensor = {parallel.tensor} does not divide {' nor '.join(undivided)}; it can be {sizes}"
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        yield "parallel.sequence_parallel needs parallel.tensor > 1: raise that, or turn it off"
 
 
 def _stage_problems(num_layers: int, parallel: ParallelSection, recompute: RecomputeSection) -> Iterator[str]:

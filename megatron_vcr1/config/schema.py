@@ -68,6 +68,12 @@ class ParallelSection(Section):
         default=None, ge=1, description="Language-model layers on the last stage. Unset: an even share."
     )
 
+    @model_validator(mode="after")
+    def _sequence_has_ranks(self) -> Self:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel needs tensor > 1: raise that, or turn it off")
+        return self
+
 
 class RecomputeSection(Section):
     """Which activations are computed again in the backward pass instead of being kept."""

@@ -15,7 +15,8 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from megatron_vcr1.data.importers import FORMATS
-from megatron_vcr1.data.manifest import BadRow, scan_manifest, write_manifest
+from megatron_vcr1.data.manifest import BadRow, is_remote, scan_manifest, write_manifest
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import Task, VideoSample
 
 if TYPE_CHECKING:
@@ -74,7 +75,13 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
     parser.add_argument(
-        "--tasks", nargs="+", type=Task, choices=list(Task), default=list(Task), metavar="TASK", help="default: all six"
+        "--tasks",
+        nargs="+",
+        type=Task,
+        choices=list(Task),
+        default=list(Task),
+        metavar="TASK",
+        help=f"any of {', '.join(Task)} (default: all)",
     )
     parser.add_argument("--side", type=_positive, default=64, help="width and height in pixels (default: 64)")
     parser.add_argument("--num-frames", type=_positive, default=24, help="frames of a video (default: 24)")
@@ -108,6 +115,10 @@ def run_import(args: argparse.Namespace) -> int:
     from megatron_vcr1.data.importers.cleaning import VideoFolder
     from megatron_vcr1.data.importers.formats import import_dataset
 
+    if args.out.is_dir():
+        raise UserError(f"{args.out}: is a folder; name the manifest to write")
+    if args.videos and not is_remote(args.videos) and not Path(args.videos).is_dir():
+        raise UserError(f"--videos {args.videos}: no such folder")
     samples, report = import_dataset(
         args.name,
         tuple(args.annotations),
@@ -118,13 +129,16 @@ def run_import(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     report_file = args.out.with_name(args.out.name + ".report.json")
-    write_manifest(args.out, samples)
+    if samples:  # an earlier manifest is worth more than an empty one
+        write_manifest(args.out, samples)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     report_file.write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
         return 0 if samples else 1
     _print_import(report)
-    print(f"{len(samples)} of {report.num_rows} rows written to {args.out}, all issues to {report_file}")
+    written = f"{len(samples)} of {report.num_rows} rows written to {args.out}" if samples else "nothing written"
+    print(f"{written}, all issues to {report_file}")
     return 0 if samples else 1
 
 

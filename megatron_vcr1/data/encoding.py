@@ -87,6 +87,8 @@ def encode_messages(
         if kind not in part:
             raise ValueError(f"{where}: the key {kind!r} is missing")
         if kind == "text":
+            if not isinstance(part["text"], str):
+                raise ValueError(f"{where}: text is {part['text']!r}; it must be a string")
             _refuse_vision_tokens(part["text"], processor, where)
         elif kind == "image":
             vision.append(_encode_image(part, processor, where))
@@ -136,6 +138,8 @@ def _parts(messages: Sequence[Message]) -> Iterator[tuple[str, Message]]:
             raise ValueError(f"messages[{index}]: needs the keys 'role' and 'content'")
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
+            raise ValueError(f"messages[{index}].content: must be a text or a list of {{'type', ...}} objects")
         for part_index, part in enumerate(parts):
             yield f"messages[{index}].content[{part_index}]", part
 

@@ -23,7 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         required=True,
         metavar="FILE.jsonl",
-        help='lines of {"id", "messages", "response"}; a response is a text or a list of token ids',
+        help='lines of {"id", "messages", "response"}; a response is a text or a list of token ids; relative paths of '
+        "videos and images count from the current folder",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.jsonl", help='lines of {"id", "token_ids", "log_probs"}'
@@ -38,7 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--layer-spec", choices=("auto", "local", "transformer_engine"), default="auto")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="logits are divided by this; default: %(default)s"
+        "--temperature",
+        type=_positive_float,
+        default=1.0,
+        metavar="T",
+        help="logits are divided by this; default: %(default)s",
     )
     parser.add_argument(
         "--microbatch-tokens",
@@ -52,8 +57,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _run_score(args: argparse.Namespace) -> int:
     from megatron_vcr1.config.schema import ModelSection, ParallelSection, RunConfig
+    from megatron_vcr1.errors import UserError
     from megatron_vcr1.evaluation.score import score_file
 
+    if args.sequence_parallel and args.tensor_parallel == 1:
+        raise UserError("--sequence-parallel needs --tensor-parallel > 1: raise that, or leave it out")
     run = RunConfig(
         model=ModelSection(path=args.model, dtype=args.dtype, layer_spec=args.layer_spec),
         parallel=ParallelSection(
@@ -67,7 +75,12 @@ def _run_score(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    """argparse turns the ValueError into a message that names the option."""
     if not int(text) > 0:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return int(text)
+
+
+def _positive_float(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
+    return float(text)

@@ -103,13 +103,23 @@ def score_file(run: RunConfig, data: Path, out: Path, *, temperature: float, mic
         UserError: before anything is computed, if the requests, the model or the layout are at fault.
     """
     requests = read_requests(data)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: must be a file in a folder that exists; it is written at the end")
     config = ModelConfig.from_pretrained(run.model.path)
     check_layout(config.shape, run.parallel, run.recompute, groups.world_size())
+    processor = _read_processor(run.model.path)
     with groups.world(run.parallel):
         model = build_model(config, run).to(groups.device()).eval()
         load_model_weights(model, run.model.path)
-        scorer = Scorer(model, PromptProcessor.from_pretrained(run.model.path), temperature, microbatch_tokens)
+        scorer = Scorer(model, processor, temperature, microbatch_tokens)
         return _write_rows(scorer, requests, out)
+
+
+def _read_processor(model_dir: Path) -> PromptProcessor:
+    try:
+        return PromptProcessor.from_pretrained(model_dir)
+    except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
+        raise UserError(f"tokenizer or processor: {error}") from error
 
 
 class Scorer:
@@ -198,5 +208,9 @@ def _open_for_writing(path: Path | None) -> Iterator[TextIO | None]:
     if path is None:
         yield None
         return
-    with path.open("w", encoding="utf-8") as file:
-        yield file
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+    except BaseException:  # a failure or Ctrl-C leaves nothing behind
+        path.unlink(missing_ok=True)
+        raise

@@ -87,11 +87,6 @@ def test_all_problems_at_once_with_a_way_out():
     ]
 
 
-def test_sequence_parallel_needs_tensor_parallel():
-    (problem,) = problems(sequence_parallel=True)
-    assert problem.startswith("parallel.sequence_parallel needs parallel.tensor > 1")
-
-
 def test_full_recompute_in_units_that_divide_every_stage():
     layout = {"pipeline": 2, "first_stage_layers": 12}  # 12 and 16 layers
     assert problems(recompute=RecomputeSection(granularity="full", num_layers=4), **layout) == []

@@ -54,7 +54,12 @@ def test_import_prints_json_and_fails_when_nothing_is_left(
 ) -> None:
     out, videos = tmp_path / "m.jsonl", tmp_path / "none"
     arguments = ("import", "activitynet", "--annotations", annotations, "--videos", videos, "--out", out, "--json")
+    with pytest.raises(UserError, match="none: no such folder"):
+        vcr1(*arguments)
+    videos.mkdir()
+    out.write_text("an earlier manifest")
     assert vcr1(*arguments) == 1
+    assert out.read_text() == "an earlier manifest"
     report = json.loads(capsys.readouterr().out)
     assert report["issue_counts"] == {"missing_video (skipped)": 3} and report["videos_checked"]
 

@@ -179,12 +179,14 @@ def test_the_reader_is_given_the_options_and_the_factor(processor: PromptProcess
             "unknown key 'fps'; image parts may have min_pixels, max_pixels",
         ),
         ({"type": "text", "text": "<|video_pad|>"}, r"content\[1\]: the text holds '<\|video_pad\|>'"),
+        ("Hi", r"messages\[0\]\.content: must be a text or a list"),
+        ({"type": "text", "text": 3}, r"content\[1\]: text is 3; it must be a string"),
         ({"type": "text"}, r"content\[1\]: the key 'text' is missing"),
         ({"type": "image", "image": "gone.png"}, r"gone\.png: no such file"),
         ({"type": "video", "video": "gone.mp4"}, r"gone\.mp4: no such file"),
     ],
 )
-def test_bad_parts_are_named(processor: PromptProcessor, part: dict[str, Any], message: str) -> None:
+def test_bad_parts_are_named(processor: PromptProcessor, part: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode_messages([{"role": "user", "content": [{"type": "text", "text": "Look:"}, part]}], processor)
 

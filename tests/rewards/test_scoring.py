@@ -51,7 +51,7 @@ def test_the_answer_that_sft_teaches_earns_everything(task: Task, thinking: bool
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-@pytest.mark.parametrize("task", set(Task) - {Task.TRACKING})  # its example leaves boxes out
+@pytest.mark.parametrize("task", [task for task in Task if task != Task.TRACKING])  # its example leaves boxes out
 def test_the_form_that_the_prompt_shows_is_right(task: Task, thinking: bool) -> None:
     templates = load_templates()
     wording = (templates.think if thinking else templates.answer)[task].template

@@ -66,7 +66,7 @@ def import_dataset(
         raise UserError(f"--split {split}: {name} has a file for each split; give that file as --annotations")
     cleaner = RowCleaner(videos, keep_overruns)
     samples: dict[str, VideoSample] = {}
-    num_rows, last_id = 0, "(none)"
+    num_rows, last_id = 0, None
     try:
         for row in _rows(name, annotations, videos, split):
             num_rows += 1
@@ -85,9 +85,9 @@ def import_dataset(
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
         given = " ".join(map(str, annotations))
+        where = "the first row" if last_id is None else f"the row after id {last_id}"
         raise UserError(
-            f"{given}: not in the format {name} ({FORMATS[name]}); the row after id {last_id}: "
-            f"{type(error).__name__} {error}"
+            f"{given}: not in the format {name} ({FORMATS[name]}); {where}: {type(error).__name__} {error}"
         ) from error
     if num_rows == 0:
         raise UserError(f"{name}: no rows" + (f" in split {split}" if split else "") + "; check --annotations, --split")
