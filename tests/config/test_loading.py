@@ -69,7 +69,7 @@ def test_the_later_of_two_options_wins():
         (["--model.dtype", "int8"], "--model.dtype: input should be 'float32' or 'bfloat16', not 'int8'"),
         (["--model.freeze", "head"], "--model.freeze: input should be 'vision_tower', 'merger' or 'language_model'"),
         (["--model.freeze", "vision_tower,merger,language_model"], "nothing would be trained"),
-        (["--parallel.sequence_parallel=true", "--parallel.tensor=1"], "sequence_parallel needs tensor > 1: raise that"),
+        (["--parallel.sequence_parallel=true", "--parallel.tensor=1"], "sequence_parallel needs tensor > 1"),
         (["--parallel.tensor"], "--parallel.tensor needs a value"),
         (["--parallel.tensor", "--parallel.pipeline", "2"], "--parallel.tensor needs a value"),
         (["--tensor", "2"], "--tensor: unknown option; settings are given as --section.key VALUE"),
