@@ -8,13 +8,16 @@ by columns; of those, each row's piece is written on its own.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vcr1.checkpoint.model_dir import copy_model_files
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsWriter, create_safetensors
-from megatron_vcr1.checkpoint.stored_model import StoredModel, open_model
+from megatron_vcr1.checkpoint.stored_model import StoredModel, StoredRows, open_model
+from megatron_vcr1.checkpoint.torch_dist import Chunk
 from megatron_vcr1.checkpoint.workers import (
     Progress,
     new_directory,
@@ -68,8 +71,8 @@ def _write_share(model: StoredModel, directory: Path, progress: Progress) -> Cou
         writers = {name: stack.enter_context(closing(SafetensorsWriter(directory / name))) for name in model.headers}
         chunks = model.chunks[rank() :: num_workers()]
         total = sum(chunk.num_bytes for chunk in chunks)
-        for chunk in chunks:
-            for rows in model.read(chunk):
+        for chunk, stored in _read_ahead(model, chunks):
+            for rows in stored:
                 for place in model.places[rows.hf_name]:
                     dtype = place.tensor.dtype
                     if rows.values.dtype != dtype:
@@ -78,3 +81,18 @@ def _write_share(model: StoredModel, directory: Path, progress: Progress) -> Cou
                     writers[place.file].write_rows(place.tensor, rows.row, rows.column, values)
             progress(chunk.num_bytes, total)
     return casts
+
+
+def _read_ahead(model: StoredModel, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[StoredRows]]]:
+    """Each chunk and its rows; the next one is read while the caller writes this one."""
+
+    def read(chunk: Chunk) -> tuple[Chunk, list[StoredRows]]:
+        return chunk, list(model.read(chunk))
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = [reader.submit(read, chunk) for chunk in chunks[:1]]
+        for chunk in chunks[1:]:
+            ahead.append(reader.submit(read, chunk))
+            yield ahead.pop(0).result()
+        for last in ahead:
+            yield last.result()
