@@ -6,8 +6,9 @@
     python tools/convert_checkpoint.py verify --hf HF_DIR --checkpoint DIR
     torchrun --nproc-per-node 8 tools/convert_checkpoint.py import ...    # shared among processes, also across nodes
 
-Needs no GPU and some tens of megabytes of memory beside the libraries, whatever the size of the model (verify's log-probs
-excepted: they load the whole model in float32). An imported directory loads at any tensor- and pipeline-parallel size.
+Needs no GPU and some tens of megabytes of memory beside the libraries, whatever the size of the model (verify's log-
+probs excepted: they load the whole model in float32). An imported directory loads at any tensor- and pipeline-
+parallel size.
 
 Exit codes: 0, 1 (failed; verify: some tensor differs), 2 (bad usage or input).
 """
