@@ -149,6 +149,8 @@ class Scorer:
         response = request.response
         token_ids = self.processor.tokenize(response) if isinstance(response, str) else torch.tensor(response)
         vocab_size = self.model.model_config.text.vocab_size
+        if not len(token_ids):
+            return Unreadable(request.id, "the tokenizer makes no tokens of the response")
         if int(token_ids.max()) >= vocab_size:
             return Unreadable(request.id, f"token id {int(token_ids.max())} is not in the vocabulary of {vocab_size}")
         try:

@@ -16,6 +16,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 from vcr1_kernels import linear_log_probs
+from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import VisionInput
@@ -178,8 +179,7 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
         and isinstance(backend, LocalBackend)
     ):
         raise UserError("recompute.modules: 'layernorm' works with TransformerEngine's layers only; leave it out")
-    attention = "vcr1_kernels (Triton)" if torch.cuda.is_available() else "torch SDPA (there is no GPU)"
-    logger.info("attention: %s", attention)
+    logger.info("attention: %s", _attention_name())
     dtype = getattr(torch, run.model.dtype)
     settings = (run.parallel, run.recompute)
     model = QwenVLModel(
@@ -190,6 +190,13 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
     )
     freeze(model, run.model.freeze)
     return model
+
+
+def _attention_name() -> str:
+    """What `vcr1_kernels.shared_prefix_attention` runs on this machine."""
+    if not torch.cuda.is_available():
+        return "torch SDPA (there is no GPU)"
+    return "Triton, and flash-attn where no prefix is shared" if flash_attn_is_installed() else "Triton"
 
 
 def freeze(model: QwenVLModel, parts: tuple[str, ...]) -> None:

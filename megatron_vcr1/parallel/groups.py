@@ -1,6 +1,4 @@
-"""Start and end of the distributed world: torch.distributed plus megatron-core's tensor-, pipeline- and data-parallel
-groups.
-"""
+"""Start and end of the distributed world: torch.distributed and megatron-core's process groups on it."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,7 +22,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(parallel: ParallelSection, *, seed: int = 0, timeout: timedelta = timedelta(minutes=10)) -> None:
+def initialize(parallel: ParallelSection, *, seed: int = 0) -> None:
     """Join the world (torchrun's environment, or a world of one) and build megatron-core's process groups.
 
     NCCL with one GPU a process where CUDA exists, gloo otherwise. The layout is checked by config.check_layout before
@@ -39,9 +36,9 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout: timedelta =
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if on_gpu else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not is_first_rank():
         logging.getLogger("megatron_vcr1").setLevel(logging.WARNING)  # one voice a job
     if parallel_state.model_parallel_is_initialized():
@@ -68,10 +65,6 @@ def world(parallel: ParallelSection, *, seed: int = 0) -> Iterator[None]:
         yield
     finally:
         shutdown()
-
-
-def is_first_stage() -> bool:
-    return parallel_state.is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
@@ -104,9 +97,7 @@ def speaks_for_copy() -> bool:
 
 
 def broadcast_in_copy(produce: Callable[[], T]) -> T:
-    """Let one rank of each copy of the model produce something (a decoded video, say), and give it to the copy's other
-    ranks.
-    """
+    """Let one rank of each copy of the model produce something, a decoded video say, for all ranks of the copy."""
     source = parallel_state.get_model_parallel_src_rank()
     box = [produce() if dist.get_rank() == source else None]
     dist.broadcast_object_list(box, src=source, group=parallel_state.get_model_parallel_group())

@@ -20,12 +20,13 @@ def use_flash_attn(query: Tensor, layout: SegmentLayout) -> bool:
         and all(prefix < 0 for prefix in layout.prefixes)
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[2] <= _MAX_HEAD_DIM
-        and _flash_attn_is_installed()
+        and flash_attn_is_installed()
     )
 
 
 @lru_cache(maxsize=1)
-def _flash_attn_is_installed() -> bool:
+def flash_attn_is_installed() -> bool:
+    """Whether independent segments on a GPU go to flash-attn."""
     return find_spec("flash_attn") is not None
 
 
