@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -30,8 +28,6 @@ class PromptProcessor:
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
-    image_mean: tuple[float, ...] = CLIP_MEAN
-    image_std: tuple[float, ...] = CLIP_STD
     min_pixels: int = 56 * 56
     """Least area of an image after resizing; a video's bounds are its reader's."""
     max_pixels: int = 28 * 28 * 1280
@@ -106,7 +102,7 @@ def _token_id(config: Mapping[str, Any], key: str, tokenizer: PreTrainedTokenize
 
 
 def _vision_settings(folder: Path) -> dict[str, Any]:
-    """Patch sizes, normalisation and an image's pixel bounds.
+    """Patch sizes and an image's pixel bounds.
 
     transformers 5 saves processor_config.json with one section for images and one for videos; before it, a video
     shared preprocessor_config.json with the images or had a video_preprocessor_config.json of its own.
@@ -119,13 +115,12 @@ def _vision_settings(folder: Path) -> dict[str, Any]:
             f"{folder}: neither processor_config.json nor preprocessor_config.json has image settings"
         )
     defaults: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-    defaults |= {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
     settings = {key: image.get(key, default) for key, default in defaults.items()}
-    for key, default in defaults.items():
-        if video is not None and video.get(key, default) != settings[key]:
-            raise ValueError(f"{folder}: {key} is {settings[key]} for images and {video.get(key, default)} for videos")
-    settings["image_mean"] = tuple(settings["image_mean"])
-    settings["image_std"] = tuple(settings["image_std"])
+    # The model normalises images and videos alike.
+    expected = settings | {key: image[key] for key in ("image_mean", "image_std") if key in image}
+    for key, value in expected.items():
+        if video is not None and (found := video.get(key, defaults.get(key, value))) != value:
+            raise ValueError(f"{folder}: {key} is {value} for images and {found} for videos")
     return settings | _image_pixel_bounds(image)
 
 
