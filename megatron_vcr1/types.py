@@ -216,3 +216,47 @@ class VideoSample:
         letters = OPTION_LETTERS[: len(self.options)]
         if len(self.target.choice) != 1 or self.target.choice not in letters:
             raise ValueError(f"choice {self.target.choice!r} is not one of the options' letters {letters}")
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    STOP = "stop"
+    """By itself: its last token is an end token, or it ends with a stop text."""
+    LENGTH = "length"
+    """Cut at the limit of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        token_ids: what was sampled, the end token included; at least one.
+        log_probs: of each token, at the sampling temperature, over the whole vocabulary (before top-p and top-k).
+        policy_version: how many weight updates the policy that sampled it had seen.
+    """
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or len(self.token_ids) != len(self.log_probs):
+            raise ValueError(f"a rollout of {len(self.token_ids)} tokens has {len(self.log_probs)} log-probs")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The responses to one prompt.
+
+    Attributes:
+        id: the sample's.
+        cached_tokens: prompt tokens of each response that the engine took from its cache instead of computing them;
+            None if the engine does not tell.
+    """
+
+    id: str
+    rollouts: tuple[Rollout, ...]
+    cached_tokens: tuple[int, ...] | None = None

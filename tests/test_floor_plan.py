@@ -25,6 +25,7 @@ FLOORS = {
     "model": 4,
     "parallel": 3,
     "data": 2,
+    "judge": 2,
     "rewards": 1,
     "config": 0,
     "types": 0,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_vcr1.config.schema import RunConfig, section_types
+from megatron_vcr1.config.schema import RunConfig, Section, section_types, table_type
 from megatron_vcr1.errors import UserError
 
 # {"parallel": {"tensor": 2}}: what a TOML file parses to.
@@ -93,12 +93,18 @@ def _explain(detail: Mapping[str, Any], path: Path, overrides: Mapping[Key, str]
                 f" or give --{name} VALUE" if keys else f" as a table [{section}]"
             )
         case "extra_forbidden" if keys:
-            return f"{source}: unknown key; {_nearest(keys[0], section_types()[section].model_fields)}"
+            return f"{source}: unknown key; {_nearest(keys[-1], _table(section, keys[:-1]).model_fields)}"
         case "extra_forbidden":
             return f"{source}: unknown section; {_nearest(section, section_types())}"
         case "value_error":  # raised by the schema's own checks, which name the key
             return f"{source}: {detail['ctx']['error']}"
     return f"{source}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+
+
+def _table(section: str, keys: Sequence[str]) -> type[Section]:
+    """The settings of a section, or, with keys (a list's name, a number), those of a table in its list."""
+    table = section_types()[section]
+    return (table_type(table.model_fields[keys[0]]) if keys else None) or table
 
 
 def _nearest(wrong: str, known: Iterable[str]) -> str:

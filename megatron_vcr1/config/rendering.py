@@ -10,18 +10,14 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from megatron_vcr1.config.schema import RunConfig, Section, section_types
+from megatron_vcr1.config.schema import RunConfig, Section, section_types, table_type
 
 LINE_WIDTH = 100
 
 
 def default_config() -> RunConfig:
     """Every key at its default; the required ones at their documented example."""
-    required = {
-        name: {key: (field.examples or [None])[0] for key, field in section.model_fields.items() if field.is_required()}
-        for name, section in section_types().items()
-    }
-    return RunConfig.model_validate(required)
+    return RunConfig.model_validate({name: _required_keys(section) for name, section in section_types().items()})
 
 
 def render_toml(config: RunConfig, *, documented: bool) -> str:
@@ -29,17 +25,46 @@ def render_toml(config: RunConfig, *, documented: bool) -> str:
 
     Args:
         config: what to write.
-        documented: put the section's and every key's description above it, and unset keys as comments.
+        documented: put the section's and every key's description above it, unset keys as comments, and an example of
+            each list of tables.
     """
     tables = ["\n".join(_render_section(name, section, documented)) for name, section in config]
     return "\n\n".join(tables) + "\n"
+
+
+def _required_keys(section: type[Section]) -> dict[str, Any]:
+    return {key: (field.examples or [None])[0] for key, field in section.model_fields.items() if field.is_required()}
 
 
 def _render_section(name: str, section: Section, documented: bool) -> Iterator[str]:
     if documented:
         yield from _comment(type(section).__doc__ or "")
     yield f"[{name}]"
+    yield from _render_keys(section, documented)
     for key, field in type(section).model_fields.items():
+        if (entry_type := table_type(field)) is None:
+            continue
+        if documented:
+            yield ""
+            yield from _comment(_description(field))
+            example = entry_type.model_validate(_required_keys(entry_type))
+            yield from (
+                line if line.startswith("#") else f"# {line}" for line in _render_entry(name, key, example, True)
+            )
+        for entry in getattr(section, key):
+            yield from ("", *_render_entry(name, key, entry, False))
+
+
+def _render_entry(name: str, key: str, entry: Section, documented: bool) -> Iterator[str]:
+    yield f"[[{name}.{key}]]"
+    yield from _render_keys(entry, documented)
+
+
+def _render_keys(section: Section, documented: bool) -> Iterator[str]:
+    """The keys that are values, not lists of tables."""
+    for key, field in type(section).model_fields.items():
+        if table_type(field) is not None:
+            continue
         value = getattr(section, key)
         if documented:
             yield from _comment(_description(field))

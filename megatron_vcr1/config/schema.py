@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Literal, Self, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 
-Name = TypeVar("Name")
-
-
-def _split(value: Any) -> Any:
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
-
-
-# A TOML list of names, or on the command line `a,b` (nothing: the empty list).
-Names = Annotated[tuple[Name, ...], BeforeValidator(_split)]
-
-
-class Section(BaseModel):
-    """A table of the TOML file. Unknown keys are errors; values never change once loaded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from megatron_vcr1.config.rollout_sections import EvaluateSection, JudgeSection, RolloutSection, SglangSection
+from megatron_vcr1.config.section import Names, Section
+from megatron_vcr1.config.training_sections import (
+    CheckpointSection,
+    DataSection,
+    GrpoSection,
+    LoggingSection,
+    OptimizerSection,
+    TrainSection,
+)
 
 
 class ModelSection(Section):
@@ -101,8 +97,26 @@ class RunConfig(Section):
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
     recompute: RecomputeSection = RecomputeSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    grpo: GrpoSection = GrpoSection()
+    rollout: RolloutSection = RolloutSection()
+    sglang: SglangSection = SglangSection()
+    judge: JudgeSection = JudgeSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    evaluate: EvaluateSection = EvaluateSection()
 
 
 def section_types() -> dict[str, type[Section]]:
     """The sections of a RunConfig by their names in the file."""
     return {name: cast(type[Section], field.annotation) for name, field in RunConfig.model_fields.items()}
+
+
+def table_type(field: FieldInfo) -> type[Section] | None:
+    """What a list of tables ([[section.key]]) holds; None for a key that is a value."""
+    if get_origin(field.annotation) is not tuple:
+        return None
+    entry = get_args(field.annotation)[0]
+    return entry if isinstance(entry, type) and issubclass(entry, Section) else None

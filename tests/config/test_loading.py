@@ -86,7 +86,11 @@ def test_a_bad_option_is_named(run_toml, options, message):
         ("[parallel]\ntensor = 2", "run.toml: model: missing; add it to the file as a table [model]"),
         ("[model]\ndtype = 'float32'", "run.toml: model.path: missing; add it to the file or give --model.path VALUE"),
         (RUN + "tenser = 1", "run.toml: parallel.tenser: unknown key; did you mean tensor?"),
-        (RUN + "[grpo]\n", "run.toml: grpo: unknown section; there are model, parallel, recompute"),
+        (RUN + "[quux]\n", "run.toml: quux: unknown section; there are model, parallel, recompute"),
+        (
+            RUN + "[[data.sources]]\nmanifesto = 1\nmanifest = 'm'",
+            "data.sources.0.manifesto: unknown key; did you mean manifest?",
+        ),
         (RUN + "pipeline = 1.5", "run.toml: parallel.pipeline: input should be a valid integer"),
         ("parallel = 3\n[model]\npath='x'", "run.toml: parallel: input should be a valid dictionary"),
         ("[model", "run.toml: not TOML: "),

@@ -6,12 +6,18 @@ import pytest
 
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.rendering import LINE_WIDTH, default_config, render_toml
-from megatron_vcr1.config.schema import ModelSection, ParallelSection, RecomputeSection, RunConfig
+from megatron_vcr1.config.rollout_sections import BenchmarkSource, EvaluateSection
+from megatron_vcr1.config.schema import ModelSection, ParallelSection, RecomputeSection, RunConfig, table_type
+from megatron_vcr1.config.training_sections import DataSection, DataSource
 
 CUSTOM = RunConfig(
     model=ModelSection(path='mödels/a "quoted" \\ name', layer_spec="local", freeze=("vision_tower", "merger")),
     parallel=ParallelSection(tensor=2, pipeline=3, sequence_parallel=True, first_stage_layers=2),
     recompute=RecomputeSection(granularity="selective", modules=("mlp", "layernorm")),
+    data=DataSection(
+        sources=(DataSource(manifest="a.jsonl", weight=0.5, rewards=("mine:f",)), DataSource(manifest="b"))
+    ),
+    evaluate=EvaluateSection(benchmarks=(BenchmarkSource(name="charades_sta", manifest="t.jsonl"),)),
 )
 
 
@@ -29,7 +35,8 @@ def test_every_key_is_shown_under_its_description():
     for name, section in default_config():
         assert f"[{name}]" in text
         for key, field in type(section).model_fields.items():
-            assert f"\n{key} =" in text or f"\n# {key} =" in text
+            shown = f"[[{name}.{key}]]" if table_type(field) else f"{key} ="
+            assert f"\n{shown}" in text or f"\n# {shown}" in text
             assert field.description in prose, f"{name}.{key}"
 
 

@@ -1,0 +1,1 @@
+"""Judges of captions: which events of a reference a caption tells."""

@@ -1,0 +1,1 @@
+"""GRPO and SFT: advantages, losses, optimizer, steps and the run."""
