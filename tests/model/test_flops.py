@@ -1,0 +1,196 @@
+"""Counted operations against PyTorch's counter, on our model and on transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.schema import RecomputeSection, RunConfig
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.flops import (
+    Flops,
+    Workload,
+    bf16_peak,
+    forward_flops,
+    recomputed_flops,
+    training_flops,
+)
+from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.vision import window_order
+from megatron_vcr1.parallel import groups
+from tests.model import tiny
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+aten = torch.ops.aten
+
+
+def _pairs(query: torch.Size, key: torch.Size, is_causal: bool) -> int:
+    """What one block of attention computes, [batch, heads, length, head_dim]; causal blocks are square."""
+    batch, heads, length, head_dim = query
+    pairs = length * (length + 1) // 2 if is_causal else length * key[2]
+    return batch * heads * head_dim * pairs
+
+
+def _attention(query, key, value, dropout=0.0, is_causal=False, **kwargs) -> int:
+    return 4 * _pairs(query, key, is_causal)
+
+
+def _attention_backward(grad, query, key, value, out, lse, dropout, is_causal, **kwargs) -> int:
+    return 8 * _pairs(query, key, is_causal)
+
+
+COUNTED = {  # PyTorch's counter has no entry for the CPU's attention
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def _rotary(config: ModelConfig, rows: int) -> int:
+    """Three axes of rotary angles are products of positions and frequencies, which we do not count."""
+    return 2 * 3 * rows * config.text.head_dim // 2
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=COUNTED)
+
+
+def _batch(config: ModelConfig) -> PackedBatch:
+    samples = [
+        Group("a", tiny.prompt("iv", seed=1), tiny.responses((5, 1, 3, 8), seed=2)),
+        Group("b", tiny.prompt("vv", seed=3), tiny.responses((2, 7), seed=4)),
+    ]
+    return pack(samples, config)
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny.create(request.param, folder)
+    return folder
+
+
+def _counted(folder: Path, **settings: object) -> tuple[int, int, ModelConfig, PackedBatch]:
+    """Operations that our model's forward and backward pass really start."""
+    run = RunConfig.model_validate(
+        {"model": {"path": folder, "dtype": "float32", **settings.pop("model", {})}, **settings}
+    )
+    config = ModelConfig.from_pretrained(folder)
+    with groups.world(run.parallel):
+        model = build_model(config, run).train()
+        load_model_weights(model, folder)
+        batch = _batch(config)
+        with _counter() as forward:
+            loss = model.logits(model(batch)).logsumexp(-1).sum()
+        with _counter() as backward:
+            loss.backward()
+    rotary = _rotary(config, batch.layout.num_tokens)
+    return forward.get_total_flops() - rotary, backward.get_total_flops(), config, batch
+
+
+@pytest.mark.parametrize(
+    "freeze", [(), ("vision_tower",), ("merger",), ("vision_tower", "merger"), ("language_model",)], ids=" ".join
+)
+def test_forward_and_backward_are_what_pytorch_counts(model_dir: Path, freeze: tuple[str, ...]) -> None:
+    forward, backward, config, batch = _counted(model_dir, model={"freeze": freeze})
+    work = Workload.of_batch(config, batch)
+    assert forward_flops(config, work).total == forward
+    assert training_flops(config, work, freeze=freeze).total == forward + backward
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"granularity": "full"},
+        {"granularity": "selective", "modules": ["core_attn"]},
+        {"granularity": "selective", "modules": ["core_attn", "mlp"]},
+    ],
+    ids=str,
+)
+def test_recomputation_is_what_pytorch_counts_on_top(model_dir: Path, recompute: dict[str, object]) -> None:
+    forward, backward, config, batch = _counted(model_dir, recompute=recompute)
+    work = Workload.of_batch(config, batch)
+    again = recomputed_flops(config, work, RecomputeSection.model_validate(recompute))
+    assert training_flops(config, work).total + again.total == forward + backward
+
+
+def test_plain_attention_in_transformers(model_dir: Path) -> None:
+    """Its eager attention computes whole squares; all else is the same."""
+    import transformers
+
+    kind = transformers.AutoModelForImageTextToText
+    model = kind.from_pretrained(model_dir, attn_implementation="eager")
+    config = ModelConfig.from_pretrained(model_dir)
+    prompt, response = tiny.prompt("v", seed=5), tiny.responses((6,), seed=6)[0]
+    with torch.no_grad(), _counter() as counter:
+        tiny.transformers_logits(model, config, prompt, response)
+    (item,) = prompt.vision
+    rows = len(prompt.token_ids) + len(response)
+    one = Workload.of_group(config, rows, [], [item.grid_thw])
+    num_patches = one.patches
+    square = Workload(num_patches, one.window_pairs, one.full_pairs, rows, rows**2, rows)
+    assert forward_flops(config, square).total + _rotary(config, rows) == counter.get_total_flops()
+
+
+def test_window_pairs_are_the_windows_squares() -> None:
+    config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
+    for grid in ((1, 4, 4), (3, 6, 10), (2, 14, 2)):
+        _, lengths = window_order(grid, config.vision)
+        assert Workload.of_group(config, 1, (), [grid]).window_pairs == sum(length**2 for length in lengths)
+
+
+def test_a_group_is_counted_as_it_is_packed() -> None:
+    config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
+    prompt, responses = tiny.prompt("iv", seed=1), tiny.responses((5, 1, 3, 8), seed=2)
+    lengths = [len(one) for one in responses]
+    grids = [one.grid_thw for one in prompt.vision]
+    of_group = Workload.of_group(config, len(prompt.token_ids), lengths, grids)
+    assert of_group == Workload.of_batch(config, pack([Group("a", prompt, responses)], config))
+    apart = sum((Workload.of_group(config, len(prompt.token_ids), [n], grids) for n in lengths), Workload())
+    assert apart.patches == 4 * of_group.patches and apart.targets == of_group.targets
+    assert apart.rows == of_group.rows + 3 * len(prompt.token_ids)
+
+
+def test_the_rule_of_thumb_holds_for_seven_billion() -> None:
+    """Six operations a parameter and token, for long rows of text without attention."""
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "qwen2_5_vl",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+        }
+    )
+    flops = training_flops(config, Workload(rows=1000, targets=1000)).total
+    assert flops / (6 * 7_615_616_512 * 1000) == pytest.approx(1 - 152064 * 3584 / 7_615_616_512, rel=1e-4)
+
+
+def test_flops_add_up_by_part() -> None:
+    total = Flops(head=1, text_layers=2) + Flops(head=3, merger=4)
+    assert total == Flops(head=4, text_layers=2, merger=4)
+    assert total.total == 10 and total.vision == 4
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("a toaster", None),
+    ],
+)
+def test_peaks_by_device_name(name: str, peak: float | None) -> None:
+    assert bf16_peak(name) == peak
