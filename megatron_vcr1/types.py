@@ -158,6 +158,7 @@ class VideoSample:
             its start.
         image_fps: images a second, where ``video`` is a folder of images.
         category: the dataset's own grouping (question type, sub-task), for reports.
+        thinking: reasoning that leads to the target, for SFT with thinking; empty if the annotation has none.
 
     Raises:
         ValueError: a field contradicts the task or another field; the message names the field.
@@ -172,6 +173,7 @@ class VideoSample:
     clip: Interval | None = None
     image_fps: float | None = None
     category: str = ""
+    thinking: str = ""
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -184,7 +186,7 @@ class VideoSample:
             raise ValueError(f"duration_s must be positive and finite, or null if unknown; got {self.duration_s}")
         if self.image_fps is not None and not 0 < self.image_fps < math.inf:
             raise ValueError(f"image_fps must be positive and finite, got {self.image_fps}")
-        for text in (self.query, *self.options):
+        for text in (self.query, self.thinking, *self.options):
             if control_token := _CONTROL_TOKEN.search(text):
                 raise ValueError(f"{control_token.group()} stands for something else than text to a model; remove it")
         self._check_options()

@@ -46,6 +46,9 @@ class DataSection(Section):
     num_workers: int = Field(
         default=2, ge=0, description="Processes of a rank that decode ahead; 0 decodes between steps."
     )
+    cache_mb: int = Field(
+        default=256, ge=0, description="Decoded videos that each decoding process keeps, in megabytes; 0: none."
+    )
 
 
 class TrainSection(Section):

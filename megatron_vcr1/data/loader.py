@@ -76,7 +76,7 @@ class SampleOrder:
     def sample_at(self, position: int, attempt: int = 0) -> VideoSample:
         """The sample at a position; attempts above 0 name substitutes of the same source, should it be unusable."""
         epoch, place = divmod(position, self.epoch_size)
-        source_index, draw_in_epoch = _epoch_draws(self._shares, self._seed, epoch)[place]
+        source_index, draw_in_epoch = self._draw(epoch, place)
         source = self._sources[source_index]
         samples = source.samples
         if attempt > 0:
@@ -85,6 +85,14 @@ class SampleOrder:
         draw = epoch * self._shares[source_index] + draw_in_epoch
         pass_number, index = divmod(draw, len(samples))
         return samples[_shuffled(len(samples), self._seed, f"pass of {source.name}", pass_number)[index]]
+
+    def source_at(self, position: int) -> int:
+        """Index of the source that a position's sample comes from."""
+        return self._draw(*divmod(position, self.epoch_size))[0]
+
+    def _draw(self, epoch: int, place: int) -> tuple[int, int]:
+        """(source, how many-th draw of it in this epoch) at a place of an epoch."""
+        return _epoch_draws(self._shares, self._seed, epoch)[place]
 
     def fingerprint(self) -> str:
         """Changes with anything that changes the order: the samples' ids, the sources, their weights, the seed."""
@@ -120,7 +128,7 @@ class PromptLoader:
     def __init__(
         self,
         order: SampleOrder,
-        prepare: Prepare,
+        prepare: Prepare | Sequence[Prepare],
         *,
         rank: int = 0,
         num_ranks: int = 1,
@@ -132,7 +140,7 @@ class PromptLoader:
         Args:
             order: what lies where.
             prepare: decodes and encodes a sample, raising VideoError or PromptTooLongError for one that cannot be used;
-                with workers it is pickled.
+                with workers it is pickled. One for all sources, or one each.
             rank: this data-parallel rank.
             num_ranks: the data-parallel size.
             num_workers: decoding processes; 0 decodes in this one.
@@ -167,6 +175,11 @@ class PromptLoader:
             if loaded.prepared.reduction is not None:
                 self.reduced.append((loaded.prepared.sample.id, loaded.prepared.reduction))
             yield loaded.prepared
+
+    @property
+    def position(self) -> int:
+        """Where the next sample of this rank lies in the order."""
+        return self._next_position + self._rank
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on; counts the samples handed out, not those decoded ahead."""
@@ -203,16 +216,17 @@ class PromptLoader:
 class _PositionDataset(Dataset[LoadedSample]):
     """Map-style view of the order: position to prepared sample; runs in the workers."""
 
-    def __init__(self, order: SampleOrder, prepare: Prepare) -> None:
+    def __init__(self, order: SampleOrder, prepare: Prepare | Sequence[Prepare]) -> None:
         self._order = order
         self._prepare = prepare
 
     def __getitem__(self, position: int) -> LoadedSample:
+        prepare = self._prepare if callable(self._prepare) else self._prepare[self._order.source_at(position)]
         skipped: list[SkippedSample] = []
         for attempt in range(MAX_ATTEMPTS):
             sample = self._order.sample_at(position, attempt)
             try:
-                return LoadedSample(self._prepare(sample), tuple(skipped))
+                return LoadedSample(prepare(sample), tuple(skipped))
             except (VideoError, PromptTooLongError) as error:
                 skipped.append(SkippedSample(sample.id, str(error)))
         return LoadedSample(None, tuple(skipped))

@@ -1,8 +1,8 @@
 """Manifests: JSON lines, one `VideoSample` a line, validated here once and trusted everywhere else.
 
 A row holds ``id``, ``task``, ``video``, ``duration_s`` (null if unknown), ``query``, ``target`` and, where they apply,
-``options``, ``clip`` ([start_s, end_s]), ``image_fps`` (of a folder of images) and ``category``. The target's keys by
-task:
+``options``, ``clip`` ([start_s, end_s]), ``image_fps`` (of a folder of images), ``category`` and ``thinking`` (reasoning
+for SFT). The target's keys by task:
 
 ==================  ============================================================
 temporal_grounding  ``interval``: [start_s, end_s]
@@ -41,7 +41,7 @@ from megatron_vcr1.types import (
 )
 
 _REQUIRED_KEYS = ("id", "task", "video", "duration_s", "target")
-_OPTIONAL_KEYS = ("query", "options", "clip", "image_fps", "category")
+_OPTIONAL_KEYS = ("query", "options", "clip", "image_fps", "category", "thinking")
 _MAX_LISTED_ERRORS = 20
 
 T = TypeVar("T")
@@ -153,6 +153,7 @@ def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
             clip=None if row.get("clip") is None else _interval(row["clip"], "clip"),
             image_fps=None if row.get("image_fps") is None else _number(row["image_fps"], "image_fps"),
             category=_text(row.get("category", ""), "category"),
+            thinking=_text(row.get("thinking", ""), "thinking"),
         )
     except RowError:
         raise
@@ -178,6 +179,8 @@ def row_from_sample(sample: VideoSample, folder: Path | None = None) -> dict[str
         row["image_fps"] = sample.image_fps
     if sample.category:
         row["category"] = sample.category
+    if sample.thinking:
+        row["thinking"] = sample.thinking
     return row
 
 

@@ -153,6 +153,18 @@ def test_a_checkpoint_of_other_data_is_refused() -> None:
             PromptLoader(other, prepare).load_state_dict(state)
 
 
+def test_each_source_is_prepared_in_its_own_way() -> None:
+    def prepare_b(sample: VideoSample) -> PreparedSample:
+        return PreparedSample(sample, EncodedPrompt(torch.tensor([2]), ()), None)
+
+    loader = PromptLoader(order(), [prepare, prepare_b], rank=1, num_ranks=2)
+    assert loader.position == 1
+    for position, prepared in zip(range(1, 35, 2), loader, strict=False):
+        assert order().source_at(position) == "ab".index(prepared.sample.id[0])
+        assert prepared.prompt.token_ids.item() == 1 + order().source_at(position)
+        assert loader.position == position + 2
+
+
 def test_iterating_leaves_the_global_random_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_vcr1.data.video import VideoError
+from megatron_vcr1.data.video_cache import VideoCache
+from megatron_vcr1.data.video_types import VideoFrames
+
+FRAME_BYTES = 2 * 4 * 4 * 3
+
+
+class Reads(list[str]):
+    """What was really read."""
+
+    def read(self, path: str, *, fps: float = 2.0) -> VideoFrames:
+        self.append(f"{path}@{fps}")
+        if path == "bad":
+            raise VideoError(path, "damaged")
+        return VideoFrames(torch.full((2, 4, 4, 3), len(self), dtype=torch.uint8), (0.0, 0.5), 1.0, "pyav")
+
+
+def test_a_video_is_read_once_with_the_same_options() -> None:
+    reads = Reads()
+    cache = VideoCache(10 * FRAME_BYTES, reads.read)
+    assert cache.read_frames("a", fps=1) is cache.read_frames("a", fps=1)
+    cache.read_frames("a", fps=2)
+    assert reads == ["a@1", "a@2"]
+
+
+def test_the_videos_used_longest_ago_go_first() -> None:
+    reads = Reads()
+    cache = VideoCache(2 * FRAME_BYTES, reads.read)
+    for path in ("a", "b", "a", "c", "a", "b"):
+        cache.read_frames(path)
+    assert reads == ["a@2.0", "b@2.0", "c@2.0", "b@2.0"]
+
+
+def test_nothing_is_kept_without_room_and_errors_are_not_remembered() -> None:
+    reads = Reads()
+    cache = VideoCache(FRAME_BYTES - 1, reads.read)
+    for path in ("a", "a", "bad", "bad"):
+        if path == "bad":
+            with pytest.raises(VideoError):
+                cache.read_frames(path)
+        else:
+            cache.read_frames(path)
+    assert len(reads) == 4
