@@ -1,8 +1,8 @@
 """Manifests: JSON lines, one `VideoSample` a line, validated here once and trusted everywhere else.
 
 A row holds ``id``, ``task``, ``video``, ``duration_s`` (null if unknown), ``query``, ``target`` and, where they apply,
-``options``, ``clip`` ([start_s, end_s]), ``image_fps`` (of a folder of images), ``category`` and ``thinking`` (reasoning
-for SFT). The target's keys by task:
+``options``, ``clip`` ([start_s, end_s]), ``image_fps`` (of a folder of images), ``category`` and ``thinking``
+(reasoning for SFT). The target's keys by task:
 
 ==================  ============================================================
 temporal_grounding  ``interval``: [start_s, end_s]
