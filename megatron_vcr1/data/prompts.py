@@ -102,9 +102,15 @@ def build_messages(
             frames itself: one for each box.
     """
     wording = (templates.think if thinking else templates.answer)[sample.task]
-    video_part = {"type": "video", "video": _video_argument(sample), **_video_options(sample, video_options or {})}
     text = wording.substitute(_placeholders(sample, templates))
-    return [{"role": "user", "content": [video_part, {"type": "text", "text": text}]}]
+    video = {"type": "video", **video_arguments(sample, video_options)}
+    return [{"role": "user", "content": [video, {"type": "text", "text": text}]}]
+
+
+def video_arguments(sample: VideoSample, options: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """A sample's video and the options to read it with: those that are asked for, and what the sample itself fixes."""
+    video = sample.video if isinstance(sample.video, str) else list(sample.video)
+    return {"video": video, **_video_options(sample, options or {})}
 
 
 def target_text(sample: VideoSample, templates: PromptTemplates) -> str:
@@ -198,10 +204,6 @@ def smaller_video(
 def _size_change(num_frames: int, prompt: EncodedPrompt) -> str:
     frames = prompt.vision[0].frames
     return f"{num_frames} frames became {len(frames)} of {frames.shape[2]}x{frames.shape[1]} pixels"
-
-
-def _video_argument(sample: VideoSample) -> str | list[str]:
-    return sample.video if isinstance(sample.video, str) else list(sample.video)
 
 
 def _video_options(sample: VideoSample, options: Mapping[str, float]) -> dict[str, float]:
