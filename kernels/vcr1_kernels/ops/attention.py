@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -77,13 +77,13 @@ class _Block:
 
 @lru_cache(maxsize=64)
 def _dense_blocks(layout: SegmentLayout) -> tuple[_Block, ...]:
-    """Decompose a layout: segments on themselves, batched by length, and for each prefix all of its segments on it.
+    """Decompose a layout: segments on themselves, and for each prefix all of its segments on it, batched by shape.
 
     Every row is a query of exactly one block of the first kind and of at most one of the second, which come last.
     """
     starts_by_length: dict[int, list[int]] = defaultdict(list)
     rows_by_prefix: dict[int, list[Tensor]] = defaultdict(list)
-    for start, length, prefix in zip(layout.starts, layout.lengths, layout.prefixes, strict=False):
+    for start, length, prefix in _joined_segments(layout):
         if length == 0:
             continue
         starts_by_length[length].append(start)
@@ -93,10 +93,28 @@ def _dense_blocks(layout: SegmentLayout) -> tuple[_Block, ...]:
     for length, starts in starts_by_length.items():
         rows = torch.tensor(starts)[:, None] + torch.arange(length)
         blocks.append(_Block(rows, rows, layout.causal))
+    rows_by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for prefix, row_ranges in rows_by_prefix.items():
-        prefix_rows = torch.arange(layout.starts[prefix], layout.starts[prefix + 1])
-        blocks.append(_Block(torch.cat(row_ranges)[None], prefix_rows[None], False))
+        query_rows, key_rows = torch.cat(row_ranges), torch.arange(layout.starts[prefix], layout.starts[prefix + 1])
+        rows_by_shape[query_rows.numel(), key_rows.numel()].append((query_rows, key_rows))
+    for pairs in rows_by_shape.values():
+        query_blocks, key_blocks = zip(*pairs, strict=True)
+        blocks.append(_Block(torch.stack(query_blocks), torch.stack(key_blocks), False))
     return tuple(blocks)
+
+
+def _joined_segments(layout: SegmentLayout) -> list[tuple[int, int, int]]:
+    """Start, length and prefix of each segment; a causal prefix and the only segment behind it are one sequence."""
+    segments = list(zip(layout.starts, layout.lengths, layout.prefixes, strict=False))
+    if not layout.causal:
+        return segments
+    num_users = Counter(layout.prefixes)
+    for index in reversed(range(1, len(segments))):
+        start, length, prefix = segments[index]
+        if prefix == index - 1 and num_users[prefix] == 1:
+            prefix_start, prefix_length, _ = segments[prefix]
+            segments[prefix : index + 1] = [(prefix_start, prefix_length + length, -1)]
+    return segments
 
 
 def _gather_heads_first(tensor: Tensor, rows: Tensor) -> Tensor:
