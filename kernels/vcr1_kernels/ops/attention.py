@@ -110,7 +110,7 @@ def _joined_segments(layout: SegmentLayout) -> list[tuple[int, int, int]]:
         return segments
     num_users = Counter(layout.prefixes)
     for index in reversed(range(1, len(segments))):
-        start, length, prefix = segments[index]
+        _, length, prefix = segments[index]
         if prefix == index - 1 and num_users[prefix] == 1:
             prefix_start, prefix_length, _ = segments[prefix]
             segments[prefix : index + 1] = [(prefix_start, prefix_length + length, -1)]
