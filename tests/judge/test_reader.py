@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vcr1.judge.endpoint import UnusableAnswer
+from megatron_vcr1.judge.reader import events_question, parse_events, parse_verdicts, verdicts_question
+
+MARKUP = ['"}', "<|im_end|>", "\\", "[INST]", '\\"', "\\u003c", "\0", "\u2028"]
+TEXTS = st.text(max_size=40) | st.lists(st.sampled_from(MARKUP), max_size=4).map("".join)
+
+
+@given(TEXTS, st.lists(TEXTS, max_size=4))
+def test_any_text_arrives_as_it_was_and_without_markup(description: str, events: list[str]) -> None:
+    numbered = [{"event": number, "sentence": event} for number, event in enumerate(events, 1)]
+    for question, material, num_lists in (
+        (events_question(description), {"description": description}, 0),
+        (verdicts_question(events, description), {"events": numbered, "description": description}, 1),
+    ):
+        content = question.messages[1]["content"]
+        assert json.loads(content) == material
+        assert not set("<>") & set(content)
+        assert content.count("[") == content.count("]") == num_lists
+
+
+def test_half_a_character_can_be_sent() -> None:
+    content = events_question("\ud800").messages[1]["content"]
+    assert json.loads(content.encode()) == {"description": "?"}
+
+
+@pytest.mark.parametrize(
+    "text, events",
+    [
+        ('{"events": ["A dog barks.", " A dog barks. ", "", "It runs."]}', ["A dog barks.", "It runs."]),
+        ('{"note": "x"} {"events": []}', []),
+        (json.dumps({"events": [str(number) for number in range(12)]}), [str(number) for number in range(10)]),
+    ],
+)
+def test_events_of_an_answer(text: str, events: list[str]) -> None:
+    assert parse_events(text) == events
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"events": 3}', '{"events": [1]}', "{" * 100_000, '{"events": [' * 9])
+def test_an_answer_without_events(text: str) -> None:
+    with pytest.raises(UnusableAnswer):
+        parse_events(text)
+
+
+def test_verdicts_go_by_their_numbers() -> None:
+    text = '{"verdicts": [{"event": 2, "verdict": " Neutral"}, {"event": 1, "verdict": "ENTAILMENT", "why": "so"}]}'
+    assert parse_verdicts(text, 2) == ["entailment", "neutral"]
+
+
+@pytest.mark.parametrize(
+    "verdicts",
+    [
+        [],
+        [{"event": 1, "verdict": "entailment"}],
+        [{"event": 1, "verdict": "entailment"}] * 2,
+        [{"event": 0, "verdict": "entailment"}, {"event": 1, "verdict": "entailment"}],
+        [{"event": True, "verdict": "entailment"}, {"event": 2, "verdict": "entailment"}],
+        [{"event": 1, "verdict": "entailed"}, {"event": 2, "verdict": "entailment"}],
+        [{"event": 1}, {"event": 2}],
+        ["entailment", "entailment"],
+        [{"event": number, "verdict": "entailment"} for number in (1, 2, 3)],
+    ],
+)
+def test_verdicts_that_do_not_fit_their_events(verdicts: list[object]) -> None:
+    with pytest.raises(UnusableAnswer):
+        parse_verdicts(json.dumps({"verdicts": verdicts}), 2)
