@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
@@ -11,16 +11,26 @@ from torch import Tensor
 from vcr1_kernels import SegmentLayout, shared_prefix_attention
 
 
+class CachedAttention(Protocol):
+    """Attention that remembers keys and values from pass to pass (model.kv_cache)."""
+
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """query [rows, heads, head_dim]; key, value [rows, kv_heads, head_dim]; returns query's shape."""
+        ...
+
+
 @dataclass
 class AttentionLayout(PackedSeqParams):
     """What megatron-core hands down to every layer as ``packed_seq_params``.
 
-    A layer reads `windows` if it was built with windowed attention, else `full`. Text has no windows.
+    A layer reads `windows` if it was built with windowed attention, else `full`. Text has no windows. In generation
+    `cached` takes the place of both.
     """
 
     qkv_format: str = "sbhd"  # rows stay [rows, 1, heads, head_dim]: one packed sequence is one batch entry
     full: SegmentLayout | None = None
     windows: SegmentLayout | None = None
+    cached: CachedAttention | None = None
 
 
 class PackedAttention(MegatronModule):
@@ -37,6 +47,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         """As megatron-core's DotProductAttention; `windowed_layers` are the 1-based numbers of those with windows."""
         super().__init__(config=config)
+        self.layer_number = layer_number
         self.windowed = layer_number in windowed_layers
         self.softmax_scale = softmax_scale
 
@@ -51,11 +62,13 @@ class PackedAttention(MegatronModule):
         **kwargs: Any,
     ) -> Tensor:
         """query [rows, 1, heads, head_dim]; key, value [rows, 1, kv_heads, head_dim]; [rows, 1, heads * head_dim]."""
-        if packed_seq_params is None or packed_seq_params.full is None:
+        if packed_seq_params is None:
             raise ValueError("PackedAttention needs an AttentionLayout as packed_seq_params")
-        layout = packed_seq_params.windows if self.windowed else packed_seq_params.full
-        assert layout is not None, "a windowed layer was given a layout without windows"
-        output = shared_prefix_attention(
-            query.squeeze(1), key.squeeze(1), value.squeeze(1), layout, scale=self.softmax_scale
-        )
+        rows = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
+        if packed_seq_params.cached is not None:
+            output = packed_seq_params.cached.attend(self.layer_number, *rows, self.softmax_scale)
+        else:
+            layout = packed_seq_params.windows if self.windowed else packed_seq_params.full
+            assert layout is not None, "the layout lacks what this layer reads"
+            output = shared_prefix_attention(*rows, layout, scale=self.softmax_scale)
         return output.flatten(1).unsqueeze(1)

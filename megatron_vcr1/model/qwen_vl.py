@@ -21,7 +21,7 @@ from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.attention import AttentionLayout
+from megatron_vcr1.model.attention import AttentionLayout, CachedAttention
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.packed_batch import PackedBatch
@@ -94,7 +94,12 @@ class QwenVLModel(MegatronModule):
         """The tied weight. The first and the last stage hold a copy each; megatron-core sums their gradients."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, cached: CachedAttention | None = None) -> Tensor:
+        """
+        Args:
+            batch: the rows to compute.
+            cached: in generation, what takes the place of the attention over the batch's own layout.
+        """
         embeddings = self._embed(batch) if self.pre_process else None
         rotary = self.language_model.rotary_pos_emb(
             batch.position_ids[:, None], self.language_model.mrope_section
@@ -103,7 +108,7 @@ class QwenVLModel(MegatronModule):
             hidden_states=embeddings,
             attention_mask=None,
             rotary_pos_emb=rotary,
-            packed_seq_params=AttentionLayout(full=batch.layout),
+            packed_seq_params=AttentionLayout(full=batch.layout, cached=cached),
         )
         if not self.post_process:
             return hidden

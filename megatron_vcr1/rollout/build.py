@@ -1,0 +1,24 @@
+"""The engine that the settings ask for."""
+
+from __future__ import annotations
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.rollout.engine import RolloutEngine
+from megatron_vcr1.rollout.local import LocalEngine
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
+
+
+def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcessor) -> RolloutEngine:
+    """Every rank calls it, once the model's weights are loaded.
+
+    Args:
+        config: `rollout.engine` decides; `model.path` names the end tokens.
+        model: this rank's share of the policy.
+
+    Raises:
+        UserError: no end token is known.
+    """
+    tokens = SpecialTokens.from_pretrained(config.model.path, processor)
+    return LocalEngine(model, processor, tokens, batch_responses=config.rollout.batch_responses)
