@@ -45,7 +45,10 @@ setup(
     # The folder kernels/ holds the import package vcr1_kernels: a package named `kernels` would hide Hugging Face's.
     packages=find_packages(include=["megatron_vcr1*"]) + find_packages("kernels", include=["vcr1_kernels*"]),
     package_dir={"vcr1_kernels": "kernels/vcr1_kernels"},
-    package_data={"megatron_vcr1.data": ["*.toml", "*.json"]},
+    package_data={
+        "megatron_vcr1.data": ["*.toml", "*.json"],
+        "megatron_vcr1.evaluation.report": ["templates/*"],
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vcr1 = megatron_vcr1.cli:main"]},
