@@ -1,0 +1,111 @@
+"""One GRPO update on synthetic groups: the same videos, tokens and advantages for every side that computes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.flops import Workload
+
+TEXT_TOKENS = 64  # of a prompt, at least; its video takes the rest
+SECONDS_PER_STEP = 1.0  # two frames at 2 a second
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateCase:
+    """What an update computes, and how it is divided among ranks."""
+
+    model_dir: str  # config.json and weights of the policy
+    reference_dir: str | None  # weights of the reference; None: no KL
+    dtype: str = "float32"
+    num_prompts: int = 1
+    prompt_tokens: int = 1024
+    group_size: int = 8
+    response_tokens: int = 64
+    kl_coef: float = 0.04
+    microbatch_tokens: int = 16384
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    num_updates: int = 1  # timed ones, after one that warms up
+    seed: int = 0
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The settings that a training run of this layout would have."""
+        return RunConfig.model_validate(
+            {
+                "model": {"path": self.model_dir, "dtype": self.dtype},
+                "parallel": {
+                    "tensor": self.tensor,
+                    "pipeline": self.pipeline,
+                    "sequence_parallel": self.sequence_parallel,
+                },
+                "recompute": {"granularity": self.recompute},
+                "train": {"microbatch_tokens": self.microbatch_tokens, "prompts_per_step": self.num_prompts},
+                "grpo": {"group_size": self.group_size, "kl_coef": self.kl_coef if self.reference_dir else 0.0},
+            }
+        )
+
+    def workload(self, config: ModelConfig) -> Workload:
+        """Of one forward pass over all groups, prompts counted once."""
+        grid = self.video_grid(config)
+        a_group = Workload.of_group(config, self.prompt_tokens, [self.response_tokens] * self.group_size, [grid])
+        return sum([a_group] * self.num_prompts, Workload())
+
+    def plain_workload(self, config: ModelConfig) -> Workload:
+        """The same with a copy of the prompt for every response, and logits everywhere."""
+        num_tokens = self.prompt_tokens + self.response_tokens
+        a_copy = Workload.of_group(config, num_tokens, (), [self.video_grid(config)])
+        a_copy = dataclasses.replace(a_copy, targets=num_tokens)
+        return sum([a_copy] * self.group_size * self.num_prompts, Workload())
+
+    def video_grid(self, config: ModelConfig) -> tuple[int, int, int]:
+        """Square frames of 224 pixels, of 392 in longer prompts, as many as fit beside the text."""
+        side = 16 if self.prompt_tokens <= 2048 else 28
+        steps = (self.prompt_tokens - TEXT_TOKENS) // (side**2 // config.vision.patches_per_token)
+        if steps < 1:
+            raise ValueError(f"a prompt of {self.prompt_tokens} tokens has no room for a video; take at least 128")
+        return steps, side, side
+
+    def groups(self, config: ModelConfig) -> list[Group]:
+        return [self._group(config, index) for index in range(self.num_prompts)]
+
+    def advantages(self) -> Tensor:
+        """float32 [num_prompts, group_size], mean 0 and deviation 1 in each row."""
+        values = torch.randn(self.num_prompts, self.group_size, generator=self._generator(10_000))
+        return (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> UpdateCase:
+        return cls(**json.loads(text))
+
+    def _generator(self, index: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 100_000 + index)
+
+    def _group(self, config: ModelConfig, index: int) -> Group:
+        generator = self._generator(index)
+        steps, height, width = grid = self.video_grid(config)
+        patch = config.vision.patch_size
+        size = (steps * config.vision.temporal_patch_size, height * patch, width * patch, 3)
+        frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        video = VisionInput(frames, grid, SECONDS_PER_STEP)
+        # Text is above the special tokens of the small models, and below those of the published ones.
+        vocabulary = (20, min(config.text.vocab_size, 150_000))
+        num_video_tokens = video.num_tokens(config.vision.merge_size)
+        text = torch.randint(*vocabulary, (self.prompt_tokens - num_video_tokens,), generator=generator)
+        token_ids = torch.cat((text[:4], torch.full((num_video_tokens,), config.video_token_id), text[4:]))
+        responses = torch.randint(*vocabulary, (self.group_size, self.response_tokens), generator=generator)
+        return Group(f"synthetic-{index}", EncodedPrompt(token_ids, (video,)), tuple(responses))
