@@ -4,7 +4,7 @@ A command is a module with two functions: `add_parser(subparsers)` describes its
 sets as `run` does the work and returns the exit code. Such modules import nothing heavy at the top, so that
 `vcr1 --help` answers at once.
 
-Exit codes: 0, 1 (failed), 2 (bad usage or input), 130 (interrupted).
+Exit codes: 0, 1 (failed), 2 (bad usage or input), 85 (training saved itself after a signal), 130 (interrupted).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from megatron_vcr1.config import commands as config_commands
 from megatron_vcr1.data import commands as data_commands
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import commands as evaluation_commands
+from megatron_vcr1.evaluation import generate_command
+from megatron_vcr1.training import commands as training_commands
 
-COMMANDS = (config_commands, data_commands, evaluation_commands)
+COMMANDS = (config_commands, data_commands, training_commands, evaluation_commands, generate_command)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     # What is installed is chosen, and named in the log, once; megatron-core repeats it in every module.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")  # megatron-core's calls
+    # megatron-core's calls
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.* is deprecated")
+    warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message=".*load_state_dict.* is deprecated")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megatron_vcr1").setLevel(logging.INFO)

@@ -1,12 +1,14 @@
 """megatron-core on a machine without CUDA, over gloo.
 
-megatron-core asks for the current CUDA device, keeps its random states on it and writes ``device="cuda"`` in places.
+megatron-core asks for the current CUDA device, keeps its random states on it, writes ``device="cuda"`` in places, and
+its optimizers know parameters by the names of CUDA's tensor types.
 Where CUDA is missing, `install` answers those questions with the CPU. Where CUDA exists it does nothing at all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,17 +16,20 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_OPTIMIZERS = "megatron.core.optimizer"
 _installed = False
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites ``device="cuda"`` and ``Tensor.cuda()`` in every torch call."""
+    """Rewrites ``device="cuda"`` and ``Tensor.cuda()`` in every torch call, ``Tensor.type()`` for the optimizers."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs and _caller().startswith(_OPTIMIZERS):
+            return func(*args).replace("torch.", "torch.cuda.", 1)
         if (
             kwargs
             and "device" in kwargs
@@ -33,6 +38,11 @@ class _CudaMeansCpu(TorchFunctionMode):
         ):
             kwargs = {**kwargs, "device": _CPU}
         return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """The module that made the torch call."""
+    return str(sys._getframe(2).f_globals.get("__name__"))
 
 
 def install() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -96,16 +96,32 @@ def speaks_for_copy() -> bool:
     return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
+def is_first_of_copy() -> bool:
+    """Whether this process produces what `broadcast_in_copy` hands to its copy of the model."""
+    return dist.get_rank() == parallel_state.get_model_parallel_src_rank()
+
+
 def broadcast_in_copy(produce: Callable[[], T]) -> T:
     """Let one rank of each copy of the model produce something, a decoded video say, for all ranks of the copy."""
+    group = parallel_state.get_model_parallel_group()
+    if group.size() == 1:
+        return produce()  # as it is, not pickled
     source = parallel_state.get_model_parallel_src_rank()
-    box = [produce() if dist.get_rank() == source else None]
-    dist.broadcast_object_list(box, src=source, group=parallel_state.get_model_parallel_group())
+    box = [produce() if is_first_of_copy() else None]
+    dist.broadcast_object_list(box, src=source, group=group)
     return cast(T, box[0])
 
 
 def gather_objects(mine: T) -> list[T]:
     """What every rank of the job has, in rank order, on every rank; for small things."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
+    gathered: list[Any] = [mine] * dist.get_world_size()
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, mine)
     return gathered
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """The sum of each number over all ranks of the job, in double precision, on every rank."""
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return total.tolist()

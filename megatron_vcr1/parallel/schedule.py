@@ -38,8 +38,8 @@ def forward_only(
 def forward_backward(
     model: nn.Module,
     microbatches: Sequence[Microbatch],
-    loss: Callable[[Microbatch, Tensor], tuple[Tensor, dict[str, Any]]],
-) -> list[dict[str, Any]]:
+    loss: Callable[[Microbatch, Tensor], tuple[Tensor, Result]],
+) -> list[Result]:
     """Forward and backward over all microbatches; gradients accumulate.
 
     Args:
@@ -59,7 +59,7 @@ def forward_backward(
     def forward_step(data: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         microbatch = next(data)
 
-        def scaled_loss(output: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        def scaled_loss(output: Tensor) -> tuple[Tensor, Result]:
             value, metrics = loss(microbatch, output)
             return value * scale, metrics
 

@@ -1,0 +1,150 @@
+"""Where a run's metrics are shown while it goes on: the terminal, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SHOWN = (  # in this order, where a step has them: metric, its short name, its format
+    ("loss", "loss", ".4f"),
+    ("reward/total", "reward", ".3f"),
+    ("kl", "KL", ".4f"),
+    ("entropy", "entropy", ".3f"),
+    ("clipped_share", "clipped", ".1%"),
+    ("response_tokens/mean", "tokens", ".0f"),
+    ("truncated_share", "truncated", ".1%"),
+    ("grad_norm", "gradient", ".3g"),
+    ("lr", "lr", ".2g"),
+    ("tokens_per_s", "tokens/s", ".0f"),
+    ("time/total_s", "s/step", ".2f"),
+)
+_LINE_EVERY_S = 10.0
+
+
+class Sink(Protocol):
+    """Takes each step's metrics."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_sinks(config: RunConfig, first_step: int, num_steps: int) -> list[Sink]:
+    """What the settings ask for and the machine has; called by the job's first rank.
+
+    Args:
+        first_step: steps done before.
+
+    Raises:
+        UserError: Weights & Biases is asked for and not installed.
+    """
+    console = Console(stderr=True)
+    sinks: list[Sink] = [Screen(console, first_step, num_steps) if console.is_terminal else Lines(num_steps)]
+    if config.logging.tensorboard:
+        sinks += _tensorboard(config.train.run_dir, first_step)
+    if config.logging.wandb_project is not None:
+        sinks.append(_WeightsAndBiases(config))
+    return sinks
+
+
+def shown(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The few numbers that people watch, by short name."""
+    return {short: format(metrics[name], style) for name, short, style in SHOWN if name in metrics}
+
+
+class Lines:
+    """One line every ten seconds, and for the first and the last step: for log files."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._last = float("-inf")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if step == self._num_steps or now - self._last >= _LINE_EVERY_S:
+            self._last = now
+            values = ", ".join(f"{name} {value}" for name, value in shown(metrics).items())
+            logger.info("step %d/%d: %s", step, self._num_steps, values)
+
+    def close(self) -> None:
+        pass
+
+
+class Screen:
+    """A progress bar above the newest numbers, redrawn in place."""
+
+    def __init__(self, console: Console, first_step: int, num_steps: int) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("train"), *columns, console=console)
+        self._task = self._progress.add_task("train", total=num_steps, completed=first_step)
+        self._live = Live(self._progress, console=console, refresh_per_second=4)
+        self._live.start()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._progress.update(self._task, completed=step)
+        values = shown(metrics)
+        table = Table(box=None, pad_edge=False)
+        for name in values:
+            table.add_column(name, justify="right")
+        table.add_row(*values.values())
+        self._live.update(Group(self._progress, table))
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _tensorboard(run_dir: Path, first_step: int) -> list[Sink]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.info("TensorBoard: no events (tensorboard is not installed)")
+        return []
+    # Events of steps behind the checkpoint that the run goes on from are hidden.
+    return [_TensorBoard(SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1))]
+
+
+class _WeightsAndBiases:
+    def __init__(self, config: RunConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("logging.wandb_project is set, but wandb is not installed: pip install wandb") from None
+        run_dir = config.train.run_dir
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            dir=str(run_dir),
+            id=f"{run_dir.absolute().parent.name}-{run_dir.name}",
+            resume="allow",
+            config=config.model_dump(mode="json"),
+        )
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()

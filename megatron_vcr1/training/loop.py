@@ -1,0 +1,180 @@
+"""The loop around a trainer: steps, metrics, checkpoints, signals."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from megatron_vcr1.checkpoint.hf_export import export_checkpoint
+from megatron_vcr1.checkpoint.run_store import RunStore
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.logs import Sink, open_sinks
+from megatron_vcr1.training.metrics import Metrics, derived, device_name, peak_memory_gb
+from megatron_vcr1.training.optimizer import Learner
+from megatron_vcr1.training.run_dir import RunDir
+from megatron_vcr1.training.step import StepResult, Trainer, TrainingStopped
+
+logger = logging.getLogger(__name__)
+
+EXIT_STOPPED_BY_SIGNAL = 85
+"""SIGTERM or SIGUSR1 came: the run has saved itself and wants to be started again. Slurm scripts requeue on it."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Run:
+    """A run in its folder. The ranks of the job call the methods together."""
+
+    def __init__(self, config: RunConfig, learner: Learner, trainer: Trainer, num_steps: int) -> None:
+        """Goes on from the newest whole checkpoint of train.run_dir, if there is one.
+
+        Raises:
+            UserError: the checkpoint is of another model or of other data, or another process trains in the folder.
+        """
+        self._config = config
+        self._learner = learner
+        self._trainer = trainer
+        self._num_steps = num_steps
+        self._folder = RunDir(config.train.run_dir)
+        self._store = RunStore(self._folder.checkpoints, config.checkpoint)
+        self._step = 0
+        self._skipped_in_a_row = 0
+        self._save_s = 0.0
+        self._sinks: list[Sink] = []
+        self._cleanup = ExitStack()
+        self._stop_requested = False
+        self._resume()
+
+    def _resume(self) -> None:
+        newest = self._store.latest()
+        if newest is None:
+            return
+        state = self._store.load(newest, self._learner.model, self._learner.optimizer, self._learner.scheduler)
+        self._step, self._skipped_in_a_row = newest, state["skipped_in_a_row"]
+        self._trainer.load_state_dict(state["trainer"])
+        logger.info("resumed from %s", self._store.path(newest))
+
+    def __enter__(self) -> Self:
+        """Open the folder and the displays, and listen to signals."""
+        for number in _SIGNALS:
+            self._cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        if groups.is_first_rank():
+            self._folder.open(self._config, self._step)
+            self._sinks = open_sinks(self._config, self._step, self._num_steps)
+            for sink in self._sinks:
+                self._cleanup.callback(sink.close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+
+    def to_the_end(self) -> int:
+        """All steps that are left; 0, or `EXIT_STOPPED_BY_SIGNAL`.
+
+        Raises:
+            TrainingStopped: too many steps in a row were not finite, or the trainer cannot go on.
+        """
+        while self._step < self._num_steps:
+            metrics = Metrics()
+            with metrics.timed("total"):
+                result = self._trainer.step(self._step + 1, metrics)
+            self._step += 1
+            # Before the checkpoint: what is on record must reach at least as far as what a run goes on from.
+            self._report(result, metrics)
+            self._stop_if_hopeless(result)
+            stop = self._stop_is_requested()
+            if self._step % self._config.checkpoint.every_steps == 0 or self._step == self._num_steps or stop:
+                self._save()
+            if stop:
+                self._store.finish()
+                logger.info("step %d: a signal came; saved, and the same command goes on from here", self._step)
+                return EXIT_STOPPED_BY_SIGNAL
+        self._store.finish()
+        if self._config.checkpoint.export == "end":
+            self._export(self._folder.export)
+        return 0
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        state = {"skipped_in_a_row": self._skipped_in_a_row, "trainer": self._trainer.state_dict()}
+        learner = self._learner
+        model_dir = self._config.model.path
+        self._store.save(self._step, learner.model, learner.optimizer, learner.scheduler, state, model_dir)
+        if self._config.checkpoint.export == "always":
+            self._store.finish()
+            self._export(self._folder.export / f"step_{self._step}")
+        self._save_s = time.perf_counter() - start
+
+    def _export(self, directory: Path) -> None:
+        """The newest checkpoint as a Hugging Face directory; one that a run exported before makes way."""
+        if groups.is_first_rank():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        export_checkpoint(self._store.path(self._step), directory)
+        logger.info("exported: %s", directory)
+
+    def _report(self, result: StepResult, metrics: Metrics) -> None:
+        """One row of metrics over all ranks; rollouts and skipped samples of all copies of the model."""
+        metrics.add_seconds("save", self._save_s)
+        self._save_s = 0.0
+        metrics.high("memory/peak_gb", peak_memory_gb())
+        skipped = self._trainer.take_skipped()
+        metrics.count("skipped_samples", len(skipped))
+        reduced = metrics.reduce()
+        row = {
+            "step": self._step,
+            "loss": result.loss,
+            "lr": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "update_skipped": int(not result.applied),
+            **reduced,
+            **derived(reduced, dist.get_world_size(), device_name()),
+        }
+        rollouts = [one for rows in groups.gather_objects(result.rollouts) for one in rows]
+        all_skipped = [(one.id, one.reason) for some in groups.gather_objects(skipped) for one in some]
+        if groups.is_first_rank():
+            if rollouts:
+                self._folder.write_rollouts(self._step, rollouts)
+            self._folder.add_skipped(self._step, all_skipped)
+            self._folder.add_metrics(row)
+            for sink in self._sinks:
+                sink.step(self._step, row)
+
+    def _stop_if_hopeless(self, result: StepResult) -> None:
+        if result.applied:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        samples = [name for some in groups.gather_objects(result.samples) for name in some]
+        logger.warning(
+            "step %d: loss %s, gradient norm %s: not finite, so the weights stay; samples: %s",
+            self._step,
+            result.loss,
+            result.grad_norm,
+            ", ".join(samples),
+        )
+        if self._skipped_in_a_row > self._config.train.max_skipped_steps:
+            raise TrainingStopped(
+                f"{self._skipped_in_a_row} steps in a row had a loss or a gradient that is not finite "
+                f"(train.max_skipped_steps = {self._config.train.max_skipped_steps}); the last one's samples are "
+                f"{', '.join(samples)}. Lower the learning rate, or look at these samples"
+            )
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
+
+    def _stop_is_requested(self) -> bool:
+        """Whether a signal has reached any rank."""
+        return groups.sum_over_ranks([float(self._stop_requested)])[0] > 0

@@ -1,0 +1,155 @@
+"""From the manifests of [data] to the prompts of a step: drawn in order, decoded ahead, shared by a copy's ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from megatron_vcr1.config.training_sections import DataSection
+from megatron_vcr1.data.encoding import EncodedPrompt
+from megatron_vcr1.data.loader import Prepare, PromptLoader, SampleOrder, SkippedSample, Source
+from megatron_vcr1.data.manifest import read_manifest
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.prompts import PreparedSample, PromptTemplates, load_templates, prepare_sample
+from megatron_vcr1.data.video import VideoFrames, VideoPath, read_frames
+from megatron_vcr1.data.video_cache import VideoCache
+from megatron_vcr1.data.video_process import VideoReader
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.types import VideoSample
+
+_BYTES_PER_MB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnPrompt:
+    """A prompt of a step.
+
+    Attributes:
+        position: in the run's endless order of samples; no other prompt of the run has it.
+        source: index in data.sources.
+    """
+
+    position: int
+    source: int
+    sample: VideoSample
+    prompt: EncodedPrompt
+
+    @property
+    def id(self) -> str:
+        """Unique in the run, where a sample comes again each epoch."""
+        return f"{self.sample.id}@{self.position}"
+
+
+class PromptStream:
+    """The prompts of this copy of the model, of all copies' every `num_copies`-th. Its ranks call the methods together.
+
+    Attributes:
+        samples: of each source.
+    """
+
+    def __init__(self, section: DataSection, processor: PromptProcessor, *, seed: int) -> None:
+        """Reads and checks the manifests; videos are opened when prompts are taken.
+
+        Raises:
+            UserError: no sources, a bad manifest or template file, or settings that exclude each other.
+        """
+        if section.backend == "dali-gpu" and section.num_workers > 0:
+            raise UserError("data.backend 'dali-gpu' decodes in the training process; set data.num_workers = 0")
+        self.templates = load_templates(section.templates)
+        self.samples = [read_manifest(source.manifest) for source in section.sources]
+        order = SampleOrder(
+            [
+                Source(f"{index} {source.manifest.name}", samples, source.weight)
+                for index, (source, samples) in enumerate(zip(section.sources, self.samples, strict=True))
+            ],
+            seed,
+        )
+        decoder = _Decoder(section)
+        self._order = order
+        self._loader = PromptLoader(
+            order,
+            [_prepare(section, self.templates, processor, source.thinking, decoder) for source in section.sources],
+            rank=groups.copy_index(),
+            num_ranks=groups.num_copies(),
+            num_workers=section.num_workers,
+        )
+        self._iterator: Iterator[PreparedSample] | None = None
+
+    @property
+    def epoch_size(self) -> int:
+        """Prompts of one pass over the data, over all copies of the model."""
+        return self._order.epoch_size
+
+    def take(self, number: int) -> list[DrawnPrompt]:
+        """The next prompts of this copy.
+
+        Raises:
+            UserError: no sample at all can be used.
+        """
+        return groups.broadcast_in_copy(lambda: list(self._draw(number)))
+
+    def take_skipped(self) -> list[SkippedSample]:
+        """Samples that could not be used since the last call; on the copy's first rank, nothing on the others."""
+        skipped, self._loader.skipped[:] = list(self._loader.skipped), []
+        return skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is; of the job's first rank."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after a checkpoint. Raises UserError if the data are not the checkpoint's."""
+        self._loader.load_state_dict(state)
+        self._iterator = None
+
+    def _draw(self, number: int) -> Iterator[DrawnPrompt]:
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        for _ in range(number):
+            position = self._loader.position
+            (prepared,) = islice(self._iterator, 1)
+            yield DrawnPrompt(position, self._order.source_at(position), prepared.sample, prepared.prompt)
+
+
+class _Decoder:
+    """Reads videos in the process that it is sent to: in a training process itself, in a worker by a process of its
+    own, so that a decoder that crashes costs one video.
+    """
+
+    def __init__(self, section: DataSection) -> None:
+        self._in_worker = section.num_workers > 0
+        self._cache_bytes = section.cache_mb * _BYTES_PER_MB
+        self._backend = section.backend
+        self._cache: VideoCache | None = None
+
+    def read_frames(self, path: VideoPath, **options: Any) -> VideoFrames:
+        if self._cache is None:
+            read = VideoReader().read_frames if self._in_worker else read_frames
+            num_threads = 1 if self._in_worker else 0  # workers are parallel already
+            self._cache = VideoCache(self._cache_bytes, partial(read, backend=self._backend, num_threads=num_threads))
+        return self._cache.read_frames(path, **options)
+
+
+def _prepare(
+    section: DataSection, templates: PromptTemplates, processor: PromptProcessor, thinking: bool, decoder: _Decoder
+) -> Prepare:
+    """What decodes and encodes the samples of one source."""
+    return partial(
+        prepare_sample,
+        templates=templates,
+        processor=processor,
+        thinking=thinking,
+        max_tokens=section.max_prompt_tokens,
+        video_options={
+            "fps": section.fps,
+            "min_frames": section.min_frames,
+            "max_frames": section.max_frames,
+            "total_pixels": section.total_pixels,
+            "min_pixels": section.min_pixels,
+        },
+        read=decoder.read_frames,
+    )

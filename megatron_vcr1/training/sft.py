@@ -1,0 +1,77 @@
+"""Supervised fine-tuning on the right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.loader import SkippedSample
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.model.packed_batch import PackedBatch
+from megatron_vcr1.parallel import groups as ranks
+from megatron_vcr1.training.metrics import Metrics, add_work
+from megatron_vcr1.training.microbatches import make_microbatches
+from megatron_vcr1.training.optimizer import Learner, Loss
+from megatron_vcr1.training.prompts import DrawnPrompt, PromptStream
+from megatron_vcr1.training.step import StepResult
+from megatron_vcr1.training.targets import TargetEncoder, check_thinking, completion_text
+
+
+class SftTrainer:
+    """The loss is the answers' negative log-likelihood, a mean over the target tokens of all copies of the model."""
+
+    def __init__(self, config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor) -> None:
+        """Raises UserError if a source asks for thinking that its samples do not have."""
+        for source, samples in zip(config.data.sources, stream.samples, strict=True):
+            check_thinking(samples, source)
+        self._config = config
+        self._learner = learner
+        self._stream = stream
+        self._targets = TargetEncoder(processor)
+
+    def step(self, step: int, metrics: Metrics) -> StepResult:
+        """Take the next prompts, and one optimizer step on their answers."""
+        with metrics.timed("decode"):
+            prompts = self._stream.take(self._config.train.prompts_per_step // ranks.num_copies())
+        with metrics.timed("update"):
+            groups = [Group(one.id, one.prompt, (self._answer(one),)) for one in prompts]
+            microbatches = make_microbatches(groups, self._learner.model, self._config.train.microbatch_tokens)
+            batches = [one.packed for one in microbatches]
+            lengths = [len(group.responses[0]) for group in groups]
+            (num_tokens,) = ranks.sum_over_ranks([sum(lengths) if ranks.is_first_of_copy() else 0])
+            update = self._learner.update(batches, self._loss(num_tokens))
+        add_work(metrics, batches, self._learner.model.model_config, self._config.model)
+        if ranks.is_first_of_copy():
+            metrics.add("response_tokens/mean", sum(lengths), len(lengths))
+            metrics.high("response_tokens/max", max(lengths))
+        learning_rate = self._learner.end_step()
+        ids = tuple(one.sample.id for one in prompts)
+        return StepResult(update.applied, update.loss, update.grad_norm, learning_rate, ids)
+
+    def _answer(self, prompt: DrawnPrompt) -> Tensor:
+        thinking = self._config.data.sources[prompt.source].thinking
+        return self._targets.encode(completion_text(prompt.sample, self._stream.templates, thinking=thinking))
+
+    def _loss(self, num_tokens: float) -> Loss:
+        model = self._learner.model
+
+        def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            return -model.log_probs(hidden, batch.target_ids).sum() / num_tokens, {}
+
+        return loss
+
+    def take_skipped(self) -> list[SkippedSample]:
+        return self._stream.take_skipped()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompts": self._stream.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._stream.load_state_dict(state["prompts"])
+
+    def close(self) -> None:
+        """Nothing to give back."""

@@ -1,0 +1,76 @@
+"""A training run, from its settings to its last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import ExitStack
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.layout import check_layout
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.loop import Run
+from megatron_vcr1.training.optimizer import Learner
+from megatron_vcr1.training.prompts import PromptStream
+from megatron_vcr1.training.sft import SftTrainer
+from megatron_vcr1.training.step import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> int:
+    """Run it, or go on with it from its newest whole checkpoint; every rank of the job calls this.
+
+    Returns:
+        0, or `loop.EXIT_STOPPED_BY_SIGNAL` if a signal ended it early, behind a checkpoint.
+
+    Raises:
+        UserError: the settings, the model or the data are at fault.
+        TrainingStopped: the run cannot go on in earnest.
+    """
+    model_config = ModelConfig.from_pretrained(config.model.path)
+    check_layout(model_config.shape, config.parallel, config.recompute, groups.world_size())
+    processor = _read_processor(config)
+    with groups.world(config.parallel, seed=config.train.seed), ExitStack() as stack:
+        check_batch(config, groups.num_copies())
+        stream = PromptStream(config.data, processor, seed=config.train.seed)
+        num_steps = config.train.num_steps or steps_of_epochs(config, stream.epoch_size)
+        model = build_model(model_config, config).to(groups.device())
+        load_model_weights(model, config.model.path)
+        learner = Learner(model, config.optimizer, num_steps)
+        trainer = _trainer(config, learner, stream, processor)
+        stack.callback(trainer.close)
+        with Run(config, learner, trainer, num_steps) as run:
+            return run.to_the_end()
+
+
+def check_batch(config: RunConfig, num_copies: int) -> None:
+    """Raises UserError if a step's prompts do not divide among the copies of the model."""
+    if config.train.prompts_per_step % num_copies:
+        raise UserError(
+            f"train.prompts_per_step = {config.train.prompts_per_step} does not divide among {num_copies} copies of "
+            f"the model; make it a multiple of {num_copies}"
+        )
+
+
+def steps_of_epochs(config: RunConfig, epoch_size: int) -> int:
+    """Steps that train.num_epochs take; the last one may reach into the next epoch."""
+    return max(1, math.ceil(config.train.num_epochs * epoch_size / config.train.prompts_per_step))
+
+
+def _trainer(config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor) -> Trainer:
+    if config.train.stage == "sft":
+        return SftTrainer(config, learner, stream, processor)
+    raise UserError("train.stage = 'grpo' is not built yet")
+
+
+def _read_processor(config: RunConfig) -> PromptProcessor:
+    try:
+        return PromptProcessor.from_pretrained(config.model.path)
+    except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
+        raise UserError(f"model.path = {config.model.path}: tokenizer or processor: {error}") from error
