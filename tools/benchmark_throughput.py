@@ -18,9 +18,12 @@ from collections.abc import Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: figures of one thread, unless asked otherwise
 
-from throughput import convert, train
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")  # said while megatron-core is imported
+warnings.filterwarnings("ignore", message=".*tp_group is None")  # megatron-core's own calls
 
-from megatron_vcr1.errors import UserError
+from throughput import convert, train  # noqa: E402
+
+from megatron_vcr1.errors import UserError  # noqa: E402
 
 COMMANDS = (train, convert)
 
