@@ -1,9 +1,11 @@
-"""How the converters write to the disk: in small pieces, and early."""
+"""How checkpoints are written to the disk: in small pieces, and early; and how they are found whole again."""
 
 from __future__ import annotations
 
 import io
 import os
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,46 @@ from typing import Any
 PIECE_BYTES = 2**20
 
 
+@dataclass(slots=True)
+class Checksum:
+    """Length and CRC-32 of the bytes so far."""
+
+    num_bytes: int = 0
+    crc32: int = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        self.num_bytes += len(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+
+
+def checksum_of(path: Path) -> Checksum:
+    """Of a file's content. Raises OSError."""
+    checksum = Checksum()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        while num_bytes := file.readinto(buffer):
+            checksum.update(buffer[:num_bytes])
+    return checksum
+
+
 class _SmallWrites(io.FileIO):
     """A file that takes PIECE_BYTES at a time; a buffered writer on it comes back for the rest."""
 
+    def __init__(self, path: Path, checksum: Checksum | None) -> None:
+        super().__init__(path, "x")
+        self._checksum = checksum
+
     def write(self, data: Any) -> int:  # any buffer
-        return super().write(memoryview(data).cast("B")[:PIECE_BYTES]) or 0
+        piece = memoryview(data).cast("B")[:PIECE_BYTES]
+        num_bytes = super().write(piece) or 0
+        if self._checksum is not None:
+            self._checksum.update(piece[:num_bytes])
+        return num_bytes
 
 
-def create(path: Path) -> io.BufferedWriter:
-    """Open a new file for writing. Raises FileExistsError."""
-    return io.BufferedWriter(_SmallWrites(path, "x"))
+def create(path: Path, checksum: Checksum | None = None) -> io.BufferedWriter:
+    """Open a new file for writing; ``checksum`` is told what is written. Raises FileExistsError."""
+    return io.BufferedWriter(_SmallWrites(path, checksum))
 
 
 def start_writing(descriptor: int, position: int, num_bytes: int) -> None:

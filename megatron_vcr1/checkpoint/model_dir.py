@@ -121,14 +121,15 @@ def copy_model_files(model_dir: Path, destination: Path, *, manifest: bool = Tru
     """
     for source in sorted(model_dir.iterdir()):
         if source.is_file() and source.suffix not in _WEIGHT_SUFFIXES and source.name != MANIFEST_FILE:
-            _write_durably(destination / source.name, source.read_bytes())
+            write_durably(destination / source.name, source.read_bytes())
     if manifest:
         texts = {name: header.text for name, header in model_headers(model_dir).items()}
         content = json.dumps({"version": _MANIFEST_VERSION, "headers": texts}, indent=1)
-        _write_durably(destination / MANIFEST_FILE, content.encode())
+        write_durably(destination / MANIFEST_FILE, content.encode())
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a new file, down to the disk. Raises OSError."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()

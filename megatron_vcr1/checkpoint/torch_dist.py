@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_vcr1.checkpoint.disk import create, start_writing
+from megatron_vcr1.checkpoint.disk import Checksum, create, start_writing
 from megatron_vcr1.errors import UserError
 
 _METADATA_FILE = ".metadata"
@@ -68,16 +68,19 @@ class GlobalTensor:
     chunks: tuple[Chunk, ...]
 
 
-def write_chunks(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> list[Chunk]:
+def write_chunks(
+    path: Path, tensors: Iterable[tuple[str, tuple[int, ...], Tensor]], checksum: Checksum | None = None
+) -> list[Chunk]:
     """Write chunks ``(key, offsets, tensor)`` one behind the other into a new ``.distcp`` file, down to the disk.
 
-    A tensor may be overwritten as soon as the next one is asked for; it must own its whole storage.
+    A tensor may be overwritten as soon as the next one is asked for; it must own its whole storage. ``checksum`` is
+    told everything that is written.
 
     Raises:
         OSError: the disk is full, or another fault of it.
     """
     chunks = []
-    with create(path) as file, _without_checksums(), _disk_errors(path):
+    with create(path, checksum) as file, _without_checksums(), _disk_errors(path):
         for key, offsets, tensor in tensors:
             position = file.tell()
             torch.save(tensor, file)

@@ -33,10 +33,14 @@ def num_workers() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def on_every_worker(work: Callable[[], T]) -> list[T]:
+def on_every_worker(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run ``work`` everywhere and return every worker's result, by rank, to all of them.
 
     A worker that fails on its input or its disk fails on all of them: none waits for one that is gone.
+
+    Args:
+        work: what to run.
+        group: process group of all workers to speak over, for a thread that must not come between others' collectives.
 
     Raises:
         UserError, OSError: the error of the first worker that had one.
@@ -49,16 +53,16 @@ def on_every_worker(work: Callable[[], T]) -> list[T]:
         failure = error
     outcomes = [(result, failure)] * num_workers()
     if dist.is_initialized():
-        dist.all_gather_object(outcomes, (result, failure))
+        dist.all_gather_object(outcomes, (result, failure), group=group)
     for _, failure in outcomes:
         if failure is not None:
             raise failure
     return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
-def on_first_worker(work: Callable[[], T]) -> T:
+def on_first_worker(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run ``work`` on rank 0 and return its result, or raise its UserError or OSError, on all workers."""
-    return on_every_worker(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]
+    return on_every_worker(lambda: work() if rank() == 0 else None, group)[0]  # type: ignore[return-value]
 
 
 @contextmanager
@@ -99,12 +103,13 @@ def _make_partial(path: Path, num_bytes: int) -> Path:
 
 
 def _publish(partial: Path, path: Path) -> None:
-    _sync_directory(partial)
+    sync_directory(partial)
     os.rename(partial, path)  # replaces an empty directory, refuses any other
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have the disk keep which files a directory holds, under which names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

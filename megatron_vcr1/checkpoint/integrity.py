@@ -1,0 +1,47 @@
+"""Whether a checkpoint is what was written: length and CRC-32 of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_vcr1.checkpoint.disk import Checksum, checksum_of
+from megatron_vcr1.checkpoint.model_dir import write_durably
+from megatron_vcr1.errors import UserError
+
+CHECKSUMS_FILE = "checksums.json"
+
+
+def write_checksums(directory: Path, known: Mapping[str, Checksum]) -> None:
+    """List every file of a directory in its checksums.json.
+
+    Args:
+        directory: its files are complete.
+        known: checksums that need not be computed, by path below ``directory``.
+    """
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    checksums = {name: asdict(known.get(name) or checksum_of(directory / name)) for name in names}
+    write_durably(directory / CHECKSUMS_FILE, json.dumps(checksums, indent=1).encode())
+
+
+def check_files(directory: Path, *, share: int = 0, num_shares: int = 1) -> None:
+    """Check that all files are there in their lengths, and the content of every ``num_shares``-th one.
+
+    Raises:
+        UserError: a file is missing, cut off or changed; names it.
+    """
+    path = directory / CHECKSUMS_FILE
+    try:
+        listed = {str(name): Checksum(**entry) for name, entry in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged or missing ({error})") from None
+    for index, (name, expected) in enumerate(sorted(listed.items())):
+        file = directory / name
+        num_bytes = file.stat().st_size if file.is_file() else None
+        if num_bytes != expected.num_bytes:
+            found = "it is missing" if num_bytes is None else f"it has {num_bytes}"
+            raise UserError(f"{file}: {expected.num_bytes} bytes were written, {found}; the checkpoint is damaged")
+        if index % num_shares == share and checksum_of(file) != expected:
+            raise UserError(f"{file}: its content is not what was written (CRC-32 differs); the checkpoint is damaged")
