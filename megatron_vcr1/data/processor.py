@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_vcr1.errors import UserError
+
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -71,6 +73,14 @@ class PromptProcessor:
     def decode(self, token_ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """The text of token ids [num_tokens]."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def read_processor(model_dir: Path) -> PromptProcessor:
+    """`PromptProcessor.from_pretrained` for a directory that the user named: what is wrong with it is a UserError."""
+    try:
+        return PromptProcessor.from_pretrained(model_dir)
+    except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
+        raise UserError(f"tokenizer or processor: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

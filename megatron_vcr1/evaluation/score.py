@@ -19,7 +19,7 @@ from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.packing import Group, pack_groups
-from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.processor import PromptProcessor, read_processor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
@@ -107,19 +107,12 @@ def score_file(run: RunConfig, data: Path, out: Path, *, temperature: float, mic
         raise UserError(f"{out}: must be a file in a folder that exists; it is written at the end")
     config = ModelConfig.from_pretrained(run.model.path)
     check_layout(config.shape, run.parallel, run.recompute, groups.world_size())
-    processor = _read_processor(run.model.path)
+    processor = read_processor(run.model.path)
     with groups.world(run.parallel):
         model = build_model(config, run).to(groups.device()).eval()
         load_model_weights(model, run.model.path)
         scorer = Scorer(model, processor, temperature, microbatch_tokens)
         return _write_rows(scorer, requests, out)
-
-
-def _read_processor(model_dir: Path) -> PromptProcessor:
-    try:
-        return PromptProcessor.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
-        raise UserError(f"tokenizer or processor: {error}") from error
 
 
 class Scorer:

@@ -95,12 +95,17 @@ def parse_boxes(answer: str, num_boxes: int) -> tuple[Box | None, ...]:
     Raises:
         UnparsableError: it is something else, or has another number of boxes or of numbers in a box.
     """
+    return tuple(_box(*row) for row in parse_box_rows(answer, num_boxes))
+
+
+def parse_box_rows(answer: str, num_boxes: int) -> list[tuple[float, ...]]:
+    """The four numbers of each box, whatever they are: `parse_boxes` before its check."""
     rows = _parse_rows(answer, _LISTS, "no list of boxes")
     if len(rows) != num_boxes:
         raise UnparsableError("wrong number of boxes")
     if any(len(row) != 4 for row in rows):
         raise UnparsableError("a box is not four numbers")
-    return tuple(_box(*row) for row in rows)
+    return rows
 
 
 def parse_choice(answer: str) -> str:
