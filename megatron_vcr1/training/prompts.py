@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
 from megatron_vcr1.config.training_sections import DataSection
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.data.loader import Prepare, PromptLoader, SampleOrder, SkippedSample, Source
+from megatron_vcr1.data.loader import PromptLoader, SampleOrder, SkippedSample, Source
 from megatron_vcr1.data.manifest import read_manifest
+from megatron_vcr1.data.preparation import preparations
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import PreparedSample, PromptTemplates, load_templates, prepare_sample
-from megatron_vcr1.data.video import VideoFrames, VideoPath, read_frames
-from megatron_vcr1.data.video_cache import VideoCache
-from megatron_vcr1.data.video_process import VideoReader
+from megatron_vcr1.data.prompts import PreparedSample, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.types import VideoSample
-
-_BYTES_PER_MB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +63,10 @@ class PromptStream:
             ],
             seed,
         )
-        decoder = _Decoder(section)
         self._order = order
         self._loader = PromptLoader(
             order,
-            [_prepare(section, self.templates, processor, source.thinking, decoder) for source in section.sources],
+            preparations(section, self.templates, processor),
             rank=groups.copy_index(),
             num_ranks=groups.num_copies(),
             num_workers=section.num_workers,
@@ -113,43 +107,3 @@ class PromptStream:
             position = self._loader.position
             (prepared,) = islice(self._iterator, 1)
             yield DrawnPrompt(position, self._order.source_at(position), prepared.sample, prepared.prompt)
-
-
-class _Decoder:
-    """Reads videos in the process that it is sent to: in a training process itself, in a worker by a process of its
-    own, so that a decoder that crashes costs one video.
-    """
-
-    def __init__(self, section: DataSection) -> None:
-        self._in_worker = section.num_workers > 0
-        self._cache_bytes = section.cache_mb * _BYTES_PER_MB
-        self._backend = section.backend
-        self._cache: VideoCache | None = None
-
-    def read_frames(self, path: VideoPath, **options: Any) -> VideoFrames:
-        if self._cache is None:
-            read = VideoReader().read_frames if self._in_worker else read_frames
-            num_threads = 1 if self._in_worker else 0  # workers are parallel already
-            self._cache = VideoCache(self._cache_bytes, partial(read, backend=self._backend, num_threads=num_threads))
-        return self._cache.read_frames(path, **options)
-
-
-def _prepare(
-    section: DataSection, templates: PromptTemplates, processor: PromptProcessor, thinking: bool, decoder: _Decoder
-) -> Prepare:
-    """What decodes and encodes the samples of one source."""
-    return partial(
-        prepare_sample,
-        templates=templates,
-        processor=processor,
-        thinking=thinking,
-        max_tokens=section.max_prompt_tokens,
-        video_options={
-            "fps": section.fps,
-            "min_frames": section.min_frames,
-            "max_frames": section.max_frames,
-            "total_pixels": section.total_pixels,
-            "min_pixels": section.min_pixels,
-        },
-        read=decoder.read_frames,
-    )
