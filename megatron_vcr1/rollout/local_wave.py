@@ -25,7 +25,7 @@ OnToken = Callable[[int, int, int], None]
 # Prompt tokens of one pass: enough to fill a GPU. A longer prompt has a pass of its own.
 PROMPT_PASS_TOKENS = 16384
 # Finished rows leave once they are this share of all: whenever some leave, the memory of the others is copied.
-LEAVING_SHARE = 1 / 8
+LEAVING_SHARE = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,111 @@
+"""One answer to one prompt, to the terminal as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.layout import check_layout
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.local import LocalEngine
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.types import Rollout
+
+
+class _Clock:
+    """When things were done, in seconds since the last `lap`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams, *, seed: int, as_json: bool) -> None:
+    """Answer a message; every rank of the job calls this, and the first prints.
+
+    Args:
+        run: the model and its layout.
+        message: the user's, as `encode_messages` takes it.
+        as_json: print one JSON object at the end, instead of the text as it comes and a line of timings.
+
+    Raises:
+        UserError: the model, the layout, or a video or picture is at fault.
+    """
+    clock = _Clock()
+    config = ModelConfig.from_pretrained(run.model.path)
+    check_layout(config.shape, run.parallel, run.recompute, groups.world_size())
+    try:
+        processor = PromptProcessor.from_pretrained(run.model.path)
+    except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
+        raise UserError(f"tokenizer or processor: {error}") from error
+    tokens = SpecialTokens.from_pretrained(run.model.path, processor)
+    try:
+        prompt = encode_messages([message], processor)
+    except ValueError as error:  # a VideoError too
+        raise UserError(str(error)) from error
+    clock.lap("prompt")
+    with groups.world(run.parallel):
+        model = build_model(config, run).to(groups.device())
+        load_model_weights(model, run.model.path)
+        clock.lap("load")
+        engine = LocalEngine(model, processor, tokens, batch_responses=1)
+        streamer = TextStreamer(processor.tokenizer, skip_special_tokens=True)
+        prints = groups.is_first_rank()
+
+        def on_token(request: int, response: int, token_id: int) -> None:
+            if "first_token" not in clock.seconds:
+                clock.lap("first_token")
+            if prints and not as_json:
+                streamer.put(torch.tensor([token_id]))
+
+        request = GenerationRequest("prompt", prompt, num_responses=1, seed=seed)
+        (group,) = engine.generate([request], params, on_token=on_token)
+        clock.lap("further_tokens")
+        if prints and as_json:
+            print(json.dumps(_as_row(group.rollouts[0], prompt, processor, clock.seconds)))
+        elif prints:
+            streamer.end()
+            print(_summary(group.rollouts[0], prompt, clock.seconds), file=sys.stderr)
+
+
+def _as_row(
+    rollout: Rollout, prompt: EncodedPrompt, processor: PromptProcessor, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "text": processor.decode(rollout.token_ids),
+        "token_ids": rollout.token_ids,
+        "log_probs": rollout.log_probs,
+        "finish_reason": rollout.finish_reason,
+        "prompt_tokens": len(prompt.token_ids),
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+    }
+
+
+def _summary(rollout: Rollout, prompt: EncodedPrompt, seconds: Mapping[str, float]) -> str:
+    num_frames = sum(len(one.frames) for one in prompt.vision)
+    num_further = len(rollout.token_ids) - 1
+    rate = f" ({num_further / seconds['further_tokens']:.1f} tokens/s)" if num_further else ""
+    return (
+        f"\nprompt: {len(prompt.token_ids)} tokens, {num_frames} frames, {seconds['prompt']:.2f} s to decode; "
+        f"model loaded in {seconds['load']:.2f} s; first token after {seconds['first_token']:.2f} s, "
+        f"{num_further} more in {seconds['further_tokens']:.2f} s{rate}; ended by {rollout.finish_reason}"
+    )
