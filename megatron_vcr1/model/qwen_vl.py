@@ -12,6 +12,12 @@ from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
@@ -193,8 +199,22 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
         vision_transformer_config(config.vision, *settings, dtype=dtype, initialize_weights=initialize_weights),
         backend,
     )
+    _mark_divided_weights(model)
     freeze(model, run.model.freeze)
     return model
+
+
+def _mark_divided_weights(model: QwenVLModel) -> None:
+    """Note on each weight that the tensor-parallel ranks divide that they do: a gradient norm takes any other weight
+    from one of them only. megatron-core's layers do so where they initialize their weights, and ours are loaded.
+    """
+    for module in model.modules():
+        if not isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            continue
+        weight: Tensor | None = module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            axis = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
 
 
 def _attention_name() -> str:
