@@ -14,6 +14,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.grpo import GrpoTrainer
 from megatron_vcr1.training.loop import Run
 from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.prompts import PromptStream
@@ -66,7 +67,7 @@ def steps_of_epochs(config: RunConfig, epoch_size: int) -> int:
 def _trainer(config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor) -> Trainer:
     if config.train.stage == "sft":
         return SftTrainer(config, learner, stream, processor)
-    raise UserError("train.stage = 'grpo' is not built yet")
+    return GrpoTrainer(config, learner, stream, processor)
 
 
 def _read_processor(config: RunConfig) -> PromptProcessor:

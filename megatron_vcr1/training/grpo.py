@@ -1,0 +1,250 @@
+"""Group relative policy optimization (VideoChat-R1, section 3.1; DeepSeekMath, arXiv:2402.03300)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.loader import SkippedSample
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.model.packed_batch import PackedBatch
+from megatron_vcr1.parallel import groups as ranks
+from megatron_vcr1.parallel import schedule
+from megatron_vcr1.rollout.build import build_engine
+from megatron_vcr1.training.losses import Counts, TokenData, grpo_loss, mismatch, policy_statistics, token_weights
+from megatron_vcr1.training.metrics import Metrics, add_work
+from megatron_vcr1.training.microbatches import make_microbatches
+from megatron_vcr1.training.optimizer import Learner, Loss, Update
+from megatron_vcr1.training.prompts import PromptStream
+from megatron_vcr1.training.reference import Reference
+from megatron_vcr1.training.rollouts import Rollouts, ScoredGroup, StepGroups, all_positions, rollout_row
+from megatron_vcr1.training.step import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyBatch:
+    """A microbatch of groups, and what the objective knows of its tokens."""
+
+    packed: PackedBatch
+    data: TokenData
+    weights: Tensor  # [targets], of the tokens' losses
+
+
+class GrpoTrainer:
+    """A step: sample groups from the policy, reward them, update the policy by them, give the engine the new weights."""
+
+    def __init__(self, config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor) -> None:
+        """The model holds the weights that training starts from: they are the reference.
+
+        Raises:
+            UserError: the engine, rewards or the judge cannot be had, or settings exclude each other.
+        """
+        self._config = config
+        self._settings = config.grpo
+        self._learner = learner
+        self._model = learner.model
+        self._stream = stream
+        self._reference = Reference(self._model, config.grpo.reference) if config.grpo.kl_coef > 0 else None
+        self._engine = build_engine(config, self._model, processor)
+        self._rollouts = Rollouts(config, self._engine, stream, processor)
+
+    def step(self, step: int, metrics: Metrics) -> StepResult:
+        groups = self._rollouts.collect(metrics)
+        minibatches = self._minibatches(groups.kept)
+        if self._reference is not None:
+            with metrics.timed("reference"), self._reference.in_place():
+                minibatches = [self._with_log_probs(batches, "ref_log_probs") for batches in minibatches]
+        with metrics.timed("update"):
+            if self._settings.updates_per_rollout * len(minibatches) > 1:
+                minibatches = [self._with_log_probs(batches, "old_log_probs") for batches in minibatches]
+            updates = [
+                self._update(batches, metrics, first_pass=number == 0)
+                for number in range(self._settings.updates_per_rollout)
+                for batches in minibatches
+            ]
+            learning_rate = self._learner.end_step()
+        with metrics.timed("sync"):
+            self._engine.update_weights(self._weights(), step)
+        return self._result(step, groups, updates, learning_rate, metrics)
+
+    def _minibatches(self, groups: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
+        """The microbatches of each optimizer step of a pass over the groups.
+
+        A minibatch is a share of the groups of all copies of the model in the order of their prompts, so that it does
+        not depend on their number; one in which no copy has any is left out.
+        """
+        trainable = [group for group in groups if group.scored]
+        positions = all_positions(trainable)
+        number = self._settings.minibatches
+        minibatch_of = {position: rank * number // len(positions) for rank, position in enumerate(positions)}
+        shares: list[list[ScoredGroup]] = [[] for _ in range(number)]
+        for group in trainable:
+            shares[minibatch_of[group.prompt.position]].append(group)
+        counts = _counts(shares)
+        return [
+            self._policy_batches(share, count)
+            for share, count in zip(shares, counts, strict=True)
+            if count.num_responses > 0
+        ]
+
+    def _policy_batches(self, groups: Sequence[ScoredGroup], counts: Counts) -> list[PolicyBatch]:
+        by_id = {group.prompt.id: group for group in groups}
+        packed = make_microbatches(
+            [_training_group(group) for group in groups], self._model, self._config.train.microbatch_tokens
+        )
+        return [
+            PolicyBatch(
+                one.packed,
+                token_data([by_id[group.id] for group in one.groups]).to(ranks.device()),
+                token_weights(
+                    one.packed.response_lengths,
+                    counts,
+                    self._settings.loss_normalization,
+                    self._config.rollout.max_new_tokens,
+                ).to(ranks.device()),
+            )
+            for one in packed
+        ]
+
+    def _with_log_probs(self, batches: list[PolicyBatch], name: str) -> list[PolicyBatch]:
+        """The model's log-probs of all targets, as they are now, under a name of TokenData; on the last stage."""
+
+        def collect(batch: PackedBatch, hidden: Tensor) -> Tensor:
+            return self._model.log_probs(hidden, batch.target_ids, temperature=self._config.rollout.temperature)
+
+        if not batches:
+            return batches
+        log_probs = schedule.forward_only(self._model, [one.packed for one in batches], collect)
+        if not ranks.is_last_stage():
+            return batches
+        return [
+            replace(batch, data=replace(batch.data, **{name: values}))
+            for batch, values in zip(batches, log_probs, strict=True)
+        ]
+
+    def _update(self, batches: Sequence[PolicyBatch], metrics: Metrics, *, first_pass: bool) -> Update:
+        """One optimizer step, and what its own forward pass tells."""
+        update = self._learner.update([one.packed for one in batches], self._loss(batches))
+        add_work(metrics, [one.packed for one in batches], self._model.model_config, self._config.model)
+        if ranks.speaks_for_copy():
+            for batch, statistics in zip(batches, update.metrics, strict=True):
+                add_policy_metrics(metrics, statistics, batch.data, with_mismatch=first_pass)
+        return update
+
+    def _loss(self, batches: Sequence[PolicyBatch]) -> Loss:
+        of_packed = {id(one.packed): one for one in batches}  # the schedule hands the packed batch back
+
+        def loss(packed: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            batch = of_packed[id(packed)]
+            result = grpo_loss(
+                self._model,
+                hidden,
+                packed,
+                batch.data,
+                batch.weights,
+                self._settings,
+                temperature=self._config.rollout.temperature,
+            )
+            return result.loss, policy_statistics(result)
+
+        return loss
+
+    def _weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The policy's weights as an engine takes them; the local one shares them."""
+        if self._config.rollout.engine == "local":
+            return ()
+        from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
+
+        return stream_hf_tensors(self._model)
+
+    def _result(
+        self, step: int, groups: StepGroups, updates: Sequence[Update], learning_rate: float, metrics: Metrics
+    ) -> StepResult:
+        """Count the versions; rows of rollouts are the first rank's to hand in."""
+        version = step - 1
+        if ranks.is_first_of_copy():
+            for group in groups.kept:
+                metrics.add("policy_lag", version - group.rollouts[0].policy_version)
+        metrics.high("policy_version", version)
+        sources = self._config.data.sources
+        rows = [
+            rollout_row(step, group, thinking=sources[group.prompt.source].thinking, trained=trained)
+            for some, trained in ((groups.kept, True), (groups.dropped, False))
+            for group in some
+        ]
+        return StepResult(
+            applied=all(update.applied for update in updates),
+            loss=_mean([update.loss for update in updates]),
+            grad_norm=_mean([update.grad_norm for update in updates]),
+            learning_rate=learning_rate,
+            samples=tuple(group.prompt.sample.id for group in groups.kept),
+            rollouts=tuple(rows) if ranks.is_first_of_copy() else (),
+        )
+
+    def take_skipped(self) -> list[SkippedSample]:
+        return self._stream.take_skipped()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompts": self._stream.state_dict(), "policy_version": self._engine.policy_version}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The model holds the checkpoint's weights by now; the engine gets them."""
+        self._stream.load_state_dict(state["prompts"])
+        self._engine.update_weights(self._weights(), state["policy_version"])
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def token_data(groups: Sequence[ScoredGroup]) -> TokenData:
+    """What is known of the tokens of a microbatch's responses, in the order in which they are packed."""
+    responses = [(group.rollouts[index], group.advantages[index]) for group in groups for index in group.scored]
+    lengths = torch.tensor([len(rollout.token_ids) for rollout, _ in responses])
+    return TokenData(
+        advantages=torch.tensor([advantage for _, advantage in responses]).repeat_interleave(lengths),
+        rollout_log_probs=torch.tensor([value for rollout, _ in responses for value in rollout.log_probs]),
+        segment_ids=torch.arange(len(responses)).repeat_interleave(lengths),
+    )
+
+
+def add_policy_metrics(
+    metrics: Metrics, statistics: Mapping[str, Tensor], data: TokenData, *, with_mismatch: bool
+) -> None:
+    """Take a microbatch's `policy_statistics` into a step's metrics."""
+    log_probs = statistics["log_probs"]
+    num_tokens = len(log_probs)
+    names = ("kl", "entropy", "ratio/mean", "clipped_share")
+    for name, total in zip(names, statistics["sums"].tolist(), strict=True):
+        metrics.add(name, total, num_tokens)
+    if with_mismatch:
+        before = log_probs if data.old_log_probs is None else data.old_log_probs
+        absolute, largest, kl = mismatch(before, data.rollout_log_probs)
+        metrics.add("mismatch/mean_abs", absolute, num_tokens)
+        metrics.high("mismatch/max_abs", largest)
+        metrics.add("mismatch/kl", kl, num_tokens)
+
+
+def _training_group(group: ScoredGroup) -> Group:
+    """Without the responses that have no reward."""
+    responses = tuple(torch.tensor(group.rollouts[index].token_ids) for index in group.scored)
+    return Group(group.prompt.id, group.prompt.prompt, responses)
+
+
+def _counts(shares: Sequence[Sequence[ScoredGroup]]) -> list[Counts]:
+    """Responses and tokens of each minibatch over all copies of the model."""
+    mine: list[float] = []
+    for share in shares:
+        lengths = [len(group.rollouts[index].token_ids) for group in share for index in group.scored]
+        mine += [len(lengths), sum(lengths)]
+    totals = ranks.sum_over_ranks(mine if ranks.is_first_of_copy() else [0.0] * len(mine))
+    return [Counts(*pair) for pair in zip(totals[::2], totals[1::2], strict=True)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
