@@ -1,0 +1,213 @@
+"""Line and area charts: numbers become a drawing's coordinates here; macros.html.jinja writes the SVG.
+
+The page's own style sheet colours them, so they follow a reader's light or dark theme, and no chart needs a script.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_POINTS = 100
+"""Of a line; each is the mean of its steps, which bounds the page whatever the run's length."""
+
+WIDTH, HEIGHT = 400.0, 210.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 8.0, 8.0, 30.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named series: steps [num_points] and values [num_points], NaN where there is none."""
+
+    label: str
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over steps, or areas piled on one another."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    stacked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    position: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stroke:
+    """A drawn line: SVG paths of the line and of the band (or area) behind it, and its last value as text."""
+
+    label: str
+    path: str
+    band: str
+    last: str
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A slice of the chart that shows its values when pointed at."""
+
+    x: float
+    width: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart in the coordinates of a WIDTH x HEIGHT picture."""
+
+    title: str
+    unit: str
+    stacked: bool
+    strokes: Sequence[Stroke]
+    x_ticks: Sequence[Tick]
+    y_ticks: Sequence[Tick]
+    columns: Sequence[Column]
+    steps_a_point: int
+    plot: tuple[float, float, float, float] = (_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM)
+    """Left, top, right and bottom of the plotted area."""
+
+
+def draw(chart: Chart) -> Drawing | None:
+    """Lays a chart out; None if no line holds a finite value."""
+    lines = [line for line in chart.lines if np.isfinite(line.values).any()]
+    if not lines:
+        return None
+    steps = np.unique(np.concatenate([line.steps for line in lines]))
+    edges = _edges(steps)
+    middles = [_mean(steps[(steps >= low) & (steps < high)]) for low, high in pairwise(edges)]
+    means, lows, highs = np.stack([_reduce(line, edges) for line in lines], axis=1)  # each [num_lines, num_points]
+    if chart.stacked:
+        highs = np.cumsum(np.nan_to_num(means), axis=0)
+        lows = highs - np.nan_to_num(means)
+    x = _Scale(middles[0], middles[-1], _LEFT, WIDTH - _RIGHT)
+    low = 0.0 if chart.stacked else float(np.nanmin(lows))
+    y = _Scale(*_range(low, float(np.nanmax(highs))), HEIGHT - _BOTTOM, _TOP)
+    tops = highs if chart.stacked else means
+    banded = chart.stacked or len(edges) - 1 < len(steps)
+    points = [x(step) for step in middles]
+    strokes = [
+        Stroke(
+            label=line.label,
+            path=_path(points, [y(value) for value in top]),
+            band=_band(points, [y(value) for value in low_], [y(value) for value in high]) if banded else "",
+            last=short(mean[np.isfinite(mean)][-1]),
+        )
+        for line, mean, top, low_, high in zip(lines, means, tops, lows, highs, strict=True)
+    ]
+    return Drawing(
+        title=chart.title,
+        unit=chart.unit,
+        stacked=chart.stacked,
+        strokes=strokes,
+        x_ticks=[Tick(x(value), short(value)) for value in _ticks(x.low, x.high, 5, whole=True)],
+        y_ticks=[Tick(y(value), short(value)) for value in _ticks(y.low, y.high, 4)],
+        columns=_columns(points, middles, [line.label for line in lines], means),
+        steps_a_point=math.ceil(len(steps) / (len(edges) - 1)),
+    )
+
+
+def short(value: float) -> str:
+    """A number in few characters: 0.123, 1.23e-06, 12k, 3.4M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+class _Scale:
+    """Maps low..high to first..last, in coordinates of the picture."""
+
+    def __init__(self, low: float, high: float, first: float, last: float) -> None:
+        self.low, self.high, self._first = low, high, first
+        self._slope = (last - first) / (high - low) if high > low else 0.0
+
+    def __call__(self, value: float) -> float:
+        return round(self._first + (value - self.low) * self._slope, 1)
+
+
+def _edges(steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Borders of the bins that share a point: [num_points + 1], every bin with steps in it."""
+    num_points = min(len(steps), MAX_POINTS)
+    firsts = steps[(np.arange(num_points) * len(steps)) // num_points]
+    return np.append(firsts, steps[-1] + 1).astype(np.float64)
+
+
+def _reduce(line: Line, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean, least and greatest value in each bin: [3, num_points]."""
+    reduced = np.full((3, len(edges) - 1), np.nan)
+    bins = np.searchsorted(edges, line.steps, side="right") - 1
+    finite = np.isfinite(line.values)
+    for point in np.unique(bins[finite]):
+        values = line.values[finite & (bins == point)]
+        reduced[:, point] = values.mean(), values.min(), values.max()
+    return reduced
+
+
+def _mean(values: NDArray[np.int64]) -> float:
+    return float(values.mean())
+
+
+def _range(low: float, high: float) -> tuple[float, float]:
+    """What the y axis spans: from 0 where that costs less than half the height, and never nothing."""
+    if 0 < low < high / 2 or low == high > 0:
+        low = 0.0
+    return low, high + ((high - low) * 0.04 or 1.0)
+
+
+def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> Iterable[float]:
+    """About `count` round numbers in low..high."""
+    span = max(high - low, 1e-12)
+    size = 10 ** math.floor(math.log10(span / count))
+    size = next(size * factor for factor in (1, 2, 5, 10) if span / (size * factor) <= count)
+    size = max(size, 1) if whole else size
+    return (number * size for number in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1))
+
+
+def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """An SVG path through the points; a gap where y is NaN, a dot for a point that stands alone."""
+    parts: list[str] = []
+    drawing = False
+    for x, y in zip(xs, ys, strict=True):
+        if math.isnan(y):
+            drawing = False
+            continue
+        parts.append(f"L{x:g} {y:g}" if drawing else f"M{x:g} {y:g}h0")
+        drawing = True
+    return "".join(parts)
+
+
+def _band(xs: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> str:
+    there = [(x, low, high) for x, low, high in zip(xs, lows, highs, strict=True) if not math.isnan(low)]
+    forth = [f"{x:g} {high:g}" for x, _, high in there]
+    back = [f"{x:g} {low:g}" for x, low, _ in reversed(there)]
+    return f"M{'L'.join(forth + back)}Z"
+
+
+def _columns(
+    xs: Sequence[float], steps: Sequence[float], labels: Sequence[str], values: NDArray[np.float64]
+) -> list[Column]:
+    borders = [_LEFT, *((a + b) / 2 for a, b in pairwise(xs)), WIDTH - _RIGHT]
+    columns = []
+    for point, step in enumerate(steps):
+        shown = [
+            f"{label} {short(value)}"
+            for label, value in zip(labels, values[:, point], strict=True)
+            if not math.isnan(value)
+        ]
+        if shown:
+            width = round(borders[point + 1] - borders[point], 1)
+            columns.append(Column(round(borders[point], 1), width, "\n".join([f"step {step:.0f}", *shown])))
+    return columns

@@ -1,0 +1,249 @@
+"""A run's folder as its writers left it: whole, still growing, or cut in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vcr1.errors import UserError
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """metrics.jsonl by column."""
+
+    steps: NDArray[np.int64]
+    """[num_rows] ascending, each once."""
+    columns: Mapping[str, NDArray[np.float64]]
+    """Name to [num_rows]; NaN where a row lacks the key or holds no finite number."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A metric with its 95 % interval, as the evaluation wrote it; the interval may be missing."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One folder evaluation/LABEL of a run."""
+
+    label: str
+    benchmark: str
+    model: str
+    thinking: bool | None
+    num_samples: int
+    metrics: Mapping[str, Estimate]
+    folder: Path
+    details: Mapping[str, Any]
+    """All of metrics.json."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder holds.
+
+    Attributes:
+        name: of the folder.
+        config: tables of config.toml; empty if there is none.
+        environment: of environment.json: when the run started, on which machine, with which versions.
+        skipped: reasons by the ids of samples that the run could not use.
+        problems: what could not be read, in words.
+    """
+
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    config_text: str
+    environment: Mapping[str, Any]
+    metrics: MetricTable
+    evaluations: Sequence[EvaluationResult]
+    skipped: Mapping[str, str]
+    problems: Sequence[str]
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of config.toml; None if it is not there."""
+        table = self.config.get(section)
+        return table.get(key) if isinstance(table, dict) else None
+
+    @cached_property
+    def rollout_files(self) -> Mapping[int, Path]:
+        """rollouts/step_N.jsonl by N, ascending."""
+        files = (self.path / "rollouts").glob("step_*.jsonl")
+        numbered = {path.stem.removeprefix("step_"): path for path in files}
+        return {int(step): path for step, path in sorted(numbered.items(), key=_by_number) if step.isdecimal()}
+
+    @property
+    def last_written(self) -> datetime | None:
+        """When the run last wrote a step, or failing that a result."""
+        files = [self.path / "metrics.jsonl", *(result.folder / "metrics.json" for result in self.evaluations)]
+        times = [path.stat().st_mtime for path in files if path.exists()]
+        return datetime.fromtimestamp(max(times)).astimezone() if times else None
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Read runs' folders; those whose folders have the same name are named by their paths.
+
+    Raises:
+        UserError: see `read_run`, or a folder is given twice.
+    """
+    folders = [path.resolve() for path in paths]
+    if len(set(folders)) < len(folders):
+        raise UserError("a run is given twice; leave one out")
+    names = Counter(folder.name for folder in folders)
+    runs = [read_run(path) for path in paths]
+    return [run if names[run.name] == 1 else replace(run, name=str(run.path)) for run in runs]
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run's folder.
+
+    Raises:
+        UserError: it is no folder, or holds neither metrics nor evaluation results.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder of a run (train.run_dir)")
+    problems: list[str] = []
+    config_text = _read_text(path / "config.toml", problems)
+    environment = _read_text(path / "environment.json", problems)
+    record = RunRecord(
+        path=path,
+        name=path.resolve().name,
+        config=_parsed(config_text, tomllib.loads, "config.toml", problems),
+        config_text=config_text,
+        environment=_parsed(environment, json.loads, "environment.json", problems),
+        metrics=_read_metrics(path / "metrics.jsonl", problems),
+        evaluations=tuple(_read_evaluations(path / "evaluation", problems)),
+        skipped={
+            str(row.get("id")): str(row.get("reason")) for row in read_json_lines(path / "skipped.jsonl", problems)
+        },
+        problems=problems,
+    )
+    if not len(record.metrics) and not record.evaluations:
+        raise UserError(
+            f"{path}: neither metrics.jsonl nor evaluation/*/metrics.json holds anything yet; "
+            "is it the folder of a run (train.run_dir), and has a step ended?"
+        )
+    return record
+
+
+def read_json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Every JSON object of a file of lines; none if the file is missing.
+
+    A line that is none is passed over and counted in `problems`, the last one as what it is where it lacks its end: the
+    writer was killed in it, or is still at it.
+    """
+    if not path.exists():
+        return
+    num_bad = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                yield row
+            elif not line.endswith("\n"):
+                problems.append(f"{path.name}: the last line is unfinished and left out")
+            elif line.strip():
+                num_bad += 1
+    if num_bad:
+        problems.append(f"{path.name}: {num_bad} lines are not JSON objects and left out")
+
+
+def _by_number(item: tuple[str, Path]) -> tuple[int, str]:
+    return len(item[0]), item[0]
+
+
+def _read_text(path: Path, problems: list[str]) -> str:
+    """The file's text; empty if there is none."""
+    if not path.exists():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path.name}: cannot be read: {error}")
+        return ""
+
+
+def _parsed(text: str, parse: Any, name: str, problems: list[str]) -> Mapping[str, Any]:
+    if not text:
+        return {}
+    try:
+        tables = parse(text)
+    except ValueError as error:  # what TOML and JSON raise
+        problems.append(f"{name}: cannot be read: {error}")
+        return {}
+    return tables if isinstance(tables, dict) else {}
+
+
+def _read_metrics(path: Path, problems: list[str]) -> MetricTable:
+    """The rows by step; of a step that was computed again after a resume, the later row."""
+    rows: dict[int, Mapping[str, Any]] = {}
+    num_repeated = 0
+    for row in read_json_lines(path, problems):
+        if not isinstance(row.get("step"), int):
+            continue
+        num_repeated += row["step"] in rows
+        rows[row["step"]] = row
+    if num_repeated:
+        problems.append(f"{path.name}: {num_repeated} steps were computed again after a resume; the later row counts")
+    steps = sorted(rows)
+    index = {step: row for row, step in enumerate(steps)}
+    columns: dict[str, NDArray[np.float64]] = {}
+    for step, values in rows.items():
+        for key, value in values.items():
+            if isinstance(value, int | float) and key != "step" and np.isfinite(value):
+                if key not in columns:
+                    columns[key] = np.full(len(steps), np.nan)
+                columns[key][index[step]] = value
+    return MetricTable(np.array(steps, np.int64), columns)
+
+
+def _read_evaluations(folder: Path, problems: list[str]) -> Iterator[EvaluationResult]:
+    for path in sorted(folder.glob("*/metrics.json")):
+        name = f"evaluation/{path.parent.name}/metrics.json"
+        details = _parsed(_read_text(path, problems), json.loads, name, problems)
+        listed = details.get("metrics")
+        metrics = {
+            str(metric): estimate
+            for metric, entry in (listed.items() if isinstance(listed, dict) else ())
+            if (estimate := _estimate(entry)) is not None
+        }
+        if not metrics:
+            problems.append(f"{name}: holds no metrics and is left out")
+            continue
+        yield EvaluationResult(
+            label=path.parent.name,
+            benchmark=str(details.get("benchmark", path.parent.name)),
+            model=str(details.get("model", "")),
+            thinking=details.get("thinking"),
+            num_samples=int(details.get("num_samples") or 0),
+            metrics=metrics,
+            folder=path.parent,
+            details=details,
+        )
+
+
+def _estimate(entry: object) -> Estimate | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("value"), int | float):
+        return None
+    bounds = [entry.get(key) if isinstance(entry.get(key), int | float) else None for key in ("low", "high")]
+    return Estimate(float(entry["value"]), *bounds)
