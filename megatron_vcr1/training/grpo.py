@@ -37,7 +37,7 @@ class PolicyBatch:
 
 
 class GrpoTrainer:
-    """A step: sample groups from the policy, reward them, update the policy by them, give the engine the new weights."""
+    """A step: sample groups from the policy, reward them, update the policy by them, and the engine's weights by it."""
 
     def __init__(self, config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor) -> None:
         """The model holds the weights that training starts from: they are the reference.
