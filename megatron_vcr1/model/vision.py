@@ -61,6 +61,31 @@ def rotary_angles(coordinates: Tensor, head_dim: int) -> Tensor:
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
+def joined(inputs: Sequence[VisionInput], temporal_patch_size: int) -> list[VisionInput]:
+    """The same pictures in fewer inputs: neighbours of one frame size, of whole temporal patches, become one video.
+
+    Every step of time is encoded by itself, so the features do not change, and many small videos cost one pass of
+    Python.
+    """
+    runs: list[list[VisionInput]] = []
+    key_before: object = None
+    for item in inputs:
+        is_whole = len(item.frames) % temporal_patch_size == 0
+        key = (item.frames.shape[1:], item.frames.device) if is_whole else object()  # equal to nothing
+        if key == key_before:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+        key_before = key
+    return [run[0] if len(run) == 1 else _one_video(run) for run in runs]
+
+
+def _one_video(run: Sequence[VisionInput]) -> VisionInput:
+    _, height, width = run[0].grid_thw
+    num_steps = sum(item.grid_thw[0] for item in run)
+    return VisionInput(torch.cat([item.frames for item in run]), (num_steps, height, width), None)
+
+
 class PatchEmbed(nn.Module):
     """Flattened patches to hidden states: what the published 3-D convolution does, as its stride is its kernel."""
 
@@ -169,6 +194,7 @@ class VisionTower(MegatronModule):
             [tokens, out_hidden_size]: the features of every input, in order.
         """
         vision = self.vision
+        inputs = joined(inputs, vision.temporal_patch_size)
         grids = [item.grid_thw for item in inputs]
         steps = tuple(height * width for num_steps, height, width in grids for _ in range(num_steps))
         if vision.window_size is None:
