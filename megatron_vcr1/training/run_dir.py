@@ -12,6 +12,8 @@ from typing import Any
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.parallel.groups import world_size
+from megatron_vcr1.training.environment import environment
 
 
 class RunDir:
@@ -26,7 +28,7 @@ class RunDir:
         self._rollouts = path / "rollouts"
 
     def open(self, config: RunConfig, step: int) -> None:
-        """Make the folder, record the settings, and drop what was written after `step`.
+        """Make the folder, record the settings and this start, and drop what was written after `step`.
 
         Args:
             step: the checkpoint that the run goes on from; 0 for a start.
@@ -39,6 +41,7 @@ class RunDir:
             (self.path / "config.toml").write_text(render_toml(config, documented=False), encoding="utf-8")
         except OSError as error:
             raise UserError(f"train.run_dir = {self.path}: cannot be written to: {error}") from error
+        _append(self.path / "starts.jsonl", [{"step": step, **environment(world_size())}])
         for file in (self._metrics, self._skipped):
             if file.exists():
                 _keep_rows_until(file, step)
