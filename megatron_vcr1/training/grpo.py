@@ -166,26 +166,29 @@ class GrpoTrainer:
     def _result(
         self, step: int, groups: StepGroups, updates: Sequence[Update], learning_rate: float, metrics: Metrics
     ) -> StepResult:
-        """Count the versions; rows of rollouts are the first rank's to hand in."""
         version = step - 1
         if ranks.is_first_of_copy():
             for group in groups.kept:
                 metrics.add("policy_lag", version - group.rollouts[0].policy_version)
         metrics.high("policy_version", version)
-        sources = self._config.data.sources
-        rows = [
-            rollout_row(step, group, thinking=sources[group.prompt.source].thinking, trained=trained)
-            for some, trained in ((groups.kept, True), (groups.dropped, False))
-            for group in some
-        ]
         return StepResult(
             applied=all(update.applied for update in updates),
             loss=_mean([update.loss for update in updates]),
             grad_norm=_mean([update.grad_norm for update in updates]),
             learning_rate=learning_rate,
             samples=tuple(group.prompt.sample.id for group in groups.kept),
-            rollouts=tuple(rows) if ranks.is_first_of_copy() else (),
+            rollouts=self._rows(step, groups) if ranks.is_first_of_copy() else {},
         )
+
+    def _rows(self, step: int, groups: StepGroups) -> dict[int, dict[str, Any]]:
+        sources = self._config.data.sources
+        return {
+            group.prompt.position: rollout_row(
+                step, group, thinking=sources[group.prompt.source].thinking, trained=trained
+            )
+            for some, trained in ((groups.kept, True), (groups.dropped, False))
+            for group in some
+        }
 
     def take_skipped(self) -> list[SkippedSample]:
         return self._stream.take_skipped()

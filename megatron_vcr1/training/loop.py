@@ -142,11 +142,11 @@ class Run:
             **reduced,
             **derived(reduced, dist.get_world_size(), device_name()),
         }
-        rollouts = [one for rows in groups.gather_objects(result.rollouts) for one in rows]
+        rollouts = dict(one for rows in groups.gather_objects(result.rollouts) for one in rows.items())
         all_skipped = [(one.id, one.reason) for some in groups.gather_objects(skipped) for one in some]
         if groups.is_first_rank():
             if rollouts:
-                self._folder.write_rollouts(self._step, rollouts)
+                self._folder.write_rollouts(self._step, [row for _, row in sorted(rollouts.items())])
             self._folder.add_skipped(self._step, all_skipped)
             self._folder.add_metrics(row)
             for sink in self._sinks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_vcr1.data.loader import SkippedSample
@@ -19,7 +19,7 @@ class StepResult:
         loss, grad_norm: over all ranks; of several updates, the mean.
         learning_rate: of its updates.
         samples: ids of what this copy of the model trained on.
-        rollouts: rows for rollouts/step_N.jsonl, on the copy's first rank.
+        rollouts: rows for rollouts/step_N.jsonl by the prompt's position, on the copy's first rank.
     """
 
     applied: bool
@@ -27,7 +27,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     samples: tuple[str, ...]
-    rollouts: tuple[dict[str, Any], ...] = ()
+    rollouts: Mapping[int, dict[str, Any]] = field(default_factory=dict)
 
 
 class Trainer(Protocol):

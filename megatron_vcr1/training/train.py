@@ -34,11 +34,18 @@ def train(config: RunConfig) -> int:
         UserError: the settings, the model or the data are at fault.
         TrainingStopped: the run cannot go on in earnest.
     """
+    shape = ModelConfig.from_pretrained(config.model.path).shape
+    check_layout(shape, config.parallel, config.recompute, groups.world_size())
+    with groups.world(config.parallel, seed=config.train.seed):
+        return train_in_world(config)
+
+
+def train_in_world(config: RunConfig) -> int:
+    """`train` within parallel.groups.initialize."""
+    check_batch(config, groups.num_copies())
     model_config = ModelConfig.from_pretrained(config.model.path)
-    check_layout(model_config.shape, config.parallel, config.recompute, groups.world_size())
     processor = _read_processor(config)
-    with groups.world(config.parallel, seed=config.train.seed), ExitStack() as stack:
-        check_batch(config, groups.num_copies())
+    with ExitStack() as stack:
         stream = PromptStream(config.data, processor, seed=config.train.seed)
         num_steps = config.train.num_steps or steps_of_epochs(config, stream.epoch_size)
         model = build_model(model_config, config).to(groups.device())

@@ -58,7 +58,7 @@ def create(
 
 
 def config(folder: Path, stage: str, **sections: dict[str, Any]) -> RunConfig:
-    """Settings for a short run in fp32; `sections` overrides keys of a section, for instance `train={"num_steps": 2}`."""
+    """Settings for a short run in fp32; `sections` replaces keys of a section: `train={"num_steps": 2}`."""
     tables: dict[str, dict[str, Any]] = {
         "model": {"path": folder / "model", "dtype": "float32"},
         "data": {

@@ -1,0 +1,15 @@
+"""Rewards of the user's own, for policies that have not learned to answer anything."""
+
+from __future__ import annotations
+
+from megatron_vcr1.types import VideoSample
+
+
+def variety(sample: VideoSample, completion: str) -> float:
+    """Different characters among those written."""
+    return len(set(completion)) / max(len(completion), 1)
+
+
+def letters(sample: VideoSample, completion: str) -> float:
+    """The share of small letters."""
+    return sum(letter.islower() for letter in completion) / max(len(completion), 1)

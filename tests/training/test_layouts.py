@@ -1,0 +1,79 @@
+"""The same losses, gradient norms and responses however a model is divided among ranks, by GRPO and by SFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.train import train, train_in_world
+from tests.gloo import GlooPool
+from tests.training import workspace
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+TOLERANCE = 1e-5
+NUM_STEPS = 3
+
+# Of four ranks; what a layout leaves of them are copies of the model.
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dp4": {},
+    "dp4-whole-optimizer": {"optimizer": {"learning_rate": 1e-4, "distributed": False}},
+    "tp2-dp2": {"parallel": {"tensor": 2}},
+    "pp2-dp2": {"parallel": {"pipeline": 2}},
+    "tp2-pp2": {"parallel": {"tensor": 2, "pipeline": 2}},
+    "tp2-pp2-sp-recompute": {
+        "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+        "recompute": {"granularity": "full"},
+    },
+}
+
+
+def _config(folder: Path, stage: str, name: str, layout: dict[str, dict[str, Any]]) -> RunConfig:
+    source = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
+    source["rewards"] = ["tests.training.own_rewards:variety"]
+    train = {"stage": stage, "run_dir": folder / "runs" / f"{stage}-{name}", "num_steps": NUM_STEPS}
+    sections = {
+        "train": {**train, "prompts_per_step": 8, "microbatch_tokens": 200},
+        "data": {**workspace.config(folder, stage).data.model_dump(), "sources": [source]},
+        "optimizer": {"learning_rate": 1e-4},
+        **layout,
+    }
+    return workspace.config(folder, stage, **sections)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which both stages have run in a single process."""
+    folder = workspace.create(tmp_path_factory.mktemp("layouts"), num_videos=12)
+    for stage in ("sft", "grpo"):
+        assert train(_config(folder, stage, "alone", {})) == 0
+    return folder
+
+
+def _train(config: RunConfig) -> int:
+    groups.initialize(config.parallel)
+    return train_in_world(config)
+
+
+def _texts(run_dir: Path, step: int) -> list[tuple[str, list[str]]]:
+    rows = map(json.loads, (run_dir / "rollouts" / f"step_{step}.jsonl").read_text().splitlines())
+    return [(row["sample"]["id"], [response["text"] for response in row["responses"]]) for row in rows]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_the_curve_of_a_single_process(folder: Path, gloo_pool: GlooPool, stage: str, layout: str) -> None:
+    config = _config(folder, stage, layout, LAYOUTS[layout])
+    assert gloo_pool.run(_train, config) == [0] * 4
+    alone = folder / "runs" / f"{stage}-alone"
+    for mine, expected in zip(workspace.metrics(config.train.run_dir), workspace.metrics(alone), strict=True):
+        for name in ("loss", "grad_norm", "lr", "response_tokens/mean", *(("reward/total", "kl") * (stage == "grpo"))):
+            assert mine[name] == pytest.approx(expected[name], rel=TOLERANCE, abs=TOLERANCE), (mine["step"], name)
+        if stage == "grpo":
+            assert mine["grad_norm"] > 0
+            assert _texts(config.train.run_dir, mine["step"]) == _texts(alone, mine["step"])
