@@ -20,11 +20,19 @@ from megatron_vcr1.config import commands as config_commands
 from megatron_vcr1.data import commands as data_commands
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import commands as evaluation_commands
-from megatron_vcr1.evaluation import generate_command
+from megatron_vcr1.evaluation import evaluate_command, generate_command
 from megatron_vcr1.evaluation.report import command as report_command
 from megatron_vcr1.training import commands as training_commands
 
-COMMANDS = (config_commands, data_commands, training_commands, evaluation_commands, generate_command, report_command)
+COMMANDS = (
+    config_commands,
+    data_commands,
+    training_commands,
+    evaluate_command,
+    evaluation_commands,
+    generate_command,
+    report_command,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

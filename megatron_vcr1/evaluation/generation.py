@@ -1,0 +1,113 @@
+"""Answers of a model to a benchmark's samples: greedy, shared out over the copies of the model, kept batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from megatron_vcr1.data.loader import Prepare
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.prompts import PreparedSample
+from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.types import VideoSample
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """A model and how it is asked.
+
+    Attributes:
+        prepare: makes a sample's prompt; what it raises as ValueError (VideoError, PromptTooLongError) is the sample's
+            own fault, and noted.
+        batch_prompts: samples that a copy of the model answers at a time.
+        num_workers: processes that decode ahead; `prepare` is pickled for them.
+    """
+
+    engine: RolloutEngine
+    processor: PromptProcessor
+    prepare: Prepare
+    max_new_tokens: int
+    batch_prompts: int = 32
+    num_workers: int = 0
+
+    def answer(self, samples: Sequence[VideoSample], log: PredictionLog | None, label: str) -> None:
+        """Answers the samples, in batches that the log has when the next one begins. Every rank of the job calls it.
+
+        Which copy of the model answers a sample changes nothing in the answer.
+
+        Args:
+            log: on the job's first rank, and on no other.
+            label: of the progress bar.
+        """
+        num_copies = groups.num_copies()
+        size = num_copies * self.batch_prompts
+        rounds = [samples[start : start + size] for start in range(0, len(samples), size)]
+        shares = [one[groups.copy_index() :: num_copies] for one in rounds]
+        prompts = self._prompts([sample for share in shares for sample in share])
+        with tqdm(total=len(samples), unit="sample", desc=label, disable=log is None) as bar:
+            for chunk, share in zip(rounds, shares, strict=True):
+                number = len(share)
+                prepared = groups.broadcast_in_copy(lambda number=number: list(islice(prompts, number)))  # type: ignore[misc]
+                answered = self._predict(prepared)
+                mine = {one.id: one for one in answered} if groups.speaks_for_copy() else {}
+                predictions = {name: one for part in groups.gather_objects(mine) for name, one in part.items()}
+                if log is not None:
+                    log.append([predictions[sample.id] for sample in chunk])
+                bar.update(len(chunk))
+
+    def _prompts(self, samples: Sequence[VideoSample]) -> Iterator[PreparedSample | Prediction]:
+        """Prepared samples in order, on a copy's first rank alone; decoding starts when the first one is asked for."""
+        loader: DataLoader[PreparedSample | Prediction] = DataLoader(
+            _PreparedSamples(samples, self.prepare),
+            batch_size=None,
+            num_workers=self.num_workers,
+            multiprocessing_context="forkserver" if self.num_workers else None,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+        )
+        yield from loader
+
+    def _predict(self, prepared: Sequence[PreparedSample | Prediction]) -> list[Prediction]:
+        """What the copy's model answers, in order; those that could not be prepared say why."""
+        ready = [one for one in prepared if isinstance(one, PreparedSample)]
+        requests = [GenerationRequest(one.sample.id, one.prompt, num_responses=1) for one in ready]
+        params = SamplingParams(self.max_new_tokens, temperature=0.0)
+        answered = self.engine.generate(requests, params) if requests else []
+        predictions = {one.id: one for one in prepared if isinstance(one, Prediction)}
+        for group in answered:
+            (rollout,) = group.rollouts
+            output = self.processor.decode(rollout.token_ids)
+            predictions[group.id] = Prediction(
+                group.id, output, num_tokens=len(rollout.token_ids), finish_reason=str(rollout.finish_reason)
+            )
+        return [predictions[one.sample.id if isinstance(one, PreparedSample) else one.id] for one in prepared]
+
+
+class _PreparedSamples(Dataset[PreparedSample | Prediction]):
+    """Index to prepared sample; runs in the workers."""
+
+    def __init__(self, samples: Sequence[VideoSample], prepare: Prepare) -> None:
+        self._samples = samples
+        self._prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> PreparedSample | Prediction:
+        sample = self._samples[index]
+        try:
+            return self._prepare(sample)
+        except ValueError as error:  # a VideoError or PromptTooLongError too
+            return Prediction(sample.id, None, str(error))
+
+
+def _as_it_is(one: Any) -> Any:
+    return one

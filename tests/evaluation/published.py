@@ -1,0 +1,93 @@
+"""The published scoring rules, written down from their definitions, as an independent truth for ours.
+
+NExT-GQA's TempGQA; lmms-eval's tasks charades_sta, mvbench and videomme; the GOT-10k toolkit; Tarsier's DREAM-1K.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+Span = tuple[float, float]
+
+
+def grounding_scores(predicted: Sequence[Span | None], truth: Sequence[Span]) -> dict[str, float]:
+    """Mean IoU over the hull, and the shares of at least a threshold."""
+    ious = []
+    for span, target in zip(predicted, truth, strict=True):
+        if span is None:
+            ious.append(0.0)
+            continue
+        both = max(min(span[1], target[1]) - max(span[0], target[0]), 0.0)
+        ious.append(both / (max(span[1], target[1]) - min(span[0], target[0])))
+    return {"mIoU": sum(ious) / len(ious)} | {
+        f"R@{bound}": sum(iou >= bound for iou in ious) / len(ious) for bound in (0.3, 0.5, 0.7)
+    }
+
+
+def nextgqa_scores(
+    spans: Mapping[str, Span], truth: Mapping[str, Sequence[Span]], right: Mapping[str, bool]
+) -> dict[str, float]:
+    """For each question the best annotated span counts, for IoU and IoP apart; Acc@GQA needs an IoP of 0.5."""
+    totals = dict.fromkeys(["Acc@GQA", "mIoP", "IoP@0.3", "IoP@0.5", "mIoU (single span)", "IoU@0.3", "IoU@0.5"], 0.0)
+    for question, targets in truth.items():
+        start, end = spans[question]
+        best_iou = best_iop = 0.0
+        for target_start, target_end in targets:
+            overlap = min(end, target_end) - max(start, target_start)  # negative where they are apart
+            best_iou = max(best_iou, overlap / (max(end, target_end) - min(start, target_start)))
+            best_iop = max(best_iop, overlap / (end - start))
+        totals["mIoP"] += best_iop
+        totals["mIoU (single span)"] += best_iou
+        for bound in (0.3, 0.5):
+            totals[f"IoP@{bound}"] += best_iop >= bound
+            totals[f"IoU@{bound}"] += best_iou >= bound
+        totals["Acc@GQA"] += best_iop >= 0.5 and right[question]
+    return {name: total / len(truth) for name, total in totals.items()}
+
+
+def toolkit_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """GOT-10k: IoU of [left, top, width, height] within a frame of 1 x 1, the first frame of each sequence left out.
+
+    Args:
+        predicted, truth: [num_sequences, num_frames, 4] as x0, y0, x1, y1.
+    """
+
+    def cut(corners: np.ndarray) -> np.ndarray:
+        left_top = corners[..., :2].clip(0, 1)
+        size = (corners[..., 2:] - corners[..., :2]).clip(0, 1 - left_top)
+        return np.concatenate([left_top, left_top + size], axis=-1)
+
+    first, second = cut(predicted[:, 1:].reshape(-1, 4)), cut(truth[:, 1:].reshape(-1, 4))
+    sides = np.minimum(first[:, 2:], second[:, 2:]) - np.maximum(first[:, :2], second[:, :2])
+    both = np.prod(sides.clip(0), axis=1)
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (first, second)]
+    ious = both / (areas[0] + areas[1] - both + np.finfo(float).eps)
+    return {"AO": ious.mean(), "SR@0.5": (ious > 0.5).mean(), "SR@0.75": (ious > 0.75).mean()}
+
+
+def videomme_letter(answer: str) -> str:
+    """lmms-eval's reading of Video-MME: some openings are taken away, then the first of A to D counts."""
+    for opening in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
+        answer = answer.replace(opening, "")
+    found = re.search("[ABCD]", answer)
+    return found[0] if found else ""
+
+
+def mvbench_letter(answer: str) -> str:
+    """lmms-eval's reading of MVBench, for answers of a letter with or without its option's text: "B. text", "(B)"."""
+    if opening := re.match(r"([A-E])\.\s*\S", answer.strip(), re.IGNORECASE):
+        return opening[1].upper()
+    found = re.search(r"\b([a-e])\b", re.sub(r"[()]", " ", answer).lower())
+    return found[1].upper() if found else answer
+
+
+def autodq_scores(
+    recalls: Mapping[str, Sequence[float]], precisions: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """DREAM-1K: means within each source, then of the sources, and their F1."""
+    recall = float(np.average([np.average(values) for values in recalls.values()]))
+    precision = float(np.average([np.average(values) for values in precisions.values()]))
+    return {"F1": 2 * recall * precision / (recall + precision), "recall": recall, "precision": precision}

@@ -1,0 +1,17 @@
+"""Samples to score, without videos."""
+
+from __future__ import annotations
+
+from megatron_vcr1.types import CaptionTarget, ChoiceTarget, VideoSample
+
+
+def choices(*ids: str, video: str = "", category: str = "") -> list[VideoSample]:
+    """Multiple choice of four options, of which A is right."""
+    return [
+        VideoSample(id, video or f"{id}.mp4", ChoiceTarget("A"), "what?", options=tuple("wxyz"), category=category)
+        for id in ids
+    ]
+
+
+def captions(*ids: str, events: tuple[str, ...] = ("A dog barks.", "A cat runs.")) -> list[VideoSample]:
+    return [VideoSample(id, f"{id}.mp4", CaptionTarget("A dog barks. A cat runs.", events)) for id in ids]

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog, match_predictions, read_predictions
+from tests.evaluation.samples import choices
+
+SAMPLES = choices("a", "b", "c")
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_lines_of_any_program(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"id": "a", "output": "A", "time": 3}\n\n{"id": 2, "output": "x\u2028y"}\n', encoding="utf-8")
+    assert read_predictions(path) == {"a": Prediction("a", "A"), "2": Prediction("2", "x\u2028y")}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "not JSON"),
+        ("[]", 'needs the keys "id" and "output"'),
+        ('{"id": "a"}', 'needs the keys "id" and "output"'),
+        ('{"output": "a"}', 'needs the keys "id" and "output"'),
+        ('{"id": "a", "output": ["A"]}', '"output" must be a text'),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"id": "z", "output": "A"}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"predictions.jsonl:2: {message}"):
+        read_predictions(path)
+
+
+def test_an_id_that_comes_twice(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"id": "a", "output": "A"}, {"id": "a", "output": "B"})
+    with pytest.raises(UserError, match=r"p\.jsonl:2: id 'a' has a line already"):
+        read_predictions(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_predictions(tmp_path / "absent.jsonl")
+
+
+def match(predictions: dict[str, str], *, allow_missing: bool = False) -> list[Prediction]:
+    read = {id: Prediction(id, output) for id, output in predictions.items()}
+    return match_predictions(read, SAMPLES, Path("p.jsonl"), allow_missing=allow_missing)
+
+
+def test_predictions_come_in_the_samples_order() -> None:
+    assert [one.output for one in match({"c": "C", "a": "A", "b": "B"})] == ["A", "B", "C"]
+
+
+def test_ids_must_be_the_samples() -> None:
+    with pytest.raises(UserError, match=r"no prediction for 2 of 3 samples: 'a', 'c'; .*--allow-missing"):
+        match({"b": "B"})
+    with pytest.raises(UserError, match=r"p\.jsonl: 1 ids are none of the benchmark's samples: 'x'"):
+        match({"a": "A", "b": "B", "c": "C", "x": "X"}, allow_missing=True)
+    assert [one.error for one in match({"b": "B"}, allow_missing=True)] == ["no prediction", None, "no prediction"]
+
+
+def test_a_log_goes_on_after_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    log = PredictionLog(path)
+    log.append([Prediction("a", "A \ud800", num_tokens=3, finish_reason="stop"), Prediction("b", None, "no video")])
+    with path.open("a") as file:
+        file.write('{"id": "c", "out')
+    log = PredictionLog(path)
+    assert list(log.done) == ["a"]  # what failed is tried again
+    assert log.done["a"] == Prediction("a", "A \ud800", None, 3, "stop")
+    log.append([Prediction("b", "B"), Prediction("c", None, "no video")])
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+    assert read_predictions(path)["c"] == Prediction("c", None, "no video")
+
+
+def test_a_log_refuses_what_it_did_not_write(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("some notes\n")
+    with pytest.raises(UserError, match=r"predictions.jsonl:1: not JSON"):
+        PredictionLog(path)
+    assert path.read_text() == "some notes\n"
