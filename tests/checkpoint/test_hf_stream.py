@@ -1,0 +1,60 @@
+"""Tensors gathered from a sharded model against the safetensors file that it was loaded from, bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.hf_layout import published_name
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.parallel import groups
+from tests.gloo import GlooPool
+from tests.model import tiny
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, {"tensor": 4})
+
+
+def _stream(folder: Path, parallel: dict[str, Any], dtype: str) -> dict[str, Tensor]:
+    """What this rank's second iteration gives, after the weights were doubled in between."""
+    run = RunConfig.model_validate({"model": {"path": folder, "dtype": dtype}, "parallel": parallel})
+    groups.initialize(run.parallel)
+    model = build_model(ModelConfig.from_pretrained(folder), run)
+    load_model_weights(model, folder)
+    stream = stream_hf_tensors(model)
+    first = {name: tensor.clone() for name, tensor in stream}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    second = dict(stream)
+    assert list(second) == list(first)
+    assert all(torch.equal(second[name], tensor * 2) for name, tensor in first.items())
+    return first
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_layout_gives_the_published_tensors(tmp_path: Path, gloo_pool: GlooPool, family: str) -> None:
+    tiny.create(family, tmp_path)
+    expected = {published_name(name): tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert ("lm_head.weight" in expected) == (family == "qwen2_5_vl")  # the other one ties it
+    for parallel in LAYOUTS:
+        for found in gloo_pool.run(_stream, tmp_path, parallel, "float32"):
+            assert found.keys() == expected.keys(), parallel
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor), (parallel, name)
+
+
+def test_tensors_come_in_the_parameters_dtype(tmp_path: Path, gloo_pool: GlooPool) -> None:
+    tiny.create("qwen2_5_vl", tmp_path)
+    for found in gloo_pool.run(_stream, tmp_path, {"tensor": 2, "pipeline": 2}, "bfloat16"):
+        assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
