@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
         model = build_model(config, run).to(groups.device())
         load_model_weights(model, run.model.path)
         clock.lap("load")
-        engine = LocalEngine(model, processor, tokens, batch_responses=1)
+        decode = partial(processor.decode, skip_special_tokens=False)
+        engine = LocalEngine(model, tokens, decode, batch_responses=1)
         streamer = TextStreamer(processor.tokenizer, skip_special_tokens=True)
         prints = groups.is_first_rank()
 

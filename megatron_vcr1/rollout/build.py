@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.qwen_vl import QwenVLModel
@@ -21,4 +23,5 @@ def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcess
         UserError: no end token is known.
     """
     tokens = SpecialTokens.from_pretrained(config.model.path, processor)
-    return LocalEngine(model, processor, tokens, batch_responses=config.rollout.batch_responses)
+    decode = partial(processor.decode, skip_special_tokens=False)
+    return LocalEngine(model, tokens, decode, batch_responses=config.rollout.batch_responses)

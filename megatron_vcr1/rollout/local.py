@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local_stages import generating
@@ -25,11 +23,21 @@ class LocalEngine:
     """
 
     def __init__(
-        self, model: QwenVLModel, processor: PromptProcessor, tokens: SpecialTokens, *, batch_responses: int
+        self,
+        model: QwenVLModel,
+        tokens: SpecialTokens,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        batch_responses: int,
     ) -> None:
+        """
+        Args:
+            model: this rank's share of the policy; `parallel.groups` is initialized for its layout.
+            decode: token ids to text, special tokens included; asked where stop texts are given.
+        """
         self._model = model
-        self._processor = processor
         self._tokens = tokens
+        self._decode = decode
         self._batch_responses = batch_responses
         self._version = 0
 
@@ -55,8 +63,7 @@ class LocalEngine:
         Raises:
             ValueError: a prompt is empty, or its pads are not those of its images and videos; names the request.
         """
-        decode = partial(self._processor.decode, skip_special_tokens=False)
-        end = EndOfResponse(self._tokens.end, params.stop, decode)
+        end = EndOfResponse(self._tokens.end, params.stop, self._decode)
         rollouts: list[list[Rollout]] = [[] for _ in requests]
         cached_tokens: list[list[int]] = [[] for _ in requests]
         with generating(self._model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def _engine(
     model = build_model(ModelConfig.from_pretrained(model_dir), run)
     load_model_weights(model, model_dir)
     tokens = SpecialTokens(frozenset(end), PADS)
-    return LocalEngine(model, tiny_processor(), tokens, batch_responses=batch_responses), model
+    return LocalEngine(
+        model, tokens, partial(tiny_processor().decode, skip_special_tokens=False), batch_responses=batch_responses
+    ), model
 
 
 def _greedy_by_transformers(family: str, folder: Path, request: GenerationRequest, num_tokens: int) -> list[int]:
