@@ -3,6 +3,7 @@ from setuptools import find_packages, setup
 REQUIREMENTS = [
     "av>=14",
     "fsspec",
+    "httpx",
     "jinja2>=3.1",  # transformers renders chat templates with it and does not require it
     "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
     "numpy",
