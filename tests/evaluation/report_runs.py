@@ -26,6 +26,15 @@ def make_run(
     """A GRPO run that has learned something, with rollouts of its first, middle and last step."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(render_toml(default_config(), documented=False))
+    start = {
+        "step": 0,
+        "started": "2026-11-24T06:00:00+00:00",
+        "host": "node1",
+        "ranks": 8,
+        "device": "H100",
+        "torch": "2.13.0",
+    }
+    (folder / "starts.jsonl").write_text(json.dumps(start | {"command": "vcr1 train run.toml"}) + "\n")
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, num_steps + 1):
             file.write(json.dumps(metrics(step, num_steps, Random(f"{seed}/{step}"), gain)) + "\n")

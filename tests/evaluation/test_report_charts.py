@@ -96,3 +96,17 @@ def test_areas_stand_on_one_another():
 )
 def test_numbers_are_short(value, text):
     assert short(value) == text
+
+
+@pytest.mark.parametrize(
+    "low, high, texts",
+    [
+        (4.752, 4.764, ["4.755", "4.760"]),
+        (0.0, 2e-13, ["0", "1e-13", "2e-13"]),
+        (0.0, 40_000.0, ["0", "20k", "40k"]),
+        (0.0, 2.0, ["0", "1", "2"]),
+        (-0.05, 0.06, ["-0.05", "0.00", "0.05"]),
+    ],
+)
+def test_ticks_are_round_and_told_apart(low, high, texts):
+    assert [tick.text for tick in draw(Chart("t", "u", [line([low, high])])).y_ticks] == texts

@@ -34,7 +34,7 @@ def test_a_line_cut_in_the_middle_and_steps_done_twice_are_told(tmp_path):
 def test_everything_else_may_be_broken(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
     (tmp_path / "config.toml").write_text("[train\n")
-    (tmp_path / "environment.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "starts.jsonl").write_bytes(b"\xff\xfe\n")
     (tmp_path / "skipped.jsonl").write_text('{"step": 1, "id": "a", "reason": "crashed"}\n{"step"')
     for label, text in {
         "cut": '{"metrics": {"mIoU": {"val',
@@ -45,11 +45,11 @@ def test_everything_else_may_be_broken(tmp_path):
         (tmp_path / "evaluation" / label).mkdir(parents=True)
         (tmp_path / "evaluation" / label / "metrics.json").write_text(text)
     run = read_run(tmp_path)
-    assert run.config == run.environment == {} and run.evaluations == () and run.skipped == {"a": "crashed"}
+    assert run.config == {} and run.starts == run.evaluations == () and run.skipped == {"a": "crashed"}
     told = "\n".join(run.problems)
     for name in (
         "config.toml",
-        "environment.json",
+        "starts.jsonl",
         "skipped.jsonl",
         *(f"{label}/" for label in ("cut", "empty", "list", "odd")),
     ):

@@ -6,7 +6,7 @@ The page's own style sheet colours them, so they follow a reader's light or dark
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -112,8 +112,8 @@ def draw(chart: Chart) -> Drawing | None:
         unit=chart.unit,
         stacked=chart.stacked,
         strokes=strokes,
-        x_ticks=[Tick(x(value), short(value)) for value in _ticks(x.low, x.high, 5, whole=True)],
-        y_ticks=[Tick(y(value), short(value)) for value in _ticks(y.low, y.high, 4)],
+        x_ticks=_ticks(x.low, x.high, 5, x, whole=True),
+        y_ticks=_ticks(y.low, y.high, 4, y),
         columns=_columns(points, middles, [line.label for line in lines], means),
         steps_a_point=math.ceil(len(steps) / (len(edges) - 1)),
     )
@@ -167,13 +167,19 @@ def _range(low: float, high: float) -> tuple[float, float]:
     return low, high + ((high - low) * 0.04 or 1.0)
 
 
-def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> Iterable[float]:
-    """About `count` round numbers in low..high."""
-    span = max(high - low, 1e-12)
+def _ticks(low: float, high: float, count: int, place: Callable[[float], float], *, whole: bool = False) -> list[Tick]:
+    """About `count` round numbers in low..high, with as many digits as tell them apart."""
+    if not high > low:
+        return [Tick(place(low), short(low))]
+    span = high - low
     size = 10 ** math.floor(math.log10(span / count))
     size = next(size * factor for factor in (1, 2, 5, 10) if span / (size * factor) <= count)
     size = max(size, 1) if whole else size
-    return (number * size for number in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1))
+    numbers = range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)
+    decimals = max(-math.floor(math.log10(size)), 0)
+    plain = decimals <= 4 and max(abs(low), abs(high)) < 1e4
+    values = [number * size for number in numbers]
+    return [Tick(place(value), f"{value:.{decimals}f}" if plain else short(value)) for value in values]
 
 
 def _path(xs: Sequence[float], ys: Sequence[float]) -> str:

@@ -13,6 +13,9 @@ from megatron_vcr1.evaluation.report.run_record import RunRecord
 PARTS = ("total", "format", "iou", "accuracy", "recall")
 PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "save")
 
+MIN_PHASE_SHARE = 0.005
+"""Of the time of all steps; what takes less is not named."""
+
 _MAX_OTHER_CHARTS = 12
 
 
@@ -48,11 +51,13 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
     ),
     (
         "Responses",
-        "Truncated: cut at rollout.max_new_tokens. A group without signal has equal rewards throughout.",
+        "Truncated: cut at rollout.max_new_tokens. A group whose rewards are all equal teaches nothing; dynamic "
+        "sampling drops it. Without a verdict: no judge has read the caption.",
         (
             _Spec("Length", "tokens", {"response_tokens/mean": "mean", "response_tokens/max": "longest"}),
             _Spec("Truncated responses", "share", {"truncated_share": "truncated"}),
-            _Spec("Groups without signal", "groups a step", {"groups/dropped": "groups"}),
+            _Spec("Groups of equal rewards", "a step", {"groups/no_signal": "trained on", "groups/dropped": "dropped"}),
+            _Spec("Responses without a verdict", "a step", {"responses/unscored": "responses"}),
             _Spec("Skipped samples", "samples a step", {"skipped_samples": "samples"}),
         ),
     ),
@@ -63,6 +68,7 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
             _Spec("Loss", "loss", {"loss": "loss"}),
             _Spec("Gradient norm", "before clipping", {"grad_norm": "norm"}),
             _Spec("Learning rate", "rate", {"lr": "rate"}),
+            _Spec("Updates left out", "share", {"update_skipped": "not finite"}),
         ),
     ),
     (
@@ -71,6 +77,8 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
         (
             _Spec("Throughput", "tokens a second", {"tokens_per_s": "tokens/s"}),
             _Spec("Model FLOPs utilization", "share of peak", {"mfu": "MFU"}),
+            _Spec("Model FLOPs", "TFLOP/s a rank, in the update", {"tflops_per_s": "TFLOP/s"}),
+            _Spec("Rows trained on", "tokens a step", {"tokens": "tokens"}),
             _Spec("Peak memory", "GB", {"memory/peak_gb": "peak"}),
         ),
     ),
@@ -93,7 +101,7 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
     note = "Parts add up to the total, which GRPO maximizes." if len(runs) == 1 else ""
     sections = [("Reward", note, list(_reward_specs(keys))), *_SECTIONS]
     shown = {key for _, _, specs in sections for spec in specs for key in spec.keys}
-    hidden = (*shown, "policy_version")
+    hidden = (*shown, "policy_version", "model_flops")  # the step's number, and what TFLOP/s says better
     other = [key for key in keys if key not in hidden and not key.startswith(("zeros/", "time/"))]
     sections.append(("Other metrics", "", [_Spec(key, "", {key: key}) for key in other[:_MAX_OTHER_CHARTS]]))
     drawn = [

@@ -92,7 +92,7 @@ def rollout_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
                 answers = [_answer("best", f"Best of {number}", sample, best)]
                 answers += [_answer("worst", f"Worst of {number}", sample, worst)]
             else:
-                answers = [_answer("best", f"All {number} earned the same", sample, best)]
+                answers = [_answer("best", f"One of {number}, all equal", sample, best)]
             heading = f"Step {step}: {sample.task.replace('_', ' ')}"
             yield Exhibit(heading, sample, target_text(sample, templates), answers)
 

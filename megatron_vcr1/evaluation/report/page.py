@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChainableUndefined, Environment, PackageLoader
 from tqdm import tqdm
 
 from megatron_vcr1.data.video_process import VideoReader
@@ -35,6 +35,7 @@ from megatron_vcr1.evaluation.report.tables import (
 )
 
 _MAX_SKIPPED = 50
+_MAX_STARTS = 20
 _HIGH_TRUNCATION = 0.05
 _FEW_SAMPLES = 200
 
@@ -76,6 +77,7 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
         "gallery": exhibits,
         "skipped": [(run, list(run.skipped.items())) for run in runs if run.skipped],
         "max_skipped": _MAX_SKIPPED,
+        "max_starts": _MAX_STARTS,
         "max_points": MAX_POINTS,
         "differing": settings_that_differ(runs) if len(runs) > 1 else {},
         "written": datetime.now().astimezone(),
@@ -136,7 +138,7 @@ def _notes(run: RunRecord, problems: Sequence[str], *, several: bool) -> Iterato
 def _doubts(run: RunRecord) -> Iterator[str]:
     columns = run.metrics.columns
     if not run.evaluations:
-        yield "nothing was evaluated on held-out samples (`vcr1 evaluate`): the curves are of the training data"
+        yield "nothing was evaluated on held-out samples (vcr1 evaluate): the curves are of the training data"
     if run.setting("judge", "kind") == "lexical" and any(key.endswith("/recall") for key in columns):
         yield "captions were judged by matching words (judge.kind 'lexical'), not by a language model"
     if run.skipped:
@@ -166,7 +168,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("megatron_vcr1.evaluation.report"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=ChainableUndefined,  # a row that another version wrote may lack a key
         trim_blocks=True,
         lstrip_blocks=True,
     )

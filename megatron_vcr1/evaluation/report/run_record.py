@@ -62,7 +62,7 @@ class RunRecord:
     Attributes:
         name: of the folder.
         config: tables of config.toml; empty if there is none.
-        environment: of environment.json: when the run started, on which machine, with which versions.
+        starts: rows of starts.jsonl: from which step the run went on, when, on what machine, with which versions.
         skipped: reasons by the ids of samples that the run could not use.
         problems: what could not be read, in words.
     """
@@ -71,7 +71,7 @@ class RunRecord:
     name: str
     config: Mapping[str, Any]
     config_text: str
-    environment: Mapping[str, Any]
+    starts: Sequence[Mapping[str, Any]]
     metrics: MetricTable
     evaluations: Sequence[EvaluationResult]
     skipped: Mapping[str, str]
@@ -121,13 +121,12 @@ def read_run(path: Path) -> RunRecord:
         raise UserError(f"{path}: no such folder; give the folder of a run (train.run_dir)")
     problems: list[str] = []
     config_text = _read_text(path / "config.toml", problems)
-    environment = _read_text(path / "environment.json", problems)
     record = RunRecord(
         path=path,
         name=path.resolve().name,
         config=_parsed(config_text, tomllib.loads, "config.toml", problems),
         config_text=config_text,
-        environment=_parsed(environment, json.loads, "environment.json", problems),
+        starts=tuple(read_json_lines(path / "starts.jsonl", problems)),
         metrics=_read_metrics(path / "metrics.jsonl", problems),
         evaluations=tuple(_read_evaluations(path / "evaluation", problems)),
         skipped={
