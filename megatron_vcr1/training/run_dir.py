@@ -45,9 +45,9 @@ class RunDir:
         for file in (self._metrics, self._skipped):
             if file.exists():
                 _keep_rows_until(file, step)
-        for file in self._rollouts.glob("step_*.jsonl"):
+        for file in self._rollouts.iterdir():
             number = file.stem.removeprefix("step_")
-            if not number.isdigit() or int(number) > step:
+            if file.suffix != ".jsonl" or not number.isdigit() or int(number) > step:
                 file.unlink()
 
     def add_metrics(self, row: Mapping[str, float | int | None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import ExitStack
+from contextlib import closing
 
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.layout import check_layout
@@ -42,19 +42,27 @@ def train(config: RunConfig) -> int:
 
 def train_in_world(config: RunConfig) -> int:
     """`train` within parallel.groups.initialize."""
+    learner, trainer, num_steps = build(config)
+    with closing(trainer), Run(config, learner, trainer, num_steps) as run:
+        return run.to_the_end()
+
+
+def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
+    """What learns, with the weights of model.path; what teaches it; and the run's number of steps.
+
+    Raises:
+        UserError: the settings, the model or the data are at fault.
+    """
     check_batch(config, groups.num_copies())
-    model_config = ModelConfig.from_pretrained(config.model.path)
     processor = _read_processor(config)
-    with ExitStack() as stack:
-        stream = PromptStream(config.data, processor, seed=config.train.seed)
-        num_steps = config.train.num_steps or steps_of_epochs(config, stream.epoch_size)
-        model = build_model(model_config, config).to(groups.device())
-        load_model_weights(model, config.model.path)
-        learner = Learner(model, config.optimizer, num_steps)
-        trainer = _trainer(config, learner, stream, processor)
-        stack.callback(trainer.close)
-        with Run(config, learner, trainer, num_steps) as run:
-            return run.to_the_end()
+    stream = PromptStream(config.data, processor, seed=config.train.seed)
+    num_steps = config.train.num_steps or steps_of_epochs(config, stream.epoch_size)
+    model = build_model(ModelConfig.from_pretrained(config.model.path), config).to(groups.device())
+    load_model_weights(model, config.model.path)
+    learner = Learner(model, config.optimizer, num_steps)
+    if config.train.stage == "sft":
+        return learner, SftTrainer(config, learner, stream, processor), num_steps
+    return learner, GrpoTrainer(config, learner, stream, processor), num_steps
 
 
 def check_batch(config: RunConfig, num_copies: int) -> None:
@@ -69,12 +77,6 @@ def check_batch(config: RunConfig, num_copies: int) -> None:
 def steps_of_epochs(config: RunConfig, epoch_size: int) -> int:
     """Steps that train.num_epochs take; the last one may reach into the next epoch."""
     return max(1, math.ceil(config.train.num_epochs * epoch_size / config.train.prompts_per_step))
-
-
-def _trainer(config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor) -> Trainer:
-    if config.train.stage == "sft":
-        return SftTrainer(config, learner, stream, processor)
-    return GrpoTrainer(config, learner, stream, processor)
 
 
 def _read_processor(config: RunConfig) -> PromptProcessor:

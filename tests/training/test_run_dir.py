@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.config.loading import load_config
+from megatron_vcr1.config.rendering import default_config
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.training.run_dir import RunDir
+
+
+def _rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_forgets_what_came_after_it(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path / "run")
+    folder.open(default_config(), 0)
+    for step in (1, 2, 3):
+        folder.add_metrics({"step": step, "loss": step / 10})
+        folder.add_skipped(step, [(f"sample{step}", "damaged")])
+        folder.write_rollouts(step, [{"step": step}])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    (tmp_path / "run" / "rollouts" / "step_4.part").write_text("{")
+    folder.open(default_config(), 2)
+    assert _rows(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
+    assert [row["id"] for row in _rows(tmp_path / "run" / "skipped.jsonl")] == ["sample1", "sample2"]
+    assert sorted(file.name for file in (tmp_path / "run" / "rollouts").iterdir()) == ["step_1.jsonl", "step_2.jsonl"]
+
+
+def test_settings_are_recorded_so_that_they_can_be_read_back(tmp_path: Path) -> None:
+    RunDir(tmp_path).open(default_config(), 0)
+    assert load_config(tmp_path / "config.toml") == default_config()
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.open(default_config(), 0)
+    folder.add_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    assert _rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None}]
+
+
+def test_a_folder_that_cannot_be_written_to_is_the_users_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"train\.run_dir"):
+        RunDir(tmp_path / "file" / "run").open(default_config(), 0)
