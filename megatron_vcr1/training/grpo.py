@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.data.packing import Group
@@ -70,7 +71,7 @@ class GrpoTrainer:
             ]
             learning_rate = self._learner.end_step()
         with metrics.timed("sync"):
-            self._engine.update_weights(self._weights(), step)
+            self._engine.update_weights(stream_hf_tensors(self._model), step)
         return self._result(step, groups, updates, learning_rate, metrics)
 
     def _minibatches(self, groups: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
@@ -155,14 +156,6 @@ class GrpoTrainer:
 
         return loss
 
-    def _weights(self) -> Iterable[tuple[str, Tensor]]:
-        """The policy's weights as an engine takes them; the local one shares them."""
-        if self._config.rollout.engine == "local":
-            return ()
-        from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
-
-        return stream_hf_tensors(self._model)
-
     def _result(
         self, step: int, groups: StepGroups, updates: Sequence[Update], learning_rate: float, metrics: Metrics
     ) -> StepResult:
@@ -199,7 +192,7 @@ class GrpoTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The model holds the checkpoint's weights by now; the engine gets them."""
         self._stream.load_state_dict(state["prompts"])
-        self._engine.update_weights(self._weights(), state["policy_version"])
+        self._engine.update_weights(stream_hf_tensors(self._model), state["policy_version"])
 
     def close(self) -> None:
         self._engine.close()
