@@ -1,7 +1,7 @@
 """What a megatron-core optimizer keeps of each parameter, as pieces of global tensors of the parameter's shape.
 
 Keys and shapes are those of megatron-core's fully reshardable format: ``optimizer.state.exp_avg.<weight>`` and so on,
-with 32-bit master weights as ``fp32_param`` where the model's own are shorter.
+with 32-bit master weights as ``param`` where the model's own are shorter.
 """
 
 from __future__ import annotations
@@ -48,26 +48,18 @@ def optimizer_pieces(
 
 def num_updates(optimizer: MegatronOptimizer) -> int:
     """Steps that Adam has taken, for its bias correction; 0 on a rank without parameters that learn."""
-    inner = [one.optimizer for one in _optimizers(optimizer)]
-    of_groups = [group.get("step", 0) for one in inner for group in one.param_groups]
-    of_parameters = [state.get("step", 0) for one in inner for state in one.state.values()]
-    return max((int(step) for step in chain(of_groups, of_parameters)), default=0)
+    return max((int(group.get("step", 0)) for group in _groups(optimizer)), default=0)
 
 
 def set_num_updates(optimizer: MegatronOptimizer, steps: int) -> None:
     """Have Adam go on as if it had taken so many steps."""
-    for one in _optimizers(optimizer):
-        if _counts_by_parameter(one.optimizer):
-            for state in one.optimizer.state.values():
-                state["step"] = torch.tensor(float(steps))
-        else:
-            for group in one.optimizer.param_groups:
-                group["step"] = steps
+    for group in _groups(optimizer):
+        group["step"] = steps
 
 
-def _counts_by_parameter(inner: torch.optim.Optimizer) -> bool:
-    """torch's Adam keeps a step for each parameter, TransformerEngine's and Apex's one for a group."""
-    return isinstance(inner, torch.optim.Adam)  # AdamW, too
+def _groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """Parameter groups; TransformerEngine's, Apex's and our Adam count a group's steps in it."""
+    return [group for one in _optimizers(optimizer) for group in one.optimizer.param_groups]
 
 
 def _optimizers(optimizer: MegatronOptimizer) -> list[Any]:
@@ -107,9 +99,7 @@ def _state(inner: torch.optim.Optimizer, parameter: nn.Parameter, main: Tensor) 
     for name in _MOMENTS:
         if name not in state:
             state[name] = torch.zeros_like(main, dtype=torch.float32)
-    if _counts_by_parameter(inner):
-        state.setdefault("step", torch.tensor(0.0))
     tensors = {name: state[name].view(-1) for name in _MOMENTS}
     if main.dtype != parameter.dtype:
-        tensors["fp32_param"] = main.detach().view(-1)
+        tensors["param"] = main.detach().view(-1)
     return tensors

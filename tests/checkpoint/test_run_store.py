@@ -5,71 +5,128 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR
+from megatron_vcr1.checkpoint.optimizer_state import optimizer_pieces
+from megatron_vcr1.checkpoint.pieces import parameter_pieces
 from tests.checkpoint.toy_run import ToyRun
 from tests.gloo import GlooPool
 from tests.model import tiny
 
 pytestmark = pytest.mark.xdist_group("gloo")
 
+Settings = dict[str, dict[str, Any]]
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp4": {},
-    "tp2": {"tensor": 2, "sequence_parallel": True},
+    "tp2-sp": {"tensor": 2, "sequence_parallel": True},
     "pp2": {"pipeline": 2},
     "tp2-pp2": {"tensor": 2, "pipeline": 2},
     "pp4": {"pipeline": 4},
 }
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    tiny.create(request.param, folder)
-    return folder
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of both families; Qwen2-VL's embeddings are tied."""
+    folder = tmp_path_factory.mktemp("models")
+    for family in tiny.FAMILIES:
+        tiny.create(family, folder / family)
+    return {family: folder / family for family in tiny.FAMILIES}
 
 
-def _weights(run: ToyRun) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-
-
-def _save_and_go_on(model_dir: Path, directory: Path, settings: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    run = ToyRun(model_dir, directory, **settings)
+def _save_and_go_on(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, dict[str, Tensor]]:
+    run = ToyRun(model_dir, directory, settings)
     assert run.resume() is None
     run.train(2)
     run.save()
     rest = run.train(2)  # while it is written
     run.store.finish()
-    return rest, _weights(run)
+    return rest, run.weights()
 
 
-def _resume(model_dir: Path, directory: Path, settings: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    run = ToyRun(model_dir, directory, **settings)
+def _resume(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, dict[str, Tensor]]:
+    run = ToyRun(model_dir, directory, settings)
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.fill_(torch.nan)
     assert run.resume() == 2
-    return run.train(2), _weights(run)
+    return run.train(2), run.weights()
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["divided", "undivided"])
-@pytest.mark.parametrize("layout", ["tp2", "tp2-pp2", "dp4"])
+@pytest.mark.parametrize(
+    "family, layout, settings",
+    [
+        ("qwen2_5_vl", "tp2-pp2", {}),
+        ("qwen2_5_vl", "dp4", {"model": {"dtype": "bfloat16"}}),
+        ("qwen2_5_vl", "pp2", {"model": {"freeze": ["vision_tower", "language_model"]}}),  # nothing learns on stage 2
+        ("qwen2_vl", "tp2-pp2", {"model": {"freeze": ["vision_tower"]}, "optimizer": {"distributed": False}}),
+        ("qwen2_vl", "tp2-sp", {"model": {"dtype": "bfloat16"}, "optimizer": {"distributed": False}}),
+        ("qwen2_vl", "pp2", {"checkpoint": {"asynchronous": False}}),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_digit_for_digit(
-    model_dir: Path, tmp_path: Path, gloo_pool: GlooPool, layout: str, distributed: bool
+    model_dirs: dict[str, Path], tmp_path: Path, gloo_pool: GlooPool, family: str, layout: str, settings: Settings
 ) -> None:
-    settings = {"parallel": LAYOUTS[layout], "optimizer": {"distributed": distributed}}
-    whole = gloo_pool.run(_save_and_go_on, model_dir, tmp_path, settings)
-    resumed = gloo_pool.run(_resume, model_dir, tmp_path, settings)
+    settings = {**settings, "parallel": LAYOUTS[layout]}
+    whole = gloo_pool.run(_save_and_go_on, model_dirs[family], tmp_path, settings)
+    resumed = gloo_pool.run(_resume, model_dirs[family], tmp_path, settings)
     for (losses, weights), (resumed_losses, resumed_weights) in zip(whole, resumed, strict=True):
         assert resumed_losses == losses
         assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("saved_at, loaded_at", [("tp2-pp2", ("dp4", "tp2", "pp4")), ("dp4", ("tp2-pp2", "pp2"))])
+@pytest.mark.parametrize(
+    "family, saved_at, loaded_at",
+    [("qwen2_vl", "tp2-pp2", ("dp4", "tp2-sp", "pp4")), ("qwen2_5_vl", "dp4", ("tp2-pp2", "pp2"))],
+)
 def test_a_run_resumes_at_another_layout(
-    model_dir: Path, tmp_path: Path, gloo_pool: GlooPool, saved_at: str, loaded_at: tuple[str, ...]
+    model_dirs: dict[str, Path],
+    tmp_path: Path,
+    gloo_pool: GlooPool,
+    family: str,
+    saved_at: str,
+    loaded_at: tuple[str, ...],
 ) -> None:
+    model_dir = model_dirs[family]
     whole, _ = gloo_pool.run(_save_and_go_on, model_dir, tmp_path, {"parallel": LAYOUTS[saved_at]})[0]
     for layout in loaded_at:
-        for losses, _ in gloo_pool.run(_resume, model_dir, tmp_path, {"parallel": LAYOUTS[layout]}):
+        settings = {"parallel": LAYOUTS[layout], "optimizer": {"distributed": layout != "pp4"}}
+        for losses, _ in gloo_pool.run(_resume, model_dir, tmp_path, settings):
             assert torch.tensor(losses) == pytest.approx(torch.tensor(whole), rel=1e-6), layout
+
+
+def _all_values(run: ToyRun) -> dict[str, Tensor]:
+    """Weights and optimizer state of this rank."""
+    parameters = parameter_pieces(run.model)
+    pieces = [*(one for some in parameters.values() for one in some)]
+    pieces += optimizer_pieces(run.learner.optimizer, parameters, divided=True)
+    return {f"{piece.key} {piece.offsets} {piece.start}": piece.values.clone() for piece in pieces}
+
+
+def _load_with_megatron_core(model_dir: Path, directory: Path, settings: Settings) -> None:
+    run = ToyRun(model_dir, directory, settings)
+    assert run.resume() == 2
+    ours = _all_values(run)
+    run.train(1)  # moves everything
+    (optimizer,) = run.learner.optimizer.chained_optimizers
+    model = run.model.sharded_state_dict()
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    state = {**run.model.sharded_state_dict()}
+    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)["param_state"]
+    loaded = dist_checkpointing.load(state, str(run.store.path(2) / MEGATRON_DIR))
+    optimizer.load_parameter_state_from_fully_reshardable(loaded.pop("optimizer"))
+    run.model.load_state_dict(loaded, strict=False)
+    theirs = _all_values(run)
+    assert len(ours) == len(theirs) > 50
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_megatron_core_loads_the_same_from_it(model_dirs: dict[str, Path], tmp_path: Path, gloo_pool: GlooPool) -> None:
+    settings = {"model": {"dtype": "bfloat16"}}
+    gloo_pool.run(_save_and_go_on, model_dirs["qwen2_vl"], tmp_path, settings)
+    gloo_pool.run(
+        _load_with_megatron_core, model_dirs["qwen2_vl"], tmp_path, {**settings, "parallel": LAYOUTS["tp2-pp2"]}
+    )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.load import load_model_weights
@@ -19,95 +17,82 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups, schedule
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.optimizer import Learner
 from tests.model import tiny
 
 NUM_GROUPS = 4  # a step
 LENGTHS = (5, 3)
 NUM_TARGETS = NUM_GROUPS * sum(LENGTHS)
+OPTIMIZER = {"learning_rate": 1e-3, "warmup_steps": 2, "decay": "cosine", "weight_decay": 0.1}
 
 
 class ToyRun:
-    """A run as the trainer would have it: model, optimizer and schedule at a layout, and its checkpoints."""
+    """Model, optimizer and schedule at a layout, and the run's checkpoints."""
 
-    def __init__(self, model_dir: Path, directory: Path, **settings: Any) -> None:
-        values: dict[str, Any] = {"model": {"path": model_dir, "dtype": "float32"}}
-        for section, keys in settings.items():
-            values[section] = {**values.get(section, {}), **keys}
-        self.config = RunConfig.model_validate(values)
+    def __init__(self, model_dir: Path, directory: Path, settings: dict[str, dict[str, Any]]) -> None:
+        model = {"path": model_dir, "dtype": "float32", **settings.get("model", {})}
+        optimizer = {**OPTIMIZER, **settings.get("optimizer", {})}
+        self.config = RunConfig.model_validate({**settings, "model": model, "optimizer": optimizer})
         groups.initialize(self.config.parallel)
         self.model = build_model(ModelConfig.from_pretrained(model_dir), self.config)
         load_model_weights(self.model, model_dir)
-        distributed, dtype = self.config.optimizer.distributed, getattr(torch, self.config.model.dtype)
-        self.parallel = DistributedDataParallel(
-            self.model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True),
-            self.model,
-        )
-        adam = OptimizerConfig(
-            optimizer="adam",
-            lr=1e-3,
-            min_lr=0.0,
-            clip_grad=1.0,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=distributed,
-        )
-        self.optimizer = get_megatron_optimizer(adam, [self.parallel])
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=1e-3,
-            min_lr=0.0,
-            lr_warmup_steps=2,
-            lr_decay_steps=8,
-            lr_decay_style="cosine",
-            start_wd=0.1,
-            end_wd=0.1,
-            wd_incr_steps=8,
-            wd_incr_style="constant",
-        )
-        self.model.config.finalize_model_grads_func = finalize_model_grads
-        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.learner = Learner(self.model, self.config.optimizer, num_steps=8)
         self.store = RunStore(directory, self.config.checkpoint)
         self.steps = 0
 
     def train(self, num_steps: int) -> list[tuple[float, float]]:
-        """Steps on from here; the loss and the gradient's norm of each, the same on every rank."""
+        """Steps on from here; the loss and the gradient's norm of each."""
         return [self._step() for _ in range(num_steps)]
 
     def _step(self) -> tuple[float, float]:
-        seeds = range(NUM_GROUPS * self.steps + groups.copy_index(), NUM_GROUPS * (self.steps + 1), groups.num_copies())
-        config = self.model.config
-        rows_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        first = NUM_GROUPS * self.steps
+        seeds = range(first + groups.copy_index(), first + NUM_GROUPS, groups.num_copies())
+        rows_multiple = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
         batches = [pack([_group(seed)], self.model.model_config, rows_multiple_of=rows_multiple) for seed in seeds]
-        self.parallel.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        metrics = schedule.forward_backward(self.parallel, batches, self._loss)
-        _, norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=1)
+        update = self.learner.update(batches, self._loss)
+        self.learner.end_step()
         self.steps += 1
-        speaks = groups.speaks_for_copy()
-        loss = torch.tensor(sum(one["loss"] for one in metrics) if speaks else 0.0, dtype=torch.float64)
-        dist.all_reduce(loss)
-        return loss.item(), float(norm)
+        return update.loss, update.grad_norm
 
     def _loss(self, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        loss = -self.model.log_probs(hidden, batch.target_ids).sum() / NUM_TARGETS
-        return loss * groups.num_copies(), {"loss": loss.item()}  # megatron-core averages gradients over the copies
+        return -self.model.log_probs(hidden, batch.target_ids).sum() / NUM_TARGETS, {}
 
     def save(self) -> None:
         state = {"steps": self.steps, "epoch": 0.1}
-        self.store.save(self.steps, self.parallel, self.optimizer, self.scheduler, state, self.config.model.path)
+        learner = self.learner
+        self.store.save(
+            self.steps, learner.parallel, learner.optimizer, learner.scheduler, state, self.config.model.path
+        )
 
     def resume(self) -> int | None:
+        """Go on from the newest whole checkpoint; returns its step."""
         step = self.store.latest()
         if step is not None:
-            state = self.store.load(step, self.parallel, self.optimizer, self.scheduler)
+            state = self.store.load(step, self.learner.model, self.learner.optimizer, self.learner.scheduler)
             assert state == {"steps": step, "epoch": 0.1}
             self.steps = step
         return step
 
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
 
 def _group(seed: int) -> Group:
     return Group(str(seed), tiny.prompt(("i", "", "v")[seed % 3], seed), tiny.responses(LENGTHS, seed + 1000))
+
+
+def train_until_killed(
+    rank: int, port: int, model_dir: Path, directory: Path, settings: dict[str, dict[str, Any]], reports: Connection
+) -> None:
+    """One of two ranks that save every step; rank 0 reports (step, loss, norm)."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    run = ToyRun(model_dir, directory, settings)
+    run.resume()
+    while True:
+        ((loss, norm),) = run.train(1)
+        if rank == 0:
+            reports.send((run.steps, loss, norm))
+        run.save()
