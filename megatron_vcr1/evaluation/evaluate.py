@@ -20,7 +20,7 @@ from megatron_vcr1.data.prompts import PromptTemplates, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
 from megatron_vcr1.evaluation.generation import Answerer
-from megatron_vcr1.evaluation.predictions import PredictionLog, match_predictions, read_predictions
+from megatron_vcr1.evaluation.predictions import PredictionLog
 from megatron_vcr1.evaluation.scoring import Evaluation, score_predictions, write_evaluation
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.model.config import ModelConfig
@@ -179,12 +179,8 @@ def _fingerprint(model_dir: Path) -> str:
 
 
 def _score(job: Job, log: PredictionLog, judge: Judge | None, config: RunConfig) -> Evaluation:
-    path = job.folder / PREDICTIONS_FILE
-    predictions = {name: one for name, one in read_predictions(path).items()}
-    wanted = {sample.id for sample in job.samples}
-    matched = match_predictions(
-        {name: one for name, one in predictions.items() if name in wanted}, job.samples, path, allow_missing=False
-    )
+    log.arrange([sample.id for sample in job.samples])
+    matched = [log.done[sample.id] for sample in job.samples]
     evaluation = score_predictions(job.benchmark, job.samples, matched, judge)
     about = {
         "label": job.label,

@@ -101,9 +101,7 @@ class PredictionLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.done = {one.id: one for one in _salvage(path) if one.output is not None}
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(_lines(self.done.values()), encoding="utf-8")
-        unfinished.replace(path)
+        self.arrange([])
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Adds a batch; it is on the disk when this returns."""
@@ -112,6 +110,13 @@ class PredictionLog:
             file.flush()
             os.fsync(file.fileno())
         self.done |= {one.id: one for one in predictions}
+
+    def arrange(self, ids: Sequence[str]) -> None:
+        """Writes the file anew, these ids first: however often an evaluation was killed, its file ends up the same."""
+        self.done = {id: self.done[id] for id in dict.fromkeys([*ids, *self.done])}
+        unfinished = self._path.with_name(self._path.name + ".part")
+        unfinished.write_text(_lines(self.done.values()), encoding="utf-8")
+        unfinished.replace(self._path)
 
 
 def _lines(predictions: Iterable[Prediction]) -> str:

@@ -77,6 +77,8 @@ def test_a_log_goes_on_after_a_cut_line(tmp_path: Path) -> None:
     log.append([Prediction("b", "B"), Prediction("c", None, "no video")])
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
     assert read_predictions(path)["c"] == Prediction("c", None, "no video")
+    log.arrange(["c", "b"])
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["c", "b", "a"]
 
 
 def test_a_log_refuses_what_it_did_not_write(tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""`vcr1 evaluate` on a model: the command itself, killed and resumed, and shared out over processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_vcr1.config.rendering import render_toml
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.manifest import read_manifest
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.evaluation import evaluate
+from megatron_vcr1.evaluation.evaluate import evaluate_model, plan_jobs
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.types import Task
+from tests.gloo import GlooPool
+from tests.training import workspace
+
+ROOT = Path(__file__).parents[2]
+TASKS = (Task.TEMPORAL_GROUNDING, Task.MULTIPLE_CHOICE_QA, Task.CAPTIONING)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and 12 videos, four for each of three tasks; one of them is damaged."""
+    folder = workspace.create(tmp_path_factory.mktemp("evaluate"), tasks=TASKS, num_videos=12)
+    damaged = read_manifest(folder / "data" / "train.jsonl")[0]
+    assert isinstance(damaged.video, str)
+    Path(damaged.video).write_bytes(b"no video")
+    return folder
+
+
+def run_config(folder: Path, run_dir: Path, *names: str, **sections: Any) -> RunConfig:
+    manifest = folder / "data" / "train.jsonl"
+    benchmarks = [{"name": name, "manifest": manifest, "thinking": False} for name in names or map(str, TASKS)]
+    evaluation = {"benchmarks": benchmarks, "max_new_tokens": 6, "batch_prompts": 2}
+    train = {"run_dir": run_dir} | sections.pop("train", {})
+    return workspace.config(folder, "grpo", train=train, evaluate=evaluation | sections.pop("evaluate", {}), **sections)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def results(run_dir: Path) -> dict[str, Any]:
+    """All that an evaluation leaves, but for the models' paths and times."""
+    files = sorted(run_dir.glob("evaluation/*/*.json*"))
+    return {str(path.relative_to(run_dir)): path.read_text() for path in files if path.name != "settings.json"}
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, Any]:
+    """The result of one process, undisturbed."""
+    evaluate_model(run_config(folder, folder / "whole"))
+    return results(folder / "whole")
+
+
+def test_the_command(folder: Path, whole: dict[str, Any]) -> None:
+    config = folder / "run.toml"
+    config.write_text(render_toml(run_config(folder, folder / "elsewhere"), documented=False))
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_vcr1.cli",
+        "evaluate",
+        str(config),
+        "--train.run_dir",
+        str(folder / "cli"),
+    ]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert results(folder / "cli") == whole
+    assert "temporal_grounding: 4 samples" in done.stdout
+    assert "judge: lexical" in done.stdout
+    assert "multiple_choice_qa" in done.stderr  # a progress bar
+
+
+def test_what_is_written(folder: Path, whole: dict[str, Any]) -> None:
+    manifest = folder / "data" / "train.jsonl"
+    samples = read_manifest(manifest)
+    for task in TASKS:
+        here = folder / "whole" / "evaluation" / str(task)
+        asked = [sample.id for sample in samples if sample.task is task]
+        assert [row["id"] for row in rows(here / "predictions.jsonl")] == asked
+        assert [row["id"] for row in rows(here / "samples.jsonl")] == asked
+        details = json.loads((here / "metrics.json").read_text())
+        assert details["label"] == details["benchmark"] == str(task)
+        assert (details["model"], details["thinking"]) == (str(folder / "model"), False)
+        assert details["manifest"] == str(manifest)
+        assert details["num_samples"] == len(asked)
+        assert set(details["metrics"]["F1" if task is Task.CAPTIONING else next(iter(details["metrics"]))]) == {
+            "value",
+            "low",
+            "high",
+        }
+
+
+def test_a_video_that_cannot_be_read_is_counted_and_tried_again(folder: Path, whole: dict[str, Any]) -> None:
+    damaged = read_manifest(folder / "data" / "train.jsonl")[0]
+    here = folder / "whole" / "evaluation" / str(damaged.task)
+    (bad,) = [row for row in rows(here / "predictions.jsonl") if "error" in row]
+    assert bad["id"] == damaged.id
+    assert "output" not in bad
+    assert json.loads((here / "metrics.json").read_text())["num_unanswered"] == 1
+    asked = evaluate._unanswered(*_open(run_config(folder, folder / "whole", str(damaged.task))))
+    assert [sample.id for sample in asked] == [damaged.id]
+
+
+def _open(config: RunConfig) -> tuple[evaluate.Job, evaluate.PredictionLog]:
+    (job,) = plan_jobs(config)
+    return job, evaluate._open_log(job, config)
+
+
+def test_a_killed_evaluation_goes_on(folder: Path, whole: dict[str, Any]) -> None:
+    config = folder / "killed.toml"
+    config.write_text(render_toml(run_config(folder, folder / "killed"), documented=False))
+    command = [sys.executable, "-m", "megatron_vcr1.cli", "evaluate", str(config)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    first = folder / "killed" / "evaluation" / str(TASKS[0]) / "predictions.jsonl"
+    deadline = time.monotonic() + 300
+    while not (first.exists() and first.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(first.read_text().splitlines()) < 12
+    with first.open("a") as file:
+        file.write('{"id": "half a li')
+    evaluate_model(run_config(folder, folder / "killed"))
+    assert results(folder / "killed") == whole
+
+
+def test_nothing_is_asked_twice(folder: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [str(task) for task in TASKS[1:]]  # whose videos are whole
+    monkeypatch.setattr(evaluate, "_start_engine", lambda *_: pytest.fail("a model is loaded to answer nothing"))
+    before = results(folder / "whole")
+    assert len(evaluate_model(run_config(folder, folder / "whole", *names))) == 2
+    assert results(folder / "whole") == before
+
+
+@pytest.mark.parametrize(
+    "sections, changed",
+    [
+        ({"evaluate": {"max_new_tokens": 7}}, "max_new_tokens"),
+        ({"data": {"max_frames": 6}}, "data"),
+        ({"model": {"dtype": "bfloat16"}}, "dtype"),
+    ],
+)
+def test_answers_to_other_settings_are_not_mixed(
+    folder: Path, whole: dict[str, Any], sections: dict[str, Any], changed: str
+) -> None:
+    with pytest.raises(UserError, match=rf"captioning: holds answers with another {changed}; give .* another label"):
+        evaluate_model(run_config(folder, folder / "whole", "captioning", **sections))
+
+
+def test_another_models_answers_are_not_mixed(folder: Path, whole: dict[str, Any]) -> None:
+    weights = folder / "model" / "model.safetensors"
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(UserError, match="holds answers with another weights"):
+        evaluate_model(run_config(folder, folder / "whole", "captioning"))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "benchmarks, message",
+    [
+        ([], "nothing to evaluate; add a table"),
+        ([{"name": "coco"}], "coco: no such benchmark"),
+        ([{"name": "captioning"}, {"name": "captioning"}], "benchmarks.1: label 'captioning' must be"),
+        ([{"name": "captioning", "label": "../up"}], "label '../up' must be"),
+        ([{"name": "tracking"}], "none of its 12 samples is for benchmark tracking"),
+    ],
+)
+def test_a_plan_that_cannot_work(folder: Path, benchmarks: list[dict[str, Any]], message: str) -> None:
+    tables = [{"manifest": folder / "data" / "train.jsonl", **one} for one in benchmarks]
+    with pytest.raises(UserError, match=message):
+        plan_jobs(run_config(folder, folder / "never", evaluate={"benchmarks": tables}))
+    assert not (folder / "never").exists()
+
+
+def _evaluate_in(config: RunConfig) -> int:
+    with mock.patch.object(groups, "shutdown"):  # the pool keeps its world
+        return len(evaluate_model(config))
+
+
+@pytest.mark.xdist_group("gloo")
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=str)
+def test_processes_share_the_work_and_change_nothing(
+    gloo_pool: GlooPool, folder: Path, whole: dict[str, Any], parallel: dict[str, int]
+) -> None:
+    run_dir = folder / f"shared_{'_'.join(parallel)}"
+    config = run_config(folder, run_dir, parallel=parallel)
+    assert gloo_pool.run(_evaluate_in, config) == [3, 0, 0, 0]
+    assert results(run_dir) == whole
