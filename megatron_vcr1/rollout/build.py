@@ -20,8 +20,13 @@ def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcess
         model: this rank's share of the policy.
 
     Raises:
-        UserError: no end token is known.
+        UserError: no end token is known, or a setting of the servers cannot work.
+        EngineError: a server does not start or does not answer.
     """
     tokens = SpecialTokens.from_pretrained(config.model.path, processor)
+    if config.rollout.engine == "sglang":
+        from megatron_vcr1.rollout.sglang.engine import SglangEngine
+
+        return SglangEngine.start(config, model.model_config, tokens)
     decode = partial(processor.decode, skip_special_tokens=False)
     return LocalEngine(model, tokens, decode, batch_responses=config.rollout.batch_responses)

@@ -1,0 +1,1 @@
+"""Rollouts from SGLang servers: processes, client, weight sync, and the plug-in that the servers load."""

@@ -1,0 +1,270 @@
+"""The three ways of weights to servers: broadcast, shared memory of one host, disk."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from safetensors.torch import save_file
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+
+from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call
+from megatron_vcr1.rollout.sglang.weight_sync import LIVENESS_S, NamedTensors
+
+POLL_S = 0.002
+
+
+def open_session(url: str, timeout_s: float) -> None:
+    """SGLang takes tensors between these two calls only."""
+    try:
+        call(url, "POST", "/begin_weight_update", {}, timeout_s=timeout_s)
+    except RequestRefused:  # left open by an update that was broken off
+        close_session(url, timeout_s)
+        call(url, "POST", "/begin_weight_update", {}, timeout_s=timeout_s)
+
+
+def close_session(url: str, timeout_s: float) -> None:
+    call(url, "POST", "/end_weight_update", {}, timeout_s=timeout_s)
+
+
+class BroadcastChannel:
+    """torch.distributed: rank 0 of a group of two or more, in which the other ranks are a server's.
+
+    Each server has a group of its own, so that one that dies takes no other with it. NCCL on a GPU, gloo otherwise.
+    """
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._groups: dict[str, _Group] = {}
+
+    def begin(self, url: str) -> None:
+        # A new group for every update: a server that was restarted since then knows nothing of an old one.
+        self._drop(url)
+        self._groups[url] = _Group(url, self._timeout_s)
+        open_session(url, self._timeout_s)
+
+    def prepare(self, bucket: NamedTensors) -> NamedTensors:
+        return [(name, tensor.contiguous()) for name, tensor in bucket]
+
+    def send(self, url: str, prepared: NamedTensors) -> None:
+        try:
+            self._groups[url].broadcast(prepared)
+        except BaseException:
+            self._drop(url)
+            raise
+
+    def finish(self, url: str) -> None:
+        close_session(url, self._timeout_s)
+        self._drop(url)
+
+    def _drop(self, url: str) -> None:
+        group = self._groups.pop(url, None)
+        if group is not None:
+            group.close()
+
+
+class _Group:
+    """The process group with one server."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url = url
+        self.timeout_s = timeout_s
+        self.name = f"vcr1-{uuid.uuid4().hex}"
+        num_ranks = 1 + int(call(url, "GET", "/server_info", timeout_s=timeout_s)["tp_size"])
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        address = _address_towards(url)
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            port = probe.getsockname()[1]
+        body = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": num_ranks}
+        joined = _in_thread(lambda: self._call("/init_weights_update_group", body | {"backend": backend}))
+        self.group = _await(_in_thread(lambda: self._join(address, port, num_ranks, backend)), joined, timeout_s)
+        joined.result(timeout_s)
+
+    def _join(self, address: str, port: int, num_ranks: int, backend: str) -> dist.ProcessGroup:
+        # The server's side joins by SGLang's init_custom_process_group: the same store, prefixes and helper. The store
+        # is made here, and not by a rendezvous, which under torchrun would look for torchrun's.
+        patience = timedelta(seconds=self.timeout_s)
+        store = dist.TCPStore(address, port, num_ranks, is_master=True, timeout=patience)
+        group, _ = _new_process_group_helper(
+            num_ranks,
+            0,
+            [],
+            dist.Backend(backend),
+            dist.PrefixStore(self.name, store),
+            group_name=self.name,  # type: ignore[arg-type]
+            timeout=patience,
+        )
+        _world.pg_group_ranks[group] = {rank: rank for rank in range(num_ranks)}  # which leaving it looks up
+        self._store = store  # lives as long as the group
+        return group
+
+    def broadcast(self, bucket: NamedTensors) -> None:
+        """Send a bucket; the server's answer is watched meanwhile, since a refusal would leave the broadcast alone."""
+        body = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "flush_cache": False,
+        }
+        answer = _in_thread(lambda: self._call("/update_weights_from_distributed", body))
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        works = [self.group.broadcast([tensor], options) for _, tensor in bucket]
+        deadline = time.monotonic() + self.timeout_s
+        while not all(work.is_completed() for work in works):
+            if answer.done():
+                answer.result()  # raises what went wrong; done well, the last broadcasts are about to complete
+            if time.monotonic() > deadline:
+                raise ServerFault(f"{self.url}: a broadcast took longer than {self.timeout_s:.0f} s", gone=True)
+            time.sleep(POLL_S)
+        for work in works:
+            work.wait()  # raises what broke it
+        answer.result(self.timeout_s)
+
+    def close(self) -> None:
+        """Leave the group without waiting for the other side, which may be gone."""
+        with suppress(ServerFault, RequestRefused):  # a server that is gone has left, too
+            self._call("/destroy_weights_update_group", {}, timeout_s=min(self.timeout_s, LIVENESS_S))
+        abort = getattr(self.group, "abort", None)
+        if abort is not None and torch.cuda.is_available():
+            abort()  # NCCL's own goodbye waits for its peers
+        else:
+            dist.destroy_process_group(self.group)
+
+    def _call(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
+        return call(self.url, "POST", path, body | {"group_name": self.name}, timeout_s=timeout_s or self.timeout_s)
+
+
+class SharedMemoryChannel:
+    """Tensors in shared memory of one host; what travels is a description of where they lie."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    def begin(self, url: str) -> None:
+        open_session(url, self._timeout_s)
+
+    def prepare(self, bucket: NamedTensors) -> tuple[str, NamedTensors]:
+        shared = _copy_to_shared_memory(bucket)
+        stream = io.BytesIO()
+        ForkingPickler(stream).dump(shared)
+        return base64.b64encode(stream.getvalue()).decode(), shared  # the memory lives as long as the tensors
+
+    def send(self, url: str, prepared: tuple[str, NamedTensors]) -> None:
+        num_ranks = int(call(url, "GET", "/server_info", timeout_s=self._timeout_s)["tp_size"])
+        body = {"serialized_named_tensors": [prepared[0]] * num_ranks, "flush_cache": False}
+        call(url, "POST", "/update_weights_from_tensor", body, timeout_s=self._timeout_s)
+
+    def finish(self, url: str) -> None:
+        close_session(url, self._timeout_s)
+
+
+def _copy_to_shared_memory(bucket: NamedTensors) -> NamedTensors:
+    """The tensors on the CPU, in one piece of shared memory that has a name: descriptors are not passed between
+    strangers.
+    """
+    alignment = 16
+    sizes = [-(-tensor.nbytes // alignment) * alignment for _, tensor in bucket]
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        memory = torch.empty(sum(sizes), dtype=torch.uint8).share_memory_()
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+    shared = []
+    for (name, tensor), piece in zip(bucket, memory.split(sizes), strict=True):
+        view = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        shared.append((name, view.copy_(tensor)))
+    return shared
+
+
+class DiskChannel:
+    """A Hugging Face directory, of which the servers read."""
+
+    def __init__(self, model_dir: Path, folder: Path, weights: str, *, timeout_s: float) -> None:
+        """
+        Args:
+            model_dir: gives configuration, tokenizer and processor files.
+            folder: where the directory is made; earlier ones in it are removed when the new one is used.
+            weights: the version, which names the directory.
+        """
+        self.directory = folder / weights
+        self._timeout_s = timeout_s
+        self._num_files = 0
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        for source in model_dir.iterdir():
+            if source.suffix in (".json", ".jinja", ".txt", ".model") and not source.name.endswith(".index.json"):
+                shutil.copy(source, self.directory)
+
+    def begin(self, url: str) -> None:
+        """Nothing: SGLang reads all files in one go."""
+
+    def prepare(self, bucket: NamedTensors) -> None:
+        self._num_files += 1
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket}
+        save_file(tensors, self.directory / f"model-{self._num_files:05}.safetensors", {"format": "pt"})
+
+    def send(self, url: str, prepared: None) -> None:
+        """Nothing yet."""
+
+    def finish(self, url: str) -> None:
+        body = {"model_path": str(self.directory), "load_format": "auto"}
+        call(url, "POST", "/update_weights_from_disk", body, timeout_s=self._timeout_s)
+
+    def remove_others(self) -> None:
+        """Remove the directories of earlier versions."""
+        for other in self.directory.parent.iterdir():
+            if other != self.directory:
+                shutil.rmtree(other)
+
+
+def _address_towards(url: str) -> str:
+    """This host's address as a server sees it."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends nothing
+        return probe.getsockname()[0]
+
+
+def _in_thread(work: Callable[[], Any]) -> Future[Any]:
+    """Run in a daemon thread: one that hangs does not keep the process from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _await(mine: Future[Any], theirs: Future[Any], timeout_s: float) -> Any:
+    """My side's result, unless the other side fails first."""
+    deadline = time.monotonic() + timeout_s
+    while not mine.done():
+        if theirs.done():
+            theirs.result()
+        if time.monotonic() > deadline:
+            raise ServerFault(f"no process group within {timeout_s:.0f} s", gone=True)
+        time.sleep(POLL_S)
+    return mine.result()

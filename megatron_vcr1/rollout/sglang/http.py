@@ -1,0 +1,93 @@
+"""One server's HTTP interface: calls with a time-out, and errors that say whose fault they are."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+
+INITIAL_WEIGHTS = "default"
+"""What SGLang calls the weights that a server was started with, unless told otherwise."""
+
+
+class ServerFault(Exception):
+    """A server did not answer, or answered that it cannot: another one may, or the same one later.
+
+    Attributes:
+        gone: it could not be reached, or went silent: whether it still lives is unknown.
+    """
+
+    def __init__(self, message: str, *, gone: bool) -> None:
+        super().__init__(message)
+        self.gone = gone
+
+
+class RequestRefused(Exception):
+    """A server says that the request itself is wrong (status 4xx): it would refuse it again."""
+
+
+def call(url: str, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
+    """Call a server; gives the parsed JSON of the answer, or its text.
+
+    Raises:
+        ServerFault, RequestRefused: see there.
+    """
+    try:
+        answer = httpx.request(method, url + path, json=body, timeout=timeout_s, trust_env=False)
+    except httpx.HTTPError as error:
+        raise fault(url + path, error) from error
+    return content(answer)
+
+
+async def post(client: httpx.AsyncClient, url: str, body: Any, *, timeout_s: float) -> Any:
+    """As `call`, asynchronously."""
+    try:
+        async with asyncio.timeout(timeout_s):  # httpx's own limits one read, and an answer may trickle
+            answer = await client.post(url, json=body, timeout=None)
+    except TimeoutError:
+        raise ServerFault(f"{url}: no answer within {timeout_s:.0f} s", gone=True) from None
+    except httpx.HTTPError as error:
+        raise fault(url, error) from error
+    return content(answer)
+
+
+def fault(url: str, error: httpx.HTTPError) -> ServerFault:
+    return ServerFault(f"{url}: {type(error).__name__} {error}".rstrip(), gone=True)
+
+
+def content(answer: httpx.Response) -> Any:
+    """Raises ServerFault or RequestRefused for an answer that is none."""
+    if answer.status_code >= 500 or answer.status_code == 429:
+        raise ServerFault(f"{answer.url}: status {answer.status_code}: {_message(answer)}", gone=False)
+    if answer.status_code >= 400:
+        raise RequestRefused(f"{answer.url}: status {answer.status_code}: {_message(answer)}")
+    try:
+        return answer.json()
+    except ValueError:
+        return answer.text
+
+
+def _message(answer: httpx.Response) -> str:
+    """The server's explanation, as short as it goes."""
+    try:
+        parsed = answer.json()
+        message = parsed.get("message") or parsed.get("error") or parsed.get("detail") or parsed
+        message = message.get("message", message) if isinstance(message, dict) else message
+    except (ValueError, AttributeError):
+        message = answer.text
+    return str(message)[:500]
+
+
+def weights_of(url: str, *, timeout_s: float = 15.0) -> str:
+    """The version that a server gives its weights. Raises ServerFault, RequestRefused."""
+    return str(call(url, "GET", "/model_info", timeout_s=timeout_s)["weight_version"])
+
+
+def is_ready(url: str, *, timeout_s: float = 15.0) -> bool:
+    """Whether a server takes requests now: it has just computed something."""
+    try:
+        call(url, "GET", "/health_generate", timeout_s=timeout_s)
+    except (ServerFault, RequestRefused):
+        return False
+    return True
