@@ -22,6 +22,8 @@ if find_spec("hypothesis") is not None:  # a machine that only runs tests/kernel
     from hypothesis import settings
 
     settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+    # pytest --hypothesis-profile=thorough tests/rewards tests/evaluation/test_metrics.py
+    settings.register_profile("thorough", deadline=None, max_examples=10_000)
     settings.load_profile("patient")
 
 
