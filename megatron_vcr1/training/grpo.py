@@ -18,14 +18,16 @@ from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.parallel import groups as ranks
 from megatron_vcr1.parallel import schedule
 from megatron_vcr1.rollout.build import build_engine
+from megatron_vcr1.training.ahead import Ahead
 from megatron_vcr1.training.losses import Counts, TokenData, grpo_loss, mismatch, policy_statistics, token_weights
 from megatron_vcr1.training.metrics import Metrics, add_work
 from megatron_vcr1.training.microbatches import make_microbatches
 from megatron_vcr1.training.optimizer import Learner, Loss, Update
-from megatron_vcr1.training.prompts import PromptStream
+from megatron_vcr1.training.prompts import DrawnPrompt, PromptStream
 from megatron_vcr1.training.reference import Reference
 from megatron_vcr1.training.rollouts import Rollouts, ScoredGroup, StepGroups, all_positions, rollout_row
 from megatron_vcr1.training.step import StepResult
+from megatron_vcr1.types import RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,9 @@ class PolicyBatch:
 class GrpoTrainer:
     """A step: sample groups from the policy, reward them, update the policy by them, and the engine's weights by it."""
 
-    def __init__(self, config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor) -> None:
+    def __init__(
+        self, config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor, num_steps: int
+    ) -> None:
         """The model holds the weights that training starts from: they are the reference.
 
         Raises:
@@ -51,12 +55,19 @@ class GrpoTrainer:
         self._learner = learner
         self._model = learner.model
         self._stream = stream
+        self._num_steps = num_steps
+        self._policy_version = 0  # steps that the model's weights have seen
         self._reference = Reference(self._model, config.grpo.reference) if config.grpo.kl_coef > 0 else None
         self._engine = build_engine(config, self._model, processor)
         self._rollouts = Rollouts(config, self._engine, stream, processor)
+        self._ahead = Ahead(self._engine, self._rollouts, stream) if config.grpo.one_step_off else None
 
     def step(self, step: int, metrics: Metrics) -> StepResult:
-        groups = self._rollouts.collect(metrics)
+        prompts, answers = self._sample(step, metrics)
+        groups = self._rollouts.refill(self._rollouts.score(prompts, answers, metrics), metrics)
+        if self._ahead is not None and step < self._num_steps:
+            self._hand_weights_over(self._policy_version, metrics)
+            self._ahead.start(metrics)
         minibatches = self._minibatches(groups.kept)
         if self._reference is not None:
             with metrics.timed("reference"), self._reference.in_place():
@@ -70,9 +81,21 @@ class GrpoTrainer:
                 for batches in minibatches
             ]
             learning_rate = self._learner.end_step()
-        with metrics.timed("sync"):
-            self._engine.update_weights(stream_hf_tensors(self._model), step)
+        if self._ahead is None:
+            self._hand_weights_over(step, metrics)
         return self._result(step, groups, updates, learning_rate, metrics)
+
+    def _sample(self, step: int, metrics: Metrics) -> tuple[Sequence[DrawnPrompt], Sequence[RolloutGroup]]:
+        """The step's prompts and the engine's answers: begun in the step before, or now."""
+        if self._ahead is not None and self._ahead.is_under_way:
+            return self._ahead.finish(metrics)
+        prompts = self._rollouts.draw(metrics)
+        return prompts, self._rollouts.sample(prompts, metrics)
+
+    def _hand_weights_over(self, version: int, metrics: Metrics) -> None:
+        """The engine samples from the model's present weights from now on."""
+        with metrics.timed("sync"):
+            self._engine.update_weights(stream_hf_tensors(self._model), version)
 
     def _minibatches(self, groups: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
         """The microbatches of each optimizer step of a pass over the groups.
@@ -159,7 +182,7 @@ class GrpoTrainer:
     def _result(
         self, step: int, groups: StepGroups, updates: Sequence[Update], learning_rate: float, metrics: Metrics
     ) -> StepResult:
-        version = step - 1
+        version, self._policy_version = self._policy_version, step
         if ranks.is_first_of_copy():
             for group in groups.kept:
                 metrics.add("policy_lag", version - group.rollouts[0].policy_version)
@@ -187,14 +210,19 @@ class GrpoTrainer:
         return self._stream.take_skipped()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompts": self._stream.state_dict(), "policy_version": self._engine.policy_version}
+        """What is sampled ahead is not kept: a run that goes on samples it again, from the newer weights."""
+        prompts = self._stream.state_dict() if self._ahead is None else self._ahead.stream_state()
+        return {"prompts": prompts, "policy_version": self._policy_version}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The model holds the checkpoint's weights by now; the engine gets them."""
         self._stream.load_state_dict(state["prompts"])
-        self._engine.update_weights(stream_hf_tensors(self._model), state["policy_version"])
+        self._policy_version = state["policy_version"]
+        self._engine.update_weights(stream_hf_tensors(self._model), self._policy_version)
 
     def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
         self._engine.close()
 
 

@@ -73,41 +73,37 @@ class Rollouts:
         self._processor = processor
         self._rewarder = Rewarder(config, stream.samples, config.train.run_dir)
         rollout = config.rollout
-        self._sampling = SamplingParams(
+        self.sampling = SamplingParams(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.stop
         )
 
-    def collect(self, metrics: Metrics) -> StepGroups:
-        """Draw a step's prompts, sample, score and, with grpo.dynamic_sampling, refill.
-
-        Raises:
-            EngineError: the engine cannot go on.
-            TrainingStopped: the judge failed too often.
-        """
+    def draw(self, metrics: Metrics, number: int | None = None) -> list[DrawnPrompt]:
+        """The next prompts of this copy of the model: as many as a step takes, or `number`."""
         with metrics.timed("decode"):
-            prompts = self._stream.take(self._config.train.prompts_per_step // ranks.num_copies())
-        return self.refill(self.sample_and_score(prompts, metrics), metrics)
+            return self._stream.take(number or self._config.train.prompts_per_step // ranks.num_copies())
 
-    def sample_and_score(self, prompts: Sequence[DrawnPrompt], metrics: Metrics) -> list[ScoredGroup]:
-        """The groups of prompts, in order."""
-        with metrics.timed("rollout"):
-            answers = self.generate(prompts)
-        return self.score(prompts, answers, metrics)
-
-    def generate(self, prompts: Sequence[DrawnPrompt]) -> list[RolloutGroup]:
-        """What the engine answers; nothing else of the run is touched. A prompt's seed depends on the run's seed and
-        on its position alone, so that the number of copies changes nothing.
+    def requests(self, prompts: Sequence[DrawnPrompt]) -> list[GenerationRequest]:
+        """What the engine is asked. A prompt's seed depends on the run's seed and on its position alone, so that the
+        number of copies changes nothing.
         """
         seed, num_responses = self._config.train.seed, self._config.grpo.group_size
-        requests = [
+        return [
             GenerationRequest(one.id, one.prompt, num_responses, _sampling_seed(seed, one.position)) for one in prompts
         ]
-        return self._engine.generate(requests, self._sampling)
+
+    def sample(self, prompts: Sequence[DrawnPrompt], metrics: Metrics) -> list[RolloutGroup]:
+        """The engine's answers to prompts, in order. Raises EngineError if it cannot go on."""
+        with metrics.timed("rollout"):
+            return self._engine.generate(self.requests(prompts), self.sampling)
 
     def score(
         self, prompts: Sequence[DrawnPrompt], answers: Sequence[RolloutGroup], metrics: Metrics
     ) -> list[ScoredGroup]:
-        """Rewards and advantages; counts what the metrics say of them."""
+        """Rewards and advantages; counts what the metrics say of them.
+
+        Raises:
+            TrainingStopped: the judge failed too often.
+        """
         with metrics.timed("judge"):
             texts = [[self._processor.decode(one.token_ids) for one in answer.rollouts] for answer in answers]
             responses = [
@@ -129,7 +125,8 @@ class Rollouts:
         """With dynamic sampling: drop groups without a signal and sample further prompts, until there are enough.
 
         Which groups those are does not depend on the number of copies of the model: the first prompts_per_step with
-        a signal, in the order of their prompts. After grpo.max_refills rounds the step goes on with fewer.
+        a signal, in the order of their prompts. After grpo.max_refills rounds the step goes on with fewer. Without
+        dynamic sampling all are kept.
         """
         if not self._config.grpo.dynamic_sampling:
             return StepGroups(tuple(groups))
@@ -138,9 +135,8 @@ class Rollouts:
             positions = all_positions([group for group in groups if group.has_signal])
             if len(positions) >= wanted or refills == self._config.grpo.max_refills:
                 break
-            with metrics.timed("decode"):
-                prompts = self._stream.take(-(-(wanted - len(positions)) // num_copies))
-            groups = groups + self.sample_and_score(prompts, metrics)
+            prompts = self.draw(metrics, -(-(wanted - len(positions)) // num_copies))
+            groups = groups + self.score(prompts, self.sample(prompts, metrics), metrics)
         used = set(positions[:wanted])
         kept = tuple(group for group in groups if group.prompt.position in used)
         dropped = tuple(group for group in groups if group.prompt.position not in used)

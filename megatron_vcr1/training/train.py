@@ -62,7 +62,7 @@ def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
     learner = Learner(model, config.optimizer, num_steps)
     if config.train.stage == "sft":
         return learner, SftTrainer(config, learner, stream, processor), num_steps
-    return learner, GrpoTrainer(config, learner, stream, processor), num_steps
+    return learner, GrpoTrainer(config, learner, stream, processor, num_steps), num_steps
 
 
 def check_batch(config: RunConfig, num_copies: int) -> None:

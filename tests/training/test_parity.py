@@ -19,7 +19,7 @@ from megatron_vcr1.parallel import groups
 from megatron_vcr1.training.grpo import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.prompts import PromptStream
-from megatron_vcr1.training.rollouts import StepGroups
+from megatron_vcr1.training.rollouts import ScoredGroup, StepGroups
 from megatron_vcr1.training.targets import TargetEncoder, completion_text
 from megatron_vcr1.training.train import build
 from tests.model import tiny
@@ -144,13 +144,13 @@ def test_grpo_is_the_papers_equations_with_adamw(folder: Path, world: None) -> N
 
 
 def _watch(trainer: GrpoTrainer) -> list[StepGroups]:
-    """What the trainer samples, as it comes."""
+    """What the trainer learns from, as it comes."""
     sampled: list[StepGroups] = []
-    collect = trainer._rollouts.collect
+    refill = trainer._rollouts.refill
 
-    def watched(metrics: Metrics) -> StepGroups:
-        sampled.append(collect(metrics))
+    def watched(groups: list[ScoredGroup], metrics: Metrics) -> StepGroups:
+        sampled.append(refill(groups, metrics))
         return sampled[-1]
 
-    trainer._rollouts.collect = watched  # type: ignore[method-assign]
+    trainer._rollouts.refill = watched  # type: ignore[method-assign]
     return sampled

@@ -1,0 +1,84 @@
+"""One step off: the next step's responses are sampled while this one trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, cast
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.training.metrics import Metrics
+from megatron_vcr1.training.prompts import DrawnPrompt, PromptStream
+from megatron_vcr1.training.rollouts import Rollouts
+from megatron_vcr1.types import RolloutGroup
+
+
+class BackgroundEngine(RolloutEngine, Protocol):
+    """An engine that can sample beside the training."""
+
+    def sample(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
+        """`generate` on the copy's first rank alone, without collectives."""
+        ...
+
+    def abort(self) -> None:
+        """Stop what is being sampled; nobody wants it any more."""
+        ...
+
+
+class Ahead:
+    """The next step's rollouts under way, by a thread of each copy's first rank. All its ranks call the methods."""
+
+    def __init__(self, engine: RolloutEngine, rollouts: Rollouts, stream: PromptStream) -> None:
+        """Raises UserError if the engine is the trained model itself, which cannot do both at once."""
+        if not (hasattr(engine, "sample") and hasattr(engine, "abort")):
+            raise UserError("grpo.one_step_off needs rollout.engine = 'sglang': set that, or turn it off")
+        self._engine = cast(BackgroundEngine, engine)
+        self._rollouts = rollouts
+        self._stream = stream
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
+        self._answers: Future[list[RolloutGroup]] | None = None
+        self._prompts: list[DrawnPrompt] = []
+        self._state_before: dict[str, Any] | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._state_before is not None
+
+    def start(self, metrics: Metrics) -> None:
+        """Draw the next step's prompts, and begin to sample."""
+        self._state_before = self._stream.state_dict()
+        self._prompts = self._rollouts.draw(metrics)
+        if groups.is_first_of_copy():
+            requests = self._rollouts.requests(self._prompts)
+            self._answers = self._thread.submit(self._engine.sample, requests, self._rollouts.sampling)
+
+    def finish(self, metrics: Metrics) -> tuple[list[DrawnPrompt], list[RolloutGroup]]:
+        """The prompts of the last `start` and their answers, when they are there; the wait counts as rollout.
+
+        Raises:
+            EngineError: the engine could not answer; on all ranks of the copy.
+        """
+        with metrics.timed("rollout"):
+            answers, error = groups.broadcast_in_copy(self._outcome)
+        self._answers = self._state_before = None
+        if error is not None:
+            raise error
+        return self._prompts, answers
+
+    def stream_state(self) -> dict[str, Any]:
+        """The state of the prompts' stream without those that are under way."""
+        return self._stream.state_dict() if self._state_before is None else self._state_before
+
+    def close(self) -> None:
+        """Leave nothing behind that samples."""
+        if self._answers is not None and not self._answers.done():
+            self._engine.abort()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _outcome(self) -> tuple[list[RolloutGroup], BaseException | None]:
+        """What the thread returned, or raised, which all ranks are to raise."""
+        assert self._answers is not None
+        error = self._answers.exception()
+        return ([] if error is not None else self._answers.result()), error
