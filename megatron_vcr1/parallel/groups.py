@@ -13,22 +13,25 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.parallel.slurm import rank_variables
 
 T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Processes of this job, from torchrun's environment; 1 when it was started alone."""
+    """Processes of this job, from torchrun's or srun's environment; 1 when it was started alone."""
+    os.environ.update(rank_variables(os.environ))
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def initialize(parallel: ParallelSection, *, seed: int = 0) -> None:
-    """Join the world (torchrun's environment, or a world of one) and build megatron-core's process groups.
+    """Join the world (torchrun's or srun's environment, or a world of one) and build megatron-core's process groups.
 
     NCCL with one GPU a process where CUDA exists, gloo otherwise. The layout is checked by config.check_layout before
     this is called.
     """
     if not dist.is_initialized():
+        os.environ.update(rank_variables(os.environ))
         # Asked for by megatron-core: kernels and collectives then start in the order of the program.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         on_gpu = torch.cuda.is_available()
