@@ -8,10 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_vcr1.checkpoint.disk import Checksum, checksum_of
-from megatron_vcr1.checkpoint.model_dir import write_durably
+from megatron_vcr1.checkpoint.model_dir import CHECKSUMS_FILE, write_durably
 from megatron_vcr1.errors import UserError
-
-CHECKSUMS_FILE = "checksums.json"
 
 
 def write_checksums(directory: Path, known: Mapping[str, Checksum]) -> None:

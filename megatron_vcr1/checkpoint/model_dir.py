@@ -4,7 +4,8 @@ An imported directory holds
     config.json, tokenizer and processor files    as they were in the Hugging Face directory
     hf_layout.json                                the headers of its safetensors files, which an export writes back
     megatron/                                     the weights, a megatron-core ``torch_dist`` checkpoint
-A training checkpoint that is to be exported has the same three parts (`copy_model_files` makes the first two).
+A training checkpoint that is to be exported has the same three parts (`copy_model_files` makes the first two), and two
+files of its own: checksums.json and state.json.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from megatron_vcr1.errors import UserError
 
 MEGATRON_DIR = "megatron"
 MANIFEST_FILE = "hf_layout.json"
+CHECKSUMS_FILE = "checksums.json"
+STATE_FILE = "state.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MANIFEST_VERSION = 1
+_OWN_FILES = (MANIFEST_FILE, CHECKSUMS_FILE, STATE_FILE)  # of an imported directory or a checkpoint, not of its model
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -120,7 +124,7 @@ def copy_model_files(model_dir: Path, destination: Path, *, manifest: bool = Tru
         manifest: also write hf_layout.json, which makes ``destination`` exportable; False for a Hugging Face directory.
     """
     for source in sorted(model_dir.iterdir()):
-        if source.is_file() and source.suffix not in _WEIGHT_SUFFIXES and source.name != MANIFEST_FILE:
+        if source.is_file() and source.suffix not in _WEIGHT_SUFFIXES and source.name not in _OWN_FILES:
             write_durably(destination / source.name, source.read_bytes())
     if manifest:
         texts = {name: header.text for name, header in model_headers(model_dir).items()}

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from megatron_vcr1.checkpoint.disk import Checksum
 from megatron_vcr1.checkpoint.integrity import check_files, write_checksums
-from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, copy_model_files, write_durably
+from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, STATE_FILE, copy_model_files, write_durably
 from megatron_vcr1.checkpoint.optimizer_state import num_updates, optimizer_pieces, set_num_updates
 from megatron_vcr1.checkpoint.pieces import Piece, cut, parameter_pieces, read_pieces, share_of_copy
 from megatron_vcr1.checkpoint.torch_dist import Chunk, GlobalTensor, read_metadata, write_chunks, write_metadata
@@ -47,7 +47,6 @@ from megatron_vcr1.parallel import groups
 
 logger = logging.getLogger(__name__)
 
-_STATE_FILE = "state.json"
 _STATE_VERSION = 1
 _LOCK_FILE = ".lock"
 _OTHER_FILES_BYTES = 2**26  # tokenizer, configuration, indices
@@ -204,7 +203,7 @@ class RunStore:
         return self._directory / f"step_{step}"
 
     def _read_state(self, step: int) -> dict[str, Any]:
-        path = self.path(step) / _STATE_FILE
+        path = self.path(step) / STATE_FILE
         try:
             content = json.loads(path.read_text())
             version = content["version"]
@@ -237,7 +236,7 @@ class RunStore:
     def _publish(self, step: int, partial: Path, shares: list[_Share], state: str, model_dir: Path) -> None:
         write_metadata(partial / MEGATRON_DIR, _global_tensors(shares))
         copy_model_files(model_dir, partial)
-        write_durably(partial / _STATE_FILE, state.encode())
+        write_durably(partial / STATE_FILE, state.encode())
         write_checksums(partial, {f"{MEGATRON_DIR}/{share.file}": share.checksum for share in shares})
         sync_directory(partial / MEGATRON_DIR)
         sync_directory(partial)

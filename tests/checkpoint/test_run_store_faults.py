@@ -89,6 +89,9 @@ def test_a_trained_checkpoint_exports_to_what_transformers_computes_the_same_wit
     run.save()
     run.store.finish()
     export_checkpoint(run.store.path(2), tmp_path / "exported")
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {
+        path.name for path in (tmp_path / "model").iterdir()
+    }  # and not the checkpoint's own files, so that another run can begin with it
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "exported", dtype=torch.float32)
     config = run.model.model_config
     prompt, responses = tiny.prompt("iv", seed=3), tiny.responses((5,), seed=4)
