@@ -10,10 +10,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,11 +86,19 @@ def synchronize() -> None:
 
 def seconds(run: Callable[[], object]) -> float:
     """Wall time of one call, device work included."""
+    return timed(run)[0]
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall time of one call, device work included, and seconds of processor time that all its threads took.
+
+    On a CPU that others use, too, the second one is the steadier.
+    """
     synchronize()
-    start_s = time.perf_counter()
+    start_s, cpu_start_s = time.perf_counter(), time.process_time()
     run()
     synchronize()
-    return time.perf_counter() - start_s
+    return time.perf_counter() - start_s, time.process_time() - cpu_start_s
 
 
 def status_bytes(field: str) -> int:
@@ -120,7 +129,7 @@ def memory_bytes() -> int:
 
 
 def matrix_product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of large square matrix products on random data, median of ten."""
+    """FLOP/s of large square matrix products on random data, median of ten; on the CPU, by processor time."""
     on_gpu = torch.cuda.is_available()
     size = 8192 if on_gpu else 1024
     device = "cuda" if on_gpu else "cpu"
@@ -131,11 +140,15 @@ def matrix_product_rate(dtype: torch.dtype) -> float:
 
     for _ in range(3):
         product()
-    return 2 * size**3 / statistics.median(seconds(product) for _ in range(10))
+    return 2 * size**3 / statistics.median(timed(product)[0 if on_gpu else 1] for _ in range(10))
 
 
 def run_again(
-    arguments: Sequence[str], *, num_processes: int = 1, threads: int | None = None
+    arguments: Sequence[str],
+    *,
+    num_processes: int = 1,
+    threads: int | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
     """Run this tool in a process of its own, or in several under torchrun; its messages go to stderr.
 
@@ -144,10 +157,9 @@ def run_again(
     launcher = [sys.executable]
     if num_processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    environment = dict(os.environ)
-    environment["OMP_NUM_THREADS"] = str(threads or torch.get_num_threads())
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads()), **environment}
     finished = subprocess.run(
-        [*launcher, str(TOOL), *arguments], env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+        [*launcher, str(TOOL), *arguments], env=variables, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
     )
     if finished.returncode:
         lines = finished.stderr.strip().splitlines()

@@ -1,7 +1,8 @@
 """train: one GRPO update of this package against the plain transformers computation.
 
-Both sides take the same weights, videos, tokens and advantages, compute the reference's log-probs, the loss with KL and
-every gradient. Each runs in processes of its own, in turns; gradients and losses are compared.
+Both sides take the same weights, videos, tokens and advantages, compute the reference's log-probs, the loss with KL,
+every gradient, their norm, and a step of Adam. Each runs in processes of its own: once for its memory and gradients,
+which are compared, then in turns for its time.
 
 "ours" packs a prompt once with its responses. "plain" is what the paper's and many public trainers do: a copy of prompt
 and video for every response, logits for the whole sequence, log_softmax and gather. "plain, response logits" spares
@@ -17,11 +18,12 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from cluster_plan.job import RECOMPUTES
 from model_presets import add_model_argument, model_config, raw_config
 from safetensors import safe_open
 from tqdm import tqdm
@@ -40,7 +42,7 @@ from throughput.measure import (
     print_table,
     reset_peak_memory,
     run_again,
-    seconds,
+    timed,
     write_json,
 )
 from throughput.random_weights import write_random_model
@@ -49,6 +51,8 @@ from throughput.update_case import UpdateCase
 OURS, PLAIN, PLAIN_KEPT = "ours", "plain", "plain, response logits"
 SIDES = (OURS, PLAIN, PLAIN_KEPT)
 TOLERANCE = 1e-5  # of gradients in float32
+# On the CPU freed tensors go back to the system at once, so that the process's peak is what was held at one time.
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -66,7 +70,12 @@ def add_parser(subparsers: Any) -> None:
     sizes.add_argument("--group-size", type=int, default=8, help="responses a prompt (default: %(default)s)")
     sizes.add_argument("--response-tokens", type=int, default=64, help="of each response (default: %(default)s)")
     sizes.add_argument("--microbatch-tokens", type=int, default=16384, help="ours (default: %(default)s)")
-    sizes.add_argument("--no-reference", action="store_true", help="no reference model and no KL")
+    sizes.add_argument(
+        "--reference",
+        choices=("swap", "resident", "none"),
+        default="swap",
+        help="ours, as grpo.reference; none: no KL on either side (default: %(default)s)",
+    )
     add_layout_arguments(parser)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every side (default: %(default)s)")
@@ -86,14 +95,15 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: %(default)s)")
     layout.add_argument("--copies", type=int, default=1, help="data-parallel copies (default: %(default)s)")
     layout.add_argument("--sequence-parallel", action="store_true")
-    layout.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    layout.add_argument("--first-stage-layers", type=int, help="language-model layers (default: an even share)")
+    layout.add_argument("--recompute", choices=RECOMPUTES, default="none", help="(default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     if args.worker:
         side, case, result_file, gradients = args.worker
-        result = work(side, UpdateCase.from_json(Path(case).read_text()), Path(gradients))
+        result = work(side, UpdateCase.from_json(Path(case).read_text()), Path(gradients) if gradients else None)
         if result is not None:
             Path(result_file).write_text(json.dumps(result))
         return 0
@@ -103,30 +113,41 @@ def run(args: argparse.Namespace) -> int:
         return 0
     write_json(args.json, result)
     report(result)
-    return 1 if any(one.get("gradient_difference", 0) > result["tolerance"] for one in result["sides"].values()) else 0
+    differences = [one.get("gradient_difference", 0.0) for one in result["sides"].values()]
+    return 1 if result["tolerance"] is not None and max(differences) > result["tolerance"] else 0
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every side's seconds, memory and difference from ours, in turns."""
+    """Every side's memory and gradients in a turn of its own, then its seconds, in turns."""
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
     num_processes = args.tensor * args.pipeline * args.copies
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, num_processes)
     sides = list(dict.fromkeys([OURS, *args.sides]))
     (folder / "case.json").write_text(case.to_json())
-    results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    with tqdm(total=args.rounds * len(sides), desc="turns") as bar:
+    result_file = folder / "result.json"
+    with tqdm(total=(1 + args.rounds) * len(sides), desc="turns") as bar:
+
+        def turn(side: str, environment: Mapping[str, str], gradients: str) -> dict[str, Any]:
+            worker = ["--worker", side, str(folder / "case.json"), str(result_file), gradients]
+            run_again(
+                ["train", "--threads", str(args.threads), *worker],
+                num_processes=num_processes if side == OURS else 1,
+                threads=args.threads,
+                environment=environment,
+            )
+            bar.update()
+            return json.loads(result_file.read_text())
+
+        compared = len(sides) > 1
+        memory = {side: turn(side, EXACT_MEMORY, str(folder / side) if compared else "") for side in sides}
+        timed: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(args.rounds):
             for side in sides:
-                result, gradients = folder / "result.json", folder / f"{side}.safetensors"
-                arguments = ["train", "--threads", str(args.threads)]
-                arguments += ["--worker", side, str(folder / "case.json"), str(result), str(gradients)]
-                run_again(arguments, num_processes=num_processes if side == OURS else 1, threads=args.threads)
-                results[side].append(json.loads(result.read_text()))
-                bar.update()
-    summaries = {side: _summary(results[side]) for side in sides}
+                timed[side].append(turn(side, {}, ""))
+    summaries = {side: _summary(memory[side], timed[side]) for side in sides}
     for side in sides[1:]:
-        summaries[side] |= _compare(folder / f"{OURS}.safetensors", folder / f"{side}.safetensors")
+        summaries[side] |= _compare(folder / OURS, folder / side)
         summaries[side]["loss_difference"] = abs(summaries[side]["loss"] - summaries[OURS]["loss"])
     return _document(args, case, summaries)
 
@@ -141,7 +162,7 @@ def measure_in_world(args: argparse.Namespace, folder: Path) -> dict[str, Any] |
     config = model_config(case.model_dir)
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, groups.world_size())
     result = work(OURS, dataclasses.replace(case, num_updates=args.rounds * args.updates), None)
-    return None if result is None else _document(args, case, {OURS: _summary([result])})
+    return None if result is None else _document(args, case, {OURS: _summary(result, [result])})
 
 
 def _document(args: argparse.Namespace, case: UpdateCase, sides: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +172,7 @@ def _document(args: argparse.Namespace, case: UpdateCase, sides: dict[str, Any])
         "model": args.model,
         "case": dataclasses.asdict(case) | {"model_dir": args.model, "reference_dir": bool(case.reference_dir)},
         "copies": args.copies,
-        "tolerance": TOLERANCE if args.dtype == "float32" else float("inf"),
+        "tolerance": TOLERANCE if args.dtype == "float32" else None,
         "flops": {
             "ours": _flops(case, case.workload(config)),
             "plain": _flops(case, case.plain_workload(config)),
@@ -164,7 +185,7 @@ def _write_case(args: argparse.Namespace, folder: Path) -> UpdateCase:
     """The case, with the weights of the policy and the reference written where sides are compared."""
     dtype = getattr(torch, args.dtype)
     raw = {**raw_config(args.model), "torch_dtype": args.dtype}
-    model_dirs = [folder / "policy"] if args.no_reference else [folder / "policy", folder / "reference"]
+    model_dirs = [folder / "policy"] if args.reference == "none" else [folder / "policy", folder / "reference"]
     for seed, model_dir in enumerate(model_dirs):
         if set(args.sides) == {OURS}:  # nothing to agree with: ranks fill their own shards
             model_dir.mkdir()
@@ -173,16 +194,18 @@ def _write_case(args: argparse.Namespace, folder: Path) -> UpdateCase:
             write_random_model(model_dir, raw, dtype=dtype, seed=seed)
     return UpdateCase(
         model_dir=str(folder / "policy"),
-        reference_dir=None if args.no_reference else str(folder / "reference"),
+        reference_dir=None if args.reference == "none" else str(folder / "reference"),
         dtype=args.dtype,
         num_prompts=args.prompts,
         prompt_tokens=args.prompt_tokens,
         group_size=args.group_size,
         response_tokens=args.response_tokens,
+        reference="resident" if args.reference == "resident" else "swap",
         microbatch_tokens=args.microbatch_tokens,
         tensor=args.tensor,
         pipeline=args.pipeline,
         sequence_parallel=args.sequence_parallel,
+        first_stage_layers=args.first_stage_layers,
         recompute=args.recompute,
         num_updates=args.updates,
     )
@@ -208,41 +231,37 @@ def work(side: str, case: UpdateCase, gradients: Path | None) -> dict[str, Any] 
             return None
     return every[0] | {
         "seconds": [max(values) for values in zip(*(one["seconds"] for one in every), strict=True)],
+        "cpu_seconds": [max(values) for values in zip(*(one["cpu_seconds"] for one in every), strict=True)],
         "peak_bytes": max(one["peak_bytes"] for one in every),
         "peak_bytes_by_rank": [one["peak_bytes"] for one in every],
-        # Every rank of the last stage has its copy's share of the loss.
-        "loss": sum(one["loss"] for one in every) / case.tensor,
     }
 
 
 def _time(update: Any, case: UpdateCase, libraries_bytes: int, gradients: Path | None) -> dict[str, Any]:
-    """One update that warms up, then the timed ones; gradients are those of the last."""
+    """One update that warms up, of which loss and gradients are, then the timed ones."""
     at_rest = memory_bytes()
-    update.run()
-    losses: list[float] = []
-    took = [seconds(lambda: losses.append(update.run())) for _ in range(case.num_updates)]
-    peak = peak_memory_bytes()
-    if gradients is not None and groups.world_size() == 1:
+    loss = update.run()
+    if gradients is not None:
         update.save_gradients(gradients)
+    took = [timed(update.run) for _ in range(case.num_updates)]
+    peak = peak_memory_bytes()  # with the optimizer's state, which the first update made
     return {
-        "seconds": took,
+        "seconds": [wall for wall, _ in took],
+        "cpu_seconds": [cpu for _, cpu in took],
         "peak_bytes": peak,
-        "at_rest_bytes": at_rest,  # weights, and gradients where a buffer holds them
+        "at_rest_bytes": at_rest,  # weights, and gradients and optimizer as far as they are there from the start
         "libraries_bytes": libraries_bytes,
-        "loss": losses[-1],
+        "loss": loss,
         "product_flops_per_s": matrix_product_rate(getattr(torch, case.dtype)),
     }
 
 
-def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of all turns of a side: every timed second, the highest memory, the fastest matrix product."""
-    took = [value for one in results for value in one["seconds"]]
-    highest = {
-        key: max(one[key] for one in results)
-        for key in ("peak_bytes", "at_rest_bytes", "libraries_bytes", "product_flops_per_s")
-    }
-    by_rank = {key: results[-1][key] for key in ("peak_bytes_by_rank",) if key in results[-1]}
-    return {"seconds": took, **highest, **by_rank, "loss": results[-1]["loss"]}
+def _summary(memory: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Memory of the turn that measures it; every timed second of all turns, and their fastest matrix product."""
+    kept = ("peak_bytes", "peak_bytes_by_rank", "at_rest_bytes", "libraries_bytes", "loss")
+    took = {key: [value for one in turns for value in one[key]] for key in ("seconds", "cpu_seconds")}
+    rate = max(one["product_flops_per_s"] for one in turns)
+    return {**took, **{key: memory[key] for key in kept if key in memory}, "product_flops_per_s": rate}
 
 
 def _compare(ours: Path, other: Path) -> dict[str, float]:
@@ -272,29 +291,26 @@ def report(result: dict[str, Any]) -> None:
     """Print the table and what the columns mean."""
     ours, case = result["sides"][OURS], result["case"]
     num_devices = case["tensor"] * case["pipeline"] * result["copies"]
-    useful = result["flops"]["ours"]["total"]
+    useful, peak = result["flops"]["ours"]["total"], bf16_peak(result["device"])
+    # Others may use the same processor: its time says more than the clock.
+    clock = "seconds" if peak else "cpu_seconds"
     rows = []
     for side, one in result["sides"].items():
-        spread = Spread.of(one["seconds"])
+        spread = Spread.of(one[clock])
         devices = num_devices if side == OURS else 1
-        peak = bf16_peak(result["device"]) or one["product_flops_per_s"]
-        faster = spread.median / Spread.of(ours["seconds"]).median
-        row = [side, spread.text(), f"{1 / faster:.3f}x" if faster < 1 else f"{faster:.1f}x"]
-        row += [f"{one['peak_bytes'] / 1e9:.2f}", f"{one['peak_bytes'] / ours['peak_bytes']:.1f}x"]
-        row += [f"{100 * useful / spread.median / devices / peak:.1f} %"]
+        rate = useful / spread.median / devices / (peak or one["product_flops_per_s"])
+        row = [side, Spread.of(one["seconds"]).text(), spread.text()]
+        row += [f"{spread.median / Spread.of(ours[clock]).median:.1f}", f"{one['peak_bytes'] / 1e9:.2f}"]
+        row += [f"{one['peak_bytes'] / ours['peak_bytes']:.1f}", f"{100 * rate:.1f} %"]
         row += ["-" if side == OURS else f"{one['gradient_difference']:.1e}"]
         rows.append(row)
-    operations = result["flops"]["plain"]["total"] / useful
-    rows_of = (
-        f"{case['num_prompts']} x (prompt {case['prompt_tokens']} + {case['group_size']} x {case['response_tokens']})"
-    )
-    against = "of the published bfloat16 peak" if bf16_peak(result["device"]) else "of a matrix product's rate"
+    sizes = f"{case['num_prompts']} x ({case['prompt_tokens']} + {case['group_size']} x {case['response_tokens']})"
     print_table(
-        f"GRPO update, {result['model']}, {case['dtype']}, {rows_of} tokens, {result['device']}, {result['date']}",
-        ("", "seconds", "of ours", "peak GB", "of ours", "MFU", "gradient difference"),
+        f"GRPO update, {result['model']}, {case['dtype']}, {sizes} tokens, {result['device']}, {result['date']}",
+        ("", "seconds", "processor s", "of ours", "peak GB", "of ours", "MFU", "gradient difference"),
         rows,
-        f"median (range) of {len(ours['seconds'])} updates; peak of the process, libraries "
-        f"{ours['libraries_bytes'] / 1e9:.2f} GB included. MFU: {useful / 1e12:.3f} TFLOP, prompts counted once, "
-        f"{against}; the plain computation does {operations:.1f}x as many. Gradients: largest difference from ours "
-        "of any number.",
+        f"Median (range) of {len(ours['seconds'])}. Peak of the process with libraries, "
+        f"{ours['libraries_bytes'] / 1e9:.2f} GB. MFU: {useful / 1e12:.3f} TFLOP, prompts counted once, of "
+        f"{'the published bfloat16 peak' if peak else 'the rate of a matrix product'}; plain computes "
+        f"{result['flops']['plain']['total'] / useful:.1f} times as many. Gradients: largest difference from ours.",
     )

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 import torch
+from cluster_plan.job import Layout, square_video
 from torch import Tensor
 
 from megatron_vcr1.config.schema import RunConfig
@@ -15,7 +16,6 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload
 
-TEXT_TOKENS = 64  # of a prompt, at least; its video takes the rest
 SECONDS_PER_STEP = 1.0  # two frames at 2 a second
 
 
@@ -31,13 +31,28 @@ class UpdateCase:
     group_size: int = 8
     response_tokens: int = 64
     kl_coef: float = 0.04
+    reference: str = "swap"  # or "resident"; where reference_dir is set
+    learning_rate: float = 1e-6
+    clip_norm: float = 1.0
     microbatch_tokens: int = 16384
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
+    first_stage_layers: int | None = None
     recompute: str = "none"
     num_updates: int = 1  # timed ones, after one that warms up
     seed: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        """Of one copy of the model."""
+        return Layout(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            sequence_parallel=self.sequence_parallel,
+            first_stage_layers=self.first_stage_layers,
+            recompute=self.recompute,
+        )
 
     @property
     def run_config(self) -> RunConfig:
@@ -45,37 +60,30 @@ class UpdateCase:
         return RunConfig.model_validate(
             {
                 "model": {"path": self.model_dir, "dtype": self.dtype},
-                "parallel": {
-                    "tensor": self.tensor,
-                    "pipeline": self.pipeline,
-                    "sequence_parallel": self.sequence_parallel,
-                },
-                "recompute": {"granularity": self.recompute},
+                "parallel": self.layout.parallel,
+                "recompute": self.layout.recompute_section,
                 "train": {"microbatch_tokens": self.microbatch_tokens, "prompts_per_step": self.num_prompts},
-                "grpo": {"group_size": self.group_size, "kl_coef": self.kl_coef if self.reference_dir else 0.0},
+                "optimizer": {"learning_rate": self.learning_rate, "clip_norm": self.clip_norm},
+                "grpo": {
+                    "group_size": self.group_size,
+                    "kl_coef": self.kl_coef if self.reference_dir else 0.0,
+                    "reference": self.reference,
+                },
             }
         )
 
     def workload(self, config: ModelConfig) -> Workload:
         """Of one forward pass over all groups, prompts counted once."""
-        grid = self.video_grid(config)
+        grid = square_video(config, self.prompt_tokens)
         a_group = Workload.of_group(config, self.prompt_tokens, [self.response_tokens] * self.group_size, [grid])
         return sum([a_group] * self.num_prompts, Workload())
 
     def plain_workload(self, config: ModelConfig) -> Workload:
         """The same with a copy of the prompt for every response, and logits everywhere."""
         num_tokens = self.prompt_tokens + self.response_tokens
-        a_copy = Workload.of_group(config, num_tokens, (), [self.video_grid(config)])
+        a_copy = Workload.of_group(config, num_tokens, (), [square_video(config, self.prompt_tokens)])
         a_copy = dataclasses.replace(a_copy, targets=num_tokens)
         return sum([a_copy] * self.group_size * self.num_prompts, Workload())
-
-    def video_grid(self, config: ModelConfig) -> tuple[int, int, int]:
-        """Square frames of 224 pixels, of 392 in longer prompts, as many as fit beside the text."""
-        side = 16 if self.prompt_tokens <= 2048 else 28
-        steps = (self.prompt_tokens - TEXT_TOKENS) // (side**2 // config.vision.patches_per_token)
-        if steps < 1:
-            raise ValueError(f"a prompt of {self.prompt_tokens} tokens has no room for a video; take at least 128")
-        return steps, side, side
 
     def groups(self, config: ModelConfig) -> list[Group]:
         return [self._group(config, index) for index in range(self.num_prompts)]
@@ -97,7 +105,7 @@ class UpdateCase:
 
     def _group(self, config: ModelConfig, index: int) -> Group:
         generator = self._generator(index)
-        steps, height, width = grid = self.video_grid(config)
+        steps, height, width = grid = square_video(config, self.prompt_tokens)
         patch = config.vision.patch_size
         size = (steps * config.vision.temporal_patch_size, height * patch, width * patch, 3)
         frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)

@@ -1,24 +1,30 @@
-"""The GRPO update by this package: packed groups, shared prompts, the head fused with the loss, at any layout."""
+"""The GRPO update by this package, as its trainer makes it from a rollout on: packed groups, shared prompts, the head
+fused with the loss, at any layout.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from safetensors.torch import save_file
 from torch import Tensor
-from vcr1_kernels import linear_grpo_loss
 
+from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.checkpoint.pieces import parameter_pieces
-from megatron_vcr1.data.packing import pack_groups
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.hf_layout import model_layout, to_hf
-from megatron_vcr1.model.packed_batch import PackedBatch, pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.packed_batch import PackedBatch
+from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups, schedule
+from megatron_vcr1.training.grpo import PolicyBatch
+from megatron_vcr1.training.losses import Counts, TokenData, grpo_loss, token_weights
+from megatron_vcr1.training.microbatches import make_microbatches
+from megatron_vcr1.training.optimizer import Learner
+from megatron_vcr1.training.reference import Reference
 from throughput.update_case import UpdateCase
 
 
@@ -27,70 +33,86 @@ class OurUpdate:
 
     def __init__(self, case: UpdateCase) -> None:
         self.case = case
-        self.config = ModelConfig.from_pretrained(case.model_dir)
-        self.model = self._build(case.model_dir).train()
-        self.model.config.finalize_model_grads_func = finalize_model_grads
-        self.parallel = DistributedDataParallel(self.model.config, DistributedDataParallelConfig(), self.model)
-        self.reference = self._build(case.reference_dir).eval() if case.reference_dir else None
-        every = case.groups(self.config)
-        mine = [every[index] for index in range(groups.copy_index(), len(every), groups.num_copies())]
-        advantages = {group.id: row for group, row in zip(every, case.advantages(), strict=True)}
-        rows_multiple_of = case.tensor if case.sequence_parallel else 1
-        self.batches: list[PackedBatch] = []
-        self.advantages: list[Tensor] = []  # of each batch, [targets]
-        for microbatch in pack_groups(mine, case.microbatch_tokens):
-            batch = pack(microbatch, self.config, rows_multiple_of=rows_multiple_of).to(groups.device())
-            of_responses = torch.cat([advantages[group.id] for group in microbatch])
-            of_targets = of_responses.repeat_interleave(case.response_tokens)
-            self.batches.append(batch)
-            self.advantages.append(of_targets.to(groups.device()))
-
-    def _build(self, folder: str) -> QwenVLModel:
-        has_weights = (Path(folder) / "model.safetensors.index.json").is_file()
-        model = build_model(self.config, self.case.run_config, initialize_weights=not has_weights).to(groups.device())
+        self.run_config = case.run_config
+        config = ModelConfig.from_pretrained(case.model_dir)
+        has_weights = (Path(case.model_dir) / "model.safetensors.index.json").is_file()
+        self.model = build_model(config, self.run_config, initialize_weights=not has_weights).to(groups.device())
+        self.learner = Learner(self.model, self.run_config.optimizer, num_steps=10**6)
+        self.reference: Reference | None = None
+        if case.reference_dir is not None:
+            if has_weights:
+                load_model_weights(self.model, Path(case.reference_dir))
+            self.reference = Reference(self.model, self.run_config.grpo.reference)
         if has_weights:
-            load_model_weights(model, Path(folder))
-        return model
+            load_model_weights(self.model, Path(case.model_dir))
+            self.learner.optimizer.reload_model_params()
+        self.batches = self._batches(config)
+
+    def _batches(self, config: ModelConfig) -> list[PolicyBatch]:
+        """This copy's microbatches, as the trainer makes them of a rollout."""
+        case = self.case
+        every = case.groups(config)
+        advantages = {group.id: row for group, row in zip(every, case.advantages(), strict=True)}
+        mine = every[groups.copy_index() :: groups.num_copies()]
+        num_responses = case.num_prompts * case.group_size
+        counts = Counts(num_responses, num_responses * case.response_tokens)
+        batches = []
+        for one in make_microbatches(mine, self.model, case.microbatch_tokens):
+            lengths = torch.tensor(one.packed.response_lengths)
+            of_responses = torch.cat([advantages[group.id] for group in one.groups])
+            data = TokenData(
+                advantages=of_responses.repeat_interleave(lengths),
+                rollout_log_probs=torch.zeros(int(lengths.sum())),
+                segment_ids=torch.arange(len(lengths)).repeat_interleave(lengths),
+            )
+            weights = token_weights(one.packed.response_lengths, counts, "sequence", case.response_tokens)
+            batches.append(PolicyBatch(one.packed, data.to(groups.device()), weights.to(groups.device())))
+        return batches
 
     def run(self) -> float:
-        """Forward and backward over this copy's groups; gradients are summed over copies. Returns its loss."""
-        self.parallel.zero_grad_buffer()
-        references: list[Tensor | None] = [None] * len(self.batches)
-        if self.reference is not None:
-            reference = self.reference
+        """The reference's log-probs, forward, backward, clipping and optimizer. Returns the loss over all ranks."""
+        by_packed = {id(one.packed): one for one in self._with_reference()}
 
-            def collect(batch: PackedBatch, hidden: Tensor) -> Tensor:
-                return reference.log_probs(hidden, batch.target_ids)
+        def loss(packed: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            batch = by_packed[id(packed)]
+            settings = self.run_config.grpo
+            result = grpo_loss(self.model, hidden, packed, batch.data, batch.weights, settings, temperature=1.0)
+            return result.loss, {}
 
-            references = list(schedule.forward_only(reference, self.batches, collect)) or references
-        num_targets = self.case.num_prompts * self.case.group_size * self.case.response_tokens
+        return self.learner.update([one.packed for one in self.batches], loss).loss
 
-        def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            index = next(i for i, one in enumerate(self.batches) if one is batch)
-            result = linear_grpo_loss(
-                hidden,
-                self.model.head_weight(),
-                batch.target_ids,
-                self.advantages[index],
-                token_weights=torch.full_like(self.advantages[index], 1 / num_targets),
-                ref_log_probs=references[index],
-                kl_coef=self.case.kl_coef if self.reference is not None else 0.0,
-                group=self.model.tensor_group,
-            )
-            return result.loss, {"loss": result.loss.detach()}
+    def _with_reference(self) -> list[PolicyBatch]:
+        if self.reference is None:
+            return self.batches
 
-        metrics = schedule.forward_backward(self.parallel, self.batches, loss)
-        return float(sum(one["loss"] for one in metrics))
+        def collect(batch: PackedBatch, hidden: Tensor) -> Tensor:
+            return self.model.log_probs(hidden, batch.target_ids)
+
+        with self.reference.in_place():
+            log_probs = schedule.forward_only(self.model, [one.packed for one in self.batches], collect)
+        if not log_probs:  # not the last stage
+            return self.batches
+        return [
+            replace(batch, data=replace(batch.data, ref_log_probs=values))
+            for batch, values in zip(self.batches, log_probs, strict=True)
+        ]
 
     def save_gradients(self, path: Path) -> None:
-        """By published names; in a world of one."""
-        whole: dict[str, Tensor] = {}
-        layouts = model_layout(self.config)
-        for parameter, pieces in parameter_pieces(self.model).items():
-            gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]  # of megatron-core's buffer
-            parts = gradient.view(-1).split([len(piece.values) for piece in pieces])
-            for piece, part in zip(pieces, parts, strict=True):
-                tensor = whole.setdefault(piece.key, part.new_empty(layouts[piece.key].shape))
-                tensor[piece.offsets[0] : piece.offsets[0] + piece.shape[0]] = part.view(piece.shape)
-        gradients = {name: one for key, tensor in whole.items() for name, one in to_hf(layouts[key], tensor).items()}
-        save_file({name: one.contiguous() for name, one in gradients.items()}, path)
+        """Of the last update, clipped, by published names; all ranks of a copy call it, the first one writes."""
+        with self._gradients_as_weights():
+            gradients = {name: tensor.float().cpu().clone() for name, tensor in stream_hf_tensors(self.model)}
+        if groups.is_first_rank():
+            save_file(gradients, path)
+
+    @contextmanager
+    def _gradients_as_weights(self) -> Iterator[None]:
+        """The model's parameters are its gradients within the with-block: what gathers weights then gathers these."""
+        parameters = list(self.model.parameters())
+        weights = [parameter.data for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.data = parameter.main_grad
+            yield
+        finally:
+            for parameter, values in zip(parameters, weights, strict=True):
+                parameter.data = values

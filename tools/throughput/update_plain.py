@@ -21,8 +21,8 @@ from throughput.update_case import UpdateCase
 class PlainUpdate:
     """transformers' model with SDPA attention, on one device.
 
-    The reference's forward pass, the policy's, log_softmax and gather a response at a time (which spares memory), the
-    loss with KL, backward.
+    The policy's forward pass and the reference's, log_softmax and gather a response at a time (which spares memory),
+    the loss with KL, backward, clipping, AdamW.
 
     Args:
         full_logits: logits for the whole sequence; otherwise behind response tokens only, by `logits_to_keep`.
@@ -37,6 +37,7 @@ class PlainUpdate:
         if case.recompute != "none":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.reference = None if case.reference_dir is None else self._load(case.reference_dir).eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=case.learning_rate, weight_decay=0.0)
         self.groups = case.groups(self.config)
         self.advantages = case.advantages().to(self.device)
 
@@ -46,16 +47,19 @@ class PlainUpdate:
         return model.to(self.device)
 
     def run(self) -> float:
-        """Forward and backward over all groups, a group at a time; gradients are in the model. Returns the loss."""
+        """Forward and backward a group at a time, clipping, optimizer. Returns the loss."""
         self.model.zero_grad()
         total = 0.0
         for group, advantages in zip(self.groups, self.advantages, strict=True):
             loss = self._loss(group, advantages) / len(self.groups)
             loss.backward()
             total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.case.clip_norm)
+        self.optimizer.step()
         return total
 
     def save_gradients(self, path: Path) -> None:
+        """Of the last update, clipped, by published names."""
         gradients = {published_name(name): one.grad for name, one in self.model.named_parameters()}
         save_file({name: one.contiguous() for name, one in gradients.items() if one is not None}, path)
 

@@ -1,0 +1,187 @@
+"""Bytes that a GPU holds while it trains, by part and pipeline stage.
+
+Activations are counted from the code: what each module keeps for its backward pass, in numbers a row, with h the hidden
+size, q and k the sizes of all query and of all key heads on the rank, f the FFN's on the rank, d the head size:
+
+    two norms       2 x (input, output) and what the output's product keeps, the same: 4h    CPU: 6h
+    attention       q and k rotated, the output, the joint projection that v is a view of: 3q + 3k + rotary 4d
+    gated MLP       gate and up, their product: 3f                                            CPU: 4f
+
+h stands on every rank, or is divided under sequence parallelism. Full recomputation keeps h a layer and one layer
+whole; recomputation of the MLP drops its 3f (4f). Stage s of p holds min(microbatches, p - s) microbatches (1F1B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from cluster_plan.devices import Device
+from cluster_plan.job import Job, Layout
+from cluster_plan.parameters import StageParameters, num_parameters, stage_parameters
+from megatron_vcr1.model.config import ModelConfig, VisionConfig
+
+GRADIENT_BYTES = 4  # float32 buffers, whatever the parameters' type
+GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 1280 * 2**20, 32 * 2**20  # of logits, in vcr1_kernels' head
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one rank at the moment that needs most."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    reference: float
+    activations: float  # kept for the backward pass, both towers
+    working: float  # of the head or of the layer that is being computed, whichever needs more
+    fixed: float  # context, libraries, fragmentation
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, one.name) for one in fields(self))
+
+    @property
+    def resident(self) -> float:
+        """What stays while the engine samples."""
+        return self.parameters + self.gradients + self.optimizer + self.reference + self.fixed
+
+    @property
+    def largest_part(self) -> str:
+        return max((one.name for one in fields(self)), key=lambda name: getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNumbers:
+    """What one layer keeps for a row, and needs while its backward pass runs."""
+
+    kept: float
+    boundary: float  # its input alone, under full recomputation
+    working: float
+
+
+def text_layer_numbers(config: ModelConfig, layout: Layout, *, is_cpu: bool) -> LayerNumbers:
+    text, ranks = config.text, layout.tensor
+    key = max(text.num_kv_heads / ranks, 1) * text.head_dim
+    query = text.num_heads / ranks * text.head_dim
+    hidden = text.hidden_size / (ranks if layout.sequence_parallel else 1)
+    rotary = 4 * text.head_dim
+    return _layer_numbers(hidden, query, key, text.ffn_hidden_size / ranks, rotary, layout, is_cpu=is_cpu)
+
+
+def vision_layer_numbers(vision: VisionConfig, layout: Layout, *, is_cpu: bool) -> LayerNumbers:
+    """Of a patch. Without a gate the MLP keeps its inner state, QuickGELU's two factors and the product: 3f too."""
+    ranks = layout.tensor
+    heads = vision.hidden_size / ranks
+    hidden = vision.hidden_size / (ranks if layout.sequence_parallel else 1)
+    rotary = 4 * vision.head_dim
+    return _layer_numbers(
+        hidden, heads, heads, vision.ffn_hidden_size / ranks, rotary, layout, is_cpu=is_cpu and vision.gated
+    )
+
+
+def _layer_numbers(
+    hidden: float, query: float, key: float, ffn: float, rotary: float, layout: Layout, *, is_cpu: bool
+) -> LayerNumbers:
+    norms = (6 if is_cpu else 4) * hidden
+    mlp = (4 if is_cpu else 3) * ffn
+    whole = norms + 3 * query + 3 * key + rotary + mlp
+    backward = 2 * hidden + 3 * ffn  # gradients of the residual stream and inside the MLP
+    if layout.recompute == "full":
+        return LayerNumbers(hidden, hidden, whole + backward)
+    if layout.recompute == "mlp":
+        return LayerNumbers(whole - mlp, hidden, mlp + backward)
+    return LayerNumbers(whole, hidden, backward)
+
+
+def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, ...]:
+    """What a rank of each stage holds, first to last."""
+    return tuple(
+        _stage_memory(job, layout, device, stage, parameters)
+        for stage, parameters in enumerate(stage_parameters(job.config, layout))
+    )
+
+
+def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, parameters: StageParameters) -> Memory:
+    learning = _learning(job, parameters)
+    whole_state = 8 if job.dtype_bytes == 4 else 12  # Adam's moments, and float32 weights beside bfloat16 ones
+    in_flight = min(layout.microbatches(job), layout.pipeline - stage)
+    text_bytes, text_working = _text_activations(job, layout, device, stage)
+    vision_bytes, vision_working = _vision_activations(job, layout, device) if stage == 0 else (0.0, 0.0)
+    # The text's part is gone when the vision tower's backward pass runs, for one of the microbatches in flight.
+    working = max(text_working, vision_working - text_bytes)
+    if stage == layout.pipeline - 1:
+        working = max(working, _head_bytes(job, layout, device))
+    activations = in_flight * (text_bytes + vision_bytes)
+    weights = parameters.total * job.dtype_bytes
+    dynamic = activations + max(working, 0.0)
+    return Memory(
+        parameters=weights,
+        gradients=learning * GRADIENT_BYTES,
+        optimizer=learning * whole_state / layout.copies,
+        reference=weights if job.with_reference and (job.reference_resident or device.is_cpu) else 0.0,
+        activations=activations,
+        working=max(working, 0.0),
+        fixed=device.fixed_bytes + device.fragmentation * dynamic,
+    )
+
+
+def _learning(job: Job, parameters: StageParameters) -> int:
+    """Numbers that have gradients. (The merger, under 1 % of the model, counts with the tower.)"""
+    frozen_text = "language_model" in job.freeze
+    vision = 0 if "vision_tower" in job.freeze else parameters.vision
+    return vision + (0 if frozen_text else parameters.text + parameters.embedding)
+
+
+def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
+    """Kept bytes of one microbatch on a stage, and one layer's working bytes."""
+    numbers = text_layer_numbers(job.config, layout, is_cpu=device.is_cpu)
+    rows = job.group_rows * layout.groups_per_microbatch
+    layers = layout.stages(job.config)[stage]
+    return rows * layers * numbers.kept * job.dtype_bytes, rows * numbers.working * job.dtype_bytes
+
+
+def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float, float]:
+    vision = job.config.vision
+    patches = job.groups(layout.groups_per_microbatch).patches
+    if {"vision_tower", "merger"} <= set(job.freeze):
+        return 0.0, 0.0
+    numbers = vision_layer_numbers(vision, layout, is_cpu=device.is_cpu)
+    # The merger keeps its norm's input and output and two inner states; the embedding, the pixels.
+    merger = (3 + 2 / layout.tensor) * vision.hidden_size
+    kept = vision.num_layers * numbers.kept + merger + vision.patch_dim
+    return patches * kept * job.dtype_bytes, patches * numbers.working * job.dtype_bytes
+
+
+def _head_bytes(job: Job, layout: Layout, device: Device) -> float:
+    """A chunk of logits, and the float32 gradients of the weight and of the hidden states."""
+    text = job.config.text
+    targets = job.group_size * job.response_tokens * layout.groups_per_microbatch
+    shard = text.vocab_size / layout.tensor
+    chunk = min(CPU_CHUNK_BYTES if device.is_cpu else GPU_CHUNK_BYTES, targets * shard * job.dtype_bytes)
+    # In float32, and once more when it is handed on in the parameters' type.
+    number_bytes = GRADIENT_BYTES + (job.dtype_bytes if job.dtype_bytes < GRADIENT_BYTES else 0)
+    weight = 0.0 if "language_model" in job.freeze else shard * text.hidden_size * number_bytes
+    return chunk + weight + targets * text.hidden_size * (4 + job.dtype_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """A colocated engine on one GPU, beside what training leaves there."""
+
+    ranks: int  # GPUs that share one engine
+    weights: float
+    cache: float  # room for keys and values
+    tokens: int  # that the cache of an engine holds
+
+
+def engine_memory(job: Job, device: Device, resident: float, ranks: int) -> EngineMemory:
+    """What an engine of so many GPUs has for its cache; negative if its weights alone do not fit."""
+    weights = num_parameters(job.config) * job.dtype_bytes / ranks
+    cache = device.memory_bytes - resident - weights - device.fragmentation * device.memory_bytes
+    return EngineMemory(ranks, weights, cache, max(int(cache / cache_bytes_per_token(job, ranks)), 0))
+
+
+def cache_bytes_per_token(job: Job, ranks: int) -> float:
+    """Keys and values of a token on one of an engine's ranks."""
+    text = job.config.text
+    return 2 * text.num_layers * max(text.num_kv_heads / ranks, 1) * text.head_dim * job.dtype_bytes

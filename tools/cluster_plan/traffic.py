@@ -1,0 +1,93 @@
+"""Bytes that a GPU sends in one step, by dimension.
+
+Ring collectives of n ranks on a buffer of B bytes: all-reduce sends 2 (n - 1) / n B, all-gather and reduce-scatter of
+the whole buffer (n - 1) / n B each; sequence parallelism replaces an all-reduce by one of each, the same bytes.
+
+tensor    every layer forward 2 all-reduces of its rows (behind attention and MLP), backward 2, again with full
+          recomputation; under sequence parallelism also 2 gathers of the inputs for the weights' gradients
+pipeline  the rows of a microbatch to the next stage, their gradient back
+data      gradients in float32 to the rank that keeps their optimizer state, new weights back
+sync      the weights to the engines
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster_plan.job import Job, Layout
+from cluster_plan.memory import GRADIENT_BYTES
+from cluster_plan.parameters import num_parameters, stage_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that the busiest GPU sends in a step."""
+
+    tensor: float
+    pipeline: float
+    data: float
+    sync: float
+
+    @property
+    def total(self) -> float:
+        return self.tensor + self.pipeline + self.data + self.sync
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """By one rank within its tensor-parallel group, for one microbatch."""
+
+    bytes: float = 0.0
+    collectives: int = 0
+
+
+def step_traffic(job: Job, layout: Layout) -> Traffic:
+    """Of one GRPO step, the reference's pass included."""
+    num_microbatches = layout.microbatches(job)
+    reference = 1 if job.with_reference else 0
+    within = (tensor_traffic(job, layout, stage, layers) for stage, layers in enumerate(layout.stages(job.config)))
+    of_microbatch = max((1 + reference) * forward.bytes + backward.bytes for forward, backward in within)
+    # An inner stage sends rows on and gradients back; of two stages, the first sends rows and the last gradients.
+    crossings = 0 if layout.pipeline == 1 else 1 + reference + (layout.pipeline > 2)
+    weights = max(one.total for one in stage_parameters(job.config, layout))
+    return Traffic(
+        tensor=num_microbatches * of_microbatch,
+        pipeline=num_microbatches * crossings * boundary_bytes(job, layout),
+        data=(layout.copies - 1) / layout.copies * weights * (GRADIENT_BYTES + job.dtype_bytes),
+        sync=num_parameters(job.config) * job.dtype_bytes,
+    )
+
+
+def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tuple[Sent, Sent]:
+    """Forward and backward of one microbatch on a stage with so many language-model layers."""
+    if layout.tensor == 1:
+        return Sent(), Sent()
+    config, work = job.config, job.groups(layout.groups_per_microbatch)
+    text_rows = work.rows * config.text.hidden_size * job.dtype_bytes  # bytes of one buffer of rows
+    vision_rows = work.patches * config.vision.hidden_size * job.dtype_bytes
+    features = work.patches // config.vision.patches_per_token * config.text.hidden_size * job.dtype_bytes
+    vision_layers = config.vision.num_layers * (stage == 0)
+    # Buffers that are reduced over all ranks. Behind attention and MLP of every layer, and before them on the way back:
+    layers = [text_rows] * (2 * num_layers) + [vision_rows] * (2 * vision_layers)
+    forward, backward = list(layers), list(layers)
+    if stage == 0:
+        forward += [text_rows, features]  # embedding, merger
+        backward += [vision_rows]  # into the merger
+    if stage == layout.pipeline - 1:
+        forward += [4 * work.targets] * 2  # statistics of the softmax
+        backward += [4 * work.targets * config.text.hidden_size]  # the hidden states' gradient, float32
+    if layout.recompute == "full":
+        backward += layers
+    ring = (layout.tensor - 1) / layout.tensor
+    gathered = layers if layout.sequence_parallel else []  # inputs, once more, for the weights' gradients
+    return (
+        Sent(2 * ring * sum(forward), len(forward)),
+        Sent(2 * ring * sum(backward) + ring * sum(gathered), len(backward) + len(gathered)),
+    )
+
+
+def boundary_bytes(job: Job, layout: Layout) -> float:
+    """Rows of one microbatch between two stages, as one rank sends them."""
+    rows = job.group_rows * layout.groups_per_microbatch
+    share = layout.tensor if layout.sequence_parallel else 1
+    return rows * job.config.text.hidden_size * job.dtype_bytes / share
