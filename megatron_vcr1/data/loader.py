@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import multiprocessing
+import os
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,6 +211,7 @@ class PromptLoader:
             # fork would copy locks that decoder and communication threads hold
             multiprocessing_context="forkserver" if self._num_workers else None,
             collate_fn=_as_it_is,
+            worker_init_fn=_end_with_the_reader,
             # without one of its own DataLoader draws from the global generator, and a resumed run would diverge
             generator=torch.Generator(),
         )
@@ -234,6 +238,20 @@ class _PositionDataset(Dataset[LoadedSample]):
 
 def _as_it_is(loaded: Any) -> Any:
     return loaded
+
+
+def _end_with_the_reader(worker_id: int) -> None:
+    """Have this worker end with the process that reads from it, also when that is killed. DataLoader's own watch is on
+    the fork server, which lives as long as its workers do.
+    """
+    reader = multiprocessing.parent_process()
+    assert reader is not None
+
+    def watch() -> None:
+        reader.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with the reader", daemon=True).start()
 
 
 def _shares(weights: Sequence[float], num_positions: int) -> tuple[int, ...]:
