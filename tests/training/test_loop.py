@@ -1,0 +1,131 @@
+"""The loop around a trainer: steps that are not finite, signals, checkpoints, what is on record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.training.loop import EXIT_STOPPED_BY_SIGNAL
+from megatron_vcr1.training.optimizer import Learner, Update
+from megatron_vcr1.training.sft import SftTrainer
+from megatron_vcr1.training.step import StepResult, TrainingStopped
+from megatron_vcr1.training.train import train
+from tests.training import workspace
+
+TIMED = ("time/", "tokens_per_s", "tflops_per_s", "memory/")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workspace.create(tmp_path_factory.mktemp("loop"), num_videos=6)
+
+
+def _config(folder: Path, run_dir: Path, **sections: dict[str, Any]) -> RunConfig:
+    run = {"stage": "sft", "run_dir": run_dir, "num_steps": 4, "prompts_per_step": 2}
+    return workspace.config(folder, "sft", **{**sections, "train": {**run, **sections.get("train", {})}})
+
+
+def _curve(run_dir: Path) -> list[dict[str, Any]]:
+    rows = workspace.metrics(run_dir)
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
+
+
+def test_a_run_stops_after_too_many_steps_that_are_not_finite_and_names_their_samples(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Learner.update
+    calls: list[int] = []
+
+    def sometimes_not_finite(self: Learner, *args: Any) -> Update:
+        calls.append(len(calls))
+        return update(self, *args) if len(calls) in (1, 3) else Update(float("nan"), float("inf"), False, [])
+
+    monkeypatch.setattr(Learner, "update", sometimes_not_finite)
+    config = _config(folder, tmp_path / "run", train={"num_steps": 9, "max_skipped_steps": 1})
+    with pytest.raises(TrainingStopped, match=r"2 steps in a row .* samples are train_0\d+, train_0\d+"):
+        train(config)
+    rows = _curve(tmp_path / "run")
+    assert [row["update_skipped"] for row in rows] == [0, 1, 0, 1, 1]  # one that is applied starts the count anew
+    assert rows[1]["loss"] is None and rows[1]["grad_norm"] is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_behind_a_checkpoint_and_the_next_start_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    config = _config(folder, tmp_path / "run")
+    assert train(_config(folder, tmp_path / "alone")) == 0
+    step = SftTrainer.step
+
+    def signalled(self: SftTrainer, step_number: int, metrics: Any) -> StepResult:
+        if step_number == 2:
+            os.kill(os.getpid(), number)
+        return step(self, step_number, metrics)
+
+    monkeypatch.setattr(SftTrainer, "step", signalled)
+    before = signal.getsignal(number)
+    assert train(config) == EXIT_STOPPED_BY_SIGNAL
+    assert signal.getsignal(number) is before
+    assert [row["step"] for row in _curve(tmp_path / "run")] == [1, 2]
+    monkeypatch.undo()
+    assert train(config) == 0
+    assert _curve(tmp_path / "run") == _curve(tmp_path / "alone")
+    assert train(config) == 0  # there is nothing left to do
+    assert _curve(tmp_path / "run") == _curve(tmp_path / "alone")
+
+
+def test_videos_that_cannot_be_read_are_listed(folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["video"] = str(folder / "data" / row["video"])
+    rows[0]["video"] = "nowhere.mp4"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        **workspace.config(folder, "sft").data.model_dump(),
+        "sources": [{"manifest": tmp_path / "train.jsonl", "thinking": False}],
+    }
+    config = _config(folder, tmp_path / "run", data=data, train={"num_steps": None, "num_epochs": 2})
+    assert train(config) == 0
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in skipped} == {rows[0]["id"]} and "nowhere.mp4" in skipped[0]["reason"]
+    curve = _curve(tmp_path / "run")
+    assert len(curve) == -(-2 * len(rows) // 2)
+    assert sum(row["skipped_samples"] for row in curve) == len(skipped) >= 2
+
+
+def test_thinking_that_is_asked_for_must_be_there_to_learn(folder: Path, tmp_path: Path) -> None:
+    source = {"manifest": folder / "data" / "train.jsonl", "thinking": True}
+    data = {**workspace.config(folder, "sft").data.model_dump(), "sources": [source]}
+    with pytest.raises(UserError, match=r"6 of 6 samples have no 'thinking'.*set thinking = false"):
+        train(_config(folder, tmp_path / "run", data=data))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": {"warmup_steps": 4}}, "warmup_steps = 4 must be below the run's 4 steps"),
+        ({"optimizer": {"min_learning_rate": 1.0}}, "min_learning_rate is above"),
+        ({"model": {"path": "nowhere"}}, "nowhere"),
+        ({"data": {"sources": []}}, "name at least one manifest"),
+        ({"data": {"sources": [{"manifest": "nowhere.jsonl"}]}}, "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_are_the_users_to_correct(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(_config(folder, tmp_path / "run", **settings))
+
+
+def test_checkpoints_are_kept_and_exported_as_asked(folder: Path, tmp_path: Path) -> None:
+    checkpoint = {"every_steps": 1, "keep_last": 1, "keep_every": 3, "export": "always"}
+    assert train(_config(folder, tmp_path / "run", checkpoint=checkpoint)) == 0
+    assert sorted(one.name for one in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_3", "step_4"]
+    assert sorted(one.name for one in (tmp_path / "run" / "export").iterdir()) == [f"step_{n}" for n in (1, 2, 3, 4)]
