@@ -1,0 +1,67 @@
+"""Every example's settings take a step: on a tiny model, with the paths, engines and sizes of a small machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.config.loading import load_config
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.training.train import train
+from megatron_vcr1.types import Task
+from tests.training import workspace
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tasks' samples in one manifest, each with some reasoning."""
+    folder = workspace.create(tmp_path_factory.mktemp("examples"), tasks=list(Task), num_videos=6)
+    manifest = folder / "data" / "train.jsonl"
+    manifest.write_text(manifest.read_text().replace('{"id"', '{"thinking": "so it is", "id"'))
+    return folder
+
+
+def _made_small(config: RunConfig, folder: Path, run_dir: Path) -> RunConfig:
+    """The same method; fewer prompts and tokens, one process."""
+    tables: dict[str, dict[str, Any]] = config.model_dump()
+    small = workspace.config(folder, config.train.stage)
+    tables["model"]["path"] = folder / "model"
+    tables["parallel"] = {}
+    sources = [source | {"manifest": folder / "data" / "train.jsonl"} for source in tables["data"]["sources"]]
+    tables["data"] = {**small.data.model_dump(), "sources": sources}
+    minibatches = tables["grpo"]["minibatches"]
+    tables["train"] |= {"run_dir": run_dir, "num_steps": 1, "prompts_per_step": 2 * minibatches}
+    tables["optimizer"] |= {"warmup_steps": 0}
+    tables["grpo"] |= {"group_size": 2, "overlong_buffer": min(4, tables["grpo"]["overlong_buffer"])}
+    tables["grpo"] |= {"one_step_off": False, "max_refills": 1}
+    tables["rollout"] |= {"engine": "local", "max_new_tokens": 6}
+    tables["judge"] |= {"kind": "lexical"}
+    tables["checkpoint"] |= {"export": "never"}
+    return RunConfig.model_validate(tables)
+
+
+def test_there_is_an_example_of_every_task_and_method() -> None:
+    names = {path.stem for path in EXAMPLES}
+    assert names >= {f"grpo_{task}" for task in Task}
+    assert names >= {
+        "grpo_joint",
+        "grpo_dr",
+        "grpo_dapo",
+        "grpo_gspo",
+        "grpo_one_step_off",
+        "sft_joint",
+        "sft_thinking",
+    }
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_takes_a_step(folder: Path, tmp_path: Path, example: Path) -> None:
+    config = load_config(example)
+    assert config.model.dtype == "bfloat16"
+    assert train(_made_small(config, folder, tmp_path / "run")) == 0
+    (row,) = workspace.metrics(tmp_path / "run")
+    assert row["step"] == 1 and row["update_skipped"] == 0 and row["loss"] is not None
