@@ -68,12 +68,13 @@ def invert_distribution(probs: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: float64 [rows], in [0, 1).
 
     Returns:
-        int64 [rows]; a token of probability zero is never chosen.
+        int64 [rows]; a token of probability zero is never chosen. Where probabilities are not numbers, the last token:
+        its log-prob is none either, which training notices.
     """
     cumulative = probs.double().cumsum(-1)  # in float32, rounding could pass over unlikely tokens
     total = cumulative[:, -1:]
     target = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,6 +182,17 @@ def test_nothing_is_learned_from_a_step_that_is_not_finite(folder: Path, world: 
     assert _step(trainer, 3)["applied"]
 
 
+def test_a_policy_that_is_no_more_stops_the_run_and_not_the_machine(folder: Path) -> None:
+    """An update can be finite and its result not: the weights, then every response, then every loss."""
+    train_keys = {"stage": "grpo", "num_steps": 9, "prompts_per_step": 2, "max_skipped_steps": 2}
+    config = _config(
+        folder, optimizer={"learning_rate": 1e30, "clip_norm": 0.0}, train={**train_keys, "run_dir": folder / "lost"}
+    )
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row .* samples are train_0"):
+        train(config)
+    assert [row["update_skipped"] for row in workspace.metrics(folder / "lost")][-3:] == [1, 1, 1]
+
+
 class _NoVerdicts:
     """Rewards as if a judge had failed on some of the responses."""
 
