@@ -119,7 +119,11 @@ class Run:
     def _export(self, directory: Path) -> None:
         """The newest checkpoint as a Hugging Face directory; one that a run exported before makes way."""
         if groups.is_first_rank():
-            shutil.rmtree(directory, ignore_errors=True)
+            for old in (
+                directory,
+                *directory.parent.glob(f".{directory.name}.partial-*"),
+            ):  # and what a killed run left
+                shutil.rmtree(old, ignore_errors=True)
             directory.parent.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         export_checkpoint(self._store.path(self._step), directory)
