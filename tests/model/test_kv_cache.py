@@ -1,0 +1,72 @@
+"""The cache against attention over whole sequences, written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vcr1.model.kv_cache import KVCache, PromptPass
+
+HEADS, KV_HEADS, HEAD_DIM, SCALE = 6, 2, 8, 0.3
+LAYERS = (3, 4)  # of a stage that begins with the third
+
+
+def _rows(num_rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((num_rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    return query, key, value
+
+
+def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One query [heads, head_dim] over all keys [tokens, kv_heads, head_dim]."""
+    keys, values = (one.repeat_interleave(HEADS // KV_HEADS, dim=1) for one in (keys, values))
+    weights = (SCALE * torch.einsum("hd,thd->ht", query, keys)).softmax(-1)
+    return torch.einsum("ht,thd->hd", weights, values)
+
+
+@pytest.mark.parametrize(
+    "prompt_lengths, groups_of_rows, keeps",
+    [
+        ((5,), (0, 0, 0), {}),
+        ((16, 16), (0, 0, 1, 1), {1: [0, 2, 3]}),
+        ((5, 33, 7), (0, 0, 1, 2, 2, 2), {0: [0, 2, 3, 5], 2: [0, 2]}),
+        ((1, 2), (0, 1), {66: [1]}),
+    ],
+)
+def test_rows_see_their_prompt_and_their_own_tokens(
+    prompt_lengths: tuple[int, ...], groups_of_rows: tuple[int, ...], keeps: dict[int, list[int]]
+) -> None:
+    """Prompts in one pass and in one pass each, rows that leave between steps, and more steps than the first room."""
+    num_steps = 3 if not keeps else max(keeps) + 3
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(prompt_lengths, groups_of_rows, num_steps, torch.device("cpu"))
+    passes = [range(len(prompt_lengths))] if len(prompt_lengths) < 3 else [range(0, 2), range(2, 3)]
+    prompts = {}
+    for layer in LAYERS:
+        for groups in passes:
+            query, key, value = _rows(sum(prompt_lengths[group] for group in groups), generator)
+            output = PromptPass(cache, groups).attend(layer, query, key, value, SCALE)
+            torch.testing.assert_close(output[0], _attention(query[0], key[:1], value[:1]))
+            lengths = [prompt_lengths[group] for group in groups]
+            for group, keys, values in zip(groups, key.split(lengths), value.split(lengths), strict=True):
+                prompts[layer, group] = (keys, values)
+    histories = {(layer, row): prompts[layer, group] for layer in LAYERS for row, group in enumerate(groups_of_rows)}
+    live = list(range(len(groups_of_rows)))
+    for step in range(num_steps):
+        for layer in LAYERS:
+            query, key, value = _rows(len(live), generator)
+            output = cache.attend(layer, query, key, value, SCALE)
+            for place, row in enumerate(live):
+                keys, values = histories[layer, row]
+                histories[layer, row] = (
+                    torch.cat((keys, key[place : place + 1])),
+                    torch.cat((values, value[place : place + 1])),
+                )
+                torch.testing.assert_close(
+                    output[place], _attention(query[place], *histories[layer, row]), atol=1e-5, rtol=1e-5
+                )
+        cache.advance()
+        if step in keeps:
+            cache.keep_rows(keeps[step])
+            live = [live[place] for place in keeps[step]]
