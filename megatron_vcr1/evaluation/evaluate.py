@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.rollout_sections import BenchmarkSource, JudgeSection
@@ -109,7 +110,9 @@ def _judge_for(jobs: Sequence[Job], section: JudgeSection, cache: Path) -> Judge
 def _start_engine(config: RunConfig, model_config: ModelConfig, processor: PromptProcessor) -> RolloutEngine:
     model = build_model(model_config, config).to(groups.device()).eval()
     load_model_weights(model, config.model.path)
-    return build_engine(config, model, processor)
+    engine = build_engine(config, model, processor)
+    engine.update_weights(stream_hf_tensors(model), version=0)  # servers of the user's own may hold others
+    return engine
 
 
 def _answerer(
