@@ -93,7 +93,7 @@ def _run_predictions(args: argparse.Namespace) -> int:
 
 
 def _judge_section(options: Sequence[str]) -> JudgeSection:
-    """[judge] from `--judge.key VALUE` options, the only ones that scoring takes."""
+    """[judge] from `--judge.key=VALUE` options, the only ones that scoring takes."""
     from pydantic import ValidationError
 
     from megatron_vcr1.config.loading import parse_overrides
@@ -101,7 +101,7 @@ def _judge_section(options: Sequence[str]) -> JudgeSection:
 
     overrides = parse_overrides(options)
     if other := [f"--{section}.{key}" for section, key in overrides if section != "judge"]:
-        raise UserError(f"{other[0]}: scoring a file takes --judge.key VALUE only")
+        raise UserError(f"{other[0]}: scoring a file takes --judge.key=VALUE only")
     try:
         return JudgeSection.model_validate({key: value for (_, key), value in overrides.items()})
     except ValidationError as error:
