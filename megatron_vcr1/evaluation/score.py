@@ -55,7 +55,7 @@ def read_requests(path: Path) -> list[ScoreRequest]:
         UserError: the file is missing, or a line is not what it should be; names the line and the key.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold Unicode's separators
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     requests, seen = [], set()

@@ -38,10 +38,15 @@ def test_perception_test(tmp_path: Path) -> None:
 
 
 def test_published_lines_of_json_are_no_manifest(tmp_path: Path) -> None:
-    content = [{"video": {"video_file": "v.mp4"}}], [{"reference": "A dog barks."}]
-    row = {"messages": [{"content": one} for one in content], "dataset": "DREAM/movie", "idx": 1, "vid": 1}
+    content = [{"video": {"video_file": "v.mp4"}}], [{"reference": "A dog\u2028barks."}]
+    row: dict[str, object] = {
+        "messages": [{"content": one} for one in content],
+        "dataset": "DREAM/movie",
+        "idx": 1,
+        "vid": 1,
+    }
     row["extra_info"] = {"duration": 5.0, "events": ["A dog barks."]}
-    (tmp_path / "dream.jsonl").write_text("\n" + json.dumps(row) + "\n")
+    (tmp_path / "dream.jsonl").write_text("\n" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     (sample,) = read_annotations(BENCHMARKS["dream1k"], [tmp_path / "dream.jsonl"])
     assert sample.id == "dream_1"
 

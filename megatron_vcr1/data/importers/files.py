@@ -43,7 +43,8 @@ def read_lines(path: Path) -> list[str]:
         UserError: the file is missing or not UTF-8 text.
     """
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines: a JSON text may hold line separators of Unicode.
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from error
 
