@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_vcr1.config.training_sections import DataSource
+from megatron_vcr1.data.prompts import load_templates
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.rewards import score
+from megatron_vcr1.training.targets import TargetEncoder, check_thinking, completion_text
+from megatron_vcr1.types import Task
+from tests.data.tiny_processor import tiny_processor
+from tests.rewards.samples import sample
+
+
+@pytest.mark.parametrize("task", [task for task in Task if task != Task.CAPTIONING])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_what_is_taught_earns_the_full_reward(task: Task, thinking: bool) -> None:
+    taught = replace(sample(task), thinking="It is plain to see.")
+    reward = score(taught, completion_text(taught, load_templates(), thinking=thinking), thinking=thinking)
+    assert reward.total == pytest.approx(3 if task == Task.GROUNDED_QA else 2, abs=0.03)  # decimals of the answer
+    assert not reward.reasons
+
+
+def test_targets_end_with_the_token_that_ends_a_turn() -> None:
+    processor = tiny_processor()
+    targets = TargetEncoder(processor)
+    token_ids = targets.encode("<answer>B</answer>")
+    assert processor.decode(token_ids[:-1], skip_special_tokens=False).replace(" ", "") == "<answer>B</answer>"
+    assert processor.decode(token_ids[-1:], skip_special_tokens=False) == "<|im_end|>"
+
+
+def test_a_template_that_never_ends_a_turn_is_refused() -> None:
+    processor = tiny_processor()
+    endless = replace(processor, chat_template=processor.chat_template.replace("<|im_end|>", ""))
+    with pytest.raises(UserError, match="does not close an assistant's turn"):
+        TargetEncoder(endless)
+
+
+def test_reasoning_that_is_asked_for_must_be_there() -> None:
+    source = DataSource.model_validate({"manifest": "train.jsonl"})
+    with_thinking = replace(sample(Task.QUALITY), thinking="because")
+    check_thinking([with_thinking], source)
+    with pytest.raises(UserError, match=r"1 of 2 samples have no 'thinking'.*the first is clip-7"):
+        check_thinking([with_thinking, sample(Task.QUALITY)], source)
+    check_thinking([sample(Task.QUALITY)], source.model_copy(update={"thinking": False}))
