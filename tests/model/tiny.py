@@ -111,6 +111,21 @@ def _pixel_values(item: VisionInput) -> Tensor:
     return pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, -1)
 
 
+def transformers_inputs(item: EncodedPrompt, response: Tensor | None = None) -> dict[str, Any]:
+    """A prompt, and a response behind it, as transformers' models take them; without positions."""
+    ids = (item.token_ids if response is None else torch.cat((item.token_ids, response)))[None]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    images = [one for one in item.vision if one.seconds_per_grid is None]
+    videos = [one for one in item.vision if one.seconds_per_grid is not None]
+    if images:
+        inputs["pixel_values"] = torch.cat([_pixel_values(one) for one in images])
+        inputs["image_grid_thw"] = torch.tensor([one.grid_thw for one in images])
+    if videos:
+        inputs["pixel_values_videos"] = torch.cat([_pixel_values(one) for one in videos])
+        inputs["video_grid_thw"] = torch.tensor([one.grid_thw for one in videos])
+    return inputs
+
+
 def transformers_logits(model: torch.nn.Module, config: ModelConfig, item: EncodedPrompt, response: Tensor) -> Tensor:
     """transformers' logits for each token of one response behind one prompt, [tokens, vocab_size]."""
     positions = prompt_positions(
@@ -121,22 +136,10 @@ def transformers_logits(model: torch.nn.Module, config: ModelConfig, item: Encod
         tokens_per_second=config.vision.tokens_per_second,
     )
     tail = (torch.arange(len(response)) + int(positions.max()) + 1).expand(3, -1)
-    ids = torch.cat((item.token_ids, response))[None]
-    inputs: dict[str, Any] = {}
-    images = [one for one in item.vision if one.seconds_per_grid is None]
-    videos = [one for one in item.vision if one.seconds_per_grid is not None]
-    if images:
-        inputs["pixel_values"] = torch.cat([_pixel_values(one) for one in images])
-        inputs["image_grid_thw"] = torch.tensor([one.grid_thw for one in images])
-    if videos:
-        inputs["pixel_values_videos"] = torch.cat([_pixel_values(one) for one in videos])
-        inputs["video_grid_thw"] = torch.tensor([one.grid_thw for one in videos])
     output = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        **transformers_inputs(item, response),
         position_ids=torch.cat((positions, tail), dim=1)[:, None],
         use_cache=False,
-        **inputs,
     )
     start = len(item.token_ids) - 1
     return output.logits[0, start : start + len(response)]

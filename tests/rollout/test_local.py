@@ -1,7 +1,9 @@
-"""The in-process engine against transformers, against scoring, and against itself at other layouts."""
+"""The in-process engine against transformers' generate, against scoring, and against itself at other layouts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout import local_wave
+from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local import LocalEngine
+from megatron_vcr1.rollout.local_wave import Part, plan_waves
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import FinishReason, RolloutGroup
 from tests.data.tiny_processor import tiny_processor
@@ -28,18 +33,21 @@ from tests.model import tiny
 pytestmark = pytest.mark.xdist_group("gloo")
 
 PADS = (tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VISION_START, tiny.VISION_END)
+END = tuple(range(5, 25))
 TOLERANCE = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},
     "tp2-sp": {"tensor": 2, "sequence_parallel": True},
-    "tp4-more-ranks-than-kv-heads": {"tensor": 4, "sequence_parallel": True},
-    "pp2": {"pipeline": 2},
+    "tp4-sp-more-ranks-than-kv-heads": {"tensor": 4, "sequence_parallel": True},
+    "pp2-uneven": {"pipeline": 2, "first_stage_layers": 1},
     "pp4": {"pipeline": 4},
     "tp2-pp2-sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
 }
+SAMPLING = SamplingParams(max_new_tokens=30, temperature=1.0, top_p=0.9, top_k=150)
 
 
 def _requests() -> list[GenerationRequest]:
+    """Text, an image, a video, and all of them; 1, 2, 3 and 4 responses."""
     kinds = ("", "i", "v", "ivv")
     return [GenerationRequest(kind, tiny.prompt(kind, seed=3 + i), 1 + i, seed=i) for i, kind in enumerate(kinds)]
 
@@ -51,6 +59,12 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return folder
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    yield
+    groups.shutdown()
+
+
 def _engine(
     model_dir: Path, parallel: dict[str, Any] | None = None, *, end: tuple[int, ...] = (), batch_responses: int = 256
 ) -> tuple[LocalEngine, QwenVLModel]:
@@ -58,77 +72,173 @@ def _engine(
     groups.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(model_dir), run)
     load_model_weights(model, model_dir)
-    tokens = SpecialTokens(frozenset(end), PADS)
-    return LocalEngine(
-        model, tokens, partial(tiny_processor().decode, skip_special_tokens=False), batch_responses=batch_responses
-    ), model
+    decode = partial(tiny_processor().decode, skip_special_tokens=False)
+    engine = LocalEngine(model, SpecialTokens(frozenset(end), PADS), decode, batch_responses=batch_responses)
+    return engine, model
 
 
-def _greedy_by_transformers(family: str, folder: Path, request: GenerationRequest, num_tokens: int) -> list[int]:
-    """The most probable token that is no vision token, one by one, each from a pass over everything before it."""
-    model = tiny.create(family, folder)
-    config = ModelConfig.from_pretrained(folder)
-    token_ids: list[int] = []
-    for _ in range(num_tokens):
-        response = torch.tensor([*token_ids, 0])
-        with torch.no_grad():
-            logits = tiny.transformers_logits(model, config, request.prompt, response)[-1]
-        logits[list(PADS)] = -torch.inf
-        token_ids.append(int(logits.argmax()))
-    return token_ids
+def _tokens(generated: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
+    return [[one.token_ids for one in group.rollouts] for group in generated]
 
 
-def _log_probs_by_scoring(
-    model: QwenVLModel, request: GenerationRequest, group: RolloutGroup, temperature: float
-) -> Tensor:
+def _transformers_greedy(model: Any, config: ModelConfig, request: GenerationRequest, num_tokens: int) -> list[int]:
+    """`generate` itself, at the published models' positions (its own differ for videos)."""
+    num_prompt_tokens = len(request.prompt.token_ids)
+    one_token = (torch.zeros(1, dtype=torch.long),)
+    positions = pack([Group(request.id, request.prompt, one_token)], config).position_ids
+    answer = model.generate(
+        **tiny.transformers_inputs(request.prompt),
+        position_ids=torch.cat((torch.arange(num_prompt_tokens)[None], positions))[:, None],
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        eos_token_id=list(END),
+        pad_token_id=0,
+        suppress_tokens=list(PADS),
+    )
+    return answer[0, num_prompt_tokens:].tolist()
+
+
+def test_greedy_equals_transformers_generate(model_dir: Path, tmp_path: Path, one_process: None) -> None:
+    engine, model = _engine(model_dir, end=END)
+    config = model.model_config
+    theirs = tiny.create(config.family, tmp_path)
+    generated = engine.generate(_requests(), SamplingParams(max_new_tokens=12, temperature=0))
+    for request, group in zip(_requests(), generated, strict=True):
+        expected = _transformers_greedy(theirs, config, request, 12)
+        assert [list(one.token_ids) for one in group.rollouts] == [expected] * request.num_responses
+        reason = FinishReason.STOP if expected[-1] in END else FinishReason.LENGTH
+        assert {one.finish_reason for one in group.rollouts} == {reason}
+
+
+def _scored(model: QwenVLModel, request: GenerationRequest, group: RolloutGroup, temperature: float) -> Tensor:
     responses = tuple(torch.tensor(one.token_ids) for one in group.rollouts)
     batch = pack([Group(request.id, request.prompt, responses)], model.model_config)
     with torch.no_grad():
         return model.log_probs(model(batch), batch.target_ids, temperature=temperature)
 
 
-@pytest.fixture
-def one_process() -> Any:
-    yield
-    groups.shutdown()
-
-
-def test_greedy_equals_transformers(model_dir: Path, tmp_path: Path, one_process: None) -> None:
-    engine, model = _engine(model_dir)
-    family = model.model_config.family
-    generated = engine.generate(_requests(), SamplingParams(max_new_tokens=9, temperature=0))
-    for request, group in zip(_requests(), generated, strict=True):
-        expected = _greedy_by_transformers(family, tmp_path, request, 9)
-        assert [list(one.token_ids) for one in group.rollouts] == [expected] * request.num_responses
-        assert {one.finish_reason for one in group.rollouts} == {FinishReason.LENGTH}
-
-
-def test_log_probs_equal_scoring(model_dir: Path, one_process: None) -> None:
-    engine, model = _engine(model_dir, end=(5, 6, 7, 8, 9, 10, 11, 12))
-    model.train()
+@pytest.mark.parametrize("end", [END, ()])
+def test_log_probs_equal_scoring(model_dir: Path, one_process: None, end: tuple[int, ...]) -> None:
+    """Of rows that leave early, and of full-length ones, for which the cache grows."""
+    engine, model = _engine(model_dir, end=end)
     generated = engine.generate(_requests(), SamplingParams(max_new_tokens=70, temperature=0.7))
-    assert model.training
+    lengths = {len(one.token_ids) for group in generated for one in group.rollouts}
+    assert len(lengths) > 5 if end else lengths == {70}
     for request, group in zip(_requests(), generated, strict=True):
-        scored = _log_probs_by_scoring(model, request, group, 0.7)
         sampled = torch.tensor([one for rollout in group.rollouts for one in rollout.log_probs])
-        torch.testing.assert_close(sampled, scored, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(sampled, _scored(model, request, group, 0.7), atol=TOLERANCE, rtol=0)
 
 
-def _sampled(
-    model_dir: Path, parallel: dict[str, Any], temperature: float, **settings: Any
-) -> tuple[list[RolloutGroup], int]:
-    engine, _ = _engine(model_dir, parallel, end=(5, 6, 7, 8, 9, 10), **settings)
-    params = SamplingParams(max_new_tokens=30, temperature=temperature, top_p=0.9, top_k=150)
-    return engine.generate(_requests(), params), groups.copy_index()
+def _sample(model_dir: Path, parallel: dict[str, Any]) -> list[RolloutGroup]:
+    engine, model = _engine(model_dir, parallel, end=END)
+    generated = engine.generate(_requests(), SAMPLING)
+    assert model.config.sequence_parallel == parallel.get("sequence_parallel", False)
+    assert model.training and model.language_model.decoder.input_tensor is None
+    return generated
+
+
+@pytest.fixture(scope="module")
+def sampled(model_dir: Path, gloo_pool: GlooPool) -> list[RolloutGroup]:
+    return gloo_pool.run(_sample, model_dir, {})[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_samples_the_same(model_dir: Path, gloo_pool: GlooPool, layout: str) -> None:
-    """On every rank, token for token."""
-    expected, _ = gloo_pool.run(_sampled, model_dir, {}, 1.0)[0]
-    for generated, _ in gloo_pool.run(_sampled, model_dir, LAYOUTS[layout], 1.0):
-        for one, two in zip(generated, expected, strict=True):
-            assert [r.token_ids for r in one.rollouts] == [r.token_ids for r in two.rollouts]
-            for mine, theirs in zip(one.rollouts, two.rollouts, strict=True):
-                assert mine.log_probs == pytest.approx(theirs.log_probs, abs=TOLERANCE)
-                assert mine.finish_reason == theirs.finish_reason
+def test_every_layout_samples_the_same(
+    model_dir: Path, sampled: list[RolloutGroup], gloo_pool: GlooPool, layout: str
+) -> None:
+    """Token for token, on every rank."""
+    for generated in gloo_pool.run(_sample, model_dir, LAYOUTS[layout]):
+        assert _tokens(generated) == _tokens(sampled)
+        for group, expected in zip(generated, sampled, strict=True):
+            for one, other in zip(group.rollouts, expected.rollouts, strict=True):
+                assert one.log_probs == pytest.approx(other.log_probs, abs=TOLERANCE)
+                assert one.finish_reason == other.finish_reason
+
+
+def test_a_groups_responses_are_its_own(
+    model_dir: Path, sampled: list[RolloutGroup], one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is decoded at the time, in waves that divide groups, and with prompts in passes of their own."""
+    engine, _ = _engine(model_dir, end=END)
+    alone = [engine.generate([request], SAMPLING)[0] for request in _requests()]
+    assert _tokens(alone) == _tokens(sampled)
+    narrow, _ = _engine(model_dir, end=END, batch_responses=3)
+    monkeypatch.setattr(local_wave, "PROMPT_PASS_TOKENS", 20)
+    divided = narrow.generate(_requests(), SAMPLING)
+    assert _tokens(divided) == _tokens(sampled)
+    num_prompt_tokens = len(_requests()[3].prompt.token_ids)
+    assert sampled[3].cached_tokens == (0, *[num_prompt_tokens] * 3)
+    assert divided[3].cached_tokens == (0, num_prompt_tokens, num_prompt_tokens, 0)
+    again = [replace(request, seed=request.seed + 1) for request in _requests()]
+    assert all(
+        one != other for one, other in zip(_tokens(engine.generate(again, SAMPLING)), _tokens(alone), strict=True)
+    )
+
+
+def test_limits_stops_and_what_is_never_sampled(model_dir: Path, one_process: None) -> None:
+    engine, _ = _engine(model_dir)
+    request = GenerationRequest("many", tiny.prompt("i", seed=0), 32, seed=5)
+    flat = SamplingParams(max_new_tokens=40, temperature=1000.0)  # every token about as likely
+    (group,) = engine.generate([request], flat)
+    token_ids = [token for one in group.rollouts for token in one.token_ids]
+    assert len(token_ids) == 32 * 40 and not set(token_ids) & set(PADS)
+    assert len(set(token_ids)) == tiny.VOCAB_SIZE - len(PADS)
+    assert {one.finish_reason for one in group.rollouts} == {FinishReason.LENGTH}
+
+    processor = tiny_processor()
+    stop = processor.decode(group.rollouts[0].token_ids[3:5], skip_special_tokens=False)
+    (stopped,) = engine.generate([request], replace(flat, stop=(stop,)))
+    for one, whole in zip(stopped.rollouts, group.rollouts, strict=True):
+        assert one.token_ids == whole.token_ids[: len(one.token_ids)]
+        if one.finish_reason == FinishReason.STOP:
+            assert processor.decode(one.token_ids, skip_special_tokens=False).endswith(stop)
+    assert len(stopped.rollouts[0].token_ids) <= 5
+
+    heard: list[tuple[int, int, int]] = []
+    one_token = replace(flat, max_new_tokens=1)
+    (short,) = engine.generate([request], one_token, on_token=lambda *one: heard.append(one))
+    assert heard == [(0, index, group.rollouts[index].token_ids[0]) for index in range(32)]
+    assert [one.token_ids for one in short.rollouts] == [one.token_ids[:1] for one in group.rollouts]
+
+
+def test_the_settings_build_it_and_weights_are_shared(model_dir: Path, one_process: None) -> None:
+    run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}})
+    groups.initialize(run.parallel)
+    model = build_model(ModelConfig.from_pretrained(model_dir), run)
+    load_model_weights(model, model_dir)
+    (model_dir / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    engine = build_engine(run, model, tiny_processor())
+    request = GenerationRequest("one", tiny.prompt("", seed=0), 1)
+    greedy = SamplingParams(max_new_tokens=8, temperature=0)
+    (before,) = engine.generate([request], greedy)
+    assert engine.policy_version == before.rollouts[0].policy_version == 0
+    with torch.no_grad():
+        model.head_weight().neg_()
+    engine.update_weights((pytest.fail("asked for weights") for _ in range(1)), version=3)
+    (after,) = engine.generate([request], greedy)
+    assert engine.policy_version == after.rollouts[0].policy_version == 3
+    assert before.rollouts[0].token_ids != after.rollouts[0].token_ids
+    engine.close()
+
+
+def test_waves_hold_similar_prompts_and_divide_only_what_is_too_large() -> None:
+    lengths_and_sizes = ((10, 2), (50, 7), (40, 2), (60, 2))
+    requests = [
+        GenerationRequest(str(i), replace(tiny.prompt("", seed=0), token_ids=torch.zeros(length)), size)
+        for i, (length, size) in enumerate(lengths_and_sizes)
+    ]
+    assert plan_waves(requests, 4) == [
+        [Part(3, range(2))],
+        [Part(1, range(4))],
+        [Part(1, range(4, 7))],
+        [Part(2, range(2)), Part(0, range(2))],
+    ]
+    assert plan_waves([], 4) == []
+
+
+def test_an_impossible_prompt_is_named(model_dir: Path, one_process: None) -> None:
+    engine, model = _engine(model_dir)
+    bad = GenerationRequest("bad", replace(tiny.prompt("i", seed=0), vision=()), 2)
+    with pytest.raises(ValueError, match="sample bad: "):
+        engine.generate([bad], SAMPLING)
+    assert model.training
