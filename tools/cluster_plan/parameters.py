@@ -43,7 +43,7 @@ def stage_parameters(config: ModelConfig, layout: Layout) -> tuple[StageParamete
     stage_of_layer = [stage for stage, layers in enumerate(layout.stages(config)) for _ in range(layers)]
     counts = [[0, 0, 0] for _ in range(layout.pipeline)]
     for key, tensor in model_layout(config).items():
-        size = _on_a_rank(config, tensor, layout.tensor)
+        size = _on_a_rank(tensor, layout.tensor)
         if key.startswith("vision_tower."):
             counts[0][0] += size
         elif "word_embeddings" in key:
@@ -59,12 +59,7 @@ def stage_parameters(config: ModelConfig, layout: Layout) -> tuple[StageParamete
     return tuple(StageParameters(*of_stage) for of_stage in counts)
 
 
-def _on_a_rank(config: ModelConfig, tensor: TensorLayout, ranks: int) -> int:
+def _on_a_rank(tensor: TensorLayout, ranks: int) -> int:
+    """Fewer key-value heads than ranks are divided, too: ranks gather the projection's output, not its weight."""
     size = math.prod(tensor.shape)
-    if not _DIVIDED.search(tensor.key):
-        return size
-    if tensor.key.startswith("language_model.") and "linear_qkv" in tensor.key:
-        text = config.text  # fewer key-value heads than ranks are replicated
-        heads = text.num_heads // ranks + 2 * max(text.num_kv_heads // ranks, 1)
-        return heads * text.head_dim * tensor.num_columns
-    return size // ranks
+    return size // ranks if _DIVIDED.search(tensor.key) else size

@@ -63,26 +63,36 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
     if layout.tensor == 1:
         return Sent(), Sent()
     config, work = job.config, job.groups(layout.groups_per_microbatch)
-    text_rows = work.rows * config.text.hidden_size * job.dtype_bytes  # bytes of one buffer of rows
+    text = config.text
+    text_rows = work.rows * text.hidden_size * job.dtype_bytes  # bytes of one buffer of rows
     vision_rows = work.patches * config.vision.hidden_size * job.dtype_bytes
-    features = work.patches // config.vision.patches_per_token * config.text.hidden_size * job.dtype_bytes
-    vision_layers = config.vision.num_layers * (stage == 0)
-    # Buffers that are reduced over all ranks. Behind attention and MLP of every layer, and before them on the way back:
-    layers = [text_rows] * (2 * num_layers) + [vision_rows] * (2 * vision_layers)
-    forward, backward = list(layers), list(layers)
-    if stage == 0:
-        forward += [text_rows, features]  # embedding, merger
-        backward += [vision_rows]  # into the merger
-    if stage == layout.pipeline - 1:
-        forward += [4 * work.targets] * 2  # statistics of the softmax
-        backward += [4 * work.targets * config.text.hidden_size]  # the hidden states' gradient, float32
+    features = work.patches // config.vision.patches_per_token * text.hidden_size * job.dtype_bytes
+    first, last = stage == 0, stage == layout.pipeline - 1
+    # Behind attention and MLP of every layer, and before them on the way back:
+    layers = [text_rows] * (2 * num_layers) + [vision_rows] * (2 * config.vision.num_layers * first)
+    forward_sums = [*layers, *([text_rows, features] if first else []), *([4 * work.targets] * 2 if last else [])]
+    backward_sums = [
+        *layers,
+        *([vision_rows] if first else []),
+        *([4 * work.targets * text.hidden_size] if last else []),
+    ]
+    forward_gathers: list[int] = []
+    backward_gathers: list[int] = []
+    if text.num_kv_heads < layout.tensor:  # the projection's output, whole, so that ranks can share heads
+        projection = work.rows * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim * job.dtype_bytes
+        forward_gathers += [projection] * num_layers
+        backward_gathers += [projection] * num_layers
+    if layout.sequence_parallel:
+        ends = [vision_rows] * first
+        forward_gathers += [*ends, *([text_rows] if last else [])]  # out of the towers
+        backward_gathers += [*ends, *([text_rows] if first else []), *layers]  # into them; inputs, for the weights
     if layout.recompute == "full":
-        backward += layers
+        backward_sums += layers
+        backward_gathers += forward_gathers[:num_layers] if text.num_kv_heads < layout.tensor else []
     ring = (layout.tensor - 1) / layout.tensor
-    gathered = layers if layout.sequence_parallel else []  # inputs, once more, for the weights' gradients
     return (
-        Sent(2 * ring * sum(forward), len(forward)),
-        Sent(2 * ring * sum(backward) + ring * sum(gathered), len(backward) + len(gathered)),
+        Sent(ring * (2 * sum(forward_sums) + sum(forward_gathers)), len(forward_sums) + len(forward_gathers)),
+        Sent(ring * (2 * sum(backward_sums) + sum(backward_gathers)), len(backward_sums) + len(backward_gathers)),
     )
 
 
