@@ -2,6 +2,7 @@
 """Measure throughput on this machine.
 
     python tools/benchmark_throughput.py train     # a GRPO update against the plain transformers computation
+    python tools/benchmark_throughput.py rollout   # responses of a group against transformers' generate
     python tools/benchmark_throughput.py convert   # import and export of a checkpoint against cp
 
 Every command warms up, repeats, prints medians with their range, and writes JSON with --json FILE.
@@ -21,11 +22,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: figur
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")  # said while megatron-core is imported
 warnings.filterwarnings("ignore", message=".*tp_group is None")  # megatron-core's own calls
 
-from throughput import convert, train  # noqa: E402
+from throughput import convert, rollout, train  # noqa: E402
 
 from megatron_vcr1.errors import UserError  # noqa: E402
 
-COMMANDS = (train, convert)
+COMMANDS = (train, rollout, convert)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

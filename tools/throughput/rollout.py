@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prompts", type=int, default=1, help="groups at a time (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="text and video (default: %(default)s)")
     parser.add_argument("--group-size", type=int, default=8, help="responses a prompt (default: %(default)s)")
-    parser.add_argument("--response-tokens", type=int, default=64, help="of each response (default: %(default)s)")
+    parser.add_argument("--response-tokens", type=int, default=32, help="of each response (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's operators (default: %(default)s)")
