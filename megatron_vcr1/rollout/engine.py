@@ -37,6 +37,8 @@ class SamplingParams:
             raise ValueError(
                 f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0; got {self.temperature}, {self.top_p}, {self.top_k}"
             )
+        if "" in self.stop:
+            raise ValueError("a stop text is empty, and every response would end at once; leave it out")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,25 @@
+"""What may be asked of an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.rollout.engine import SamplingParams
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature >= 0"),
+        ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"top_p": 1.1}, "0 < top_p <= 1"),
+        ({"top_k": -1}, "top_k >= 0"),
+        ({"stop": ("</answer>", "")}, "a stop text is empty"),
+    ],
+)
+def test_impossible_sampling_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**{"max_new_tokens": 5, **settings})

@@ -1,0 +1,28 @@
+"""The benchmark's two sides answer alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_presets import PRESETS
+from throughput.random_weights import write_random_model
+from throughput.rollout import OURS, TRANSFORMERS, UNSHARED, measure
+from throughput.update_case import UpdateCase
+
+from megatron_vcr1.parallel import groups
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+
+def test_greedy_answers_agree_and_every_side_is_timed(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "model", PRESETS["tiny"], dtype=torch.float32)
+    case = UpdateCase(str(tmp_path / "model"), None, num_prompts=2, prompt_tokens=130, group_size=3, response_tokens=5)
+    with groups.world(case.run_config.parallel):
+        result = measure(case, rounds=2)
+    assert result["equal_greedy_tokens"] == 1.0
+    assert list(result["sides"]) == [OURS, UNSHARED, TRANSFORMERS]
+    for side in result["sides"].values():
+        assert len(side["seconds"]) == 2
+        assert side["tokens_per_second"] == pytest.approx(2 * 3 * 5 / (2 * side["seconds_a_group"]))
