@@ -132,8 +132,10 @@ class _WeightsAndBiases:
     def __init__(self, config: RunConfig) -> None:
         try:
             import wandb
-        except ImportError:
-            raise UserError("logging.wandb_project is set, but wandb is not installed: pip install wandb") from None
+        except ImportError as error:
+            raise UserError(
+                f"logging.wandb_project is set, but wandb cannot be imported ({error}): pip install wandb"
+            ) from error
         run_dir = config.train.run_dir
         self._run = wandb.init(
             project=config.logging.wandb_project,

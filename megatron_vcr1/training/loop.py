@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -29,6 +31,7 @@ EXIT_STOPPED_BY_SIGNAL = 85
 """SIGTERM or SIGUSR1 came: the run has saved itself and wants to be started again. Slurm scripts requeue on it."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_STDERR = 2
 
 
 class Run:
@@ -65,6 +68,7 @@ class Run:
 
     def __enter__(self) -> Self:
         """Open the folder and the displays, and listen to signals."""
+        self._cleanup.callback(faulthandler.cancel_dump_traceback_later)
         for number in _SIGNALS:
             self._cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
         if groups.is_first_rank():
@@ -78,6 +82,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cleanup.close()
+        if isinstance(error, TrainingStopped):  # on every rank, so that the save under way can end
+            self._store.finish()
 
     def to_the_end(self) -> int:
         """All steps that are left; 0, or `EXIT_STOPPED_BY_SIGNAL`.
@@ -86,6 +92,7 @@ class Run:
             TrainingStopped: too many steps in a row were not finite, or the trainer cannot go on.
         """
         while self._step < self._num_steps:
+            self._expect_progress()
             metrics = Metrics()
             with metrics.timed("total"):
                 result = self._trainer.step(self._step + 1, metrics)
@@ -100,10 +107,19 @@ class Run:
                 self._store.finish()
                 logger.info("step %d: a signal came; saved, and the same command goes on from here", self._step)
                 return EXIT_STOPPED_BY_SIGNAL
+        self._expect_progress()
         self._store.finish()
         if self._config.checkpoint.export == "end":
             self._export(self._folder.export)
         return 0
+
+    def _expect_progress(self) -> None:
+        """Unless this is called again in time, end the process with its threads' stacks on stderr.
+
+        A hung collective leaves every rank waiting, so all of them tell where, the guilty one too. The clock runs
+        outside of the interpreter, which a rank that waits for its GPU may hold.
+        """
+        faulthandler.dump_traceback_later(self._config.train.step_timeout_s, exit=True, file=_STDERR)
 
     def _save(self) -> None:
         start = time.perf_counter()
@@ -155,6 +171,18 @@ class Run:
             self._folder.add_metrics(row)
             for sink in self._sinks:
                 sink.step(self._step, row)
+            self._warn_of_mismatch(reduced)
+
+    def _warn_of_mismatch(self, metrics: Mapping[str, float]) -> None:
+        difference, alarm = metrics.get("mismatch/mean_abs", 0.0), self._config.logging.mismatch_alarm
+        if not difference <= alarm:  # nor if it is no number
+            logger.warning(
+                "step %d: log-probs of rollout and training differ by %.3g on average, more than logging.mismatch_alarm"
+                " = %g: old weights in the engine, other arithmetic, or other positions of the same tokens",
+                self._step,
+                difference,
+                alarm,
+            )
 
     def _stop_if_hopeless(self, result: StepResult) -> None:
         if result.applied:

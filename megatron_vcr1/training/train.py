@@ -66,11 +66,17 @@ def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
 
 
 def check_batch(config: RunConfig, num_copies: int) -> None:
-    """Raises UserError if a step's prompts do not divide among the copies of the model."""
-    if config.train.prompts_per_step % num_copies:
+    """Raises UserError if a step's prompts do not divide among the copies of the model, or into minibatches."""
+    number = config.train.prompts_per_step
+    if number % num_copies:
         raise UserError(
-            f"train.prompts_per_step = {config.train.prompts_per_step} does not divide among {num_copies} copies of "
-            f"the model; make it a multiple of {num_copies}"
+            f"train.prompts_per_step = {number} does not divide among {num_copies} copies of the model; make it a "
+            f"multiple of {num_copies}"
+        )
+    if config.train.stage == "grpo" and number % config.grpo.minibatches:
+        raise UserError(
+            f"train.prompts_per_step = {number} does not divide into grpo.minibatches = {config.grpo.minibatches}; "
+            "make it a multiple of that"
         )
 
 

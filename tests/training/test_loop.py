@@ -113,6 +113,7 @@ def test_thinking_that_is_asked_for_must_be_there_to_learn(folder: Path, tmp_pat
         ({"optimizer": {"warmup_steps": 4}}, "warmup_steps = 4 must be below the run's 4 steps"),
         ({"optimizer": {"min_learning_rate": 1.0}}, "min_learning_rate is above"),
         ({"model": {"path": "nowhere"}}, "nowhere"),
+        ({"train": {"stage": "grpo"}, "grpo": {"minibatches": 4}}, "2 does not divide into grpo.minibatches = 4"),
         ({"data": {"sources": []}}, "name at least one manifest"),
         ({"data": {"sources": [{"manifest": "nowhere.jsonl"}]}}, "nowhere.jsonl"),
     ],
@@ -122,6 +123,17 @@ def test_mistakes_are_the_users_to_correct(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train(_config(folder, tmp_path / "run", **settings))
+
+
+def test_an_engine_that_does_not_agree_sets_off_an_alarm(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"stage": "grpo", "num_steps": 1}
+    for alarm, warned in ((1e-12, True), (0.1, False)):
+        caplog.clear()
+        logs = {"tensorboard": False, "mismatch_alarm": alarm}
+        train(_config(folder, tmp_path / str(alarm), train=keys, logging=logs, grpo={"group_size": 2}))
+        assert ("log-probs of rollout and training differ by" in caplog.text) == warned
 
 
 def test_checkpoints_are_kept_and_exported_as_asked(folder: Path, tmp_path: Path) -> None:
