@@ -22,6 +22,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import commands as evaluation_commands
 from megatron_vcr1.evaluation import evaluate_command, generate_command
 from megatron_vcr1.evaluation.report import command as report_command
+from megatron_vcr1.evaluation.serving import command as serving_command
 from megatron_vcr1.rollout import commands as rollout_commands
 from megatron_vcr1.training import commands as training_commands
 
@@ -32,6 +33,7 @@ COMMANDS = (
     evaluate_command,
     evaluation_commands,
     generate_command,
+    serving_command,
     report_command,
     rollout_commands,
 )

@@ -1,0 +1,143 @@
+"""OpenAI's chat completions, as far as they are served: what a request may say, and what an answer looks like."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_vcr1.rollout.engine import SamplingParams
+
+
+class RefusedRequest(ValueError):
+    """The client's request is at fault, and the message says how."""
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Url(BaseModel):
+    url: str
+
+
+class ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class VideoPart(BaseModel):
+    """As SGLang and vLLM take it."""
+
+    type: Literal["video_url"]
+    video_url: Url
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part]
+
+
+class VideoReading(BaseModel):
+    """What of vLLM's ``media_io_kwargs.video`` is followed: frames a second, and the most frames."""
+
+    fps: float | None = Field(default=None, gt=0)
+    num_frames: int | None = Field(default=None, ge=2)
+
+    def options(self) -> dict[str, float]:
+        """As options of a video part, see `encode_messages`."""
+        options: dict[str, float] = {}
+        if self.fps is not None:
+            options["fps"] = self.fps
+        if self.num_frames is not None:
+            options |= {"max_frames": self.num_frames, "min_frames": min(4, self.num_frames)}
+        return options
+
+
+class MediaReading(BaseModel):
+    video: VideoReading = VideoReading()
+
+
+class ChatRequest(BaseModel):
+    """The body of a request. Keys that change nothing here (user, seed of a greedy answer ...) may be there too."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    n: int = Field(default=1, ge=1, le=128)
+    seed: int = 0
+    stop: str | list[str] | None = None
+    stream: bool = False
+    logprobs: bool = False
+    tools: list[Any] = []
+    media_io_kwargs: MediaReading = MediaReading()
+
+    @model_validator(mode="after")
+    def _is_served(self) -> Self:
+        for key in ("stream", "logprobs", "tools"):
+            if getattr(self, key):
+                raise ValueError(f"{key} is not served here")
+        return self
+
+    def sampling(self, max_new_tokens: int) -> SamplingParams:
+        """How to draw the answer.
+
+        Args:
+            max_new_tokens: for a request that names no limit, and the most that one may name.
+        """
+        wanted = self.max_completion_tokens or self.max_tokens or max_new_tokens
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(min(wanted, max_new_tokens), self.temperature, self.top_p, stop=stop)
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Raises RefusedRequest for anything that is no request, with the key at fault."""
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"]))
+        raise RefusedRequest(f"{where}: {detail['msg']}" if where else detail["msg"]) from None
+
+
+def completion(model: str, choices: Sequence[tuple[str, str]], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """The answer's body.
+
+    Args:
+        choices: text and finish reason of each response.
+    """
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": reason,
+                "logprobs": None,
+            }
+            for index, (text, reason) in enumerate(choices)
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": new_tokens,
+            "total_tokens": prompt_tokens + new_tokens,
+        },
+    }
+
+
+def error_body(message: str, kind: str) -> Mapping[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

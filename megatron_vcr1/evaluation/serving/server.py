@@ -1,0 +1,194 @@
+"""The endpoint: threads read requests and decode their videos, and the main thread answers what waits together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.evaluation.serving.chat import RefusedRequest, completion, error_body, parse_request
+from megatron_vcr1.evaluation.serving.media import messages_with_files
+from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.types import RolloutGroup
+
+MAX_BODY_BYTES = 1 << 30
+_POLL_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        batch_prompts: requests that are answered together.
+        files: the folder below which file:// URLs may point.
+    """
+
+    max_prompt_tokens: int
+    max_new_tokens: int
+    batch_prompts: int
+    files: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request on its way through the engine."""
+
+    prompt: EncodedPrompt
+    params: SamplingParams
+    num_responses: int
+    seed: int
+    answer: Future[RolloutGroup] = field(default_factory=Future)
+
+
+class ChatServer(ThreadingHTTPServer):
+    """Serves one model under one name. `answer_forever` runs in the thread that owns the device."""
+
+    daemon_threads = True
+
+    def __init__(
+        self, address: tuple[str, int], name: str, engine: RolloutEngine, processor: PromptProcessor, limits: Limits
+    ) -> None:
+        super().__init__(address, _Handler)
+        self.name = name
+        self.processor = processor
+        self.limits = limits
+        self._engine = engine
+        self._waiting: queue.Queue[_Waiting] = queue.Queue()
+        self._stopped = threading.Event()
+
+    def complete(self, body: bytes) -> dict[str, Any]:
+        """What a request's answer holds; called by the threads of the connections.
+
+        Raises:
+            RefusedRequest: the request, or a file of it, is at fault.
+        """
+        request = parse_request(body)
+        try:
+            with messages_with_files(request, self.limits.files) as messages:
+                prompt = encode_messages(messages, self.processor)
+            params = request.sampling(self.limits.max_new_tokens)
+        except ValueError as error:  # a VideoError too
+            raise RefusedRequest(str(error)) from error
+        num_tokens = len(prompt.token_ids)
+        if num_tokens > self.limits.max_prompt_tokens:
+            raise RefusedRequest(
+                f"the prompt has {num_tokens} tokens; up to {self.limits.max_prompt_tokens} are served"
+            )
+        waiting = _Waiting(prompt, params, request.n, request.seed)
+        self._waiting.put(waiting)
+        rollouts = waiting.answer.result().rollouts
+        choices = [(self.processor.decode(one.token_ids), str(one.finish_reason)) for one in rollouts]
+        return completion(self.name, choices, num_tokens, sum(len(one.token_ids) for one in rollouts))
+
+    def answer_forever(self) -> None:
+        """Answers in batches until `stop`."""
+        while not self._stopped.is_set():
+            for batch in self._batches():
+                self._answer(batch)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _batches(self) -> Iterator[list[_Waiting]]:
+        """What waits now, together where it is drawn alike."""
+        waiting = []
+        try:
+            waiting.append(self._waiting.get(timeout=_POLL_S))
+            while len(waiting) < self.limits.batch_prompts:
+                waiting.append(self._waiting.get_nowait())
+        except queue.Empty:
+            pass
+        for params in dict.fromkeys(one.params for one in waiting):
+            yield [one for one in waiting if one.params == params]
+
+    def _answer(self, batch: list[_Waiting]) -> None:
+        requests = [
+            GenerationRequest(str(index), one.prompt, one.num_responses, one.seed) for index, one in enumerate(batch)
+        ]
+        try:
+            groups = self._engine.generate(requests, batch[0].params)
+        except Exception as error:  # every client must hear of it; the server goes on
+            log.exception("%d requests failed", len(batch))
+            for one in batch:
+                one.answer.set_exception(error)
+            return
+        for one, group in zip(batch, groups, strict=True):
+            one.answer.set_result(group)
+
+
+@contextmanager
+def listening(server: ChatServer) -> Iterator[None]:
+    """Connections are taken, in a thread of their own, for the length of a with-block."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": _POLL_S}, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.stop()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ChatServer
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "vcr1"}
+            self._send(HTTPStatus.OK, {"object": "list", "data": [model]})
+        elif self.path == "/health":
+            self._send(HTTPStatus.OK, {})
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, f"{self.path}: there are /v1/models, /v1/chat/completions and /health")
+
+    def do_POST(self) -> None:
+        if self.path != "/v1/chat/completions":
+            self._refuse(HTTPStatus.NOT_FOUND, f"{self.path}: there is /v1/chat/completions")
+            return
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+            self.close_connection = True  # its body is not read
+            self._refuse(
+                HTTPStatus.BAD_REQUEST, f"the body's length must be stated, and at most {MAX_BODY_BYTES} bytes"
+            )
+            return
+        body = self.rfile.read(int(length))
+        try:
+            self._send(HTTPStatus.OK, self.server.complete(body))
+        except RefusedRequest as refused:
+            self._refuse(HTTPStatus.BAD_REQUEST, str(refused))
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True  # nobody waits any more
+        except Exception as error:  # the engine's own, which `answer_forever` has logged
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self._send(status, error_body(message, kind))
+
+    def _send(self, status: HTTPStatus, content: Any) -> None:
+        payload = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("%s %s", self.address_string(), format % args)

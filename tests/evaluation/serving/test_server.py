@@ -1,0 +1,198 @@
+"""`vcr1 serve` as its clients know it: the command in a process of its own, asked by the `openai` package."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.encoding import encode_messages
+from megatron_vcr1.data.manifest import read_manifest
+from megatron_vcr1.data.processor import read_processor
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout.build import build_engine
+from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from tests.training import workspace
+
+ROOT = Path(__file__).parents[3]
+QUESTIONS = ["when?", "where?", "which and when?", "how good?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = workspace.create(tmp_path_factory.mktemp("serve"), num_videos=2)
+    template = folder / "model" / "chat_template.jinja"
+    picture = "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part.type == 'video' %}"
+    template.write_text(template.read_text().replace("{% if part.type == 'video' %}", picture))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "megatron_vcr1.cli", "serve", "--model", str(folder / "model"), "--port", "0"]
+    options = ["--dtype", "float32", "--files", str(folder / "data"), "--max-new-tokens", "12"]
+    options += ["--max-prompt-tokens", "400", "--batch", "4"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    process = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        announced = process.stdout.readline()
+        assert announced.startswith("model: http://127.0.0.1:")
+        yield announced.split()[1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+
+
+def ask(client: openai.OpenAI, *parts: dict[str, Any], **options: Any) -> Any:
+    settings = {"model": "model", "max_tokens": 6, "temperature": 0} | options
+    return client.chat.completions.create(messages=[{"role": "user", "content": list(parts)}], **settings)
+
+
+def text(content: str) -> dict[str, Any]:
+    return {"type": "text", "text": content}
+
+
+def video(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def picture() -> str:
+    pixels = torch.randint(0, 256, (60, 90, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def first_video(folder: Path) -> Path:
+    path = read_manifest(folder / "data" / "train.jsonl")[0].video
+    assert isinstance(path, str)
+    return Path(path)
+
+
+def test_answers_are_those_of_the_engine(folder: Path, client: openai.OpenAI, tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"model": {"path": folder / "model", "dtype": "float32"}})
+    processor = read_processor(folder / "model")
+    (tmp_path / "picture.png").write_bytes(base64.b64decode(picture().partition(",")[2]))
+    clip = first_video(folder)
+    sent = [
+        [text("when?")],
+        [{"type": "image_url", "image_url": {"url": picture()}}, text("where?")],
+        [video(clip.as_uri()), text("which?")],
+        [video("data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()), text("which?")],
+    ]
+    ours = [
+        [text("when?")],
+        [{"type": "image", "image": str(tmp_path / "picture.png")}, text("where?")],
+        [{"type": "video", "video": str(clip), "max_frames": 4}, text("which?")],
+        [{"type": "video", "video": str(clip), "max_frames": 4}, text("which?")],
+    ]
+    reading = {"media_io_kwargs": {"video": {"num_frames": 4}}}
+    with groups.world(config.parallel):
+        model = build_model(ModelConfig.from_pretrained(folder / "model"), config)
+        load_model_weights(model, folder / "model")
+        engine = build_engine(config, model, processor)
+        for theirs, parts in zip(sent, ours, strict=True):
+            prompt = encode_messages([{"role": "user", "content": parts}], processor)
+            (group,) = engine.generate([GenerationRequest("one", prompt, 1)], SamplingParams(6, temperature=0))
+            (rollout,) = group.rollouts
+            answer = ask(client, *theirs, extra_body=reading)
+            assert answer.choices[0].message.content == processor.decode(rollout.token_ids)
+            assert answer.choices[0].finish_reason == rollout.finish_reason
+            assert answer.usage.prompt_tokens == len(prompt.token_ids)
+            assert answer.usage.completion_tokens == len(rollout.token_ids)
+
+
+def test_requests_at_the_same_time_get_their_own_answers(client: openai.OpenAI) -> None:
+    alone = [ask(client, text(question)).choices[0].message.content for question in QUESTIONS]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda question: ask(client, text(question)), QUESTIONS * 3))
+    assert [answer.choices[0].message.content for answer in together] == alone * 3
+
+
+def test_several_responses_follow_the_seed(client: openai.OpenAI) -> None:
+    first, again, other = (
+        [choice.message.content for choice in ask(client, text("when?"), n=3, temperature=1, seed=seed).choices]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len(set(first)) > 1
+
+
+def test_the_limit_of_tokens_is_the_servers(client: openai.OpenAI) -> None:
+    answer = ask(client, text("when?"), max_tokens=1000)
+    assert answer.usage.completion_tokens <= 12
+    assert ask(client, text("when?"), max_tokens=None, max_completion_tokens=1).usage.completion_tokens == 1
+
+
+def test_a_conversation_and_the_models_name(client: openai.OpenAI) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "when?"}]
+    assert client.chat.completions.create(model="model", messages=messages, max_tokens=2).choices[0].message
+    assert [model.id for model in client.models.list()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "parts, options, message",
+    [
+        ([text("x")], {"stream": True}, "stream is not served here"),
+        ([text("x")], {"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
+        ([text("when? " * 500)], {}, "tokens; up to 400 are served"),
+        ([text("<|video_pad|>")], {}, "stands for a picture"),
+        ([video("http://127.0.0.1:1/a.mp4")], {}, "send data: URLs, or file:// URLs of this machine"),
+        ([video("file:///etc/hostname")], {}, "is not below the folder"),
+        ([video("data:video/mp4;base64,AAAA")], {}, "not a video|cannot be|damaged|Invalid data|no video"),
+        ([{"type": "input_audio", "input_audio": {}}], {}, "messages.0.content"),
+    ],
+)
+def test_a_bad_request_is_the_clients_and_says_why(
+    client: openai.OpenAI, parts: list[dict[str, Any]], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        ask(client, *parts, **options)
+    assert ask(client, text("when?")).choices  # and the server goes on
+
+
+def test_a_link_out_of_the_folder(folder: Path, client: openai.OpenAI) -> None:
+    link = folder / "data" / "link.mp4"
+    link.symlink_to("/etc/hostname")
+    for url in (link.as_uri(), f"{(folder / 'data').as_uri()}/../model/config.json", "file://elsewhere/a.mp4"):
+        with pytest.raises(openai.BadRequestError, match=r"not below the folder|of this machine"):
+            ask(client, video(url))
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"messages": []}', b"\xff"])
+def test_a_body_that_is_no_request(url: str, body: bytes) -> None:
+    request = urllib.request.Request(f"{url}/chat/completions", data=body, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(request)
+    assert raised.value.code == 400
+    assert json.loads(raised.value.read())["error"]["type"] == "invalid_request_error"
+
+
+def test_other_paths(url: str) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{url}/completions")
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/health") as answer:
+        assert answer.status == 200
