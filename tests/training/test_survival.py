@@ -1,0 +1,202 @@
+"""The real command, killed and signalled, against the same run left alone.
+
+VCR1_KILLS in the environment sets how often one is killed; the few times of the suite fit into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR
+from megatron_vcr1.checkpoint.run_store import saved_steps
+from megatron_vcr1.checkpoint.torch_dist import read_chunk, read_metadata
+from megatron_vcr1.config.rendering import render_toml
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.train import train_in_world
+from tests.gloo import GlooPool
+from tests.training import workspace
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+NUM_KILLS = int(os.environ.get("VCR1_KILLS", "4"))
+NUM_STEPS = 3 * NUM_KILLS
+PATIENCE_S = 240  # for a loaded machine
+TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
+
+
+def _config(folder: Path, name: str, **parallel: int) -> RunConfig:
+    source = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
+    source["rewards"] = ["tests.training.own_rewards:variety"]
+    return workspace.config(
+        folder,
+        "grpo",
+        train={"stage": "grpo", "run_dir": folder / name, "num_steps": NUM_STEPS, "prompts_per_step": 4},
+        data={**workspace.config(folder, "grpo").data.model_dump(), "sources": [source], "num_workers": 1},
+        optimizer={"learning_rate": 1e-3, "warmup_steps": 2, "decay": "cosine"},
+        checkpoint={"every_steps": 1, "export": "end"},
+        parallel=parallel,
+    )
+
+
+class Command:
+    """`vcr1 train` in a process of its own, and its processes for decoding."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._run_dir = config.train.run_dir
+        file = self._run_dir.with_suffix(".toml")
+        file.write_text(render_toml(config, documented=False))
+        command = [sys.executable, "-m", "megatron_vcr1.cli", "train", str(file)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self._run_dir.with_suffix(".log").open("a") as log:
+            self.process = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
+        self._starts = self._num_lines("starts.jsonl")
+
+    def _num_lines(self, name: str) -> int:
+        file = self._run_dir / name
+        return file.read_text().count("\n") if file.exists() else 0
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it; the command's end also ends the waiting."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.process.poll() is None and not condition():
+            assert time.monotonic() < deadline, self._run_dir.with_suffix(".log").read_text()
+            time.sleep(0.002)
+
+    def until_started(self) -> int:
+        """It has found where to go on from: the number of steps behind it."""
+        self.until(lambda: self._num_lines("starts.jsonl") > self._starts)
+        return int(json.loads((self._run_dir / "starts.jsonl").read_text().splitlines()[-1])["step"])
+
+    def until_steps(self, number: int) -> None:
+        self.until(lambda: self._num_lines("metrics.jsonl") >= number)
+
+    def until_saving(self) -> None:
+        self.until(lambda: any((self._run_dir / "checkpoints").glob(".step_*.partial")))
+
+    def end(self) -> int:
+        """Its exit code. Nothing of it is left behind."""
+        try:
+            code = self.process.wait(PATIENCE_S)
+            self._wait_for_the_last()
+        finally:
+            if self._is_alive():
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return code
+
+    def _wait_for_the_last(self) -> None:
+        deadline = time.monotonic() + 60  # the decoding processes look for their parent every few seconds
+        while self._is_alive():
+            assert time.monotonic() < deadline, "processes of the run have outlived it"
+            time.sleep(0.1)
+
+    def _is_alive(self) -> bool:
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a video that cannot be read, in which a run has gone through undisturbed."""
+    folder = workspace.create(tmp_path_factory.mktemp("survival"), num_videos=9)
+    first = json.loads((folder / "data" / "train.jsonl").read_text().splitlines()[0])
+    (folder / "data" / first["video"]).write_bytes(b"no video")
+    assert Command(_config(folder, "undisturbed")).end() == 0
+    return folder
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    rows = workspace.metrics(run_dir)
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(folder.iterdir())}
+
+
+def _assert_same(run_dir: Path, expected: Path) -> None:
+    """All that a run leaves, but for what the clock has a part in."""
+    assert _metrics(run_dir) == _metrics(expected)
+    assert _texts(run_dir / "rollouts") == _texts(expected / "rollouts")
+    assert (run_dir / "skipped.jsonl").read_text() == (expected / "skipped.jsonl").read_text()
+    assert saved_steps(run_dir / "checkpoints") == saved_steps(expected / "checkpoints")
+    last = f"checkpoints/step_{NUM_STEPS}"
+    assert (run_dir / last / "state.json").read_text() == (expected / last / "state.json").read_text()
+    mine, theirs = (read_metadata(path / last / MEGATRON_DIR) for path in (run_dir, expected))
+    assert mine.keys() == theirs.keys()
+    for key, tensor in mine.items():
+        for chunk, other in zip(tensor.chunks, theirs[key].chunks, strict=True):
+            value = read_chunk(run_dir / last / MEGATRON_DIR, chunk)
+            assert torch.equal(value, read_chunk(expected / last / MEGATRON_DIR, other)), key
+    for file in (expected / "export").iterdir():
+        assert (run_dir / "export" / file.name).read_bytes() == file.read_bytes()
+    hidden = [path.name for path in (*run_dir.iterdir(), *(run_dir / "checkpoints").iterdir())]
+    assert [name for name in hidden if name.startswith(".")] == [".lock"]
+
+
+def test_killed_again_and_again_it_ends_as_if_nothing_had_been(folder: Path) -> None:
+    chance = random.Random(NUM_KILLS)
+    config = _config(folder, "killed")
+    kills = {"starting": 0, "training": 0, "saving": 0}
+    while sum(kills.values()) < NUM_KILLS:
+        command = Command(config)
+        moment = chance.choice(["starting", "training", "training", "saving", "saving"])
+        if moment == "starting":
+            time.sleep(chance.uniform(0, 3))
+        else:
+            command.until_steps(command.until_started() + chance.randint(1, 3))
+            if moment == "saving":
+                command.until_saving()
+                time.sleep(chance.uniform(0, 0.03))
+            else:
+                time.sleep(chance.uniform(0, 0.5))
+        command.process.kill()  # this one only: the others have to notice
+        if command.end() == 0:
+            break
+        kills[moment] += 1
+    starts = [json.loads(row)["step"] for row in (config.train.run_dir / "starts.jsonl").read_text().splitlines()]
+    print(f"kills: {kills}; went on from steps {starts}")
+    assert sum(kills.values()) > NUM_KILLS // 2
+    assert Command(config).end() == 0
+    _assert_same(config.train.run_dir, folder / "undisturbed")
+
+
+def _train(config: RunConfig) -> int:
+    groups.initialize(config.parallel)
+    return train_in_world(config)
+
+
+def test_signals_save_and_another_layout_goes_on(folder: Path, gloo_pool: GlooPool) -> None:
+    config = _config(folder, "signalled")
+    for number, first in ((signal.SIGUSR1, 1), (signal.SIGTERM, 3)):
+        command = Command(config)
+        command.until_steps(first)
+        command.process.send_signal(number)
+        assert command.end() == 85
+        (*_, newest) = saved_steps(config.train.run_dir / "checkpoints")
+        assert first <= newest == len(_metrics(config.train.run_dir)) < NUM_STEPS
+    elsewhere = _config(folder, "elsewhere", tensor=2, pipeline=2)
+    shutil.copytree(config.train.run_dir, elsewhere.train.run_dir)
+    assert Command(config).end() == 0
+    _assert_same(config.train.run_dir, folder / "undisturbed")
+    assert gloo_pool.run(_train, elsewhere) == [0] * 4
+    alone = _metrics(folder / "undisturbed")
+    for mine, expected in zip(_metrics(elsewhere.train.run_dir), alone, strict=True):
+        for name in ("step", "loss", "grad_norm", "lr", "kl", "reward/total", "response_tokens/mean"):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (mine["step"], name)
