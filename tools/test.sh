@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # Lint, types and tests, on a machine that has Python 3.11 and nothing else. Arguments go to pytest:
-#   bash tools/test.sh [--with-dali] [-k NAME] [-n WORKERS] [tests/...]
+#   bash tools/test.sh [--with-dali] [--with-sglang] [-k NAME] [-n WORKERS] [tests/...]
 # --with-dali also tests decoding with NVIDIA DALI, on the CPU; it downloads 300 MB the first time.
+# --with-sglang also tests rollouts with a real SGLang server, on the CPU; it downloads 200 MB the first time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-with_dali=
-if [ "${1:-}" = --with-dali ]; then
-    with_dali=1
+with_dali= with_sglang=
+while true; do
+    case ${1:-} in
+        --with-dali) with_dali=1 ;;
+        --with-sglang) with_sglang=1 ;;
+        *) break ;;
+    esac
     shift
-fi
+done
 
 bash tools/venv.sh
 if [ $with_dali ]; then
@@ -23,6 +28,10 @@ if [ $with_dali ]; then
         touch $dali/complete
     fi
     export PYTHONPATH=$PWD/$dali${PYTHONPATH:+:$PYTHONPATH}
+fi
+if [ $with_sglang ]; then
+    bash tools/sglang_venv.sh
+    export VCR1_SGLANG_PYTHON=$PWD/.venv/sglang/bin/python
 fi
 .venv/bin/ruff check
 .venv/bin/ruff format --check

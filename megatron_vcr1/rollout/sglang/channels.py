@@ -9,9 +9,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -162,9 +162,10 @@ class SharedMemoryChannel:
         open_session(url, self._timeout_s)
 
     def prepare(self, bucket: NamedTensors) -> tuple[str, NamedTensors]:
-        shared = _copy_to_shared_memory(bucket)
         stream = io.BytesIO()
-        ForkingPickler(stream).dump(shared)
+        with _named_shared_memory():
+            shared = _copy_to_shared_memory(bucket)
+            ForkingPickler(stream).dump(shared)
         return base64.b64encode(stream.getvalue()).decode(), shared  # the memory lives as long as the tensors
 
     def send(self, url: str, prepared: tuple[str, NamedTensors]) -> None:
@@ -176,18 +177,22 @@ class SharedMemoryChannel:
         close_session(url, self._timeout_s)
 
 
-def _copy_to_shared_memory(bucket: NamedTensors) -> NamedTensors:
-    """The tensors on the CPU, in one piece of shared memory that has a name: descriptors are not passed between
-    strangers.
-    """
-    alignment = 16
-    sizes = [-(-tensor.nbytes // alignment) * alignment for _, tensor in bucket]
+@contextmanager
+def _named_shared_memory() -> Iterator[None]:
+    """Memory that is shared by name: a server is no child of this process, which alone could be passed a descriptor."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        memory = torch.empty(sum(sizes), dtype=torch.uint8).share_memory_()
+        yield
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
+
+
+def _copy_to_shared_memory(bucket: NamedTensors) -> NamedTensors:
+    """The tensors on the CPU, in one piece of shared memory."""
+    alignment = 16  # bytes
+    sizes = [-(-tensor.nbytes // alignment) * alignment for _, tensor in bucket]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8).share_memory_()
     shared = []
     for (name, tensor), piece in zip(bucket, memory.split(sizes), strict=True):
         view = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -59,6 +60,7 @@ class SglangEngine:
         self._weights = INITIAL_WEIGHTS
         # What makes the policy's weights again. Not under one_step_off: there, training has changed them by then.
         self._source: Iterable[tuple[str, Tensor]] | None = None
+        self._stopped = threading.Event()
         self._keeps_source = not config.grpo.one_step_off
         if fleet.talks and self._section.transport == "file":
             payload.remove_orphans()
@@ -95,6 +97,7 @@ class SglangEngine:
             EngineError: as `generate`.
             WeightsNeeded: no server has the policy's weights; `update_weights` brings them.
         """
+        self._stopped.clear()
         self._loan.take_back()
         try:
             return asyncio.run(self._sample(requests, params))
@@ -105,7 +108,8 @@ class SglangEngine:
             self._loan.lend()
 
     def abort(self) -> None:
-        """Stop all that the servers of this copy are sampling: nobody wants it any more."""
+        """Stop `sample` in another thread, and all that the servers are sampling: nobody wants it any more."""
+        self._stopped.set()
         for url in self._fleet.owned:
             with suppress(ServerFault, RequestRefused):
                 call(url, "POST", "/abort_request", {"abort_all": True}, timeout_s=5)
@@ -155,7 +159,7 @@ class SglangEngine:
         def attempt() -> tuple[T | None, Exception | None]:
             try:
                 return work(), None
-            except (EngineError, UserError, WeightsNeeded) as error:
+            except (EngineError, UserError) as error:
                 return None, error
 
         result, error = groups.broadcast_in_copy(attempt)
@@ -171,6 +175,7 @@ class SglangEngine:
             concurrency=self._section.concurrency,
             return_timeout_s=self._section.startup_timeout_s,
             keeper=self._fleet.processes,
+            is_stopped=self._stopped.is_set,
         )
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         async with httpx.AsyncClient(limits=limits, trust_env=False) as client:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -31,7 +31,11 @@ class UnusableAnswer(Exception):
     """The server answered, but not with what was asked for; asking again may help."""
 
 
-class WeightsNeeded(Exception):
+class OtherWeights(UnusableAnswer):
+    """The server samples from other weights than the policy's."""
+
+
+class WeightsNeeded(EngineError):
     """No server has the policy's weights, though one could take them."""
 
 
@@ -66,6 +70,7 @@ class ServerPool:
         concurrency: int,
         return_timeout_s: float,
         keeper: Keeper | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -74,11 +79,13 @@ class ServerPool:
             weights: the version that a server must report.
             concurrency: requests under way at once on a server.
             return_timeout_s: longest wait for a server that dropped out.
+            is_stopped: whether answers are still wanted; looked at before every try.
         """
         self._weights = weights
         self._concurrency = concurrency
         self._return_timeout_s = return_timeout_s
         self._keeper = keeper
+        self._is_stopped = is_stopped
         self._usable = {url: Server(url) for url in current}
         self._returning: dict[str, asyncio.Task[None]] = {}
         self._requests: dict[str, int] = {}
@@ -100,11 +107,15 @@ class ServerPool:
             WeightsNeeded: see there.
         """
         failures: list[str] = []
+        tried: set[str] = set()
         for number in range(MAX_TRIES):
             if failures:
                 # Full jitter: requests that failed together do not come back together.
                 await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**number)))
-            async with self._server(num_responses) as server:
+            if self._is_stopped():
+                raise EngineError("sampling was stopped")
+            async with self._server(num_responses, tried) as server:
+                tried.add(server.url)
                 try:
                     answer = await ask(server)
                 except RequestRefused as error:
@@ -113,7 +124,7 @@ class ServerPool:
                     failures.append(f"{server.url}: {error}")
                     logger.warning("sample %s, try %d of %d: %s", name, number + 1, MAX_TRIES, failures[-1])
                     server.faults += 1
-                    if isinstance(error, ServerFault) and error.gone:
+                    if isinstance(error, OtherWeights) or (isinstance(error, ServerFault) and error.gone):
                         self._drop(server, str(error))
                 else:
                     server.faults = 0
@@ -127,9 +138,9 @@ class ServerPool:
         await asyncio.gather(*self._returning.values(), return_exceptions=True)
 
     @asynccontextmanager
-    async def _server(self, num_responses: int) -> AsyncIterator[Server]:
+    async def _server(self, num_responses: int, tried: Set[str]) -> AsyncIterator[Server]:
         async with self._changed:
-            while (server := self._choose()) is None:
+            while (server := self._choose(tried)) is None:
                 await self._changed.wait()
             server.load += num_responses
             self._requests[server.url] = self._requests.get(server.url, 0) + 1
@@ -141,11 +152,16 @@ class ServerPool:
             async with self._changed:
                 self._changed.notify_all()
 
-    def _choose(self) -> Server | None:
-        """The least-loaded usable server with a free place; None to wait for one. Raises where none will come."""
-        free = [one for one in self._usable.values() if self._requests.get(one.url, 0) < self._concurrency]
+    def _choose(self, tried: Set[str]) -> Server | None:
+        """The least-loaded usable server with a free place; None to wait for one. Raises where none will come.
+
+        One that fails at once is always the least loaded. So a server whose last answer was a fault gets one request at
+        a time, after the others, and none twice that another server could take.
+        """
+        usable = list(self._usable.values())
+        others = [one for one in usable if one.url not in tried] or usable
+        free = [one for one in others if self._requests.get(one.url, 0) < (1 if one.faults else self._concurrency)]
         if free:
-            # One that fails at once is always the least loaded: its faults count first.
             return min(free, key=lambda one: (one.faults, one.load))
         if self._usable or self._returning:
             return None
@@ -173,10 +189,11 @@ class ServerPool:
                 self._lost[url] = lost
                 break
             found = await asyncio.to_thread(_weights_if_ready, url)
-            failed_looks += found is None
-            if self._keeper and failed_looks == MAX_FAILED_LOOKS:
-                self._keeper.restart(url, f"does not recover: {reason}")
-            await asyncio.sleep(PROBE_S if found is None else 0)
+            if found is None:
+                failed_looks += 1
+                if self._keeper and failed_looks == MAX_FAILED_LOOKS:
+                    self._keeper.restart(url, f"does not recover: {reason}")
+                await asyncio.sleep(PROBE_S)
         async with self._changed:
             if found == self._weights:
                 server.faults = 0

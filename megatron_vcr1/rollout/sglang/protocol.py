@@ -12,7 +12,7 @@ from megatron_vcr1.model.mrope import prompt_positions, vision_rows
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS
 from megatron_vcr1.rollout.sglang.payload import PatchSettings, Payload, Picture
-from megatron_vcr1.rollout.sglang.pool import UnusableAnswer
+from megatron_vcr1.rollout.sglang.pool import OtherWeights, UnusableAnswer
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
 
@@ -93,7 +93,8 @@ def read_group(request: GenerationRequest, answer: Any, policy_version: str, tok
         policy_version: what the server must have called its weights, from the first token to the last.
 
     Raises:
-        UnusableAnswer: it was cut off by the server, sampled from other weights, or is malformed.
+        OtherWeights: part of it was sampled from other weights.
+        UnusableAnswer: it was cut off by the server, or is malformed.
     """
     answers = answer if isinstance(answer, list) else [answer]
     if len(answers) != request.num_responses:
@@ -110,7 +111,7 @@ def _read_rollout(meta: Mapping[str, Any], policy_version: str, tokens: SpecialT
     spans = [one["version"] for one in meta.get("weight_versions") or ()]
     versions = {str(one) for one in (*spans, meta["weight_version"])}
     if versions != {policy_version}:
-        raise UnusableAnswer(f"sampled from weights {sorted(versions)} instead of {policy_version}")
+        raise OtherWeights(f"sampled from weights {sorted(versions)} instead of {policy_version}")
     reason = meta["finish_reason"]
     if reason["type"] not in ("stop", "length"):
         raise UnusableAnswer(f"cut off: {reason.get('message') or reason['type']}")

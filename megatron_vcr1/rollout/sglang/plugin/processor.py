@@ -20,8 +20,8 @@ from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from sglang.srt.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 
+from megatron_vcr1.rollout.sglang.patches import to_patches
 from megatron_vcr1.rollout.sglang.payload import Payload, is_payload, unpack
-from megatron_vcr1.rollout.sglang.plugin.patches import to_patches
 
 TESTED_VERSIONS = ("0.5.23",)
 

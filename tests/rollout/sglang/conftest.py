@@ -1,0 +1,201 @@
+"""One real SGLang server on the CPU for all tests that need one; `tools/test.sh --with-sglang` installs it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.schema import ParallelSection, RunConfig
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.packed_batch import pack
+from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout.engine import GenerationRequest
+from megatron_vcr1.rollout.sglang.engine import SglangEngine
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.types import RolloutGroup
+from tests.model import tiny
+from tests.rollout.sglang import model_dir
+
+PATIENCE_S = 300.0  # with a busy machine
+TOKENS = SpecialTokens(frozenset([model_dir.END]), (tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VISION_START, tiny.VISION_END))
+SERVER_ARGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
+    *("--disable-cuda-graph", "--max-total-tokens", "20000", "--max-running-requests", "64"),
+)
+# Compiling takes longer than it saves here.
+ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> Path:
+    """The interpreter of the environment that tools/sglang_venv.sh makes; without it, a skip."""
+    interpreter = os.environ.get("VCR1_SGLANG_PYTHON")
+    if not interpreter:
+        pytest.skip("SGLang is not installed: bash tools/test.sh --with-sglang")
+    return Path(interpreter)
+
+
+def settings(folder: Path, model: Path, interpreter: Path, **sglang: Any) -> dict[str, Any]:
+    """Of a run with SGLang on the CPU."""
+    section = {"python": interpreter, "server_args": SERVER_ARGS, "memory_fraction": 0.05, "colocated": False}
+    return {
+        "model": {"path": model, "dtype": "float32"},
+        "train": {"run_dir": folder / "run"},
+        "rollout": {"engine": "sglang"},
+        "sglang": section | {"sync_bucket_mb": 1, "startup_timeout_s": PATIENCE_S, "timeout_s": PATIENCE_S} | sglang,
+    }
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A running `vcr1 rollout serve` with one server."""
+
+    url: str
+    process: subprocess.Popen[str]
+    model_dir: Path
+    folder: Path
+    interpreter: Path
+
+    def server(self) -> psutil.Process:
+        """The server's main process, of this moment."""
+        for one in psutil.Process(self.process.pid).children(recursive=True):
+            if "sglang.launch_server" in one.cmdline() and "-I" not in one.cmdline():
+                return one
+        raise AssertionError("no server")
+
+    def config(self, **sglang: Any) -> RunConfig:
+        section = {"urls": [self.url]} | sglang
+        return RunConfig.model_validate(settings(self.folder, self.model_dir, self.interpreter, **section))
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not _answers(self.url):
+            assert time.monotonic() < deadline, "the server does not come back"
+            time.sleep(0.5)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health_generate", timeout=30, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory, free_port: int) -> Iterator[Serving]:
+    """The server of the session. It leaves on SIGINT and leaves nothing behind, which the end of the session shows."""
+    folder = tmp_path_factory.mktemp("serving")
+    model = model_dir.create("qwen2_5_vl", folder / "model")
+    config = RunConfig.model_validate(settings(folder, model, sglang_python, port=free_port, max_restarts=20))
+    from megatron_vcr1.config.rendering import render_toml
+
+    (folder / "run.toml").write_text(render_toml(config, documented=False))
+    command = [sys.executable, "-m", "megatron_vcr1.cli", "rollout", "serve", str(folder / "run.toml")]
+    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()
+    try:
+        log = folder / "run" / "sglang" / "logs" / f"server_{free_port}.log"
+        try:
+            line = lines.get(timeout=PATIENCE_S)
+        except queue.Empty:
+            pytest.fail(f"the server does not start: {log.read_text()[-3000:]}")
+        assert line == f"ready: http://127.0.0.1:{free_port}\n"
+        yield Serving(line.split()[1], process, model, folder, sglang_python)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return min(max(probe.getsockname()[1], 1024), 65000)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    with groups.world(ParallelSection()):
+        yield
+
+
+@pytest.fixture
+def model(world: None, serving: Serving) -> QwenVLModel:
+    """The policy, with the weights that the server was started with."""
+    return load(serving.config())
+
+
+def load(config: RunConfig) -> QwenVLModel:
+    model = build_model(ModelConfig.from_pretrained(config.model.path), config)
+    load_model_weights(model, config.model.path)
+    return model
+
+
+def change(model: QwenVLModel, seed: int) -> None:
+    """What an optimizer's step might do."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+@pytest.fixture
+def start_engine(world: None, serving: Serving) -> Iterator[Callable[..., SglangEngine]]:
+    """Engines on the session's server, with settings of [sglang]."""
+    engines = []
+
+    def start(**sglang: Any) -> SglangEngine:
+        config = serving.config(**sglang)
+        engines.append(SglangEngine.start(config, ModelConfig.from_pretrained(config.model.path), TOKENS))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def requests(
+    num_responses: int, kinds: Sequence[str] = ("", "i", "v", "ivv"), seed: int = 3
+) -> list[GenerationRequest]:
+    """Prompts of text, an image, a video, and all of them."""
+    return [GenerationRequest(kind or "text", tiny.prompt(kind, seed=seed), num_responses) for kind in kinds]
+
+
+def largest_difference(
+    model: QwenVLModel, asked: Sequence[GenerationRequest], answered: Sequence[RolloutGroup], temperature: float = 1.0
+) -> float:
+    """Between the server's log-probs and the model's own, over all tokens."""
+    differences = []
+    for request, group in zip(asked, answered, strict=True):
+        assert group.id == request.id
+        responses = tuple(torch.tensor(rollout.token_ids) for rollout in group.rollouts)
+        batch = pack([Group(request.id, request.prompt, responses)], model.model_config)
+        with torch.no_grad():
+            expected = model.log_probs(model(batch), batch.target_ids, temperature=temperature)
+        found = torch.tensor([value for rollout in group.rollouts for value in rollout.log_probs])
+        differences.append((expected - found).abs().max().item())
+    return max(differences)

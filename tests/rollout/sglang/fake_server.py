@@ -1,0 +1,90 @@
+"""A small HTTP server that answers as it is told: for faults that a real SGLang server does not show on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+Reply = tuple[int, Any]  # status and JSON
+
+
+class FakeServer:
+    """Calls `reply(path, body)` for each request, in a thread of its own; `requests` lists what came."""
+
+    def __init__(self, reply: Callable[[str, Any], Reply]) -> None:
+        self.requests: list[tuple[str, Any]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._answer(None)
+
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self._answer(json.loads(content) if content else None)
+
+            def _answer(self, body: Any) -> None:
+                outer.requests.append((self.path, body))
+                status, answer = reply(self.path, body)
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args: Any) -> None:
+                """A client that did not wait for its answer is what some tests are about."""
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def count(self, path: str) -> int:
+        return sum(one == path for one, _ in self.requests)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def proxy(upstream: str, intervene: Callable[[str, Any], Reply | None]) -> FakeServer:
+    """A server in front of a real one; `intervene` may answer in its place, or have something happen first."""
+
+    def reply(path: str, body: Any) -> Reply:
+        answer = intervene(path, body)
+        if answer is not None:
+            return answer
+        method = "GET" if body is None and path in ("/model_info", "/server_info", "/health_generate") else "POST"
+        try:
+            real = httpx.request(method, upstream + path, json=body, timeout=120, trust_env=False)
+        except httpx.HTTPError as error:
+            return 502, {"error": f"{type(error).__name__} {error}"}
+        try:
+            return real.status_code, real.json()
+        except ValueError:
+            return real.status_code, real.text
+
+    return FakeServer(reply)

@@ -1,0 +1,184 @@
+"""Faults of a real server: sampling goes on or stops, no old response counts as new, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.rollout.engine import EngineError, SamplingParams
+from megatron_vcr1.rollout.sglang.engine import SglangEngine
+from megatron_vcr1.rollout.sglang.http import weights_of
+from tests.rollout.sglang import model_dir
+from tests.rollout.sglang.conftest import (
+    ENVIRONMENT,
+    TOKENS,
+    Serving,
+    change,
+    largest_difference,
+    load,
+    requests,
+    settings,
+)
+from tests.rollout.sglang.fake_server import Reply, proxy
+
+pytestmark = pytest.mark.xdist_group("sglang")
+
+TOLERANCE = 1e-4
+Start = Callable[..., SglangEngine]
+
+
+def versions(groups: Any) -> set[int]:
+    return {rollout.policy_version for group in groups for rollout in group.rollouts}
+
+
+def test_status_500_is_asked_again(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+    failures = iter([(500, {"error": "broken"}), (503, {"error": "busy"})])
+
+    def intervene(path: str, body: Any) -> Reply | None:
+        return next(failures, None) if path == "/generate" else None
+
+    with proxy(serving.url, intervene) as front:
+        engine = start_engine(urls=[front.url])
+        engine.update_weights(stream_hf_tensors(model), 1)
+        asked = requests(2)
+        groups = engine.generate(asked, SamplingParams(8))
+        assert largest_difference(model, asked, groups) < TOLERANCE
+        assert front.count("/generate") == len(asked) + 2
+
+
+def test_a_refused_update_is_repeated(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+    refusals = iter([(400, {"success": False, "message": "no"})])
+
+    def intervene(path: str, body: Any) -> Reply | None:
+        return next(refusals, None) if path == "/update_weights_from_distributed" else None
+
+    with proxy(serving.url, intervene) as front:
+        engine = start_engine(urls=[front.url], sync="distributed")
+        engine.update_weights(stream_hf_tensors(model), 1)
+        assert engine.generate(requests(1, ("v",)), SamplingParams(4))[0].rollouts[0].policy_version == 1
+
+
+def test_a_server_that_refuses_every_update_is_not_used(
+    start_engine: Start, model: QwenVLModel, serving: Serving
+) -> None:
+    def intervene(path: str, body: Any) -> Reply | None:
+        # After the first bucket of a pass: the weights are half new.
+        refuses = path == "/update_weights_from_tensor" and front.count(path) > 1
+        return (400, {"success": False, "message": "out of memory"}) if refuses else None
+
+    with proxy(serving.url, intervene) as front:
+        engine = start_engine(urls=[front.url], sync="tensor")
+        with pytest.raises(EngineError, match="no SGLang server took over the weights of version 1"):
+            engine.update_weights(stream_hf_tensors(model), 1)
+        assert weights_of(serving.url) == "loading"
+        with pytest.raises(EngineError):
+            engine.generate(requests(1, ("",)), SamplingParams(4))
+        assert front.count("/generate") == 0
+
+
+def test_a_hung_server_costs_its_time_out_and_comes_back(
+    start_engine: Start, model: QwenVLModel, serving: Serving
+) -> None:
+    engine = start_engine(timeout_s=20)
+    engine.update_weights(stream_hf_tensors(model), 1)
+    engine.generate(requests(1, ("v",)), SamplingParams(4))
+    server = serving.server()
+    asked, groups = requests(2, ("", "v")), []
+    thread = threading.Thread(target=lambda: groups.extend(engine.sample(asked, SamplingParams(8))))
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        thread.start()
+        thread.join(22)
+        assert not groups
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    thread.join(120)
+    assert largest_difference(model, asked, groups) < TOLERANCE
+    assert versions(groups) == {1}
+
+
+def test_a_server_that_dies_sampling_is_started_anew_and_brought_to_the_policys_weights(
+    start_engine: Start, model: QwenVLModel, serving: Serving
+) -> None:
+    engine = start_engine(sync="distributed")
+    change(model, seed=1)
+    engine.update_weights(stream_hf_tensors(model), 1)
+    server = serving.server()
+    threading.Timer(1.0, server.kill).start()
+    asked = requests(32, ("", "v"))
+    groups = engine.generate(asked, SamplingParams(400, top_p=0.99))
+    assert not psutil.pid_exists(server.pid) or not server.is_running()
+    assert versions(groups) == {1}  # the new server had version 0 at first
+    assert largest_difference(model, asked, groups) < TOLERANCE
+
+
+@pytest.mark.parametrize("sync", ["distributed", "tensor"])
+def test_a_server_that_dies_between_two_buckets(
+    start_engine: Start, model: QwenVLModel, serving: Serving, sync: str
+) -> None:
+    killed: list[psutil.Process] = []
+    update = f"/update_weights_from_{sync}"
+
+    def intervene(path: str, body: Any) -> Reply | None:
+        if path == update and front.count(update) == 2 and not killed:
+            killed.append(serving.server())
+            killed[0].kill()
+        return None
+
+    with proxy(serving.url, intervene) as front:
+        engine = start_engine(urls=[front.url], sync=sync, timeout_s=60)
+        change(model, seed=2)
+        engine.update_weights(stream_hf_tensors(model), 1)
+        assert killed
+        asked = requests(2)
+        groups = engine.generate(asked, SamplingParams(8))
+        assert versions(groups) == {1}
+        assert largest_difference(model, asked, groups) < TOLERANCE
+
+
+def family_of(engine: SglangEngine) -> list[psutil.Process]:
+    """The server that the engine started, and the server's own processes."""
+    assert engine._fleet.processes is not None
+    [guard] = engine._fleet.processes.pids()
+    return psutil.Process(guard).children(recursive=True)
+
+
+def test_servers_of_the_runs_own(
+    world: None, sglang_python: Path, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model without safetensors (as after an import), of the other family, with tied embeddings."""
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    folder = model_dir.create("qwen2_vl", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    run = settings(tmp_path, folder, sglang_python, port=free_port + 1, sync="disk")
+    config = RunConfig.model_validate(run)
+    model = load(config)
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    engine = SglangEngine.start(config, ModelConfig.from_pretrained(folder), TOKENS)
+    try:
+        asked = requests(4)
+        with pytest.raises(EngineError, match=r"'none' instead of 'default'"):
+            engine.generate(asked, SamplingParams(8))
+        engine.update_weights(iter(stream_hf_tensors(model)), 5)
+        assert largest_difference(model, asked, engine.generate(asked, SamplingParams(8))) < TOLERANCE
+        # Weights that came by disk are what a restart begins with: nothing has to be sent again.
+        family_of(engine)[0].kill()
+        groups = engine.generate(asked, SamplingParams(8))
+        assert versions(groups) == {5}
+        assert largest_difference(model, asked, groups) < TOLERANCE
+        family = family_of(engine)
+    finally:
+        engine.close()
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,79 @@
+"""Real processes: whoever ends, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_vcr1.rollout.sglang import guard
+
+# A server that starts a process of its own, which leaves its session, writes down both ids, and ignores SIGTERM.
+SERVER = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+open(sys.argv[1] + ".part", "w").write(f"{os.getpid()} {child.pid}")
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+time.sleep(float(sys.argv[2]))
+"""
+PARENT = """
+import os, subprocess, sys, time
+guard = subprocess.Popen([sys.executable, "-I", sys.argv[1], str(os.getpid()), *sys.argv[2:]])
+time.sleep(600)
+"""
+
+
+def started(ids: Path) -> list[int]:
+    deadline = time.monotonic() + 60
+    while not ids.exists():
+        assert time.monotonic() < deadline, "the server does not start"
+        time.sleep(0.05)
+    return [int(one) for one in ids.read_text().split()]
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() < deadline, "left behind"
+        time.sleep(0.05)
+
+
+def guarded(ids: Path, seconds: float = 600) -> list[str]:
+    return [sys.executable, "-c", SERVER, str(ids), str(seconds)]
+
+
+def test_a_killed_parent_takes_the_server_with_it(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, guard.__file__, *guarded(tmp_path / "ids")])
+    pids = started(tmp_path / "ids")
+    parent.kill()
+    parent.wait()
+    wait_until_gone(pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_ended_guard_takes_the_server_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *guarded(tmp_path / "ids")]
+    process = subprocess.Popen(command)
+    server, child = started(tmp_path / "ids")
+    process.send_signal(number)
+    process.wait()
+    if number == signal.SIGKILL:  # the server's own children are its own to end: SGLang's end with it
+        wait_until_gone([server])
+        os.kill(child, signal.SIGKILL)
+    else:
+        wait_until_gone([server, child])
+
+
+def test_the_servers_exit_code_comes_through_and_its_children_are_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *guarded(tmp_path / "ids", 0)]
+    process = subprocess.Popen(command)
+    pids = started(tmp_path / "ids")
+    assert process.wait(60) == 0
+    wait_until_gone(pids)
