@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model whose head is its embedding, which a pipeline's first and last stage then hold both."""
+    folder = workspace.create(tmp_path_factory.mktemp("tied"), family="qwen2_vl", num_videos=12)
+    assert train(_config(folder, "sft", "alone", {})) == 0
+    return folder
+
+
 def _train(config: RunConfig) -> int:
     groups.initialize(config.parallel)
     return train_in_world(config)
@@ -65,15 +74,33 @@ def _texts(run_dir: Path, step: int) -> list[tuple[str, list[str]]]:
     return [(row["sample"]["id"], [response["text"] for response in row["responses"]]) for row in rows]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_the_curve_of_a_single_process(folder: Path, gloo_pool: GlooPool, stage: str, layout: str) -> None:
-    config = _config(folder, stage, layout, LAYOUTS[layout])
-    assert gloo_pool.run(_train, config) == [0] * 4
-    alone = folder / "runs" / f"{stage}-alone"
-    for mine, expected in zip(workspace.metrics(config.train.run_dir), workspace.metrics(alone), strict=True):
-        for name in ("loss", "grad_norm", "lr", "response_tokens/mean", *(("reward/total", "kl") * (stage == "grpo"))):
+def _check_curve(run_dir: Path, alone: Path, names: Sequence[str]) -> None:
+    for mine, expected in zip(workspace.metrics(run_dir), workspace.metrics(alone), strict=True):
+        for name in ("loss", "grad_norm", "lr", "response_tokens/mean", *names):
             assert mine[name] == pytest.approx(expected[name], rel=TOLERANCE, abs=TOLERANCE), (mine["step"], name)
-        if stage == "grpo":
-            assert mine["grad_norm"] > 0
-            assert _texts(config.train.run_dir, mine["step"]) == _texts(alone, mine["step"])
+        assert mine["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sft_has_the_curve_of_a_single_process(folder: Path, gloo_pool: GlooPool, layout: str) -> None:
+    config = _config(folder, "sft", layout, LAYOUTS[layout])
+    assert gloo_pool.run(_train, config) == [0] * 4
+    _check_curve(config.train.run_dir, folder / "runs" / "sft-alone", ())
+
+
+def test_tied_embeddings_have_it_over_a_pipeline(tied_folder: Path, gloo_pool: GlooPool) -> None:
+    config = _config(tied_folder, "sft", "pp2", LAYOUTS["tp2-pp2"])
+    assert gloo_pool.run(_train, config) == [0] * 4
+    _check_curve(config.train.run_dir, tied_folder / "runs" / "sft-alone", ())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grpo_has_the_curve_and_the_responses_of_a_single_process(
+    folder: Path, gloo_pool: GlooPool, layout: str
+) -> None:
+    config = _config(folder, "grpo", layout, LAYOUTS[layout])
+    assert gloo_pool.run(_train, config) == [0] * 4
+    alone = folder / "runs" / "grpo-alone"
+    _check_curve(config.train.run_dir, alone, ("reward/total", "kl", "entropy"))
+    for step in range(1, NUM_STEPS + 1):
+        assert _texts(config.train.run_dir, step) == _texts(alone, step)
