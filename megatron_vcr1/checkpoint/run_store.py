@@ -21,9 +21,11 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -215,23 +217,16 @@ class RunStore:
         return content
 
     def _write(self, step: int, pieces: list[Piece], chunks: Iterable[NamedChunk], state: str, model_dir: Path) -> None:
-        partial = self._directory / f".step_{step}.partial"
         num_bytes = sum(on_every_worker(lambda: sum(piece.values.nbytes for piece in pieces), self._group))
-        try:
-            on_first_worker(lambda: _make_partial(partial, num_bytes), self._group)
-            shares = on_every_worker(lambda: _write_share(partial / MEGATRON_DIR, pieces, chunks), self._group)
-            on_first_worker(lambda: self._publish(step, partial, shares, state, model_dir), self._group)
-            self._newest = step
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"{self._directory}: disk full while step {step} was saved; free space, or keep fewer checkpoints "
-                f"(checkpoint.keep_last, keep_every). Those of earlier steps are whole"
-            ) from error
-        finally:
-            if rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)  # gone when all went well
+        with _full_disk_explained(self._directory, step):
+            partial = on_first_worker(lambda: _make_partial(self._directory, step, num_bytes), self._group)
+            try:
+                shares = on_every_worker(lambda: _write_share(partial / MEGATRON_DIR, pieces, chunks), self._group)
+                on_first_worker(lambda: self._publish(step, partial, shares, state, model_dir), self._group)
+            finally:
+                if rank() == 0:
+                    shutil.rmtree(partial, ignore_errors=True)  # gone when all went well
+        self._newest = step
 
     def _publish(self, step: int, partial: Path, shares: list[_Share], state: str, model_dir: Path) -> None:
         write_metadata(partial / MEGATRON_DIR, _global_tensors(shares))
@@ -288,13 +283,27 @@ def _copy_to_host(pieces: list[Piece]) -> list[NamedChunk]:
     return copies
 
 
-def _make_partial(partial: Path, num_bytes: int) -> None:
-    needed, free = num_bytes + _OTHER_FILES_BYTES, shutil.disk_usage(partial.parent).free
+@contextmanager
+def _full_disk_explained(directory: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{directory}: disk full while step {step} was saved; free space, or keep fewer checkpoints "
+            f"(checkpoint.keep_last, keep_every). Those of earlier steps are whole"
+        ) from error
+
+
+def _make_partial(directory: Path, step: int, num_bytes: int) -> Path:
+    """Under a name of its own: a rank of a dead run that has not noticed yet must not find it."""
+    needed, free = num_bytes + _OTHER_FILES_BYTES, shutil.disk_usage(directory).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", str(partial.parent))
-    if partial.exists():
-        shutil.rmtree(partial)
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", str(directory))
+    partial = directory / f".step_{step}.partial-{secrets.token_hex(4)}"
     (partial / MEGATRON_DIR).mkdir(parents=True)
+    return partial
 
 
 def _write_share(megatron_dir: Path, pieces: list[Piece], chunks: Iterable[NamedChunk]) -> _Share:

@@ -209,7 +209,7 @@ def test_a_full_disk_says_what_to_do(saved: ToyRun, monkeypatch: pytest.MonkeyPa
 
 def test_what_a_dead_run_left_half_done_is_removed(saved: ToyRun) -> None:
     directory = saved.store.path(2).parent
-    shutil.copytree(saved.store.path(2), directory / ".step_3.partial")
+    shutil.copytree(saved.store.path(2), directory / ".step_3.partial-0a1b")
     (directory / ".step_1.removed").mkdir()
     assert RunStore(directory, CheckpointSection()).latest() == 2
     assert sorted(os.listdir(directory)) == [".lock", "step_1", "step_2"]

@@ -85,7 +85,7 @@ class Command:
         self.until(lambda: self._num_lines("metrics.jsonl") >= number)
 
     def until_saving(self) -> None:
-        self.until(lambda: any((self._run_dir / "checkpoints").glob(".step_*.partial")))
+        self.until(lambda: any((self._run_dir / "checkpoints").glob(".step_*.partial-*")))
 
     def end(self) -> int:
         """Its exit code. Nothing of it is left behind."""
