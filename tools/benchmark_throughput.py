@@ -3,7 +3,11 @@
 
     python tools/benchmark_throughput.py train     # a GRPO update against the plain transformers computation
     python tools/benchmark_throughput.py rollout   # responses of a group against transformers' generate
+    python tools/benchmark_throughput.py step      # whole GRPO steps by phase
+    python tools/benchmark_throughput.py decode    # videos to frames
+    python tools/benchmark_throughput.py sync      # weights from the trainer to engines
     python tools/benchmark_throughput.py convert   # import and export of a checkpoint against cp
+    python tools/benchmark_throughput.py sweep     # train over layouts, recomputation and microbatches
 
 Every command warms up, repeats, prints medians with their range, and writes JSON with --json FILE.
 """
@@ -22,11 +26,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: figur
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")  # said while megatron-core is imported
 warnings.filterwarnings("ignore", message=".*tp_group is None")  # megatron-core's own calls
 
-from throughput import convert, rollout, train  # noqa: E402
+from throughput import convert, decode, rollout, step, sweep, sync, train  # noqa: E402
 
 from megatron_vcr1.errors import UserError  # noqa: E402
 
-COMMANDS = (train, rollout, convert)
+COMMANDS = (train, rollout, step, decode, sync, convert, sweep)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
-    args = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(arguments)
+    args.arguments = arguments
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return args.run(args)

@@ -1,0 +1,127 @@
+"""sweep: our update at every combination of layouts, recomputation and microbatches, best first, with a plot.
+
+    benchmark_throughput.py sweep --tensor 1 2 --recompute none full -- --model qwen2.5-vl-7b --prompts 4
+
+What follows `--` goes to every run of `train`. Combinations that cannot run are listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster_plan.job import RECOMPUTES
+from tqdm import tqdm
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.flops import bf16_peak
+from throughput.measure import TOOL, Spread, add_json_argument, print_table, write_json
+
+AXES = ("tensor", "pipeline", "copies", "recompute", "microbatch_tokens")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "sweep",
+        help="the update over layouts, recomputation and microbatches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for axis in ("tensor", "pipeline", "copies"):
+        parser.add_argument(f"--{axis}", nargs="+", type=int, default=[1])
+    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTES, default=["none"])
+    parser.add_argument("--microbatch-tokens", nargs="+", type=int, default=[16384])
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw seconds and memory (needs matplotlib)")
+    add_json_argument(parser)
+    parser.add_argument("train", nargs="*", metavar="-- TRAIN OPTIONS", help="see `train --help`")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    points = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*(getattr(args, a) for a in AXES))]
+    results, failures = [], []
+    for point in tqdm(points, desc="points"):
+        found = _measure(point, args.train)
+        if isinstance(found, dict):
+            results.append({"point": point, **found})
+        else:
+            failures.append({"point": point, "reason": found})
+    results.sort(key=lambda one: _seconds(one).median)
+    write_json(args.json, {"results": results, "failed": failures})
+    if results:
+        print_table(
+            f"{results[0]['model']}, {results[0]['device']}, {results[0]['date']}",
+            (*AXES, "seconds", "peak GB", "rows/s a device", "MFU"),
+            [_row(one) for one in results],
+            "Median (range); MFU of the published bfloat16 peak, on a CPU of the rate of a matrix product.",
+        )
+    if failures:
+        print_table("Left out", ("", "why"), [(_name(one["point"]), one["reason"]) for one in failures])
+    if args.plot and results:
+        plot(results, args.plot)
+    return 0 if results else 1
+
+
+def _measure(point: dict[str, Any], train_options: Sequence[str]) -> dict[str, Any] | str:
+    """The result of `train` at one point, or what it said when it failed."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-sweep-") as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, str(TOOL), "train", "--sides", "ours", "--json", str(file), *_options(point)]
+        finished = subprocess.run([*command, *train_options], capture_output=True, text=True)
+        if finished.returncode == 0:
+            return json.loads(file.read_text())
+        return (finished.stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def _options(point: dict[str, Any]) -> Iterator[str]:
+    for axis, value in point.items():
+        yield from (f"--{axis.replace('_', '-')}", str(value))
+    if point["tensor"] > 1:
+        yield "--sequence-parallel"
+
+
+def _seconds(result: dict[str, Any]) -> Spread:
+    return Spread.of(result["sides"]["ours"]["seconds"])
+
+
+def _row(result: dict[str, Any]) -> tuple[str, ...]:
+    ours, case, point = result["sides"]["ours"], result["case"], result["point"]
+    took = _seconds(result)
+    num_devices = point["tensor"] * point["pipeline"] * point["copies"]
+    rows = case["num_prompts"] * (case["prompt_tokens"] + case["group_size"] * (case["response_tokens"] - 1))
+    peak = bf16_peak(result["device"]) or ours["product_flops_per_s"]
+    mfu = result["flops"]["ours"]["total"] / took.median / num_devices / peak
+    measured = (took.text(), f"{ours['peak_bytes'] / 1e9:.2f}", f"{rows / took.median / num_devices:.0f}")
+    return (*(str(point[axis]) for axis in AXES), *measured, f"{100 * mfu:.1f} %")
+
+
+def _name(point: dict[str, Any]) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in point.items())
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds and memory of every point."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib; pip install 'megatron_vcr1[plots]'") from None
+    figure = Figure(figsize=(9, 1.5 + 0.4 * len(results)), layout="constrained")
+    seconds, memory = figure.subplots(1, 2, sharey=True)
+    names = [_name({axis: one["point"][axis] for axis in AXES}) for one in results]
+    spreads = [_seconds(one) for one in results]
+    middle = [one.median for one in spreads]
+    around = [[one.median - one.low for one in spreads], [one.high - one.median for one in spreads]]
+    seconds.barh(names, middle, xerr=around)
+    seconds.set(xlabel="seconds an update")
+    memory.barh(names, [one["sides"]["ours"]["peak_bytes"] / 1e9 for one in results], color="tab:orange")
+    memory.set(xlabel="peak GB")
+    seconds.invert_yaxis()
+    figure.savefig(path, dpi=150)

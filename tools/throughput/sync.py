@@ -1,0 +1,143 @@
+"""sync: a sharded model's weights as whole Hugging Face tensors, and to engines that sample from them.
+
+Without servers, the stream alone: gathered from tensor- and pipeline-parallel ranks, tensor by tensor. With --urls, the
+trainer's own update of running SGLang servers; the model must then be the directory that they serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from model_presets import PRESETS, add_model_argument, raw_config
+
+from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.layout import check_layout
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.parallel import groups
+from throughput.measure import Spread, add_json_argument, machine, print_table, run_again, seconds, write_json
+from throughput.train import add_layout_arguments
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "sync",
+        help="weights from the trainer to engines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_argument(parser, default="qwen2.5-vl-3b" if torch.cuda.is_available() else "small")
+    add_layout_arguments(parser)
+    parser.add_argument("--urls", nargs="+", default=[], help="SGLang servers that are running")
+    parser.add_argument("--method", choices=("distributed", "tensor", "disk"), default="distributed")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    add_json_argument(parser)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.urls and args.model in PRESETS:
+        raise UserError("--urls: give --model the directory that the servers serve")
+    num_processes = args.tensor * args.pipeline * args.copies
+    if args.worker is None and groups.world_size() == 1 and num_processes > 1:
+        with tempfile.TemporaryDirectory(prefix="benchmark-sync-") as folder:
+            file = Path(folder) / "result.json"
+            run_again([*args.arguments, "--worker", str(file)], num_processes=num_processes)
+            result: dict[str, Any] | None = json.loads(file.read_text())
+    else:
+        result = measure(args)
+    if result is None:  # another rank reports
+        return 0
+    if args.worker is not None:
+        args.worker.write_text(json.dumps(result))
+        return 0
+    write_json(args.json, result)
+    rates = Spread.of([result["bytes"] / one / 1e9 for one in result["seconds"]])
+    print_table(
+        f"Weights of {args.model}, {result['bytes'] / 1e9:.2f} GB, {result['num_tensors']} tensors, {result['device']}",
+        ("", "seconds", "GB/s"),
+        [("to the servers" if args.urls else "stream", Spread.of(result["seconds"]).text(3), rates.text())],
+        f"Median (range) of {args.rounds}; {args.tensor} tensor-parallel ranks x {args.pipeline} stages.",
+    )
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Seconds of each round; on the first rank."""
+    with _model_directory(args.model) as folder:
+        run_config = _run_config(args, folder)
+        config = ModelConfig.from_pretrained(folder)
+        check_layout(config.shape, run_config.parallel, run_config.recompute, groups.world_size())
+        with groups.world(run_config.parallel):
+            model = build_model(config, run_config, initialize_weights=True).to(groups.device())
+            send = _engine_update(run_config, model, folder) if args.urls else _stream_alone(model)
+            sizes = [tensor.nbytes for _, tensor in stream_hf_tensors(model)]
+            send()
+            took = [seconds(send) for _ in range(args.rounds)]
+            slowest = [max(values) for values in zip(*groups.gather_objects(took), strict=True)]
+            if not groups.is_first_rank():
+                return None
+    layout = {key: getattr(args, key) for key in ("tensor", "pipeline", "copies", "dtype")}
+    return machine() | {
+        "model": args.model,
+        "layout": layout,
+        "method": args.method if args.urls else None,
+        "bytes": sum(sizes),
+        "num_tensors": len(sizes),
+        "seconds": slowest,
+    }
+
+
+@contextmanager
+def _model_directory(model: str) -> Iterator[Path]:
+    """The model's directory; a preset's has a config.json alone."""
+    if model not in PRESETS:
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="benchmark-sync-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(raw_config(model)))
+        yield Path(folder)
+
+
+def _run_config(args: argparse.Namespace, folder: Path) -> RunConfig:
+    parallel = {key: getattr(args, key) for key in ("tensor", "pipeline", "sequence_parallel", "first_stage_layers")}
+    sections: dict[str, Any] = {"model": {"path": folder, "dtype": args.dtype}, "parallel": parallel}
+    if args.urls:
+        sections |= {"rollout": {"engine": "sglang"}, "sglang": {"urls": args.urls, "sync": args.method}}
+    return RunConfig.model_validate(sections)
+
+
+def _stream_alone(model: QwenVLModel) -> Any:
+    def send() -> None:
+        for _ in stream_hf_tensors(model):
+            pass
+
+    return send
+
+
+def _engine_update(run_config: RunConfig, model: QwenVLModel, folder: Path) -> Any:
+    from megatron_vcr1.rollout.build import build_engine
+
+    load_model_weights(model, folder)
+    engine = build_engine(run_config, model, PromptProcessor.from_pretrained(folder))
+    version = 0
+
+    def send() -> None:
+        nonlocal version
+        version += 1
+        engine.update_weights(stream_hf_tensors(model), version)
+
+    return send
