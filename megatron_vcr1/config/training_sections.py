@@ -76,6 +76,12 @@ class TrainSection(Section):
     max_skipped_steps: int = Field(
         default=3, ge=0, description="Steps in a row with a non-finite loss or gradient after which the run stops."
     )
+    step_timeout_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="Longest step, its rollout and checkpoint included. After that it counts as hung: every rank "
+        "writes the stacks of its threads to stderr and ends with code 1.",
+    )
 
 
 class OptimizerSection(Section):
