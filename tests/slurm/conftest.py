@@ -1,0 +1,94 @@
+"""A real Slurm of two nodes for the session; without Slurm's daemons, or without root, its tests are skipped."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = Path(__file__).with_name("cluster.sh")
+FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Clients' view of the cluster in `folder`."""
+
+    folder: Path
+
+    def call(self, *command: object, cwd: Path | None = None, **environment: str) -> str:
+        """What a command prints; it must succeed."""
+        # A test run may itself be a Slurm job or a rank of one.
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        clean |= {"SLURM_CONF": str(self.folder / "slurm.conf"), **environment}
+        done = subprocess.run(list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def submit(self, folder: Path, *arguments: object, **environment: str) -> str:
+        """sbatch in a folder; the job's id."""
+        return self.call("sbatch", "--parsable", *arguments, cwd=folder, **environment).strip()
+
+    def fields(self, job: str) -> dict[str, str]:
+        """What Slurm knows of a job; a controller that is just losing a node may hang up once or twice."""
+        for patience in (4, 3, 2, 1, 0):
+            try:
+                text = self.call("scontrol", "--oneliner", "show", "job", job)
+                break
+            except AssertionError:
+                if not patience:
+                    raise
+                time.sleep(0.5)
+        return dict(re.findall(r"(\w+)=(\S*)", text))
+
+    def wait(self, job: str, *, until: object = None, timeout_s: float = 300) -> dict[str, str]:
+        """Waits until the job is over, or until `until(fields)`."""
+        end = time.monotonic() + timeout_s
+        while True:
+            fields = self.fields(job)
+            if until(fields) if callable(until) else fields["JobState"] in FINAL_STATES:
+                return fields
+            assert time.monotonic() < end, f"job {job} is still {fields['JobState']} ({fields.get('Reason')})"
+            time.sleep(0.3)
+
+    def cut_power(self, node: str) -> None:
+        """The node is gone, with all that ran on it, and the controller has noticed."""
+        self.call("bash", CLUSTER, self.folder, "cut-power", node)
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    def boot(self, node: str) -> None:
+        self.call("bash", CLUSTER, self.folder, "boot", node)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
+        pytest.skip("needs root and Debian's slurmctld, slurmd, slurm-client and munge")
+    folder = Path(tempfile.mkdtemp(prefix="vcr1-slurm-", dir="/tmp"))  # a short path: it holds sockets
+    folder.chmod(0o755)
+    try:
+        started = subprocess.run(["bash", CLUSTER, folder, "start"], capture_output=True, text=True, timeout=120)
+        assert started.returncode == 0, started.stderr
+        yield Cluster(folder)
+    finally:
+        subprocess.run(["bash", CLUSTER, folder, "stop"], timeout=120)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder to submit from: it holds examples/, and the environment in which the tests run as .venv."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    return tmp_path

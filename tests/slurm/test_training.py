@@ -1,0 +1,77 @@
+"""`vcr1 train` itself on a real Slurm: saved and started again, cut off from its node, it ends as if left alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.config.rendering import render_toml
+from tests.training import workspace
+
+pytestmark = pytest.mark.xdist_group("slurm")
+
+NUM_STEPS = 30
+TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=30", "examples/slurm/train.sbatch")
+
+
+@pytest.fixture
+def settings(workplace: Path) -> Path:
+    """run.toml in the workplace; its run folder is a command-line option's."""
+    workspace.create(workplace, num_videos=8)
+    source = {"manifest": workplace / "data" / "train.jsonl", "thinking": False}
+    source["rewards"] = ["tests.training.own_rewards:variety"]
+    config = workspace.config(
+        workplace,
+        "grpo",
+        train={"stage": "grpo", "num_steps": NUM_STEPS, "prompts_per_step": 4},
+        data={**workspace.config(workplace, "grpo").data.model_dump(), "sources": [source]},
+        checkpoint={"every_steps": 5, "export": "never"},
+    )
+    (workplace / "run.toml").write_text(render_toml(config, documented=False))
+    return workplace
+
+
+def rows(run_dir: Path) -> list[dict[str, object]]:
+    """Metrics without times."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith(TIMED)} for row in workspace.metrics(run_dir)
+    ]
+
+
+def wait_for_step(run_dir: Path, step: int, log: Path) -> None:
+    end = time.monotonic() + 300
+    while not (run_dir / "metrics.jsonl").exists() or len(workspace.metrics(run_dir)) < step:
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+
+
+def test_a_run_over_three_starts_equals_one_that_was_left_alone(cluster, settings):
+    # The nodes' names are known to Slurm only, so the ranks are told where to meet.
+    environment = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    whole, parts = settings / "whole", settings / "parts"
+    job = cluster.submit(settings, *TWO_NODES, "run.toml", "--train.run_dir", whole, **environment)
+    assert cluster.wait(job, timeout_s=400)["JobState"] == "COMPLETED", (settings / f"vcr1-{job}.out").read_text()
+
+    job = cluster.submit(settings, *TWO_NODES, "run.toml", "--train.run_dir", parts, **environment)
+    log = settings / f"vcr1-{job}.out"
+    wait_for_step(parts, 4, log)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
+    saved = max(int(path.name.removeprefix("step_")) for path in (parts / "checkpoints").glob("step_*"))
+    wait_for_step(parts, saved + 7, log)
+    cluster.cut_power("n2")
+    try:
+        cluster.wait(job, until=lambda fields: fields["Restarts"] == "2")
+    finally:
+        cluster.boot("n2")
+    assert cluster.wait(job, timeout_s=400)["JobState"] == "COMPLETED", log.read_text()
+
+    assert len(rows(whole)) == NUM_STEPS and any(row["loss"] for row in rows(whole))
+    assert rows(parts) == rows(whole)
+    starts = [json.loads(line) for line in (parts / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 3 and starts[0]["step"] == 0 and starts[1]["step"] == saved and starts[2]["step"] > saved
+    assert {start["slurm_job"] for start in starts} == {job} and {start["ranks"] for start in starts} == {2}
