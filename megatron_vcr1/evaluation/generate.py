@@ -51,7 +51,6 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
     Raises:
         UserError: the model, the layout, or a video or picture is at fault.
     """
-    clock = _Clock()
     config = ModelConfig.from_pretrained(run.model.path)
     check_layout(config.shape, run.parallel, run.recompute, groups.world_size())
     try:
@@ -59,6 +58,7 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
     except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
         raise UserError(f"tokenizer or processor: {error}") from error
     tokens = SpecialTokens.from_pretrained(run.model.path, processor)
+    clock = _Clock()
     try:
         prompt = encode_messages([message], processor)
     except ValueError as error:  # a VideoError too
