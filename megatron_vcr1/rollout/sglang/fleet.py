@@ -14,7 +14,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import EngineError
 from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call
-from megatron_vcr1.rollout.sglang.processes import ServerGroup, server_specs
+from megatron_vcr1.rollout.sglang.processes import ServerGroup, server_specs, server_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
+    rank: int
     host: str
     copy: int
     talks: bool
@@ -47,51 +48,72 @@ class _Rank:
 
 
 def muster(config: RunConfig) -> Fleet:
-    """Start or find the servers; every rank of the job calls it.
+    """Start or find the servers; every rank of the job calls it, and all of them get the first one's error.
 
     Raises:
         UserError: a setting cannot work.
         EngineError: a server does not start or does not answer.
     """
     talks = groups.broadcast_in_copy(dist.get_rank) == dist.get_rank()
-    me = _Rank(socket.gethostname(), groups.copy_index(), talks, uuid.uuid4().hex[:8])
+    me = _Rank(dist.get_rank(), socket.gethostname(), groups.copy_index(), talks, uuid.uuid4().hex[:8])
     ranks = groups.gather_objects(me)
-    neighbours = [one for one in ranks if one.host == me.host]
-    section = config.sglang
-    processes, failure = None, None
-    if not section.urls and ranks.index(me) == ranks.index(neighbours[0]):
-        # After the training's GPUs, unless they are shared.
-        first_gpu = 0 if section.colocated else len(neighbours)
-        try:
-            processes = ServerGroup(
-                server_specs(config, first_gpu=first_gpu),
-                startup_timeout_s=section.startup_timeout_s,
-                max_restarts=section.max_restarts,
-            )
-            processes.wait_until_ready()
-        except (UserError, EngineError) as error:
-            failure = error
+    fleet, failure = None, None
+    try:
+        fleet = _name_servers(config, ranks) if config.sglang.urls else _start_servers(config, ranks)
+    except (UserError, EngineError) as error:
+        failure = error
     failures = [one for one in groups.gather_objects(failure) if one is not None]
     if failures:
-        if processes is not None:
-            processes.close()
+        if fleet is not None and fleet.processes is not None:
+            fleet.processes.close()
         raise failures[0]
-    if section.urls:
-        urls, sharers = [url.rstrip("/") for url in section.urls], [one.copy for one in ranks if one.talks]
-    else:
-        urls = [f"http://127.0.0.1:{section.port + index}" for index in range(section.num_servers)]
-        sharers = [one.copy for one in neighbours if one.talks]
-    if section.colocated and len(sharers) > len(urls):
-        raise UserError(
-            f"sglang.num_servers: {len(sharers)} copies of the model share {len(urls)} servers; servers that lend "
-            "their memory to training (sglang.colocated) need a copy each"
+    assert fleet is not None
+    return fleet
+
+
+def _name_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
+    """The servers of the settings, divided among all copies."""
+    urls = [url.rstrip("/") for url in config.sglang.urls]
+    me, talkers = ranks[dist.get_rank()], [one.copy for one in ranks if one.talks]
+    asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
+    can_lend = {url for url in owned if check_server(url)}
+    lenders = tuple(url for url in owned if config.sglang.colocated and url in can_lend)
+    if lenders and len(talkers) > len(urls):
+        raise _too_few(talkers, urls)
+    return Fleet(asked, owned, lenders, None, me.talks, ranks[0].run)
+
+
+def _start_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
+    """A node's servers, divided among the copies that are talked for on the node; its first rank starts them."""
+    section, me = config.sglang, ranks[dist.get_rank()]
+    neighbours = [one for one in ranks if one.host == me.host]
+    talkers = [one.copy for one in neighbours if one.talks]
+    urls = [server_url(section.port + index) for index in range(section.num_servers)]
+    if section.colocated and len(talkers) > len(urls):
+        raise _too_few(talkers, urls)
+    processes = None
+    if talkers and me == neighbours[0]:
+        # On the GPUs after the training's, unless they are shared.
+        first_gpu = 0 if section.colocated else len(neighbours)
+        processes = ServerGroup(
+            server_specs(config, first_gpu=first_gpu),
+            startup_timeout_s=section.startup_timeout_s,
+            max_restarts=section.max_restarts,
         )
-    asked, owned = divide(urls, sharers, me.copy) if talks else ((), ())
-    lenders = owned if section.colocated else ()
-    if section.urls:
-        savers = {url for url in owned if check_server(url)}
-        lenders = tuple(url for url in lenders if url in savers)
-    return Fleet(asked, owned, lenders, processes, talks, ranks[0].run)
+        try:
+            processes.wait_until_ready()
+        except BaseException:
+            processes.close()
+            raise
+    asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
+    return Fleet(asked, owned, owned if section.colocated else (), processes, me.talks, ranks[0].run)
+
+
+def _too_few(copies: Sequence[int], urls: Sequence[str]) -> UserError:
+    return UserError(
+        f"sglang.num_servers: {len(copies)} copies of the model share {len(urls)} servers; servers that lend their "
+        "memory to training (sglang.colocated) need a copy each"
+    )
 
 
 def divide(urls: Sequence[str], copies: Sequence[int], copy: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -114,6 +136,8 @@ def check_server(url: str) -> bool:
     """
     try:
         info = call(url, "GET", "/server_info", timeout_s=30)
+        # A run that was killed within an update has left it paused.
+        call(url, "POST", "/continue_generation", {}, timeout_s=30)
     except (ServerFault, RequestRefused) as error:
         raise EngineError(f"sglang.urls: {error}; start it with `vcr1 rollout serve`, or correct the URL") from error
     if info.get("enable_deterministic_inference"):

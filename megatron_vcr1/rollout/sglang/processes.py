@@ -28,7 +28,7 @@ NO_WEIGHTS = "none"
 PLUGIN = "megatron_vcr1.rollout.sglang.plugin"
 WATCH_S = 1.0
 """Between two looks at a process."""
-PROBE_S = 15.0
+PROBE_S = 30.0
 """Between two questions to a server whether it still answers, and the longest wait for an answer."""
 MAX_SILENT_PROBES = 3
 LOG_LINES = 15
@@ -48,7 +48,12 @@ class ServerSpec:
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        return server_url(self.port)
+
+
+def server_url(port: int) -> str:
+    """Where a server of this node is."""
+    return f"http://{HOST}:{port}"
 
 
 def server_specs(config: RunConfig, *, first_gpu: int = 0) -> list[ServerSpec]:

@@ -1,0 +1,146 @@
+"""Four ranks and one server that only pretends to compute: who talks, who listens, and who hears of errors."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.sglang.engine import SglangEngine
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from tests.gloo import GlooPool
+from tests.model import tiny
+from tests.rollout.sglang.fake_server import FakeServer, Reply
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+LAYOUTS = ({"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2})
+
+
+class Pretender:
+    """Answers with as many tokens as it has answered requests before, so that two answers are never the same."""
+
+    def __init__(self) -> None:
+        self.version = "default"
+        self.broken = False
+        self._num_answers = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str, body: Any) -> Reply:
+        if path == "/generate":
+            return (400, {"message": "too long"}) if self.broken else (200, self._responses(body))
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        return 200, {"tp_size": 1, "weight_version": self.version}
+
+    def _responses(self, body: Any) -> list[dict[str, Any]]:
+        with self._lock:
+            self._num_answers += 1
+            length = self._num_answers
+        meta = {
+            "finish_reason": {"type": "length"},
+            "weight_version": self.version,
+            "output_token_logprobs": [[-1.0, 9, None]] * length,
+            "output_token_ids_logprobs": [[[-1e38, 5, None]]] * length,
+            "cached_tokens": 2,
+        }
+        return [{"meta_info": meta}] * body["sampling_params"]["n"]
+
+
+def _engine(folder: Path, url: str, parallel: dict[str, Any], **sglang: Any) -> SglangEngine:
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": folder},
+            "train": {"run_dir": folder / "run"},
+            "parallel": parallel,
+            "sglang": {"urls": [url], "sync": "tensor", "timeout_s": 60} | sglang,
+        }
+    )
+    groups.initialize(config.parallel)
+    model_config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
+    return SglangEngine.start(config, model_config, SpecialTokens(frozenset([1]), (5,)))
+
+
+def _sample_and_update(folder: Path, url: str, parallel: dict[str, Any]) -> dict[str, Any]:
+    engine = _engine(folder, url, parallel)
+    asked = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
+    before = engine.generate(asked, SamplingParams(64))
+    groups.gather_objects(None)  # the copies share the server: all have their answers before it changes
+    made = []
+
+    def tensors() -> Any:
+        for index in range(3):
+            made.append(index)
+            yield f"w{index}", torch.full((5,), float(index))
+
+    engine.update_weights(tensors(), 4)
+    after = engine.generate(asked, SamplingParams(64))
+    return {
+        "copy": groups.copy_index(),
+        "before": before,
+        "after": after,
+        "made": made,
+        "version": engine.policy_version,
+    }
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def test_one_rank_of_a_copy_talks_and_all_hear(tmp_path: Path, gloo_pool: GlooPool, parallel: dict[str, Any]) -> None:
+    with FakeServer(Pretender()) as server:
+        answers = gloo_pool.run(_sample_and_update, tmp_path, server.url, parallel)
+        num_copies = len({one["copy"] for one in answers})
+        assert server.count("/generate") == 2 * 3 * num_copies
+        assert server.count("/update_weights_from_tensor") == 1  # by the copy that owns the server
+    for one in answers:
+        assert one["made"] == [0, 1, 2]  # the collective that makes the tensors is everybody's
+        assert one["version"] == 4
+        first = next(other for other in answers if other["copy"] == one["copy"])
+        assert (one["before"], one["after"]) == (first["before"], first["after"])
+        assert [group.id for group in one["after"]] == ["0", "1", "2"]
+        assert {rollout.policy_version for group in one["before"] for rollout in group.rollouts} == {0}
+        assert {rollout.policy_version for group in one["after"] for rollout in group.rollouts} == {4}
+
+
+def _fail(folder: Path, url: str, parallel: dict[str, Any]) -> str:
+    engine = _engine(folder, url, parallel)
+    try:
+        engine.generate([GenerationRequest("s7", tiny.prompt("", seed=0), 2)], SamplingParams(4))
+    except EngineError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_is_every_ranks(tmp_path: Path, gloo_pool: GlooPool) -> None:
+    pretender = Pretender()
+    pretender.broken = True
+    with FakeServer(pretender) as server:
+        for message in gloo_pool.run(_fail, tmp_path, server.url, {"tensor": 2, "pipeline": 2}):
+            assert message.startswith("sample s7: ") and "too long" in message
+
+
+def _start_badly(folder: Path, url: str, sglang: dict[str, Any]) -> str:
+    try:
+        _engine(folder, url, {"tensor": 2}, **sglang)
+    except (EngineError, UserError) as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_server_that_is_not_there_is_every_ranks_error(tmp_path: Path, gloo_pool: GlooPool) -> None:
+    server = FakeServer(Pretender())
+    server.close()
+    for message in gloo_pool.run(_start_badly, tmp_path, server.url, {}):
+        assert "sglang.urls: " in message and "start it with `vcr1 rollout serve`" in message
+
+
+def test_copies_cannot_share_a_server_that_lends_its_memory(tmp_path: Path, gloo_pool: GlooPool) -> None:
+    for message in gloo_pool.run(_start_badly, tmp_path, "", {"urls": [], "colocated": True}):
+        assert "sglang.num_servers: 2 copies of the model share 1 servers" in message
