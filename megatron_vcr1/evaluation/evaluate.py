@@ -72,13 +72,13 @@ def evaluate_model(config: RunConfig) -> list[Evaluation]:
         if any(missing):
             engine = _start_engine(config, model_config, processor)
             try:
-                for job, log, samples in zip(jobs, logs, missing, strict=True):
+                for job, log, indices in zip(jobs, logs, missing, strict=True):
+                    samples = [job.samples[index] for index in indices]
                     _answerer(config, job.source, engine, processor, templates).answer(samples, log, job.label)
             finally:
                 engine.close()
-        if not groups.is_first_rank():
-            return []
-        return [_score(job, log, judge, config) for job, log in zip(jobs, logs, strict=True) if log is not None]
+    # A judge may take long: the other ranks do not wait for it.
+    return [_score(job, log, judge, config) for job, log in zip(jobs, logs, strict=True) if log is not None]
 
 
 def plan_jobs(config: RunConfig) -> list[Job]:
@@ -132,8 +132,9 @@ def _answerer(
     )
 
 
-def _unanswered(job: Job, log: PredictionLog | None) -> list[VideoSample]:
-    return [] if log is None else [sample for sample in job.samples if sample.id not in log.done]
+def _unanswered(job: Job, log: PredictionLog | None) -> list[int]:
+    """Indices of samples; on the first rank, which has the log."""
+    return [] if log is None else [index for index, sample in enumerate(job.samples) if sample.id not in log.done]
 
 
 def _open_log(job: Job, config: RunConfig) -> PredictionLog:

@@ -112,8 +112,7 @@ def test_a_video_that_cannot_be_read_is_counted_and_tried_again(folder: Path, wh
     assert bad["id"] == damaged.id
     assert "output" not in bad
     assert json.loads((here / "metrics.json").read_text())["num_unanswered"] == 1
-    asked = evaluate._unanswered(*_open(run_config(folder, folder / "whole", str(damaged.task))))
-    assert [sample.id for sample in asked] == [damaged.id]
+    assert evaluate._unanswered(*_open(run_config(folder, folder / "whole", str(damaged.task)))) == [0]
 
 
 def _open(config: RunConfig) -> tuple[evaluate.Job, evaluate.PredictionLog]:
