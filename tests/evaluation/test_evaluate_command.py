@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.cli import main
+from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.data.manifest import write_manifest
+from megatron_vcr1.evaluation.benchmarks import find_benchmark
 from megatron_vcr1.rollout.engine import EngineError
 from tests.evaluation.samples import captions, choices
 from tests.judge.server import judge_server
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -120,3 +124,11 @@ def test_an_engine_that_fails_keeps_the_answers(
     Path("run.toml").write_text('[model]\npath = "model"\n')
     assert main(["evaluate", "run.toml"]) == 1
     assert "no server answers; see sglang.log\nThe answers so far are kept" in capsys.readouterr().err
+
+
+def test_the_example_names_benchmarks_that_exist() -> None:
+    config = load_config(ROOT / "examples" / "configs" / "evaluate.toml")
+    assert {find_benchmark(source.name).name for source in config.evaluate.benchmarks} == {
+        *("charades_sta", "activitynet", "nextgqa", "got10k", "videomme_short"),
+        *("mvbench", "perception_test", "vidtab", "dream1k"),
+    }
