@@ -118,8 +118,9 @@ class KVCache:
         prompt_lse = prompt_lse.unflatten(2, (self._width, -1)).transpose(1, 2).flatten(0, 1)
         if self._cells is not None:
             prompt, prompt_lse = prompt[self._cells], prompt_lse[self._cells]
-        weight = (prompt_lse - own_lse).sigmoid()[..., None].to(own.dtype)
-        return own.lerp(prompt, weight).reshape(num_rows, num_heads, head_dim)
+        weight = (prompt_lse - own_lse).sigmoid()[..., None]
+        output = own.float().lerp(prompt.float(), weight)  # in float32: half precision would round a second time
+        return output.to(query.dtype).reshape(num_rows, num_heads, head_dim)
 
     def _keep_own(self, layer: _Layer, key: Tensor, value: Tensor) -> None:
         capacity = layer.own_keys.shape[2]
