@@ -40,7 +40,7 @@ class PolicyBatch:
 
 
 class GrpoTrainer:
-    """A step: sample groups from the policy, reward them, update the policy by them, and the engine's weights by it."""
+    """Samples groups from the policy, rewards them, and makes what was better than its group more likely."""
 
     def __init__(
         self, config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor, num_steps: int
@@ -63,7 +63,8 @@ class GrpoTrainer:
         self._ahead = Ahead(self._engine, self._rollouts, stream) if config.grpo.one_step_off else None
 
     def step(self, step: int, metrics: Metrics) -> StepResult:
-        prompts, answers = self._sample(step, metrics)
+        """Responses to the next prompts; their advantages (equation 1); updates on the objective (equation 2)."""
+        prompts, answers = self._sample(metrics)
         groups = self._rollouts.refill(self._rollouts.score(prompts, answers, metrics), metrics)
         if self._ahead is not None and step < self._num_steps:
             self._hand_weights_over(self._policy_version, metrics)
@@ -73,7 +74,7 @@ class GrpoTrainer:
             with metrics.timed("reference"), self._reference.in_place():
                 minibatches = [self._with_log_probs(batches, "ref_log_probs") for batches in minibatches]
         with metrics.timed("update"):
-            if self._settings.updates_per_rollout * len(minibatches) > 1:
+            if self._settings.updates_per_rollout * len(minibatches) > 1:  # else the ratio is 1 and needs none
                 minibatches = [self._with_log_probs(batches, "old_log_probs") for batches in minibatches]
             updates = [
                 self._update(batches, metrics, first_pass=number == 0)
@@ -85,7 +86,7 @@ class GrpoTrainer:
             self._hand_weights_over(step, metrics)
         return self._result(step, groups, updates, learning_rate, metrics)
 
-    def _sample(self, step: int, metrics: Metrics) -> tuple[Sequence[DrawnPrompt], Sequence[RolloutGroup]]:
+    def _sample(self, metrics: Metrics) -> tuple[Sequence[DrawnPrompt], Sequence[RolloutGroup]]:
         """The step's prompts and the engine's answers: begun in the step before, or now."""
         if self._ahead is not None and self._ahead.is_under_way:
             return self._ahead.finish(metrics)

@@ -118,15 +118,15 @@ class Rollouts:
         ]
         if ranks.is_first_of_copy():
             _count(groups, metrics)
+            _count_cached(prompts, answers, metrics)
         self._check_judge(groups)
         return groups
 
     def refill(self, groups: list[ScoredGroup], metrics: Metrics) -> StepGroups:
         """With dynamic sampling: drop groups without a signal and sample further prompts, until there are enough.
 
-        Which groups those are does not depend on the number of copies of the model: the first prompts_per_step with
-        a signal, in the order of their prompts. After grpo.max_refills rounds the step goes on with fewer. Without
-        dynamic sampling all are kept.
+        Kept are the first prompts_per_step with a signal, in the order of their prompts, whichever copies of the model
+        have them; after grpo.max_refills rounds the step goes on with fewer. Without dynamic sampling all are kept.
         """
         if not self._config.grpo.dynamic_sampling:
             return StepGroups(tuple(groups))
@@ -225,6 +225,14 @@ def _count(groups: Sequence[ScoredGroup], metrics: Metrics) -> None:
                     metrics.add(f"reward/{task}/{part}", value)
             for part, reason in reward.reasons.items():
                 metrics.count(f"zeros/{task}/{part}/{reason}")
+
+
+def _count_cached(prompts: Sequence[DrawnPrompt], answers: Sequence[RolloutGroup], metrics: Metrics) -> None:
+    """The share of the prompts' tokens that the engine had in its cache, where it tells."""
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if answer.cached_tokens is not None:
+            num_tokens = len(prompt.prompt.token_ids) * len(answer.cached_tokens)
+            metrics.add("cached_prompt_share", sum(answer.cached_tokens), num_tokens)
 
 
 def _parts(reward: RewardBreakdown) -> Iterator[tuple[str, float | None]]:

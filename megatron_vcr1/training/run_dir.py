@@ -77,7 +77,7 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _keep_rows_until(path: Path, step: int) -> None:
     """Drop the rows of later steps, and a last row that a killed run did not finish."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

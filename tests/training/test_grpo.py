@@ -72,6 +72,7 @@ def test_a_step_is_on_policy_and_says_so(folder: Path, world: None) -> None:
         assert (step["kl"] == 0) == (number == 1)  # the first policy is the reference
         assert 0 < step["entropy"] < math.log(204)
         assert step["response_tokens/mean"] <= step["response_tokens/max"] <= 8
+        assert step["cached_prompt_share"] == 3 / 4  # a group's prompt is computed once
 
 
 def test_several_updates_a_rollout_move_the_ratio_and_are_clipped(folder: Path, world: None) -> None:
@@ -119,7 +120,7 @@ def test_frozen_parts_stay_bit_for_bit(folder: Path, world: None, frozen: str) -
 
 def test_dynamic_sampling_replaces_groups_without_a_signal(folder: Path, world: None) -> None:
     settings = {"dynamic_sampling": True, "max_refills": 10, "group_size": 2}
-    config = _config(folder, ["tests.training.test_grpo:sometimes"], grpo=settings, rollout={"max_new_tokens": 3})
+    config = _config(folder, ["tests.training.own_rewards:starts_small"], grpo=settings, rollout={"max_new_tokens": 3})
     _, trainer = _build(config)
     result = trainer.step(1, metrics := Metrics())
     step = metrics.reduce()
@@ -130,11 +131,6 @@ def test_dynamic_sampling_replaces_groups_without_a_signal(folder: Path, world: 
         assert len({response["reward"]["total"] for response in row["responses"]}) > 1
     positions = [position for position, row in result.rollouts.items() if row["trained"]]
     assert positions == sorted(positions)
-
-
-def sometimes(sample: object, completion: str) -> float:
-    """Mostly the same for both."""
-    return float(completion[:1].islower())
 
 
 def test_dynamic_sampling_goes_on_short_and_without_an_update_if_nothing_differs(folder: Path, world: None) -> None:

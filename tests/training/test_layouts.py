@@ -18,6 +18,7 @@ from tests.training import workspace
 pytestmark = pytest.mark.xdist_group("gloo")
 
 TOLERANCE = 1e-5
+RARELY = "tests.training.own_rewards:starts_early"
 NUM_STEPS = 3
 
 # Of four ranks; what a layout leaves of them are copies of the model.
@@ -104,3 +105,23 @@ def test_grpo_has_the_curve_and_the_responses_of_a_single_process(
     _check_curve(config.train.run_dir, alone, ("reward/total", "kl", "entropy"))
     for step in range(1, NUM_STEPS + 1):
         assert _texts(config.train.run_dir, step) == _texts(alone, step)
+
+
+def test_copies_without_a_group_that_teaches_take_part_in_the_update(folder: Path, gloo_pool: GlooPool) -> None:
+    """Dynamic sampling leaves some copies more groups than others, and some none."""
+    few = {"grpo": {"dynamic_sampling": True, "max_refills": 1, "group_size": 2}, "rollout": {"max_new_tokens": 3}}
+    rows = {}
+    for name in ("few-alone", "few"):
+        config = _config(folder, "grpo", name, few)
+        (source,) = config.data.model_dump()["sources"]
+        data = {**config.data.model_dump(), "sources": [{**source, "rewards": [RARELY]}]}
+        config = RunConfig.model_validate(
+            {**config.model_dump(), "data": data, "train": {**config.train.model_dump(), "num_steps": 1}}
+        )
+        assert train(config) == 0 if name == "few-alone" else gloo_pool.run(_train, config) == [0] * 4
+        rows[name] = workspace.metrics(config.train.run_dir)[0]
+        texts = _texts(config.train.run_dir, 1)
+        assert 0 < sum(len({"a" <= text[:1] <= "g" for text in some}) > 1 for _, some in texts) < 4
+    assert rows["few"]["loss"] == pytest.approx(rows["few-alone"]["loss"], rel=TOLERANCE, abs=TOLERANCE)
+    assert rows["few"]["grad_norm"] == pytest.approx(rows["few-alone"]["grad_norm"], rel=TOLERANCE)
+    assert rows["few"]["grad_norm"] > 0
