@@ -16,7 +16,7 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
-from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.processor import PromptProcessor, read_processor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
@@ -53,10 +53,7 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
     """
     config = ModelConfig.from_pretrained(run.model.path)
     check_layout(config.shape, run.parallel, run.recompute, groups.world_size())
-    try:
-        processor = PromptProcessor.from_pretrained(run.model.path)
-    except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
-        raise UserError(f"tokenizer or processor: {error}") from error
+    processor = read_processor(run.model.path)
     tokens = SpecialTokens.from_pretrained(run.model.path, processor)
     clock = _Clock()
     try:

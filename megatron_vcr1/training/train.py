@@ -9,7 +9,7 @@ from contextlib import closing
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.processor import read_processor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
@@ -54,7 +54,7 @@ def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
         UserError: the settings, the model or the data are at fault.
     """
     check_batch(config, groups.num_copies())
-    processor = _read_processor(config)
+    processor = read_processor(config.model.path)
     stream = PromptStream(config.data, processor, seed=config.train.seed)
     num_steps = config.train.num_steps or steps_of_epochs(config, stream.epoch_size)
     model = build_model(ModelConfig.from_pretrained(config.model.path), config).to(groups.device())
@@ -83,10 +83,3 @@ def check_batch(config: RunConfig, num_copies: int) -> None:
 def steps_of_epochs(config: RunConfig, epoch_size: int) -> int:
     """Steps that train.num_epochs take; the last one may reach into the next epoch."""
     return max(1, math.ceil(config.train.num_epochs * epoch_size / config.train.prompts_per_step))
-
-
-def _read_processor(config: RunConfig) -> PromptProcessor:
-    try:
-        return PromptProcessor.from_pretrained(config.model.path)
-    except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
-        raise UserError(f"model.path = {config.model.path}: tokenizer or processor: {error}") from error
