@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vcr1.data.prompts import PreparedSample, PromptTooLongError
+from megatron_vcr1.data.signals import start_fork_server
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import VideoSample
@@ -202,6 +203,8 @@ class PromptLoader:
         self._next_position = state["next_position"]
 
     def _data_loader(self) -> DataLoader[LoadedSample]:
+        if self._num_workers:
+            start_fork_server()
         return DataLoader(
             _PositionDataset(self._order, self._prepare),
             sampler=itertools.count(self._next_position + self._rank, self._num_ranks),

@@ -14,6 +14,7 @@ from typing import IO, Any, Self
 
 import torch
 
+from megatron_vcr1.data.signals import children_without_signals
 from megatron_vcr1.data.video import TIME_LIMIT_S, VideoError, VideoFrames, VideoPath, read_frames
 
 GRACE_S = 1.0
@@ -76,9 +77,10 @@ class VideoReader:
 
 def _start() -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    return subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
+    with children_without_signals():
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
 
 
 def _result(reply: dict[str, Any], stream: io.BufferedReader) -> VideoFrames | ValueError | None:

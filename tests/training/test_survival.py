@@ -187,7 +187,7 @@ def test_signals_save_and_another_layout_goes_on(folder: Path, gloo_pool: GlooPo
     for number, first in ((signal.SIGUSR1, 1), (signal.SIGTERM, 3)):
         command = Command(config)
         command.until_steps(first)
-        command.process.send_signal(number)
+        os.killpg(command.process.pid, number)  # all of them, as a scheduler does
         assert command.end() == 85
         (*_, newest) = saved_steps(config.train.run_dir / "checkpoints")
         assert first <= newest == len(_metrics(config.train.run_dir)) < NUM_STEPS

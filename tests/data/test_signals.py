@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from megatron_vcr1.data.signals import children_without_signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_children_outlive_the_signals_of_the_run(number: signal.Signals) -> None:
+    with children_without_signals():
+        shielded = subprocess.Popen(["sleep", "60"])
+    plain = subprocess.Popen(["sleep", "60"])
+    for process in (shielded, plain):
+        process.send_signal(number)
+    assert plain.wait(30) == -number
+    time.sleep(0.05)
+    assert shielded.poll() is None
+    shielded.kill()
+    assert shielded.wait(30) == -signal.SIGKILL
