@@ -1,0 +1,88 @@
+"""The demo's tiny model: its words, and whether the project and transformers take it for a Qwen2.5-VL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from demo.data import TASKS, VIDEO, base_samples
+from demo.plan import QUICK_SIZES, ROOT
+from demo.tiny_model import UNKNOWN, vocabulary, write_model
+
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.prompts import PromptTemplates, build_messages, load_templates, target_text
+from megatron_vcr1.data.synthesize import random_scene, sample_of_scene
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.training.targets import completion_text
+from megatron_vcr1.types import Task, VideoSample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "hf"
+    write_model(path, seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> PromptProcessor:
+    return PromptProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def templates() -> PromptTemplates:
+    return load_templates(ROOT / "tools/demo/templates.toml")
+
+
+def _samples() -> list[VideoSample]:
+    tasks = [
+        sample_of_scene(random_scene(split, index, seed=0, task=task, video_format=VIDEO), "x.mp4")
+        for split in ("train", "unseen_pairs", "longer_events")
+        for task in TASKS
+        for index in range(20)
+    ]
+    return tasks + [sample for some in base_samples(Path("data"), QUICK_SIZES).values() for sample in some]
+
+
+def test_prompts_and_answers_are_made_of_known_words(processor: PromptProcessor, templates: PromptTemplates) -> None:
+    for sample in _samples():
+        texts = [target_text(sample, templates), completion_text(sample, templates, thinking=bool(sample.thinking))]
+        thinkings = (False, True) if sample.task is Task.TEMPORAL_GROUNDING else (False,)
+        texts += [processor.render(build_messages(sample, templates, thinking=thinking)) for thinking in thinkings]
+        for text in texts:
+            token_ids = processor.tokenize(text)
+            assert processor.decode(token_ids, skip_special_tokens=False) == text
+            assert UNKNOWN not in processor.tokenizer.convert_ids_to_tokens(token_ids.tolist())
+
+
+@pytest.mark.parametrize(
+    "text, num_tokens",
+    [
+        ("<answer>3.5 to 12.0</answer>", 5),
+        ("<answer>B</answer><glue>[(0.5, 1.0)]</glue>", 6),
+        ("<answer>[[0.1, 0.2, 0.5, 0.6], [0.0, 0.0, 1.0, 1.0]]</answer>", 7),
+        ("<think>..##</think>\n<answer>0.5 to 1.5</answer>", 10),
+    ],
+)
+def test_moments_and_corners_are_single_tokens(processor: PromptProcessor, text: str, num_tokens: int) -> None:
+    assert len(processor.tokenize(text)) == num_tokens
+
+
+def test_other_words_are_unknown_and_not_lost(processor: PromptProcessor) -> None:
+    token_ids = processor.tokenize("When is it true that the purple dog is visible?")
+    assert UNKNOWN in processor.tokenizer.convert_ids_to_tokens(token_ids.tolist())
+
+
+def test_no_word_comes_twice() -> None:
+    assert len(set(vocabulary())) == len(vocabulary())
+
+
+def test_the_directory_describes_a_qwen_model_of_one_token_for_two_frames(
+    folder: Path, processor: PromptProcessor
+) -> None:
+    config = ModelConfig.from_pretrained(folder)
+    assert config.family == "qwen2_5_vl"
+    assert config.text.vocab_size == len(vocabulary())
+    assert config.vision.pixel_mean == (0.5, 0.5, 0.5)
+    assert (processor.factor, processor.temporal_patch_size) == (16, 2)
+    assert config.video_token_id == processor.video_token_id == vocabulary().index("<|video_pad|>")

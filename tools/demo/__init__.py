@@ -1,0 +1,1 @@
+"""The whole job in miniature on a CPU: `bash tools/demo.sh`."""

@@ -1,0 +1,206 @@
+"""The demo's jobs: every one is a call that its log shows, most of them of the `vcr1` command."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from demo.data import Sizes, video_sets, write_manifests
+from demo.jobs import Job
+from megatron_vcr1.types import Task
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples/configs/demo"
+WRITTEN_OUT = "runs/demo"
+"""The folder that the configurations name."""
+
+RUNS = ("base", "sft_grounding", "grpo_grounding", "sft_joint", "grpo_joint")
+SMALL_RUNS = ("sft_small", "grpo_small")
+TESTS = {
+    "base": ("test_thinking", "test_answering", "test_others"),
+    "sft_grounding": ("test_answering", "test_others"),
+    "grpo_grounding": ("test_thinking", "test_others"),
+    "sft_joint": ("test_answering", "test_others"),
+    "grpo_joint": ("test_thinking", "test_others"),
+    "sft_small": ("test_answering",),
+    "grpo_small": ("test_thinking",),
+}
+"""What a model is tested on: grounding in the way that it was trained in."""
+
+SIZES = Sizes(
+    base={Task.TEMPORAL_GROUNDING: 4000, Task.TRACKING: 1000, Task.GROUNDED_QA: 1000},
+    train={Task.TEMPORAL_GROUNDING: 2000, Task.TRACKING: 800, Task.GROUNDED_QA: 1000},
+    test=200,
+)
+QUICK_SIZES = Sizes(base=dict.fromkeys(SIZES.base, 16), train=dict.fromkeys(SIZES.train, 12), test=4, small=4)
+_QUICK_OPTIONS = {
+    "--train.num_steps": 2,
+    "--train.prompts_per_step": 6,
+    "--optimizer.warmup_steps": 1,
+    "--checkpoint.every_steps": 2,
+}
+_EXPECTED_S = {
+    "base": 90.0,
+    "sft_grounding": 20.0,
+    "grpo_grounding": 60.0,
+    "sft_joint": 30.0,
+    "grpo_joint": 120.0,
+    "sft_small": 6.0,
+    "grpo_small": 40.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What is run, and where.
+
+    Attributes:
+        out: everything is written below it.
+        seeds: of the model's first weights, the order of the data, and sampling. The small-label comparison always has
+            three, which also choose the labels, and starts from the first one's base.
+        quick: a few steps of everything, to see that it runs.
+    """
+
+    out: Path
+    seeds: tuple[int, ...] = (0, 1)
+    quick: bool = False
+
+    @property
+    def sizes(self) -> Sizes:
+        return QUICK_SIZES if self.quick else SIZES
+
+    @property
+    def data(self) -> Path:
+        return self.out / "data"
+
+    def run_dir(self, name: str, seed: int) -> Path:
+        return self.out / f"{name}-{seed}"
+
+    def small_seeds(self) -> range:
+        return range(self.sizes.small_seeds)
+
+    def models(self) -> list[tuple[str, int]]:
+        """Every model that is trained and tested: name and seed."""
+        full = [(name, seed) for seed in self.seeds for name in RUNS]
+        return full + [(name, seed) for seed in self.small_seeds() for name in SMALL_RUNS]
+
+    def config(self, name: str) -> Path:
+        """A configuration of examples/configs/demo, with this demo's folder in it."""
+        path = self.out / "configs" / f"{name}.toml"
+        text = (CONFIGS / f"{name}.toml").read_text(encoding="utf-8").replace(WRITTEN_OUT, str(self.out))
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    def jobs(self) -> list[Job]:
+        """All of them; those that a run of two processes should start early come first."""
+        parts = [
+            Job(f"videos-{part}", partial(_synthesize, self.data, self.sizes, part, 2), seconds=35.0) for part in (0, 1)
+        ]
+        videos = tuple(job.name for job in parts)
+        jobs = [*parts, Job("manifests", partial(write_manifests, self.data, self.sizes), seconds=5.0)]
+        for seed in self.seeds:
+            jobs.append(Job(f"model-{seed}", partial(_make_model, self.out / f"model-{seed}", seed), seconds=3.0))
+        for seed in self.seeds:
+            jobs.append(self._train("base", seed, after=(*videos, "manifests", f"model-{seed}")))
+        for name in ("grpo_joint", "grpo_grounding", "sft_joint", "sft_grounding"):
+            jobs += [self._train(name, seed, after=(f"base-{seed}",)) for seed in self.seeds]
+        first_base = f"base-{self.seeds[0]}"
+        jobs += [self._train(name, seed, after=(first_base,)) for seed in self.small_seeds() for name in SMALL_RUNS]
+        jobs += [self._evaluate(name, seed) for name, seed in self.models()]
+        jobs += [self._verify("grpo_joint", seed) for seed in self.seeds]
+        return [*jobs, self._report(after=tuple(job.name for job in jobs))]
+
+    def _train(self, name: str, seed: int, after: tuple[str, ...]) -> Job:
+        run_dir = self.run_dir(name, seed)
+        base = self.run_dir("base", self.seeds[0] if name in SMALL_RUNS else seed) / "export"
+        model = self.out / f"model-{seed}" / "imported" if name == "base" else base
+        options = {"--model.path": model, "--train.run_dir": run_dir, "--train.seed": seed}
+        options |= _QUICK_OPTIONS if self.quick else {}
+        arguments = [str(self.config(name)), *(str(one) for pair in options.items() for one in pair)]
+        return Job(
+            f"{name}-{seed}",
+            partial(vcr1, "train", *arguments),
+            after,
+            seconds=_EXPECTED_S[name],
+            steps=num_steps(self.config(name)),
+            metrics=run_dir / "metrics.jsonl",
+        )
+
+    def _evaluate(self, name: str, seed: int) -> Job:
+        """One job for all tests of a model, each a call of `vcr1 evaluate`."""
+        run_dir = self.run_dir(name, seed)
+        options = ("--model.path", str(run_dir / "export"), "--train.run_dir", str(run_dir))
+        calls = [("evaluate", str(self.config(test)), *options) for test in TESTS[name]]
+        return Job(f"test-{name}-{seed}", partial(_in_turn, calls), after=(f"{name}-{seed}",), seconds=5.0 * len(calls))
+
+    def _verify(self, name: str, seed: int) -> Job:
+        tests = [self.config(test) for test in TESTS[name]]
+        call = partial(_verify_export, self.run_dir(name, seed), tests, self.out / "verified" / f"{name}-{seed}.json")
+        return Job(f"verify-{name}-{seed}", call, after=(f"test-{name}-{seed}",), seconds=10.0)
+
+    def _report(self, after: tuple[str, ...]) -> Job:
+        """A page about the first seed's runs, and those with few labels."""
+        runs = [self.run_dir(name, self.seeds[0]) for name in RUNS] + [self.run_dir(name, 0) for name in SMALL_RUNS]
+        arguments = (*map(str, runs), "--out", str(self.out / "report.html"))
+        return Job("report", partial(vcr1, "report", *arguments), after, seconds=10.0)
+
+
+def num_steps(config: Path) -> int:
+    """Of a training configuration."""
+    from megatron_vcr1.config.loading import load_config  # this module is also read by processes that only start jobs
+
+    steps = load_config(config).train.num_steps
+    assert steps is not None, f"{config} does not set train.num_steps"
+    return steps
+
+
+def vcr1(*arguments: str) -> None:
+    """The command, in this process, which keeps the libraries for the next one. Raises RuntimeError if it fails."""
+    from megatron_vcr1.cli import main
+
+    print("$ vcr1", shlex.join(arguments), flush=True)
+    if code := main(arguments):
+        raise RuntimeError(f"vcr1 {arguments[0]} ended with exit code {code}")
+
+
+def _in_turn(calls: Sequence[Sequence[str]]) -> None:
+    for arguments in calls:
+        vcr1(*arguments)
+
+
+def _synthesize(folder: Path, sizes: Sizes, part: int, num_parts: int) -> None:
+    for videos in video_sets(sizes):
+        videos.write(folder, part, num_parts)
+
+
+def _make_model(folder: Path, seed: int) -> None:
+    """Random weights in Hugging Face format, and imported."""
+    from demo.tiny_model import write_model
+
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+    write_model(folder / "hf", seed)
+    _convert("import", "--hf", str(folder / "hf"), "--out", str(folder / "imported"))
+
+
+def _verify_export(run_dir: Path, tests: Sequence[Path], out: Path) -> None:
+    """The export against the checkpoint, tensor by tensor and by log-probs, and its answers in transformers."""
+    from demo.verify import write_comparison
+
+    (checkpoint,) = (run_dir / "checkpoints").glob("step_*")
+    _convert("verify", "--hf", str(run_dir / "export"), "--checkpoint", str(checkpoint))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_comparison(run_dir / "export", tests, run_dir / "evaluation", out)
+
+
+def _convert(*arguments: str) -> None:
+    import convert_checkpoint
+
+    print("$ python tools/convert_checkpoint.py", shlex.join(arguments), flush=True)
+    if code := convert_checkpoint.main(arguments):
+        raise RuntimeError(f"convert_checkpoint.py {arguments[0]} ended with exit code {code}")

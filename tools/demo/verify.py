@@ -1,0 +1,105 @@
+"""An exported model in transformers: does it give the answers that were measured?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+from vcr1_kernels import frames_to_patches
+
+from megatron_vcr1.config.loading import load_config
+from megatron_vcr1.data.encoding import EncodedPrompt
+from megatron_vcr1.data.manifest import read_manifest
+from megatron_vcr1.data.preparation import Decoder, preparation
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.prompts import load_templates
+from megatron_vcr1.evaluation.predictions import read_predictions
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.mrope import prompt_positions
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
+
+
+def compare_answers(export: Path, tests: Sequence[Path], evaluation: Path, num_samples: int) -> dict[str, Any]:
+    """Answers the first samples of each benchmark with transformers, greedily and without a cache.
+
+    Args:
+        export: the model's Hugging Face directory.
+        tests: the configurations that `vcr1 evaluate` was run with.
+        evaluation: the folder of its results.
+
+    Returns:
+        num_answers, num_equal, and up to five answers that differ.
+    """
+    config, processor = ModelConfig.from_pretrained(export), PromptProcessor.from_pretrained(export)
+    special = SpecialTokens.from_pretrained(export, processor)
+    model = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
+    num_answers, different = 0, []
+    for run in map(load_config, tests):
+        templates, decoder = load_templates(run.data.templates), Decoder(run.data)
+        for benchmark in run.evaluate.benchmarks:
+            prepare = preparation(run.data, templates, processor, decoder, thinking=benchmark.thinking)
+            measured = read_predictions(evaluation / str(benchmark.label) / "predictions.jsonl")
+            for sample in read_manifest(benchmark.manifest)[:num_samples]:
+                token_ids = greedy_answer(model, config, special, prepare(sample).prompt, run.evaluate.max_new_tokens)
+                answer = processor.decode(token_ids)
+                num_answers += 1
+                if answer != measured[sample.id].output:
+                    different.append({"id": sample.id, "transformers": answer, "vcr1": measured[sample.id].output})
+    return {"num_answers": num_answers, "num_equal": num_answers - len(different), "different": different[:5]}
+
+
+@torch.no_grad()
+def greedy_answer(
+    model: Any, config: ModelConfig, special: SpecialTokens, prompt: EncodedPrompt, max_new_tokens: int
+) -> Tensor:
+    """The most probable tokens, none of which stands for a picture, up to an end token; int64 [num_tokens].
+
+    Positions are given: transformers 5 lets the text behind a video go on at another one than the published models do.
+    """
+    (video,) = prompt.vision
+    vision = config.vision
+    positions = prompt_positions(
+        prompt.token_ids,
+        [(video.grid_thw, video.seconds_per_grid)],
+        vision_token_ids=frozenset((config.image_token_id, config.video_token_id)),
+        merge_size=vision.merge_size,
+        tokens_per_second=vision.tokens_per_second,
+    )
+    patches = frames_to_patches(
+        video.frames,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.merge_size,
+        mean=vision.pixel_mean,
+        std=vision.pixel_std,
+    )
+    token_ids = prompt.token_ids
+    for _ in range(max_new_tokens):
+        tail = torch.arange(len(token_ids) - len(prompt.token_ids)) + int(positions.max()) + 1
+        logits = model(
+            input_ids=token_ids[None],
+            attention_mask=torch.ones_like(token_ids)[None],
+            position_ids=torch.cat((positions, tail.expand(3, -1)), dim=1)[:, None],
+            pixel_values_videos=patches,
+            video_grid_thw=torch.tensor([video.grid_thw]),
+            use_cache=False,
+        ).logits[0, -1]
+        logits[list(special.never_sampled)] = -torch.inf
+        token_ids = torch.cat((token_ids, logits.argmax()[None]))
+        if int(token_ids[-1]) in special.end:
+            break
+    return token_ids[len(prompt.token_ids) :]
+
+
+def write_comparison(export: Path, tests: Sequence[Path], evaluation: Path, out: Path, num_samples: int = 8) -> None:
+    """Raises RuntimeError if any answer differs."""
+    result = compare_answers(export, tests, evaluation, num_samples)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"transformers: {result['num_equal']} of {result['num_answers']} answers are those of vcr1 evaluate")
+    if result["different"]:
+        raise RuntimeError(f"transformers answers differently: {result['different'][0]}")
