@@ -76,6 +76,7 @@ def test_the_command(folder: Path, whole: dict[str, Any]) -> None:
         "--train.run_dir",
         str(folder / "cli"),
     ]
+    command += ["--data.num_workers", "1"]  # which decodes in another process, and changes nothing
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
