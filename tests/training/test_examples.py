@@ -13,7 +13,8 @@ from megatron_vcr1.training.train import train
 from megatron_vcr1.types import Task
 from tests.training import workspace
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.toml"))
+FOLDER = Path(__file__).parents[2] / "examples" / "configs"
+EXAMPLES = sorted([*FOLDER.glob("grpo_*.toml"), *FOLDER.glob("sft_*.toml")])
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 
 TOLERANCE = 1e-5
 RARELY = "tests.training.own_rewards:starts_early"
-NUM_STEPS = 3
+NUM_STEPS = 2
 
 # Of four ranks; what a layout leaves of them are copies of the model.
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
