@@ -20,7 +20,7 @@ from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, Samplin
 from megatron_vcr1.rollout.sglang import payload
 from megatron_vcr1.rollout.sglang.delivery import WeightDelivery
 from megatron_vcr1.rollout.sglang.fleet import Fleet, muster
-from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, call, post
+from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, acall, call
 from megatron_vcr1.rollout.sglang.loan import MemoryLoan
 from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, WeightsNeeded
 from megatron_vcr1.rollout.sglang.protocol import PromptEncoder, generate_body, read_group, version_name
@@ -197,7 +197,7 @@ class SglangEngine:
             packed = await asyncio.to_thread(self._pack, request)
             try:
                 body = generate_body(request, params, self._tokens, packed)
-                answer = await post(client, f"{server.url}/generate", body, timeout_s=timeout_s)
+                answer = await acall(client, "POST", f"{server.url}/generate", body, timeout_s=timeout_s)
             finally:
                 if packed is not None:
                     payload.remove_file(packed)

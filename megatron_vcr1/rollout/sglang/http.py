@@ -10,6 +10,9 @@ import httpx
 INITIAL_WEIGHTS = "default"
 """What SGLang calls the weights that a server was started with, unless told otherwise."""
 
+LOOK_S = 25.0
+"""Longest wait for a server to compute something, to show that it can; SGLang itself gives up after 20 s."""
+
 
 class ServerFault(Exception):
     """A server did not answer, or answered that it cannot: another one may, or the same one later.
@@ -40,11 +43,11 @@ def call(url: str, method: str, path: str, body: Any = None, *, timeout_s: float
     return content(answer)
 
 
-async def post(client: httpx.AsyncClient, url: str, body: Any, *, timeout_s: float) -> Any:
-    """As `call`, asynchronously."""
+async def acall(client: httpx.AsyncClient, method: str, url: str, body: Any = None, *, timeout_s: float) -> Any:
+    """As `call`, asynchronously, with the whole URL; cancelling it closes the connection."""
     try:
         async with asyncio.timeout(timeout_s):  # httpx's own limits one read, and an answer may trickle
-            answer = await client.post(url, json=body, timeout=None)
+            answer = await client.request(method, url, json=body, timeout=None)
     except TimeoutError:
         raise ServerFault(f"{url}: no answer within {timeout_s:.0f} s", gone=True) from None
     except httpx.HTTPError as error:
@@ -84,7 +87,7 @@ def weights_of(url: str, *, timeout_s: float = 15.0) -> str:
     return str(call(url, "GET", "/model_info", timeout_s=timeout_s)["weight_version"])
 
 
-def is_ready(url: str, *, timeout_s: float = 15.0) -> bool:
+def is_ready(url: str, *, timeout_s: float = LOOK_S) -> bool:
     """Whether a server takes requests now: it has just computed something."""
     try:
         call(url, "GET", "/health_generate", timeout_s=timeout_s)

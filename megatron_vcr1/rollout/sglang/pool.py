@@ -11,8 +11,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import httpx
+
 from megatron_vcr1.rollout.engine import EngineError
-from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, is_ready, weights_of
+from megatron_vcr1.rollout.sglang.http import LOOK_S, RequestRefused, ServerFault, acall
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +190,7 @@ class ServerPool:
             if lost is not None:
                 self._lost[url] = lost
                 break
-            found = await asyncio.to_thread(_weights_if_ready, url)
+            found = await _weights_if_ready(url)
             if found is None:
                 failed_looks += 1
                 if self._keeper and failed_looks == MAX_FAILED_LOOKS:
@@ -206,8 +208,11 @@ class ServerPool:
             self._changed.notify_all()
 
 
-def _weights_if_ready(url: str) -> str | None:
-    try:
-        return weights_of(url) if is_ready(url) else None
-    except (ServerFault, RequestRefused):
-        return None
+async def _weights_if_ready(url: str) -> str | None:
+    """The version of a server that has just computed something; None for one that could not."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        try:
+            await acall(client, "GET", f"{url}/health_generate", timeout_s=LOOK_S)
+            return str((await acall(client, "GET", f"{url}/model_info", timeout_s=LOOK_S))["weight_version"])
+        except (ServerFault, RequestRefused):
+            return None

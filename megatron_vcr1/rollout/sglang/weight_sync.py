@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -94,6 +95,9 @@ class WeightUpdate(Generic[Prepared]):
     def finish(self) -> None:
         """After the last bucket: the servers report the new version, which is checked, and serve again."""
         self._on_each(self._finish)
+        for url in self.failed:
+            with suppress(ServerFault, RequestRefused):  # no one asks it while its weights are `LOADING`
+                call(url, "POST", "/continue_generation", {}, timeout_s=LIVENESS_S)
 
     def _begin(self, url: str) -> None:
         weights_of(url, timeout_s=LIVENESS_S)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_vcr1.rollout.engine import EngineError
 from megatron_vcr1.rollout.sglang import pool as pool_module
-from megatron_vcr1.rollout.sglang.http import post
+from megatron_vcr1.rollout.sglang.http import acall
 from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, UnusableAnswer, WeightsNeeded
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
@@ -48,7 +48,7 @@ def ask_all(
         async with httpx.AsyncClient() as client:
 
             async def ask(server: Server, body: Any) -> Any:
-                answer = await post(client, f"{server.url}/generate", body, timeout_s=timeout_s)
+                answer = await acall(client, "POST", f"{server.url}/generate", body, timeout_s=timeout_s)
                 if answer.get("unusable"):
                     raise UnusableAnswer("cut off")
                 return answer["echo"]

@@ -85,6 +85,8 @@ def test_a_server_that_fails_is_left_out_and_keeps_no_version() -> None:
         assert update.failed == {other.url: "connection closed by peer"}
         assert channel.sent == [one.url] * 2
         assert (good.version, bad.version) == ("2@run", "loading")
+        assert [server.count("/pause_generation") for server in (one, other)] == [1, 1]
+        assert [server.count("/continue_generation") for server in (one, other)] == [1, 1]  # neither stays paused
 
 
 def test_a_version_that_did_not_arrive_is_noticed() -> None:
