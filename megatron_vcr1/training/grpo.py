@@ -59,6 +59,8 @@ class GrpoTrainer:
         self._policy_version = 0  # steps that the model's weights have seen
         self._reference = Reference(self._model, config.grpo.reference) if config.grpo.kl_coef > 0 else None
         self._engine = build_engine(config, self._model, processor)
+        # Servers of the user's own may hold other weights; those of an imported model start without any.
+        self._engine.update_weights(stream_hf_tensors(self._model), self._policy_version)
         self._rollouts = Rollouts(config, self._engine, stream, processor)
         self._ahead = Ahead(self._engine, self._rollouts, stream) if config.grpo.one_step_off else None
 
