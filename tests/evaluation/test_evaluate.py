@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest
@@ -146,6 +147,14 @@ def test_nothing_is_asked_twice(folder: Path, whole: dict[str, Any], monkeypatch
     before = results(folder / "whole")
     assert len(evaluate_model(run_config(folder, folder / "whole", *names))) == 2
     assert results(folder / "whole") == before
+
+
+def test_an_imported_model_answers_the_same(folder: Path, whole: dict[str, Any]) -> None:
+    import_checkpoint(folder / "model", folder / "imported")
+    config = run_config(folder, folder / "of_imported", "captioning", model={"path": folder / "imported"})
+    evaluate_model(config)
+    predictions = "evaluation/captioning/predictions.jsonl"
+    assert results(folder / "of_imported")[predictions] == whole[predictions]
 
 
 @pytest.mark.parametrize(
