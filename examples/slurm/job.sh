@@ -48,18 +48,19 @@ step() {
 # Runs a step to its end, shows its first rank's log here, and passes on the signal before the time limit. Returns the
 # step's exit code.
 watch_step() {
-    local log=$LOGS/$1-0.log code
+    local log=$LOGS/$1-0.log code shown
     touch "$log"
     step "$@" &
     STEP_PID=$!
     tail --pid=$STEP_PID --lines=0 --follow=name "$log" 2>/dev/null &
+    shown=$!
     while :; do # wait returns early when a signal comes
         wait "$STEP_PID"
         code=$?
         kill -0 "$STEP_PID" 2>/dev/null || break
     done
-    wait "$STEP_PID" 2>/dev/null && code=0 || code=$?
-    wait
+    wait "$STEP_PID" && code=0 || code=$?
+    wait "$shown"
     return "$code"
 }
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes on this machine, for tests: munged, slurmctld and two slurmd, on the loopback interface.
+# A real Slurm of three nodes on this machine, for tests: munged, slurmctld and three slurmd, on the loopback interface.
 #   cluster.sh DIR start | stop | cut-power NODE | boot NODE
 # Everything (settings, keys, sockets, logs) is in DIR, whose path must be short: it holds Unix sockets. Needs root and
 # Debian's slurmctld, slurmd, slurm-client and munge. Clients need SLURM_CONF=DIR/slurm.conf.
-# The nodes pretend to have 64 CPUs and 8 GPUs each; nothing is enforced.
+# The nodes pretend to have 128 CPUs and 8 GPUs each; nothing is enforced.
 set -euo pipefail
 
 dir=$(realpath -m "$1")
 export SLURM_CONF=$dir/slurm.conf
-nodes=(n1 n2)
+nodes=(n1 n2 n3)
 base_port=${BASE_PORT:-17817}
 
 write_config() {
@@ -56,7 +56,7 @@ OverTimeLimit=5
 CONF
         for i in "${!nodes[@]}"; do
             echo "NodeName=${nodes[i]} NodeHostname=${host%%.*} NodeAddr=127.0.0.1 Port=$((base_port + 1 + i))" \
-                "CPUs=64 RealMemory=1000000 Gres=gpu:h100:8"
+                "CPUs=128 RealMemory=1000000 Gres=gpu:h100:8"
         done
         echo "PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
     } >"$SLURM_CONF"
@@ -78,7 +78,7 @@ wait_until() { # SECONDS COMMAND...
     done
 }
 
-both_nodes_serve() { [ "$(sinfo -h -N -o %t | grep -cE '^(idle|alloc|mix|comp)$')" = ${#nodes[@]} ]; }
+all_nodes_serve() { [ "$(sinfo -h -N -o %t | grep -cE '^(idle|alloc|mix|comp)$')" = ${#nodes[@]} ]; }
 
 boot() {
     mkdir -p "$dir/spool/$1"
@@ -92,7 +92,7 @@ start() {
     slurmctld
     local node
     for node in "${nodes[@]}"; do boot "$node"; done
-    wait_until 30 both_nodes_serve || { tail -n 20 "$dir"/*.log >&2; return 1; }
+    wait_until 30 all_nodes_serve || { tail -n 20 "$dir"/*.log >&2; return 1; }
 }
 
 descendants() {
@@ -135,6 +135,6 @@ case $2 in
     start) start ;;
     stop) stop ;;
     cut-power) cut_power "$3" ;;
-    boot) boot "$3" && wait_until 30 both_nodes_serve ;;
+    boot) boot "$3" && wait_until 30 all_nodes_serve ;;
     *) echo "usage: $0 DIR start | stop | cut-power NODE | boot NODE" >&2; exit 2 ;;
 esac

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes for the session; without Slurm's daemons, or without root, its tests are skipped."""
+"""A real Slurm of three nodes for the session; without Slurm's daemons, or without root, its tests are skipped."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Cluster:
                 time.sleep(0.5)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, job: str, *, until: object = None, timeout_s: float = 300) -> dict[str, str]:
+    def wait(self, job: str, *, until: object = None, timeout_s: float = 120) -> dict[str, str]:
         """Waits until the job is over, or until `until(fields)`."""
         end = time.monotonic() + timeout_s
         while True:

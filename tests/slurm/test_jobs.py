@@ -19,11 +19,16 @@ def save_and_stop(*_):
     print("saved", flush=True)
     sys.exit(85)
 
+if sys.argv[1] != "train":
+    print(os.environ["SLURMD_NODENAME"], *sys.argv[1:], flush=True)
+    time.sleep(300 if sys.argv[1] == "rollout" else 0)
+    sys.exit()
 scenario, start, node = sys.argv[2], int(os.environ.get("SLURM_RESTART_COUNT", 0)), os.environ["SLURMD_NODENAME"]
-print(f"start {{start}} of {{scenario}} as rank {{os.environ['SLURM_PROCID']}} on {{node}}", flush=True)
 if scenario == "stop" and start == 0:
     signal.signal(signal.SIGUSR1, save_and_stop)
     signal.signal(signal.SIGTERM, save_and_stop)
+print(f"start {{start}} of {{scenario}} as rank {{os.environ['SLURM_PROCID']}} on {{node}}", flush=True)
+if scenario == "stop" and start == 0:
     time.sleep(300)
 elif scenario == "loading" and start == 0:
     time.sleep(300)  # a signal ends it without a checkpoint
@@ -31,7 +36,11 @@ elif scenario == "wrong":
     sys.exit(2)
 elif scenario == "crash" or (scenario == "crash once" and start == 0):
     raise RuntimeError("something broke")
-print("finished", flush=True)
+print("finished", *sys.argv[3:], flush=True)
+"""
+
+TELLS_ITS_ARGUMENTS = """#!/bin/sh
+echo "$SLURMD_NODENAME $(basename "$0") $*"
 """
 
 
@@ -40,8 +49,10 @@ def stand_in(workplace: Path) -> Path:
     (workplace / ".venv").unlink()
     (workplace / ".venv/bin").mkdir(parents=True)
     (workplace / ".venv/bin/activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
-    (workplace / ".venv/bin/vcr1").write_text(STAND_IN)
-    (workplace / ".venv/bin/vcr1").chmod(0o755)
+    programs = {"vcr1": STAND_IN, "python": TELLS_ITS_ARGUMENTS, "torchrun": TELLS_ITS_ARGUMENTS}
+    for name, text in programs.items():
+        (workplace / ".venv/bin" / name).write_text(text)
+        (workplace / ".venv/bin" / name).chmod(0o755)
     return workplace
 
 
@@ -57,10 +68,11 @@ def logs(folder: Path, job: str) -> dict[str, str]:
     return {path.name: path.read_text() for path in (folder / f"logs/vcr1-{job}").glob("train-*.log")}
 
 
-def wait_for_text(read, text: str) -> None:
+def wait_for_ranks(folder: Path, job: str, text: str, num_ranks: int) -> None:
+    """Until each rank's log holds the text."""
     end = time.monotonic() + 120
-    while text not in read():
-        assert time.monotonic() < end, f"{text!r} did not come: {read()}"
+    while sum(text in log for log in logs(folder, job).values()) < num_ranks:
+        assert time.monotonic() < end, f"{text!r} did not come: {logs(folder, job)}"
         time.sleep(0.2)
 
 
@@ -86,7 +98,7 @@ def test_a_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, stand
 
 def test_a_signal_while_it_loads_starts_it_again(cluster, stand_in):
     job = cluster.submit(stand_in, *SMALL, SCRIPT, "loading")
-    wait_for_text(lambda: "".join(logs(stand_in, job).values()), "as rank 3")
+    wait_for_ranks(stand_in, job, "start 0", 4)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
@@ -95,11 +107,11 @@ def test_a_signal_while_it_loads_starts_it_again(cluster, stand_in):
 
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster, stand_in):
     job = cluster.submit(stand_in, *SMALL, SCRIPT, "stop")
-    wait_for_text(lambda: "".join(logs(stand_in, job).values()), "as rank 3")
+    wait_for_ranks(stand_in, job, "start 0", 4)
     cluster.call("scancel", job)
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
-    wait_for_text(lambda: logs(stand_in, job)["train-3.log"], "saved")
+    wait_for_ranks(stand_in, job, "saved", 4)
     assert cluster.call("squeue", "--noheader", "--jobs", job) == ""
 
 
@@ -134,10 +146,74 @@ def test_a_node_that_fails_its_health_check_is_left_out(cluster, stand_in):
 
 def test_a_node_that_dies_takes_the_job_back_to_the_queue(cluster, stand_in):
     job = cluster.submit(stand_in, *SMALL, SCRIPT, "stop")
-    wait_for_text(lambda: "".join(logs(stand_in, job).values()), "as rank 3")
+    wait_for_ranks(stand_in, job, "start 0", 4)
     cluster.cut_power("n2")
     try:
         cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
     finally:
         cluster.boot("n2")
     assert cluster.wait(job)["JobState"] == "COMPLETED"
+
+
+def test_rollouts_and_the_judge_have_nodes_of_their_own(cluster, stand_in):
+    script = ("examples/slurm/train_separate.sbatch", "none", "--train.num_steps", "2")
+    job = cluster.submit(stand_in, "--nodes=1", ":", "--nodes=2", *script, SERVER_GPUS="4", JUDGE_MODEL="models/judge")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", output(stand_in, job)
+    ranks = logs(stand_in, job)
+    assert len(ranks) == 8 and "as rank 7 on n1" in ranks["train-7.log"]
+    (finished,) = (line for line in ranks["train-0.log"].splitlines() if line.startswith("finished"))
+    urls = "http://n2:30000,http://n2:30001"
+    for option in (
+        "--train.num_steps 2",
+        "--rollout.engine sglang",
+        "--sglang.num_servers 2",
+        "--sglang.tensor 4",
+        f"--sglang.urls {urls}",
+        "--judge.base_url http://n3:30000/v1",
+    ):
+        assert option in finished
+    folder = stand_in / f"logs/vcr1-{job}"
+    assert (folder / "rollout-0.log").read_text().startswith("n2 rollout serve none --train.num_steps 2")
+    assert not (folder / "rollout-1.log").exists()
+    assert "n3 python -m sglang.launch_server --model-path models/judge" in (folder / "judge-0.log").read_text()
+
+
+def test_a_job_of_two_groups_of_nodes_goes_on_after_a_signal(cluster, stand_in):
+    job = cluster.submit(stand_in, "--nodes=1", ":", "--nodes=1", "examples/slurm/train_separate.sbatch", "stop")
+    wait_for_ranks(stand_in, job, "start 0", 8)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", output(stand_in, job)
+    assert "saved; started again" in output(stand_in, job)
+
+
+def test_an_array_evaluates_one_model_a_task(cluster, stand_in):
+    job = cluster.submit(
+        stand_in,
+        "--array=0-1",
+        "--ntasks-per-node=2",
+        "examples/slurm/evaluate.sbatch",
+        "run.toml",
+        "models/a",
+        "runs/b",
+    )
+    for task, name in ((0, "models/a"), (1, "runs/b")):
+        assert cluster.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
+        text = (stand_in / f"vcr1-evaluate-{job}_{task}.out").read_text()
+        folder = name.replace("/", "-")
+        assert f"evaluate run.toml --model.path {name} --train.run_dir evaluations/{folder}" in text
+
+
+def test_conversion_and_a_sweep_of_layouts(cluster, stand_in):
+    convert = cluster.submit(stand_in, "examples/slurm/convert.sbatch", "import", "--hf", "models/a", "--out", "b")
+    (stand_in / "layouts.txt").write_text("--tensor 2\n--tensor 4 --recompute full\n")
+    sweep = cluster.submit(stand_in, "--array=0-2", "examples/slurm/throughput.sbatch", "layouts.txt", "train")
+    assert cluster.wait(convert)["JobState"] == "COMPLETED"
+    assert (
+        "python tools/convert_checkpoint.py import --hf models/a --out b"
+        in (stand_in / f"vcr1-convert-{convert}.out").read_text()
+    )
+    assert [cluster.wait(f"{sweep}_{task}")["JobState"] for task in range(3)] == ["COMPLETED", "COMPLETED", "FAILED"]
+    told = [(stand_in / f"vcr1-throughput-{sweep}_{task}.out").read_text() for task in range(3)]
+    assert f"train --tensor 4 --recompute full --sides ours --json throughput/{sweep}_1.json" in told[1]
+    assert "--nnodes=1 --nproc-per-node=8" in told[0] and "layouts.txt has no line 3" in told[2]
