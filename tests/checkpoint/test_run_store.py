@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR
 from megatron_vcr1.checkpoint.optimizer_state import optimizer_pieces
 from megatron_vcr1.checkpoint.pieces import parameter_pieces
+from megatron_vcr1.checkpoint.run_store import saved_steps
 from tests.checkpoint.toy_run import ToyRun
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -130,3 +133,31 @@ def test_megatron_core_loads_the_same_from_it(model_dirs: dict[str, Path], tmp_p
     gloo_pool.run(
         _load_with_megatron_core, model_dirs["qwen2_vl"], tmp_path, {**settings, "parallel": LAYOUTS["tp2-pp2"]}
     )
+
+
+def _fail_on_one_rank(model_dir: Path, directory: Path) -> tuple[str, list[int], list[int]]:
+    run = ToyRun(model_dir, directory, {"parallel": LAYOUTS["tp2-pp2"]})
+    run.save()
+    run.steps = 1
+    run.store.finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    run.save()  # returns: it is written in the background
+    message = "no error"
+    try:
+        run.save()
+    except OSError as error:
+        message = str(error.strerror)
+    before = saved_steps(directory)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.save()
+    run.store.finish()
+    return message, before, saved_steps(directory)
+
+
+def test_a_rank_that_cannot_write_is_everybodys_failure(
+    model_dirs: dict[str, Path], tmp_path: Path, gloo_pool: GlooPool
+) -> None:
+    answers = gloo_pool.run(_fail_on_one_rank, model_dirs["qwen2_vl"], tmp_path)
+    assert answers == [("File too large", [0], [0, 1])] * 4
