@@ -175,14 +175,17 @@ class Run:
 
     def _warn_of_mismatch(self, metrics: Mapping[str, float]) -> None:
         difference, alarm = metrics.get("mismatch/mean_abs", 0.0), self._config.logging.mismatch_alarm
-        if not difference <= alarm:  # nor if it is no number
-            logger.warning(
-                "step %d: log-probs of rollout and training differ by %.3g on average, more than logging.mismatch_alarm"
-                " = %g: old weights in the engine, other arithmetic, or other positions of the same tokens",
-                self._step,
-                difference,
-                alarm,
-            )
+        if difference <= alarm:  # what is no number is not
+            return
+        age = "; the responses are from an older policy, which is part of it" if metrics.get("policy_lag") else ""
+        logger.warning(
+            "step %d: log-probs of rollout and training differ by %.3g on average, more than logging.mismatch_alarm = "
+            "%g: old weights in the engine, other arithmetic, or other positions of the same tokens%s",
+            self._step,
+            difference,
+            alarm,
+            age,
+        )
 
     def _stop_if_hopeless(self, result: StepResult) -> None:
         if result.applied:
