@@ -19,7 +19,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import bf16_peak
 
 PARTS = ("text", "vision", "attention", "head")  # rates that are fitted
-PRIOR = 0.05  # weight of the assumed rates: decides what measurements leave open
+PRIOR = 0.005  # weight of the assumed rates: decides what measurements leave open
 
 
 @dataclass(frozen=True, slots=True)

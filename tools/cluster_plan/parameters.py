@@ -9,7 +9,7 @@ from functools import cache
 
 from cluster_plan.job import Layout
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.hf_layout import TensorLayout, model_layout
+from megatron_vcr1.model.hf_layout import model_layout
 
 # Divided over tensor-parallel ranks; all other tensors are whole on each.
 _DIVIDED = re.compile(
@@ -30,36 +30,56 @@ class StageParameters:
         return self.vision + self.text + self.embedding
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    key: str
+    size: int
+    is_divided: bool
+    layer: int | None  # of the language model
+
+    def on_a_rank(self, ranks: int) -> int:
+        """Fewer key-value heads than ranks are divided, too: ranks gather the projection's output, not its weight."""
+        return self.size // ranks if self.is_divided else self.size
+
+
+@cache
+def _tensors(config: ModelConfig) -> tuple[_Tensor, ...]:
+    found = []
+    for key, tensor in model_layout(config).items():
+        layer = re.match(r"language_model\.decoder\.layers\.(\d+)\.", key)
+        size = math.prod(tensor.shape)
+        found.append(_Tensor(key, size, _DIVIDED.search(key) is not None, int(layer[1]) if layer else None))
+    return tuple(found)
+
+
 @cache
 def num_parameters(config: ModelConfig) -> int:
     """Of the whole model, tied embeddings once."""
-    return sum(math.prod(tensor.shape) for tensor in model_layout(config).values())
+    return sum(tensor.size for tensor in _tensors(config))
+
+
+def stage_parameters(config: ModelConfig, layout: Layout) -> tuple[StageParameters, ...]:
+    """What a rank of each stage holds, first to last. With tied embeddings the last stage has a copy of its own."""
+    return _stage_parameters(config, layout.tensor, layout.stages(config))
 
 
 @cache
-def stage_parameters(config: ModelConfig, layout: Layout) -> tuple[StageParameters, ...]:
-    """What a rank of each stage holds, first to last. With tied embeddings the last stage has a copy of its own."""
-    last = layout.pipeline - 1
-    stage_of_layer = [stage for stage, layers in enumerate(layout.stages(config)) for _ in range(layers)]
-    counts = [[0, 0, 0] for _ in range(layout.pipeline)]
-    for key, tensor in model_layout(config).items():
-        size = _on_a_rank(tensor, layout.tensor)
-        if key.startswith("vision_tower."):
+def _stage_parameters(config: ModelConfig, ranks: int, stages: tuple[int, ...]) -> tuple[StageParameters, ...]:
+    last = len(stages) - 1
+    stage_of_layer = [stage for stage, layers in enumerate(stages) for _ in range(layers)]
+    counts = [[0, 0, 0] for _ in stages]
+    for tensor in _tensors(config):
+        size = tensor.on_a_rank(ranks)
+        if tensor.key.startswith("vision_tower."):
             counts[0][0] += size
-        elif "word_embeddings" in key:
+        elif tensor.layer is not None:
+            counts[stage_of_layer[tensor.layer]][1] += size
+        elif "word_embeddings" in tensor.key:
             counts[0][2] += size
             if config.text.tied_embeddings and last > 0:
                 counts[last][2] += size
-        elif "output_layer" in key:
+        elif "output_layer" in tensor.key:
             counts[last][2] += size
-        elif match := re.search(r"decoder\.layers\.(\d+)\.", key):
-            counts[stage_of_layer[int(match[1])]][1] += size
         else:  # the last norm
             counts[last][1] += size
     return tuple(StageParameters(*of_stage) for of_stage in counts)
-
-
-def _on_a_rank(tensor: TensorLayout, ranks: int) -> int:
-    """Fewer key-value heads than ranks are divided, too: ranks gather the projection's output, not its weight."""
-    size = math.prod(tensor.shape)
-    return size // ranks if _DIVIDED.search(tensor.key) else size

@@ -205,23 +205,22 @@ def balanced(job: Job, layout: Layout, device: Device) -> Layout:
         return layout
     num_layers = job.config.text.num_layers
     seconds_of_layers = [_affine(job, layout, device, stage) for stage in range(layout.pipeline)]
-    choices: list[tuple[float, int, int, Layout]] = []
+    choices: list[tuple[float, int, int, tuple[int | None, int | None]]] = []
     for first, last in product((None, *range(1, num_layers)), repeat=2):
-        candidate = replace(layout, first_stage_layers=first, last_stage_layers=last)
         keys = (first is not None) + (last is not None)
         even_stages, even_layers = layout.pipeline - keys, num_layers - (first or 0) - (last or 0)
-        if even_layers < even_stages or (even_stages and even_layers % even_stages):
+        if even_layers < even_stages or (even_layers % even_stages if even_stages else even_layers):
             continue
-        try:
-            stages = candidate.stages(job.config)
-        except UserError:
-            continue
+        even = even_layers // even_stages if even_stages else 0
+        stages = [even] * layout.pipeline
+        stages[0], stages[-1] = first or even, last or even
         slowest = max(base + each * layers for (base, each), layers in zip(seconds_of_layers, stages, strict=True))
-        choices.append((slowest, keys, max(stages) - min(stages), candidate))
+        choices.append((slowest, keys, max(stages) - min(stages), (first, last)))
     if not choices:
         return layout
     least = min(choice[0] for choice in choices)
-    return min((one for one in choices if one[0] <= least * 1.001), key=lambda one: one[1:3])[3]
+    first, last = min((one for one in choices if one[0] <= least * 1.001), key=lambda one: one[1:3])[3]
+    return replace(layout, first_stage_layers=first, last_stage_layers=last)
 
 
 def _affine(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:

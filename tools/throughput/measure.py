@@ -150,7 +150,7 @@ def run_again(
     threads: int | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
-    """Run this tool in a process of its own, or in several under torchrun; its messages go to stderr.
+    """Run this tool in a process of its own, or in several under torchrun; if one fails, its last messages are shown.
 
     A process of its own for each candidate: what one left behind in memory would count for the next.
     """
@@ -159,7 +159,7 @@ def run_again(
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads()), **environment}
     finished = subprocess.run(
-        [*launcher, str(TOOL), *arguments], env=variables, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+        [*launcher, str(TOOL), *arguments], env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     if finished.returncode:
         lines = finished.stderr.strip().splitlines()

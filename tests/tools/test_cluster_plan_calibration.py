@@ -1,0 +1,61 @@
+"""Predicted seconds and bytes against measured updates of small models on a CPU.
+
+The files in measured/ are results of `benchmark_throughput.py train --sides ours --json`, of 2026-11-24 on two cores of
+an x86-64 machine; seconds are processor time, as others used it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cluster_plan.calibration import Measured, calibrate, predicted_bytes, predicted_seconds
+from cluster_plan.devices import DEVICES
+
+from megatron_vcr1.errors import UserError
+
+FILES = sorted((Path(__file__).parent / "measured").glob("*.json"))
+SINGLE = [path for path in FILES if "tp2" not in path.stem]
+
+
+def _runs(paths: list[Path]) -> list[Measured]:
+    return [Measured.from_file(path) for path in paths]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_memory_is_within_ten_percent(path: Path) -> None:
+    """Above what the libraries take, which is measured and would flatter the figure."""
+    run = Measured.from_file(path)
+    device = replace(DEVICES["cpu"], fixed_bytes=0.0)
+    assert predicted_bytes(run, device) == pytest.approx(run.peak_bytes - run.fixed_bytes, rel=0.10)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_time_is_within_25_percent_of_runs_that_the_rates_do_not_know(path: Path) -> None:
+    run = Measured.from_file(path)
+    device = calibrate(DEVICES["cpu"], _runs([other for other in SINGLE if other != path]))
+    assert predicted_seconds(run, device) == pytest.approx(run.seconds, rel=0.25)
+
+
+def test_rates_are_found_again() -> None:
+    """Of runs that take exactly what a device with known rates predicts."""
+    known = replace(DEVICES["cpu"].efficiency, text=0.9, vision=0.4, attention=0.2, head=0.6)
+    device = replace(DEVICES["cpu"], efficiency=known, flops_per_s=1e11)
+    runs = [replace(run, seconds=predicted_seconds(run, device), product_flops_per_s=1e11) for run in _runs(SINGLE)]
+    found = calibrate(DEVICES["cpu"], runs)
+    assert found.efficiency.text == pytest.approx(0.9, rel=0.05)
+    assert found.efficiency.vision == pytest.approx(0.4, rel=0.05)
+    assert [predicted_seconds(run, found) for run in runs] == pytest.approx([run.seconds for run in runs], rel=0.01)
+
+
+def test_calibration_needs_a_single_rank() -> None:
+    with pytest.raises(UserError, match="one GPU"):
+        calibrate(DEVICES["cpu"], _runs([path for path in FILES if path not in SINGLE]))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json: no result of benchmark_throughput"):
+        Measured.from_file(file)

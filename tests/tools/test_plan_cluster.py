@@ -1,0 +1,57 @@
+"""The planner's command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import plan_cluster
+import pytest
+
+
+def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    assert plan_cluster.main(["--nodes", "1", "--gpu", "h100", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "2,254 steps" in printed and "28 attention heads" in printed and "--parallel.tensor" in printed
+    document = json.loads(out.read_text())
+    best = document["plans"][0]
+    assert best["seconds"]["total"] == min(plan["seconds"]["total"] for plan in document["plans"])
+    assert best["seconds"]["total"] == pytest.approx(
+        sum(value for key, value in best["seconds"].items() if key != "total")
+    )
+    assert {one["tensor"] for one in document["refused"]} == {8}
+
+
+def test_what_cannot_run_is_a_failure_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_cluster.main(["--model", "qwen2.5-vl-72b", "--nodes", "1", "--gpu", "a100"]) == 1
+    captured = capsys.readouterr()
+    assert "no layout of 8 A100" in captured.err and "GB of 80" in captured.out
+
+
+def test_growth_with_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_cluster, "GROWTH_GPUS", (8, 16))
+    out, png = tmp_path / "growth.json", tmp_path / "growth.png"
+    assert plan_cluster.main(["--growth", "--json", str(out), "--plot", str(png)]) == 0
+    eight, sixteen = json.loads(out.read_text())
+    assert (eight["gpus"], eight["steps"], sixteen["gpus"], sixteen["steps"]) == (8, 2254, 16, 1127)
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt-tokens", "100"], "at least 128"),
+        (["--calibrate", "missing.json"], "missing.json"),
+    ],
+)
+def test_wrong_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_cluster.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--nodes", "0"], ["--model", "no-such-model"]])
+def test_bad_usage(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        plan_cluster.main(arguments)
+    assert stopped.value.code == 2
