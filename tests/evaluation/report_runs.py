@@ -106,6 +106,15 @@ def add_evaluation(run: Path, label: str, manifest: Path, *, right: float, model
     answers = [right_answer(sample) if i < num_right else wrong_answer(sample) for i, sample in enumerate(samples)]
     lines = [{"id": sample.id, "output": answer} for sample, answer in zip(samples, answers, strict=True)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = [
+        {
+            "id": sample.id,
+            "metrics": {"mIoU": float(i < num_right)},
+            "reasons": {} if i < num_right else {"iou": "no overlap"},
+        }
+        for i, sample in enumerate(samples)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures))
     values = {"mIoU": right, "R@0.5": 0.9 * right, "R@0.7": 0.7 * right}
     summary = {
         "benchmark": "charades_sta",

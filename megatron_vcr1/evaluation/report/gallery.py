@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ from megatron_vcr1.data.manifest import RowError, sample_from_row, scan_manifest
 from megatron_vcr1.data.prompts import load_templates, target_text
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.data.video_process import VideoReader
+from megatron_vcr1.evaluation.answers import read_answer
 from megatron_vcr1.evaluation.report.frames import FilmStrip, read_strip
 from megatron_vcr1.evaluation.report.run_record import EvaluationResult, RunRecord, read_json_lines
-from megatron_vcr1.rewards import score
 from megatron_vcr1.rewards.parsing import (
     UnparsableError,
     first_glue,
-    last_answer,
     parse_boxes,
     parse_interval,
     parse_spans,
@@ -27,9 +25,6 @@ from megatron_vcr1.types import Box, GroundedChoiceTarget, GroundingTarget, Inte
 
 MAX_TEXT = 3000
 """Characters of an answer that are shown."""
-
-MAX_SCORED = 5000
-"""Answers of a benchmark among which the best and the worst are looked for."""
 
 Row = Mapping[str, Any]
 
@@ -98,26 +93,28 @@ def rollout_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
 
 
 def evaluation_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
-    """Of each benchmark, the samples whose answers earned most, median and least."""
+    """Of each benchmark the best, the median and the worst answer by its first metric."""
     templates = load_templates()
     for result in run.evaluations:
         manifest = _manifest(run, result)
         if manifest is None or not manifest.is_file():
             problems.append(f"evaluation/{result.label}: no samples are shown: its manifest is not here ({manifest})")
             continue
-        samples = {row.id: row for row in scan_manifest(manifest) if isinstance(row, VideoSample)}
-        outputs = read_json_lines(result.folder / "predictions.jsonl", problems)
-        thinking = result.thinking is not False
-        scored = [
-            (sample, _scored(sample, str(row["output"]), thinking=thinking))
-            for row in islice(outputs, MAX_SCORED)
-            if (sample := samples.get(str(row.get("id")))) and "output" in row
-        ]
-        scored.sort(key=lambda pair: (-_total(pair[1]), pair[0].id))
-        last = len(scored) - 1
-        ranks = dict(zip((0, last // 2, last), ("best", "median", "worst"), strict=True)) if scored else {}
-        for rank, name in ranks.items():
-            sample, response = scored[rank]
+        measured = [row for row in read_json_lines(result.folder / "samples.jsonl", problems) if row.get("metrics")]
+        measured.sort(key=lambda row: (-next(iter(row["metrics"].values())), str(row.get("id"))))
+        last = len(measured) - 1
+        ranks = dict(zip((0, last // 2, last), ("best", "median", "worst"), strict=True)) if measured else {}
+        chosen = {str(measured[rank].get("id")): (rank, name) for rank, name in ranks.items()}
+        samples = {row.id: row for row in scan_manifest(manifest) if isinstance(row, VideoSample) and row.id in chosen}
+        outputs = {
+            str(row.get("id")): row
+            for row in read_json_lines(result.folder / "predictions.jsonl", problems)
+            if row.get("id") in chosen
+        }
+        for id, (rank, name) in chosen.items():
+            if (sample := samples.get(id)) is None or not isinstance(outputs.get(id, {}).get("output"), str):
+                continue
+            response = {**outputs[id], "text": outputs[id]["output"], "measured": measured[rank]}
             answer = _answer("best" if rank < last else "worst", "Answer", sample, response)
             yield Exhibit(f"{result.label}: {name} of {last + 1}", sample, target_text(sample, templates), [answer])
 
@@ -136,7 +133,7 @@ def answered_spans(sample: VideoSample, text: str) -> Sequence[Interval]:
     try:
         match sample.target:
             case GroundingTarget():
-                return (parse_interval(last_answer(text)),)
+                return (parse_interval(read_answer(text)),)
             case GroundedChoiceTarget():
                 return parse_spans(first_glue(text))
     except UnparsableError:
@@ -149,7 +146,7 @@ def answered_boxes(sample: VideoSample, text: str) -> Sequence[Box | None]:
     if not isinstance(sample.target, TrackingTarget):
         return ()
     try:
-        return parse_boxes(last_answer(text), len(sample.target.boxes))
+        return parse_boxes(read_answer(text), len(sample.target.boxes))
     except UnparsableError:
         return ()
 
@@ -185,16 +182,9 @@ def _manifest(run: RunRecord, result: EvaluationResult) -> Path | None:
     return None
 
 
-def _scored(sample: VideoSample, output: str, *, thinking: bool) -> Row:
-    """An answer with its reward, in the form of rollouts/step_N.jsonl."""
-    reward = score(sample, output, thinking=thinking)
-    return {"text": output, "reward": asdict(reward) | {"total": reward.total}}
-
-
 def _answer(role: str, title: str, sample: VideoSample, response: Row) -> Answer:
-    """A response as rollouts/step_N.jsonl holds it."""
+    """A response as rollouts/step_N.jsonl holds it, or a prediction with its row of samples.jsonl as `measured`."""
     text = str(response.get("text", ""))
-    reward = response.get("reward") or {}
     facts = [
         (name, f"{value:.3g}" if isinstance(value, float) else str(value))
         for key, name in (("num_tokens", "tokens"), ("finish_reason", "ended by"), ("advantage", "advantage"))
@@ -206,10 +196,17 @@ def _answer(role: str, title: str, sample: VideoSample, response: Row) -> Answer
         text=text[:MAX_TEXT],
         num_hidden=max(len(text) - MAX_TEXT, 0),
         facts=facts,
-        parts=list(_parts(reward)),
+        parts=list(_figures(response["measured"]) if "measured" in response else _parts(response.get("reward") or {})),
         spans=answered_spans(sample, text),
         boxes=answered_boxes(sample, text),
     )
+
+
+def _figures(measured: Row) -> Iterator[tuple[str, str, str]]:
+    """An answer's figures on a benchmark; why parts of it are worth nothing stands beside the first."""
+    reasons = ", ".join(f"{part}: {reason}" for part, reason in (measured.get("reasons") or {}).items())
+    for number, (metric, value) in enumerate(measured["metrics"].items()):
+        yield metric, f"{value:.2f}", "" if number else reasons
 
 
 def _parts(reward: Row) -> Iterator[tuple[str, str, str]]:
