@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 from megatron_vcr1.config.training_sections import DataSection
 from megatron_vcr1.data.loader import Prepare
 from megatron_vcr1.data.processor import PromptProcessor
@@ -61,6 +63,6 @@ class Decoder:
         """`data.video.read_frames` with the section's backend."""
         if self._cache is None:
             read = VideoReader().read_frames if self._in_worker else read_frames
-            num_threads = 1 if self._in_worker else 0  # workers are parallel already
+            num_threads = 1 if self._in_worker else torch.get_num_threads()  # workers are parallel already
             self._cache = VideoCache(self._cache_bytes, partial(read, backend=self._backend, num_threads=num_threads))
         return self._cache.read_frames(path, **options)

@@ -40,7 +40,7 @@ TEST_SPLITS = ("test", "unseen_pairs", "longer_events")
 VIDEO = VideoFormat()
 _BASE_SEED, _TASK_SEED = 1, 2
 _POINT_SHARE = 0.6
-_BOX_SHIFT = 0.25
+_BOX_SHIFT = 0.15
 
 
 @dataclass(frozen=True, slots=True)

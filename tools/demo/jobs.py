@@ -86,6 +86,8 @@ def run_jobs(jobs: Sequence[Job], record: Record, num_workers: int) -> None:
     Raises:
         JobFailed: a job raised or its process died. The others save themselves, and the same call goes on later.
     """
+    if missing := {name for job in jobs for name in job.after} - {job.name for job in jobs}:
+        raise ValueError(f"jobs wait for {', '.join(sorted(missing))}, which are none of them")
     left = [job for job in jobs if not record.is_done(job)]
     done = {job.name for job in jobs} - {job.name for job in left}
     workers: list[_Worker] = []

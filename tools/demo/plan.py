@@ -32,11 +32,13 @@ TESTS = {
 """What a model is tested on: grounding in the way that it was trained in."""
 
 SIZES = Sizes(
-    base={Task.TEMPORAL_GROUNDING: 4000, Task.TRACKING: 1000, Task.GROUNDED_QA: 1000},
+    base={Task.TEMPORAL_GROUNDING: 3000, Task.TRACKING: 800, Task.GROUNDED_QA: 800},
     train={Task.TEMPORAL_GROUNDING: 2000, Task.TRACKING: 800, Task.GROUNDED_QA: 1000},
     test=200,
 )
-QUICK_SIZES = Sizes(base=dict.fromkeys(SIZES.base, 16), train=dict.fromkeys(SIZES.train, 12), test=4, small=4)
+QUICK_SIZES = Sizes(
+    base=dict.fromkeys(SIZES.base, 16), train=dict.fromkeys(SIZES.train, 12), test=4, small=4, small_seeds=1
+)
 _QUICK_OPTIONS = {
     "--train.num_steps": 2,
     "--train.prompts_per_step": 6,
