@@ -38,14 +38,14 @@ PATIENCE_S = 240  # for a loaded machine
 TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
 
 
-def _config(folder: Path, name: str, **parallel: int) -> RunConfig:
+def _config(folder: Path, name: str, *, num_workers: int = 1, **parallel: int) -> RunConfig:
     source = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
     source["rewards"] = ["tests.training.own_rewards:variety"]
     return workspace.config(
         folder,
         "grpo",
         train={"stage": "grpo", "run_dir": folder / name, "num_steps": NUM_STEPS, "prompts_per_step": 4},
-        data={**workspace.config(folder, "grpo").data.model_dump(), "sources": [source], "num_workers": 1},
+        data={**workspace.config(folder, "grpo").data.model_dump(), "sources": [source], "num_workers": num_workers},
         optimizer={"learning_rate": 1e-3, "warmup_steps": 2, "decay": "cosine"},
         checkpoint={"every_steps": 1, "export": "end"},
         parallel=parallel,
@@ -191,7 +191,7 @@ def test_signals_save_and_another_layout_goes_on(folder: Path, gloo_pool: GlooPo
         assert command.end() == 85
         (*_, newest) = saved_steps(config.train.run_dir / "checkpoints")
         assert first <= newest == len(_metrics(config.train.run_dir)) < NUM_STEPS
-    elsewhere = _config(folder, "elsewhere", tensor=2, pipeline=2)
+    elsewhere = _config(folder, "elsewhere", num_workers=0, tensor=2, pipeline=2)
     shutil.copytree(config.train.run_dir, elsewhere.train.run_dir)
     assert Command(config).end() == 0
     _assert_same(config.train.run_dir, folder / "undisturbed")
