@@ -16,6 +16,9 @@ END = 1  # tiny's eos_token_id
 def create(family: str, folder: Path, seed: int = 0) -> Path:
     """Every character is a token, and so is every number between `<` and `>`."""
     tiny.create(family, folder, seed=seed)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["in_chans"] = 3  # SGLang reads it, and published Qwen2-VL models have it
+    (folder / "config.json").write_text(json.dumps(config))
     words = ["<unk>", "<|im_end|>", *map(chr, range(32, 127)), "\n"]
     special = {
         tiny.IMAGE_PAD: "<|image_pad|>",

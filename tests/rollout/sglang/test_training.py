@@ -1,0 +1,51 @@
+"""GRPO steps whose responses come from a real server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.training.train import train
+from tests.data.tiny_processor import CHAT_TEMPLATE
+from tests.rollout.sglang.conftest import Serving
+from tests.training import workspace
+
+pytestmark = pytest.mark.xdist_group("sglang")
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(serving: Serving, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos and questions. The model is the server's, which reads characters."""
+    folder = workspace.create(tmp_path_factory.mktemp("training"))
+    (serving.model_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.mark.parametrize("sync, one_step_off", [("distributed", False), ("tensor", True), ("disk", False)])
+def test_rollout_and_training_agree_at_every_step(
+    serving: Serving, folder: Path, tmp_path: Path, sync: str, one_step_off: bool
+) -> None:
+    source: dict[str, Any] = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
+    data = workspace.config(folder, "grpo").data.model_dump()
+    config = workspace.config(
+        folder,
+        "grpo",
+        model={"path": serving.model_dir},
+        data=data | {"sources": [source | {"rewards": ["tests.training.own_rewards:variety"]}]},
+        train={"num_steps": 3, "run_dir": tmp_path / "run"},
+        grpo={"one_step_off": one_step_off, "group_size": 4},
+        rollout={"engine": "sglang"},
+        sglang={"urls": [serving.url], "sync": sync, "sync_bucket_mb": 1, "colocated": False},
+    )
+    assert train(config) == 0
+    rows = workspace.metrics(config.train.run_dir)
+    assert [row["policy_version"] for row in rows] == [0, 1, 2]
+    assert [row["policy_lag"] for row in rows] == ([0, 1, 1] if one_step_off else [0, 0, 0])
+    assert all(row["grad_norm"] > 0 for row in rows)
+    for row in rows:
+        if row["policy_lag"] == 0:  # else the policies differ by a step
+            assert row["mismatch/max_abs"] < TOLERANCE
