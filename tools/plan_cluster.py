@@ -27,6 +27,7 @@ from cluster_plan.search import Cluster, Plan, Refusal, search
 from model_presets import add_model_argument, model_config
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from megatron_vcr1.errors import UserError
 
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         runs = [Measured.from_file(path) for path in args.calibrate]
         device = calibrate(device, runs)
         console.print(_calibration_table(runs, device))
+    else:
+        console.print("Rates are published peaks times assumed efficiencies; --calibrate takes measured ones.")
     if args.growth:
         return _growth(args, device, console)
     num_gpus = args.nodes * args.gpus_per_node
@@ -124,7 +127,14 @@ def _job(args: argparse.Namespace, prompts_per_step: int) -> Job:
 
 def _growth(args: argparse.Namespace, device: Device, console: Console) -> int:
     """The best layout of every size, with as many prompts a step as GPUs, or a fixed number."""
-    table = Table(title=f"{args.model} on {device.name}: {args.samples:,} samples", title_justify="left")
+    table = Table(
+        title=f"{args.model} on {device.name}: {args.samples:,} samples, {args.epochs:g} epoch(s)",
+        caption="More prompts a step are fewer updates in the run: another run, if a faster one."
+        if args.prompts_per_step is None
+        else "The same updates on every size.",
+        title_justify="left",
+        caption_justify="left",
+    )
     for column in (
         "GPUs",
         "prompts a step",
@@ -138,7 +148,7 @@ def _growth(args: argparse.Namespace, device: Device, console: Console) -> int:
     ):
         table.add_column(column, justify="right")
     best: list[Plan] = []
-    for num_gpus in GROWTH_GPUS:
+    for num_gpus in tqdm(GROWTH_GPUS, desc="sizes", leave=False):
         job = _job(args, args.prompts_per_step or num_gpus)
         plans, refusals = search(job, Cluster(device, num_gpus, args.gpus_per_node), args.longest_response)
         if not plans:
