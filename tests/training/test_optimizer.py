@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.optimizer import Learner
+from tests.model import tiny
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("optimizer")
+    tiny.create("qwen2_5_vl", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def world() -> Iterator[None]:
+    with groups.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+        yield
+
+
+def _learner(model_dir: Path, dtype: str = "float32", **settings: Any) -> tuple[Learner, PackedBatch]:
+    run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": dtype}, "optimizer": settings})
+    config = ModelConfig.from_pretrained(model_dir)
+    model = build_model(config, run)
+    load_model_weights(model, model_dir)
+    batch = pack([Group("g", tiny.prompt("i", seed=0), tiny.responses((5,), seed=1))], config)
+    return Learner(model, run.optimizer, num_steps=10), batch
+
+
+def _update(learner: Learner, batches: list[PackedBatch], factor: float = 1.0) -> tuple[float, float, bool]:
+    def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return -learner.model.log_probs(hidden, batch.target_ids).mean() * factor, {}
+
+    update = learner.update(batches, loss)
+    return update.loss, update.grad_norm, update.applied
+
+
+def _weights(learner: Learner) -> dict[str, Tensor]:
+    return {name: one.detach().clone() for name, one in learner.model.named_parameters()}
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_gradients_add_up_over_microbatches_and_are_forgotten_after_a_step(model_dir: Path, distributed: bool) -> None:
+    learner, batch = _learner(model_dir, learning_rate=1e-12, distributed=distributed)
+    loss, norm, _ = _update(learner, [batch])
+    assert _update(learner, [batch, batch])[:2] == pytest.approx((2 * loss, 2 * norm), rel=1e-5)
+    assert _update(learner, [batch])[:2] == pytest.approx((loss, norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_norm_is_of_the_gradient_before_clipping(model_dir: Path, distributed: bool) -> None:
+    """Adam's first step is the same for any scale of the gradient, epsilon apart: which makes the clipping show."""
+    changes = []
+    for clip_norm in (0.0, 1e-9):
+        settings = {"learning_rate": 1e-3, "clip_norm": clip_norm, "epsilon": 1e-8, "distributed": distributed}
+        learner, batch = _learner(model_dir, **settings)
+        before = _weights(learner)
+        _, norm, applied = _update(learner, [batch])
+        assert applied and norm > 0.1
+        changes.append(max(float((one - before[name]).abs().max()) for name, one in _weights(learner).items()))
+    assert changes[0] == pytest.approx(1e-3, rel=1e-2) and changes[1] < 1e-4
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_what_is_not_finite_changes_nothing(model_dir: Path, factor: float) -> None:
+    learner, batch = _learner(model_dir, learning_rate=1e-2)
+    before = _weights(learner)
+    assert not _update(learner, [batch], factor)[2]
+    assert all(torch.equal(one, before[name]) for name, one in _weights(learner).items())
+    assert not any(group.get("step") for group in learner.optimizer.param_groups)
+    assert _update(learner, [batch])[2]
+
+
+def test_a_step_without_microbatches_is_one_without_a_gradient(model_dir: Path) -> None:
+    """As on a copy of the model that has nothing to learn from, where others have."""
+    learner, batch = _learner(model_dir, learning_rate=1e-2)
+    _update(learner, [batch])
+    assert _update(learner, []) == (0.0, 0.0, True)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_bfloat16_weights_learn_in_float32(model_dir: Path, distributed: bool) -> None:
+    """Updates far below a weight's last bit add up: 40 of them change what one of them does not."""
+    learner, batch = _learner(model_dir, "bfloat16", learning_rate=1e-4, distributed=distributed)
+    name = "language_model.decoder.final_layernorm.weight"  # near 1, where the last bit is 2 ** -7 or 2 ** -8
+    before = _weights(learner)[name]
+    _update(learner, [batch])
+    assert torch.equal(_weights(learner)[name], before)
+    for _ in range(39):
+        _update(learner, [batch])
+    assert not torch.equal(_weights(learner)[name], before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [1.0] * 10),
+        ({"decay": "linear"}, [1 - step / 10 for step in range(10)]),
+        ({"warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+        (
+            {"warmup_steps": 2, "decay": "linear", "min_learning_rate": 0.2},
+            [0, 0.5, *(1 - step / 10 for step in range(8))],
+        ),
+    ],
+)
+def test_schedules(model_dir: Path, settings: dict[str, Any], expected: list[float]) -> None:
+    learner, _ = _learner(model_dir, learning_rate=1.0, **settings)
+    assert [learner.end_step() for _ in range(10)] == pytest.approx(expected)
+
+
+def test_a_schedule_must_fit_the_run(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="warmup_steps = 10 must be below the run's 10 steps"):
+        _learner(model_dir, warmup_steps=10)
