@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,10 @@ class Screen:
         self._progress = Progress(TextColumn("train"), *columns, console=console)
         self._task = self._progress.add_task("train", total=num_steps, completed=first_step)
         self._live = Live(self._progress, console=console, refresh_per_second=4)
+        stderr = sys.stderr
+        self._handlers = [one for one in logging.getLogger().handlers if getattr(one, "stream", None) is stderr]
         self._live.start()
+        self._redirect()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._progress.update(self._task, completed=step)
@@ -104,6 +108,13 @@ class Screen:
 
     def close(self) -> None:
         self._live.stop()
+        self._redirect()
+
+    def _redirect(self) -> None:
+        """Logs go where stderr goes now: above the display while it is on, as they went before when it is not."""
+        for handler in self._handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
 
 
 class _TensorBoard:
