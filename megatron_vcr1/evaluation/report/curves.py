@@ -119,10 +119,16 @@ def phase_chart(run: RunRecord) -> Drawing | None:
 
 
 def phases(run: RunRecord) -> list[str]:
-    """Names of the timed phases, in the order of a step."""
-    timed = [key[len("time/") : -len("_s")] for key in run.metrics.columns if key.startswith("time/")]
+    """Names of the phases that took a share of the time worth naming, in the order of a step."""
+    timed = {
+        key[len("time/") : -len("_s")]: float(np.nansum(seconds))
+        for key, seconds in run.metrics.columns.items()
+        if key.startswith("time/") and key.endswith("_s")
+    }
+    least_s = MIN_PHASE_SHARE * timed.pop("total", sum(timed.values()))
+    timed = {phase: seconds for phase, seconds in timed.items() if seconds > least_s}
     known = [phase for phase in PHASES if phase in timed]
-    return [*known, *sorted(set(timed) - {*known, "total"})]
+    return [*known, *sorted(set(timed) - set(known))]
 
 
 def _reward_specs(keys: Sequence[str]) -> Iterator[_Spec]:

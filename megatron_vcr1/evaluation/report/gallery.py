@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from megatron_vcr1.types import Box, GroundedChoiceTarget, GroundingTarget, Inte
 
 MAX_TEXT = 3000
 """Characters of an answer that are shown."""
+
+MAX_FIGURES = 4
+"""Of an answer to a benchmark."""
 
 Row = Mapping[str, Any]
 
@@ -203,9 +207,9 @@ def _answer(role: str, title: str, sample: VideoSample, response: Row) -> Answer
 
 
 def _figures(measured: Row) -> Iterator[tuple[str, str, str]]:
-    """An answer's figures on a benchmark; why parts of it are worth nothing stands beside the first."""
+    """An answer's first figures on a benchmark; why parts of it are worth nothing stands beside the first."""
     reasons = ", ".join(f"{part}: {reason}" for part, reason in (measured.get("reasons") or {}).items())
-    for number, (metric, value) in enumerate(measured["metrics"].items()):
+    for number, (metric, value) in enumerate(islice(measured["metrics"].items(), MAX_FIGURES)):
         yield metric, f"{value:.2f}", "" if number else reasons
 
 

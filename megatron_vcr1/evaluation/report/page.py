@@ -58,13 +58,14 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
     """
     problems: dict[str, list[str]] = {run.name: [] for run in runs}
     exhibits = list(_gallery(runs, max_samples, problems))
-    notes = [note for run in runs for note in _notes(run, problems[run.name], several=len(runs) > 1)]
+    notes = _grouped([(run.name, note) for run in runs for note in _notes(run, problems[run.name])])
     results = result_table(runs)
     if missing := sum(1 for _, shown in exhibits for exhibit in shown if exhibit.missing):
         notes.append(f"videos of the gallery that cannot be shown: {missing}, each with the reason")
     zeros = zero_rows(runs)
     context = {
         "runs": runs,
+        "stages": list(dict.fromkeys(str(run.setting("train", "stage") or "run").upper() for run in runs)),
         "title": " · ".join(run.name for run in runs),
         "notes": notes,
         "figures": [(run, key_figures(run)) for run in runs],
@@ -128,11 +129,18 @@ def _spread(exhibits: Sequence[Exhibit], count: int) -> list[Exhibit]:
     return [exhibits[index * len(exhibits) // count] for index in range(count)]
 
 
-def _notes(run: RunRecord, problems: Sequence[str], *, several: bool) -> Iterator[str]:
+def _grouped(notes: Sequence[tuple[str, str]]) -> list[str]:
+    """Notes with the runs that they are of; without, where there is one run."""
+    runs: dict[str, list[str]] = {}
+    for run, note in notes:
+        runs.setdefault(note, []).append(run)
+    several = len({run for run, _ in notes}) > 1
+    return [f"{', '.join(names)}: {note}" if several else note for note, names in runs.items()]
+
+
+def _notes(run: RunRecord, problems: Sequence[str]) -> Iterator[str]:
     """What a reader should know before believing the numbers."""
-    prefix = f"{run.name}: " if several else ""
-    for note in (*run.problems, *problems, *_doubts(run)):
-        yield prefix + note
+    yield from (*run.problems, *problems, *_doubts(run))
 
 
 def _doubts(run: RunRecord) -> Iterator[str]:
@@ -172,13 +180,19 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": short, "percent": _percent}
+    environment.filters |= {"short": short, "percent": _percent, "path_end": _path_end}
     return environment
 
 
 def _percent(value: float, *, sign: bool = False) -> str:
     """A share as the paper prints it: 0.6084 is 60.8; with `sign`, a difference of shares."""
     return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+
+
+def _path_end(path: str) -> str:
+    """The last two parts of a path, which tell models apart."""
+    parts = Path(path).parts
+    return str(Path("…", *parts[-2:])) if len(parts) > 3 else path
 
 
 def _write(path: Path, text: str) -> int:

@@ -13,6 +13,9 @@ from megatron_vcr1.evaluation.report.charts import short
 from megatron_vcr1.evaluation.report.curves import phases
 from megatron_vcr1.evaluation.report.run_record import Estimate, EvaluationResult, RunRecord
 
+MAX_COLUMNS = 14
+"""Of the table of all benchmarks, unless there are more benchmarks than that."""
+
 MAX_REASONS = 40
 """Rows of the table of zeros; the rest is counted."""
 
@@ -27,7 +30,7 @@ class Cell:
     apart: bool
     """Its interval and the first row's do not overlap."""
     best: bool
-    """The largest of its column, where there are several."""
+    """The largest of its column, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,12 @@ class ResultTable:
 
     Attributes:
         columns: label of the benchmark to its metrics.
+        main: the same with each benchmark's first metrics, as many as fit side by side.
         captions: what a label stands for, where its name does not say it.
     """
 
     columns: dict[str, list[str]]
+    main: dict[str, list[str]]
     captions: dict[str, str]
     rows: Sequence[ResultRow]
 
@@ -93,7 +98,7 @@ def result_table(runs: Sequence[RunRecord]) -> ResultTable:
         ResultRow(runs[number].name, model, {key: _cell(key, row, first, list(estimates.values())) for key in row})
         for (number, model), row in estimates.items()
     ]
-    return ResultTable(columns, captions, rows)
+    return ResultTable(columns, _main_columns(columns), captions, rows)
 
 
 def result_json(table: ResultTable) -> list[dict[str, Any]]:
@@ -188,6 +193,14 @@ def settings_that_differ(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     return {key: shown for key, shown in values.items() if len(set(shown)) > 1}
 
 
+def _main_columns(columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    most = max(map(len, columns.values()), default=1)
+    fitting = [
+        number for number in range(1, most + 1) if sum(min(number, len(one)) for one in columns.values()) <= MAX_COLUMNS
+    ]
+    return {label: metrics[: max(fitting, default=1)] for label, metrics in columns.items()}
+
+
 def _caption(result: EvaluationResult) -> str:
     """What a label does not say: the benchmark, whether the model was asked to think, and who judged."""
     judge = result.details.get("judge")
@@ -213,7 +226,7 @@ def _cell(
         num_samples,
         delta=estimate.value - base.value if base else None,
         apart=base is not None and _apart(estimate, base),
-        best=len(others) > 1 and estimate.value == max(others),
+        best=min(others) < estimate.value == max(others),
     )
 
 
