@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import ParallelSection, RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
@@ -98,14 +100,18 @@ def _answers(url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory, free_port: int) -> Iterator[Serving]:
-    """The server of the session. It leaves on SIGINT and leaves nothing behind, which the end of the session shows."""
-    folder = tmp_path_factory.mktemp("serving")
-    model = model_dir.create("qwen2_5_vl", folder / "model")
-    config = RunConfig.model_validate(settings(folder, model, sglang_python, port=free_port, max_restarts=20))
-    from megatron_vcr1.config.rendering import render_toml
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return min(probe.getsockname()[1], 65000)
 
+
+@pytest.fixture(scope="session")
+def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """The server of the session. It leaves on SIGINT and leaves nothing behind, which the end of the session shows."""
+    folder, port = tmp_path_factory.mktemp("serving"), free_port()
+    model = model_dir.create("qwen2_5_vl", folder / "model")
+    config = RunConfig.model_validate(settings(folder, model, sglang_python, port=port, max_restarts=20))
     (folder / "run.toml").write_text(render_toml(config, documented=False))
     command = [sys.executable, "-m", "megatron_vcr1.cli", "rollout", "serve", str(folder / "run.toml")]
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
@@ -113,12 +119,12 @@ def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory, free_
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()
     try:
-        log = folder / "run" / "sglang" / "logs" / f"server_{free_port}.log"
+        log = folder / "run" / "sglang" / "logs" / f"server_{port}.log"
         try:
             line = lines.get(timeout=PATIENCE_S)
         except queue.Empty:
             pytest.fail(f"the server does not start: {log.read_text()[-3000:]}")
-        assert line == f"ready: http://127.0.0.1:{free_port}\n"
+        assert line == f"ready: http://127.0.0.1:{port}\n"
         yield Serving(line.split()[1], process, model, folder, sglang_python)
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
@@ -126,15 +132,6 @@ def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory, free_
         assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     finally:
         process.kill()
-
-
-@pytest.fixture(scope="session")
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(max(probe.getsockname()[1], 1024), 65000)
 
 
 @pytest.fixture(scope="module")

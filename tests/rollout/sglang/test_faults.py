@@ -25,6 +25,7 @@ from tests.rollout.sglang.conftest import (
     TOKENS,
     Serving,
     change,
+    free_port,
     largest_difference,
     load,
     requests,
@@ -152,14 +153,14 @@ def family_of(engine: SglangEngine) -> list[psutil.Process]:
 
 
 def test_servers_of_the_runs_own(
-    world: None, sglang_python: Path, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+    world: None, sglang_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model without safetensors (as after an import), of the other family, with tied embeddings."""
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
     folder = model_dir.create("qwen2_vl", tmp_path / "model")
     weights = folder / "model.safetensors"
-    run = settings(tmp_path, folder, sglang_python, port=free_port + 1, sync="disk")
+    run = settings(tmp_path, folder, sglang_python, port=free_port(), sync="disk")
     config = RunConfig.model_validate(run)
     model = load(config)
     weights.rename(tmp_path / "elsewhere.safetensors")
