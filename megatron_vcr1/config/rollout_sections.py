@@ -29,7 +29,10 @@ class RolloutSection(Section):
 class SglangSection(Section):
     """SGLang servers: started by the run, or given by URL."""
 
-    urls: Names[str] = Field(default=(), description="Servers that are running already. Empty: the run starts its own.")
+    urls: Names[str] = Field(
+        default=(),
+        description="Servers that run already (`vcr1 rollout serve` starts them). Empty: the run starts its own.",
+    )
     num_servers: int = Field(default=1, ge=1, description="Servers that a node starts.")
     tensor: int = Field(default=1, ge=1, description="GPUs of one server.")
     port: int = Field(default=30000, ge=1024, le=65000, description="Of the first server; the others count up.")

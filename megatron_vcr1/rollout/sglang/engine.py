@@ -159,7 +159,7 @@ class SglangEngine:
         def attempt() -> tuple[T | None, Exception | None]:
             try:
                 return work(), None
-            except (EngineError, UserError) as error:
+            except (EngineError, UserError, OSError) as error:
                 return None, error
 
         result, error = groups.broadcast_in_copy(attempt)
