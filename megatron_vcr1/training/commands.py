@@ -24,12 +24,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Raises UserError for settings, a model or data that are wrong."""
     from megatron_vcr1.config.loading import load_config
+    from megatron_vcr1.rewards.user_reward import UserRewardError
     from megatron_vcr1.rollout.engine import EngineError
     from megatron_vcr1.training.step import TrainingStopped
     from megatron_vcr1.training.train import train
 
     try:
         return train(load_config(args.config, args.overrides))
-    except (EngineError, TrainingStopped) as error:
+    except (EngineError, TrainingStopped, UserRewardError) as error:
         print(f"vcr1: stopped: {error}", file=sys.stderr)
         return 1

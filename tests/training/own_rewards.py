@@ -23,3 +23,8 @@ def starts_small(sample: VideoSample, completion: str) -> float:
 def starts_early(sample: VideoSample, completion: str) -> float:
     """The same with the first few letters of the alphabet, still rarer."""
     return float("a" <= completion[:1] <= "g")
+
+
+def raises(sample: VideoSample, completion: str) -> float:
+    """A mistake of the user's."""
+    raise KeyError(sample.id)
