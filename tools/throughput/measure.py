@@ -45,6 +45,15 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
 
 
+def command_line(args: argparse.Namespace) -> str:
+    """What was asked for, without where it was written."""
+    words = list(args.arguments)
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return " ".join(["benchmark_throughput.py", *words])
+
+
 def write_json(path: Path | None, result: Any) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import Task
-from throughput.measure import Spread, add_json_argument, machine, print_table, write_json
+from throughput.measure import Spread, add_json_argument, command_line, machine, print_table, write_json
 
 PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "total")
 FIGURES = ("tokens_per_s", "tflops_per_s", "mfu", "memory/peak_gb", "response_tokens/mean")
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = {phase: [row[f"time/{phase}_s"] for row in timed] for phase in PHASES}
     figures = {key: [row[key] for row in timed] for key in FIGURES if all(key in row for row in timed)}
     result = machine() | {
-        "command": " ".join(["benchmark_throughput.py", *args.arguments]),
+        "command": command_line(args),
         "model": str(args.model or "the demo's"),
         "seconds": seconds,
         "figures": figures,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from megatron_vcr1.parallel import groups
 from throughput.measure import (
     Spread,
     add_json_argument,
+    command_line,
     machine,
     matrix_product_rate,
     memory_bytes,
@@ -168,7 +168,7 @@ def measure_in_world(args: argparse.Namespace, folder: Path) -> dict[str, Any] |
 def _document(args: argparse.Namespace, case: UpdateCase, sides: dict[str, Any]) -> dict[str, Any]:
     config = model_config(case.model_dir)
     return machine() | {
-        "command": " ".join(["benchmark_throughput.py", *sys.argv[1:]]),
+        "command": command_line(args),
         "model": args.model,
         "case": dataclasses.asdict(case) | {"model_dir": args.model, "reference_dir": bool(case.reference_dir)},
         "copies": args.copies,
@@ -301,7 +301,8 @@ def report(result: dict[str, Any]) -> None:
         rate = useful / spread.median / devices / (peak or one["product_flops_per_s"])
         row = [side, Spread.of(one["seconds"]).text(), spread.text()]
         row += [f"{spread.median / Spread.of(ours[clock]).median:.1f}", f"{one['peak_bytes'] / 1e9:.2f}"]
-        row += [f"{one['peak_bytes'] / ours['peak_bytes']:.1f}", f"{100 * rate:.1f} %"]
+        above, ours_above = (each["peak_bytes"] - each["libraries_bytes"] for each in (one, ours))
+        row += [f"{one['peak_bytes'] / ours['peak_bytes']:.1f} ({above / ours_above:.1f})", f"{100 * rate:.1f} %"]
         row += ["-" if side == OURS else f"{one['gradient_difference']:.1e}"]
         rows.append(row)
     sizes = f"{case['num_prompts']} x ({case['prompt_tokens']} + {case['group_size']} x {case['response_tokens']})"
@@ -309,8 +310,8 @@ def report(result: dict[str, Any]) -> None:
         f"GRPO update, {result['model']}, {case['dtype']}, {sizes} tokens, {result['device']}, {result['date']}",
         ("", "seconds", "processor s", "of ours", "peak GB", "of ours", "MFU", "gradient difference"),
         rows,
-        f"Median (range) of {len(ours['seconds'])}. Peak of the process with libraries, "
-        f"{ours['libraries_bytes'] / 1e9:.2f} GB. MFU: {useful / 1e12:.3f} TFLOP, prompts counted once, of "
+        f"Median (range) of {len(ours['seconds'])}. Peak of the {'allocator' if peak else 'process'}, in brackets "
+        f"without libraries, {ours['libraries_bytes'] / 1e9:.2f} GB. MFU: {useful / 1e12:.3f} TFLOP, prompts counted once, of "
         f"{'the published bfloat16 peak' if peak else 'the rate of a matrix product'}; plain computes "
         f"{result['flops']['plain']['total'] / useful:.1f} times as many. Gradients: largest difference from ours.",
     )
