@@ -43,19 +43,20 @@ def pack_groups(groups: Sequence[Group], max_tokens: int) -> list[tuple[Group, .
     Raises:
         UserError: a group alone is over the budget; names it and the way out.
     """
-    for group in groups:
-        if group.num_tokens > max_tokens:
+    sizes = [group.num_tokens for group in groups]
+    for group, num_tokens in zip(groups, sizes, strict=True):
+        if num_tokens > max_tokens:
             num_prompt_tokens = len(group.prompt.token_ids)
             raise UserError(
-                f"sample {group.id}: {num_prompt_tokens} prompt tokens and {group.num_tokens - num_prompt_tokens} of "
+                f"sample {group.id}: {num_prompt_tokens} prompt tokens and {num_tokens - num_prompt_tokens} of "
                 f"{len(group.responses)} responses do not fit into a microbatch of {max_tokens} tokens; allow more, "
                 "or lower the video's pixels, the response length or the group size"
             )
-    longest_first = sorted(range(len(groups)), key=lambda index: (-groups[index].num_tokens, index))
+    longest_first = sorted(range(len(groups)), key=lambda index: (-sizes[index], index))
     microbatches: list[list[int]] = []
     free_tokens: list[int] = []
     for index in longest_first:
-        num_tokens = groups[index].num_tokens
+        num_tokens = sizes[index]
         fitting = [slot for slot, free in enumerate(free_tokens) if free >= num_tokens]
         if fitting:
             slot = min(fitting, key=lambda fit: free_tokens[fit])

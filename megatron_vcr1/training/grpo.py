@@ -187,6 +187,7 @@ class GrpoTrainer:
     ) -> StepResult:
         version, self._policy_version = self._policy_version, step
         if ranks.is_first_of_copy():
+            metrics.count("groups/dropped", len(groups.dropped))
             for group in groups.kept:
                 metrics.add("policy_lag", version - group.rollouts[0].policy_version)
         metrics.high("policy_version", version)

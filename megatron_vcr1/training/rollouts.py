@@ -140,8 +140,6 @@ class Rollouts:
         used = set(positions[:wanted])
         kept = tuple(group for group in groups if group.prompt.position in used)
         dropped = tuple(group for group in groups if group.prompt.position not in used)
-        if ranks.is_first_of_copy():
-            metrics.count("groups/dropped", len(dropped))
         return StepGroups(kept, dropped)
 
     def _group(
