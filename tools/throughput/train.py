@@ -306,12 +306,14 @@ def report(result: dict[str, Any]) -> None:
         row += ["-" if side == OURS else f"{one['gradient_difference']:.1e}"]
         rows.append(row)
     sizes = f"{case['num_prompts']} x ({case['prompt_tokens']} + {case['group_size']} x {case['response_tokens']})"
+    libraries = f"{ours['libraries_bytes'] / 1e9:.2f} GB"
+    measured_on = "the published bfloat16 peak" if peak else "the rate of a matrix product"
     print_table(
         f"GRPO update, {result['model']}, {case['dtype']}, {sizes} tokens, {result['device']}, {result['date']}",
         ("", "seconds", "processor s", "of ours", "peak GB", "of ours", "MFU", "gradient difference"),
         rows,
         f"Median (range) of {len(ours['seconds'])}. Peak of the {'allocator' if peak else 'process'}, in brackets "
-        f"without libraries, {ours['libraries_bytes'] / 1e9:.2f} GB. MFU: {useful / 1e12:.3f} TFLOP, prompts counted once, of "
-        f"{'the published bfloat16 peak' if peak else 'the rate of a matrix product'}; plain computes "
-        f"{result['flops']['plain']['total'] / useful:.1f} times as many. Gradients: largest difference from ours.",
+        f"without libraries, {libraries}. MFU: {useful / 1e12:.3f} TFLOP, prompts counted once, of {measured_on}; "
+        f"plain computes {result['flops']['plain']['total'] / useful:.1f} times as many. Gradients: largest difference "
+        "from ours.",
     )
