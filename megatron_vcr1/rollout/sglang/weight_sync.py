@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, weights_of
@@ -87,7 +88,7 @@ class WeightUpdate(Generic[Prepared]):
             return
         try:
             prepared = self._channel.prepare(bucket)
-        except OSError as error:  # the disk, or shared memory, is full
+        except (OSError, RuntimeError, SafetensorError) as error:  # the disk, or shared memory, is full
             self.failed |= {url: str(error) for url in self.current}
             return
         self._on_each(lambda url: self._channel.send(url, prepared))
