@@ -59,6 +59,6 @@ def test_every_setting_that_is_named_exists():
 
 def test_every_variable_that_is_named_is_read():
     job = "".join(path.read_text() for path in (ROOT / "examples/slurm").iterdir())
-    for name in ("CONTAINER", "MOUNTS", "EXIT_WAIT_S", "HEALTH_CHECK", "MAX_CRASHES", "MIN_LIFE_S", "CPU_BIND"):
+    for name in ("CONTAINER", "MOUNTS", "HEALTH_CHECK", "MAX_CRASHES", "MIN_LIFE_S", "CPU_BIND"):
         assert f"{name}=" in README or f"`{name}`" in README
         assert f"${{{name}:" in job

@@ -5,7 +5,6 @@
 #   CONTAINER     image for Pyxis (a .sqsh file or a name); unset: VENV is used. MOUNTS: what it sees (/scratch,/data)
 #   MAX_CRASHES   failures in a row, none later than MIN_LIFE_S seconds after the start, that end the job (3; 1800)
 #   HEALTH_CHECK  command that succeeds on a healthy node (nvidia-smi, where there is one)
-#   EXIT_WAIT_S   how long the other ranks have for their stack traces and last words once one has ended (60)
 #
 # Exit codes of `vcr1 train`: 0 done, 2 settings or data are wrong, 85 saved after a signal; any other one is a crash.
 
@@ -23,7 +22,8 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
 export TORCH_FR_DUMP_TEMP_FILE=$PWD/$LOGS/collectives-
 
-STEP_OPTIONS=(--open-mode=append --kill-on-bad-exit=0 --wait="${EXIT_WAIT_S:-60}" --cpu-bind="${CPU_BIND:-cores}")
+# A rank that fails takes the others along: SIGTERM at once, SIGKILL after the cluster's KillWait (30 s by default).
+STEP_OPTIONS=(--open-mode=append --kill-on-bad-exit=1 --cpu-bind="${CPU_BIND:-cores}")
 if [ -n "${CONTAINER:-}" ]; then
     STEP_OPTIONS+=(--container-image="$CONTAINER" --container-mounts="$PWD${MOUNTS:+,$MOUNTS}")
     STEP_OPTIONS+=(--container-workdir="$PWD" --no-container-mount-home)
@@ -71,6 +71,14 @@ on_usr1() {
 }
 trap on_usr1 USR1
 
+# A rank's command, run by bash: its own exit code goes on record, for srun tells the largest of all and of signals only.
+# A rank that has saved after a signal (85) ends as one that is done, so that nobody is killed for it.
+# shellcheck disable=SC2016
+AS_RANK='trap : TERM USR1; codes=$1; shift; "$@"; code=$?; echo $code >>"$codes"; [ $code = 85 ] || exit $code'
+
+# Whether any rank of this start has ended with a code.
+ended_with() { grep -qx "$1" "$LOGS/exit-codes" 2>/dev/null; }
+
 # `vcr1 train` until it is done, over as many starts as it takes: train [SRUN_OPTIONS...] -- CONFIG [OPTIONS...]
 train() {
     local options=() code
@@ -81,15 +89,20 @@ train() {
     shift
     say "vcr1 train $* on $SLURM_JOB_NODELIST; logs: $LOGS/train-RANK.log"
     SECONDS=0
-    watch_step train "${options[@]}" -- vcr1 train "$@"
+    rm -f "$LOGS/exit-codes"
+    watch_step train "${options[@]}" -- bash -c "$AS_RANK" rank "$LOGS/exit-codes" vcr1 train "$@"
     code=$?
-    case $code in
-        0) say "done" && exit 0 ;;
-        2) say "settings or data are wrong, see above: not started again" && exit 2 ;;
-        85) requeue "saved" ;;
-    esac
+    if ended_with 2; then
+        say "settings or data are wrong, see above: not started again"
+        exit 2
+    elif ended_with 85; then
+        requeue "saved"
+    elif [ $code = 0 ]; then
+        say "done"
+        exit 0
+    fi
     [ -z "$STOP" ] || requeue "stopped before it could save (code $code): it goes on from its newest checkpoint"
-    after_crash "$code"
+    after_crash
 }
 
 # Puts the job back into the queue, unless it was cancelled. Does not return.
@@ -111,11 +124,11 @@ requeue() { # WHY [BAD_NODES]
     exit 1
 }
 
-after_crash() { # CODE
+after_crash() {
     local crashes=1 bad
     [ $SECONDS -ge "${MIN_LIFE_S:-1800}" ] || crashes=$(($(cat "$LOGS/crashes" 2>/dev/null || echo 0) + 1))
     echo $crashes >"$LOGS/crashes"
-    say "crashed with code $1; the last lines of the ranks that tell most:"
+    say "crashed; exit codes of the ranks that ended by themselves: $(sort -nu "$LOGS/exit-codes" 2>/dev/null | xargs)"
     grep -l -E '^(Traceback|Timeout|Fatal)' "$LOGS"/train-*.log | head -n 3 | xargs -r tail -n 25
     if [ $crashes -ge "${MAX_CRASHES:-3}" ]; then
         say "$crashes crashes soon after their starts: given up"
