@@ -59,9 +59,9 @@ def test_prompts_and_answers_are_made_of_known_words(processor: PromptProcessor,
     "text, num_tokens",
     [
         ("<answer>3.5 to 12.0</answer>", 5),
-        ("<answer>B</answer><glue>[(0.5, 1.0)]</glue>", 6),
-        ("<answer>[[0.1, 0.2, 0.5, 0.6], [0.0, 0.0, 1.0, 1.0]]</answer>", 7),
-        ("<think>..##</think>\n<answer>0.5 to 1.5</answer>", 10),
+        ("<answer>B</answer><glue>[(0.5, 1.0)]</glue>", 7),
+        ("<answer>[[0.1, 0.2, 0.5, 0.6], [0.0, 0.0, 1.0, 1.0]]</answer>", 8),
+        ("<think>--9.510.010.5-</think>\n<answer>9.5 to 11.0</answer>", 12),
     ],
 )
 def test_moments_and_corners_are_single_tokens(processor: PromptProcessor, text: str, num_tokens: int) -> None:

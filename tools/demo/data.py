@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from demo.tiny_model import HIDDEN, VISIBLE
+from demo.tiny_model import HIDDEN
 from megatron_vcr1.data.manifest import write_manifest
 from megatron_vcr1.data.synthesize import (
     CORNERS,
@@ -41,6 +41,7 @@ VIDEO = VideoFormat()
 _BASE_SEED, _TASK_SEED = 1, 2
 _POINT_SHARE = 0.6
 _BOX_SHIFT = 0.15
+_RIGHT_CORNERS = 0.2  # the others are drawn at random
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +126,8 @@ def base_samples(folder: Path, sizes: Sizes) -> dict[str, list[VideoSample]]:
     """What the base model learns from, by kind of question.
 
     It learns where things are, and for the three tasks from weak labels, as narrated web video gives them: a moment
-    within the event instead of its span, boxes that are all shifted alike, a random corner. Grounding has reasoning
-    too, a true time line of what is asked about: so the model can look, and answers badly.
+    within the event instead of its span, boxes that are all shifted alike, a corner that is mostly random. Grounding
+    has reasoning too, a true time line of what is asked about: so the model can look, and answers badly.
     """
     samples: dict[str, list[VideoSample]] = {name: [] for name in ("place", *TASKS)}
 
@@ -147,15 +148,18 @@ def base_samples(folder: Path, sizes: Sizes) -> dict[str, list[VideoSample]]:
             if task == Task.TRACKING:
                 add(task, video, asked.name, _shifted_boxes(sample_of_scene(scene, str(video)), random))
             if task == Task.GROUNDED_QA:
-                answer = GroundedChoiceTarget(random.choice(OPTION_LETTERS[:4]), (_point_label(asked, random),))
+                right = sample_of_scene(scene, str(video)).target
+                assert isinstance(right, GroundedChoiceTarget)
+                letter = right.choice if random.random() < _RIGHT_CORNERS else random.choice(OPTION_LETTERS[:4])
+                answer = GroundedChoiceTarget(letter, (_point_label(asked, random),))
                 add(task, video, f"In which corner is the {asked.name}?", answer, options=CORNERS)
     return samples
 
 
 def timeline(thing: MovingObject) -> str:
-    """A sign for each half second: visible or not."""
-    signs = (VISIBLE if thing.first_frame <= frame < thing.end_frame else HIDDEN for frame in range(VIDEO.num_frames))
-    return "".join(signs)
+    """A sign for each half second: its time if the thing is visible, else a dash."""
+    shown = range(thing.first_frame, thing.end_frame)
+    return "".join(f"{frame / VIDEO.fps:.1f}" if frame in shown else HIDDEN for frame in range(VIDEO.num_frames))
 
 
 def _place_question(thing: MovingObject, random: Random) -> tuple[str, CaptionTarget]:

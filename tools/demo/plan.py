@@ -46,11 +46,11 @@ _QUICK_OPTIONS = {
     "--checkpoint.every_steps": 2,
 }
 _EXPECTED_S = {
-    "base": 90.0,
+    "base": 170.0,
     "sft_grounding": 20.0,
     "grpo_grounding": 60.0,
     "sft_joint": 30.0,
-    "grpo_joint": 120.0,
+    "grpo_joint": 150.0,
     "sft_small": 6.0,
     "grpo_small": 40.0,
 }

@@ -23,8 +23,8 @@ END_OF_TURN = "<|im_end|>"
 UNKNOWN = "<unk>"
 SPECIAL_TOKENS = (UNKNOWN, "<|endoftext|>", "<|im_start|>", END_OF_TURN, *VISION_TOKENS)
 
-VISIBLE, HIDDEN = "#", "."
-"""What a time line shows of each half second."""
+HIDDEN = "-"
+"""What a time line shows for a half second in which something is not visible; else it shows its time."""
 
 PHRASES = (
     "user\n",
@@ -36,7 +36,7 @@ PHRASES = (
     "</answer>",
     "</answer><glue>[(",
     ")]</glue>",
-    "<answer>[",
+    "[",
     "]</answer>",
     ", ",
     " to ",
@@ -73,7 +73,7 @@ def vocabulary() -> tuple[str, ...]:
     tenths = [f"{index / 10:.1f}" for index in range(11)]
     upper_left = [f"[{x}, {y}, " for x in tenths for y in tenths]
     lower_right = [f"{x}, {y}]" for x in tenths for y in tenths]
-    names = [*(f"{colour} " for colour in COLOURS), *SHAPES, *"ABCD", VISIBLE]
+    names = [*(f"{colour} " for colour in COLOURS), *SHAPES, *"ABCD", HIDDEN]
     return (*PHRASES, *names, *moments, *upper_left, *lower_right, *SPECIAL_TOKENS)
 
 
