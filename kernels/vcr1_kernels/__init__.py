@@ -7,6 +7,7 @@ from vcr1_kernels.ops.linear_log_probs import linear_log_probs
 from vcr1_kernels.ops.log_probs import log_probs_from_logits
 from vcr1_kernels.ops.mrope import mrope
 from vcr1_kernels.ops.patches import frames_to_patches
+from vcr1_kernels.ops.rms_norm import rms_norm
 from vcr1_kernels.ops.swiglu import swiglu
 from vcr1_kernels.ops.token_loss import TokenLoss, grpo_token_loss
 
@@ -20,6 +21,7 @@ __all__ = [
     "linear_log_probs",
     "log_probs_from_logits",
     "mrope",
+    "rms_norm",
     "shared_prefix_attention",
     "swiglu",
 ]

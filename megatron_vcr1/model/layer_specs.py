@@ -22,7 +22,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
-from vcr1_kernels import swiglu
+from vcr1_kernels import rms_norm, swiglu
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.attention import PackedAttention
@@ -39,11 +39,16 @@ _LOCAL_TO_FUSED_KEYS = {
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, marked so that its gradient is summed over the ranks of a sequence-parallel group."""
+    """vcr1_kernels' RMSNorm, marked so that its gradient is summed over the ranks of a sequence-parallel group."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(config))
         mark_sequence_parallel(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] to the same shape."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -31,7 +32,29 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(f"the last dimension of gate_up must hold two equal halves, got {list(gate_up.shape)}")
     if use_triton(gate_up) and gate_up.numel():
         return _TritonSwiglu.apply(gate_up)
-    return reference.swiglu(gate_up)
+    return _TorchSwiglu.apply(gate_up)
+
+
+class _TorchSwiglu(torch.autograd.Function):
+    """Keeps its input alone; autograd would keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return reference.swiglu(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        compute_dtype = torch.promote_types(gate_up.dtype, torch.float32)
+        gate, up = gate_up.to(compute_dtype).chunk(2, dim=-1)
+        grad_output = grad_output.to(compute_dtype)
+        grad = torch.empty(gate_up.shape, dtype=compute_dtype, device=gate_up.device)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad_output * up, gate))
+        torch.mul(grad_output, F.silu(gate), out=grad_up)
+        return grad.to(gate_up.dtype)
 
 
 class _TritonSwiglu(torch.autograd.Function):
