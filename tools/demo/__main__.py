@@ -100,7 +100,7 @@ def announce(demo: Demo, workers: int, console: Console) -> None:
     """What is to come: the result of an earlier run."""
     from demo.results import print_results
 
-    if not demo.quick:
+    if MEASURED.exists() and not demo.quick:
         console.print("[bold]What an earlier run measured; this one makes the same again[/]")
         print_results(json.loads(MEASURED.read_text(encoding="utf-8")), console)
     console.print(f"Working in {demo.out}, {workers} processes of one thread; logs: {demo.out / 'logs'}")

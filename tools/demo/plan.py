@@ -46,9 +46,9 @@ _QUICK_OPTIONS = {
     "--checkpoint.every_steps": 2,
 }
 _EXPECTED_S = {
-    "base": 170.0,
+    "base": 180.0,
     "sft_grounding": 20.0,
-    "grpo_grounding": 60.0,
+    "grpo_grounding": 65.0,
     "sft_joint": 30.0,
     "grpo_joint": 150.0,
     "sft_small": 6.0,
