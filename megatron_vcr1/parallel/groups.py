@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +19,9 @@ from megatron_vcr1.parallel.slurm import rank_variables
 
 T = TypeVar("T")
 
+PATIENCE_S = 3600.0
+"""How long a rank waits for the others in a collective: servers start meanwhile, videos are decoded, answers come."""
+
 
 def world_size() -> int:
     """Processes of this job, from torchrun's or srun's environment; 1 when it was started alone."""
@@ -24,11 +29,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(parallel: ParallelSection, *, seed: int = 0) -> None:
+def initialize(parallel: ParallelSection, *, seed: int = 0, patience_s: float = PATIENCE_S) -> None:
     """Join the world (torchrun's or srun's environment, or a world of one) and build megatron-core's process groups.
 
     NCCL with one GPU a process where CUDA exists, gloo otherwise. The layout is checked by config.check_layout before
     this is called.
+
+    Args:
+        patience_s: longest wait in a collective. NCCL's own, 10 minutes, is shorter than some steps.
     """
     if not dist.is_initialized():
         os.environ.update(rank_variables(os.environ))
@@ -39,7 +47,7 @@ def initialize(parallel: ParallelSection, *, seed: int = 0) -> None:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if on_gpu else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timedelta(seconds=patience_s))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not is_first_rank():
@@ -47,7 +55,9 @@ def initialize(parallel: ParallelSection, *, seed: int = 0) -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        distributed_timeout_minutes=math.ceil(patience_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -61,13 +71,18 @@ def shutdown() -> None:
 
 
 @contextmanager
-def world(parallel: ParallelSection, *, seed: int = 0) -> Iterator[None]:
+def world(parallel: ParallelSection, *, seed: int = 0, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """`initialize` for the length of a with-block."""
-    initialize(parallel, seed=seed)
+    initialize(parallel, seed=seed, patience_s=patience_s)
     try:
         yield
-    finally:
-        shutdown()
+    except BaseException:
+        # NCCL's goodbye waits for its peers, and they may wait for this rank in a collective: it would never tell what
+        # has happened, nor end.
+        if not (dist.is_initialized() and dist.get_backend() == "nccl" and dist.get_world_size() > 1):
+            shutdown()
+        raise
+    shutdown()
 
 
 def is_last_stage() -> bool:

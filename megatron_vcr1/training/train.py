@@ -36,7 +36,9 @@ def train(config: RunConfig) -> int:
     """
     shape = ModelConfig.from_pretrained(config.model.path).shape
     check_layout(shape, config.parallel, config.recompute, groups.world_size())
-    with groups.world(config.parallel, seed=config.train.seed):
+    # The step's own clock runs out first: it tells where every rank is.
+    patience_s = config.train.step_timeout_s + groups.PATIENCE_S
+    with groups.world(config.parallel, seed=config.train.seed, patience_s=patience_s):
         return train_in_world(config)
 
 
