@@ -65,6 +65,17 @@ class MediaReading(BaseModel):
     video: VideoReading = VideoReading()
 
 
+_NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+}
+"""Keys that would change an answer and are not followed here, and the values with which they change nothing."""
+
+
 class ChatRequest(BaseModel):
     """The body of a request. Keys that change nothing here (user, seed of a greedy answer ...) may be there too."""
 
@@ -75,6 +86,7 @@ class ChatRequest(BaseModel):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
     n: int = Field(default=1, ge=1, le=128)
     seed: int = 0
     stop: str | list[str] | None = None
@@ -82,6 +94,17 @@ class ChatRequest(BaseModel):
     logprobs: bool = False
     tools: list[Any] = []
     media_io_kwargs: MediaReading = MediaReading()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """OpenAI's optional keys may be null, which is what leaving them out means."""
+        if not isinstance(body, dict):
+            return body
+        for key, neutral in _NEUTRAL.items():
+            if body.get(key) is not None and body[key] not in neutral:
+                raise ValueError(f"{key} is not served here")
+        return {key: value for key, value in body.items() if value is not None}
 
     @model_validator(mode="after")
     def _is_served(self) -> Self:
@@ -98,7 +121,8 @@ class ChatRequest(BaseModel):
         """
         wanted = self.max_completion_tokens or self.max_tokens or max_new_tokens
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(min(wanted, max_new_tokens), self.temperature, self.top_p, stop=stop)
+        top_k = max(self.top_k, 0)  # -1 is all, for SGLang and vLLM
+        return SamplingParams(min(wanted, max_new_tokens), self.temperature, self.top_p, top_k, stop)
 
 
 def parse_request(body: bytes) -> ChatRequest:

@@ -147,6 +147,19 @@ def test_the_limit_of_tokens_is_the_servers(client: openai.OpenAI) -> None:
     assert ask(client, text("when?"), max_tokens=None, max_completion_tokens=1).usage.completion_tokens == 1
 
 
+def test_nulls_and_neutral_values_are_as_if_left_out(client: openai.OpenAI) -> None:
+    nulls = dict.fromkeys(("seed", "top_p", "n", "stop", "stream", "tools", "logit_bias"))
+    neutral = {"presence_penalty": 0, "repetition_penalty": 1.0, "response_format": {"type": "text"}, "top_k": -1}
+    expected = ask(client, text("when?")).choices[0].message.content
+    assert ask(client, text("when?"), extra_body=nulls | neutral).choices[0].message.content == expected
+
+
+def test_top_k_of_one_is_greedy(client: openai.OpenAI) -> None:
+    greedy = ask(client, text("when?")).choices[0].message.content
+    answer = ask(client, text("when?"), temperature=1, n=4, extra_body={"top_k": 1})
+    assert {choice.message.content for choice in answer.choices} == {greedy}
+
+
 def test_a_conversation_and_the_models_name(client: openai.OpenAI) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "when?"}]
     assert client.chat.completions.create(model="model", messages=messages, max_tokens=2).choices[0].message
@@ -157,6 +170,8 @@ def test_a_conversation_and_the_models_name(client: openai.OpenAI) -> None:
     "parts, options, message",
     [
         ([text("x")], {"stream": True}, "stream is not served here"),
+        ([text("x")], {"presence_penalty": 0.5}, "presence_penalty is not served here"),
+        ([text("x")], {"extra_body": {"repetition_penalty": 1.2}}, "repetition_penalty is not served here"),
         ([text("x")], {"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ([text("when? " * 500)], {}, "tokens; up to 400 are served"),
         ([text("<|video_pad|>")], {}, "stands for a picture"),
