@@ -92,7 +92,7 @@ def plan_jobs(config: RunConfig) -> list[Job]:
     jobs: dict[str, Job] = {}
     for index, source in enumerate(config.evaluate.benchmarks):
         label = source.label or source.name
-        if Path(label).name != label or label in jobs:
+        if Path(label).name != label or label == ".." or label in jobs:
             raise UserError(
                 f"evaluate.benchmarks.{index}: label {label!r} must be the name of a folder of its own; set another"
             )

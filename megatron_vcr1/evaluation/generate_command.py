@@ -22,7 +22,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="a Hugging Face or an imported directory"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a Hugging Face directory, an imported one or a run's checkpoint",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question; '-' reads standard input")
     for kind in ("video", "image"):

@@ -188,6 +188,7 @@ def test_another_models_answers_are_not_mixed(folder: Path, whole: dict[str, Any
         ([{"name": "coco"}], "coco: no such benchmark"),
         ([{"name": "captioning"}, {"name": "captioning"}], "benchmarks.1: label 'captioning' must be"),
         ([{"name": "captioning", "label": "../up"}], "label '../up' must be"),
+        ([{"name": "captioning", "label": ".."}], "label '..' must be"),
         ([{"name": "tracking"}], "none of its 12 samples is for benchmark tracking"),
     ],
 )

@@ -16,7 +16,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="a Hugging Face or an imported directory"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a Hugging Face directory, an imported one or a run's checkpoint",
     )
     parser.add_argument("--name", help="the model's name for clients (default: its folder's)")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone; there is no key")
