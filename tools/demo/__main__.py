@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     workers = args.workers or min(len(os.sched_getaffinity(0)), 8)
     start_s = time.monotonic()
     record = Record(demo.out)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a table in a log file needs room
     if args.real is not None:
         return _real(demo, args.real, args.ask, console)
     announce(demo, workers, console)

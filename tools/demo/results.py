@@ -94,7 +94,7 @@ def _figure(demo: Demo, column: str, seed: int, label: str, metric: str) -> floa
 def table(title: str, figures: Figures, columns: Mapping[str, str]) -> Table:
     """Means of the seeds, and the seeds; the best of a row in bold."""
     result = Table(title=title, title_justify="left", title_style="bold")
-    result.add_column("")
+    result.add_column("", no_wrap=True)
     for name in columns.values():
         result.add_column(name, justify="right")
     for row, cells in figures.items():
