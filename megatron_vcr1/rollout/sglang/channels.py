@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import save_file
-from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import _abort_process_group, _new_process_group_helper, _world
 
 from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call
 from megatron_vcr1.rollout.sglang.weight_sync import LIVENESS_S, NamedTensors
@@ -142,9 +142,10 @@ class _Group:
         """Leave the group without waiting for the other side, which may be gone."""
         with suppress(ServerFault, RequestRefused):  # a server that is gone has left, too
             self._call("/destroy_weights_update_group", {}, timeout_s=min(self.timeout_s, LIVENESS_S))
-        abort = getattr(self.group, "abort", None)
-        if abort is not None and torch.cuda.is_available():
-            abort()  # NCCL's own goodbye waits for its peers
+        if torch.cuda.is_available():
+            # NCCL's own goodbye waits for its peers. The group's `abort` alone would leave the group, its store and its
+            # sockets with torch.distributed: some more of them with every update.
+            _abort_process_group(self.group)
         else:
             dist.destroy_process_group(self.group)
 
@@ -166,10 +167,14 @@ class SharedMemoryChannel:
         with _named_shared_memory():
             shared = _copy_to_shared_memory(bucket)
             ForkingPickler(stream).dump(shared)
+        # Pickling counts one reader, `send` all of them. The memory's name goes as soon as none is left.
+        shared[0][1].untyped_storage()._shared_decref()
         return base64.b64encode(stream.getvalue()).decode(), shared  # the memory lives as long as the tensors
 
     def send(self, url: str, prepared: tuple[str, NamedTensors]) -> None:
         num_ranks = int(call(url, "GET", "/server_info", timeout_s=self._timeout_s)["tp_size"])
+        for _ in range(num_ranks):  # each gives its count back as it opens the memory
+            prepared[1][0][1].untyped_storage()._shared_incref()
         body = {"serialized_named_tensors": [prepared[0]] * num_ranks, "flush_cache": False}
         call(url, "POST", "/update_weights_from_tensor", body, timeout_s=self._timeout_s)
 
