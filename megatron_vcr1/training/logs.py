@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -151,7 +152,8 @@ class _WeightsAndBiases:
         self._run = wandb.init(
             project=config.logging.wandb_project,
             dir=str(run_dir),
-            id=f"{run_dir.absolute().parent.name}-{run_dir.name}",
+            id=_wandb_id(run_dir),
+            name=run_dir.name,
             resume="allow",
             config=config.model_dump(mode="json"),
         )
@@ -161,3 +163,13 @@ class _WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Found again when the run is resumed. Not made of the folder's name, which another user's run, or one that began
+    anew, has too: Weights & Biases would take both for one, and drop the steps that it has.
+    """
+    file = run_dir / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(8))
+    return file.read_text()

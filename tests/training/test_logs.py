@@ -4,6 +4,7 @@ import io
 import logging
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -70,3 +71,17 @@ def test_weights_and_biases_must_be_installed_where_it_is_asked_for(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         open_sinks(_config(tmp_path, tensorboard=False, wandb_project="p"), 0, 2)
+
+
+def test_a_resumed_run_goes_on_in_weights_and_biases_and_another_of_that_name_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    fake = ModuleType("wandb")
+    fake.init = lambda **settings: started.append(settings["id"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for user in ("ann", "ann", "bob"):
+        run_dir = tmp_path / user / "runs" / "joint"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        open_sinks(_config(run_dir, tensorboard=False, wandb_project="p"), 0, 2)
+    assert started[0] == started[1] != started[2]
