@@ -52,7 +52,7 @@ class PromptEncoder:
         pictures = []
         for one in prompt.vision:
             rows = [next(pads) for _ in range(one.num_tokens(vision.merge_size))]
-            pictures.append(Picture(one.frames, one.seconds_per_grid is not None, rows[0]))
+            pictures.append(Picture(one.frames.cpu(), one.seconds_per_grid is not None, rows[0]))  # from dali-gpu, too
         return Payload(tuple(pictures), positions, self.patches, salt)
 
 
