@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_vcr1.data.video_types import VideoError
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read. Pillow knows more, but among them EPS, which it hands to Ghostscript: a picture would be a program."""
+
 
 def read_image(path: str) -> Tensor:
     """Decode a picture, turned upright by its EXIF tag, transparency on white.
@@ -24,7 +27,7 @@ def read_image(path: str) -> Tensor:
         VideoError: missing, truncated, or not a picture.
     """
     try:
-        with fsspec.open(path, "rb") as stream, Image.open(stream) as image:
+        with fsspec.open(path, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
             image.load()
             return torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image))))
     except FileNotFoundError as error:
