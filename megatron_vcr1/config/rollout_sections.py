@@ -46,8 +46,8 @@ class SglangSection(Section):
     )
     sync: Literal["distributed", "tensor", "disk"] = Field(
         default="distributed",
-        description="How new weights reach the servers: 'distributed' (broadcast), 'tensor' (shared memory of one "
-        "host) or 'disk'.",
+        description="How new weights reach the servers: 'distributed' (broadcast; to colocated servers on GPUs it is "
+        "'tensor'), 'tensor' (shared memory of one host) or 'disk'.",
     )
     sync_bucket_mb: int = Field(default=512, ge=1, description="Weights sent at a time.")
     transport: Literal["inline", "file"] = Field(

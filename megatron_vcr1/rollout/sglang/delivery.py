@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_vcr1.config.schema import SglangSection
 from megatron_vcr1.rollout.engine import EngineError
@@ -12,6 +15,8 @@ from megatron_vcr1.rollout.sglang.channels import BroadcastChannel, DiskChannel,
 from megatron_vcr1.rollout.sglang.fleet import Fleet
 from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, is_ready, weights_of
 from megatron_vcr1.rollout.sglang.weight_sync import Channel, NamedTensors, WeightUpdate
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 
@@ -34,6 +39,10 @@ class WeightDelivery:
         self._section = section
         self._model_dir = model_dir
         self._folder = folder
+        self._sync = section.sync
+        if section.sync == "distributed" and fleet.lenders and torch.cuda.is_available():
+            logger.info("weights reach the servers by shared memory: NCCL joins no two processes of one GPU")
+            self._sync = "tensor"
         self._update: WeightUpdate[Any] | None = None
         self._disk: DiskChannel | None = None
         self.weights = INITIAL_WEIGHTS
@@ -67,9 +76,9 @@ class WeightDelivery:
             return
         timeout_s = self._section.timeout_s
         channel: Channel[Any]
-        if self._section.sync == "disk":
+        if self._sync == "disk":
             channel = self._disk = DiskChannel(self._model_dir, self._folder, weights, timeout_s=timeout_s)
-        elif self._section.sync == "tensor":
+        elif self._sync == "tensor":
             channel = SharedMemoryChannel(timeout_s=timeout_s)
         else:
             channel = BroadcastChannel(timeout_s=timeout_s)
