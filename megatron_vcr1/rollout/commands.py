@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="start this node's SGLang servers and watch them",
         description="Start the servers that the section [sglang] of FILE asks for, and start again those that die, "
         "until interrupted. A training run on this node finds them when its sglang.urls names them. They listen on the "
-        "loopback interface only. Logs: train.run_dir/sglang/logs.",
+        "loopback interface, unless sglang.server_args names a --host. Logs: train.run_dir/sglang/logs.",
         epilog="Any key can be overridden: vcr1 rollout serve run.toml --sglang.num_servers 2",
     )
     serve.add_argument("config", type=Path, metavar="FILE", help="the run's TOML file")

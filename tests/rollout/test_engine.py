@@ -14,6 +14,8 @@ from megatron_vcr1.rollout.engine import SamplingParams
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature >= 0"),
+        ({"temperature": float("nan")}, "temperature >= 0"),
+        ({"temperature": float("inf")}, "temperature >= 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"top_p": 1.1}, "0 < top_p <= 1"),
         ({"top_k": -1}, "top_k >= 0"),
