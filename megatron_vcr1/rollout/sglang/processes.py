@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -117,7 +118,13 @@ class ServerGroup:
     """A node's running servers. A thread restarts those that end or stop answering, up to `max_restarts` times each."""
 
     def __init__(self, specs: Sequence[ServerSpec], *, startup_timeout_s: float, max_restarts: int) -> None:
-        """Start them; `wait_until_ready` waits for them."""
+        """Start them; `wait_until_ready` waits for them.
+
+        Raises:
+            UserError: a port is taken, by the server of another run perhaps, which would be mistaken for this one's.
+        """
+        for spec in specs:
+            _await_port(spec.port)
         self._processes = [_Process(spec, startup_timeout_s, max_restarts) for spec in specs]
         self._closing = threading.Event()
         self.held = False
@@ -179,6 +186,20 @@ class ServerGroup:
         while not self._closing.wait(WATCH_S):
             for process in self._processes if not self.held else ():
                 process.look()
+
+
+def _await_port(port: int) -> None:
+    """Returns once a port is free: what a killed run leaves behind takes a moment to go."""
+    deadline = time.monotonic() + 2 * guard.GRACE_S
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                return probe.bind((HOST, port))
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(f"sglang.port: port {port} cannot be had ({error.strerror}); set another") from None
+        time.sleep(0.2)
 
 
 class _Process:

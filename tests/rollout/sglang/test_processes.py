@@ -190,3 +190,12 @@ def test_weights_are_loaded_where_there_are_any(tmp_path: Path) -> None:
 def test_a_mode_that_makes_groups_of_equal_responses_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="all responses of a group are the same"):
         server_specs(config(tmp_path, server_args=["--enable-deterministic-inference"]))
+
+
+def test_another_runs_server_is_not_taken_for_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes.guard, "GRACE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        spec = ServerSpec(port, (sys.executable, "-c", "pass"), os.environ, tmp_path / "server.log")
+        with pytest.raises(UserError, match=f"sglang.port: port {port}"):
+            ServerGroup([spec], startup_timeout_s=1, max_restarts=0)
