@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_vcr1.data.video_types import Deadline, FrameTable, VideoError
 
+# Formats of FFmpeg that are lists of other files.
+_PLAYLISTS = frozenset({"hls", "dash", "concat", "concatf"})
+
 CONTAINERS_WITHOUT_PTS = ("avi",)
 """Containers that store no presentation times: FFmpeg makes them up from the order of decoding, so that with B-frames
 they fit no frame. Only the order in which the decoder gives the frames is right."""
@@ -76,6 +79,8 @@ def open_video(file: str, deadline: Deadline, num_threads: int = 0) -> Iterator[
     """Open a video's main stream; FFmpeg's and the file system's errors inside the block become VideoErrors."""
     try:
         with _open_container(file, deadline) as container:
+            if _PLAYLISTS & set(container.format.name.split(",")):
+                raise VideoError(file, "a playlist, which may name any other file, not a video")
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream):
                 raise VideoError(file, "no video stream")

@@ -130,6 +130,11 @@ def broadcast_in_copy(produce: Callable[[], T]) -> T:
     return cast(T, box[0])
 
 
+def wait_for_copy() -> None:
+    """Until all ranks of this copy of the model are here."""
+    dist.barrier(group=parallel_state.get_model_parallel_group())
+
+
 def gather_objects(mine: T) -> list[T]:
     """What every rank of the job has, in rank order, on every rank; for small things."""
     gathered: list[Any] = [mine] * dist.get_world_size()

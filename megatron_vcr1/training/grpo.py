@@ -14,6 +14,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.parallel import groups as ranks
 from megatron_vcr1.parallel import schedule
@@ -51,6 +52,7 @@ class GrpoTrainer:
             UserError: the engine, rewards or the judge cannot be had, or settings exclude each other.
         """
         self._config = config
+        check_settings(config)
         self._settings = config.grpo
         self._learner = learner
         self._model = learner.model
@@ -228,6 +230,15 @@ class GrpoTrainer:
         if self._ahead is not None:
             self._ahead.close()
         self._engine.close()
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raises UserError for settings that exclude each other."""
+    if config.grpo.one_step_off and config.rollout.engine == "sglang" and config.sglang.colocated:
+        raise UserError(
+            "grpo.one_step_off samples while training computes, which colocated servers cannot: set "
+            "sglang.colocated = false and give the servers GPUs of their own"
+        )
 
 
 def token_data(groups: Sequence[ScoredGroup]) -> TokenData:

@@ -125,6 +125,18 @@ def test_remote_paths_go_through_fsspec(tmp_path: Path) -> None:
         read_frames("memory://gone.mp4")
 
 
+@pytest.mark.parametrize("name", ["list.m3u8", "list.ffconcat"])
+def test_a_playlist_opens_no_other_files(tmp_path: Path, name: str) -> None:
+    write_clip(tmp_path / "secret.mp4", num_frames=8)
+    texts = {
+        "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+        "list.ffconcat": "ffconcat version 1.0\nfile secret.mp4\n",
+    }
+    (tmp_path / name).write_text(texts[name])
+    with pytest.raises(VideoError, match=name):
+        read_frames(tmp_path / name)
+
+
 def test_a_part_of_a_video_is_a_video_of_its_own(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "parts.mp4", num_frames=100)
     video = read_frames(path, fps=5, start_s=1, end_s=3)

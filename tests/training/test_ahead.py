@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import cpu_backend, groups
@@ -21,7 +22,7 @@ from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, Samplin
 from megatron_vcr1.rollout.local import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.training import grpo
-from megatron_vcr1.training.grpo import GrpoTrainer
+from megatron_vcr1.training.grpo import GrpoTrainer, check_settings
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.train import build
 from megatron_vcr1.types import RolloutGroup
@@ -152,3 +153,9 @@ def test_an_engine_that_fails_in_its_thread_stops_the_run(folder: Path, monkeypa
         with pytest.raises(EngineError, match="the server is gone"):
             trainer.step(2, Metrics())
         trainer.close()
+
+
+def test_colocated_servers_cannot_sample_while_training_computes() -> None:
+    settings = {"grpo": {"one_step_off": True}, "rollout": {"engine": "sglang"}, "model": {"path": "model"}}
+    with pytest.raises(UserError, match=r"sglang\.colocated = false"):
+        check_settings(RunConfig.model_validate(settings))

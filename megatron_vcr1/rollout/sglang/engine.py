@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import httpx
+import torch
 from torch import Tensor
 
 from megatron_vcr1.config.schema import RunConfig
@@ -81,6 +82,7 @@ class SglangEngine:
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
         """As `RolloutEngine.generate`."""
+        self._make_room()
         for _ in range(MAX_PASSES):
             try:
                 return self._heard(lambda: self.sample(requests, params))
@@ -126,12 +128,19 @@ class SglangEngine:
         """
         self._source = tensors if self._keeps_source and iter(tensors) is not tensors else None
         self._version, self._weights = version, version_name(version, self._fleet.run)
+        self._make_room()
         self._bring_up(tensors)
 
     def close(self) -> None:
         """End the servers that this process started; others are left as they are."""
         if self._fleet.processes is not None:
             self._fleet.processes.close()
+
+    def _make_room(self) -> None:
+        """Before colocated servers take memory back: this copy's ranks give up what torch keeps of it for later."""
+        if self._section.colocated and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            groups.wait_for_copy()
 
     def _bring_up(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Send weights until a server has them; all ranks of the copy call it."""
