@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.preparation import Decoder, preparation
 from megatron_vcr1.data.processor import PromptProcessor, read_processor
-from megatron_vcr1.data.prompts import PromptTemplates, load_templates
+from megatron_vcr1.data.prompts import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
 from megatron_vcr1.evaluation.generation import Answerer
@@ -30,6 +31,8 @@ from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.types import Task, VideoSample
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -67,7 +70,7 @@ def evaluate_model(config: RunConfig) -> list[Evaluation]:
     templates = load_templates(config.data.templates)
     processor = read_processor(config.model.path)
     with groups.world(config.parallel, seed=config.train.seed):
-        logs = [_open_log(job, config) if groups.is_first_rank() else None for job in jobs]
+        logs = [_open_log(job, config, templates) if groups.is_first_rank() else None for job in jobs]
         missing = groups.gather_objects([_unanswered(*pair) for pair in zip(jobs, logs, strict=True)])[0]
         if any(missing):
             engine = _start_engine(config, model_config, processor)
@@ -137,8 +140,8 @@ def _unanswered(job: Job, log: PredictionLog | None) -> list[int]:
     return [] if log is None else [index for index, sample in enumerate(job.samples) if sample.id not in log.done]
 
 
-def _open_log(job: Job, config: RunConfig) -> PredictionLog:
-    """The answers so far, if the settings that they depend on are the same."""
+def _open_log(job: Job, config: RunConfig, templates: PromptTemplates) -> PredictionLog:
+    """The answers so far, if the settings that they depend on are the same; without those to other questions."""
     job.folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(job, config)
     path = job.folder / SETTINGS_FILE
@@ -156,11 +159,25 @@ def _open_log(job: Job, config: RunConfig) -> PredictionLog:
     else:
         (job.folder / PREDICTIONS_FILE).unlink(missing_ok=True)
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    return PredictionLog(job.folder / PREDICTIONS_FILE)
+    asked = {sample.id: _question(sample, templates, thinking=job.source.thinking) for sample in job.samples}
+    log = PredictionLog(job.folder / PREDICTIONS_FILE, asked)
+    if log.num_outdated:
+        logger.warning(
+            "%s: %d samples now ask something else than what was answered under their ids: they are asked again",
+            job.source.manifest,
+            log.num_outdated,
+        )
+    return log
+
+
+def _question(sample: VideoSample, templates: PromptTemplates, *, thinking: bool) -> str:
+    """Digest of what a sample asks the model: the words, the video and which part of it."""
+    messages = build_messages(sample, templates, thinking=thinking)
+    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _settings(job: Job, config: RunConfig) -> dict[str, Any]:
-    """What an answer depends on. The samples are not in it: their ids are with the answers, and more may come."""
+    """What an answer depends on besides its sample, whose id and question are with the answer: more may come."""
     templates = config.data.templates
     reading = config.data.model_dump(mode="json", exclude={"sources", "templates", "num_workers", "cache_mb"})
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Prediction:
         output: None if the sample could not be put to the model.
         error: why not.
         num_tokens, finish_reason: of the output, where they are known.
+        asked: digest of the question that it answers, where that is known.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Prediction:
     error: str | None = None
     num_tokens: int | None = None
     finish_reason: str | None = None
+    asked: str | None = None
 
     def as_row(self) -> dict[str, Any]:
         """The line's object; without what is not known."""
@@ -39,6 +41,7 @@ class Prediction:
             "error": self.error,
             "num_tokens": self.num_tokens,
             "finish_reason": self.finish_reason,
+            "asked": self.asked,
         }
         return {key: value for key, value in values.items() if value is not None}
 
@@ -94,17 +97,29 @@ def match_predictions(
 class PredictionLog:
     """The predictions file of an evaluation that goes on where it was killed. For one process.
 
-    Opening it takes over the whole lines with outputs, and drops the rest: a line cut in the middle, and samples whose
-    videos could not be read, which are tried again.
+    Opening it takes over the whole lines with outputs, and drops the rest: a line cut in the middle, samples whose
+    videos could not be read, and answers to other questions under the same ids. These samples are asked again.
+
+    Attributes:
+        done: the answers, by id.
+        num_outdated: answers that were dropped because they are to other questions.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, asked: Mapping[str, str]) -> None:
+        """
+        Args:
+            asked: digest of each sample's question, by id.
+        """
         self._path = path
-        self.done = {one.id: one for one in _salvage(path) if one.output is not None}
+        self._asked = asked
+        answers = {one.id: one for one in _salvage(path) if one.output is not None}
+        self.done = {id: one for id, one in answers.items() if asked.get(id, one.asked) == one.asked}
+        self.num_outdated = len(answers) - len(self.done)
         self.arrange([])
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Adds a batch; it is on the disk when this returns."""
+        predictions = [replace(one, asked=self._asked[one.id]) for one in predictions]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_lines(predictions))
             file.flush()
@@ -145,7 +160,8 @@ def _parse_line(line: str, where: str) -> Prediction:
         raise UserError(f'{where}: "output" must be a text')
     if output is None:
         return Prediction(str(row["id"]), None, str(row.get("error") or "no output"))
-    return Prediction(str(row["id"]), output, None, row.get("num_tokens"), row.get("finish_reason"))
+    known = {key: row.get(key) for key in ("num_tokens", "finish_reason", "asked")}
+    return Prediction(str(row["id"]), output, **known)
 
 
 def _named(ids: Sequence[str]) -> str:

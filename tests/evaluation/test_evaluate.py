@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,12 +18,13 @@ import pytest
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.manifest import read_manifest
+from megatron_vcr1.data.manifest import read_manifest, write_manifest
+from megatron_vcr1.data.prompts import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import evaluate
 from megatron_vcr1.evaluation.evaluate import evaluate_model, plan_jobs
 from megatron_vcr1.parallel import groups
-from megatron_vcr1.types import Task
+from megatron_vcr1.types import ChoiceTarget, Task
 from tests.gloo import GlooPool
 from tests.training import workspace
 
@@ -119,7 +121,7 @@ def test_a_video_that_cannot_be_read_is_counted_and_tried_again(folder: Path, wh
 
 def _open(config: RunConfig) -> tuple[evaluate.Job, evaluate.PredictionLog]:
     (job,) = plan_jobs(config)
-    return job, evaluate._open_log(job, config)
+    return job, evaluate._open_log(job, config, load_templates(config.data.templates))
 
 
 def test_a_killed_evaluation_goes_on(folder: Path, whole: dict[str, Any]) -> None:
@@ -147,6 +149,31 @@ def test_nothing_is_asked_twice(folder: Path, whole: dict[str, Any], monkeypatch
     before = results(folder / "whole")
     assert len(evaluate_model(run_config(folder, folder / "whole", *names))) == 2
     assert results(folder / "whole") == before
+
+
+def test_a_question_that_was_edited_is_asked_again(
+    folder: Path, whole: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = tmp_path / "edited.jsonl"
+    samples = [one for one in read_manifest(folder / "data" / "train.jsonl") if one.task is Task.MULTIPLE_CHOICE_QA]
+    write_manifest(manifest, samples)
+    source = {"name": "multiple_choice_qa", "manifest": manifest, "thinking": False}
+    config = run_config(folder, tmp_path / "run", evaluate={"benchmarks": [source]})
+    evaluate_model(config)
+    predictions = tmp_path / "run" / "evaluation" / "multiple_choice_qa" / "predictions.jsonl"
+    before = rows(predictions)
+    other_video = replace(samples[0], video=samples[1].video)
+    other_options = replace(samples[1], options=samples[1].options[::-1])
+    other_truth = replace(samples[2], target=ChoiceTarget("B" if samples[2].target == ChoiceTarget("A") else "A"))
+    write_manifest(manifest, [other_video, other_options, other_truth, *samples[3:]])
+    job, log = _open(config)
+    assert evaluate._unanswered(job, log) == [0, 1]
+    assert "edited.jsonl: 2 samples now ask something else" in caplog.text
+    evaluate_model(config)
+    after = rows(predictions)
+    assert after[2:] == before[2:]
+    assert [one["id"] for one in after] == [one["id"] for one in before]
+    assert all(one["asked"] != other["asked"] for one, other in zip(after[:2], before[:2], strict=True))
 
 
 def test_an_imported_model_answers_the_same(folder: Path, whole: dict[str, Any]) -> None:

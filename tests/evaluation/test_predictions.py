@@ -10,6 +10,7 @@ from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog, matc
 from tests.evaluation.samples import choices
 
 SAMPLES = choices("a", "b", "c")
+ASKED = {"a": "qa", "b": "qb", "c": "qc"}  # question digests
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -67,13 +68,13 @@ def test_ids_must_be_the_samples() -> None:
 
 def test_a_log_goes_on_after_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
-    log = PredictionLog(path)
+    log = PredictionLog(path, ASKED)
     log.append([Prediction("a", "A \ud800", num_tokens=3, finish_reason="stop"), Prediction("b", None, "no video")])
     with path.open("a") as file:
         file.write('{"id": "c", "out')
-    log = PredictionLog(path)
+    log = PredictionLog(path, ASKED)
     assert list(log.done) == ["a"]  # what failed is tried again
-    assert log.done["a"] == Prediction("a", "A \ud800", None, 3, "stop")
+    assert log.done["a"] == Prediction("a", "A \ud800", None, 3, "stop", "qa")
     log.append([Prediction("b", "B"), Prediction("c", None, "no video")])
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
     assert read_predictions(path)["c"] == Prediction("c", None, "no video")
@@ -81,9 +82,20 @@ def test_a_log_goes_on_after_a_cut_line(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["c", "b", "a"]
 
 
+def test_answers_to_other_questions_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    PredictionLog(path, ASKED).append([Prediction(id, id.upper()) for id in "abc"])
+    with path.open("a") as file:
+        file.write('{"id": "b2", "output": "of no known question"}\n')
+    log = PredictionLog(path, {"a": "qa", "b": "another", "b2": "qb2"})
+    assert list(log.done) == ["a", "c"]  # c is not asked now, which may change
+    assert log.num_outdated == 2
+    assert list(PredictionLog(path, ASKED).done) == ["a", "c"]
+
+
 def test_a_log_refuses_what_it_did_not_write(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text("some notes\n")
     with pytest.raises(UserError, match=r"predictions.jsonl:1: not JSON"):
-        PredictionLog(path)
+        PredictionLog(path, ASKED)
     assert path.read_text() == "some notes\n"
