@@ -29,6 +29,7 @@ FLOORS = {
     "rewards": 1,
     "config": 0,
     "types": 0,
+    "timeline": 0,
     "vcr1_kernels": 0,
     "errors": -1,
 }

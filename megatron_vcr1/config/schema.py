@@ -16,6 +16,7 @@ from megatron_vcr1.config.training_sections import (
     GrpoSection,
     LoggingSection,
     OptimizerSection,
+    ProfileSection,
     TrainSection,
 )
 
@@ -106,6 +107,7 @@ class RunConfig(Section):
     judge: JudgeSection = JudgeSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    profile: ProfileSection = ProfileSection()
     evaluate: EvaluateSection = EvaluateSection()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_vcr1.config.section import Names, Section
 
@@ -168,3 +168,20 @@ class LoggingSection(Section):
         gt=0,
         description="Warn when log-probs of rollout and training differ by more than this on average.",
     )
+
+
+class ProfileSection(Section):
+    """Where the time of some steps goes: a trace of torch's profiler and a summary, in train.run_dir/profile."""
+
+    enabled: bool = Field(default=False, description="Profile; `vcr1 train --profile` is short for it.")
+    first_step: int = Field(
+        default=2, ge=1, description="First step of the profile, counted from this start; the first one warms up."
+    )
+    last_step: int = Field(default=3, ge=1, description="Last step of it, checkpoint included.")
+    ranks: Names[int] = Field(default=(0,), min_length=1, description="Ranks that write a trace each.")
+
+    @model_validator(mode="after")
+    def _steps_are_in_order(self) -> Self:
+        if self.last_step < self.first_step:
+            raise ValueError(f"last_step = {self.last_step} comes before first_step = {self.first_step}; raise it")
+        return self

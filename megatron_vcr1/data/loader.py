@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from megatron_vcr1 import timeline
 from megatron_vcr1.data.prompts import PreparedSample, PromptTooLongError
 from megatron_vcr1.data.signals import start_fork_server
 from megatron_vcr1.data.video import VideoError
@@ -116,10 +118,15 @@ class SkippedSample:
 
 @dataclass(frozen=True, slots=True)
 class LoadedSample:
-    """What a position gave: the prepared sample, None if all attempts failed, and the samples tried before it."""
+    """What a position gave: the prepared sample, None if all attempts failed, and the samples tried before it.
+
+    Attributes:
+        span: when it was prepared, and by which worker.
+    """
 
     prepared: PreparedSample | None
     skipped: tuple[SkippedSample, ...]
+    span: timeline.Span
 
 
 class PromptLoader:
@@ -171,6 +178,7 @@ class PromptLoader:
             UserError: at one position no sample could be used; lists what was tried.
         """
         for loaded in self._data_loader():
+            timeline.add(loaded.span)
             self.skipped.extend(loaded.skipped)
             if loaded.prepared is None:
                 tried = "\n".join(f"  {skip.id}: {skip.reason}" for skip in loaded.skipped)
@@ -229,14 +237,24 @@ class _PositionDataset(Dataset[LoadedSample]):
 
     def __getitem__(self, position: int) -> LoadedSample:
         prepare = self._prepare if callable(self._prepare) else self._prepare[self._order.source_at(position)]
+        start_ns = time.time_ns()
+        prepared: PreparedSample | None = None
         skipped: list[SkippedSample] = []
         for attempt in range(MAX_ATTEMPTS):
             sample = self._order.sample_at(position, attempt)
             try:
-                return LoadedSample(prepare(sample), tuple(skipped))
+                prepared = prepare(sample)
+                break
             except (VideoError, PromptTooLongError) as error:
                 skipped.append(SkippedSample(sample.id, str(error)))
-        return LoadedSample(None, tuple(skipped))
+        span = timeline.Span(f"prepare {sample.id}", _track(), start_ns, time.time_ns())
+        return LoadedSample(prepared, tuple(skipped), span)
+
+
+def _track() -> str:
+    """Who decodes here: a worker process, or this thread itself."""
+    worker = get_worker_info()
+    return threading.current_thread().name if worker is None else f"decoding worker {worker.id}"
 
 
 def _as_it_is(loaded: Any) -> Any:

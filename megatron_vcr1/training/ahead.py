@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, cast
 
+from megatron_vcr1 import timeline
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
@@ -52,7 +53,11 @@ class Ahead:
         self._prompts = self._rollouts.draw(metrics)
         if groups.is_first_of_copy():
             requests = self._rollouts.requests(self._prompts)
-            self._answers = self._thread.submit(self._engine.sample, requests, self._rollouts.sampling)
+            self._answers = self._thread.submit(self._sample, requests)
+
+    def _sample(self, requests: Sequence[GenerationRequest]) -> list[RolloutGroup]:
+        with timeline.span("rollout"):  # on the thread's own track: the metrics count what training waits for
+            return self._engine.sample(requests, self._rollouts.sampling)
 
     def finish(self, metrics: Metrics) -> tuple[list[DrawnPrompt], list[RolloutGroup]]:
         """The prompts of the last `start` and their answers, when they are there; the wait counts as rollout.

@@ -18,6 +18,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings; `vcr1 config` prints them all")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace and a summary of where the time of this start's second and third step goes to "
+        "train.run_dir/profile ([profile] has other steps and ranks)",
+    )
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -29,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcr1.training.step import TrainingStopped
     from megatron_vcr1.training.train import train
 
+    overrides = [*args.overrides, *(["--profile.enabled=true"] if args.profile else [])]
     try:
-        return train(load_config(args.config, args.overrides))
+        return train(load_config(args.config, overrides))
     except (EngineError, TrainingStopped, UserRewardError) as error:
         print(f"vcr1: stopped: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from typing import Self
 
 import torch.distributed as dist
 
+from megatron_vcr1 import timeline
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.run_store import RunStore
 from megatron_vcr1.config.schema import RunConfig
@@ -22,6 +23,7 @@ from megatron_vcr1.parallel import groups
 from megatron_vcr1.training.logs import Sink, open_sinks
 from megatron_vcr1.training.metrics import Metrics, derived, device_name, peak_memory_gb
 from megatron_vcr1.training.optimizer import Learner
+from megatron_vcr1.training.profiling import StepProfile
 from megatron_vcr1.training.run_dir import RunDir
 from megatron_vcr1.training.step import StepResult, Trainer, TrainingStopped
 
@@ -55,6 +57,7 @@ class Run:
         self._sinks: list[Sink] = []
         self._cleanup = ExitStack()
         self._stop_requested = False
+        self._profile = StepProfile(config.profile, self._folder.profile)
         self._resume()
 
     def _resume(self) -> None:
@@ -69,6 +72,7 @@ class Run:
     def __enter__(self) -> Self:
         """Open the folder and the displays, and listen to signals."""
         self._cleanup.callback(faulthandler.cancel_dump_traceback_later)
+        self._cleanup.callback(self._profile.close)
         for number in _SIGNALS:
             self._cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
         if groups.is_first_rank():
@@ -93,6 +97,7 @@ class Run:
         """
         while self._step < self._num_steps:
             self._expect_progress()
+            self._profile.next_step()
             metrics = Metrics()
             with metrics.timed("total"):
                 result = self._trainer.step(self._step + 1, metrics)
@@ -121,6 +126,7 @@ class Run:
         """
         faulthandler.dump_traceback_later(self._config.train.step_timeout_s, exit=True, file=_STDERR)
 
+    @timeline.span("save")
     def _save(self) -> None:
         start = time.perf_counter()
         state = {"skipped_in_a_row": self._skipped_in_a_row, "trainer": self._trainer.state_dict()}

@@ -23,6 +23,7 @@ class RunDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.export = path / "export"
+        self.profile = path / "profile"
         self._metrics = path / "metrics.jsonl"
         self._skipped = path / "skipped.jsonl"
         self._rollouts = path / "rollouts"

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vcr1 import timeline
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import PromptProcessor
@@ -111,7 +112,8 @@ def test_each_step_trains_on_responses_of_the_policy_before(folder: Path, monkey
         in_step = _trainer(folder, monkeypatch, one_step_off=False)
         rows, texts = _run(in_step)
         ahead = _trainer(folder, monkeypatch, one_step_off=True)
-        rows_ahead, texts_ahead = _run(ahead)
+        with timeline.recording() as spans:
+            rows_ahead, texts_ahead = _run(ahead)
         state = ahead.state_dict()
         ahead.close()
     assert [row["policy_lag"] for row in rows] == [0, 0, 0]
@@ -120,6 +122,7 @@ def test_each_step_trains_on_responses_of_the_policy_before(folder: Path, monkey
     assert all(row["mismatch/max_abs"] < 1e-4 for row in rows)  # handed over in time
     assert rows_ahead[1]["mismatch/mean_abs"] > 1e-3  # the policy has moved on
     assert texts_ahead[0] == texts[0] and texts_ahead[1] != texts[1]
+    assert [one.name for one in spans if one.track == "rollout_0"] == ["rollout"] * (NUM_STEPS - 1)
     assert state["policy_version"] == NUM_STEPS and state["prompts"]["next_position"] == 4 * NUM_STEPS
 
 

@@ -28,11 +28,13 @@ def _file(folder: Path, stage: str, reward: str | None = None) -> str:
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_run_ends_with_an_export_and_options_win_over_the_file(folder: Path, tmp_path: Path, stage: str) -> None:
     options = ["--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "1", "--optimizer.learning_rate=1e-5"]
+    options += ["--profile", "--profile.first_step", "1"]
     assert main(["train", _file(folder, stage), *options]) == 0
     (row,) = workspace.metrics(tmp_path / "run")
     assert row["lr"] == 1e-5
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "checkpoints" / "step_1").is_dir()
+    assert "update" in (tmp_path / "run" / "profile" / "rank_0.txt").read_text()
 
 
 def test_mistakes_and_failures_have_their_own_exit_codes(

@@ -1,0 +1,161 @@
+"""Profiles of whole steps, and how their times are put together."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcr1 import timeline
+from megatron_vcr1.config.training_sections import ProfileSection
+from megatron_vcr1.timeline import Span
+from megatron_vcr1.training.profiling import common, length_s, merged, phase_table
+from megatron_vcr1.training.train import train
+from tests.training import workspace
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workspace.create(tmp_path_factory.mktemp("profiling"), num_videos=6)
+
+
+def _seconds(table: str) -> dict[str, float]:
+    """The first column of numbers of a table's first part."""
+    first, _, _ = table.partition("\n\n")
+    return {name: float(seconds) for name, seconds in re.findall(r"^(\S+) +([\d.]+)", first, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def profile(folder: Path) -> Path:
+    config = workspace.config(
+        folder,
+        "grpo",
+        train={"num_steps": 4, "prompts_per_step": 2},
+        data={"num_workers": 1},
+        checkpoint={"every_steps": 2},
+        profile={"enabled": True},
+    )
+    assert train(config) == 0
+    return folder / "run" / "profile"
+
+
+@pytest.fixture(scope="module")
+def events(profile: Path) -> list[dict[str, Any]]:
+    with gzip.open(profile / "rank_0.json.gz", "rt", encoding="utf-8") as file:
+        return json.load(file)["traceEvents"]
+
+
+def test_the_trace_shows_two_steps_by_phase_among_the_operators(events: list[dict[str, Any]]) -> None:
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert {name: names.count(name) for name in ("decode", "rollout", "judge", "reference", "update", "save")} == {
+        "decode": 2,
+        "rollout": 2,
+        "judge": 2,
+        "reference": 2,
+        "update": 2,
+        "save": 1,
+    }
+    (update, _) = [event for event in events if event.get("cat") == "user_annotation" and event["name"] == "update"]
+    inside = [
+        event["name"]
+        for event in events
+        if event.get("cat") == "cpu_op" and 0 <= event["ts"] - update["ts"] <= update["dur"]
+    ]
+    assert "aten::mm" in inside
+
+
+def test_workers_have_tracks_of_their_own_on_the_same_clock(events: list[dict[str, Any]]) -> None:
+    spans = [event for event in events if event.get("cat") == "span"]
+    assert {event["tid"] for event in spans} == {"MainThread", "decoding worker 0"}
+    assert all(event["name"].startswith("prepare train_0") for event in spans if event["tid"] != "MainThread")
+    for phase in ("rollout", "update"):  # the profiler's range and our span are the same time
+        ours = [event for event in spans if event["name"] == phase]
+        theirs = [event for event in events if event.get("cat") == "user_annotation" and event["name"] == phase]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["ts"] == pytest.approx(other["ts"], abs=5e4)  # 50 ms
+            assert one["ts"] + one["dur"] == pytest.approx(other["ts"] + other["dur"], abs=5e4)
+
+
+def test_the_summary_adds_up_and_names_operators(profile: Path) -> None:
+    text = (profile / "rank_0.txt").read_text()
+    seconds = _seconds(text)
+    assert {"decode", "rollout", "judge", "reference", "update", "save", "other"} < set(seconds)
+    total = seconds.pop("total")
+    assert sum(seconds.values()) == pytest.approx(total, abs=0.001 * len(seconds))
+    assert "aten::mm" in text and "decoding worker 0" in text
+    assert "update  " not in text.partition("operator")[2]  # ranges are no operators
+
+
+def test_nothing_is_kept_or_written_without_a_profile(folder: Path, tmp_path: Path) -> None:
+    config = workspace.config(folder, "sft", train={"run_dir": tmp_path / "run", "num_steps": 1})
+    assert train(config) == 0
+    assert not (tmp_path / "run" / "profile").exists()
+    assert not timeline._recordings and not timeline._under_way
+
+
+def test_a_run_that_ends_before_its_profile_says_so(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = {"run_dir": tmp_path / "run", "num_steps": 1}
+    with caplog.at_level(logging.WARNING):
+        assert train(workspace.config(folder, "sft", train=run, profile={"enabled": True})) == 0
+    assert "no profile: the run ended before profile.first_step = 2" in caplog.text
+
+
+def test_threads_record_for_themselves_and_what_is_under_way_at_the_end_is_cut() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def sample() -> None:
+        with timeline.span("rollout"):
+            begun.set()
+            ended.wait()
+
+    thread = threading.Thread(target=sample, name="rollout_0")
+    with timeline.recording() as spans:
+        thread.start()
+        begun.wait()
+        with timeline.span("update"):
+            pass
+    ended.set()
+    thread.join()
+    update, rollout = spans
+    assert (update.name, update.track) == ("update", "MainThread")
+    assert (rollout.name, rollout.track) == ("rollout", "rollout_0")
+    assert rollout.start_ns <= update.start_ns and rollout.end_ns >= update.end_ns
+
+
+S = 10**9
+
+
+def test_the_time_of_a_thread_is_divided_into_what_training_hid_and_what_it_waited_for() -> None:
+    spans = [
+        Span("total", "MainThread", 0, 10 * S),
+        Span("rollout", "MainThread", 0, 2 * S),
+        Span("reference", "MainThread", 2 * S, 3 * S),
+        Span("update", "MainThread", 3 * S, 7 * S),
+        Span("rollout", "rollout_0", 1 * S, 6 * S),
+        Span("prepare a", "decoding worker 0", 8 * S, 9 * S),
+    ]
+    text = phase_table(spans, total_s=10.0)
+    assert _seconds(text) == {"rollout": 2, "reference": 1, "update": 4, "other": 3, "total": 10}
+    assert re.search(r"rollout_0 +5\.000 +4\.000 \( 80%\) +1\.000", text)
+    assert re.search(r"decoding worker 0 +1\.000 +0\.000 \(  0%\) +0\.000", text)
+
+
+def test_times_are_joined_and_intersected() -> None:
+    left = merged([Span("b", "x", 4, 8), Span("a", "x", 0, 2), Span("c", "x", 6, 9), Span("d", "x", 6, 7)])
+    assert [(one.start_ns, one.end_ns) for one in left] == [(0, 2), (4, 9)]
+    right = [Span("r", "y", 1, 5), Span("r", "y", 8, 20)]
+    assert [(one.start_ns, one.end_ns) for one in common(left, right)] == [(1, 2), (4, 5), (8, 9)]
+    assert length_s(left) == 7e-9
+
+
+def test_steps_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="last_step = 3 comes before first_step = 4"):
+        ProfileSection(first_step=4)
