@@ -24,6 +24,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 _STATE_VERSION = 1
 _LOCK_FILE = ".lock"
 _OTHER_FILES_BYTES = 2**26  # tokenizer, configuration, indices
+LOCK_PATIENCE_S = 120.0  # how long the file system may hold the lock of a process whose node has died
+_LOCK_POLL_S = 1.0
 _PATIENCE = datetime.timedelta(hours=2)  # of a rank, for the slowest disk of the others
 
 NamedChunk = tuple[str, tuple[int, ...], Tensor]  # key, offsets in the global tensor, values
@@ -82,7 +85,7 @@ class RunStore:
         """Take possession of ``directory``, after parallel.groups.initialize, and remove what dead runs left half done.
 
         Raises:
-            UserError: another process is training there.
+            UserError: another process is training there, and goes on for `LOCK_PATIENCE_S`.
         """
         self._directory = directory
         self._section = section
@@ -95,17 +98,39 @@ class RunStore:
     def _take_possession(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._lock = (self._directory / _LOCK_FILE).open("w")
+        self._wait_for_lock()
+        for leftover in self._directory.glob(".step_*"):
+            logger.info("%s: removed, a run ended while it was at it", leftover)
+            with _removal_may_fail(leftover):
+                shutil.rmtree(leftover)
+
+    def _wait_for_lock(self) -> None:
+        """A job that Slurm started again may be here before the lock of its first start is gone."""
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        told = False
+        while not self._lock_is_ours():
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"{self._directory}: another process is training here; end it, or choose another train.run_dir"
+                )
+            if not told:
+                told = True
+                logger.warning(
+                    "%s: another process holds this folder's lock; waiting %.0f s for it to end, as it may have "
+                    "already, on a node that died",
+                    self._directory,
+                    LOCK_PATIENCE_S,
+                )
+            time.sleep(_LOCK_POLL_S)
+
+    def _lock_is_ours(self) -> bool:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{self._directory}: another process is training here; end it, or choose another train.run_dir"
-                ) from None
+                return False
             logger.warning("%s: no locks on this file system (%s); start no second run here", self._directory, error)
-        for leftover in self._directory.glob(".step_*"):
-            logger.info("%s: removed, a run ended while it was at it", leftover)
-            shutil.rmtree(leftover)
+        return True
 
     def save(
         self,
@@ -239,11 +264,15 @@ class RunStore:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        """Keep what the settings say. A checkpoint loses its name before its files."""
+        """Keep what the settings say, and try again what could not be removed before."""
+        for leftover in self._directory.glob(".step_*.removed-*"):
+            with _removal_may_fail(leftover):
+                shutil.rmtree(leftover)
         steps, every = saved_steps(self._directory), self._section.keep_every
         for step in steps[: -self._section.keep_last]:
             if every is None or step % every:
-                _remove(self.path(step))
+                with _removal_may_fail(self.path(step)):
+                    _remove(self.path(step))
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -347,10 +376,22 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory that has a name people trust: first the name, then the files."""
-    hidden = path.with_name(f".{path.name}.removed")
-    if hidden.exists():
-        shutil.rmtree(hidden)
+    """Remove a directory that has a name people trust: first the name, then the files.
+
+    Raises:
+        OSError: it keeps its name. Files that cannot be removed are left under a hidden name.
+    """
+    hidden = path.with_name(f".{path.name}.removed-{secrets.token_hex(4)}")
     os.rename(path, hidden)
     sync_directory(path.parent)
-    shutil.rmtree(hidden)
+    with _removal_may_fail(hidden):
+        shutil.rmtree(hidden)
+
+
+@contextmanager
+def _removal_may_fail(path: Path) -> Iterator[None]:
+    """An old checkpoint that stays costs room on the disk, and not the run."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s: cannot be removed (%s); tried again when the next checkpoint is written", path, error)

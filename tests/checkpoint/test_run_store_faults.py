@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -13,9 +14,11 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -215,6 +218,66 @@ def test_what_a_dead_run_left_half_done_is_removed(saved: ToyRun) -> None:
     assert sorted(os.listdir(directory)) == [".lock", "step_1", "step_2"]
 
 
+def test_old_checkpoints_that_cannot_be_removed_are_named_and_tried_again(
+    saved: ToyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, where a dead run's process may have a file open: its name comes back as .nfs..."""
+    directory = saved.store.path(2).parent
+
+    def fails(path: Path, **_: object) -> None:
+        if ".partial-" not in path.name:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(run_store.shutil, "rmtree", fails)
+    saved.train(1)
+    saved.save()
+    saved.store.finish()
+    assert saved_steps(directory) == [2, 3]
+    (hidden,) = directory.glob(".step_1.removed-*")
+    assert f"{hidden}: cannot be removed ([Errno 39] Directory not empty" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(run_store.os, "rename", _refuse_to_rename("step_2", os.rename))
+        saved.train(1)
+        saved.save()
+        saved.store.finish()
+    assert saved_steps(directory) == [2, 3, 4]
+    assert f"{directory}/step_2: cannot be removed" in caplog.text
+    RunStore(directory, CheckpointSection())  # starts beside what it cannot remove
+    monkeypatch.undo()
+    saved.train(1)
+    saved.save()
+    saved.store.finish()
+    assert sorted(os.listdir(directory)) == [".lock", "step_4", "step_5"]
+
+
+def _refuse_to_rename(name: str, rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+    def checked(source: Path, target: Path) -> None:
+        if source.name == name:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    return checked
+
+
+def _hold_lock(directory: Path, holds: Connection, release: Connection) -> None:
+    with (directory / ".lock").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        holds.send(True)
+        release.recv()
+
+
+def test_the_lock_of_a_process_that_ends_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    context = multiprocessing.get_context("spawn")
+    holds, theirs = context.Pipe(duplex=False)
+    release, ours = context.Pipe(duplex=False)
+    process = context.Process(target=_hold_lock, args=(tmp_path, theirs, release))
+    process.start()
+    holds.recv()
+    with mock.patch.object(run_store.time, "sleep", lambda seconds: ours.send(True) or process.join()):
+        assert RunStore(tmp_path, CheckpointSection()).latest() is None
+    assert "another process holds this folder's lock; waiting 120 s" in caplog.text
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -223,11 +286,12 @@ def _free_port() -> int:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_any_moment_the_newest_checkpoint_is_whole(
-    model_dir: Path, tmp_path: Path, mode: dict[str, dict[str, bool]]
+    model_dir: Path, tmp_path: Path, mode: dict[str, dict[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks that save every step are killed at random moments, one of them or both; whatever runs of them report of
     a step is the same.
     """
+    monkeypatch.setattr(run_store, "LOCK_PATIENCE_S", 0.0)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.checkpoint.toy_run"])
     seen: dict[int, tuple[float, float]] = {}
