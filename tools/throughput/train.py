@@ -6,7 +6,8 @@ which are compared, then in turns for its time.
 
 "ours" packs a prompt once with its responses. "plain" is what the paper's and many public trainers do: a copy of prompt
 and video for every response, logits for the whole sequence, log_softmax and gather. "plain, response logits" spares
-logits behind the prompt, as newer ones do (`logits_to_keep`).
+logits behind the prompt, as newer ones do (`logits_to_keep`). "trl" is GRPOTrainer of TRL, where that is installed,
+from the reference's pass on: it carries a video as a picture of several frames, and the model gets it as a video.
 
 Under torchrun every rank computes its share of our update, and nothing is compared.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -48,8 +50,8 @@ from throughput.measure import (
 from throughput.random_weights import write_random_model
 from throughput.update_case import UpdateCase
 
-OURS, PLAIN, PLAIN_KEPT = "ours", "plain", "plain, response logits"
-SIDES = (OURS, PLAIN, PLAIN_KEPT)
+OURS, PLAIN, PLAIN_KEPT, TRL = "ours", "plain", "plain, response logits", "trl"
+SIDES = (OURS, PLAIN, PLAIN_KEPT, TRL)
 TOLERANCE = 1e-5  # of gradients in float32
 # On the CPU freed tensors go back to the system at once, so that the process's peak is what was held at one time.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -77,7 +79,7 @@ def add_parser(subparsers: Any) -> None:
         help="ours, as grpo.reference; none: no KL on either side (default: %(default)s)",
     )
     add_layout_arguments(parser)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="(default: all)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="(default: all that are installed)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every side (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1, help="timed updates a turn, after one that warms up")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's operators (default: %(default)s)")
@@ -107,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         if result is not None:
             Path(result_file).write_text(json.dumps(result))
         return 0
+    args.sides = sides_to_compare(args.sides)
     with tempfile.TemporaryDirectory(dir=args.directory, prefix="benchmark-train-") as folder:
         result = (measure if groups.world_size() == 1 else measure_in_world)(args, Path(folder))
     if result is None:  # another rank reports
@@ -117,16 +120,27 @@ def run(args: argparse.Namespace) -> int:
     return 1 if result["tolerance"] is not None and max(differences) > result["tolerance"] else 0
 
 
+def sides_to_compare(asked: Sequence[str] | None) -> list[str]:
+    """Our side, then the others that were asked for, or all that can be had here: one process compares, many do not."""
+    in_world = groups.world_size() > 1
+    if asked is not None and in_world and set(asked) != {OURS}:
+        raise UserError("--sides: the other sides run in one process; start this without torchrun to compare")
+    has_trl = importlib.util.find_spec("trl") is not None
+    if asked is not None and TRL in asked and not has_trl:
+        raise UserError("--sides trl: TRL is not installed; pip install -e '.[peers]'")
+    every = [OURS] if in_world else [side for side in SIDES if side != TRL or has_trl]
+    return list(dict.fromkeys([OURS, *(every if asked is None else asked)]))
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every side's memory and gradients in a turn of its own, then its seconds, in turns."""
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
     num_processes = args.tensor * args.pipeline * args.copies
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, num_processes)
-    sides = list(dict.fromkeys([OURS, *args.sides]))
     (folder / "case.json").write_text(case.to_json())
     result_file = folder / "result.json"
-    with tqdm(total=(1 + args.rounds) * len(sides), desc="turns") as bar:
+    with tqdm(total=(1 + args.rounds) * len(args.sides), desc="turns") as bar:
 
         def turn(side: str, environment: Mapping[str, str], gradients: str) -> dict[str, Any]:
             worker = ["--worker", side, str(folder / "case.json"), str(result_file), gradients]
@@ -139,14 +153,14 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             bar.update()
             return json.loads(result_file.read_text())
 
-        compared = len(sides) > 1
-        memory = {side: turn(side, EXACT_MEMORY, str(folder / side) if compared else "") for side in sides}
-        timed: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        compared = len(args.sides) > 1
+        memory = {side: turn(side, EXACT_MEMORY, str(folder / side) if compared else "") for side in args.sides}
+        timed: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
         for _ in range(args.rounds):
-            for side in sides:
+            for side in args.sides:
                 timed[side].append(turn(side, {}, ""))
-    summaries = {side: _summary(memory[side], timed[side]) for side in sides}
-    for side in sides[1:]:
+    summaries = {side: _summary(memory[side], timed[side]) for side in args.sides}
+    for side in args.sides[1:]:
         summaries[side] |= _compare(folder / OURS, folder / side)
         summaries[side]["loss_difference"] = abs(summaries[side]["loss"] - summaries[OURS]["loss"])
     return _document(args, case, summaries)
@@ -154,9 +168,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def measure_in_world(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """Our side alone, on the ranks that torchrun or srun started; the result is the first rank's."""
-    if args.sides != list(SIDES) and args.sides != [OURS]:
-        raise UserError("--sides: the plain computation runs in one process; start this without torchrun to compare")
-    args.sides = [OURS]
     args.copies = groups.world_size() // (args.tensor * args.pipeline)  # check_layout refuses a rest
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
@@ -187,7 +198,7 @@ def _write_case(args: argparse.Namespace, folder: Path) -> UpdateCase:
     raw = {**raw_config(args.model), "torch_dtype": args.dtype}
     model_dirs = [folder / "policy"] if args.reference == "none" else [folder / "policy", folder / "reference"]
     for seed, model_dir in enumerate(model_dirs):
-        if set(args.sides) == {OURS}:  # nothing to agree with: ranks fill their own shards
+        if args.sides == [OURS]:  # nothing to agree with: ranks fill their own shards
             model_dir.mkdir()
             (model_dir / "config.json").write_text(json.dumps(raw))
         else:
@@ -219,6 +230,11 @@ def work(side: str, case: UpdateCase, gradients: Path | None) -> dict[str, Any] 
     """
     libraries = memory_bytes()
     reset_peak_memory()
+    if side == TRL:
+        from throughput.update_trl import TrlUpdate
+
+        update = TrlUpdate(case)
+        return _time(update, case, libraries, gradients) | {"notes": update.notes}
     if side != OURS:
         from throughput.update_plain import PlainUpdate
 
@@ -258,7 +274,7 @@ def _time(update: Any, case: UpdateCase, libraries_bytes: int, gradients: Path |
 
 def _summary(memory: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Memory of the turn that measures it; every timed second of all turns, and their fastest matrix product."""
-    kept = ("peak_bytes", "peak_bytes_by_rank", "at_rest_bytes", "libraries_bytes", "loss")
+    kept = ("peak_bytes", "peak_bytes_by_rank", "at_rest_bytes", "libraries_bytes", "loss", "notes")
     took = {key: [value for one in turns for value in one[key]] for key in ("seconds", "cpu_seconds")}
     rate = max(one["product_flops_per_s"] for one in turns)
     return {**took, **{key: memory[key] for key in kept if key in memory}, "product_flops_per_s": rate}

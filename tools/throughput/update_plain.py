@@ -60,8 +60,7 @@ class PlainUpdate:
 
     def save_gradients(self, path: Path) -> None:
         """Of the last update, clipped, by published names."""
-        gradients = {published_name(name): one.grad for name, one in self.model.named_parameters()}
-        save_file({name: one.contiguous() for name, one in gradients.items() if one is not None}, path)
+        save_gradients(self.model, path)
 
     def _loss(self, group: Group, advantages: Tensor) -> Tensor:
         inputs = self._inputs(group)
@@ -88,15 +87,7 @@ class PlainUpdate:
     def _inputs(self, group: Group) -> dict[str, Tensor]:
         """Prompt and video once for every response."""
         prompt, copies = group.prompt, len(group.responses)
-        positions = prompt_positions(
-            prompt.token_ids,
-            [(item.grid_thw, item.seconds_per_grid) for item in prompt.vision],
-            vision_token_ids=frozenset((self.config.image_token_id, self.config.video_token_id)),
-            merge_size=self.config.vision.merge_size,
-            tokens_per_second=self.config.vision.tokens_per_second,
-        )
-        behind = torch.arange(self.case.response_tokens) + int(positions.max()) + 1
-        positions = torch.cat((positions, behind.expand(3, -1)), dim=1)
+        positions = sequence_positions(group, self.config)
         token_ids = torch.cat((prompt.token_ids.expand(copies, -1), torch.stack(group.responses)), dim=1)
         (video,) = prompt.vision
         dtype = getattr(torch, self.case.dtype)
@@ -108,6 +99,26 @@ class PlainUpdate:
             "video_grid_thw": torch.tensor([video.grid_thw]).repeat(copies, 1),
         }
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+
+def save_gradients(model: torch.nn.Module, path: Path) -> None:
+    """Write the gradients of a transformers model by published names."""
+    gradients = {published_name(name): one.grad for name, one in model.named_parameters()}
+    save_file({name: one.contiguous() for name, one in gradients.items() if one is not None}, path)
+
+
+def sequence_positions(group: Group, config: ModelConfig) -> Tensor:
+    """mRoPE positions of the prompt and a response, [3, tokens]; the responses of a case are of one length."""
+    prompt = group.prompt
+    positions = prompt_positions(
+        prompt.token_ids,
+        [(item.grid_thw, item.seconds_per_grid) for item in prompt.vision],
+        vision_token_ids=frozenset((config.image_token_id, config.video_token_id)),
+        merge_size=config.vision.merge_size,
+        tokens_per_second=config.vision.tokens_per_second,
+    )
+    behind = torch.arange(len(group.responses[0])) + int(positions.max()) + 1
+    return torch.cat((positions, behind.expand(3, -1)), dim=1)
 
 
 def pixel_values(video: VisionInput, vision: VisionConfig) -> Tensor:
