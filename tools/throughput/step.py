@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--response-tokens", type=int, default=64, help="most of a response (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="of this machine (default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the run")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="also write a trace and a summary of two steps")
     add_json_argument(parser)
     parser.set_defaults(run=run)
 
@@ -99,6 +101,8 @@ def _train(args: argparse.Namespace, folder: Path, model: Path, manifest: Path) 
         "checkpoint.export": "never",
         "logging.tensorboard": "false",
     }
+    if args.profile:
+        settings |= {"profile.enabled": "true"}
     settings |= dict(one.partition("=")[::2] for one in args.set)
     config = folder / "run.toml"
     config.write_text(f"[[data.sources]]\nmanifest = {json.dumps(str(manifest))}\n")
@@ -109,4 +113,6 @@ def _train(args: argparse.Namespace, folder: Path, model: Path, manifest: Path) 
     command += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise UserError("vcr1 train failed; its message is above")
+    if args.profile:
+        shutil.copytree(run_dir / "profile", args.profile, dirs_exist_ok=True)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
