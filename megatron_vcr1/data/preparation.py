@@ -5,7 +5,7 @@ Decoding processes import this module, so it leaves the model and megatron-core 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -57,12 +57,15 @@ class Decoder:
         self._in_worker = section.num_workers > 0
         self._backend = section.backend
         self._cache_bytes = section.cache_mb * _BYTES_PER_MB
-        self._cache: VideoCache | None = None  # made where it is used: it does not travel
 
     def read_frames(self, path: VideoPath, **options: Any) -> VideoFrames:
         """`data.video.read_frames` with the section's backend."""
-        if self._cache is None:
-            read = VideoReader().read_frames if self._in_worker else read_frames
-            num_threads = 1 if self._in_worker else torch.get_num_threads()  # workers are parallel already
-            self._cache = VideoCache(self._cache_bytes, partial(read, backend=self._backend, num_threads=num_threads))
-        return self._cache.read_frames(path, **options)
+        return _cache_of_process(self._in_worker, self._backend, self._cache_bytes).read_frames(path, **options)
+
+
+@lru_cache(maxsize=1)  # with other settings a cache takes the place of the last one: memory stays bounded
+def _cache_of_process(in_worker: bool, backend: str, max_bytes: int) -> VideoCache:
+    """The videos that this process keeps, whatever reads them: what was decoded to train is there to evaluate."""
+    read = VideoReader().read_frames if in_worker else read_frames
+    num_threads = 1 if in_worker else torch.get_num_threads()  # workers are parallel already
+    return VideoCache(max_bytes, partial(read, backend=backend, num_threads=num_threads))

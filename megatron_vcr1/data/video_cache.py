@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any
 
 from megatron_vcr1.data.video import VideoFrames, VideoPath, read_frames
@@ -20,7 +22,7 @@ class VideoCache:
 
     def read_frames(self, path: VideoPath, **options: Any) -> VideoFrames:
         """`read(path, **options)`; the frames are shared, so nobody may change them."""
-        key = (repr(path), tuple(sorted(options.items())))
+        key = (repr(path), _version(path), tuple(sorted(options.items())))
         if key in self._videos:
             self._videos.move_to_end(key)
             return self._videos[key]
@@ -32,3 +34,13 @@ class VideoCache:
                 _, oldest = self._videos.popitem(last=False)
                 self._num_bytes -= oldest.frames.nbytes
         return video
+
+
+def _version(path: VideoPath) -> Hashable:
+    """Changes when a file is written anew; for what is no file here it says nothing."""
+    if isinstance(path, str | os.PathLike):
+        with suppress(OSError):
+            status = os.stat(path)
+            return status.st_mtime_ns, status.st_size
+        return None
+    return tuple(map(_version, path))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,3 +48,16 @@ def test_nothing_is_kept_without_room_and_errors_are_not_remembered() -> None:
         else:
             cache.read_frames(path)
     assert len(reads) == 4
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    file, reads = tmp_path / "a.mp4", Reads()
+    cache = VideoCache(10 * FRAME_BYTES, reads.read)
+    for content in (b"first", b"first", b"other one"):
+        if not file.exists() or file.read_bytes() != content:
+            file.write_bytes(content)
+        cache.read_frames(str(file))
+    assert len(reads) == 2
+    file.unlink()
+    cache.read_frames(str(file))
+    assert len(reads) == 3, "a file that is gone is for the reader to report"

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_vcr1.config.training_sections import DataSection
+from megatron_vcr1.data.preparation import Decoder
+from tests.data.video_clips import write_clip
+
+
+def test_a_process_decodes_a_video_once_whoever_reads_it(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4")
+    kept = [Decoder(DataSection(cache_mb=64)).read_frames(str(clip)) for _ in range(2)]
+    assert kept[0] is kept[1]
+    assert Decoder(DataSection(cache_mb=0)).read_frames(str(clip)) is not kept[0]
