@@ -19,14 +19,16 @@ from megatron_vcr1.parallel import groups
 
 @contextmanager
 def generating(model: QwenVLModel) -> Iterator[None]:
-    """Set the model to evaluation, without gradients and without sequence parallelism, and back afterwards.
+    """Set the model to evaluation, without gradients, sequence parallelism and FP8, and back afterwards.
 
-    Sequence parallelism asks for rows that divide among the ranks and saves activations that only training keeps.
+    Both ask for numbers of rows that decoding does not have; the one saves activations that only training keeps, the
+    other speeds up products of many rows.
     """
     holders: list[Any] = [one for module in model.modules() for one in (module, getattr(module, "config", None))]
     divided = [one for one in holders if getattr(one, "sequence_parallel", False)]
-    was_training = model.training
+    was_training, fp8 = model.training, model.config.fp8
     model.eval()
+    model.config.fp8 = None
     for one in divided:
         one.sequence_parallel = False
     try:
@@ -35,6 +37,7 @@ def generating(model: QwenVLModel) -> Iterator[None]:
     finally:
         for one in divided:
             one.sequence_parallel = True
+        model.config.fp8 = fp8
         model.train(was_training)
         model.language_model.decoder.input_tensor = None
 

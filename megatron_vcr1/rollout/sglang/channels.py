@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.distributed_c10d import _abort_process_group, _new_process_group_helper, _world
 
-from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call
+from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, server_info
 from megatron_vcr1.rollout.sglang.weight_sync import LIVENESS_S, NamedTensors
 
 POLL_S = 0.002
@@ -86,7 +87,7 @@ class _Group:
         self.url = url
         self.timeout_s = timeout_s
         self.name = f"vcr1-{uuid.uuid4().hex}"
-        num_ranks = 1 + int(call(url, "GET", "/server_info", timeout_s=timeout_s)["tp_size"])
+        num_ranks = 1 + int(server_info(url, timeout_s=timeout_s)["tp_size"])
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         address = _address_towards(url)
         with socket.socket() as probe:
@@ -94,7 +95,8 @@ class _Group:
             port = probe.getsockname()[1]
         body = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": num_ranks}
         joined = _in_thread(lambda: self._call("/init_weights_update_group", body | {"backend": backend}))
-        self.group = _await(_in_thread(lambda: self._join(address, port, num_ranks, backend)), joined, timeout_s)
+        joining = _in_thread(lambda: self._join(address, port, num_ranks, backend))
+        self.group = _await(joining, joined, timeout_s, f"{url}: joining a process group")
         joined.result(timeout_s)
 
     def _join(self, address: str, port: int, num_ranks: int, backend: str) -> dist.ProcessGroup:
@@ -124,30 +126,30 @@ class _Group:
             "flush_cache": False,
         }
         answer = _in_thread(lambda: self._call("/update_weights_from_distributed", body))
+        sent = _in_thread(lambda: self._send([tensor for _, tensor in bucket]))
+        _await(sent, answer, self.timeout_s, f"{self.url}: a broadcast")
+        answer.result(self.timeout_s)
+
+    def _send(self, tensors: Sequence[Tensor]) -> None:
+        """Returns when all tensors have arrived, or when the group is left.
+
+        NCCL connects its ranks in the first broadcast, and this call of it waits for the server's without an end.
+        """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        works = [self.group.broadcast([tensor], options) for _, tensor in bucket]
-        deadline = time.monotonic() + self.timeout_s
-        while not all(work.is_completed() for work in works):
-            if answer.done():
-                answer.result()  # raises what went wrong; done well, the last broadcasts are about to complete
-            if time.monotonic() > deadline:
-                raise ServerFault(f"{self.url}: a broadcast took longer than {self.timeout_s:.0f} s", gone=True)
+        works = [self.group.broadcast([tensor], options) for tensor in tensors]
+        while not all(work.is_completed() for work in works):  # NCCL's `wait` would return before they have
             time.sleep(POLL_S)
         for work in works:
             work.wait()  # raises what broke it
-        answer.result(self.timeout_s)
 
     def close(self) -> None:
         """Leave the group without waiting for the other side, which may be gone."""
         with suppress(ServerFault, RequestRefused):  # a server that is gone has left, too
             self._call("/destroy_weights_update_group", {}, timeout_s=min(self.timeout_s, LIVENESS_S))
-        if torch.cuda.is_available():
-            # NCCL's own goodbye waits for its peers. The group's `abort` alone would leave the group, its store and its
-            # sockets with torch.distributed: some more of them with every update.
-            _abort_process_group(self.group)
-        else:
-            dist.destroy_process_group(self.group)
+        # Not destroyed: NCCL's own goodbye waits for its peers. The group's `abort` alone would leave the group, its
+        # store and its sockets with torch.distributed: some more of them with every update.
+        _abort_process_group(self.group)
 
     def _call(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
         return call(self.url, "POST", path, body | {"group_name": self.name}, timeout_s=timeout_s or self.timeout_s)
@@ -172,7 +174,7 @@ class SharedMemoryChannel:
         return base64.b64encode(stream.getvalue()).decode(), shared  # the memory lives as long as the tensors
 
     def send(self, url: str, prepared: tuple[str, NamedTensors]) -> None:
-        num_ranks = int(call(url, "GET", "/server_info", timeout_s=self._timeout_s)["tp_size"])
+        num_ranks = int(server_info(url, timeout_s=self._timeout_s)["tp_size"])
         for _ in range(num_ranks):  # each gives its count back as it opens the memory
             prepared[1][0][1].untyped_storage()._shared_incref()
         body = {"serialized_named_tensors": [prepared[0]] * num_ranks, "flush_cache": False}
@@ -268,13 +270,13 @@ def _in_thread(work: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _await(mine: Future[Any], theirs: Future[Any], timeout_s: float) -> Any:
+def _await(mine: Future[Any], theirs: Future[Any], timeout_s: float, what: str) -> Any:
     """My side's result, unless the other side fails first."""
     deadline = time.monotonic() + timeout_s
     while not mine.done():
         if theirs.done():
             theirs.result()
         if time.monotonic() > deadline:
-            raise ServerFault(f"no process group within {timeout_s:.0f} s", gone=True)
+            raise ServerFault(f"{what} took longer than {timeout_s:.0f} s", gone=True)
         time.sleep(POLL_S)
     return mine.result()

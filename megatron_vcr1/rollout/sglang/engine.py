@@ -44,8 +44,8 @@ class SglangEngine:
     answers in its place, and it is started anew where this job started it. A server is asked only while it reports the
     policy's weights, and an answer counts only if all of it was sampled from them.
 
-    `GenerationRequest.seed` has no effect: SGLang's sampling follows seeds only in a mode in which all responses of a
-    group are the same.
+    `GenerationRequest.seed` has no effect: SGLang's sampling follows seeds only in a mode (deterministic inference)
+    that is slower, and in which all responses of a group are the same.
     """
 
     def __init__(self, config: RunConfig, model_config: ModelConfig, tokens: SpecialTokens, fleet: Fleet) -> None:
@@ -57,7 +57,7 @@ class SglangEngine:
         folder = config.train.run_dir.absolute() / "sglang" / "weights" / f"copy_{groups.copy_index()}"
         self._delivery = WeightDelivery(fleet, self._section, config.model.path, folder)
         self._loan = MemoryLoan(fleet.lenders, fleet.processes, timeout_s=self._section.timeout_s)
-        self._version = 0
+        self._version = self._num_updates = 0
         self._weights = INITIAL_WEIGHTS
         # What makes the policy's weights again. Not under one_step_off: there, training has changed them by then.
         self._source: Iterable[tuple[str, Tensor]] | None = None
@@ -82,6 +82,7 @@ class SglangEngine:
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
         """As `RolloutEngine.generate`."""
+        self._stopped.clear()
         self._make_room()
         for _ in range(MAX_PASSES):
             try:
@@ -96,28 +97,31 @@ class SglangEngine:
         """`generate` on the talking rank alone, without collectives: for a thread beside the training.
 
         Raises:
-            EngineError: as `generate`.
+            EngineError: as `generate`, or `abort` was called, and neither `generate` nor `update_weights` since.
             WeightsNeeded: no server has the policy's weights; `update_weights` brings them.
         """
-        self._stopped.clear()
         self._loan.take_back()
         try:
             return asyncio.run(self._sample(requests, params))
         except BaseException:
-            self.abort()
+            self._abort_requests()
             raise
         finally:
             self._loan.lend()
 
     def abort(self) -> None:
-        """Stop `sample` in another thread, and all that the servers are sampling: nobody wants it any more."""
+        """Stop `sample` in another thread, even one that is only about to begin: nobody wants its answers any more."""
         self._stopped.set()
-        for url in self._fleet.owned:
+        self._abort_requests()
+
+    def _abort_requests(self) -> None:
+        """Have the servers sample nothing more, unless it may be for another copy: for that they see us hang up."""
+        for url in self._fleet.urls if not self._fleet.shared else ():
             with suppress(ServerFault, RequestRefused):
                 call(url, "POST", "/abort_request", {"abort_all": True}, timeout_s=5)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """As `RolloutEngine.update_weights`.
+        """As `RolloutEngine.update_weights`; all ranks of the job call it, since copies may share servers.
 
         Args:
             tensors: if it can be iterated more than once (`checkpoint.hf_stream`'s can), servers that are started anew
@@ -127,7 +131,10 @@ class SglangEngine:
             EngineError: no server could be brought to the version.
         """
         self._source = tensors if self._keeps_source and iter(tensors) is not tensors else None
-        self._version, self._weights = version, version_name(version, self._fleet.run)
+        self._version, self._num_updates = version, self._num_updates + 1
+        self._weights = version_name(version, f"{self._fleet.run}.{self._num_updates}")
+        self._stopped.clear()
+        groups.gather_objects(None)  # no copy samples any more from the servers that change
         self._make_room()
         self._bring_up(tensors)
 

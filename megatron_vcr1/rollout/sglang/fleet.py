@@ -13,8 +13,9 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import EngineError
-from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call
-from megatron_vcr1.rollout.sglang.processes import ServerGroup, server_specs, server_url
+from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, server_info
+from megatron_vcr1.rollout.sglang.loan import take_back
+from megatron_vcr1.rollout.sglang.processes import ServerGroup, require_sglang, server_specs, server_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +23,16 @@ class Fleet:
     """The servers of one copy of the model, as the rank that talks to them sees them.
 
     Attributes:
-        urls: that it asks.
-        owned: that it sends weights to; where copies outnumber servers, one copy does that for all that share one.
-        lenders: those of the owned that lend their memory to training.
-        processes: that this process started and looks after, for all copies on its node.
+        urls: that it asks, and brings weights to.
+        shared: other copies may do the same.
+        lenders: those that lend their memory to training.
+        processes: that this rank started and looks after, for the copies that share them, too.
         talks: whether this rank is the one.
         run: a name that all ranks of the job agree on, and no other job has.
     """
 
     urls: tuple[str, ...]
-    owned: tuple[str, ...]
+    shared: bool
     lenders: tuple[str, ...]
     processes: ServerGroup | None
     talks: bool
@@ -78,25 +79,29 @@ def _name_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
     asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
     can_lend = {url for url in owned if check_server(url)}
     lenders = tuple(url for url in owned if config.sglang.colocated and url in can_lend)
-    if lenders and len(talkers) > len(urls):
+    shared = len(talkers) > len(urls)
+    if lenders and shared:
         raise _too_few(talkers, urls)
-    return Fleet(asked, owned, lenders, None, me.talks, ranks[0].run)
+    return Fleet(asked, shared, lenders, None, me.talks, ranks[0].run)
 
 
 def _start_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
-    """A node's servers, divided among the copies that are talked for on the node; its first rank starts them."""
+    """A node's servers, divided among the copies that are talked for on the node; each of these starts its own."""
     section, me = config.sglang, ranks[dist.get_rank()]
     neighbours = [one for one in ranks if one.host == me.host]
     talkers = [one.copy for one in neighbours if one.talks]
     urls = [server_url(section.port + index) for index in range(section.num_servers)]
-    if section.colocated and len(talkers) > len(urls):
+    shared = len(talkers) > len(urls)
+    if section.colocated and shared:
         raise _too_few(talkers, urls)
+    asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
     processes = None
-    if talkers and me == neighbours[0]:
+    if owned:
+        require_sglang(section.python)
         # On the GPUs after the training's, unless they are shared.
-        first_gpu = 0 if section.colocated else len(neighbours)
+        specs = server_specs(config, first_gpu=0 if section.colocated else len(neighbours))
         processes = ServerGroup(
-            server_specs(config, first_gpu=first_gpu),
+            [spec for spec in specs if spec.url in owned],
             startup_timeout_s=section.startup_timeout_s,
             max_restarts=section.max_restarts,
         )
@@ -105,8 +110,7 @@ def _start_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
         except BaseException:
             processes.close()
             raise
-    asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
-    return Fleet(asked, owned, owned if section.colocated else (), processes, me.talks, ranks[0].run)
+    return Fleet(asked, shared, owned if section.colocated else (), processes, me.talks, ranks[0].run)
 
 
 def _too_few(copies: Sequence[int], urls: Sequence[str]) -> UserError:
@@ -118,6 +122,8 @@ def _too_few(copies: Sequence[int], urls: Sequence[str]) -> UserError:
 
 def divide(urls: Sequence[str], copies: Sequence[int], copy: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The servers that a copy asks, and those of them that it owns, so that each is owned once and none is idle.
+
+    The owner starts a server, or finds it fit.
 
     >>> divide(["a", "b", "c"], [0, 1], 0), divide(["a"], [0, 1], 1)
     ((('a', 'c'), ('a', 'c')), (('a',), ()))
@@ -135,8 +141,9 @@ def check_server(url: str) -> bool:
         UserError: it would not do.
     """
     try:
-        info = call(url, "GET", "/server_info", timeout_s=30)
-        # A run that was killed within an update has left it paused.
+        info = server_info(url, timeout_s=30)
+        # A run that was killed has left it lent, or, within an update, paused.
+        take_back(url, timeout_s=30)
         call(url, "POST", "/continue_generation", {}, timeout_s=30)
     except (ServerFault, RequestRefused) as error:
         raise EngineError(f"sglang.urls: {error}; start it with `vcr1 rollout serve`, or correct the URL") from error

@@ -82,9 +82,25 @@ def _message(answer: httpx.Response) -> str:
     return str(message)[:500]
 
 
+def server_info(url: str, *, timeout_s: float) -> dict[str, Any]:
+    """A server's settings. Raises ServerFault, RequestRefused."""
+    return _expect("tp_size", call(url, "GET", "/server_info", timeout_s=timeout_s), f"{url}/server_info")
+
+
 def weights_of(url: str, *, timeout_s: float = 15.0) -> str:
     """The version that a server gives its weights. Raises ServerFault, RequestRefused."""
-    return str(call(url, "GET", "/model_info", timeout_s=timeout_s)["weight_version"])
+    return weights_in(call(url, "GET", "/model_info", timeout_s=timeout_s), url)
+
+
+def weights_in(model_info: Any, url: str) -> str:
+    """The version in a server's answer to /model_info. Raises ServerFault."""
+    return str(_expect("weight_version", model_info, f"{url}/model_info")["weight_version"])
+
+
+def _expect(key: str, answer: Any, url: str) -> dict[str, Any]:
+    if not isinstance(answer, dict) or key not in answer:
+        raise ServerFault(f"{url}: an answer without {key!r}; is this an SGLang server?", gone=False)
+    return answer
 
 
 def is_ready(url: str, *, timeout_s: float = LOOK_S) -> bool:

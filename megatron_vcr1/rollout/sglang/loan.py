@@ -5,10 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call
+from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, weights_of
 from megatron_vcr1.rollout.sglang.processes import ServerGroup
 
 logger = logging.getLogger(__name__)
+
+LENT = "lent:"
+"""Before the version of a server's weights while its memory is lent.
+
+The server itself keeps the mark: it outlives a trainer that is killed, and goes with the server. Without it one could
+not know: SGLang does not tell, and ends when it is to take back what it has not given.
+"""
 
 
 class MemoryLoan:
@@ -21,33 +28,55 @@ class MemoryLoan:
         self._urls = urls
         self._processes = processes
         self._timeout_s = timeout_s
-        self._lent: set[str] = set()
 
     def lend(self) -> None:
         """Free the memory. One that fails keeps it, and says so in the log."""
         if self._urls and self._processes is not None:
             self._processes.held = True
         for url in self._urls:
-            if self._post(url, "/pause_generation", {"mode": "abort"}):  # SGLang gives memory up only when it is idle
-                if self._post(url, "/release_memory_occupation", {}):
-                    self._lent.add(url)
-                else:
-                    self._post(url, "/continue_generation", {})
+            try:
+                lend(url, timeout_s=self._timeout_s)
+            except (ServerFault, RequestRefused) as error:
+                logger.warning("memory of an SGLang server: %s", error)
 
     def take_back(self) -> None:
         """Have the memory again. One that fails is of no use, and is started anew where this job started it."""
         if self._processes is not None:
             self._processes.held = False
-        for url in sorted(self._lent):
-            taken = self._post(url, "/resume_memory_occupation", {}) and self._post(url, "/continue_generation", {})
-            if not taken and self._processes is not None:
-                self._processes.restart(url, "did not take its memory back")
-        self._lent.clear()
+        for url in self._urls:
+            try:
+                take_back(url, timeout_s=self._timeout_s)
+            except (ServerFault, RequestRefused) as error:
+                logger.warning("memory of an SGLang server: %s", error)
+                if self._processes is not None:
+                    self._processes.restart(url, f"did not take its memory back: {error}")
 
-    def _post(self, url: str, path: str, body: object) -> bool:
-        try:
-            call(url, "POST", path, body, timeout_s=self._timeout_s)
-        except (ServerFault, RequestRefused) as error:
-            logger.warning("memory of an SGLang server: %s", error)
-            return False
-        return True
+
+def lend(url: str, *, timeout_s: float) -> None:
+    """Have a server free its memory; nothing, if it has. Raises ServerFault, RequestRefused."""
+    weights = weights_of(url)
+    if weights.startswith(LENT):
+        return
+    call(url, "POST", "/pause_generation", {"mode": "abort"}, timeout_s=timeout_s)  # it frees only while it is idle
+    _set_version(url, LENT + weights, timeout_s)
+    try:
+        call(url, "POST", "/release_memory_occupation", {}, timeout_s=timeout_s)
+    except (ServerFault, RequestRefused) as error:
+        if isinstance(error, RequestRefused) or not error.gone:  # of one that is silent, it is only a matter of time
+            _set_version(url, weights, timeout_s)
+            call(url, "POST", "/continue_generation", {}, timeout_s=timeout_s)
+        raise
+
+
+def take_back(url: str, *, timeout_s: float) -> None:
+    """Have a server use its memory again; nothing, if it is not lent. Raises ServerFault, RequestRefused."""
+    weights = weights_of(url)
+    if weights.startswith(LENT):
+        call(url, "POST", "/resume_memory_occupation", {}, timeout_s=timeout_s)
+        _set_version(url, weights.removeprefix(LENT), timeout_s)
+        call(url, "POST", "/continue_generation", {}, timeout_s=timeout_s)
+
+
+def _set_version(url: str, weights: str, timeout_s: float) -> None:
+    body = {"new_version": weights, "abort_all_requests": False}
+    call(url, "POST", "/update_weight_version", body, timeout_s=timeout_s)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import httpx
 
 from megatron_vcr1.rollout.engine import EngineError
-from megatron_vcr1.rollout.sglang.http import LOOK_S, RequestRefused, ServerFault, acall
+from megatron_vcr1.rollout.sglang.http import LOOK_S, RequestRefused, ServerFault, acall, weights_in
 
 logger = logging.getLogger(__name__)
 
@@ -182,16 +182,18 @@ class ServerPool:
     async def _await_return(self, server: Server, reason: str) -> None:
         """Move a server to the usable, the outdated or the lost ones."""
         deadline = time.monotonic() + self._return_timeout_s
-        url, failed_looks, found = server.url, 0, None
+        url, failed_looks, found, failure = server.url, 0, None, "it was not asked"
         while found is None:
             lost = self._keeper.failure(url) if self._keeper else None
             if lost is None and time.monotonic() > deadline:
-                lost = f"{reason}, and was not back within {self._return_timeout_s:.0f} s"
+                lost = f"{reason}, and was not back within {self._return_timeout_s:.0f} s: {failure}"
             if lost is not None:
                 self._lost[url] = lost
                 break
-            found = await _weights_if_ready(url)
-            if found is None:
+            try:
+                found = await _weights_when_ready(url)
+            except (ServerFault, RequestRefused) as error:
+                failure = str(error)
                 failed_looks += 1
                 if self._keeper and failed_looks == MAX_FAILED_LOOKS:
                     self._keeper.restart(url, f"does not recover: {reason}")
@@ -208,11 +210,8 @@ class ServerPool:
             self._changed.notify_all()
 
 
-async def _weights_if_ready(url: str) -> str | None:
-    """The version of a server that has just computed something; None for one that could not."""
+async def _weights_when_ready(url: str) -> str:
+    """The version of a server that has just computed something. Raises ServerFault, RequestRefused."""
     async with httpx.AsyncClient(trust_env=False) as client:
-        try:
-            await acall(client, "GET", f"{url}/health_generate", timeout_s=LOOK_S)
-            return str((await acall(client, "GET", f"{url}/model_info", timeout_s=LOOK_S))["weight_version"])
-        except (ServerFault, RequestRefused):
-            return None
+        await acall(client, "GET", f"{url}/health_generate", timeout_s=LOOK_S)
+        return weights_in(await acall(client, "GET", f"{url}/model_info", timeout_s=LOOK_S), url)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, S
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 NO_WEIGHTS = "none"
 """Version of a server that was started without weights: they come with the first sync."""
 PLUGIN = "megatron_vcr1.rollout.sglang.plugin"
@@ -46,22 +47,43 @@ class ServerSpec:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     log: Path
+    host: str = LOOPBACK
 
     @property
     def url(self) -> str:
-        return server_url(self.port)
+        return server_url(self.port, self.host)
 
 
-def server_url(port: int) -> str:
-    """Where a server of this node is."""
-    return f"http://{HOST}:{port}"
+def server_url(port: int, host: str = LOOPBACK) -> str:
+    """Where this node finds its own server that listens on an address."""
+    return f"http://{LOOPBACK if host == EVERYWHERE else host}:{port}"
 
 
-def server_specs(config: RunConfig, *, first_gpu: int = 0) -> list[ServerSpec]:
+def require_sglang(python: Path | None) -> None:
+    """Raises UserError where the servers' interpreter has no sglang: a server would end at every start, and say less.
+
+    Args:
+        python: as in the settings; None is the one that runs this.
+    """
+    interpreter, missing = str(python or sys.executable), 3
+    look = f"import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('sglang') else {missing})"
+    try:
+        code = subprocess.run([interpreter, "-c", look], stdin=subprocess.DEVNULL, check=False).returncode
+    except OSError as error:
+        raise UserError(f"sglang.python: {interpreter} cannot be run ({error.strerror}); correct the path") from error
+    if code == missing:
+        raise UserError(
+            f"sglang is not installed for {interpreter}: install it (`pip install '.[rollout]'` in this project's "
+            "folder), or name the interpreter that has it with sglang.python"
+        )
+
+
+def server_specs(config: RunConfig, *, first_gpu: int = 0, host: str = LOOPBACK) -> list[ServerSpec]:
     """The servers that the settings ask for on a node.
 
     Args:
         first_gpu: of the first server; the others follow.
+        host: address that they listen on. They ask nobody for a password.
 
     Raises:
         UserError: a setting cannot work.
@@ -86,16 +108,16 @@ def server_specs(config: RunConfig, *, first_gpu: int = 0) -> list[ServerSpec]:
     specs = []
     for index in range(section.num_servers):
         port = section.port + index
-        command = [str(section.python or sys.executable), "-m", "sglang.launch_server", "--host", HOST]
+        command = [str(section.python or sys.executable), "-m", "sglang.launch_server", "--host", host]
         command += ["--port", str(port), *_model_arguments(config), "--tp", str(section.tensor)]
         command += ["--mem-fraction-static", str(section.memory_fraction)]
-        command += ["--random-seed", str(config.train.seed + port)]
+        command += ["--random-seed", str(config.train.seed + port), "--sleep-on-idle"]  # else it takes a core to wait
         if torch.cuda.is_available():
             command += ["--base-gpu-id", str(first_gpu + index * section.tensor)]
         if section.colocated:
             command += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
         log = folder / "logs" / f"server_{port}.log"
-        specs.append(ServerSpec(port, (*command, *section.server_args), environment, log))
+        specs.append(ServerSpec(port, (*command, *section.server_args), environment, log, host))
     return specs
 
 
@@ -109,9 +131,10 @@ def _model_arguments(config: RunConfig) -> list[str]:
 
 def _link(link: Path, package: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not (link.is_symlink() and link.resolve() == package.resolve()):
-        link.unlink(missing_ok=True)
-        link.symlink_to(package, target_is_directory=True)
+    if link.resolve() != package.resolve():
+        new = link.with_name(f"{link.name}.{uuid.uuid4().hex}")
+        new.symlink_to(package, target_is_directory=True)
+        new.replace(link)  # at once: other ranks of this node do the same
 
 
 class ServerGroup:
@@ -124,7 +147,7 @@ class ServerGroup:
             UserError: a port is taken, by the server of another run perhaps, which would be mistaken for this one's.
         """
         for spec in specs:
-            _await_port(spec.port)
+            _await_port(spec.host, spec.port)
         self._processes = [_Process(spec, startup_timeout_s, max_restarts) for spec in specs]
         self._closing = threading.Event()
         self.held = False
@@ -185,20 +208,25 @@ class ServerGroup:
     def _watch(self) -> None:
         while not self._closing.wait(WATCH_S):
             for process in self._processes if not self.held else ():
-                process.look()
+                try:
+                    process.look()
+                except OSError as error:  # no memory or disk to start it with; the next look tries once more
+                    logger.warning("SGLang server %s: %s", process.spec.url, error)
 
 
-def _await_port(port: int) -> None:
+def _await_port(host: str, port: int) -> None:
     """Returns once a port is free: what a killed run leaves behind takes a moment to go."""
     deadline = time.monotonic() + 2 * guard.GRACE_S
     while True:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                return probe.bind((HOST, port))
+                return probe.bind((host, port))
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise UserError(f"sglang.port: port {port} cannot be had ({error.strerror}); set another") from None
+                    raise UserError(
+                        f"sglang.port: port {port} of {host} cannot be had ({error.strerror}); set another"
+                    ) from None
         time.sleep(0.2)
 
 
@@ -286,5 +314,8 @@ class _Process:
             self.popen.wait()
 
     def log_tail(self) -> str:
-        lines = self.spec.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        try:
+            lines = self.spec.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        except OSError as error:
+            return f"Its log cannot be read: {error}"
         return "\n  ".join([f"{self.spec.log} ends with:", *lines])

@@ -61,6 +61,7 @@ class WeightUpdate(Generic[Prepared]):
     """One transfer of all weights to some servers, side by side.
 
     Attributes:
+        urls: the servers.
         failed: the servers that were left out on the way, and why; what they hold is undefined.
     """
 
@@ -71,7 +72,7 @@ class WeightUpdate(Generic[Prepared]):
             timeout_s: longest wait for an answer.
         """
         self.failed: dict[str, str] = {}
-        self._urls = list(urls)
+        self.urls = list(urls)
         self._weights = weights
         self._channel = channel
         self._timeout_s = timeout_s
@@ -80,7 +81,7 @@ class WeightUpdate(Generic[Prepared]):
     @property
     def current(self) -> list[str]:
         """Servers that have not failed; after `finish`, those with the new weights."""
-        return [url for url in self._urls if url not in self.failed]
+        return [url for url in self.urls if url not in self.failed]
 
     def send(self, bucket: NamedTensors) -> None:
         """Never raises for what goes wrong: the caller goes on with the collective that makes the next tensors."""

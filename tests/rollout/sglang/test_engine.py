@@ -11,14 +11,19 @@ import httpx
 import pytest
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.rollout.engine import EngineError, SamplingParams
 from megatron_vcr1.rollout.sglang import payload
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
-from megatron_vcr1.rollout.sglang.loan import MemoryLoan
+from megatron_vcr1.rollout.sglang.http import weights_of
+from megatron_vcr1.rollout.sglang.loan import LENT, MemoryLoan
 from megatron_vcr1.types import FinishReason
+from tests.model import tiny
 from tests.rollout.sglang import model_dir
 from tests.rollout.sglang.conftest import TOKENS, Serving, change, largest_difference, requests
+from tests.rollout.sglang.fake_server import FakeServer
 
 pytestmark = pytest.mark.xdist_group("sglang")
 
@@ -141,6 +146,20 @@ def test_abort_ends_what_is_under_way(start_engine: Start, model: QwenVLModel, s
     engine.generate(requests(1, ("",)), SamplingParams(4))
 
 
+def test_an_abort_counts_before_sampling_has_begun(world: None, tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"model": {"path": tmp_path}, "train": {"run_dir": tmp_path / "run"}})
+    model_config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
+    with FakeServer(lambda path, body: (200, {"tp_size": 1, "weight_version": "default"})) as server:
+        config = config.model_copy(update={"sglang": config.sglang.model_copy(update={"urls": (server.url,)})})
+        engine = SglangEngine.start(config, model_config, TOKENS)
+        engine.abort()  # the thread that is to sample has been started, and has not come to it
+        with pytest.raises(EngineError, match="sampling was stopped"):
+            engine.sample(requests(1, ("",)), SamplingParams(4))
+        assert server.count("/generate") == 0
+        engine.generate([], SamplingParams(4))  # another wish
+        engine.sample([], SamplingParams(4))
+
+
 def wait_for_load(url: str) -> None:
     """Until the server is computing something."""
     deadline = time.monotonic() + 60
@@ -169,10 +188,25 @@ def test_memory_is_lent_and_taken_back(start_engine: Start, model: QwenVLModel, 
     """The calls and their order only: without a GPU there is no memory saver, and nothing is freed."""
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
+    weights = weights_of(serving.url)
     loan = MemoryLoan([serving.url], None, timeout_s=60)
-    loan.lend()
-    assert loan._lent == {serving.url}
-    loan.take_back()
-    assert not loan._lent
+    for _ in range(2):  # the second of either does nothing, where SGLang would end
+        loan.lend()
+        assert weights_of(serving.url) == LENT + weights
+    for _ in range(2):
+        loan.take_back()
+        assert weights_of(serving.url) == weights
     asked = requests(2, ("v",))
     assert largest_difference(model, asked, engine.generate(asked, SamplingParams(8))) < TOLERANCE
+
+
+def test_memory_that_a_killed_run_left_lent_is_taken_back(
+    start_engine: Start, model: QwenVLModel, serving: Serving
+) -> None:
+    MemoryLoan([serving.url], None, timeout_s=60).lend()
+    server = serving.server()
+    engine = start_engine()
+    engine.update_weights(stream_hf_tensors(model), 0)
+    asked = requests(2, ("v",))
+    assert largest_difference(model, asked, engine.generate(asked, SamplingParams(8))) < TOLERANCE
+    assert serving.server().pid == server.pid

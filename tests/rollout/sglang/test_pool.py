@@ -148,6 +148,14 @@ def test_a_server_that_came_back_with_other_weights_is_not_asked(start: Any) -> 
     assert old.count("/generate") == 0
 
 
+@pytest.mark.parametrize("answer", ["hello", {"status": "fine"}, [1]])
+def test_what_is_no_sglang_server_is_named(start: Any, answer: Any) -> None:
+    other = start(lambda path, body: (200, answer))
+    expected = rf"no SGLang server is left: {other.url} was left out, .*{other.url}/model_info: .*'weight_version'"
+    with pytest.raises(EngineError, match=expected):
+        ask_all([other], ["x"], absent=[other.url], return_timeout_s=0.2)
+
+
 class Keeper:
     def __init__(self) -> None:
         self.restarts: list[tuple[str, str]] = []

@@ -155,6 +155,20 @@ def test_a_server_that_is_never_ready_fails_in_time(start: Start) -> None:
         start("refuse", max_restarts=0, startup_timeout_s=1).wait_until_ready()
 
 
+def test_a_server_that_cannot_be_started_anew_is_tried_until_no_restart_is_left(start: Start, tmp_path: Path) -> None:
+    group = start(max_restarts=3)
+    group.wait_until_ready()
+    pid = answer(group)["pid"]
+    log = tmp_path / "server.log"
+    log.rename(tmp_path / "old.log")
+    log.mkdir()  # opening it as a file fails
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: group.failure(group.urls[0]))
+    failure = group.failure(group.urls[0])
+    assert failure is not None
+    assert "no restart left (sglang.max_restarts)" in failure and "Its log cannot be read" in failure
+
+
 def config(folder: Path, **sglang: Any) -> RunConfig:
     (folder / "model").mkdir()
     return RunConfig.model_validate(
@@ -174,6 +188,11 @@ def test_the_command_follows_the_settings(tmp_path: Path, monkeypatch: pytest.Mo
         assert part in text
     assert "--load-format dummy --weight-version none" in text  # the model's directory holds no safetensors
     assert (first.url, second.log.name) == ("http://127.0.0.1:31000", "server_31001.log")
+    assert "--sleep-on-idle" in first.command
+    [elsewhere, _] = server_specs(run, host="0.0.0.0")
+    assert "--host 0.0.0.0" in " ".join(elsewhere.command) and elsewhere.url == first.url
+    [named, _] = server_specs(run, host="10.0.0.5")
+    assert named.url == "http://10.0.0.5:31000"
     assert not {"RANK", "TORCHELASTIC_USE_AGENT_STORE"} & first.environment.keys()
     [place, *_] = first.environment["PYTHONPATH"].split(os.pathsep)
     assert [path.name for path in Path(place).iterdir()] == ["megatron_vcr1"]

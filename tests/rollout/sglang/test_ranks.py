@@ -15,6 +15,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
+from megatron_vcr1.rollout.sglang.http import call
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -73,7 +74,6 @@ def _sample_and_update(folder: Path, url: str, parallel: dict[str, Any]) -> dict
     engine = _engine(folder, url, parallel)
     asked = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
     before = engine.generate(asked, SamplingParams(64))
-    groups.gather_objects(None)  # the copies share the server: all have their answers before it changes
     made = []
 
     def tensors() -> Any:
@@ -98,7 +98,7 @@ def test_one_rank_of_a_copy_talks_and_all_hear(tmp_path: Path, gloo_pool: GlooPo
         answers = gloo_pool.run(_sample_and_update, tmp_path, server.url, parallel)
         num_copies = len({one["copy"] for one in answers})
         assert server.count("/generate") == 2 * 3 * num_copies
-        assert server.count("/update_weights_from_tensor") == 1  # by the copy that owns the server
+        assert server.count("/update_weights_from_tensor") == 1  # by one of the copies, once all had their answers
     for one in answers:
         assert one["made"] == [0, 1, 2]  # the collective that makes the tensors is everybody's
         assert one["version"] == 4
@@ -107,6 +107,31 @@ def test_one_rank_of_a_copy_talks_and_all_hear(tmp_path: Path, gloo_pool: GlooPo
         assert [group.id for group in one["after"]] == ["0", "1", "2"]
         assert {rollout.policy_version for group in one["before"] for rollout in group.rollouts} == {0}
         assert {rollout.policy_version for group in one["after"] for rollout in group.rollouts} == {4}
+
+
+def _lose_the_server(folder: Path, url: str, first: int) -> set[int]:
+    """The first copy samples and the server is started anew; then the others sample. Gives the versions they got."""
+    engine = _engine(folder, url, {"tensor": 2})
+    asked = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
+    engine.update_weights([("w", torch.zeros(5))], 1)
+    if groups.copy_index() == first:
+        engine.generate(asked, SamplingParams(64))
+    groups.gather_objects(None)
+    if groups.is_first_rank():
+        call(url, "POST", "/update_weight_version", {"new_version": "default"}, timeout_s=10)
+    groups.gather_objects(None)
+    answered = engine.generate(asked, SamplingParams(64)) if groups.copy_index() != first else []
+    return {rollout.policy_version for group in answered for rollout in group.rollouts}
+
+
+@pytest.mark.parametrize("first", [0, 1, 2], ids=["owner trains", "other trains", "both sample"])
+def test_any_copy_brings_weights_to_a_shared_server_that_was_started_anew(
+    tmp_path: Path, gloo_pool: GlooPool, first: int
+) -> None:
+    with FakeServer(Pretender()) as server:
+        answers = gloo_pool.run(_lose_the_server, tmp_path, server.url, first)
+        assert server.count("/update_weights_from_tensor") == 2  # at first, and once more
+    assert answers == [set() if copy == first else {1} for copy in (0, 0, 1, 1)]
 
 
 def _fail(folder: Path, url: str, parallel: dict[str, Any]) -> str:

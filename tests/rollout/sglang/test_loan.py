@@ -1,0 +1,98 @@
+"""Memory lent and taken back, by a server that ends, as SGLang does, when it is to take back what it has not given."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.rollout.sglang.fleet import check_server
+from megatron_vcr1.rollout.sglang.http import weights_of
+from megatron_vcr1.rollout.sglang.loan import LENT, MemoryLoan
+from tests.rollout.sglang.fake_server import FakeServer, Reply
+
+
+class Lender:
+    """What a server does about its memory; it ends where SGLang's scheduler would raise."""
+
+    def __init__(self, release: Reply = (200, None), release_s: float = 0.0) -> None:
+        self.version = "3@run"
+        self.is_lent = self.is_paused = self.has_ended = False
+        self.release, self.release_s = release, release_s
+
+    def __call__(self, path: str, body: Any) -> Reply:
+        if path == "/pause_generation":
+            self.is_paused = True
+        elif path == "/continue_generation":
+            self.is_paused = False
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path == "/release_memory_occupation":
+            self.has_ended |= self.is_lent or not self.is_paused
+            self.is_lent = self.release[0] == 200
+            time.sleep(self.release_s)
+            return self.release
+        elif path == "/resume_memory_occupation":
+            self.has_ended |= not self.is_lent
+            self.is_lent = False
+        return (500, {}) if self.has_ended else (200, {"weight_version": self.version, "tp_size": 1})
+
+
+def loan_of(server: FakeServer, timeout_s: float = 5) -> MemoryLoan:
+    return MemoryLoan([server.url], None, timeout_s=timeout_s)
+
+
+def test_lent_memory_comes_back_with_the_weights_version() -> None:
+    lender = Lender()
+    with FakeServer(lender) as server:
+        loan = loan_of(server)
+        loan.take_back()  # never lent
+        loan.lend()
+        loan.lend()
+        assert lender.is_lent and weights_of(server.url) == f"{LENT}3@run"
+        loan.take_back()
+        loan.take_back()
+        assert (lender.is_lent, lender.is_paused, lender.has_ended) == (False, False, False)
+        assert weights_of(server.url) == "3@run"
+
+
+def test_memory_that_was_released_after_the_time_out_is_taken_back() -> None:
+    lender = Lender(release_s=0.5)
+    with FakeServer(lender) as server:
+        loan = loan_of(server, timeout_s=0.2)
+        loan.lend()
+        assert lender.is_lent
+        loan.take_back()
+        assert (lender.is_lent, lender.is_paused, lender.version) == (False, False, "3@run")
+
+
+def test_a_server_that_keeps_its_memory_goes_on() -> None:
+    lender = Lender(release=(400, {"message": "not idle"}))
+    with FakeServer(lender) as server:
+        loan = loan_of(server)
+        loan.lend()
+        assert (lender.is_paused, lender.version) == (False, "3@run")
+        loan.take_back()
+        assert not lender.has_ended
+
+
+def test_a_server_that_was_started_anew_meanwhile_has_nothing_to_take_back() -> None:
+    lender = Lender()
+    with FakeServer(lender) as server:
+        loan = loan_of(server)
+        loan.lend()
+        lender.version, lender.is_lent, lender.is_paused = "default", False, False
+        loan.take_back()
+        assert not lender.has_ended
+
+
+@pytest.mark.parametrize("is_lent", [True, False])
+def test_a_run_takes_back_what_a_killed_one_left_lent(is_lent: bool) -> None:
+    lender = Lender()
+    with FakeServer(lender) as server:
+        if is_lent:
+            loan_of(server).lend()
+        check_server(server.url)
+        assert (lender.is_lent, lender.is_paused, lender.has_ended) == (False, False, False)
+        assert lender.version == "3@run"

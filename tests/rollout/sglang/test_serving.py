@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.cli import main
+from megatron_vcr1.config.rendering import render_toml
+from megatron_vcr1.config.schema import RunConfig
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    config = RunConfig.model_validate({"model": {"path": tmp_path / "model"}, "train": {"run_dir": tmp_path / "run"}})
+    (tmp_path / "run.toml").write_text(render_toml(config, documented=False))
+    return tmp_path / "run.toml"
+
+
+def interpreter(folder: Path, answer: str) -> Path:
+    """One that says so of any program."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{answer}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_without_sglang_it_is_said_at_once_and_nothing_is_started(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = interpreter(run.parent, 'exec python3 -I -S "$@"')  # no packages
+    assert main(["rollout", "serve", str(run), "--sglang.python", str(without)]) == 2
+    message = capsys.readouterr().err
+    assert f"sglang is not installed for {without}" in message and ".[rollout]" in message
+    assert not (run.parent / "run" / "sglang").exists()
+
+
+def test_an_interpreter_that_is_not_there_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rollout", "serve", str(run), "--sglang.python", str(run.parent / "nowhere")]) == 2
+    assert "sglang.python: " in capsys.readouterr().err
