@@ -53,12 +53,14 @@ def open_sinks(config: RunConfig, first_step: int, num_steps: int) -> list[Sink]
     Raises:
         UserError: Weights & Biases is asked for and not installed.
     """
-    console = Console(stderr=True)
-    sinks: list[Sink] = [Screen(console, first_step, num_steps) if console.is_terminal else Lines(num_steps)]
-    if config.logging.tensorboard:
-        sinks += _tensorboard(config.train.run_dir, first_step)
+    sinks: list[Sink] = []
     if config.logging.wandb_project is not None:
         sinks.append(_WeightsAndBiases(config))
+    if config.logging.tensorboard:
+        sinks += _tensorboard(config.train.run_dir, first_step)
+    # Last: what fails before, or writes to the terminal, finds it as it was.
+    console = Console(stderr=True)
+    sinks.append(Screen(console, first_step, num_steps) if console.is_terminal else Lines(num_steps))
     return sinks
 
 

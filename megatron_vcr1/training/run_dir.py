@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ class RunDir:
             if file.exists():
                 _keep_rows_until(file, step)
         for file in self._rollouts.iterdir():
-            number = file.stem.removeprefix("step_")
-            if file.suffix != ".jsonl" or not number.isdigit() or int(number) > step:
+            written = re.fullmatch(r"step_(\d+)\.(jsonl|part)", file.name)  # what else is there is the user's
+            if written and (written[2] == "part" or int(written[1]) > step):
                 file.unlink()
 
     def add_metrics(self, row: Mapping[str, float | int | None]) -> None:
@@ -64,21 +65,25 @@ class RunDir:
         """A step's groups, one a line; the file appears when it is whole."""
         path = self._rollouts / f"step_{step}.jsonl"
         unfinished = path.with_suffix(".part")
-        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        unfinished.write_bytes(_lines(rows))
         os.replace(unfinished, path)
 
 
-def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if text:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+    return text.encode("utf-8", "backslashreplace")  # half a surrogate pair has no UTF-8, but JSON has \ud83d
+
+
+def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    if lines := _lines(rows):
+        with path.open("ab") as file:
+            file.write(lines)
 
 
 def _keep_rows_until(path: Path, step: int) -> None:
     """Drop the rows of later steps, and a last row that a killed run did not finish."""
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # it may end within a character
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -12,6 +12,7 @@ from rich.console import Console
 from megatron_vcr1.config.rendering import default_config
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.training import logs
 from megatron_vcr1.training.logs import Lines, Screen, open_sinks, shown
 
 METRICS = {"loss": 0.12345, "reward/total": 1.5, "kl": 0.001, "clipped_share": 0.02, "lr": 1e-6, "time/total_s": 3.0}
@@ -71,6 +72,22 @@ def test_weights_and_biases_must_be_installed_where_it_is_asked_for(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         open_sinks(_config(tmp_path, tensorboard=False, wandb_project="p"), 0, 2)
+
+
+def test_a_terminal_is_left_as_it_was_when_weights_and_biases_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**settings: object) -> None:
+        raise ConnectionError("no route to the server")
+
+    fake = ModuleType("wandb")
+    fake.init = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    terminal = io.StringIO()
+    monkeypatch.setattr(logs, "Console", lambda stderr: Console(file=terminal, force_terminal=True))
+    with pytest.raises(ConnectionError):
+        open_sinks(_config(tmp_path, tensorboard=False, wandb_project="p"), 0, 2)
+    assert terminal.getvalue() == ""  # no bar, no hidden cursor
 
 
 def test_a_resumed_run_goes_on_in_weights_and_biases_and_another_of_that_name_does_not(

@@ -25,10 +25,30 @@ def test_a_run_that_goes_on_from_a_checkpoint_forgets_what_came_after_it(tmp_pat
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed here
     (tmp_path / "run" / "rollouts" / "step_4.part").write_text("{")
+    (tmp_path / "run" / "rollouts" / "figures").mkdir()
+    (tmp_path / "run" / "rollouts" / "notes.txt").write_text("keep me")
     folder.open(default_config(), 2)
     assert _rows(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
     assert [row["id"] for row in _rows(tmp_path / "run" / "skipped.jsonl")] == ["sample1", "sample2"]
-    assert sorted(file.name for file in (tmp_path / "run" / "rollouts").iterdir()) == ["step_1.jsonl", "step_2.jsonl"]
+    kept = sorted(file.name for file in (tmp_path / "run" / "rollouts").iterdir())
+    assert kept == ["figures", "notes.txt", "step_1.jsonl", "step_2.jsonl"]
+
+
+def test_a_row_that_ends_within_a_character_is_dropped(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.open(default_config(), 0)
+    folder.add_skipped(1, [("é", "damaged")])
+    skipped = tmp_path / "skipped.jsonl"
+    skipped.write_bytes(skipped.read_bytes() + '{"step": 2, "id": "é'.encode()[:-1])
+    folder.open(default_config(), 1)
+    assert [row["id"] for row in _rows(skipped)] == ["é"]
+
+
+def test_half_a_character_can_be_recorded(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.open(default_config(), 0)
+    folder.write_rollouts(1, [{"step": 1, "text": "é \ud83d"}])
+    assert _rows(tmp_path / "rollouts" / "step_1.jsonl") == [{"step": 1, "text": "é \ud83d"}]
 
 
 def test_settings_are_recorded_so_that_they_can_be_read_back(tmp_path: Path) -> None:
