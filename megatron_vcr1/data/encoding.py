@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class EncodedPrompt:
     """int64 [num_tokens]; every vision pad is repeated once for each token of its input."""
     vision: tuple[VisionInput, ...]
     """In the order in which their pads appear in `token_ids`."""
+
+    def frames_on(self, device: str) -> EncodedPrompt:
+        """The same prompt with its frames on a device; on "meta" they keep their shape alone."""
+        return replace(self, vision=tuple(replace(one, frames=one.frames.to(device)) for one in self.vision))
 
 
 def encode_messages(

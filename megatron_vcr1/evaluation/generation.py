@@ -16,6 +16,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample
 from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel.prompts import share_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_vcr1.types import VideoSample
 
@@ -55,7 +56,7 @@ class Answerer:
         with tqdm(total=len(samples), unit="sample", desc=label, disable=log is None) as bar:
             for chunk, share in zip(rounds, shares, strict=True):
                 number = len(share)
-                prepared = groups.broadcast_in_copy(lambda number=number: list(islice(prompts, number)))  # type: ignore[misc]
+                prepared = share_prompts(lambda number=number: list(islice(prompts, number)))  # type: ignore[misc]
                 answered = self._predict(prepared)
                 mine = {one.id: one for one in answered} if groups.speaks_for_copy() else {}
                 predictions = {name: one for part in groups.gather_objects(mine) for name, one in part.items()}

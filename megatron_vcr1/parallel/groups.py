@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -85,6 +86,10 @@ def world(parallel: ParallelSection, *, seed: int = 0, patience_s: float = PATIE
     shutdown()
 
 
+def is_first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage()
+
+
 def is_last_stage() -> bool:
     return parallel_state.is_pipeline_last_stage()
 
@@ -104,6 +109,11 @@ def num_copies() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def ranks_per_copy() -> int:
+    """Ranks that one copy of the model is divided among."""
+    return parallel_state.get_model_parallel_group().size()
+
+
 def copy_index() -> int:
     """Which copy of the model this process belongs to (the data-parallel rank)."""
     return parallel_state.get_data_parallel_rank()
@@ -120,14 +130,49 @@ def is_first_of_copy() -> bool:
 
 
 def broadcast_in_copy(produce: Callable[[], T]) -> T:
-    """Let one rank of each copy of the model produce something, a decoded video say, for all ranks of the copy."""
-    group = parallel_state.get_model_parallel_group()
+    """Let one rank of each copy of the model produce something, rewards say, for all ranks of the copy.
+
+    Raises:
+        Exception: what `produce` raises, on all of these ranks.
+    """
+    return _broadcast(produce, parallel_state.get_model_parallel_src_rank(), parallel_state.get_model_parallel_group())
+
+
+def broadcast_in_stage(produce: Callable[[], T]) -> T:
+    """`broadcast_in_copy` among the ranks that share a pipeline stage; the first of them produces."""
+    return _broadcast(
+        produce,
+        parallel_state.get_tensor_model_parallel_src_rank(),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def _broadcast(produce: Callable[[], T], source: int, group: dist.ProcessGroup) -> T:
     if group.size() == 1:
         return produce()  # as it is, not pickled
-    source = parallel_state.get_model_parallel_src_rank()
-    box = [produce() if is_first_of_copy() else None]
-    dist.broadcast_object_list(box, src=source, group=group)
-    return cast(T, box[0])
+    if dist.get_rank() != source:
+        box: list[Any] = [None, None]
+        dist.broadcast_object_list(box, src=source, group=group)
+        value, error = box
+        if error is not None:
+            error.add_note(f"raised on rank {source}, for all ranks of its copy of the model")
+            raise error
+        return cast(T, value)
+    try:
+        value = produce()
+    except Exception as error:
+        dist.broadcast_object_list([None, _portable(error)], src=source, group=group)
+        raise
+    dist.broadcast_object_list([value, None], src=source, group=group)
+    return value
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as another process can raise it: not all of them can be pickled."""
+    try:
+        return cast(Exception, pickle.loads(pickle.dumps(error)))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def wait_for_copy() -> None:

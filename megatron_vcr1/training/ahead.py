@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, cast
 
 from megatron_vcr1 import timeline
+from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
@@ -42,6 +43,7 @@ class Ahead:
         self._answers: Future[list[RolloutGroup]] | None = None
         self._prompts: list[DrawnPrompt] = []
         self._state_before: dict[str, Any] | None = None
+        self._skipped: list[SkippedSample] = []  # by the steps before the prompts under way
 
     @property
     def is_under_way(self) -> bool:
@@ -50,6 +52,7 @@ class Ahead:
     def start(self, metrics: Metrics) -> None:
         """Draw the next step's prompts, and begin to sample."""
         self._state_before = self._stream.state_dict()
+        self._skipped += self._stream.take_skipped()
         self._prompts = self._rollouts.draw(metrics)
         if groups.is_first_of_copy():
             requests = self._rollouts.requests(self._prompts)
@@ -66,11 +69,16 @@ class Ahead:
             EngineError: the engine could not answer; on all ranks of the copy.
         """
         with metrics.timed("rollout"):
-            answers, error = groups.broadcast_in_copy(self._outcome)
+            answers = groups.broadcast_in_copy(self._result)
         self._answers = self._state_before = None
-        if error is not None:
-            raise error
         return self._prompts, answers
+
+    def take_skipped(self) -> list[SkippedSample]:
+        """`PromptStream.take_skipped` without those of the prompts under way: they belong to the step that trains on
+        these, which a run that goes on from a checkpoint draws again.
+        """
+        skipped, self._skipped = self._skipped, []
+        return skipped if self.is_under_way else skipped + self._stream.take_skipped()
 
     def stream_state(self) -> dict[str, Any]:
         """The state of the prompts' stream without those that are under way."""
@@ -82,8 +90,6 @@ class Ahead:
             self._engine.abort()
         self._thread.shutdown(cancel_futures=True)
 
-    def _outcome(self) -> tuple[list[RolloutGroup], BaseException | None]:
-        """What the thread returned, or raised, which all ranks are to raise."""
+    def _result(self) -> list[RolloutGroup]:
         assert self._answers is not None
-        error = self._answers.exception()
-        return ([] if error is not None else self._answers.result()), error
+        return self._answers.result()

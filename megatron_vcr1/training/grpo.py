@@ -213,7 +213,7 @@ class GrpoTrainer:
         }
 
     def take_skipped(self) -> list[SkippedSample]:
-        return self._stream.take_skipped()
+        return self._stream.take_skipped() if self._ahead is None else self._ahead.take_skipped()
 
     def state_dict(self) -> dict[str, Any]:
         """What is sampled ahead is not kept: a run that goes on samples it again, from the newer weights."""

@@ -16,6 +16,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel.prompts import share_prompts
 from megatron_vcr1.types import VideoSample
 
 
@@ -79,12 +80,12 @@ class PromptStream:
         return self._order.epoch_size
 
     def take(self, number: int) -> list[DrawnPrompt]:
-        """The next prompts of this copy.
+        """The next prompts of this copy; frames as `share_prompts` has them.
 
         Raises:
-            UserError: no sample at all can be used.
+            UserError: no sample at all can be used; on all ranks of the copy.
         """
-        return groups.broadcast_in_copy(lambda: list(self._draw(number)))
+        return share_prompts(lambda: list(self._draw(number)))
 
     def take_skipped(self) -> list[SkippedSample]:
         """Samples that could not be used since the last call; on the copy's first rank, nothing on the others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from megatron_vcr1 import timeline
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.manifest import read_manifest, write_manifest
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
@@ -77,8 +79,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, *, one_step_off: bool) -> GrpoTrainer:
-    source = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
+def _trainer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, one_step_off: bool, manifest: str = "train.jsonl"
+) -> GrpoTrainer:
+    source = {"manifest": folder / "data" / manifest, "thinking": False}
     source["rewards"] = ["tests.training.own_rewards:variety"]
     config = workspace.config(
         folder,
@@ -138,6 +142,31 @@ def test_prompts_under_way_are_not_lost_with_a_checkpoint(folder: Path, monkeypa
         assert resumed.step(2, Metrics()).samples == expected
         resumed.close()
     assert state["prompts"]["next_position"] == 4
+
+
+def test_a_sample_that_cannot_be_read_is_counted_once_also_by_a_run_that_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = folder / "data" / "broken.jsonl"
+    samples = read_manifest(folder / "data" / "train.jsonl")
+    write_manifest(manifest, samples)
+    with groups.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+        order = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)._stream._order
+        bad = order.sample_at(6).id  # of step 2, and drawn during step 1
+        write_manifest(manifest, [replace(one, video="nowhere.mp4") if one.id == bad else one for one in samples])
+        trainer = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)
+        trainer.step(1, Metrics())
+        assert trainer.take_skipped() == []
+        state = trainer.state_dict()
+        trainer.step(2, Metrics())
+        skipped = trainer.take_skipped()
+        trainer.close()
+        assert bad in {one.id for one in skipped}
+        resumed = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)
+        resumed.load_state_dict(state)
+        resumed.step(2, Metrics())
+        assert resumed.take_skipped() == skipped
+        resumed.close()
 
 
 def test_an_engine_that_fails_in_its_thread_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
