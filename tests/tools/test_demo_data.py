@@ -112,6 +112,7 @@ def test_jobs_run_once_in_order_of_what_they_need(tmp_path: Path) -> None:
     assert (tmp_path / "made" / "file").exists()
     assert set(record.spent([first, second])) == {"first", "second"}
     run_jobs([second, first], record, num_workers=2)  # a second mkdir would fail
+    assert len(record.calls()) == 1
 
 
 def test_a_failed_job_is_named_and_done_again(tmp_path: Path) -> None:
@@ -122,6 +123,8 @@ def test_a_failed_job_is_named_and_done_again(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     run_jobs(jobs, record, num_workers=1)
     assert all(record.is_done(job) for job in jobs)
+    assert len(record.calls()) == 2
+    assert min(record.calls()) > 0
 
 
 def test_a_process_that_dies_is_a_failed_job(tmp_path: Path) -> None:

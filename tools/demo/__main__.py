@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -53,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     demo = Demo(args.out, args.seeds, args.quick)
     workers = args.workers or min(len(os.sched_getaffinity(0)), 8)
-    start_s = time.monotonic()
     record = Record(demo.out)
     console = Console(width=None if sys.stdout.isatty() else 140)  # a table in a log file needs room
     if args.real is not None:
@@ -68,15 +66,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("demo: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    show(demo, record.spent(jobs), time.monotonic() - start_s, workers, console)
+    show(demo, record.spent(jobs), record.calls(), workers, console)
     return 0
 
 
-def show(demo: Demo, spent: dict[str, dict[str, float]], wall_s: float, num_workers: int, console: Console) -> None:
+def show(
+    demo: Demo, spent: dict[str, dict[str, float]], calls: list[float], num_workers: int, console: Console
+) -> None:
     """Print the tables, and keep what they say in report.json."""
     from demo.results import collect, print_results
 
-    results = collect(demo, spent, wall_s, num_workers)
+    results = collect(demo, spent, calls, num_workers)
     path = demo.out / "report.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_results(results, console)

@@ -55,10 +55,11 @@ class Job:
 
 
 class Record:
-    """What is done, in a folder: DONE/NAME.json with seconds, and LOGS/NAME.log."""
+    """What is done, in a folder: DONE/NAME.json with seconds, LOGS/NAME.log, and the calls that it took."""
 
     def __init__(self, folder: Path) -> None:
         self._done, self._logs = folder / "done", folder / "logs"
+        self._calls = folder / "calls.jsonl"
         for one in (self._done, self._logs):
             one.mkdir(parents=True, exist_ok=True)
 
@@ -76,6 +77,20 @@ class Record:
         """wall_s and cpu_s of each job that is done."""
         return {job.name: json.loads(self._file(job).read_text()) for job in jobs if self.is_done(job)}
 
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around jobs: notes how long this call ran them, also if it is interrupted."""
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._calls.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"wall_s": time.monotonic() - start_s}) + "\n")
+
+    def calls(self) -> list[float]:
+        """Wall-clock seconds of each call that had something to do."""
+        return [json.loads(line)["wall_s"] for line in self._calls.read_text(encoding="utf-8").splitlines()]
+
     def _file(self, job: Job) -> Path:
         return self._done / f"{job.name}.json"
 
@@ -89,9 +104,11 @@ def run_jobs(jobs: Sequence[Job], record: Record, num_workers: int) -> None:
     if missing := {name for job in jobs for name in job.after} - {job.name for job in jobs}:
         raise ValueError(f"jobs wait for {', '.join(sorted(missing))}, which are none of them")
     left = [job for job in jobs if not record.is_done(job)]
+    if not left:
+        return
     done = {job.name for job in jobs} - {job.name for job in left}
     workers: list[_Worker] = []
-    with _display(jobs, done) as display:
+    with record.call(), _display(jobs, done) as display:
         try:
             while left or any(worker.job for worker in workers):
                 for job in [job for job in left if set(job.after) <= done]:

@@ -147,8 +147,10 @@ def findings(figures: Figures, small: Figures) -> list[str]:
     ]
 
 
-def collect(demo: Demo, spent: Mapping[str, Mapping[str, float]], wall_s: float, num_workers: int) -> dict[str, Any]:
-    """What report.json holds: figures, findings, and how long which job took."""
+def collect(
+    demo: Demo, spent: Mapping[str, Mapping[str, float]], calls: Sequence[float], num_workers: int
+) -> dict[str, Any]:
+    """What report.json holds: figures, findings, and how long it all took, in one call or in several, and which job."""
     figures = read_figures(demo, COLUMNS, demo.seeds, ROWS)
     small = read_figures(demo, SMALL_COLUMNS, demo.small_seeds(), GROUNDING)
     verified = [json.loads(path.read_text()) for path in sorted((demo.out / "verified").glob("*.json"))]
@@ -161,7 +163,8 @@ def collect(demo: Demo, spent: Mapping[str, Mapping[str, float]], wall_s: float,
         "num_test_videos": demo.sizes.test,
         "findings": findings(figures, small),
         "export_in_transformers": verified,
-        "wall_s": round(wall_s, 1),
+        "wall_s": round(sum(calls), 1),
+        "num_calls": len(calls),
         "cpu_s": round(sum(one["cpu_s"] for one in spent.values()), 1),
         "num_workers": num_workers,
         "jobs": spent,
@@ -182,8 +185,9 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     for one in results["export_in_transformers"]:
         equal, number = one["num_equal"], one["num_answers"]
         console.print(f"- export: transformers gives {equal} of {number} answers as measured", highlight=False)
+    calls = f"{results['num_calls']} calls, " if results.get("num_calls", 1) > 1 else ""
     console.print(
-        f"{results['wall_s']:.0f} s in {results['num_workers']} processes of one thread, "
+        f"{results['wall_s']:.0f} s in {calls}{results['num_workers']} processes of one thread, "
         f"{results['cpu_s']:.0f} CPU seconds",
         highlight=False,
     )
