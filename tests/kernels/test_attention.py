@@ -17,6 +17,8 @@ LAYOUTS = {
     "packed": SegmentLayout.packed((3, 3, 70, 1, 0)),
     "windows": SegmentLayout.packed((16, 16, 8, 16, 5), causal=False),
     "prefix-not-causal": SegmentLayout((20, 9, 9), (-1, 0, 0), causal=False),
+    "responses-as-long-as-the-prompt": SegmentLayout((8, 8, 8), (-1, 0, 0)),
+    "equal-windows": SegmentLayout.packed((16, 16, 16), causal=False),
     "one-token": SegmentLayout.packed((1,)),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -67,19 +67,55 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> 
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Equally shaped dense attentions that run as one batch."""
+class _Rows:
+    """Rows of equally long segments, int64 [batch, length]; consecutive ones are read and written without an index."""
 
-    query_rows: Tensor  # int64 [batch, query_length]
-    key_rows: Tensor  # int64 [batch, key_length]
+    index: Tensor
+
+    @cached_property
+    def _range(self) -> slice | None:
+        flat = self.index.flatten()
+        start, stop = int(flat[0]), int(flat[0]) + len(flat)
+        return slice(start, stop) if torch.equal(flat, torch.arange(start, stop)) else None
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """[tokens, heads, ...] -> [batch, heads, length, ...]."""
+        rows = tensor[self.index] if self._range is None else tensor[self._range].unflatten(0, self.index.shape)
+        return rows.transpose(1, 2)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Set rows of tensor to what `take` would then give."""
+        tensor[self.index.flatten() if self._range is None else self._range] = _flat_rows(values).to(tensor.dtype)
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        """Add to rows of tensor, shapes as in `put`."""
+        if self._range is None:
+            tensor.index_add_(0, self.index.flatten(), _flat_rows(values).to(tensor.dtype))
+        else:
+            tensor[self._range] += _flat_rows(values)
+
+
+def _flat_rows(values: Tensor) -> Tensor:
+    """[batch, heads, length, ...] -> [batch * length, heads, ...]."""
+    return values.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Equally shaped dense attentions that run as one batch: of segments on themselves, or on a prefix."""
+
+    queries: _Rows
+    keys: _Rows
     causal: bool
+    on_prefix: bool
 
 
 @lru_cache(maxsize=64)
 def _dense_blocks(layout: SegmentLayout) -> tuple[_Block, ...]:
     """Decompose a layout: segments on themselves, and for each prefix all of its segments on it, batched by shape.
 
-    Every row is a query of exactly one block of the first kind and of at most one of the second, which come last.
+    Every row is a query and a key of exactly one block of the first kind, and a query of at most one of the second,
+    which come last.
     """
     starts_by_length: dict[int, list[int]] = defaultdict(list)
     rows_by_prefix: dict[int, list[Tensor]] = defaultdict(list)
@@ -91,15 +127,15 @@ def _dense_blocks(layout: SegmentLayout) -> tuple[_Block, ...]:
             rows_by_prefix[prefix].append(torch.arange(start, start + length))
     blocks = []
     for length, starts in starts_by_length.items():
-        rows = torch.tensor(starts)[:, None] + torch.arange(length)
-        blocks.append(_Block(rows, rows, layout.causal))
+        rows = _Rows(torch.tensor(starts)[:, None] + torch.arange(length))
+        blocks.append(_Block(rows, rows, layout.causal, on_prefix=False))
     rows_by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for prefix, row_ranges in rows_by_prefix.items():
         query_rows, key_rows = torch.cat(row_ranges), torch.arange(layout.starts[prefix], layout.starts[prefix + 1])
         rows_by_shape[query_rows.numel(), key_rows.numel()].append((query_rows, key_rows))
     for pairs in rows_by_shape.values():
-        query_blocks, key_blocks = zip(*pairs, strict=True)
-        blocks.append(_Block(torch.stack(query_blocks), torch.stack(key_blocks), False))
+        queries, keys = (_Rows(torch.stack(rows)) for rows in zip(*pairs, strict=True))
+        blocks.append(_Block(queries, keys, causal=False, on_prefix=True))
     return tuple(blocks)
 
 
@@ -117,11 +153,6 @@ def _joined_segments(layout: SegmentLayout) -> list[tuple[int, int, int]]:
     return segments
 
 
-def _gather_heads_first(tensor: Tensor, rows: Tensor) -> Tensor:
-    """[tokens, heads, ...] -> [batch, heads, length, ...]."""
-    return tensor[rows].transpose(1, 2)
-
-
 class _BlockwiseAttention(torch.autograd.Function):
     """PyTorch's CPU flash kernels block by block, joined by their log-sum-exps.
 
@@ -132,23 +163,24 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
         accumulate_dtype = torch.promote_types(query.dtype, torch.float32)
-        output = torch.zeros(query.shape, dtype=accumulate_dtype)
-        log_sum_exp = torch.full(query.shape[:2], -torch.inf, dtype=accumulate_dtype)  # [tokens, num_heads]
-        for block in _dense_blocks(layout):
+        output = torch.empty(query.shape, dtype=accumulate_dtype)
+        log_sum_exp = torch.empty(query.shape[:2], dtype=accumulate_dtype)  # [tokens, num_heads]
+        blocks = _dense_blocks(layout)
+        for block in blocks:
+            rows = block.queries
             block_output, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _gather_heads_first(query, block.query_rows),
-                _gather_heads_first(key, block.key_rows),
-                _gather_heads_first(value, block.key_rows),
-                is_causal=block.causal,
-                scale=scale,
+                rows.take(query), block.keys.take(key), block.keys.take(value), is_causal=block.causal, scale=scale
             )
-            rows = block.query_rows
-            block_output, block_lse = block_output.transpose(1, 2), block_lse.transpose(1, 2)
-            joint_lse = torch.logaddexp(log_sum_exp[rows], block_lse)
-            kept = (log_sum_exp[rows] - joint_lse).exp()[..., None]
-            added = (block_lse - joint_lse).exp()[..., None]
-            output[rows] = output[rows] * kept + block_output * added
-            log_sum_exp[rows] = joint_lse
+            if len(blocks) == 1:  # of all rows, in their order
+                output, log_sum_exp = _flat_rows(block_output), _flat_rows(block_lse)
+                break
+            if block.on_prefix:
+                own_lse = rows.take(log_sum_exp)
+                joint_lse = torch.logaddexp(own_lse, block_lse)
+                kept, added = ((lse - joint_lse).exp()[..., None] for lse in (own_lse, block_lse))
+                block_output, block_lse = rows.take(output) * kept + block_output * added, joint_lse
+            rows.put(output, block_output)
+            rows.put(log_sum_exp, block_lse)
         output = output.to(query.dtype)
         ctx.save_for_backward(query, key, value, output, log_sum_exp)
         ctx.layout, ctx.scale = layout, scale
@@ -158,23 +190,26 @@ class _BlockwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum_exp = ctx.saved_tensors
-        grads = [torch.zeros(tensor.shape, dtype=log_sum_exp.dtype) for tensor in (query, key, value)]
-        for block in _dense_blocks(ctx.layout):
+        grads = [torch.empty(tensor.shape, dtype=log_sum_exp.dtype) for tensor in (query, key, value)]
+        blocks = _dense_blocks(ctx.layout)
+        for block in blocks:
+            queries, keys = block.queries, block.keys
             block_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _gather_heads_first(grad_output, block.query_rows),
-                _gather_heads_first(query, block.query_rows),
-                _gather_heads_first(key, block.key_rows),
-                _gather_heads_first(value, block.key_rows),
-                _gather_heads_first(output, block.query_rows),
-                _gather_heads_first(log_sum_exp, block.query_rows),
+                queries.take(grad_output),
+                queries.take(query),
+                keys.take(key),
+                keys.take(value),
+                queries.take(output),
+                queries.take(log_sum_exp),
                 0.0,
                 block.causal,
                 scale=ctx.scale,
             )
-            for grad, rows, block_grad in zip(
-                grads, (block.query_rows, block.key_rows, block.key_rows), block_grads, strict=True
-            ):
-                grad.index_add_(0, rows.flatten(), block_grad.transpose(1, 2).flatten(0, 1).to(grad.dtype))
+            if len(blocks) == 1:
+                grads = [_flat_rows(block_grad) for block_grad in block_grads]
+                break
+            for grad, rows, block_grad in zip(grads, (queries, keys, keys), block_grads, strict=True):
+                (rows.add if block.on_prefix else rows.put)(grad, block_grad)
         return *(grad.to(query.dtype) for grad in grads), None, None
 
 
