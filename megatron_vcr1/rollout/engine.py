@@ -79,7 +79,7 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over the policy's weights.
+        """Take over the policy's weights. All ranks of the job call it: copies of the model may share servers.
 
         Args:
             tensors: all weights, whole, under their Hugging Face names, each made when it is asked for (by a collective

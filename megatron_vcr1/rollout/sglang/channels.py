@@ -55,8 +55,7 @@ class BroadcastChannel:
         self._groups: dict[str, _Group] = {}
 
     def begin(self, url: str) -> None:
-        # A new group for every update: a server that was restarted since then knows nothing of an old one.
-        self._drop(url)
+        # For every update: a server that was restarted since then would know nothing of an old group.
         self._groups[url] = _Group(url, self._timeout_s)
         open_session(url, self._timeout_s)
 
@@ -64,17 +63,13 @@ class BroadcastChannel:
         return [(name, tensor.contiguous()) for name, tensor in bucket]
 
     def send(self, url: str, prepared: NamedTensors) -> None:
-        try:
-            self._groups[url].broadcast(prepared)
-        except BaseException:
-            self._drop(url)
-            raise
+        self._groups[url].broadcast(prepared)
 
     def finish(self, url: str) -> None:
         close_session(url, self._timeout_s)
-        self._drop(url)
+        self.abandon(url)
 
-    def _drop(self, url: str) -> None:
+    def abandon(self, url: str) -> None:
         group = self._groups.pop(url, None)
         if group is not None:
             group.close()
@@ -97,7 +92,11 @@ class _Group:
         joined = _in_thread(lambda: self._call("/init_weights_update_group", body | {"backend": backend}))
         joining = _in_thread(lambda: self._join(address, port, num_ranks, backend))
         self.group = _await(joining, joined, timeout_s, f"{url}: joining a process group")
-        joined.result(timeout_s)
+        try:
+            joined.result(timeout_s)
+        except BaseException:
+            self.close()
+            raise
 
     def _join(self, address: str, port: int, num_ranks: int, backend: str) -> dist.ProcessGroup:
         # The server's side joins by SGLang's init_custom_process_group: the same store, prefixes and helper. The store
@@ -149,7 +148,8 @@ class _Group:
             self._call("/destroy_weights_update_group", {}, timeout_s=min(self.timeout_s, LIVENESS_S))
         # Not destroyed: NCCL's own goodbye waits for its peers. The group's `abort` alone would leave the group, its
         # store and its sockets with torch.distributed: some more of them with every update.
-        _abort_process_group(self.group)
+        with suppress(TimeoutError):
+            _in_thread(lambda: _abort_process_group(self.group)).result(LIVENESS_S)
 
     def _call(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
         return call(self.url, "POST", path, body | {"group_name": self.name}, timeout_s=timeout_s or self.timeout_s)
@@ -182,6 +182,9 @@ class SharedMemoryChannel:
 
     def finish(self, url: str) -> None:
         close_session(url, self._timeout_s)
+
+    def abandon(self, url: str) -> None:
+        """Nothing is kept for one server."""
 
 
 @contextmanager
@@ -240,6 +243,9 @@ class DiskChannel:
     def finish(self, url: str) -> None:
         body = {"model_path": str(self.directory), "load_format": "auto"}
         call(url, "POST", "/update_weights_from_disk", body, timeout_s=self._timeout_s)
+
+    def abandon(self, url: str) -> None:
+        """Nothing is kept for one server."""
 
     def remove_others(self) -> None:
         """Remove the directories of earlier versions."""

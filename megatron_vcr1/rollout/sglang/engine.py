@@ -134,8 +134,8 @@ class SglangEngine:
         self._version, self._num_updates = version, self._num_updates + 1
         self._weights = version_name(version, f"{self._fleet.run}.{self._num_updates}")
         self._stopped.clear()
-        groups.gather_objects(None)  # no copy samples any more from the servers that change
         self._make_room()
+        groups.gather_objects(None)  # no copy samples any more from servers that change, or holds memory that they take
         self._bring_up(tensors)
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ def muster(config: RunConfig) -> Fleet:
 
 def _name_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
     """The servers of the settings, divided among all copies."""
-    urls = [url.rstrip("/") for url in config.sglang.urls]
+    urls = list(dict.fromkeys(url.rstrip("/") for url in config.sglang.urls))  # each once: two copies would own it
     me, talkers = ranks[dist.get_rank()], [one.copy for one in ranks if one.talks]
     asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
     can_lend = {url for url in owned if check_server(url)}

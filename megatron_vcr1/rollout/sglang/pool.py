@@ -181,33 +181,40 @@ class ServerPool:
 
     async def _await_return(self, server: Server, reason: str) -> None:
         """Move a server to the usable, the outdated or the lost ones."""
-        deadline = time.monotonic() + self._return_timeout_s
-        url, failed_looks, found, failure = server.url, 0, None, "it was not asked"
-        while found is None:
-            lost = self._keeper.failure(url) if self._keeper else None
-            if lost is None and time.monotonic() > deadline:
-                lost = f"{reason}, and was not back within {self._return_timeout_s:.0f} s: {failure}"
-            if lost is not None:
-                self._lost[url] = lost
-                break
-            try:
-                found = await _weights_when_ready(url)
-            except (ServerFault, RequestRefused) as error:
-                failure = str(error)
-                failed_looks += 1
-                if self._keeper and failed_looks == MAX_FAILED_LOOKS:
-                    self._keeper.restart(url, f"does not recover: {reason}")
-                await asyncio.sleep(PROBE_S)
-        async with self._changed:
+        url = server.url
+        try:
+            found = await self._weights_on_return(url, reason)
             if found == self._weights:
                 server.faults = 0
                 self._usable[url] = server
                 logger.info("SGLang server %s is back", url)
-            elif found is not None:
+            else:
                 self._outdated[url] = f"{url} has weights {found!r} instead of {self._weights!r}"
                 logger.warning("SGLang server %s", self._outdated[url])
-            del self._returning[url]
-            self._changed.notify_all()
+        except EngineError as error:
+            self._lost[url] = str(error)
+        finally:
+            async with self._changed:
+                del self._returning[url]
+                self._changed.notify_all()
+
+    async def _weights_on_return(self, url: str, reason: str) -> str:
+        """The version of a server that was dropped for a reason, once it answers. Raises EngineError if it does not."""
+        deadline = time.monotonic() + self._return_timeout_s
+        num_failed = 0
+        while True:
+            if self._keeper and (lost := self._keeper.failure(url)):
+                raise EngineError(lost)
+            try:
+                return await _weights_when_ready(url)
+            except (ServerFault, RequestRefused) as error:
+                num_failed += 1
+                if time.monotonic() > deadline:
+                    patience = f"{reason}, and was not back within {self._return_timeout_s:.0f} s"
+                    raise EngineError(f"{patience}: {error}") from error
+            if self._keeper and num_failed == MAX_FAILED_LOOKS:
+                self._keeper.restart(url, f"does not recover: {reason}")
+            await asyncio.sleep(PROBE_S)
 
 
 async def _weights_when_ready(url: str) -> str:

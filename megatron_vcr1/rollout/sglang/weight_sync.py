@@ -42,6 +42,10 @@ class Channel(Protocol[Prepared]):
         """Have the server put everything it got to use."""
         ...
 
+    def abandon(self, url: str) -> None:
+        """Leave a server that failed, at once and without an error."""
+        ...
+
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[NamedTensors]:
     """Groups of at most `max_bytes`; a larger tensor is one of its own."""
@@ -90,7 +94,8 @@ class WeightUpdate(Generic[Prepared]):
         try:
             prepared = self._channel.prepare(bucket)
         except (OSError, RuntimeError, SafetensorError) as error:  # the disk, or shared memory, is full
-            self.failed |= {url: str(error) for url in self.current}
+            for url in self.current:
+                self._leave_out(url, error)
             return
         self._on_each(lambda url: self._channel.send(url, prepared))
 
@@ -125,12 +130,14 @@ class WeightUpdate(Generic[Prepared]):
             try:
                 action(url)
             except (ServerFault, RequestRefused, OSError, RuntimeError) as error:
-                self.failed[url] = str(error)
-                logger.warning(
-                    "SGLang server %s is left out of the update to weights %s: %s", url, self._weights, error
-                )
+                self._leave_out(url, error)
 
         urls = self.current
         if urls:
             with ThreadPoolExecutor(len(urls)) as threads:
                 list(threads.map(attempt, urls))
+
+    def _leave_out(self, url: str, error: Exception) -> None:
+        self.failed[url] = str(error)
+        logger.warning("SGLang server %s is left out of the update to weights %s: %s", url, self._weights, error)
+        self._channel.abandon(url)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from megatron_vcr1.rollout.sglang.channels import BroadcastChannel, SharedMemoryChannel
-from megatron_vcr1.rollout.sglang.http import ServerFault
+from megatron_vcr1.rollout.sglang.weight_sync import WeightUpdate
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 # A server's rank: joins the group as SGLang does, says so, takes a tensor of ones for each line that it reads.
@@ -39,14 +39,17 @@ for line in sys.stdin:
 
 
 class Server:
-    """Loads what it is sent, by a process of its own; `dies` and `hangs` say what it does instead."""
+    """Loads what it is sent, by a process of its own; the attributes say what it does instead."""
 
     def __init__(self) -> None:
         self.dies = self.hangs = False
+        self.refuses = ""
         self.end = threading.Event()
         self.peers: list[subprocess.Popen[str]] = []
 
     def __call__(self, path: str, body: Any) -> Reply:
+        if path == self.refuses:
+            return 400, {"message": "no"}
         if path == "/init_weights_update_group":
             command = [sys.executable, "-c", PEER, body["master_address"], str(body["master_port"]), body["group_name"]]
             self.peers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
@@ -61,7 +64,7 @@ class Server:
                 self.peers[-1].stdin.write(f"{size}\n")  # type: ignore[union-attr]
                 self.peers[-1].stdin.flush()  # type: ignore[union-attr]
                 self._expect("loaded")
-        return 200, {"tp_size": 1}
+        return 200, {"tp_size": 1, "weight_version": "default"}
 
     def _expect(self, word: str) -> None:
         assert self.peers[-1].stdout is not None and self.peers[-1].stdout.readline().strip() == word
@@ -100,21 +103,28 @@ def first_broadcast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 def test_a_server_that_dies_ends_a_broadcast(server: tuple[Server, str], first_broadcast: None) -> None:
     behaviour, url = server
-    channel = BroadcastChannel(timeout_s=600)
-    channel.begin(url)
+    update = WeightUpdate([url], "2@run", BroadcastChannel(timeout_s=600), timeout_s=60)
     behaviour.dies = True
-    with pytest.raises((ServerFault, RuntimeError)):
-        channel.send(url, channel.prepare(BUCKET))
+    update.send(BUCKET)
+    assert url in update.failed
     assert not _world.pg_map
 
 
 def test_a_server_that_hangs_ends_a_broadcast_in_time(server: tuple[Server, str], first_broadcast: None) -> None:
     behaviour, url = server
     channel = BroadcastChannel(timeout_s=60)
-    channel.begin(url)
+    update = WeightUpdate([url], "2@run", channel, timeout_s=60)
     behaviour.hangs, channel._groups[url].timeout_s = True, 0.5
-    with pytest.raises(ServerFault, match="longer than 0 s"):
-        channel.send(url, channel.prepare(BUCKET))
+    update.send(BUCKET)
+    assert url in update.failed
+    assert not _world.pg_map
+
+
+def test_a_server_that_does_not_take_tensors_leaves_no_group(server: tuple[Server, str]) -> None:
+    behaviour, url = server
+    behaviour.refuses = "/begin_weight_update"
+    update = WeightUpdate([url], "2@run", BroadcastChannel(timeout_s=60), timeout_s=60)
+    assert "status 400" in update.failed[url]
     assert not _world.pg_map
 
 

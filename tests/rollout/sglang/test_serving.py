@@ -29,7 +29,8 @@ def test_without_sglang_it_is_said_at_once_and_nothing_is_started(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without = interpreter(run.parent, 'exec python3 -I -S "$@"')  # no packages
-    assert main(["rollout", "serve", str(run), "--sglang.python", str(without)]) == 2
+    command = ["rollout", "serve", str(run), "--sglang.python", str(without), "--host", "0.0.0.0"]
+    assert main(command) == 2
     message = capsys.readouterr().err
     assert f"sglang is not installed for {without}" in message and ".[rollout]" in message
     assert not (run.parent / "run" / "sglang").exists()

@@ -25,6 +25,7 @@ class Recorder:
 
     def __init__(self, fails: Any = lambda url: None) -> None:
         self.sent: list[str] = []
+        self.abandoned: list[str] = []
         self.fails = fails
 
     def begin(self, url: str) -> None: ...
@@ -37,6 +38,9 @@ class Recorder:
         self.sent.append(url)
 
     def finish(self, url: str) -> None: ...
+
+    def abandon(self, url: str) -> None:
+        self.abandoned.append(url)
 
 
 class Versioned:
@@ -83,7 +87,7 @@ def test_a_server_that_fails_is_left_out_and_keeps_no_version() -> None:
         update.finish()
         assert update.current == [one.url]
         assert update.failed == {other.url: "connection closed by peer"}
-        assert channel.sent == [one.url] * 2
+        assert (channel.sent, channel.abandoned) == ([one.url] * 2, [other.url])
         assert (good.version, bad.version) == ("2@run", "loading")
         assert [server.count("/pause_generation") for server in (one, other)] == [1, 1]
         assert [server.count("/continue_generation") for server in (one, other)] == [1, 1]  # neither stays paused
@@ -103,7 +107,9 @@ def test_a_full_disk_fails_all_servers_and_the_stream_goes_on() -> None:
             raise OSError(28, "No space left on device")
 
     with FakeServer(Versioned()) as server:
-        update = WeightUpdate([server.url], "2@run", Full(), timeout_s=5)
+        channel = Full()
+        update = WeightUpdate([server.url], "2@run", channel, timeout_s=5)
         update.send(BUCKET)
         update.send(BUCKET)
+        assert channel.abandoned == [server.url]
         assert "No space left" in update.failed[server.url]
