@@ -60,12 +60,14 @@ class Learner:
         model.config.finalize_model_grads_func = finalize_model_grads
         self.model = model
         self.clip_norm = section.clip_norm
+        # With one copy there is nothing to divide, and megatron-core would still copy all weights and gradients.
+        divided = section.distributed and groups.num_copies() > 1
         self.parallel = DistributedDataParallel(
             model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=section.distributed, grad_reduce_in_fp32=True),
+            DistributedDataParallelConfig(use_distributed_optimizer=divided, grad_reduce_in_fp32=True),
             model,
         )
-        self.optimizer = _optimizer(self.parallel, section)
+        self.optimizer = _optimizer(self.parallel, section, divided=divided)
         self.scheduler = _scheduler(self.optimizer, section, num_steps)
 
     def update(self, batches: Sequence[PackedBatch], loss: Loss) -> Update:
@@ -116,7 +118,7 @@ class Learner:
         return learning_rate
 
 
-def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection) -> ChainedOptimizer:
+def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, divided: bool) -> ChainedOptimizer:
     dtype = next(parallel.module.parameters()).dtype
     config = OptimizerConfig(
         optimizer="adam",
@@ -129,7 +131,7 @@ def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection) -> 
         clip_grad=section.clip_norm,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=section.distributed,
+        use_distributed_optimizer=divided,
     )
     return get_megatron_optimizer(config, [parallel])
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.config.schema import ParallelSection, RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
@@ -17,6 +18,7 @@ from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.training.optimizer import Learner
+from tests.gloo import GlooPool
 from tests.model import tiny
 
 
@@ -54,21 +56,18 @@ def _weights(learner: Learner) -> dict[str, Tensor]:
     return {name: one.detach().clone() for name, one in learner.model.named_parameters()}
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_gradients_add_up_over_microbatches_and_are_forgotten_after_a_step(model_dir: Path, distributed: bool) -> None:
-    learner, batch = _learner(model_dir, learning_rate=1e-12, distributed=distributed)
+def test_gradients_add_up_over_microbatches_and_are_forgotten_after_a_step(model_dir: Path) -> None:
+    learner, batch = _learner(model_dir, learning_rate=1e-12)
     loss, norm, _ = _update(learner, [batch])
     assert _update(learner, [batch, batch])[:2] == pytest.approx((2 * loss, 2 * norm), rel=1e-5)
     assert _update(learner, [batch])[:2] == pytest.approx((loss, norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_the_norm_is_of_the_gradient_before_clipping(model_dir: Path, distributed: bool) -> None:
+def test_the_norm_is_of_the_gradient_before_clipping(model_dir: Path) -> None:
     """Adam's first step is the same for any scale of the gradient, epsilon apart: which makes the clipping show."""
     changes = []
     for clip_norm in (0.0, 1e-9):
-        settings = {"learning_rate": 1e-3, "clip_norm": clip_norm, "epsilon": 1e-8, "distributed": distributed}
-        learner, batch = _learner(model_dir, **settings)
+        learner, batch = _learner(model_dir, learning_rate=1e-3, clip_norm=clip_norm, epsilon=1e-8)
         before = _weights(learner)
         _, norm, applied = _update(learner, [batch])
         assert applied and norm > 0.1
@@ -93,10 +92,12 @@ def test_a_step_without_microbatches_is_one_without_a_gradient(model_dir: Path) 
     assert _update(learner, []) == (0.0, 0.0, True)
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_bfloat16_weights_learn_in_float32(model_dir: Path, distributed: bool) -> None:
-    """Updates far below a weight's last bit add up: 40 of them change what one of them does not."""
-    learner, batch = _learner(model_dir, "bfloat16", learning_rate=1e-4, distributed=distributed)
+def _learn_in_bfloat16(model_dir: Path) -> bool:
+    """Updates far below a weight's last bit add up: 40 of them change what one of them does not.
+
+    Returns whether the optimizer's state is divided over the copies of the model.
+    """
+    learner, batch = _learner(model_dir, "bfloat16", learning_rate=1e-4)
     name = "language_model.decoder.final_layernorm.weight"  # near 1, where the last bit is 2 ** -7 or 2 ** -8
     before = _weights(learner)[name]
     _update(learner, [batch])
@@ -104,6 +105,21 @@ def test_bfloat16_weights_learn_in_float32(model_dir: Path, distributed: bool) -
     for _ in range(39):
         _update(learner, [batch])
     assert not torch.equal(_weights(learner)[name], before)
+    return isinstance(learner.optimizer.chained_optimizers[0], DistributedOptimizer)
+
+
+def test_bfloat16_weights_learn_in_float32(model_dir: Path) -> None:
+    assert not _learn_in_bfloat16(model_dir)  # one copy: there is nothing to divide
+
+
+def _learn_in_world(model_dir: Path) -> bool:
+    groups.initialize(ParallelSection())
+    return _learn_in_bfloat16(model_dir)
+
+
+@pytest.mark.xdist_group("gloo")
+def test_bfloat16_weights_of_several_copies_learn_in_float32(model_dir: Path, gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(_learn_in_world, model_dir) == [True] * 4
 
 
 @pytest.mark.parametrize(
