@@ -51,13 +51,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--section.key VALUE` and `--section.key=VALUE`, and these: argparse would take a VALUE for
+    an argument of the command's own.
+    """
+    arguments: list[str] = []
+    overrides: list[str] = []
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        name, equals, _ = argument.partition("=")
+        if not (name.startswith("--") and "." in name):
+            arguments.append(argument)
+            continue
+        overrides.append(argument)
+        if not equals and remaining and not remaining[0].startswith("--"):
+            overrides.append(remaining.pop(0))
+    return arguments, overrides
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     A command whose parser sets `takes_overrides` finds the `--section.key VALUE` options in `args.overrides`.
     """
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
+    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args, unknown = parser.parse_known_args(arguments)
+    unknown = overrides + unknown
     if getattr(args, "takes_overrides", False):
         args.overrides = unknown
     elif unknown:

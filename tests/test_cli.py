@@ -37,6 +37,19 @@ def test_overrides_without_a_file_are_refused(capsys):
     assert "vcr1 config --check FILE" in capsys.readouterr().err
 
 
+def test_overrides_may_stand_anywhere(tmp_path, capsys):
+    assert cli.main(["config"]) == 0
+    path = tmp_path / "run.toml"
+    path.write_text(capsys.readouterr().out)
+    overrides = ["--parallel.tensor", "2", "--model.freeze=merger"]
+    for argv in (["config", *overrides, "--check", str(path)], [*overrides, "config", "--check", str(path)]):
+        assert cli.main(argv) == 0
+        checked = tomllib.loads(capsys.readouterr().out)
+        assert (checked["parallel"]["tensor"], checked["model"]["freeze"]) == (2, ["merger"])
+    assert cli.main(["config", "--check", str(path), "--parallel.tensor"]) == 2
+    assert "--parallel.tensor needs a value" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["config", "--check"]])
 def test_bad_usage(argv, capsys):
     with pytest.raises(SystemExit) as stopped:

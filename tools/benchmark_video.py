@@ -3,7 +3,7 @@
 Every backend does the same job in a process of its own: open the file, decode frames at 2 a second, resize them within
 Qwen's budget. The backends take turns on each clip, so that the ratio between them holds on a busy machine too.
 
-    python tools/benchmark_video.py --repeats 5 --out video.json
+    python tools/benchmark_video.py --repeats 5 --json video.json
     python tools/benchmark_video.py --videos clips/*.mp4 --backends pyav dali-gpu torchcodec
 """
 
@@ -58,8 +58,8 @@ def main() -> None:
         "backends": results,
     }
     print_table(results)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds over the clips (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="decoder threads of a process (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--worker", choices=BACKENDS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

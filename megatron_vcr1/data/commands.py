@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from megatron_vcr1.config.arguments import positive
 from megatron_vcr1.data.importers import FORMATS
 from megatron_vcr1.data.manifest import BadRow, is_remote, scan_manifest, write_manifest
 from megatron_vcr1.errors import UserError
@@ -52,7 +53,7 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--videos", metavar="DIR", help="folder or fsspec URL of the videos; rows without are skipped")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the manifest to write")
     parser.add_argument("--split", help="the part to import, for formats whose files hold several")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="keep a random choice of N samples")
+    parser.add_argument("--limit", type=positive, metavar="N", help="keep a random choice of N samples")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
     parser.add_argument(
         "--keep-overruns",
@@ -66,10 +67,10 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("synthesize", help="make videos of moving shapes with exact truth, for all tasks")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the videos and manifests")
-    parser.add_argument("--num-videos", type=_positive, required=True, metavar="N", help="videos of the split train")
+    parser.add_argument("--num-videos", type=positive, required=True, metavar="N", help="videos of the split train")
     parser.add_argument(
         "--num-test-videos",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="videos of each other split (default: N / 10, at least 6)",
     )
@@ -83,9 +84,10 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
         metavar="TASK",
         help=f"any of {', '.join(Task)} (default: all)",
     )
-    parser.add_argument("--side", type=_positive, default=64, help="width and height in pixels (default: 64)")
-    parser.add_argument("--num-frames", type=_positive, default=24, help="frames of a video (default: 24)")
-    parser.add_argument("--fps", type=_positive, default=2, help="frames a second (default: 2)")
+    parser.add_argument("--side", type=positive, default=64, help="width and height in pixels (default: 64)")
+    parser.add_argument("--num-frames", type=positive, default=24, help="frames of a video (default: 24)")
+    parser.add_argument("--fps", type=positive, default=2, help="frames a second (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print the number of videos and the manifests as JSON")
     parser.set_defaults(run=run_synthesize)
 
 
@@ -95,20 +97,13 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--videos", action="store_true", help="also decode every video as training does")
     parser.add_argument(
         "--num-workers",
-        type=_positive,
+        type=positive,
         default=os.cpu_count(),
         metavar="N",
         help="videos decoded at once (default: cores)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run_check)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -176,7 +171,11 @@ def run_synthesize(args: argparse.Namespace) -> int:
     num_videos = args.num_videos + (len(SPLITS) - 1) * num_test_videos
     for _ in tqdm(videos, total=num_videos, desc="videos", unit="video"):
         pass
-    print(f"{num_videos} videos; manifests: {', '.join(str(args.out / f'{split}.jsonl') for split in SPLITS)}")
+    manifests = {split: str(args.out / f"{split}.jsonl") for split in SPLITS}
+    if args.json:
+        print(json.dumps({"num_videos": num_videos, "manifests": manifests}))
+    else:
+        print(f"{num_videos} videos; manifests: {', '.join(manifests.values())}")
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_vcr1.config.arguments import add_model_arguments, positive, positive_float, run_config
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
@@ -15,13 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--pipeline-parallel P",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a Hugging Face directory, an imported one or a run's checkpoint",
-    )
+    add_model_arguments(parser, divided=True)
     parser.add_argument(
         "--data",
         type=Path,
@@ -33,25 +29,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.jsonl", help='lines of {"id", "token_ids", "log_probs"}'
     )
-    parser.add_argument(
-        "--tensor-parallel", type=_positive, default=1, metavar="N", help="ranks that share every layer"
-    )
-    parser.add_argument(
-        "--pipeline-parallel", type=_positive, default=1, metavar="N", help="stages that the layers are divided into"
-    )
     parser.add_argument("--sequence-parallel", action="store_true", help="divide activations along the sequence too")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--layer-spec", choices=("auto", "local", "transformer_engine"), default="auto")
     parser.add_argument(
         "--temperature",
-        type=_positive_float,
+        type=positive_float,
         default=1.0,
         metavar="T",
         help="logits are divided by this; default: %(default)s",
     )
     parser.add_argument(
         "--microbatch-tokens",
-        type=_positive,
+        type=positive,
         default=16384,
         metavar="N",
         help="prompts and responses computed at once; default: %(default)s",
@@ -60,31 +48,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _run_score(args: argparse.Namespace) -> int:
-    from megatron_vcr1.config.schema import ModelSection, ParallelSection, RunConfig
     from megatron_vcr1.errors import UserError
     from megatron_vcr1.evaluation.score import score_file
 
     if args.sequence_parallel and args.tensor_parallel == 1:
         raise UserError("--sequence-parallel needs --tensor-parallel > 1: raise that, or leave it out")
-    run = RunConfig(
-        model=ModelSection(path=args.model, dtype=args.dtype, layer_spec=args.layer_spec),
-        parallel=ParallelSection(
-            tensor=args.tensor_parallel, pipeline=args.pipeline_parallel, sequence_parallel=args.sequence_parallel
-        ),
-    )
     num_failed = score_file(
-        run, args.data, args.out, temperature=args.temperature, microbatch_tokens=args.microbatch_tokens
+        run_config(args, sequence_parallel=args.sequence_parallel),
+        args.data,
+        args.out,
+        temperature=args.temperature,
+        microbatch_tokens=args.microbatch_tokens,
     )
     return 1 if num_failed else 0
-
-
-def _positive(text: str) -> int:
-    if not int(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
-
-
-def _positive_float(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
-    return float(text)

@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  vcr1 evaluate CONFIG.toml [--section.key VALUE ...]\n\n"
         "Or score what any program has answered, without a model:\n\n"
         "  vcr1 evaluate --benchmark NAME --annotations FILE ... --predictions FILE.jsonl --out metrics.json\n\n"
-        "Captions are judged as [judge] says, here --judge.key=VALUE: by word matching, unless a model is named.",
+        "Captions are judged as [judge] says, here --judge.key VALUE: by word matching, unless a model is named.",
         epilog=f"benchmarks:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -48,8 +48,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Raises UserError for bad arguments or input. Returns 1 if the model's engine failed or the judge mostly did."""
     scores_file = any(value is not None for value in (args.benchmark, args.annotations, args.predictions, args.out))
-    if scores_file and args.config is not None:  # a value behind a space would be taken for it
-        raise UserError(f"{args.config}: scoring takes no CONFIG.toml; write settings as --judge.key=VALUE")
+    if scores_file and args.config is not None:
+        raise UserError(f"{args.config}: scoring a file takes no CONFIG.toml; leave it out")
     return _run_predictions(args) if scores_file else _run_model(args)
 
 
@@ -93,7 +93,7 @@ def _run_predictions(args: argparse.Namespace) -> int:
 
 
 def _judge_section(options: Sequence[str]) -> JudgeSection:
-    """[judge] from `--judge.key=VALUE` options, the only ones that scoring takes."""
+    """[judge] from `--judge.key VALUE` options, the only ones that scoring takes."""
     from pydantic import ValidationError
 
     from megatron_vcr1.config.loading import parse_overrides
@@ -101,7 +101,7 @@ def _judge_section(options: Sequence[str]) -> JudgeSection:
 
     overrides = parse_overrides(options)
     if other := [f"--{section}.{key}" for section, key in overrides if section != "judge"]:
-        raise UserError(f"{other[0]}: scoring a file takes --judge.key=VALUE only")
+        raise UserError(f"{other[0]}: scoring a file takes --judge.key VALUE only")
     try:
         return JudgeSection.model_validate({key: value for (_, key), value in overrides.items()})
     except ValidationError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from megatron_vcr1.config.arguments import add_model_arguments, run_config
 
 _VIDEO_OPTIONS = {
     "fps": (float, "frames sampled a second (default: 2)"),
@@ -21,13 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "torchrun --nproc-per-node N --no-python vcr1 generate ... --tensor-parallel T --pipeline-parallel P",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a Hugging Face directory, an imported one or a run's checkpoint",
-    )
+    add_model_arguments(parser, divided=True)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question; '-' reads standard input")
     for kind in ("video", "image"):
         parser.add_argument(
@@ -57,33 +52,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help='print {"text", "token_ids", "log_probs", "finish_reason", "prompt_tokens", "seconds"} at the end instead',
     )
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share every layer")
-    parser.add_argument(
-        "--pipeline-parallel", type=int, default=1, metavar="N", help="stages that the layers are divided into"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--layer-spec", choices=("auto", "local", "transformer_engine"), default="auto")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     import sys
 
-    from pydantic import ValidationError
-
-    from megatron_vcr1.config.schema import ModelSection, ParallelSection, RunConfig
     from megatron_vcr1.errors import UserError
     from megatron_vcr1.evaluation.generate import generate
     from megatron_vcr1.rollout.engine import SamplingParams
 
     try:
         params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, tuple(args.stop))
-        config = RunConfig(
-            model=ModelSection(path=args.model, dtype=args.dtype, layer_spec=args.layer_spec),
-            parallel=ParallelSection(tensor=args.tensor_parallel, pipeline=args.pipeline_parallel),
-        )
-    except ValidationError as error:
-        raise UserError("--tensor-parallel and --pipeline-parallel must be at least 1") from error
     except ValueError as error:
         raise UserError(str(error)) from error
     options = {name: value for name in _VIDEO_OPTIONS if (value := getattr(args, name)) is not None}
@@ -92,5 +72,5 @@ def run(args: argparse.Namespace) -> int:
     parts = [{"type": kind, kind: path, **(options if kind == "video" else {})} for kind, path in args.vision]
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     message = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-    generate(config, message, params, seed=args.seed, as_json=args.json)
+    generate(run_config(args), message, params, seed=args.seed, as_json=args.json)
     return 0

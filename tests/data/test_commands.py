@@ -88,6 +88,11 @@ def test_bad_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
 def test_synthesize_then_check_with_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert vcr1("synthesize", "--out", tmp_path, "--num-videos", 6, "--num-test-videos", 1, "--seed", 1) == 0
     assert "9 videos" in capsys.readouterr().out
+    shape = ("--num-videos", 1, "--num-test-videos", 1, "--tasks", "captioning")
+    assert vcr1("synthesize", "--out", tmp_path / "other", *shape, "--json") == 0
+    made: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert made["num_videos"] == 1 + len(made["manifests"]) - 1
+    assert all(Path(manifest).is_file() for manifest in made["manifests"].values())
     manifest = tmp_path / "train.jsonl"
     assert vcr1("check", manifest) == 0
     assert "6 rows: 1 temporal_grounding, 1 tracking" in capsys.readouterr().out

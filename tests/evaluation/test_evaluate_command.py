@@ -63,7 +63,7 @@ def test_missing_answers_are_refused_unless_they_may_be(files: Path, capsys: pyt
     [
         ([], "name a CONFIG.toml to evaluate a model"),
         (["--benchmark", "mvbench"], "--annotations and --predictions and --out missing"),
-        (["--benchmark", "mvbench", "--judge.kind", "lexical"], "lexical: scoring takes no CONFIG.toml"),
+        (["run.toml", "--benchmark", "mvbench"], "run.toml: scoring a file takes no CONFIG.toml"),
         (["absent.toml"], "absent.toml: no such file"),
     ],
 )
@@ -78,7 +78,7 @@ def test_arguments_that_do_not_go_together(
     "options, message",
     [
         (["--judge.kind=magic"], "--judge.kind: Input should be"),
-        (["--model.path=x"], "--model.path: scoring a file takes --judge.key=VALUE only"),
+        (["--model.path=x"], "--model.path: scoring a file takes --judge.key VALUE only"),
     ],
 )
 def test_settings_that_scoring_does_not_take(
@@ -98,7 +98,7 @@ def test_a_language_model_judges(files: Path, capsys: pytest.CaptureFixture[str]
     answer("A dog barks.", "<answer>A dog barks. A cat runs.</answer>", ids="de")
     with judge_server() as server:
         section = server.section()
-        options = ["--judge.kind=openai", f"--judge.base_url={section.base_url}", "--judge.model=reader"]
+        options = ["--judge.kind", "openai", f"--judge.base_url={section.base_url}", "--judge.model", "reader"]
         assert score(*options, benchmark="captioning") == 0
         details = json.loads((files / "metrics.json").read_text())
         assert (details["judge"], details["metrics"]["recall"]["value"]) == ("reader", 0.75)

@@ -108,7 +108,7 @@ def test_text_comes_to_the_terminal_and_timings_beside_it(workspace: Path) -> No
         (("--fps", "1"), "--fps is about a video"),
         (("--temperature", "-1"), "temperature"),
         (("--model", "nowhere"), "nowhere/config.json: not found"),
-        (("--tensor-parallel", "0"), "must be at least 1"),
+        (("--tensor-parallel", "2"), "1 ranks do not divide into copies"),
     ],
 )
 def test_bad_input_is_named(

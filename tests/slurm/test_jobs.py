@@ -196,12 +196,14 @@ def test_an_array_evaluates_one_model_a_task(cluster, stand_in):
         "run.toml",
         "models/a",
         "runs/b",
+        "--judge.kind",
+        "openai",
     )
     for task, name in ((0, "models/a"), (1, "runs/b")):
         assert cluster.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
         text = (stand_in / f"vcr1-evaluate-{job}_{task}.out").read_text()
         folder = name.replace("/", "-")
-        assert f"evaluate run.toml --model.path {name} --train.run_dir evaluations/{folder}" in text
+        assert f"evaluate run.toml --model.path {name} --train.run_dir evaluations/{folder} --judge.kind openai" in text
 
 
 def test_conversion_and_a_sweep_of_layouts(cluster, stand_in):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_vcr1.config.arguments import add_model_arguments, run_config
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
@@ -15,13 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "speed, serve an exported directory with SGLang.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a Hugging Face directory, an imported one or a run's checkpoint",
-    )
+    add_model_arguments(parser, divided=False)
     parser.add_argument("--name", help="the model's name for clients (default: its folder's)")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone; there is no key")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free; default: %(default)s")
@@ -33,15 +29,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--batch", type=int, default=32, metavar="N", help="requests answered together; default: %(default)s"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--layer-spec", choices=("auto", "local", "transformer_engine"), default="auto")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is interrupted. Raises UserError for a model or an address that cannot be used."""
     from megatron_vcr1.checkpoint.load import load_model_weights
-    from megatron_vcr1.config.schema import ModelSection, RunConfig
     from megatron_vcr1.data.processor import read_processor
     from megatron_vcr1.errors import UserError
     from megatron_vcr1.evaluation.serving.server import ChatServer, Limits, listening
@@ -56,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--files {args.files}: no such folder")
     if groups.world_size() > 1:
         raise UserError("vcr1 serve is one process; for a model that needs several, serve its export with SGLang")
-    config = RunConfig(model=ModelSection(path=args.model, dtype=args.dtype, layer_spec=args.layer_spec))
+    config = run_config(args)
     limits = Limits(args.max_prompt_tokens, args.max_new_tokens, args.batch, args.files)
     model_config, processor = ModelConfig.from_pretrained(args.model), read_processor(args.model)
     with groups.world(config.parallel):
