@@ -65,13 +65,14 @@ def test_the_model_sees_colours_and_the_clock(folder: Path) -> None:
     assert (lit.diff() >= 0).all()
 
 
-def test_weak_grounding_labels_begin_within_the_event(folder: Path) -> None:
+def test_weak_grounding_labels_lie_within_the_event(folder: Path) -> None:
     samples = base_samples(folder, QUICK_SIZES)[Task.TEMPORAL_GROUNDING]
     num_short = 0
     for sample in samples:
         assert isinstance(sample.target, GroundingTarget)
         interval = sample.target.interval
         assert f"{interval.start_s:.1f}" in sample.thinking
+        assert f"{interval.end_s - 0.5:.1f}" in sample.thinking
         num_short += interval.duration_s == 0.5
     assert 0.3 < num_short / len(samples) < 0.9
 

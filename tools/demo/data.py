@@ -170,10 +170,10 @@ def _place_question(thing: MovingObject, random: Random) -> tuple[str, CaptionTa
 
 
 def _point_label(thing: MovingObject, random: Random) -> Interval:
-    """From a random moment of the event on; mostly half a second, otherwise 1 to 4 s, whatever the event lasts."""
+    """From a random moment of the event on; mostly half a second, otherwise up to a random later moment of it."""
     start = random.randrange(thing.first_frame, thing.end_frame)
-    length = 1 if random.random() < _POINT_SHARE else random.randint(2, 8)
-    return Interval(start / VIDEO.fps, min(start + length, VIDEO.num_frames) / VIDEO.fps)
+    end = start + 1 if random.random() < _POINT_SHARE else random.randint(start + 1, thing.end_frame)
+    return Interval(start / VIDEO.fps, end / VIDEO.fps)
 
 
 def _shifted_boxes(sample: VideoSample, random: Random) -> TrackingTarget:

@@ -32,7 +32,7 @@ TESTS = {
 """What a model is tested on: grounding in the way that it was trained in."""
 
 SIZES = Sizes(
-    base={Task.TEMPORAL_GROUNDING: 3000, Task.TRACKING: 800, Task.GROUNDED_QA: 800},
+    base={Task.TEMPORAL_GROUNDING: 3000, Task.TRACKING: 1600, Task.GROUNDED_QA: 800},
     train={Task.TEMPORAL_GROUNDING: 2000, Task.TRACKING: 800, Task.GROUNDED_QA: 1000},
     test=200,
 )
