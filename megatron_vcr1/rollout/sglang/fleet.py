@@ -134,7 +134,7 @@ def divide(urls: Sequence[str], copies: Sequence[int], copy: int) -> tuple[tuple
 
 
 def check_server(url: str) -> bool:
-    """Whether a server that the settings name can lend its memory.
+    """Whether a server that the settings name can lend its memory, and keeps its weights meanwhile.
 
     Raises:
         EngineError: it is not there.
@@ -152,4 +152,4 @@ def check_server(url: str) -> bool:
             f"{url} runs with --enable-deterministic-inference, which makes all responses of a group the same; start "
             "it without"
         )
-    return bool(info.get("enable_memory_saver"))
+    return bool(info.get("enable_memory_saver") and info.get("enable_weights_cpu_backup"))

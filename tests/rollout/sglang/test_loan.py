@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from typing import Any
 
 import pytest
@@ -16,10 +16,12 @@ from tests.rollout.sglang.fake_server import FakeServer, Reply
 class Lender:
     """What a server does about its memory; it ends where SGLang's scheduler would raise."""
 
-    def __init__(self, release: Reply = (200, None), release_s: float = 0.0) -> None:
+    def __init__(self, release: Reply = (200, None)) -> None:
         self.version = "3@run"
         self.is_lent = self.is_paused = self.has_ended = False
-        self.release, self.release_s = release, release_s
+        self.release = release
+        self.may_release, self.has_released = threading.Event(), threading.Event()
+        self.may_release.set()
 
     def __call__(self, path: str, body: Any) -> Reply:
         if path == "/pause_generation":
@@ -30,8 +32,9 @@ class Lender:
             self.version = body["new_version"]
         elif path == "/release_memory_occupation":
             self.has_ended |= self.is_lent or not self.is_paused
+            self.may_release.wait(60)
             self.is_lent = self.release[0] == 200
-            time.sleep(self.release_s)
+            self.has_released.set()
             return self.release
         elif path == "/resume_memory_occupation":
             self.has_ended |= not self.is_lent
@@ -39,7 +42,7 @@ class Lender:
         return (500, {}) if self.has_ended else (200, {"weight_version": self.version, "tp_size": 1})
 
 
-def loan_of(server: FakeServer, timeout_s: float = 5) -> MemoryLoan:
+def loan_of(server: FakeServer, timeout_s: float = 30) -> MemoryLoan:
     return MemoryLoan([server.url], None, timeout_s=timeout_s)
 
 
@@ -58,11 +61,13 @@ def test_lent_memory_comes_back_with_the_weights_version() -> None:
 
 
 def test_memory_that_was_released_after_the_time_out_is_taken_back() -> None:
-    lender = Lender(release_s=0.5)
+    lender = Lender()
+    lender.may_release.clear()
     with FakeServer(lender) as server:
-        loan = loan_of(server, timeout_s=0.2)
+        loan = loan_of(server, timeout_s=2)
         loan.lend()
-        assert lender.is_lent
+        lender.may_release.set()
+        assert lender.has_released.wait(60)
         loan.take_back()
         assert (lender.is_lent, lender.is_paused, lender.version) == (False, False, "3@run")
 
@@ -85,6 +90,14 @@ def test_a_server_that_was_started_anew_meanwhile_has_nothing_to_take_back() -> 
         lender.version, lender.is_lent, lender.is_paused = "default", False, False
         loan.take_back()
         assert not lender.has_ended
+
+
+@pytest.mark.parametrize("saver", [True, False])
+@pytest.mark.parametrize("backup", [True, False])
+def test_only_a_server_that_keeps_its_weights_lends_its_memory(saver: bool, backup: bool) -> None:
+    info = {"enable_memory_saver": saver, "enable_weights_cpu_backup": backup}
+    with FakeServer(lambda path, body: (200, {"tp_size": 1, "weight_version": "default"} | info)) as server:
+        assert check_server(server.url) == (saver and backup)
 
 
 @pytest.mark.parametrize("is_lent", [True, False])
