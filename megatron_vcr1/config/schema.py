@@ -31,9 +31,16 @@ class ModelSection(Section):
     layer_spec: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto",
         description="Whose layers the model is built from: 'transformer_engine', 'local' (plain torch), or 'auto': "
-        "TransformerEngine where it can be imported. Attention is chosen with it.",
+        "TransformerEngine where it is installed and a GPU is there. Attention is always vcr1_kernels'.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="Type of parameters and activations.")
+    fp8: Literal["tensorwise", "blockwise"] | None = Field(
+        default=None,
+        description="FP8 products in the language model's layers while training computes, by TransformerEngine: "
+        "'tensorwise' (a scale a tensor; compute capability 8.9 or higher) or 'blockwise' (a scale a block of 128; 9.0 "
+        "or higher). Parameters, attention, head and vision tower stay in dtype, and so does the local engine. "
+        "Unset: none.",
+    )
     freeze: Names[Literal["vision_tower", "merger", "language_model"]] = Field(
         default=(), description="Parts that keep their weights: any of 'vision_tower', 'merger', 'language_model'."
     )
@@ -42,6 +49,14 @@ class ModelSection(Section):
     def _something_learns(self) -> Self:
         if len(set(self.freeze)) == 3:
             raise ValueError("freeze names all three parts, so nothing would be trained; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_has_its_layers(self) -> Self:
+        if self.fp8 is not None and self.layer_spec == "local":
+            raise ValueError("fp8 is TransformerEngine's: layer_spec cannot be 'local'; unset one of the two")
+        if self.fp8 is not None and self.dtype != "bfloat16":
+            raise ValueError(f"fp8 rounds bfloat16: dtype cannot be '{self.dtype}'; unset one of the two")
         return self
 
 
@@ -85,10 +100,10 @@ class RecomputeSection(Section):
         description="With granularity 'full': language-model layers between two kept activations; must divide every "
         "stage's layers. The vision tower keeps one a layer.",
     )
-    modules: Names[Literal["core_attn", "layernorm", "mlp"]] = Field(
+    modules: Names[Literal["core_attn", "mlp"]] = Field(
         default=("core_attn",),
         min_length=1,
-        description="With granularity 'selective': any of 'core_attn', 'layernorm', 'mlp'.",
+        description="With granularity 'selective': any of 'core_attn', 'mlp'.",
     )
 
 

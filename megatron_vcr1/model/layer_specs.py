@@ -101,23 +101,38 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
     """The layers' backend, named in the log.
 
     Raises:
-        UserError: TransformerEngine was asked for by name and is not installed.
+        UserError: TransformerEngine was asked for by name and there is none, or no GPU; or it is there and broken.
     """
-    if requested == "local":
-        logger.info("layers: local (as asked)")
-        return LocalBackend()
+    missing = "as asked" if requested == "local" else _missing_for_transformer_engine()
+    if missing is None:
+        return transformer_engine_backend()
+    if requested == "transformer_engine":
+        raise UserError(
+            f"model.layer_spec is 'transformer_engine', but {missing}; pip install 'megatron_vcr1[gpu]' on a machine "
+            "with GPUs, or use 'local'"
+        )
+    logger.info("layers: local (%s)", missing)
+    return LocalBackend()
+
+
+def _missing_for_transformer_engine() -> str | None:
     if importlib.util.find_spec("transformer_engine") is None:
-        if requested == "transformer_engine":
-            raise UserError(
-                "model.layer_spec is 'transformer_engine', which is not installed; "
-                "pip install 'megatron_vcr1[gpu]', or use 'local'"
-            )
-        logger.info("layers: local (transformer_engine is not installed)")
-        return LocalBackend()
-    # The one door to TransformerEngine.
+        return "transformer_engine is not installed"
+    return None if torch.cuda.is_available() else "transformer_engine needs a GPU"
+
+
+def transformer_engine_backend() -> BackendSpecProvider:
+    """The one door to TransformerEngine. Raises UserError if it does not load."""
+    try:
+        import transformer_engine.pytorch  # megatron-core would take a broken one for none, and fail later
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"transformer_engine is installed and does not load: {error}; install one for this torch and CUDA, or set "
+            "model.layer_spec = 'local'"
+        ) from error
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    logger.info("layers: transformer_engine")
+    logger.info("layers: transformer_engine %s", transformer_engine.__version__)
     return TESpecProvider()
 
 

@@ -52,8 +52,8 @@ def pack(groups: Sequence[Group], config: ModelConfig, *, rows_multiple_of: int 
     Args:
         groups: prompts and their responses, of at least one token each.
         config: for the vision pads and the positions' time scale.
-        rows_multiple_of: the rows are padded to a multiple of this (the tensor-parallel size, under sequence
-            parallelism) by a segment that nothing attends to and that predicts nothing.
+        rows_multiple_of: the rows are padded to a multiple of this (`QwenVLModel.rows_multiple_of`) by a segment that
+            nothing attends to and that predicts nothing.
 
     Raises:
         ValueError: a prompt or a response without tokens, or pads that do not fit the prompt's images and videos; names

@@ -31,7 +31,12 @@ from megatron_vcr1.model.attention import AttentionLayout, CachedAttention
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.packed_batch import PackedBatch
-from megatron_vcr1.model.transformer_config import text_transformer_config, vision_transformer_config
+from megatron_vcr1.model.transformer_config import (
+    FP8_MULTIPLE,
+    check_fp8,
+    text_transformer_config,
+    vision_transformer_config,
+)
 from megatron_vcr1.model.vision import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -91,6 +96,12 @@ class QwenVLModel(MegatronModule):
         """The ranks that share the vocabulary; None when there is one."""
         group = parallel_state.get_tensor_model_parallel_group()
         return group if group.size() > 1 else None
+
+    @property
+    def rows_multiple_of(self) -> int:
+        """What the rows of a training batch must divide by."""
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return ranks * (1 if self.config.fp8 is None else FP8_MULTIPLE)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """megatron-core's schedules put the previous stage's output here."""
@@ -192,21 +203,21 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
         initialize_weights: fill the parameters with random numbers; otherwise they are undefined until loaded.
 
     Raises:
-        UserError: a setting needs TransformerEngine, which is not installed.
+        UserError: a setting needs TransformerEngine, which is not there, or FP8, which the GPU or the model cannot do.
     """
     backend = choose_backend(run.model.layer_spec)
-    if (
-        run.recompute.granularity == "selective"
-        and "layernorm" in run.recompute.modules
-        and isinstance(backend, LocalBackend)
-    ):
-        raise UserError("recompute.modules: 'layernorm' works with TransformerEngine's layers only; leave it out")
+    fp8 = run.model.fp8
+    if fp8 is not None:
+        if isinstance(backend, LocalBackend):
+            raise UserError(f"model.fp8 = '{fp8}' needs TransformerEngine and a GPU; unset it")
+        check_fp8(fp8, config.text, run.parallel.tensor, torch.cuda.get_device_capability())
+        logger.info("products of the language model's layers: FP8, %s", fp8)
     logger.info("attention: %s", _attention_name())
     dtype = getattr(torch, run.model.dtype)
     settings = (run.parallel, run.recompute)
     model = QwenVLModel(
         config,
-        text_transformer_config(config.text, *settings, dtype=dtype, initialize_weights=initialize_weights),
+        text_transformer_config(config.text, *settings, dtype=dtype, fp8=fp8, initialize_weights=initialize_weights),
         vision_transformer_config(config.vision, *settings, dtype=dtype, initialize_weights=initialize_weights),
         backend,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,44 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_vcr1.config.schema import ParallelSection, RecomputeSection
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import TextConfig, VisionConfig
+
+Fp8Recipe = Literal["tensorwise", "blockwise"]
+# Gradients have a wider range than E4M3 reaches with one scale a tensor; a scale a block is enough. Delayed scaling is
+# left out: its history of maxima would have to be part of a checkpoint.
+FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
+FP8_CAPABILITIES = {"tensorwise": (8, 9), "blockwise": (9, 0)}
+FP8_MULTIPLE = 16
+"""What rows and features of an FP8 product are multiples of: a GPU reads 16 bytes at a time."""
+
+
+def check_fp8(recipe: Fp8Recipe, text: TextConfig, tensor: int, capability: tuple[int, int]) -> None:
+    """Refuse FP8 where the GPU or the model cannot do it.
+
+    Args:
+        tensor: tensor-parallel ranks.
+        capability: the GPU's compute capability.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    if capability < (needed := FP8_CAPABILITIES[recipe]):
+        raise UserError(
+            f"model.fp8 = '{recipe}' needs a GPU of compute capability {needed[0]}.{needed[1]} or higher, this one has "
+            f"{capability[0]}.{capability[1]}; unset it"
+        )
+    sizes = {
+        "hidden": text.hidden_size,
+        "FFN": text.ffn_hidden_size // tensor,
+        "query": text.num_heads // tensor * text.head_dim,
+        "key-value": max(text.num_kv_heads // tensor, 1) * text.head_dim,
+    }
+    if odd := [f"{size} {name}" for name, size in sizes.items() if size % FP8_MULTIPLE]:
+        raise UserError(
+            f"model.fp8: {' and '.join(odd)} features on a rank are no multiple of {FP8_MULTIPLE}; lower "
+            "parallel.tensor, or unset it"
+        )
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -26,6 +63,7 @@ def text_transformer_config(
     recompute: RecomputeSection,
     *,
     dtype: torch.dtype,
+    fp8: Fp8Recipe | None,
     initialize_weights: bool,
 ) -> TransformerConfig:
     """The language model, divided over pipeline stages."""
@@ -46,6 +84,7 @@ def text_transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        **({} if fp8 is None else {"fp8": FP8_FORMATS[fp8], "fp8_recipe": fp8}),
         **_common(parallel, recompute, dtype, initialize_weights),
         **_recompute(recompute, recompute.num_layers),
     )

@@ -26,9 +26,8 @@ def make_microbatches(groups: Sequence[Group], model: QwenVLModel, max_tokens: i
         max_tokens: of a microbatch; a group that is longer has one of its own.
     """
     longest = max((group.num_tokens for group in groups), default=0)
-    rows_multiple_of = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     device = ranks.device()
     return [
-        Microbatch(one, pack(one, model.model_config, rows_multiple_of=rows_multiple_of).to(device))
+        Microbatch(one, pack(one, model.model_config, rows_multiple_of=model.rows_multiple_of).to(device))
         for one in pack_groups(groups, max(max_tokens, longest))
     ]

@@ -13,7 +13,7 @@ from megatron_vcr1.config.training_sections import DataSection, DataSource
 CUSTOM = RunConfig(
     model=ModelSection(path='mödels/a "quoted" \\ name', layer_spec="local", freeze=("vision_tower", "merger")),
     parallel=ParallelSection(tensor=2, pipeline=3, sequence_parallel=True, first_stage_layers=2),
-    recompute=RecomputeSection(granularity="selective", modules=("mlp", "layernorm")),
+    recompute=RecomputeSection(granularity="selective", modules=("mlp", "core_attn")),
     data=DataSection(
         sources=(DataSource(manifest="a.jsonl", weight=0.5, rewards=("mine:f",)), DataSource(manifest="b"))
     ),

@@ -1,0 +1,100 @@
+"""How the model of TransformerEngine's layers differs from that of the local ones, both with the same weights.
+
+As a program it prints that as JSON: a process of its own may find the stand-in for TransformerEngine on its path.
+
+    python -m tests.model.compare_specs MODEL_DIR...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from torch import Tensor
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.checkpoint.pieces import parameter_pieces
+from megatron_vcr1.config.schema import ParallelSection, RecomputeSection
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.hf_layout import model_layout
+from megatron_vcr1.model.layer_specs import LocalBackend, transformer_engine_backend
+from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.transformer_config import Fp8Recipe, text_transformer_config, vision_transformer_config
+from megatron_vcr1.parallel import groups
+from tests.model import tiny
+
+
+def build(
+    folder: Path,
+    backend: BackendSpecProvider,
+    dtype: torch.dtype,
+    *,
+    fp8: Fp8Recipe | None = None,
+    recompute: RecomputeSection | None = None,
+) -> QwenVLModel:
+    config = ModelConfig.from_pretrained(folder)
+    settings = (ParallelSection(), recompute or RecomputeSection())
+    model = QwenVLModel(
+        config,
+        text_transformer_config(config.text, *settings, dtype=dtype, fp8=fp8, initialize_weights=False),
+        vision_transformer_config(config.vision, *settings, dtype=dtype, initialize_weights=False),
+        backend,
+    ).to(groups.device())
+    load_model_weights(model, folder)
+    return model.train()
+
+
+def _batch(model: QwenVLModel) -> PackedBatch:
+    group = Group("0", tiny.prompt("iv", seed=3), tiny.responses((4, 6), seed=4))
+    return pack([group], model.model_config, rows_multiple_of=model.rows_multiple_of).to(groups.device())
+
+
+def logits(model: QwenVLModel) -> Tensor:
+    with torch.no_grad():
+        return model.logits(model(_batch(model)))
+
+
+def run(model: QwenVLModel) -> dict[str, Tensor]:
+    """Logits, and gradients by the keys of the checkpoint (a gated weight's whole gradient under its first key)."""
+    batch = _batch(model)
+    hidden = model(batch)
+    model.log_probs(hidden, batch.target_ids).mean().backward()
+    results = {"logits": model.logits(hidden.detach())}
+    for parameter, pieces in parameter_pieces(model).items():
+        assert parameter.grad is not None
+        results[pieces[0].key] = parameter.grad
+    return results
+
+
+def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Of the logits and of the gradients: the largest difference, and the norm of all relative to the expected norm."""
+    assert ours.keys() == expected.keys()
+    found = {}
+    for name, keys in (("logits", ["logits"]), ("gradient", [key for key in ours if key != "logits"])):
+        pairs = [(ours[key].double(), expected[key].double()) for key in keys]
+        found[name] = max(float((one - other).abs().max()) for one, other in pairs)
+        error = sum(float((one - other).square().sum()) for one, other in pairs)
+        found[f"{name}, relative"] = (error / sum(float(other.square().sum()) for _, other in pairs)) ** 0.5
+    return found
+
+
+def compare(folder: Path) -> dict[str, Any]:
+    with groups.world(ParallelSection()):
+        model = build(folder, transformer_engine_backend(), torch.float32)
+        expected = run(build(folder, LocalBackend(), torch.float32))
+        return {
+            "keys": sorted(piece.key for pieces in parameter_pieces(model).values() for piece in pieces),
+            "expected_keys": sorted(model_layout(model.model_config)),
+            "classes": sorted({type(module).__name__ for module in model.modules()}),
+            **differences(run(model), expected),
+        }
+
+
+if __name__ == "__main__":
+    print(json.dumps([compare(Path(folder)) for folder in sys.argv[1:]]))

@@ -1,0 +1,193 @@
+"""TransformerEngine's layers: by a stand-in on the CPU, that the model builds, loads and computes what the local layers
+do; where a GPU and TransformerEngine are, the same of the real ones, and FP8.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from model_presets import PRESETS
+from throughput.random_weights import write_random_model
+
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.checkpoint.pieces import parameter_pieces
+from megatron_vcr1.config.schema import ModelSection, ParallelSection, RecomputeSection, RunConfig
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model import layer_specs, qwen_vl
+from megatron_vcr1.model.config import ModelConfig, TextConfig
+from megatron_vcr1.model.layer_specs import LocalBackend, choose_backend, transformer_engine_backend
+from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.transformer_config import FP8_CAPABILITIES, check_fp8, text_transformer_config
+from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout.local_stages import generating
+from tests.model import compare_specs, tiny
+
+ROOT = Path(__file__).parents[2]
+HAS_TE = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+on_gpu = pytest.mark.skipif(not HAS_TE, reason="needs a GPU and TransformerEngine")
+BF16_TOLERANCE = 2e-2
+FP8_TOLERANCE = 2e-1
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    with groups.world(ParallelSection()):
+        yield
+
+
+def test_the_layers_load_the_same_checkpoints_and_compute_the_same(tmp_path: Path) -> None:
+    """In a process that finds a stand-in for TransformerEngine, on which megatron-core's own wrappers build there."""
+    for family in tiny.FAMILIES:
+        tiny.create(family, tmp_path / family)
+    path = os.pathsep.join(str(one) for one in (ROOT / "tests/model/stand_in", ROOT, ROOT / "kernels"))
+    command = [sys.executable, "-m", "tests.model.compare_specs", *(str(tmp_path / one) for one in tiny.FAMILIES)]
+    finished = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    for found in json.loads(finished.stdout.splitlines()[-1]):
+        assert set(found["keys"]) == set(found["expected_keys"])
+        kinds = {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEColumnParallelLinear"}
+        assert kinds <= set(found["classes"])
+        assert found["logits"] < 1e-5 and found["gradient"] < 1e-5, found
+
+
+def test_the_local_layers_are_taken_where_transformer_engine_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert isinstance(choose_backend("auto"), LocalBackend)
+    with pytest.raises(UserError, match="'transformer_engine', but transformer_engine needs a GPU"):
+        choose_backend("transformer_engine")
+
+
+@pytest.mark.skipif(HAS_TE, reason="TransformerEngine is there")
+def test_a_transformer_engine_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="does not load: No module named 'transformer_engine'"):
+        choose_backend("auto")
+
+
+def _text(preset: str) -> TextConfig:
+    return ModelConfig.from_dict(PRESETS[preset]).text
+
+
+@pytest.mark.parametrize("recipe, fp8_format", [("tensorwise", "hybrid"), ("blockwise", "e4m3")])
+def test_fp8_reaches_megatron_core_for_the_language_model_alone(recipe: str, fp8_format: str) -> None:
+    sections = (ParallelSection(), RecomputeSection())
+    options = {"dtype": torch.bfloat16, "initialize_weights": False}
+    config = text_transformer_config(_text("tiny"), *sections, fp8=recipe, **options)
+    assert (config.fp8, config.fp8_recipe, config.fp8_param) == (fp8_format, recipe, False)
+    assert text_transformer_config(_text("tiny"), *sections, fp8=None, **options).fp8 is None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("recipe", FP8_CAPABILITIES)
+def test_fp8_fits_every_published_model_on_hopper(preset: str, recipe: str) -> None:
+    check_fp8(recipe, _text(preset), 1, (9, 0))
+
+
+def test_what_fp8_cannot_do_is_refused_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: None
+) -> None:
+    with pytest.raises(UserError, match=r"'tensorwise' needs a GPU of compute capability 8\.9 or higher, .* has 8\.0"):
+        check_fp8("tensorwise", _text("tiny"), 1, (8, 0))
+    with pytest.raises(UserError, match=r"88 FFN features on a rank are no multiple of 16; lower parallel\.tensor"):
+        check_fp8("blockwise", _text("tiny"), 4, (9, 0))
+    with pytest.raises(ValueError, match="layer_spec cannot be 'local'"):
+        ModelSection(path="model", layer_spec="local", fp8="tensorwise")
+    with pytest.raises(ValueError, match="dtype cannot be 'float32'"):
+        ModelSection(path="model", dtype="float32", fp8="tensorwise")
+    monkeypatch.setattr(qwen_vl, "choose_backend", lambda requested: LocalBackend())
+    run = RunConfig.model_validate({"model": {"path": "model", "fp8": "tensorwise"}})
+    with pytest.raises(UserError, match=r"model\.fp8 = 'tensorwise' needs TransformerEngine and a GPU"):
+        build_model(ModelConfig.from_dict(PRESETS["tiny"]), run)
+
+
+def test_rows_are_padded_for_fp8_and_generation_does_without_it(world: None) -> None:
+    """The settings alone: on a CPU nobody multiplies in FP8."""
+    run = RunConfig.model_validate({"model": {"path": "model", "dtype": "float32"}})
+    model = build_model(ModelConfig.from_dict(PRESETS["tiny"]), run, initialize_weights=True)
+    assert model.rows_multiple_of == 1
+    model.config.fp8 = "hybrid"
+    assert model.language_model.decoder.config.fp8 == "hybrid"  # where megatron-core looks before each layer
+    assert model.rows_multiple_of == 16
+    with generating(model):
+        assert model.language_model.decoder.config.fp8 is None
+    assert model.config.fp8 == "hybrid"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with sizes that FP8 takes, for the prompts of tests.model.tiny."""
+    folder = tmp_path_factory.mktemp("te") / "model"
+    tokens = {"image_token_id": tiny.IMAGE_PAD, "video_token_id": tiny.VIDEO_PAD}
+    tokens |= {"vision_start_token_id": tiny.VISION_START, "vision_end_token_id": tiny.VISION_END}
+    write_random_model(folder, {**PRESETS["tiny"], **tokens}, dtype=torch.bfloat16)
+    return folder
+
+
+@pytest.fixture
+def te(world: None) -> BackendSpecProvider:
+    return transformer_engine_backend()
+
+
+RECOMPUTE = {
+    "none": RecomputeSection(),
+    "selective": RecomputeSection(granularity="selective", modules=("core_attn", "mlp")),
+    "full": RecomputeSection(granularity="full"),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_on_a_gpu_both_layers_agree_in_bf16(te: BackendSpecProvider, model_dir: Path, recompute: str) -> None:
+    expected = compare_specs.run(compare_specs.build(model_dir, LocalBackend(), torch.bfloat16))
+    model = compare_specs.build(model_dir, te, torch.bfloat16, recompute=RECOMPUTE[recompute])
+    found = compare_specs.differences(compare_specs.run(model), expected)
+    print(f"TransformerEngine against local, bf16, recompute {recompute}: {found}")
+    assert found["logits, relative"] < BF16_TOLERANCE and found["gradient, relative"] < BF16_TOLERANCE, found
+
+
+@on_gpu
+def test_on_a_gpu_one_checkpoint_loads_into_both(te: BackendSpecProvider, model_dir: Path) -> None:
+    models = [compare_specs.build(model_dir, backend, torch.bfloat16) for backend in (te, LocalBackend())]
+    ours, expected = (
+        {(piece.key, piece.offsets): piece.values for pieces in parameter_pieces(model).values() for piece in pieces}
+        for model in models
+    )
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
+@on_gpu
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recipe", FP8_CAPABILITIES)
+def test_on_a_gpu_fp8_is_near_bf16(te: BackendSpecProvider, model_dir: Path, recipe: str, recompute: str) -> None:
+    if torch.cuda.get_device_capability() < FP8_CAPABILITIES[recipe]:
+        pytest.skip("this GPU cannot")
+    expected = compare_specs.run(compare_specs.build(model_dir, te, torch.bfloat16))
+    model = compare_specs.build(model_dir, te, torch.bfloat16, fp8=recipe, recompute=RECOMPUTE[recompute])
+    found = compare_specs.differences(compare_specs.run(model), expected)
+    print(f"FP8 {recipe} against bf16, recompute {recompute}: {found}")
+    assert 0 < found["logits, relative"] < FP8_TOLERANCE and 0 < found["gradient, relative"] < FP8_TOLERANCE, found
+
+
+@on_gpu
+def test_on_a_gpu_the_settings_build_fp8_and_generation_leaves_it(world: None, model_dir: Path) -> None:
+    run = RunConfig.model_validate({"model": {"path": model_dir, "fp8": "tensorwise"}})
+    model = build_model(ModelConfig.from_pretrained(model_dir), run).to(groups.device())
+    load_model_weights(model, model_dir)
+    with generating(model):  # as many rows as there are: no multiple of 16
+        found = compare_specs.logits(model)
+    expected = compare_specs.logits(compare_specs.build(model_dir, transformer_engine_backend(), torch.bfloat16))
+    assert torch.equal(found, expected)
