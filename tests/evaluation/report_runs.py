@@ -14,6 +14,7 @@ from megatron_vcr1.config.rendering import default_config, render_toml
 from megatron_vcr1.data.manifest import read_manifest, row_from_sample
 from megatron_vcr1.data.prompts import load_templates, target_text
 from megatron_vcr1.data.synthesize import synthesize
+from megatron_vcr1.evaluation.report.run_record import RunRecord, read_run
 from megatron_vcr1.rewards import score
 from megatron_vcr1.types import Task, VideoSample
 
@@ -129,6 +130,21 @@ def add_evaluation(run: Path, label: str, manifest: Path, *, right: float, model
         },
     }
     (folder / "metrics.json").write_text(json.dumps(summary))
+
+
+def report_run(
+    folder: Path, *rows: dict[str, float], config: str = "", **benchmarks: dict[str, tuple[float, float, float]]
+) -> RunRecord:
+    """A run as the report reads it, from rows of metrics and from figures (value, low, high) by benchmark."""
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.toml").write_text(config)
+    for label, figures in benchmarks.items():
+        (folder / "evaluation" / label).mkdir(parents=True)
+        metrics = {name: dict(zip(("value", "low", "high"), one, strict=True)) for name, one in figures.items()}
+        summary = {"benchmark": "charades_sta", "model": "m", "num_samples": 9, "metrics": metrics, "judge": "words"}
+        (folder / "evaluation" / label / "metrics.json").write_text(json.dumps(summary))
+    return read_run(folder)
 
 
 @cache

@@ -110,6 +110,7 @@ def test_several_runs_are_compared_with_the_first(tmp_path, run_dir, manifest):
     page = Page(out.read_text())
     assert "grpo · better" in page.text and "+33.3" in page.text and "grpo.kl_coef" in page.text
     assert page.count("article") == 4
+    assert "rest on 18 answers to 6 test samples" in page.text and "samples shown below: 4 of the " in page.text
     results = json.loads(numbers.read_text())["results"]
     (miou,) = (
         row for row in results if (row["run"], row["label"], row["metric"]) == ("better", "charades_sta", "mIoU")
@@ -166,6 +167,7 @@ def test_an_evaluation_alone_is_a_report(tmp_path, manifest):
     add_evaluation(run, "charades_sta", manifest, right=0.5)
     assert report(run, "--max-samples", 0) == 0
     page = Page((run / "report.html").read_text())
+    assert "rest on 6 answers to 6 test samples" in page.text
     assert "R@0.7" in page.text and page.count("svg") == page.count("article") == 0
 
 

@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from megatron_vcr1.evaluation.report.charts import HEIGHT, MAX_POINTS, WIDTH, Chart, Line, draw, short
+from megatron_vcr1.evaluation.report.charts import HEIGHT, MAX_POINTS, WIDTH, Chart, Line, draw, short, words
 
 
 def line(values, label="value", first_step=1):
-    return Line(label, np.arange(first_step, first_step + len(values)), np.array(values, np.float64))
+    return Line(label, np.arange(first_step, first_step + len(values)), np.array(values, np.float64), colour=0)
 
 
 def numbers(path: str) -> list[tuple[float, float]]:
@@ -96,6 +96,14 @@ def test_areas_stand_on_one_another():
 )
 def test_numbers_are_short(value, text):
     assert short(value) == text
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [("grounded_qa", "grounded QA"), ("iou", "IoU"), ("my_reward", "my reward"), ("IoP@0.5", "IoP@0.5")],
+)
+def test_names_of_files_are_spelled_out(name, text):
+    assert words(name) == text
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ class Line:
     label: str
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
+    colour: int
+    """Number of its colour: what a name stands for has the same one in every chart."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Stroke:
     """A drawn line: SVG paths of the line and of the band (or area) behind it, and its last value as text."""
 
     label: str
+    colour: int
     path: str
     band: str
     last: str
@@ -101,6 +104,7 @@ def draw(chart: Chart) -> Drawing | None:
     strokes = [
         Stroke(
             label=line.label,
+            colour=line.colour,
             path=_path(points, [y(value) for value in top]),
             band=_band(points, [y(value) for value in low_], [y(value) for value in high]) if banded else "",
             last=short(mean[np.isfinite(mean)][-1]),
@@ -125,6 +129,12 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def words(name: str) -> str:
+    """A name from a file as a reader would write it: grounded_qa is grounded QA."""
+    spelled = {"iou": "IoU", "qa": "QA"}
+    return " ".join(spelled.get(word, word) for word in name.split("_"))
 
 
 class _Scale:

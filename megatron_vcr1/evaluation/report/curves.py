@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vcr1.evaluation.report.charts import Chart, Drawing, Line, draw, short
+from megatron_vcr1.evaluation.report.charts import Chart, Drawing, Line, draw, short, words
 from megatron_vcr1.evaluation.report.run_record import RunRecord
 
 PARTS = ("total", "format", "iou", "accuracy", "recall")
@@ -65,9 +65,9 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
         "Optimization",
         "",
         (
-            _Spec("Loss", "loss", {"loss": "loss"}),
+            _Spec("Loss", "", {"loss": "loss"}),
             _Spec("Gradient norm", "before clipping", {"grad_norm": "norm"}),
-            _Spec("Learning rate", "rate", {"lr": "rate"}),
+            _Spec("Learning rate", "", {"lr": "rate"}),
             _Spec("Updates left out", "share", {"update_skipped": "not finite"}),
         ),
     ),
@@ -78,6 +78,7 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
             _Spec("Throughput", "tokens a second", {"tokens_per_s": "tokens/s"}),
             _Spec("Model FLOPs utilization", "share of peak", {"mfu": "MFU"}),
             _Spec("Model FLOPs", "TFLOP/s a rank, in the update", {"tflops_per_s": "TFLOP/s"}),
+            _Spec("Prompt tokens that the engine had cached", "share", {"cached_prompt_share": "cached"}),
             _Spec("Rows trained on", "tokens a step", {"tokens": "tokens"}),
             _Spec("Peak memory", "GB", {"memory/peak_gb": "peak"}),
         ),
@@ -111,11 +112,18 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
     return [section for section in drawn if section.charts or section.constant]
 
 
-def phase_chart(run: RunRecord) -> Drawing | None:
+def phase_chart(run: RunRecord, title: str) -> Drawing | None:
     """Seconds of a step by phase, piled up."""
     metrics = run.metrics
-    lines = [Line(phase, metrics.steps, metrics.columns[f"time/{phase}_s"]) for phase in phases(run)]
-    return draw(Chart("Seconds of a step by phase", "seconds", lines, stacked=True))
+    lines = [
+        Line(phase, metrics.steps, metrics.columns[f"time/{phase}_s"], phase_colour(phase)) for phase in phases(run)
+    ]
+    return draw(Chart(title, "seconds", lines, stacked=True))
+
+
+def phase_colour(phase: str) -> int:
+    """The number of a phase's colour; phases that are not known here share the one behind."""
+    return PHASES.index(phase) if phase in PHASES else len(PHASES)
 
 
 def phases(run: RunRecord) -> list[str]:
@@ -142,14 +150,16 @@ def _reward_specs(keys: Sequence[str]) -> Iterator[_Spec]:
             parts_by_task.setdefault(task, []).append(part)
     for task, parts in parts_by_task.items():
         ordered = [*(part for part in PARTS if part in parts), *sorted(set(parts) - set(PARTS))]
-        yield _Spec(task.replace("_", " ").capitalize(), "reward", {f"reward/{task}/{part}": part for part in ordered})
+        title = words(task)
+        keys_of_parts = {f"reward/{task}/{part}": words(part) for part in ordered}
+        yield _Spec(title[:1].upper() + title[1:], "reward", keys_of_parts)
 
 
 def _section(title: str, note: str, charts: Sequence[Chart]) -> CurveSection:
     drawings, constant = [], []
     for chart in charts:
         values = np.concatenate([line.values[np.isfinite(line.values)] for line in chart.lines] or [np.array([])])
-        if len(values) > 1 and values.min() == values.max():
+        if len(values) and values.min() == values.max():
             constant.append((chart.title, short(float(values[0]))))
         elif drawing := draw(chart):
             drawings.append(drawing)
@@ -159,7 +169,11 @@ def _section(title: str, note: str, charts: Sequence[Chart]) -> CurveSection:
 def _charts(runs: Sequence[RunRecord], spec: _Spec) -> Iterator[Chart]:
     if len(runs) == 1:
         steps, columns = runs[0].metrics.steps, runs[0].metrics.columns
-        lines = [Line(label, steps, columns[key]) for key, label in spec.keys.items() if key in columns]
+        lines = [
+            Line(label, steps, columns[key], colour)
+            for colour, (key, label) in enumerate(spec.keys.items())
+            if key in columns
+        ]
         yield Chart(spec.title, spec.unit, lines)
         return
     for key, label in spec.keys.items():
@@ -168,4 +182,8 @@ def _charts(runs: Sequence[RunRecord], spec: _Spec) -> Iterator[Chart]:
 
 
 def _run_lines(runs: Sequence[RunRecord], key: str) -> list[Line]:
-    return [Line(run.name, run.metrics.steps, run.metrics.columns[key]) for run in runs if key in run.metrics.columns]
+    return [
+        Line(run.name, run.metrics.steps, run.metrics.columns[key], colour)
+        for colour, run in enumerate(runs)
+        if key in run.metrics.columns
+    ]

@@ -13,6 +13,7 @@ from megatron_vcr1.data.prompts import load_templates, target_text
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.evaluation.answers import read_answer
+from megatron_vcr1.evaluation.report.charts import words
 from megatron_vcr1.evaluation.report.frames import FilmStrip, read_strip
 from megatron_vcr1.evaluation.report.run_record import EvaluationResult, RunRecord, read_json_lines
 from megatron_vcr1.rewards.parsing import (
@@ -92,12 +93,12 @@ def rollout_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
                 answers += [_answer("worst", f"Worst of {number}", sample, worst)]
             else:
                 answers = [_answer("best", f"One of {number}, all equal", sample, best)]
-            heading = f"Step {step}: {sample.task.replace('_', ' ')}"
+            heading = f"Step {step}: {words(sample.task)}"
             yield Exhibit(heading, sample, target_text(sample, templates), answers)
 
 
 def evaluation_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
-    """Of each benchmark the best, the median and the worst answer by its first metric."""
+    """Of each benchmark the best, the median and the worst answer by the sum of the figures that are shown with it."""
     templates = load_templates()
     for result in run.evaluations:
         manifest = _manifest(run, result)
@@ -105,7 +106,7 @@ def evaluation_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit
             problems.append(f"evaluation/{result.label}: no samples are shown: its manifest is not here ({manifest})")
             continue
         measured = [row for row in read_json_lines(result.folder / "samples.jsonl", problems) if row.get("metrics")]
-        measured.sort(key=lambda row: (-next(iter(row["metrics"].values())), str(row.get("id"))))
+        measured.sort(key=lambda row: (-sum(islice(row["metrics"].values(), MAX_FIGURES)), str(row.get("id"))))
         last = len(measured) - 1
         ranks = dict(zip((0, last // 2, last), ("best", "median", "worst"), strict=True)) if measured else {}
         chosen = {str(measured[rank].get("id")): (rank, name) for rank, name in ranks.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -20,16 +20,15 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from tqdm import tqdm
 
 from megatron_vcr1.data.video_process import VideoReader
-from megatron_vcr1.evaluation.report.charts import MAX_POINTS, short
-from megatron_vcr1.evaluation.report.curves import curve_sections, phase_chart
+from megatron_vcr1.evaluation.report.charts import MAX_POINTS, short, words
+from megatron_vcr1.evaluation.report.curves import curve_sections, phase_chart, phase_colour
 from megatron_vcr1.evaluation.report.gallery import Exhibit, evaluation_exhibits, rollout_exhibits, with_frames
+from megatron_vcr1.evaluation.report.results import main_table, num_answers_and_samples, result_json, result_table
 from megatron_vcr1.evaluation.report.run_record import RunRecord
 from megatron_vcr1.evaluation.report.tables import (
     MAX_REASONS,
     key_figures,
     phase_rows,
-    result_json,
-    result_table,
     settings_that_differ,
     zero_rows,
 )
@@ -38,6 +37,7 @@ _MAX_SKIPPED = 50
 _MAX_STARTS = 20
 _HIGH_TRUNCATION = 0.05
 _FEW_SAMPLES = 200
+_MAX_NAMES = 3  # of runs in the title
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,15 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
         max_samples: of the gallery, over all runs; bounds the page's size, about 60 kB each.
     """
     problems: dict[str, list[str]] = {run.name: [] for run in runs}
-    exhibits = list(_gallery(runs, max_samples, problems))
-    notes = _grouped([(run.name, note) for run in runs for note in _notes(run, problems[run.name])])
+    chosen = {
+        run.name: [*rollout_exhibits(run, problems[run.name]), *evaluation_exhibits(run, problems[run.name])]
+        for run in runs
+    }
+    exhibits = list(_gallery(runs, chosen, max_samples))
+    notes = [
+        *_extent(runs, sum(map(len, chosen.values())), sum(len(shown) for _, shown in exhibits)),
+        *_grouped([(run.name, note) for run in runs for note in _notes(run, problems[run.name])]),
+    ]
     results = result_table(runs)
     if missing := sum(1 for _, shown in exhibits for exhibit in shown if exhibit.missing):
         notes.append(f"videos of the gallery that cannot be shown: {missing}, each with the reason")
@@ -66,15 +73,16 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
     context = {
         "runs": runs,
         "stages": list(dict.fromkeys(str(run.setting("train", "stage") or "run").upper() for run in runs)),
-        "title": " · ".join(run.name for run in runs),
+        "title": _title(runs),
         "notes": notes,
         "figures": [(run, key_figures(run)) for run in runs],
+        "main_results": main_table(runs),
         "results": results,
         "sections": curve_sections(runs),
         "zeros": zeros[:MAX_REASONS],
         "num_more_zeros": max(len(zeros) - MAX_REASONS, 0),
         "phases": phase_rows(runs),
-        "phase_charts": [(run, chart) for run in runs if (chart := phase_chart(run))],
+        "phase_charts": [chart for run, title in _phase_titles(runs) if (chart := phase_chart(run, title))],
         "gallery": exhibits,
         "skipped": [(run, list(run.skipped.items())) for run in runs if run.skipped],
         "max_skipped": _MAX_SKIPPED,
@@ -107,16 +115,13 @@ def report_json(runs: Sequence[RunRecord], results: list[dict[str, Any]], notes:
 
 
 def _gallery(
-    runs: Sequence[RunRecord], max_samples: int, problems: dict[str, list[str]]
+    runs: Sequence[RunRecord], chosen: Mapping[str, Sequence[Exhibit]], max_samples: int
 ) -> Iterator[tuple[RunRecord, list[Exhibit]]]:
-    """Each run's samples, an equal number of each, with their frames."""
+    """Each run's chosen samples by its name, an equal number of each run, with their frames."""
     share = max_samples // len(runs)
     with VideoReader() as reader:
         for run in runs:
-            chosen = [*rollout_exhibits(run, problems[run.name]), *evaluation_exhibits(run, problems[run.name])]
-            if len(chosen) > share:
-                problems[run.name].append(f"gallery: {share} of {len(chosen)} chosen samples are shown (--max-samples)")
-            shown = _spread(chosen, share)
+            shown = _spread(chosen[run.name], share)
             progress = tqdm(with_frames(shown, reader), total=len(shown), desc="frames", unit="video", delay=2)
             if shown:
                 yield run, list(progress)
@@ -127,6 +132,24 @@ def _spread(exhibits: Sequence[Exhibit], count: int) -> list[Exhibit]:
     if len(exhibits) <= count:
         return list(exhibits)
     return [exhibits[index * len(exhibits) // count] for index in range(count)]
+
+
+def _title(runs: Sequence[RunRecord]) -> str:
+    names = [run.name for run in runs]
+    return " · ".join(names) if len(runs) <= _MAX_NAMES else f"{names[0]} and {len(runs) - 1} more runs"
+
+
+def _phase_titles(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, str]]:
+    return [(run, f"{run.name}: a step by phase" if len(runs) > 1 else "A step by phase") for run in runs]
+
+
+def _extent(runs: Sequence[RunRecord], num_chosen: int, num_shown: int) -> Iterator[str]:
+    """How much stands behind the figures, and how little of it a reader sees."""
+    num_answers, num_samples = num_answers_and_samples(runs)
+    if num_answers:
+        yield f"the results rest on {num_answers:,} answers to {num_samples:,} test samples"
+    if num_shown < num_chosen:
+        yield f"samples shown below: {num_shown} of the {num_chosen} that were picked to be looked at (--max-samples)"
 
 
 def _grouped(notes: Sequence[tuple[str, str]]) -> list[str]:
@@ -154,7 +177,8 @@ def _doubts(run: RunRecord) -> Iterator[str]:
     if len(run.metrics) and (lost := len(run.metrics) - int(np.isfinite(columns.get("loss", np.array([]))).sum())):
         yield f"{lost} of {len(run.metrics)} steps have no finite loss"
     if (truncated := _last_tenth(run, "truncated_share")) > _HIGH_TRUNCATION:
-        yield f"{truncated:.0%} of the last responses were cut at {run.setting('rollout', 'max_new_tokens')} tokens"
+        limit = run.setting("rollout", "max_new_tokens")
+        yield f"{100 * truncated:.0f} % of the last responses were cut at {limit} tokens"
     alarm = run.setting("logging", "mismatch_alarm")
     if isinstance(alarm, int | float) and (gap := _last_tenth(run, "mismatch/mean_abs")) > alarm:
         yield f"log-probs of rollout and training differ by {short(gap)} nats on average, above {alarm}"
@@ -162,7 +186,8 @@ def _doubts(run: RunRecord) -> Iterator[str]:
         if unjudged := result.details.get("num_unjudged"):
             yield f"evaluation/{result.label}: outputs that no judge could judge, in no figure: {unjudged}"
     if small := [result.label for result in run.evaluations if 0 < result.num_samples < _FEW_SAMPLES]:
-        yield f"fewer than {_FEW_SAMPLES} samples, so wide intervals: {', '.join(small)}"
+        which = "in every test" if len(small) == len(run.evaluations) > 1 else f"in {', '.join(small)}"
+        yield f"fewer than {_FEW_SAMPLES} samples {which}, so wide intervals"
 
 
 def _last_tenth(run: RunRecord, key: str) -> float:
@@ -180,7 +205,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": short, "percent": _percent, "path_end": _path_end}
+    environment.filters |= {"short": short, "percent": _percent, "path_end": _path_end, "words": words}
+    environment.filters["phase_colour"] = phase_colour
     return environment
 
 
