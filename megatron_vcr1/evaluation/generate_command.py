@@ -43,6 +43,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="smallest set with this probability")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="most probable tokens; 0, the default: all")
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="1: none; default: the model's own (generation_config.json)",
+    )
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="ends the answer too; may be repeated"
@@ -61,9 +67,13 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcr1.errors import UserError
     from megatron_vcr1.evaluation.generate import generate
     from megatron_vcr1.rollout.engine import SamplingParams
+    from megatron_vcr1.rollout.special_tokens import read_repetition_penalty
 
+    penalty = read_repetition_penalty(args.model) if args.repetition_penalty is None else args.repetition_penalty
     try:
-        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, tuple(args.stop))
+        params = SamplingParams(
+            args.max_new_tokens, args.temperature, args.top_p, args.top_k, tuple(args.stop), penalty
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     options = {name: value for name in _VIDEO_OPTIONS if (value := getattr(args, name)) is not None}

@@ -23,6 +23,9 @@ class SamplingParams:
         top_p: the smallest set of tokens with at least this probability.
         top_k: the most probable tokens; 0: all.
         stop: texts that end a response, besides the model's end tokens.
+        repetition_penalty: tokens of the prompt and of the response so far become less likely by it; 1: none. For
+            answers to people, by the in-process engine; the log-probs of responses are without it, and training, whose
+            own log-probs are too, never sets it.
     """
 
     max_new_tokens: int
@@ -30,6 +33,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -39,6 +43,8 @@ class SamplingParams:
                 "need a finite temperature >= 0, 0 < top_p <= 1, top_k >= 0; "
                 f"got {self.temperature}, {self.top_p}, {self.top_k}"
             )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be above 0 and finite, got {self.repetition_penalty}")
         if "" in self.stop:
             raise ValueError("a stop text is empty, and every response would end at once; leave it out")
 

@@ -93,6 +93,7 @@ class Wave:
         self._uniforms = torch.stack(
             [response_uniforms(requests[one.request].seed, one.index, params.max_new_tokens) for one in self._rows]
         ).to(self._device)
+        self._seen = self._prompt_tokens() if params.repetition_penalty != 1 else None
         self._cache = KVCache(
             [len(one.prompt.token_ids) for one in self._requests],
             [one.part for one in self._rows],
@@ -125,6 +126,13 @@ class Wave:
         for response in self._responses:
             answers[response.part].append(response)
         return answers
+
+    def _prompt_tokens(self) -> Tensor:
+        """Which tokens stand in each row's prompt; bool [rows, vocab_size]."""
+        seen = torch.zeros(len(self._rows), self._model.model_config.text.vocab_size, dtype=torch.bool)
+        for row, response in zip(seen, self._rows, strict=True):
+            row[self._requests[response.part].prompt.token_ids] = True
+        return seen.to(self._device)
 
     def _read_prompts(self) -> Tensor | None:
         """Compute every prompt once; the hidden state behind each row's prompt on the last stage."""
@@ -176,8 +184,12 @@ class Wave:
         sampled = torch.empty(2, len(self._rows), dtype=torch.float64, device=self._device)
         if hidden is not None:
             logits = self._model.logits(hidden)
-            sampled[0], sampled[1] = choose_tokens(logits, self._uniforms[:, step], self._params, self._never_sampled)
+            sampled[0], sampled[1] = choose_tokens(
+                logits, self._uniforms[:, step], self._params, self._never_sampled, self._seen
+            )
         spread_in_copy(sampled)
+        if self._seen is not None:
+            self._seen.scatter_(1, sampled[0].long()[:, None], True)
         return sampled
 
     def _record(self, sampled: Tensor, end: EndOfResponse, on_token: OnToken | None) -> None:
@@ -198,5 +210,7 @@ class Wave:
         index = torch.tensor(live, device=self._device)
         self._rows = [self._rows[row] for row in live]
         self._uniforms, self._positions = self._uniforms[index], self._positions[index]
+        if self._seen is not None:
+            self._seen = self._seen[index]
         self._cache.keep_rows(live)
         return fed[index]

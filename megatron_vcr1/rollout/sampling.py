@@ -22,7 +22,7 @@ def response_uniforms(seed: int, response_index: int, num_steps: int) -> Tensor:
 
 
 def choose_tokens(
-    logits: Tensor, uniforms: Tensor, params: SamplingParams, never_sampled: Tensor
+    logits: Tensor, uniforms: Tensor, params: SamplingParams, never_sampled: Tensor, seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One token for each row of logits.
 
@@ -30,19 +30,29 @@ def choose_tokens(
         logits: [rows, vocab_size].
         uniforms: float64 [rows], in [0, 1); at temperature 0 they are not read.
         never_sampled: int64 ids that are left out.
+        seen: bool [rows, vocab_size], the tokens that the repetition penalty is about; None: no penalty.
 
     Returns:
-        Token ids, int64 [rows], and their log-probs over the whole vocabulary at the temperature (at 0: at 1), float32
-        [rows].
+        Token ids, int64 [rows], and their log-probs over the whole vocabulary at the temperature (at 0: at 1), without
+        the penalty, float32 [rows].
     """
-    log_probs = (logits.float() / (params.temperature or 1.0)).log_softmax(-1)
-    allowed = log_probs.index_fill(-1, never_sampled, -torch.inf)
+    logits = logits.float()
+    temperature = params.temperature or 1.0
+    scores = log_probs = (logits / temperature).log_softmax(-1)
+    if seen is not None:
+        scores = penalize(logits, seen, params.repetition_penalty) / temperature
+    allowed = scores.index_fill(-1, never_sampled, -torch.inf)
     if params.temperature == 0:
         token_ids = allowed.argmax(-1)
     else:
         probs = keep_likely(allowed.softmax(-1), top_k=params.top_k, top_p=params.top_p)
         token_ids = invert_distribution(probs, uniforms)
     return token_ids, log_probs.gather(-1, token_ids[:, None])[:, 0]
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of seen tokens divided by the penalty, or multiplied where they are negative (CTRL, arXiv:1909.05858)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_likely(probs: Tensor, *, top_k: int, top_p: float) -> Tensor:

@@ -1,13 +1,17 @@
-"""Which tokens end a response, and which may never stand in one."""
+"""What a model directory says of generation: which tokens end a response, and how repetition is discouraged."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
+
+_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class SpecialTokens:
         vocabulary = processor.tokenizer.get_vocab()
         vision = {vocabulary[token] for token in processor.vision_tokens if token in vocabulary}
         vision |= {processor.image_token_id, processor.video_token_id}
-        end = _configured_end_tokens(model_dir / "generation_config.json")
+        end = _configured_end_tokens(model_dir)
         if not end and processor.tokenizer.eos_token_id is not None:
             end = frozenset([processor.tokenizer.eos_token_id])
         if not end:
@@ -44,14 +48,36 @@ class SpecialTokens:
         return cls(end, tuple(sorted(vision)))
 
 
-def _configured_end_tokens(path: Path) -> frozenset[int]:
-    if not path.is_file():
-        return frozenset()
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as a JSON object: {error}") from None
+def _configured_end_tokens(model_dir: Path) -> frozenset[int]:
+    value = _generation_config(model_dir).get("eos_token_id")
     token_ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(one) is int for one in token_ids):
-        raise UserError(f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them")
+        raise UserError(f"{model_dir / _FILE}: eos_token_id is {value!r}; it must be a token id or a list of them")
     return frozenset(token_ids)
+
+
+def read_repetition_penalty(model_dir: Path) -> float:
+    """The model's own, from generation_config.json; 1, which is none, where that has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    value = _generation_config(model_dir).get("repetition_penalty")
+    if value is None:
+        return 1.0
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"{model_dir / _FILE}: repetition_penalty is {value!r}; it must be a number above 0")
+    return float(value)
+
+
+def _generation_config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / _FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a JSON object: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: cannot be read as a JSON object: it is a {type(content).__name__}")
+    return content

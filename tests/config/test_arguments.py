@@ -25,12 +25,12 @@ def test_arguments_become_settings() -> None:
     assert run.parallel == ParallelSection(tensor=2, pipeline=3, sequence_parallel=True)
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "many"])
+@pytest.mark.parametrize("number", ["0", "-1"])
 def test_a_layout_has_at_least_one_rank(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         _parser(divided=True).parse_args(["--model", "m", "--tensor-parallel", number])
     assert stopped.value.code == 2
-    assert f"{number} is not above 0" in capsys.readouterr().err or number == "many"
+    assert f"{number} is not above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", ["0", "inf", "nan"])

@@ -17,7 +17,9 @@ from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.cli import main
 from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.evaluation import generate
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.rollout.engine import SamplingParams
 from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
 from tests.model import tiny
@@ -101,12 +103,24 @@ def test_text_comes_to_the_terminal_and_timings_beside_it(workspace: Path) -> No
     assert "tokens/s" in result.stderr
 
 
+@pytest.mark.parametrize("options, expected", [((), 1.05), (("--repetition-penalty", "1"), 1.0)])
+def test_the_models_repetition_penalty_is_followed_unless_another_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: float
+) -> None:
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.05}')
+    drawn: list[SamplingParams] = []
+    monkeypatch.setattr(generate, "generate", lambda run, message, params, **_: drawn.append(params))
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "When?", *options]) == 0
+    assert [one.repetition_penalty for one in drawn] == [expected]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--video", "nowhere.mp4"), "nowhere.mp4: "),
         (("--fps", "1"), "--fps is about a video"),
         (("--temperature", "-1"), "temperature"),
+        (("--repetition-penalty", "0"), "repetition_penalty must be above 0"),
         (("--model", "nowhere"), "nowhere/config.json: not found"),
         (("--tensor-parallel", "2"), "1 ranks do not divide into copies"),
     ],

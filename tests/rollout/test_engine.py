@@ -20,6 +20,8 @@ from megatron_vcr1.rollout.engine import SamplingParams
         ({"top_p": 1.1}, "0 < top_p <= 1"),
         ({"top_k": -1}, "top_k >= 0"),
         ({"stop": ("</answer>", "")}, "a stop text is empty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must be above 0"),
     ],
 )
 def test_impossible_sampling_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -81,7 +81,9 @@ def _tokens(generated: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
     return [[one.token_ids for one in group.rollouts] for group in generated]
 
 
-def _transformers_greedy(model: Any, config: ModelConfig, request: GenerationRequest, num_tokens: int) -> list[int]:
+def _transformers_greedy(
+    model: Any, config: ModelConfig, request: GenerationRequest, params: SamplingParams
+) -> list[int]:
     """`generate` itself, at the published models' positions (its own differ for videos)."""
     num_prompt_tokens = len(request.prompt.token_ids)
     one_token = (torch.zeros(1, dtype=torch.long),)
@@ -90,7 +92,8 @@ def _transformers_greedy(model: Any, config: ModelConfig, request: GenerationReq
         **tiny.transformers_inputs(request.prompt),
         position_ids=torch.cat((torch.arange(num_prompt_tokens)[None], positions))[:, None],
         do_sample=False,
-        max_new_tokens=num_tokens,
+        max_new_tokens=params.max_new_tokens,
+        repetition_penalty=params.repetition_penalty,
         eos_token_id=list(END),
         pad_token_id=0,
         suppress_tokens=list(PADS),
@@ -98,13 +101,17 @@ def _transformers_greedy(model: Any, config: ModelConfig, request: GenerationReq
     return answer[0, num_prompt_tokens:].tolist()
 
 
-def test_greedy_equals_transformers_generate(model_dir: Path, tmp_path: Path, one_process: None) -> None:
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.3])
+def test_greedy_equals_transformers_generate(
+    model_dir: Path, tmp_path: Path, one_process: None, repetition_penalty: float
+) -> None:
     engine, model = _engine(model_dir, end=END)
     config = model.model_config
     theirs = tiny.create(config.family, tmp_path)
-    generated = engine.generate(_requests(), SamplingParams(max_new_tokens=12, temperature=0))
+    params = SamplingParams(max_new_tokens=12, temperature=0, repetition_penalty=repetition_penalty)
+    generated = engine.generate(_requests(), params)
     for request, group in zip(_requests(), generated, strict=True):
-        expected = _transformers_greedy(theirs, config, request, 12)
+        expected = _transformers_greedy(theirs, config, request, params)
         assert [list(one.token_ids) for one in group.rollouts] == [expected] * request.num_responses
         reason = FinishReason.STOP if expected[-1] in END else FinishReason.LENGTH
         assert {one.finish_reason for one in group.rollouts} == {reason}

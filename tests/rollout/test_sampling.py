@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 from vcr1_kernels import reference
 
 from megatron_vcr1.rollout.engine import SamplingParams
@@ -16,6 +16,7 @@ from megatron_vcr1.rollout.sampling import (
     choose_tokens,
     invert_distribution,
     keep_likely,
+    penalize,
     response_uniforms,
 )
 
@@ -85,6 +86,21 @@ def test_log_probs_are_the_whole_vocabularys(temperature: float) -> None:
     assert not torch.isin(token_ids, never).any()
     if temperature == 0:
         assert torch.equal(token_ids, logits.index_fill(-1, never, -torch.inf).argmax(-1))
+
+
+def test_the_repetition_penalty_is_transformers_and_leaves_the_log_probs_alone() -> None:
+    logits, nothing = _logits(20, 60, seed=4), torch.tensor([], dtype=torch.long)
+    token_ids = torch.randint(0, 60, (20, 15), generator=torch.Generator().manual_seed(5))
+    seen = torch.zeros(20, 60, dtype=torch.bool).scatter_(1, token_ids, True)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(token_ids, logits.clone())
+    assert torch.equal(penalize(logits, seen, 1.3), expected)
+    greedy = SamplingParams(max_new_tokens=1, temperature=0, repetition_penalty=1.3)
+    chosen, log_probs = choose_tokens(logits, response_uniforms(0, 0, 20), greedy, nothing, seen)
+    assert torch.equal(chosen, expected.argmax(-1))
+    assert not torch.equal(chosen, logits.argmax(-1))
+    torch.testing.assert_close(log_probs, reference.log_probs_from_logits(logits, chosen))
+    sharp = SamplingParams(max_new_tokens=1, temperature=1e-3, repetition_penalty=1.3)
+    assert torch.equal(choose_tokens(logits, response_uniforms(0, 0, 20), sharp, nothing, seen)[0], chosen)
 
 
 def _decode(token_ids: object) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.rollout.special_tokens import SpecialTokens, read_repetition_penalty
 from tests.data.tiny_processor import tiny_processor
 
 
@@ -36,6 +36,18 @@ def test_a_damaged_generation_config_is_named(tmp_path: Path, content: str) -> N
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match=r"generation_config\.json"):
         SpecialTokens.from_pretrained(tmp_path, tiny_processor())
+
+
+def test_the_generation_config_names_a_repetition_penalty(tmp_path: Path) -> None:
+    assert read_repetition_penalty(tmp_path) == 1
+    config = tmp_path / "generation_config.json"
+    for content, expected in (('{"repetition_penalty": 1.05}', 1.05), ('{"repetition_penalty": null}', 1), ("{}", 1)):
+        config.write_text(content)
+        assert read_repetition_penalty(tmp_path) == expected
+    for content in ("[]", '{"repetition_penalty": 0}', '{"repetition_penalty": "1"}', '{"repetition_penalty": true}'):
+        config.write_text(content)
+        with pytest.raises(UserError, match=r"generation_config\.json"):
+            read_repetition_penalty(tmp_path)
 
 
 def test_vision_tokens_are_never_sampled(tmp_path: Path) -> None:

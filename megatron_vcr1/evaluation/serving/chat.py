@@ -68,7 +68,6 @@ class MediaReading(BaseModel):
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "min_p": (0,),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
@@ -87,6 +86,7 @@ class ChatRequest(BaseModel):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
     n: int = Field(default=1, ge=1, le=128)
     seed: int = 0
     stop: str | list[str] | None = None
@@ -113,16 +113,18 @@ class ChatRequest(BaseModel):
                 raise ValueError(f"{key} is not served here")
         return self
 
-    def sampling(self, max_new_tokens: int) -> SamplingParams:
+    def sampling(self, max_new_tokens: int, repetition_penalty: float) -> SamplingParams:
         """How to draw the answer.
 
         Args:
             max_new_tokens: for a request that names no limit, and the most that one may name.
+            repetition_penalty: for a request that names none.
         """
         wanted = self.max_completion_tokens or self.max_tokens or max_new_tokens
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         top_k = max(self.top_k, 0)  # -1 is all, for SGLang and vLLM
-        return SamplingParams(min(wanted, max_new_tokens), self.temperature, self.top_p, top_k, stop)
+        penalty = self.repetition_penalty or repetition_penalty
+        return SamplingParams(min(wanted, max_new_tokens), self.temperature, self.top_p, top_k, stop, penalty)
 
 
 def parse_request(body: bytes) -> ChatRequest:

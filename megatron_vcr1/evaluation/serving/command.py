@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcr1.model.qwen_vl import build_model
     from megatron_vcr1.parallel import groups
     from megatron_vcr1.rollout.build import build_engine
+    from megatron_vcr1.rollout.special_tokens import read_repetition_penalty
 
     if min(args.max_prompt_tokens, args.max_new_tokens, args.batch) < 1:
         raise UserError("--max-prompt-tokens, --max-new-tokens and --batch must be above 0")
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if groups.world_size() > 1:
         raise UserError("vcr1 serve is one process; for a model that needs several, serve its export with SGLang")
     config = run_config(args)
-    limits = Limits(args.max_prompt_tokens, args.max_new_tokens, args.batch, args.files)
+    penalty = read_repetition_penalty(args.model)
+    limits = Limits(args.max_prompt_tokens, args.max_new_tokens, args.batch, args.files, penalty)
     model_config, processor = ModelConfig.from_pretrained(args.model), read_processor(args.model)
     with groups.world(config.parallel):
         model = build_model(model_config, config).to(groups.device()).eval()
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, OverflowError) as error:
             raise UserError(f"--host {args.host} --port {args.port}: {error}; name another port") from error
         with listening(server):
+            if penalty != 1:
+                print(f"repetition_penalty: {penalty}, as generation_config.json says, where a request names none")
             print(f"{server.name}: http://{args.host}:{server.server_port}/v1", flush=True)
             server.answer_forever()
     return 0

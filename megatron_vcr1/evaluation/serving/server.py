@@ -35,12 +35,14 @@ class Limits:
     Attributes:
         batch_prompts: requests that are answered together.
         files: the folder below which file:// URLs may point.
+        repetition_penalty: where it asks for none.
     """
 
     max_prompt_tokens: int
     max_new_tokens: int
     batch_prompts: int
     files: Path | None
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class ChatServer(ThreadingHTTPServer):
         try:
             with messages_with_files(request, self.limits.files) as messages:
                 prompt = encode_messages(messages, self.processor)
-            params = request.sampling(self.limits.max_new_tokens)
+            params = request.sampling(self.limits.max_new_tokens, self.limits.repetition_penalty)
         except ValueError as error:  # a VideoError too
             raise RefusedRequest(str(error)) from error
         num_tokens = len(prompt.token_ids)

@@ -154,6 +154,14 @@ def test_nulls_and_neutral_values_are_as_if_left_out(client: openai.OpenAI) -> N
     assert ask(client, text("when?"), extra_body=nulls | neutral).choices[0].message.content == expected
 
 
+def test_repetition_is_penalized_where_a_request_asks_for_it(client: openai.OpenAI) -> None:
+    plain, penalized = (
+        ask(client, text("when?"), max_tokens=12, extra_body={"repetition_penalty": penalty}).choices[0].message.content
+        for penalty in (1.0, 100.0)
+    )
+    assert penalized != plain
+
+
 def test_top_k_of_one_is_greedy(client: openai.OpenAI) -> None:
     greedy = ask(client, text("when?")).choices[0].message.content
     answer = ask(client, text("when?"), temperature=1, n=4, extra_body={"top_k": 1})
@@ -171,7 +179,7 @@ def test_a_conversation_and_the_models_name(client: openai.OpenAI) -> None:
     [
         ([text("x")], {"stream": True}, "stream is not served here"),
         ([text("x")], {"presence_penalty": 0.5}, "presence_penalty is not served here"),
-        ([text("x")], {"extra_body": {"repetition_penalty": 1.2}}, "repetition_penalty is not served here"),
+        ([text("x")], {"extra_body": {"repetition_penalty": 0}}, "repetition_penalty: Input should be greater than 0"),
         ([text("x")], {"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ([text("when? " * 500)], {}, "tokens; up to 400 are served"),
         ([text("<|video_pad|>")], {}, "stands for a picture"),
