@@ -14,12 +14,13 @@ def _inputs(dtype: torch.dtype, device: torch.device, head_dim: int = 20) -> lis
     return [*(tensor.to(device, dtype) for tensor in tensors), angles.cos().to(device), angles.sin().to(device)]
 
 
+@pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_matches_float64(dtype: torch.dtype, device: torch.device) -> None:
+def test_matches_float64(dtype: torch.dtype, inplace: bool, device: torch.device) -> None:
     query, key, cos, sin = _inputs(dtype, device)
 
     def op(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return mrope(query * 1, key * 1, cos, sin)
+        return mrope(query * 1 if inplace else query, key * 1 if inplace else key, cos, sin, inplace=inplace)
 
     def truth(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return reference.mrope(query, key, *doubles(cos, sin))
@@ -45,6 +46,16 @@ def test_rotates_in_place_the_slices_of_a_packed_projection(device: torch.device
     expected_query, expected_key = reference.mrope(*leaves, cos, sin)
     grads = torch.autograd.grad(expected_query.sum() + 2 * expected_key.sum(), leaves)
     torch.testing.assert_close(packed.grad, torch.cat(grads, dim=1))
+
+
+def test_rotated_copies_of_what_a_projection_is_split_in(device: torch.device) -> None:
+    query, key, cos, sin = _inputs(torch.float32, device)
+    projection = torch.cat([query, key], dim=1).requires_grad_() * 1
+    rotated = mrope(*projection.split((5, 2), dim=1), cos, sin, inplace=False)
+    for actual, expected in zip(rotated, reference.mrope(query, key, cos, sin), strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert actual.is_contiguous()
+    torch.testing.assert_close(projection, torch.cat([query, key], dim=1))
 
 
 def test_rotation_of_a_quarter_turn(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, in place."""
+"""Rotary position embedding of queries and keys."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from vcr1_kernels.backend import use_triton
 from vcr1_kernels.checks import require_contiguous_rows, require_floating, require_shape
 
 
-def mrope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate query and key in place by each token's angles (rotate-half convention).
+def mrope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = True) -> tuple[Tensor, Tensor]:
+    """Rotate query and key by each token's angles (rotate-half convention).
 
     out = x * cos + rotate_half(x) * sin with rotate_half([a | b]) = [-b | a]. The angles are one per token and channel,
     so that multimodal RoPE, whose sections take the time, height or width position, needs nothing more here.
 
     Args:
-        query: [tokens, num_heads, head_dim], head_dim even; overwritten. A leaf that requires a gradient cannot be, nor
-            one of the outputs of `torch.split`: slice instead.
-        key: [tokens, num_kv_heads, head_dim]; overwritten.
+        query: [tokens, num_heads, head_dim], head_dim even.
+        key: [tokens, num_kv_heads, head_dim].
         cos: [tokens, head_dim], no gradient.
         sin: [tokens, head_dim], no gradient.
+        inplace: overwrite query and key. A leaf that requires a gradient cannot be, nor one of the outputs of
+            `torch.split`: slice instead.
 
     Returns:
-        The same query and key tensors.
+        The same query and key tensors, or new contiguous ones.
 
     Raises:
         ValueError: misshapen or non-contiguous input.
@@ -42,16 +43,18 @@ def mrope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
         require_floating(name, tensor)
         require_contiguous_rows(name, tensor)
     # One op each: autograd allows in-place changes of views only to functions of one output.
-    return _RotateInPlace.apply(query, cos, sin), _RotateInPlace.apply(key, cos, sin)
+    return _Rotate.apply(query, cos, sin, inplace), _Rotate.apply(key, cos, sin, inplace)
 
 
-class _RotateInPlace(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.mark_dirty(x)
-        _rotate(x, cos, sin, out=x, transposed=False)
-        return x
+        if inplace:
+            ctx.mark_dirty(x)
+        out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _rotate(x, cos, sin, out=out, transposed=False)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -60,7 +63,7 @@ class _RotateInPlace(torch.autograd.Function):
         grad_output = grad_output.contiguous()
         grad_input = torch.empty_like(grad_output)
         _rotate(grad_output, cos, sin, out=grad_input, transposed=True)
-        return grad_input, None, None
+        return grad_input, None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: bool) -> None:
@@ -71,12 +74,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: boo
         launch_rotate(x, cos, sin, out=out, transposed=transposed)
         return
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
-    first, second = x.to(compute_dtype).chunk(2, dim=-1)
-    cos_first, cos_second = cos.to(compute_dtype)[:, None].chunk(2, dim=-1)
-    sin_first, sin_second = sin.to(compute_dtype)[:, None].chunk(2, dim=-1)
-    if transposed:
-        sin_first, sin_second = -sin_second, -sin_first
-    new_first, new_second = first * cos_first - second * sin_first, second * cos_second + first * sin_second
-    out_first, out_second = out.chunk(2, dim=-1)
-    out_first.copy_(new_first)
-    out_second.copy_(new_second)
+    half = x.shape[-1] // 2
+    sin_first, sin_second = sin.to(compute_dtype).chunk(2, dim=-1)
+    sin = torch.cat((sin_second, -sin_first) if transposed else (-sin_first, sin_second), dim=-1)
+    wide = x.to(compute_dtype)
+    turned = wide.roll(half, -1).mul_(sin[:, None])
+    if out.dtype == compute_dtype:
+        torch.addcmul(turned, wide, cos.to(compute_dtype)[:, None], out=out)
+    else:
+        out.copy_(turned.addcmul_(wide, cos.to(compute_dtype)[:, None]))
