@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
-from megatron_vcr1.rollout.sglang.http import call
+from megatron_vcr1.rollout.sglang.http import ServerFault, call
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -164,6 +168,53 @@ def test_a_server_that_is_not_there_is_every_ranks_error(tmp_path: Path, gloo_po
     server.close()
     for message in gloo_pool.run(_start_badly, tmp_path, server.url, {}):
         assert "sglang.urls: " in message and "start it with `vcr1 rollout serve`" in message
+
+
+# Stands in for an interpreter that has sglang: the server that it starts tells its process and holds the first weights.
+INTERPRETER = """#!%s
+import http.server, json, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        content = json.dumps({"pid": os.getpid(), "weight_version": "default"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+if "sglang.launch_server" in sys.argv:
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def _start_own(folder: Path, port: int) -> tuple[list[str], bool]:
+    """The servers that this rank looks after, and whether it has one that it gave up started anew."""
+    sglang = {"urls": [], "num_servers": 2, "port": port, "python": folder / "python", "colocated": False}
+    engine = _engine(folder, "", {"tensor": 2}, **sglang)
+    processes = engine._fleet.processes
+    try:
+        if processes is None:
+            return [], False
+        (url,) = processes.urls
+        pid = call(url, "GET", "/model_info", timeout_s=10)["pid"]
+        processes.restart(url, "a test")
+        deadline, is_new = time.monotonic() + 60, False
+        while not is_new and time.monotonic() < deadline:
+            time.sleep(0.1)
+            with suppress(ServerFault):
+                is_new = call(url, "GET", "/model_info", timeout_s=10)["pid"] != pid
+        return [url], is_new
+    finally:
+        engine.close()
+
+
+def test_each_copy_starts_and_looks_after_its_own_servers(tmp_path: Path, gloo_pool: GlooPool) -> None:
+    (tmp_path / "python").write_text(INTERPRETER % sys.executable)
+    (tmp_path / "python").chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        port = min(first.getsockname()[1], 64000)
+    answers = gloo_pool.run(_start_own, tmp_path, port)
+    urls = [f"http://127.0.0.1:{one}" for one in (port, port + 1)]
+    assert answers == [([urls[0]], True), ([], False), ([urls[1]], True), ([], False)]
 
 
 def test_copies_cannot_share_a_server_that_lends_its_memory(tmp_path: Path, gloo_pool: GlooPool) -> None:
