@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from cluster_plan.job import RECOMPUTES
 from model_presets import add_model_argument, model_config, raw_config
 from safetensors import safe_open
@@ -33,6 +34,7 @@ from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import Workload, bf16_peak, forward_flops, recomputed_flops, training_flops
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.profiling import profiled
 from throughput.measure import (
     Spread,
     add_json_argument,
@@ -84,6 +86,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--updates", type=int, default=1, help="timed updates a turn, after one that warms up")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's operators (default: %(default)s)")
     parser.add_argument("--directory", type=Path, help="for weights and gradients (default: for temporary files)")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="one more update of ours, for a trace and a table")
     add_json_argument(parser)
     parser.add_argument("--worker", nargs=4, metavar=("SIDE", "CASE", "RESULT", "GRADIENTS"), help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
@@ -99,13 +102,16 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--sequence-parallel", action="store_true")
     layout.add_argument("--first-stage-layers", type=int, help="language-model layers (default: an even share)")
     layout.add_argument("--recompute", choices=RECOMPUTES, default="none", help="(default: %(default)s)")
+    layout.add_argument("--layer-spec", choices=("auto", "local", "transformer_engine"), default="auto")
+    layout.add_argument("--fp8", choices=("tensorwise", "blockwise"), help="as model.fp8 (default: none)")
 
 
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     if args.worker:
         side, case, result_file, gradients = args.worker
-        result = work(side, UpdateCase.from_json(Path(case).read_text()), Path(gradients) if gradients else None)
+        update = UpdateCase.from_json(Path(case).read_text())
+        result = work(side, update, Path(gradients) if gradients else None, args.profile)
         if result is not None:
             Path(result_file).write_text(json.dumps(result))
         return 0
@@ -140,10 +146,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, num_processes)
     (folder / "case.json").write_text(case.to_json())
     result_file = folder / "result.json"
-    with tqdm(total=(1 + args.rounds) * len(args.sides), desc="turns") as bar:
+    with tqdm(total=(1 + args.rounds) * len(args.sides) + bool(args.profile), desc="turns") as bar:
 
-        def turn(side: str, environment: Mapping[str, str], gradients: str) -> dict[str, Any]:
-            worker = ["--worker", side, str(folder / "case.json"), str(result_file), gradients]
+        def turn(side: str, environment: Mapping[str, str], gradients: str, *options: str) -> dict[str, Any]:
+            worker = ["--worker", side, str(folder / "case.json"), str(result_file), gradients, *options]
             run_again(
                 ["train", "--threads", str(args.threads), *worker],
                 num_processes=num_processes if side == OURS else 1,
@@ -159,6 +165,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for _ in range(args.rounds):
             for side in args.sides:
                 timed[side].append(turn(side, {}, ""))
+        if args.profile:
+            turn(OURS, {}, "", "--profile", str(args.profile))
     summaries = {side: _summary(memory[side], timed[side]) for side in args.sides}
     for side in args.sides[1:]:
         summaries[side] |= _compare(folder / OURS, folder / side)
@@ -172,7 +180,7 @@ def measure_in_world(args: argparse.Namespace, folder: Path) -> dict[str, Any] |
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, groups.world_size())
-    result = work(OURS, dataclasses.replace(case, num_updates=args.rounds * args.updates), None)
+    result = work(OURS, dataclasses.replace(case, num_updates=args.rounds * args.updates), None, args.profile)
     return None if result is None else _document(args, case, {OURS: _summary(result, [result])})
 
 
@@ -218,12 +226,14 @@ def _write_case(args: argparse.Namespace, folder: Path) -> UpdateCase:
         sequence_parallel=args.sequence_parallel,
         first_stage_layers=args.first_stage_layers,
         recompute=args.recompute,
+        layer_spec=args.layer_spec,
+        fp8=args.fp8,
         num_updates=args.updates,
     )
 
 
-def work(side: str, case: UpdateCase, gradients: Path | None) -> dict[str, Any] | None:
-    """Build one side, warm it up and time it.
+def work(side: str, case: UpdateCase, gradients: Path | None, profile: Path | None) -> dict[str, Any] | None:
+    """Build one side, warm it up and time it; with `profile`, profile another update of ours into that folder.
 
     Returns:
         On the first rank, of every rank's memory and seconds the highest; None on the others.
@@ -242,7 +252,11 @@ def work(side: str, case: UpdateCase, gradients: Path | None) -> dict[str, Any] 
     from throughput.update_ours import OurUpdate
 
     with groups.world(case.run_config.parallel, seed=case.seed):
-        every = groups.gather_objects(_time(OurUpdate(case), case, libraries, gradients))
+        ours = OurUpdate(case)
+        every = groups.gather_objects(_time(ours, case, libraries, gradients))
+        if profile is not None:
+            with profiled(profile, f"rank_{dist.get_rank()}"):
+                ours.run()
         if not groups.is_first_rank():
             return None
     return every[0] | {

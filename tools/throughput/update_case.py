@@ -40,6 +40,8 @@ class UpdateCase:
     sequence_parallel: bool = False
     first_stage_layers: int | None = None
     recompute: str = "none"
+    layer_spec: str = "auto"  # as model.layer_spec, and model.fp8
+    fp8: str | None = None
     num_updates: int = 1  # timed ones, after one that warms up
     seed: int = 0
 
@@ -59,7 +61,12 @@ class UpdateCase:
         """The settings that a training run of this layout would have."""
         return RunConfig.model_validate(
             {
-                "model": {"path": self.model_dir, "dtype": self.dtype},
+                "model": {
+                    "path": self.model_dir,
+                    "dtype": self.dtype,
+                    "layer_spec": self.layer_spec,
+                    "fp8": self.fp8,
+                },
                 "parallel": self.layout.parallel,
                 "recompute": self.layout.recompute_section,
                 "train": {"microbatch_tokens": self.microbatch_tokens, "prompts_per_step": self.num_prompts},
