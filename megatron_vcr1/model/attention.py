@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
-from vcr1_kernels import SegmentLayout, shared_prefix_attention
+from vcr1_kernels import SegmentLayout, mrope, shared_prefix_attention
 
 
 class CachedAttention(Protocol):
@@ -17,6 +17,20 @@ class CachedAttention(Protocol):
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """query [rows, heads, head_dim]; key, value [rows, kv_heads, head_dim]; returns query's shape."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Of queries and keys by their rows' positions; taken once for all layers."""
+
+    cos: Tensor  # [rows, head_dim]
+    sin: Tensor  # [rows, head_dim]
+
+    @classmethod
+    def by_angles(cls, angles: Tensor) -> Rotation:
+        """Of rotary angles as megatron-core has them, [rows, 1, 1, head_dim]."""
+        angles = angles[:, 0, 0]
+        return cls(angles.cos(), angles.sin())
 
 
 @dataclass
@@ -28,6 +42,7 @@ class AttentionLayout(PackedSeqParams):
     """
 
     qkv_format: str = "sbhd"  # rows stay [rows, 1, heads, head_dim]: one packed sequence is one batch entry
+    rotation: Rotation | None = None
     full: SegmentLayout | None = None
     windows: SegmentLayout | None = None
     cached: CachedAttention | None = None
@@ -61,10 +76,16 @@ class PackedAttention(MegatronModule):
         packed_seq_params: AttentionLayout | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """query [rows, 1, heads, head_dim]; key, value [rows, 1, kv_heads, head_dim]; [rows, 1, heads * head_dim]."""
-        if packed_seq_params is None:
-            raise ValueError("PackedAttention needs an AttentionLayout as packed_seq_params")
-        rows = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
+        """query [rows, 1, heads, head_dim]; key, value [rows, 1, kv_heads, head_dim]; [rows, 1, heads * head_dim].
+
+        Query and key come without their positions.
+        """
+        if packed_seq_params is None or packed_seq_params.rotation is None:
+            raise ValueError("PackedAttention needs an AttentionLayout with a rotation as packed_seq_params")
+        rotation = packed_seq_params.rotation
+        query, key = mrope(query.squeeze(1), key.squeeze(1), rotation.cos, rotation.sin, inplace=False)
+        # A view would keep the joint projection of query, key and value until the backward pass.
+        rows = (query, key, value.squeeze(1).contiguous())
         if packed_seq_params.cached is not None:
             output = packed_seq_params.cached.attend(self.layer_number, *rows, self.softmax_scale)
         else:

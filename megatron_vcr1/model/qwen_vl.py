@@ -27,7 +27,7 @@ from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.attention import AttentionLayout, CachedAttention
+from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, Rotation
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.packed_batch import PackedBatch
@@ -124,8 +124,9 @@ class QwenVLModel(MegatronModule):
         hidden = self.language_model.decoder(
             hidden_states=embeddings,
             attention_mask=None,
-            rotary_pos_emb=rotary,
-            packed_seq_params=AttentionLayout(full=batch.layout, cached=cached),
+            packed_seq_params=AttentionLayout(
+                rotation=Rotation.by_angles(rotary), full=batch.layout, cached=cached
+            ),
         )
         if not self.post_process:
             return hidden

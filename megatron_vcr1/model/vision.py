@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vcr1_kernels import SegmentLayout, frames_to_patches
 
 from megatron_vcr1.data.encoding import VisionInput
-from megatron_vcr1.model.attention import AttentionLayout
+from megatron_vcr1.model.attention import AttentionLayout, Rotation
 from megatron_vcr1.model.config import VisionConfig
 from megatron_vcr1.model.layer_specs import block_spec
 
@@ -241,8 +241,8 @@ class VisionTower(MegatronModule):
         hidden = self.decoder(
             hidden,
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(coordinates.to(hidden.device), self.vision.head_dim),
             packed_seq_params=AttentionLayout(
+                rotation=Rotation.by_angles(rotary_angles(coordinates.to(hidden.device), self.vision.head_dim)),
                 full=_bidirectional(steps, padding),
                 windows=None if windows is None else _bidirectional(windows, padding),
             ),
