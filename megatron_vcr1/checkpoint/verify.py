@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.hf_weights import HfWeights
 from megatron_vcr1.checkpoint.stored_model import open_model
 from megatron_vcr1.checkpoint.workers import Progress, no_progress
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,13 @@ def compare_weights(hf_dir: Path, model_dir: Path, *, progress: Progress = no_pr
         progress: see `workers.Progress`.
 
     Raises:
-        UserError: one of them is incomplete or damaged, or they are models of different shapes.
+        UserError: one of them is incomplete or damaged, or they are models of different families or shapes.
     """
+    theirs, ours = ModelConfig.from_pretrained(hf_dir), ModelConfig.from_pretrained(model_dir)
+    if theirs.family != ours.family:
+        raise UserError(f"{hf_dir} is a {theirs.family} model, and {model_dir} a {ours.family} one; name two of a kind")
+    if theirs.shape != ours.shape:
+        raise UserError(f"{hf_dir} and {model_dir} are models of different sizes: {theirs.shape}, {ours.shape}")
     model = open_model(model_dir)
     differences = dict.fromkeys(model.places, 0.0)
     differing = set()

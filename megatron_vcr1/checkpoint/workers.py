@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_vcr1.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _OTHER_FILES_BYTES = 2**26  # tokenizer, configuration, indices
@@ -70,7 +75,8 @@ def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
     """A directory that appears under its name complete, or not at all.
 
     The block, on every worker, fills the directory that it is given. That is beside ``path`` under a temporary name;
-    it is renamed when the block has ended without an error, and removed when it has not.
+    it is renamed when the block has ended without an error, and removed when it has not. What a killed process left for
+    the same ``path`` is removed first.
 
     Args:
         path: the final name; must not exist, or be an empty directory.
@@ -80,26 +86,53 @@ def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
         UserError: ``path`` holds something, its parent does not exist, or the disk lacks the space.
     """
     path = path.absolute()
-    partial = on_first_worker(lambda: _make_partial(path, num_bytes))
-    try:
-        yield partial
-        on_first_worker(lambda: _publish(partial, path))
-    finally:
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # gone after _publish
+    with ExitStack() as lock:
+        partial = on_first_worker(lambda: _make_partial(path, num_bytes, lock))
+        try:
+            yield partial
+            on_first_worker(lambda: _publish(partial, path))
+        finally:
+            if rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # gone after _publish
 
 
-def _make_partial(path: Path, num_bytes: int) -> Path:
+def _make_partial(path: Path, num_bytes: int, lock: ExitStack) -> Path:
+    """A temporary directory beside ``path``, locked until ``lock`` is closed, or this process ends in any way."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: exists; name a new directory, or remove it first")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such directory; create it first")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        _remove_if_dead(leftover)
     needed, free = num_bytes + _OTHER_FILES_BYTES, shutil.disk_usage(path.parent).free
     if free < needed:
         raise UserError(f"{path.parent}: disk full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     partial.mkdir()
+    lock.enter_context(_locked(partial))
     return partial
+
+
+def _remove_if_dead(partial: Path) -> None:
+    with _locked(partial) as is_ours:
+        if is_ours:
+            logger.info("%s: removed, a process was killed while it was at it", partial)
+            shutil.rmtree(partial)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether this process holds a directory's lock in the with-block: no other one does, and there are locks here."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # taken; or, as on NFS, a directory has none
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def _publish(partial: Path, path: Path) -> None:

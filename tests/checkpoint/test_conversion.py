@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.checkpoint.torch_dist import GlobalTensor, read_chunk, read_metadata
 from megatron_vcr1.checkpoint.verify import compare_weights
+from megatron_vcr1.checkpoint.workers import new_directory
 from megatron_vcr1.errors import UserError
 from tests.checkpoint.hf_dirs import FAMILIES, contents, random_weights, small_config, write_hf_dir
 
@@ -139,6 +143,43 @@ def test_verify_names_what_differs_and_not_what_is_nan_in_both(tmp_path: Path) -
     differing = {name: value for name, value in comparison.max_abs_differences.items() if value}
     assert differing == {HF_NAME: pytest.approx(4, abs=0.02), "visual.merger.ln_q.weight": float("inf")}
     assert comparison.num_identical == comparison.num_tensors - 2
+
+
+def test_verify_tells_of_models_that_cannot_be_one(imported_dir: Path, tmp_path: Path) -> None:
+    other = small_config("qwen2_vl")
+    write_hf_dir(tmp_path / "family", other, random_weights(other))
+    with pytest.raises(UserError, match=r"family is a qwen2_vl model, and .*imported a qwen2_5_vl one"):
+        compare_weights(tmp_path / "family", imported_dir)
+    smaller = small_config()
+    smaller["num_hidden_layers"] = 1
+    write_hf_dir(tmp_path / "size", smaller, random_weights(smaller))
+    with pytest.raises(UserError, match=r"different sizes: ModelShape\(num_layers=1, .*ModelShape\(num_layers=2"):
+        compare_weights(tmp_path / "size", imported_dir)
+
+
+def _import_and_wait(hf_dir: Path, out: Path, started: Connection) -> None:
+    def wait(*progress: int) -> None:
+        started.send(True)
+        time.sleep(600)
+
+    import_checkpoint(hf_dir, out, progress=wait)
+
+
+def test_what_a_killed_import_left_is_removed_and_that_of_one_under_way_is_not(hf_dir: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    started, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_import_and_wait, args=(hf_dir, tmp_path / "out", theirs))
+    process.start()
+    started.recv()
+    (partial,) = tmp_path.glob(".out.partial-*")
+    with new_directory(tmp_path / "out", 0):
+        assert partial.exists()
+    (tmp_path / "out").rmdir()
+    process.kill()
+    process.join()
+    assert partial.exists()
+    import_checkpoint(hf_dir, tmp_path / "out")
+    assert _names(tmp_path) == ["hf", "out"]
 
 
 @pytest.mark.parametrize("convert", [import_checkpoint, export_checkpoint])
