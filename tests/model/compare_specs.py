@@ -50,9 +50,13 @@ def build(
     return model.train()
 
 
+def group() -> Group:
+    """What the models compute: an image, a video and text, and two responses."""
+    return Group("0", tiny.prompt("iv", seed=3), tiny.responses((4, 6), seed=4))
+
+
 def _batch(model: QwenVLModel) -> PackedBatch:
-    group = Group("0", tiny.prompt("iv", seed=3), tiny.responses((4, 6), seed=4))
-    return pack([group], model.model_config, rows_multiple_of=model.rows_multiple_of).to(groups.device())
+    return pack([group()], model.model_config, rows_multiple_of=model.rows_multiple_of).to(groups.device())
 
 
 def logits(model: QwenVLModel) -> Tensor:
@@ -65,7 +69,7 @@ def run(model: QwenVLModel) -> dict[str, Tensor]:
     batch = _batch(model)
     hidden = model(batch)
     model.log_probs(hidden, batch.target_ids).mean().backward()
-    results = {"logits": model.logits(hidden.detach())}
+    results = {"logits": model.logits(hidden.detach()).detach()}
     for parameter, pieces in parameter_pieces(model).items():
         assert parameter.grad is not None
         results[pieces[0].key] = parameter.grad
