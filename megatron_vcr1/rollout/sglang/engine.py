@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TypeVar
 
 import httpx
 import torch
 from torch import Tensor
 
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
@@ -30,8 +28,6 @@ from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import RolloutGroup
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 MAX_PASSES = 3
 """Of all weights to servers, before an update has failed."""
@@ -86,7 +82,7 @@ class SglangEngine:
         self._make_room()
         for _ in range(MAX_PASSES):
             try:
-                return self._heard(lambda: self.sample(requests, params))
+                return groups.broadcast_in_copy(lambda: self.sample(requests, params))
             except WeightsNeeded as needed:
                 if self._source is None:
                     raise EngineError(f"no server has the policy's weights before the next update: {needed}") from None
@@ -153,10 +149,10 @@ class SglangEngine:
         """Send weights until a server has them; all ranks of the copy call it."""
         try:
             for _ in range(MAX_PASSES):
-                self._heard(self._open_pass)
+                groups.broadcast_in_copy(self._open_pass)
                 for bucket in buckets(tensors, self._section.sync_bucket_mb * 2**20):
                     self._delivery.send(bucket)
-                if self._heard(self._delivery.close):
+                if groups.broadcast_in_copy(self._delivery.close):
                     return
                 if iter(tensors) is tensors:
                     break  # used up
@@ -168,20 +164,6 @@ class SglangEngine:
         self._loan.take_back()
         self._delivery.await_servers()
         self._delivery.open(self._weights)
-
-    def _heard(self, work: Callable[[], T]) -> T:
-        """What the talking rank gets, or the error that it meets, on all ranks of the copy."""
-
-        def attempt() -> tuple[T | None, Exception | None]:
-            try:
-                return work(), None
-            except (EngineError, UserError, OSError) as error:
-                return None, error
-
-        result, error = groups.broadcast_in_copy(attempt)
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
 
     async def _sample(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
         pool = ServerPool(
