@@ -38,7 +38,8 @@ class AttentionLayout(PackedSeqParams):
     """What megatron-core hands down to every layer as ``packed_seq_params``.
 
     A layer reads `windows` if it was built with windowed attention, else `full`. Text has no windows. In generation
-    `cached` takes the place of both.
+    `cached` takes the place of both. A layer that was built to select rows goes on with `selected` ones behind the
+    attention.
     """
 
     qkv_format: str = "sbhd"  # rows stay [rows, 1, heads, head_dim]: one packed sequence is one batch entry
@@ -46,6 +47,11 @@ class AttentionLayout(PackedSeqParams):
     full: SegmentLayout | None = None
     windows: SegmentLayout | None = None
     cached: CachedAttention | None = None
+    selected: Tensor | None = None  # int64 [selected rows]; None: all
+
+    def select(self, rows: Tensor) -> Tensor:
+        """[rows, ...] -> [selected rows, ...]."""
+        return rows if self.selected is None else rows.index_select(0, self.selected)
 
 
 class PackedAttention(MegatronModule):
@@ -57,11 +63,13 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         *args: Any,
         windowed_layers: frozenset[int] = frozenset(),
+        selects_rows: bool = False,
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
         """As megatron-core's DotProductAttention; `windowed_layers` are the 1-based numbers of those with windows."""
         super().__init__(config=config)
+        self.selects_rows = selects_rows
         self.layer_number = layer_number
         self.windowed = layer_number in windowed_layers
         self.softmax_scale = softmax_scale
@@ -76,7 +84,8 @@ class PackedAttention(MegatronModule):
         packed_seq_params: AttentionLayout | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """query [rows, 1, heads, head_dim]; key, value [rows, 1, kv_heads, head_dim]; [rows, 1, heads * head_dim].
+        """query [rows, 1, heads, head_dim]; key, value [rows, 1, kv_heads, head_dim]; [rows, 1, heads * head_dim],
+        of the selected rows if it selects them.
 
         Query and key come without their positions.
         """
@@ -92,4 +101,6 @@ class PackedAttention(MegatronModule):
             layout = packed_seq_params.windows if self.windowed else packed_seq_params.full
             assert layout is not None, "the layout lacks what this layer reads"
             output = shared_prefix_attention(*rows, layout, scale=self.softmax_scale)
+        if self.selects_rows:
+            output = packed_seq_params.select(output)
         return output.flatten(1).unsqueeze(1)

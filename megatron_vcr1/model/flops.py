@@ -2,7 +2,8 @@
 
 A multiplication and an addition are two operations. Matrix products and attention are counted; norms, activations and
 rotary positions, well under 1 %, are not. Attention counts the pairs of rows that the mask lets through: causal
-attention is half a square, and a prompt that G responses share is counted once.
+attention is half a square, and a prompt that G responses share is counted once. Behind the last layer's attention only
+the rows of targets count.
 
 Backward costs a product for each gradient: of the weights, unless frozen, and of the input, if anything before it
 learns. Model FLOPs are forward and backward, whatever is computed again; utilisation is model FLOPs over the time and
@@ -105,7 +106,8 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
         vision_layers=2 * work.patches * vision.num_layers * vision_layer_weights(vision),
         vision_attention=4 * vision_pairs * vision.hidden_size,
         merger=2 * work.patches // vision.patches_per_token * merger_weights(vision),
-        text_layers=2 * work.rows * text.num_layers * text_layer_weights(text),
+        text_layers=2 * work.rows * text.num_layers * _text_qkv_weights(text)
+        + 2 * _rows_behind_attention(config, work) * (text_layer_weights(text) - _text_qkv_weights(text)),
         text_attention=4 * work.text_pairs * text.num_layers * text.num_heads * text.head_dim,
         head=2 * work.targets * text.hidden_size * text.vocab_size,
     )
@@ -152,7 +154,7 @@ def recomputed_flops(
     if "mlp" in recompute.modules:
         again += Flops(
             vision_layers=once.vision_layers * vision_mlp_weights(config.vision) / vision_layer_weights(config.vision),
-            text_layers=once.text_layers * text_mlp_weights(config.text) / text_layer_weights(config.text),
+            text_layers=2 * _rows_behind_attention(config, work) * text_mlp_weights(config.text),
         )
     return again
 
@@ -164,8 +166,16 @@ def bf16_peak(device_name: str) -> float | None:
 
 def text_layer_weights(text: TextConfig) -> int:
     """Numbers in the matrices of one language-model layer."""
-    query_and_output = 2 * text.num_heads * text.head_dim
-    return text.hidden_size * (query_and_output + 2 * text.num_kv_heads * text.head_dim) + text_mlp_weights(text)
+    return _text_qkv_weights(text) + text.hidden_size * text.num_heads * text.head_dim + text_mlp_weights(text)
+
+
+def _text_qkv_weights(text: TextConfig) -> int:
+    return text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
+
+
+def _rows_behind_attention(config: ModelConfig, work: Workload) -> int:
+    """Of the output projections and MLPs, over all layers."""
+    return work.rows * (config.text.num_layers - 1) + work.targets
 
 
 def text_mlp_weights(text: TextConfig) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vcr1_kernels import rms_norm, swiglu
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.attention import PackedAttention
+from megatron_vcr1.model.attention import AttentionLayout, PackedAttention
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,23 @@ class PackedMLP(MLP):
         return (output if bias is None else output + bias), None
 
 
+class SelectingLayer(TransformerLayer):
+    """The last layer: behind its attention it computes nothing but the rows that the layout selects.
+
+    Nothing reads the other rows but as keys and values of this attention.
+    """
+
+    def _forward_attention(
+        self, hidden_states: Tensor, *, packed_seq_params: AttentionLayout, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        output_with_bias = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=None, packed_seq_params=packed_seq_params
+        )
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        with self.bias_dropout_add_exec_handler():
+            return add(output_with_bias, packed_seq_params.select(hidden_states), self.hidden_dropout), None
+
+
 class LocalBackend(LocalSpecProvider):
     """megatron-core's parallel linears, torch's norms."""
 
@@ -144,31 +161,41 @@ def block_spec(
     causal: bool,
     final_norm: bool,
     windowed_layers: frozenset[int] = frozenset(),
+    selects_rows: bool = False,
 ) -> TransformerBlockSubmodules:
-    """Layers of one tower's share on this stage, all alike.
+    """Layers of one tower's share on this stage.
 
     Args:
         num_layers: on this pipeline stage.
         windowed_layers: 1-based numbers of the layers that attend within windows.
+        selects_rows: the last of them is a `SelectingLayer`.
     """
-    layer = _layer_spec(backend, rms_norm=rms_norm, causal=causal, windowed_layers=windowed_layers)
+    layer_spec = partial(_layer_spec, backend, rms_norm=rms_norm, causal=causal)
+    layers = [layer_spec(attention=partial(PackedAttention, windowed_layers=windowed_layers))] * num_layers
+    if selects_rows:
+        layers[-1] = layer_spec(attention=partial(PackedAttention, selects_rows=True), layer=SelectingLayer)
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * num_layers, layer_norm=backend.layer_norm(rms_norm=rms_norm) if final_norm else None
+        layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=rms_norm) if final_norm else None
     )
 
 
 def _layer_spec(
-    backend: BackendSpecProvider, *, rms_norm: bool, causal: bool, windowed_layers: frozenset[int]
+    backend: BackendSpecProvider,
+    *,
+    rms_norm: bool,
+    causal: bool,
+    attention: partial[PackedAttention],
+    layer: type[TransformerLayer] = TransformerLayer,
 ) -> ModuleSpec:
     fused = backend.fuse_layernorm_and_linear()
     norm = IdentityOp if fused else backend.layer_norm(rms_norm=rms_norm)
     norm_linear = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
-    attention = ModuleSpec(
+    self_attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=norm_linear,
-            core_attention=partial(PackedAttention, windowed_layers=windowed_layers),
+            core_attention=attention,
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
@@ -179,10 +206,10 @@ def _layer_spec(
         submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=backend.row_parallel_linear()),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=attention,
+            self_attention=self_attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=mlp,

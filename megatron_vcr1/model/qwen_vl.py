@@ -77,6 +77,7 @@ class QwenVLModel(MegatronModule):
             rms_norm=True,
             causal=True,
             final_norm=True,
+            selects_rows=self.post_process,
         )
         self.language_model = GPTModel(
             text_config,
@@ -117,6 +118,8 @@ class QwenVLModel(MegatronModule):
             batch: the rows to compute.
             cached: in generation, what takes the place of the attention over the batch's own layout.
         """
+        # Elsewhere ranks divide all rows, or products want them by multiples.
+        selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
         rotary = self.language_model.rotary_pos_emb(
             batch.position_ids[:, None], self.language_model.mrope_section
@@ -125,11 +128,16 @@ class QwenVLModel(MegatronModule):
             hidden_states=embeddings,
             attention_mask=None,
             packed_seq_params=AttentionLayout(
-                rotation=Rotation.by_angles(rotary), full=batch.layout, cached=cached
+                rotation=Rotation.by_angles(rotary),
+                full=batch.layout,
+                cached=cached,
+                selected=batch.predicting_rows if selects else None,
             ),
         )
         if not self.post_process:
             return hidden
+        if selects:
+            return hidden[:, 0]
         if self.config.sequence_parallel:
             # The head's gradient comes back whole (it is summed over the vocabulary's shards there), so it is only
             # sliced here.
