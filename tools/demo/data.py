@@ -39,7 +39,7 @@ TASKS = (Task.TEMPORAL_GROUNDING, Task.TRACKING, Task.GROUNDED_QA)
 TEST_SPLITS = ("test", "unseen_pairs", "longer_events")
 VIDEO = VideoFormat()
 _BASE_SEED, _TASK_SEED = 1, 2
-_POINT_SHARE = 0.6
+_POINT_SHARE = 0.4
 _BOX_SHIFT = 0.15
 _RIGHT_CORNERS = 0.2  # the others are drawn at random
 
@@ -170,7 +170,7 @@ def _place_question(thing: MovingObject, random: Random) -> tuple[str, CaptionTa
 
 
 def _point_label(thing: MovingObject, random: Random) -> Interval:
-    """From a random moment of the event on; mostly half a second, otherwise up to a random later moment of it."""
+    """From a random moment of the event on; often half a second, otherwise up to a random later moment of it."""
     start = random.randrange(thing.first_frame, thing.end_frame)
     end = start + 1 if random.random() < _POINT_SHARE else random.randint(start + 1, thing.end_frame)
     return Interval(start / VIDEO.fps, end / VIDEO.fps)
