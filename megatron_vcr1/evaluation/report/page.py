@@ -64,7 +64,7 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
     exhibits = list(_gallery(runs, chosen, max_samples))
     notes = [
         *_extent(runs, sum(map(len, chosen.values())), sum(len(shown) for _, shown in exhibits)),
-        *_grouped([(run.name, note) for run in runs for note in _notes(run, problems[run.name])]),
+        *_grouped([(run.name, note) for run in runs for note in _notes(run, problems[run.name])], len(runs)),
     ]
     results = result_table(runs)
     if missing := sum(1 for _, shown in exhibits for exhibit in shown if exhibit.missing):
@@ -152,13 +152,12 @@ def _extent(runs: Sequence[RunRecord], num_chosen: int, num_shown: int) -> Itera
         yield f"samples shown below: {num_shown} of the {num_chosen} that were picked to be looked at (--max-samples)"
 
 
-def _grouped(notes: Sequence[tuple[str, str]]) -> list[str]:
-    """Notes with the runs that they are of; without, where there is one run."""
+def _grouped(notes: Sequence[tuple[str, str]], num_runs: int) -> list[str]:
+    """Notes with the runs that they are of; without, where they are of all."""
     runs: dict[str, list[str]] = {}
     for run, note in notes:
         runs.setdefault(note, []).append(run)
-    several = len({run for run, _ in notes}) > 1
-    return [f"{', '.join(names)}: {note}" if several else note for note, names in runs.items()]
+    return [note if len(names) == num_runs else f"{', '.join(names)}: {note}" for note, names in runs.items()]
 
 
 def _notes(run: RunRecord, problems: Sequence[str]) -> Iterator[str]:
