@@ -27,8 +27,10 @@ from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.model import token_step
 from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, Rotation
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.kv_cache import KVCache
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.transformer_config import (
@@ -121,19 +123,25 @@ class QwenVLModel(MegatronModule):
         # Elsewhere ranks divide all rows, or products want them by multiples.
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
-        rotary = self.language_model.rotary_pos_emb(
+        angles = self.language_model.rotary_pos_emb(
             batch.position_ids[:, None], self.language_model.mrope_section
         )  # [rows, 1, 1, head_dim]
-        hidden = self.language_model.decoder(
-            hidden_states=embeddings,
-            attention_mask=None,
-            packed_seq_params=AttentionLayout(
-                rotation=Rotation.by_angles(rotary),
-                full=batch.layout,
-                cached=cached,
-                selected=batch.predicting_rows if selects else None,
-            ),
-        )
+        rotation = Rotation.by_angles(angles)
+        decoder = self.language_model.decoder
+        if isinstance(cached, KVCache) and token_step.knows_layers(decoder):
+            rows = decoder.input_tensor if embeddings is None else embeddings
+            hidden = token_step.run_layers(decoder, rows[:, 0], rotation, cached)[:, None]
+        else:
+            hidden = decoder(
+                hidden_states=embeddings,
+                attention_mask=None,
+                packed_seq_params=AttentionLayout(
+                    rotation=rotation,
+                    full=batch.layout,
+                    cached=cached,
+                    selected=batch.predicting_rows if selects else None,
+                ),
+            )
         if not self.post_process:
             return hidden
         if selects:
@@ -183,7 +191,7 @@ class QwenVLModel(MegatronModule):
         """Logits over the whole vocabulary, [targets, vocab_size]; for generation and comparison, never for a loss."""
         if self.tensor_group is not None:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        logits = _times_transposed(hidden, self.head_weight())
+        logits = token_step.times_transposed(hidden, self.head_weight())
         return logits if self.tensor_group is None else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
     def sharded_state_dict(
@@ -192,17 +200,6 @@ class QwenVLModel(MegatronModule):
         """As megatron-core's, one key a layer, without TransformerEngine's extra states, which only FP8 fills."""
         state = super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), **SHARDING_METADATA})
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
-
-
-def _times_transposed(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows @ weight.T.
-
-    On a CPU, MKL reads a large weight for 2 to 8 rows at half of memory's speed, in small blocks at full speed: 7 ms
-    instead of 16 for 8 rows of 512 and a vocabulary of 32768.
-    """
-    if rows.device.type != "cpu" or not 2 <= len(rows) <= 8 or len(weight) % 32:
-        return rows @ weight.T
-    return (rows @ weight.unflatten(0, (-1, 32)).mT).transpose(0, 1).flatten(1)
 
 
 def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool = False) -> QwenVLModel:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model import token_step
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
@@ -134,6 +135,20 @@ def test_log_probs_equal_scoring(model_dir: Path, one_process: None, end: tuple[
     for request, group in zip(_requests(), generated, strict=True):
         sampled = torch.tensor([one for rollout in group.rollouts for one in rollout.log_probs])
         torch.testing.assert_close(sampled, _scored(model, request, group, 0.7), atol=TOLERANCE, rtol=0)
+
+
+def test_a_step_on_the_weights_is_the_modules_step(
+    model_dir: Path, one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = _engine(model_dir, end=END)
+    assert token_step.knows_layers(model.language_model.decoder)
+    generated = engine.generate(_requests(), SAMPLING)
+    monkeypatch.setattr(token_step, "knows_layers", lambda decoder: False)
+    by_modules = engine.generate(_requests(), SAMPLING)
+    assert _tokens(generated) == _tokens(by_modules)
+    for group, other in zip(generated, by_modules, strict=True):
+        for one, same in zip(group.rollouts, other.rollouts, strict=True):
+            assert one.log_probs == pytest.approx(same.log_probs, abs=TOLERANCE)
 
 
 def _sample(model_dir: Path, parallel: dict[str, Any]) -> list[RolloutGroup]:
