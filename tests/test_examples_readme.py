@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def programs(name: str) -> list[list[str]]:
 def test_vcr1_takes_the_arguments(words):
     args, unknown = cli.build_parser().parse_known_args(words[1:])
     assert callable(args.run) and not unknown
+
+
+@pytest.mark.parametrize("words", programs("python"), ids=" ".join)
+def test_tools_run(words):
+    assert import_module(Path(words[1]).stem).main(words[2:]) == 0
+
+
+def test_every_command_is_one_of_these():
+    installs = {"python3.12", "hf"}  # on a machine with GPUs and the network
+    assert {shlex.split(line)[0] for line in COMMANDS} == {"vcr1", "python", "sbatch"} | installs
 
 
 @pytest.mark.parametrize("words", programs("sbatch"), ids=" ".join)

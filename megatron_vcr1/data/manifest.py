@@ -102,6 +102,10 @@ def scan_manifest(path: str | Path) -> Iterator[VideoSample | BadRow]:
                 if not line.strip():
                     continue
                 yield _parse_line(line, line_number, path.parent, lines_by_id)
+    except FileNotFoundError as error:
+        raise ManifestError(
+            f"{path}: there is no such manifest; vcr1 data import makes one of a published dataset's annotations"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: cannot be read as a UTF-8 text file: {error}") from error
 
