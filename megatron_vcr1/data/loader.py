@@ -15,10 +15,10 @@ import os
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -29,6 +29,8 @@ from megatron_vcr1.data.signals import start_fork_server
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import VideoSample
+
+T = TypeVar("T")
 
 Prepare = Callable[[VideoSample], PreparedSample]
 
@@ -168,8 +170,6 @@ class PromptLoader:
         self._next_position = 0
         self.skipped: list[SkippedSample] = []
         """Samples that this rank could not use since the start or the last resume."""
-        self.reduced: list[tuple[str, str]] = []
-        """(sample id, what was lowered) for prompts of this rank that were over the limit."""
 
     def __iter__(self) -> Iterator[PreparedSample]:
         """Goes on where the last iteration or the loaded state ended.
@@ -184,8 +184,6 @@ class PromptLoader:
                 tried = "\n".join(f"  {skip.id}: {skip.reason}" for skip in loaded.skipped)
                 raise UserError(f"{MAX_ATTEMPTS} samples in a row cannot be used; are the videos there?\n{tried}")
             self._next_position += self._num_ranks
-            if loaded.prepared.reduction is not None:
-                self.reduced.append((loaded.prepared.sample.id, loaded.prepared.reduction))
             yield loaded.prepared
 
     @property
@@ -211,21 +209,37 @@ class PromptLoader:
         self._next_position = state["next_position"]
 
     def _data_loader(self) -> DataLoader[LoadedSample]:
-        if self._num_workers:
-            start_fork_server()
-        return DataLoader(
+        return decode_ahead(
             _PositionDataset(self._order, self._prepare),
-            sampler=itertools.count(self._next_position + self._rank, self._num_ranks),
-            batch_size=None,
+            itertools.count(self._next_position + self._rank, self._num_ranks),
             num_workers=self._num_workers,
-            prefetch_factor=self._prefetch_per_worker if self._num_workers else None,
-            # fork would copy locks that decoder and communication threads hold
-            multiprocessing_context="forkserver" if self._num_workers else None,
-            collate_fn=_as_it_is,
-            worker_init_fn=_end_with_the_reader,
-            # without one of its own DataLoader draws from the global generator, and a resumed run would diverge
-            generator=torch.Generator(),
+            prefetch_per_worker=self._prefetch_per_worker,
         )
+
+
+def decode_ahead(
+    dataset: Dataset[T], indices: Iterable[int], *, num_workers: int, prefetch_per_worker: int = 2
+) -> DataLoader[T]:
+    """The dataset's items at the indices, as they are and in order, made in processes that end with this one.
+
+    Args:
+        num_workers: 0 makes them in this process.
+    """
+    if num_workers:
+        start_fork_server()
+    return DataLoader(
+        dataset,
+        sampler=indices,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_per_worker if num_workers else None,
+        # fork would copy locks that decoder and communication threads hold
+        multiprocessing_context="forkserver" if num_workers else None,
+        collate_fn=_as_it_is,
+        worker_init_fn=_end_with_the_reader,
+        # without one of its own DataLoader draws from the global generator, and a resumed run would diverge
+        generator=torch.Generator(),
+    )
 
 
 class _PositionDataset(Dataset[LoadedSample]):

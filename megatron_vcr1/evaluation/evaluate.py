@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.checkpoint.workers import on_first_worker
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.rollout_sections import BenchmarkSource, JudgeSection
 from megatron_vcr1.config.schema import RunConfig
@@ -70,18 +71,24 @@ def evaluate_model(config: RunConfig) -> list[Evaluation]:
     templates = load_templates(config.data.templates)
     processor = read_processor(config.model.path)
     with groups.world(config.parallel, seed=config.train.seed):
-        logs = [_open_log(job, config, templates) if groups.is_first_rank() else None for job in jobs]
-        missing = groups.gather_objects([_unanswered(*pair) for pair in zip(jobs, logs, strict=True)])[0]
+        logs: dict[str, PredictionLog] = {}  # on the first rank
+
+        def unanswered() -> list[list[int]]:
+            logs.update((job.label, _open_log(job, config, templates)) for job in jobs)
+            return [_unanswered(job, logs[job.label]) for job in jobs]
+
+        missing = on_first_worker(unanswered)
         if any(missing):
             engine = _start_engine(config, model_config, processor)
             try:
-                for job, log, indices in zip(jobs, logs, missing, strict=True):
+                for job, indices in zip(jobs, missing, strict=True):
                     samples = [job.samples[index] for index in indices]
-                    _answerer(config, job.source, engine, processor, templates).answer(samples, log, job.label)
+                    answerer = _answerer(config, job.source, engine, processor, templates)
+                    answerer.answer(samples, logs.get(job.label), job.label)
             finally:
                 engine.close()
     # A judge may take long: the other ranks do not wait for it.
-    return [_score(job, log, judge, config) for job, log in zip(jobs, logs, strict=True) if log is not None]
+    return [_score(job, logs[job.label], judge, config) for job in jobs if logs]
 
 
 def plan_jobs(config: RunConfig) -> list[Job]:
@@ -135,9 +142,9 @@ def _answerer(
     )
 
 
-def _unanswered(job: Job, log: PredictionLog | None) -> list[int]:
-    """Indices of samples; on the first rank, which has the log."""
-    return [] if log is None else [index for index, sample in enumerate(job.samples) if sample.id not in log.done]
+def _unanswered(job: Job, log: PredictionLog) -> list[int]:
+    """Indices of samples."""
+    return [index for index, sample in enumerate(job.samples) if sample.id not in log.done]
 
 
 def _open_log(job: Job, config: RunConfig, templates: PromptTemplates) -> PredictionLog:

@@ -139,6 +139,12 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     for part, reasons in summary.zeros.items():
         counted = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
         console.print(f"{part} 0: {counted}", markup=False)
-    counts = {name: details[f"num_{name}"] for name in ("unanswered", "untagged", "truncated")}
-    if any(counts.values()):
-        console.print("outputs: " + ", ".join(f"{number} {name}" for name, number in counts.items() if number))
+    kinds = {
+        "unanswered": "unanswered",
+        "untagged": "untagged",
+        "truncated": "truncated",
+        "reduced": "to a video that was made smaller for data.max_prompt_tokens",
+    }
+    counts = [f"{number} {text}" for name, text in kinds.items() if (number := details[f"num_{name}"])]
+    if counts:
+        console.print(f"outputs: {', '.join(counts)}")

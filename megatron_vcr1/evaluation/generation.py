@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from megatron_vcr1.data.loader import Prepare
+from megatron_vcr1.data.loader import Prepare, decode_ahead
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample
 from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
+from megatron_vcr1.evaluation.prepared_samples import PreparedSamples
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.parallel.prompts import share_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
@@ -66,15 +64,8 @@ class Answerer:
 
     def _prompts(self, samples: Sequence[VideoSample]) -> Iterator[PreparedSample | Prediction]:
         """Prepared samples in order, on a copy's first rank alone; decoding starts when the first one is asked for."""
-        loader: DataLoader[PreparedSample | Prediction] = DataLoader(
-            _PreparedSamples(samples, self.prepare),
-            batch_size=None,
-            num_workers=self.num_workers,
-            multiprocessing_context="forkserver" if self.num_workers else None,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),
-        )
-        yield from loader
+        dataset = PreparedSamples(samples, self.prepare)
+        yield from decode_ahead(dataset, range(len(samples)), num_workers=self.num_workers)
 
     def _predict(self, prepared: Sequence[PreparedSample | Prediction]) -> list[Prediction]:
         """What the copy's model answers, in order; those that could not be prepared say why."""
@@ -83,32 +74,14 @@ class Answerer:
         params = SamplingParams(self.max_new_tokens, temperature=0.0)
         answered = self.engine.generate(requests, params) if requests else []
         predictions = {one.id: one for one in prepared if isinstance(one, Prediction)}
-        for group in answered:
+        for one, group in zip(ready, answered, strict=True):
             (rollout,) = group.rollouts
             output = self.processor.decode(rollout.token_ids)
             predictions[group.id] = Prediction(
-                group.id, output, num_tokens=len(rollout.token_ids), finish_reason=str(rollout.finish_reason)
+                group.id,
+                output,
+                num_tokens=len(rollout.token_ids),
+                finish_reason=str(rollout.finish_reason),
+                reduction=one.reduction,
             )
         return [predictions[one.sample.id if isinstance(one, PreparedSample) else one.id] for one in prepared]
-
-
-class _PreparedSamples(Dataset[PreparedSample | Prediction]):
-    """Index to prepared sample; runs in the workers."""
-
-    def __init__(self, samples: Sequence[VideoSample], prepare: Prepare) -> None:
-        self._samples = samples
-        self._prepare = prepare
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> PreparedSample | Prediction:
-        sample = self._samples[index]
-        try:
-            return self._prepare(sample)
-        except ValueError as error:  # a VideoError or PromptTooLongError too
-            return Prediction(sample.id, None, str(error))
-
-
-def _as_it_is(one: Any) -> Any:
-    return one

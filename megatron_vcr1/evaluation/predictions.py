@@ -23,6 +23,7 @@ class Prediction:
         output: None if the sample could not be put to the model.
         error: why not.
         num_tokens, finish_reason: of the output, where they are known.
+        reduction: how the sample's video was made smaller for the prompt to fit; None if it was not, or is not known.
         asked: digest of the question that it answers, where that is known.
     """
 
@@ -31,6 +32,7 @@ class Prediction:
     error: str | None = None
     num_tokens: int | None = None
     finish_reason: str | None = None
+    reduction: str | None = None
     asked: str | None = None
 
     def as_row(self) -> dict[str, Any]:
@@ -41,6 +43,7 @@ class Prediction:
             "error": self.error,
             "num_tokens": self.num_tokens,
             "finish_reason": self.finish_reason,
+            "reduction": self.reduction,
             "asked": self.asked,
         }
         return {key: value for key, value in values.items() if value is not None}
@@ -160,7 +163,7 @@ def _parse_line(line: str, where: str) -> Prediction:
         raise UserError(f'{where}: "output" must be a text')
     if output is None:
         return Prediction(str(row["id"]), None, str(row.get("error") or "no output"))
-    known = {key: row.get(key) for key in ("num_tokens", "finish_reason", "asked")}
+    known = {key: row.get(key) for key in ("num_tokens", "finish_reason", "reduction", "asked")}
     return Prediction(str(row["id"]), output, **known)
 
 

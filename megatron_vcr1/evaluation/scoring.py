@@ -50,6 +50,7 @@ class Evaluation:
         counts = {
             "num_unanswered": len(self.samples) - len(outputs),
             "num_untagged": sum(not is_tagged(output) for output in outputs),
+            "num_reduced": sum(one.reduction is not None for one in self.predictions),
             "num_truncated": sum(one.finish_reason == FinishReason.LENGTH for one in self.predictions),
         }
         judged = {"judge": self.judge} if self.judge is not None else {}

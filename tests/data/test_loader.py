@@ -97,6 +97,11 @@ def take(loader: PromptLoader, number: int) -> list[str]:
     return [prepared.sample.id for prepared in islice(loader, number)]
 
 
+def test_what_was_lowered_comes_with_its_sample() -> None:
+    reductions = {prepared.sample.id: prepared.reduction for prepared in islice(PromptLoader(order(), prepare), 17)}
+    assert reductions["a5"] == "smaller" and reductions["a0"] is None
+
+
 def test_a_bad_sample_costs_itself_only_and_is_listed() -> None:
     loader = PromptLoader(order(), prepare)
     taken, planned = take(loader, 17), ids(order(), 17)
@@ -110,7 +115,6 @@ def test_a_bad_sample_costs_itself_only_and_is_listed() -> None:
     assert {skip.id for skip in loader.skipped} == bad
     reasons = {skip.id: skip.reason for skip in loader.skipped}
     assert reasons["a3"] == "a3.mp4: no such file" and reasons["a4"] == "sample a4: too long"
-    assert loader.reduced[0] == ("a5", "smaller")
 
 
 def broken(sample: VideoSample) -> PreparedSample:

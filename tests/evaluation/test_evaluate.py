@@ -124,12 +124,34 @@ def _open(config: RunConfig) -> tuple[evaluate.Job, evaluate.PredictionLog]:
     return job, evaluate._open_log(job, config, load_templates(config.data.templates))
 
 
+def wait_for_the_last_of(session: int) -> None:
+    """Until the decoding processes have noticed."""
+    deadline = time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(session, 0)
+            time.sleep(0.1)
+    except ProcessLookupError:
+        return
+    os.killpg(session, signal.SIGKILL)
+    pytest.fail("decoding processes have outlived the evaluation")
+
+
+def test_a_video_that_was_made_smaller_is_counted_and_told(folder: Path, tmp_path: Path) -> None:
+    data = {"total_pixels": 64 * 28 * 28, "max_prompt_tokens": 100}
+    evaluate_model(run_config(folder, tmp_path, "multiple_choice_qa", data=data))
+    here = tmp_path / "evaluation" / "multiple_choice_qa"
+    reductions = [row.get("reduction") for row in rows(here / "predictions.jsonl")]
+    assert all("prompt tokens lowered to" in one for one in reductions)
+    assert json.loads((here / "metrics.json").read_text())["num_reduced"] == len(reductions)
+
+
 def test_a_killed_evaluation_goes_on(folder: Path, whole: dict[str, Any]) -> None:
     config = folder / "killed.toml"
     config.write_text(render_toml(run_config(folder, folder / "killed"), documented=False))
-    command = [sys.executable, "-m", "megatron_vcr1.cli", "evaluate", str(config)]
+    command = [sys.executable, "-m", "megatron_vcr1.cli", "evaluate", str(config), "--data.num_workers", "1"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     first = folder / "killed" / "evaluation" / str(TASKS[0]) / "predictions.jsonl"
     deadline = time.monotonic() + 300
     while not (first.exists() and first.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
@@ -137,6 +159,7 @@ def test_a_killed_evaluation_goes_on(folder: Path, whole: dict[str, Any]) -> Non
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(first.read_text().splitlines()) < 12
+    wait_for_the_last_of(process.pid)
     with first.open("a") as file:
         file.write('{"id": "half a li')
     evaluate_model(run_config(folder, folder / "killed"))
