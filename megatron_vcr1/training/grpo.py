@@ -26,6 +26,7 @@ from megatron_vcr1.training.microbatches import make_microbatches
 from megatron_vcr1.training.optimizer import Learner, Loss, Update
 from megatron_vcr1.training.prompts import DrawnPrompt, PromptStream
 from megatron_vcr1.training.reference import Reference
+from megatron_vcr1.training.rewarding import Rewarder
 from megatron_vcr1.training.rollouts import Rollouts, ScoredGroup, StepGroups, all_positions, rollout_row
 from megatron_vcr1.training.step import StepResult
 from megatron_vcr1.types import RolloutGroup
@@ -60,10 +61,11 @@ class GrpoTrainer:
         self._num_steps = num_steps
         self._policy_version = 0  # steps that the model's weights have seen
         self._reference = Reference(self._model, config.grpo.reference) if config.grpo.kl_coef > 0 else None
+        rewarder = Rewarder(config, stream.samples, config.train.run_dir)  # its mistakes come before servers start
         self._engine = build_engine(config, self._model, processor)
         # Servers of the user's own may hold other weights; those of an imported model start without any.
         self._engine.update_weights(stream_hf_tensors(self._model), self._policy_version)
-        self._rollouts = Rollouts(config, self._engine, stream, processor)
+        self._rollouts = Rollouts(config, self._engine, stream, processor, rewarder)
         self._ahead = Ahead(self._engine, self._rollouts, stream) if config.grpo.one_step_off else None
 
     def step(self, step: int, metrics: Metrics) -> StepResult:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_vcr1 import timeline
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.run_store import RunStore
+from megatron_vcr1.checkpoint.workers import on_first_worker
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.training.logs import Sink, open_sinks
@@ -70,17 +71,21 @@ class Run:
         logger.info("resumed from %s", self._store.path(newest))
 
     def __enter__(self) -> Self:
-        """Open the folder and the displays, and listen to signals."""
-        self._cleanup.callback(faulthandler.cancel_dump_traceback_later)
-        self._cleanup.callback(self._profile.close)
-        for number in _SIGNALS:
-            self._cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
-        if groups.is_first_rank():
-            self._folder.open(self._config, self._step)
-            self._sinks = open_sinks(self._config, self._step, self._num_steps)
+        """Open the folder and the displays, and listen to signals. Raises UserError or OSError, on all ranks."""
+        with ExitStack() as opened:  # closed again if the rest cannot be opened
+            opened.callback(faulthandler.cancel_dump_traceback_later)
+            opened.callback(self._profile.close)
+            for number in _SIGNALS:
+                opened.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            on_first_worker(self._open_displays)
             for sink in self._sinks:
-                self._cleanup.callback(sink.close)
+                opened.callback(sink.close)
+            self._cleanup = opened.pop_all()
         return self
+
+    def _open_displays(self) -> None:
+        self._folder.open(self._config, self._step)
+        self._sinks = open_sinks(self._config, self._step, self._num_steps)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -198,7 +203,8 @@ class Run:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
-        samples = [name for some in groups.gather_objects(result.samples) for name in some]
+        of_ranks = groups.gather_objects(result.samples)  # those that share a copy of the model have the same
+        samples = list(dict.fromkeys(name for some in of_ranks for name in some))
         logger.warning(
             "step %d: loss %s, gradient norm %s: not finite, so the weights stay; samples: %s",
             self._step,

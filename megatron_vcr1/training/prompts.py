@@ -27,12 +27,14 @@ class DrawnPrompt:
     Attributes:
         position: in the run's endless order of samples; no other prompt of the run has it.
         source: index in data.sources.
+        reduction: how its video was made smaller to fit into data.max_prompt_tokens; None if it was not.
     """
 
     position: int
     source: int
     sample: VideoSample
     prompt: EncodedPrompt
+    reduction: str | None = None
 
     @property
     def id(self) -> str:
@@ -107,4 +109,5 @@ class PromptStream:
         for _ in range(number):
             position = self._loader.position
             (prepared,) = islice(self._iterator, 1)
-            yield DrawnPrompt(position, self._order.source_at(position), prepared.sample, prepared.prompt)
+            source = self._order.source_at(position)
+            yield DrawnPrompt(position, source, prepared.sample, prepared.prompt, prepared.reduction)

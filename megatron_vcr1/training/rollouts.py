@@ -65,13 +65,13 @@ class Rollouts:
         engine: RolloutEngine,
         stream: PromptStream,
         processor: PromptProcessor,
+        rewarder: Rewarder,
     ) -> None:
-        """Raises UserError if rewards or the judge cannot be had."""
         self._config = config
         self._engine = engine
         self._stream = stream
         self._processor = processor
-        self._rewarder = Rewarder(config, stream.samples, config.train.run_dir)
+        self._rewarder = rewarder
         rollout = config.rollout
         self.sampling = SamplingParams(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.stop
@@ -198,6 +198,7 @@ def rollout_row(step: int, group: ScoredGroup, *, thinking: bool, trained: bool)
     return {
         "step": step,
         "sample": row_from_sample(group.prompt.sample),
+        "reduction": group.prompt.reduction,
         "thinking": thinking,
         "policy_version": group.rollouts[0].policy_version,
         "trained": trained,
@@ -210,6 +211,7 @@ def _count(groups: Sequence[ScoredGroup], metrics: Metrics) -> None:
     for group in groups:
         task = group.prompt.sample.task
         metrics.count("groups/no_signal", int(not group.has_signal))
+        metrics.count("reduced_videos", int(group.prompt.reduction is not None))
         for rollout, reward in zip(group.rollouts, group.rewards, strict=True):
             num_tokens = len(rollout.token_ids)
             metrics.add("response_tokens/mean", num_tokens)

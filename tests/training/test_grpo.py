@@ -16,6 +16,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rewards import RewardBreakdown
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
+from megatron_vcr1.training import grpo
 from megatron_vcr1.training.grpo import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.optimizer import Learner
@@ -226,6 +227,14 @@ def test_a_judge_that_fails_too_often_stops_the_run(tmp_path: Path, world: None)
     trainer._rollouts._rewarder = _NoVerdicts((0, 1))  # type: ignore[assignment]
     with pytest.raises(TrainingStopped, match=r"no verdict on 8 of 16 captions .* judge.max_unscored = 0.2"):
         trainer.step(1, Metrics())
+
+
+def test_a_reward_that_is_not_there_is_told_before_an_engine_starts(
+    folder: Path, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpo, "build_engine", lambda *_: pytest.fail("servers take minutes to start"))
+    with pytest.raises(UserError, match="no function nowhere"):
+        build(_config(folder, ["tests.training.own_rewards:nowhere"]))
 
 
 def test_one_step_off_needs_servers(folder: Path, world: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.parallel import groups
 from megatron_vcr1.training.loop import EXIT_STOPPED_BY_SIGNAL
 from megatron_vcr1.training.optimizer import Learner, Update
 from megatron_vcr1.training.sft import SftTrainer
@@ -48,8 +50,10 @@ def test_a_run_stops_after_too_many_steps_that_are_not_finite_and_names_their_sa
         return update(self, *args) if len(calls) in (1, 3) else Update(float("nan"), float("inf"), False, [])
 
     monkeypatch.setattr(Learner, "update", sometimes_not_finite)
+    # As where ranks share a copy of the model, and have the same samples.
+    monkeypatch.setattr(groups, "gather_objects", lambda mine: [mine, mine])
     config = _config(folder, tmp_path / "run", train={"num_steps": 9, "max_skipped_steps": 1})
-    with pytest.raises(TrainingStopped, match=r"2 steps in a row .* samples are train_0\d+, train_0\d+"):
+    with pytest.raises(TrainingStopped, match=r"2 steps in a row .* samples are train_0\d+, train_0\d+\. Lower"):
         train(config)
     rows = _curve(tmp_path / "run")
     assert [row["update_skipped"] for row in rows] == [0, 1, 0, 1, 1]  # one that is applied starts the count anew
@@ -79,6 +83,25 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_the_next_start_goes_on(
     assert _curve(tmp_path / "run") == _curve(tmp_path / "alone")
     assert train(config) == 0  # there is nothing left to do
     assert _curve(tmp_path / "run") == _curve(tmp_path / "alone")
+
+
+def test_what_was_opened_is_closed_when_the_rest_cannot_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(UserError, match="pip install wandb"):
+        train(_config(folder, tmp_path / "run", logging={"wandb_project": "p"}))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_videos_that_were_made_smaller_are_counted(folder: Path, tmp_path: Path) -> None:
+    data = {"total_pixels": 64 * 28 * 28, "max_prompt_tokens": 60}
+    assert train(_config(folder, tmp_path / "run", data=data, train={"num_steps": 1})) == 0
+    assert [row["reduced_videos"] for row in _curve(tmp_path / "run")] == [2]
+    data["max_prompt_tokens"] = 4096
+    assert train(_config(folder, tmp_path / "other", data=data, train={"num_steps": 1})) == 0
+    assert [row["reduced_videos"] for row in _curve(tmp_path / "other")] == [0]
 
 
 def test_videos_that_cannot_be_read_are_listed(folder: Path, tmp_path: Path) -> None:
