@@ -46,13 +46,13 @@ _QUICK_OPTIONS = {
     "--checkpoint.every_steps": 2,
 }
 _EXPECTED_S = {
-    "base": 180.0,
+    "base": 175.0,
     "sft_grounding": 20.0,
-    "grpo_grounding": 65.0,
+    "grpo_grounding": 60.0,
     "sft_joint": 30.0,
-    "grpo_joint": 150.0,
+    "grpo_joint": 130.0,
     "sft_small": 6.0,
-    "grpo_small": 40.0,
+    "grpo_small": 25.0,
 }
 
 
