@@ -21,19 +21,19 @@ from tests.training import workspace
 pytestmark = pytest.mark.xdist_group("gloo")
 
 ROOT = Path(__file__).parents[1]
+LAUNCHER = "torchrun --nproc-per-node 8 --no-python "  # left out here; tests/training/test_layouts.py has 4 processes
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [
     command
     for block in BLOCKS
     for line in block.replace("\\\n", "").splitlines()
-    if (command := " ".join(shlex.join(shlex.split(line, comments=True)).split()))
+    if (command := " ".join(shlex.join(shlex.split(line, comments=True)).split()).removeprefix(LAUNCHER))
 ]
 
 # What a command needs that this test does not have, or the test that runs it.
 ELSEWHERE = {
     "bash tools/demo.sh": "tests/tools/test_demo.py",
     "bash tools/test.sh": "this run",
-    "torchrun --nproc-per-node 8 --no-python vcr1 train": "8 GPUs; tests/training/test_layouts.py has 4 processes",
     "torchrun --nproc-per-node 4 --no-python vcr1 score": "tests/evaluation/test_score.py, with 2 processes",
     "vcr1 serve": "tests/evaluation/serving/test_server.py",
 }
@@ -73,6 +73,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a reader has: the repository's tools and examples, the model, Charades-STA's files, and videos."""
     workspace.create(tmp_path, tasks=list(Task), num_videos=6)
     (tmp_path / "model").rename(tmp_path / "Qwen2.5-VL-7B-Instruct")
+    (tmp_path / "models").symlink_to(tmp_path)  # the examples' own place of it
     for name in ("examples", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     samples = {sample.task: sample for sample in read_manifest(tmp_path / "data/train.jsonl")}
