@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -85,9 +88,29 @@ class PackedMLP(MLP):
         inner, bias = self.linear_fc1(hidden_states)
         if bias is not None:
             inner = inner + bias
-        inner = swiglu(inner) if self.config.gated_linear_unit else self.activation_func(inner)
-        output, bias = self.linear_fc2(inner)
+        activation = swiglu if self.config.gated_linear_unit else self.activation_func
+        activated = activation(inner)
+        with computed_again(activated, lambda: activation(inner.detach())):
+            output, bias = self.linear_fc2(activated)
         return (output if bias is None else output + bias), None
+
+
+@contextmanager
+def computed_again(result: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """Within, autograd keeps nothing of a result for the backward pass, which computes it again.
+
+    For results that cost next to nothing, of inputs that are kept anyhow.
+    """
+    start, size = result.data_ptr(), result.numel()
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        return tensor.shape if tensor.data_ptr() == start and tensor.numel() == size else tensor
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else compute().view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class SelectingLayer(TransformerLayer):
@@ -107,8 +130,23 @@ class SelectingLayer(TransformerLayer):
             return add(output_with_bias, packed_seq_params.select(hidden_states), self.hidden_dropout), None
 
 
+class BiasedInPlace(ColumnParallelLinear):
+    """megatron-core's, which would write the sum with its bias, or have it written, to a new tensor."""
+
+    def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, skip_bias_add=True, **kwargs)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[rows, 1, input_size] to [rows, 1, this rank's output_size]; never leaves the bias to the caller."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        return (output if bias is None else output.add_(bias)), None
+
+
 class LocalBackend(LocalSpecProvider):
     """megatron-core's parallel linears, torch's norms."""
+
+    def column_parallel_linear(self) -> type:
+        return BiasedInPlace
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         return RMSNorm if rms_norm else LayerNorm
