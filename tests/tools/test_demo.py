@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo.__main__ import MEASURED
 from demo.plan import ROOT
-from demo.results import COLUMNS, PROMISES, ROWS, Promise
+from demo.results import COLUMNS, PROMISES, ROWS, Promise, findings, verdict
 
 
 def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,3 +74,19 @@ def test_a_promise_has_two_sides() -> None:
     assert not Promise("high", "base", "row", least=45).is_kept(44.9)
     assert {promise.column for promise in PROMISES} <= set(COLUMNS)
     assert {promise.row for promise in PROMISES} <= set(ROWS)
+
+
+def test_what_is_not_seen_is_said() -> None:
+    assert [verdict(differences) for differences in ([1.0, 2.0], [1.0, -1.0], [0.0, -1.0])] == [
+        "seen",
+        "seen in part",
+        "NOT seen",
+    ]
+    measured = json.loads(MEASURED.read_text())
+    figures, small = measured["figures"], measured["small_labels"]["figures"]
+    ahead = {row: cells | {"grpo_grounding": [99.0], "grpo_joint": [100.0]} for row, cells in figures.items()}
+    sentences = findings(ahead, small)
+    assert any(sentence.startswith("seen: GRPO on three tasks grounds better") for sentence in sentences)
+    ahead = {row: cells | {"grpo_joint": [0.0]} for row, cells in ahead.items()}
+    assert any(sentence.startswith("NOT seen: GRPO on three tasks grounds") for sentence in findings(ahead, small))
+    assert any(sentence.startswith("NOT reached: GRPO on three tasks tracks") for sentence in findings(ahead, small))
