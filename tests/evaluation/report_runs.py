@@ -98,7 +98,9 @@ def rollout_group(sample: VideoSample, step: int, random: Random) -> dict[str, o
     return row | {"responses": responses}
 
 
-def add_evaluation(run: Path, label: str, manifest: Path, *, right: float, model: str = "models/tiny") -> None:
+def add_evaluation(
+    run: Path, label: str, manifest: Path, *, right: float, model: str = "models/tiny", thinking: bool = False
+) -> None:
     """evaluation/LABEL with a share of right answers."""
     samples = read_manifest(manifest)
     folder = run / "evaluation" / label
@@ -121,7 +123,7 @@ def add_evaluation(run: Path, label: str, manifest: Path, *, right: float, model
         "benchmark": "charades_sta",
         "label": label,
         "model": model,
-        "thinking": False,
+        "thinking": thinking,
         "num_samples": len(samples),
         "manifest": str(manifest),
         "metrics": {

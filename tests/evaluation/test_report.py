@@ -89,6 +89,18 @@ def test_one_run(html):
     assert page.count("div", **{"class": "bar best"}) and page.count("div", **{"class": "bar truth"})
 
 
+def test_thinking_and_answering_share_a_column(tmp_path, run_dir, manifest):
+    add_evaluation(run_dir, "charades_sta_thinking", manifest, right=5 / 6, thinking=True)
+    other = make_run(tmp_path / "other", [], num_steps=2)
+    add_evaluation(other, "charades_sta", manifest, right=1 / 6)
+    out = tmp_path / "both.html"
+    assert report(run_dir, other, "--out", out, "--max-samples", 0) == 0
+    results = Page(out.read_text()).text.partition("Results")[2].partition("Learning curves")[0]
+    main, _, whole = results.partition("Every test with all its figures")
+    assert "83.3" in main and "thinking" in main and "answering" in main and "50.0" not in main
+    assert "50.0" in whole and whole.count("grpo") == 2 and whole.count("other") == 1  # rows only where it was tested
+
+
 def test_the_page_reaches_for_nothing(html):
     assert "default-src 'none'" in html
     for tag, attributes in Page(html).tags:

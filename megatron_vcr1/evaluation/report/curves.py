@@ -56,9 +56,9 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
         (
             _Spec("Length", "tokens", {"response_tokens/mean": "mean", "response_tokens/max": "longest"}),
             _Spec("Truncated responses", "share", {"truncated_share": "truncated"}),
-            _Spec("Groups of equal rewards", "a step", {"groups/no_signal": "trained on", "groups/dropped": "dropped"}),
+            _Spec("Groups", "a step", {"groups/no_signal": "equal rewards", "groups/dropped": "dropped"}),
             _Spec("Responses without a verdict", "a step", {"responses/unscored": "responses"}),
-            _Spec("Skipped samples", "samples a step", {"skipped_samples": "samples"}),
+            _Spec("Videos", "a step", {"skipped_samples": "unusable", "reduced_videos": "made smaller to fit"}),
         ),
     ),
     (

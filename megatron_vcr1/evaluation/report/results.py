@@ -40,6 +40,11 @@ class ResultRow:
     own: bool
     cells: Mapping[tuple[str, str], Cell]
 
+    @property
+    def labels(self) -> set[str]:
+        """Of the tests that the model was put to."""
+        return {label for label, _ in self.cells}
+
 
 @dataclass(frozen=True)
 class ResultTable:
