@@ -180,21 +180,25 @@ def _plot(plans: Sequence[Plan], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib; pip install 'megatron_vcr1[plots]'") from None
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     hours, phases = figure.subplots(1, 2)
     gpus = [plan.cluster.num_gpus for plan in plans]
     hours.loglog(gpus, [plan.hours for plan in plans], "o-", label="hours")
     hours.loglog(gpus, [plan.gpu_hours for plan in plans], "s--", label="GPU-hours")
+    names = [f"{count:,}" for count in gpus]
     hours.set(xlabel="GPUs", title="one run")
+    hours.set_xticks(gpus, names)
+    hours.minorticks_off()
     hours.legend()
     below = [0.0] * len(plans)
-    names = [str(count) for count in gpus]
     for phase in dataclasses.fields(plans[0].time):
         seconds = [getattr(plan.time, phase.name) for plan in plans]
+        if not any(seconds):
+            continue
         phases.bar(names, seconds, bottom=below, label=phase.name)
         below = [one + other for one, other in zip(below, seconds, strict=True)]
     phases.set(xlabel="GPUs", ylabel="seconds", title="one step")
-    phases.legend()
+    phases.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     figure.savefig(path, dpi=150)
 
 

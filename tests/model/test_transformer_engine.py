@@ -50,9 +50,8 @@ def test_the_layers_load_the_same_checkpoints_and_compute_the_same(tmp_path: Pat
         tiny.create(family, tmp_path / family)
     path = os.pathsep.join(str(one) for one in (ROOT / "tests/model/stand_in", ROOT, ROOT / "kernels"))
     command = [sys.executable, "-m", "tests.model.compare_specs", *(str(tmp_path / one) for one in tiny.FAMILIES)]
-    finished = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     for found in json.loads(finished.stdout.splitlines()[-1]):
         assert set(found["keys"]) == set(found["expected_keys"])
