@@ -41,7 +41,8 @@ class Sink(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None:
+        """Show no more; `failed`: the run ends with an error."""
 
 
 def open_sinks(config: RunConfig, first_step: int, num_steps: int) -> list[Sink]:
@@ -83,7 +84,7 @@ class Lines:
             values = ", ".join(f"{name} {value}" for name, value in shown(metrics).items())
             logger.info("step %d/%d: %s", step, self._num_steps, values)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         pass
 
 
@@ -109,7 +110,7 @@ class Screen:
         table.add_row(*values.values())
         self._live.update(Group(self._progress, table))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._live.stop()
         self._redirect()
 
@@ -128,7 +129,7 @@ class _TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._writer.close()
 
 
@@ -163,8 +164,8 @@ class _WeightsAndBiases:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 def _wandb_id(run_dir: Path) -> str:

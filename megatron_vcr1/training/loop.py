@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -79,7 +80,7 @@ class Run:
                 opened.callback(signal.signal, number, signal.signal(number, self._on_signal))
             on_first_worker(self._open_displays)
             for sink in self._sinks:
-                opened.callback(sink.close)
+                opened.push(partial(_close, sink))
             self._cleanup = opened.pop_all()
         return self
 
@@ -90,7 +91,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._cleanup.close()
+        self._cleanup.__exit__(kind, error, trace)
         if isinstance(error, TrainingStopped):  # on every rank, so that the save under way can end
             self._store.finish()
 
@@ -206,7 +207,7 @@ class Run:
         of_ranks = groups.gather_objects(result.samples)  # those that share a copy of the model have the same
         samples = list(dict.fromkeys(name for some in of_ranks for name in some))
         logger.warning(
-            "step %d: loss %s, gradient norm %s: not finite, so the weights stay; samples: %s",
+            "step %d: loss %s, gradient norm %s: not finite, so this update was left out; samples: %s",
             self._step,
             result.loss,
             result.grad_norm,
@@ -225,3 +226,7 @@ class Run:
     def _stop_is_requested(self) -> bool:
         """Whether a signal has reached any rank."""
         return groups.sum_over_ranks([float(self._stop_requested)])[0] > 0
+
+
+def _close(sink: Sink, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    sink.close(failed=error is not None)

@@ -42,7 +42,7 @@ def test_a_terminal_gets_a_bar_and_the_newest_numbers() -> None:
     output = io.StringIO()
     screen = Screen(Console(file=output, force_terminal=True, width=100), first_step=2, num_steps=5)
     screen.step(3, METRICS)
-    screen.close()
+    screen.close(failed=False)
     assert "3/5" in output.getvalue() and "1.500" in output.getvalue()
 
 
@@ -61,7 +61,7 @@ def test_tensorboard_has_every_metric_of_a_step(tmp_path: Path) -> None:
         for sink in sinks:
             sink.step(step, {"loss": step / 10})
     for sink in sinks:
-        sink.close()
+        sink.close(failed=False)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(one.step, pytest.approx(one.value)) for one in events.Scalars("loss")] == [(1, 0.1), (2, 0.2)]
 

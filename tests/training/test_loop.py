@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -83,6 +85,22 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_the_next_start_goes_on(
     assert _curve(tmp_path / "run") == _curve(tmp_path / "alone")
     assert train(config) == 0  # there is nothing left to do
     assert _curve(tmp_path / "run") == _curve(tmp_path / "alone")
+
+
+def test_weights_and_biases_is_told_of_a_run_that_fails(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    fake = ModuleType("wandb")
+    run = SimpleNamespace(log=lambda row, step: None, finish=lambda exit_code: codes.append(exit_code))
+    fake.init = lambda **settings: run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = _config(folder, tmp_path / "run", train={"num_steps": 1}, logging={"wandb_project": "p"})
+    assert train(config) == 0
+    monkeypatch.setattr(SftTrainer, "step", mock.Mock(side_effect=TrainingStopped("no more")))
+    with pytest.raises(TrainingStopped):
+        train(_config(folder, tmp_path / "other", train={"num_steps": 1}, logging={"wandb_project": "p"}))
+    assert codes == [0, 1]
 
 
 def test_what_was_opened_is_closed_when_the_rest_cannot_be(
