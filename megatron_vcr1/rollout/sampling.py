@@ -38,7 +38,7 @@ def choose_tokens(
     """
     logits = logits.float()
     temperature = params.temperature or 1.0
-    scores = log_probs = (logits / temperature).log_softmax(-1)
+    scores = log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     if seen is not None:
         scores = penalize(logits, seen, params.repetition_penalty) / temperature
     allowed = scores.index_fill(-1, never_sampled, -torch.inf)
@@ -81,7 +81,7 @@ def invert_distribution(probs: Tensor, uniforms: Tensor) -> Tensor:
         int64 [rows]; a token of probability zero is never chosen. Where probabilities are not numbers, the last token:
         its log-prob is none either, which training notices.
     """
-    cumulative = probs.double().cumsum(-1)  # in float32, rounding could pass over unlikely tokens
+    cumulative = probs.cumsum(-1, dtype=torch.float64)  # in float32, rounding could pass over unlikely tokens
     total = cumulative[:, -1:]
     target = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
