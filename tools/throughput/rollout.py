@@ -3,7 +3,7 @@
 Both sides sample the same number of tokens for the same prompts with videos, from the same random weights, in turns.
 "ours" computes a group's prompt once, "ours, prompt a response" once for each response; all groups decode together.
 "transformers" is `generate` on a batch of copies of the prompt, group by group. Before the turns, greedy answers of
-both are compared. On a CPU one group alone (--prompts 1) gains less: a product of 8 rows takes as long as one of 24.
+both are compared. On a CPU one group alone (--prompts 1) gains less: each step reads all weights for its 8 rows.
 """
 
 from __future__ import annotations
