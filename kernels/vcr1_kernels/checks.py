@@ -51,3 +51,12 @@ def require_token_ids(name: str, token_ids: Tensor, num_tokens: int, vocab_size:
 def require_temperature(temperature: float) -> None:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def require_one(name: str, scalar: Tensor) -> None:
+    """Raise ValueError unless `scalar` is 1, up to rounding. On a GPU it is asserted on the device."""
+    is_one = (scalar - 1).abs() < 1e-5
+    if scalar.is_cuda:
+        torch._assert_async(is_one)
+    elif not is_one:
+        raise ValueError(f"{name} must be 1, got {float(scalar)}")

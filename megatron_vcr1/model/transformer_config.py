@@ -133,6 +133,7 @@ def _common(
         # Packed microbatches differ in length; megatron-core asks for this dispatcher with it, though there are no
         # experts.
         variable_seq_lengths=True,
+        calculate_per_token_loss=True,  # gradients add up over microbatches and copies of the model: no means
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,
         cuda_graph_scope=[],

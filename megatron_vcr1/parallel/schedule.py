@@ -52,18 +52,17 @@ def forward_backward(
         The metrics of each microbatch on the last stage; an empty list on the others.
     """
 
-    # megatron-core averages two-part losses over microbatches; our losses are already normalised by global token
-    # counts.
-    scale = len(microbatches)
+    # megatron-core divides losses by numbers of tokens, in the end; our losses are normalised by global ones already.
+    no_tokens = torch.zeros((), dtype=torch.int)
 
     def forward_step(data: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         microbatch = next(data)
 
-        def scaled_loss(output: Tensor) -> tuple[Tensor, Result]:
+        def counted_loss(output: Tensor) -> tuple[Tensor, Tensor, Result]:
             value, metrics = loss(microbatch, output)
-            return value * scale, metrics
+            return value, no_tokens, metrics
 
-        return stage(microbatch), scaled_loss
+        return stage(microbatch), counted_loss
 
     return _run(forward_step, model, microbatches, forward_only=False, collect_non_loss_data=False)
 

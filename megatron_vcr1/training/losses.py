@@ -84,9 +84,10 @@ def grpo_loss(
         weights: [targets], see `token_weights`.
         temperature: of the sampling, which the log-probs are those of.
     """
+    weight = model.head_weight()
     return linear_grpo_loss(
         hidden,
-        model.head_weight(),
+        weight,
         batch.target_ids,
         data.advantages,
         token_weights=weights,
@@ -105,6 +106,7 @@ def grpo_loss(
         return_entropy=True,
         temperature=temperature,
         group=model.tensor_group,
+        weight_grad=getattr(weight, "main_grad", None),  # megatron-core's gradient buffer
     )
 
 

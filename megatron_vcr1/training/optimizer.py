@@ -57,7 +57,7 @@ class Learner:
             UserError: the warm-up is longer than the run.
         """
         logger.info("optimizer: %s", adam.install())
-        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.finalize_model_grads_func = _finalize_gradients
         self.model = model
         self.clip_norm = section.clip_norm
         # With one copy there is nothing to divide, and megatron-core would still copy all weights and gradients.
@@ -94,16 +94,14 @@ class Learner:
 
     def _forward_backward(self, batches: Sequence[PackedBatch], loss: Loss) -> list[tuple[Tensor, dict[str, Any]]]:
         """Leaves the gradients in the buffers; the loss and metrics of each microbatch, on the last stage."""
-        num_copies = groups.num_copies()
 
-        def scaled(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Any]]]:
+        def with_value(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Any]]]:
             value, metrics = loss(batch, hidden)
-            # megatron-core averages gradients over the copies; ours are to be summed
-            return value * num_copies, (value.detach(), metrics)
+            return value, (value.detach(), metrics)
 
         if batches:
-            return schedule.forward_backward(self.parallel, batches, scaled)
-        finalize_model_grads([self.parallel])
+            return schedule.forward_backward(self.parallel, batches, with_value)
+        _finalize_gradients([self.parallel])
         return []
 
     def _clip(self, grad_norm: float) -> None:
@@ -116,6 +114,11 @@ class Learner:
         learning_rate = float(self.scheduler.get_lr({}))
         self.scheduler.step(1)
         return learning_rate
+
+
+def _finalize_gradients(models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """megatron-core's sums over ranks; it would divide by the number of tokens, by which the losses are already."""
+    finalize_model_grads(models, None, **kwargs)
 
 
 def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, divided: bool) -> ChainedOptimizer:

@@ -130,6 +130,30 @@ def test_a_second_backward_is_refused(device: torch.device) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_weight_is_added_to_a_buffer(dtype: torch.dtype, device: torch.device) -> None:
+    hidden, weight, target_ids, tensors = _inputs(dtype, device)
+    loss = linear_grpo_loss(hidden, weight.requires_grad_(), target_ids, **tensors).loss
+    (expected,) = torch.autograd.grad(loss, weight)
+    buffer = expected.float().clone()
+    loss = linear_grpo_loss(hidden, weight, target_ids, **tensors, weight_grad=buffer).loss
+    loss.backward()
+    assert weight.grad is None
+    assert_accurate(buffer, 2 * expected.double(), dtype)
+
+
+def test_a_buffer_is_filled_for_the_loss_itself_and_where_weight_learns() -> None:
+    hidden, weight, target_ids, tensors = _inputs(torch.float32, torch.device("cpu"))
+    buffer = torch.zeros_like(weight)
+    linear_grpo_loss(hidden.requires_grad_(), weight, target_ids, **tensors, weight_grad=buffer).loss.mul(2).backward()
+    assert buffer.eq(0).all()
+    loss = linear_grpo_loss(hidden, weight.requires_grad_(), target_ids, **tensors, weight_grad=buffer).loss
+    with pytest.raises(ValueError, match="the gradient of a loss with weight_grad must be 1, got 2"):
+        (2 * loss).backward()
+    with pytest.raises(ValueError, match=r"weight_grad must be \[501, 32\]"):
+        linear_grpo_loss(hidden, weight, target_ids, **tensors, weight_grad=buffer[1:])
+
+
 def test_no_tokens(device: torch.device) -> None:
     hidden, weight, target_ids, tensors = _inputs(torch.float32, device)
     empty = {name: tensor[:0] for name, tensor in tensors.items()}

@@ -107,7 +107,8 @@ def _forward_backward(model: QwenVLModel) -> tuple[list[dict[str, Any]], dict[st
         index = next(i for i, one in enumerate(batches) if one is batch)
         log_probs = model.log_probs(hidden, batch.target_ids)
         value = (log_probs * coefficients[index]).sum() / NUM_TARGETS
-        return value, {"loss": value.item(), "logits": model.logits(hidden.detach())}
+        metrics = {"loss": value.item(), "logits": model.logits(hidden.detach())}
+        return value / groups.num_copies(), metrics  # every copy computes all, and gradients add up
 
     metrics = schedule.forward_backward(parallel, batches, loss)
     return metrics, {name: parameter.main_grad for name, parameter in model.named_parameters()}

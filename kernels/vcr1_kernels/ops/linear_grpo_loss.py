@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vcr1_kernels.checks import require_shape
+from vcr1_kernels.checks import require_one, require_shape
 from vcr1_kernels.ops.linear_log_probs import (
     HeadGradients,
     check_head,
@@ -62,6 +62,7 @@ def linear_grpo_loss(
     return_entropy: bool = False,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    weight_grad: Tensor | None = None,
 ) -> LinearGrpoLoss:
     """Weighted sum of `grpo_token_loss` over `linear_log_probs`, without storing or recomputing the logits.
 
@@ -81,6 +82,9 @@ def linear_grpo_loss(
         return_entropy: take the entropy (a metric) even if entropy_coef is 0.
         temperature: the softmax temperature, > 0.
         group: tensor-parallel process group, or None if the vocabulary is whole.
+        weight_grad: float32 (float64 for float64 weights), of weight's shape: where a token-level objective adds the
+            gradient of weight, of which autograd then hears nothing. It spares a tensor of that size at the moment that
+            needs most memory. The caller promises to differentiate the loss itself, or its sum with others.
         old_log_probs, ..., segment_ids: as in `grpo_token_loss`.
 
     Returns:
@@ -89,11 +93,14 @@ def linear_grpo_loss(
         weight * advantage, stay above its smallest number.
 
     Raises:
-        ValueError: misshapen input, two dtypes, a target outside the vocabulary, an unknown name or impossible bound.
+        ValueError: misshapen input, two dtypes, a target outside the vocabulary, an unknown name or impossible bound;
+            in backward, weight_grad was given and the gradient of the loss is not 1.
     """
     check_head(hidden, weight, target_ids, temperature, group)
     check_per_token(len(hidden), advantages, old_log_probs, ref_log_probs, rollout_log_probs)
     require_shape("token_weights", token_weights, len(hidden))
+    if weight_grad is not None:
+        require_shape("weight_grad", weight_grad, *weight.shape)
     objective = Objective(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, rollout_ratio_cap)
     segments = segments_of_ratio(importance_level, segment_ids, len(hidden))
     if segments is not None:
@@ -124,6 +131,7 @@ def linear_grpo_loss(
         temperature,
         group,
         torch.is_grad_enabled(),
+        weight_grad,
     )
     return LinearGrpoLoss(loss, log_probs, entropy, TokenLoss(*token_loss))
 
@@ -144,11 +152,14 @@ class _TokenLevelLoss(torch.autograd.Function):
         temperature: float,
         group: dist.ProcessGroup | None,
         grad_enabled: bool,
+        weight_grad: Tensor | None,
     ) -> tuple[Tensor, ...]:
         first_id = first_token_id(weight, group)
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad if grad_enabled else (False, False)
         needs_grad = needs_hidden or needs_weight
-        gradients = HeadGradients(hidden, weight, group, needs_hidden=needs_hidden, needs_weight=needs_weight)
+        gradients = HeadGradients(
+            hidden, weight, group, needs_hidden=needs_hidden, needs_weight=needs_weight, weight_grad=weight_grad
+        )
         columns = _empty_columns(hidden)
         for rows, logits in logit_chunks(hidden, weight):
             statistics = row_statistics(
@@ -173,7 +184,8 @@ class _TokenLevelLoss(torch.autograd.Function):
             )
             gradients.add(rows, grad_logits)
         gradients.reduce()
-        ctx.save_for_backward(gradients.hidden, gradients.weight)
+        ctx.added_weight_grad = needs_weight and weight_grad is not None
+        ctx.save_for_backward(gradients.hidden, None if ctx.added_weight_grad else gradients.weight)
         ctx.dtype = hidden.dtype
         log_probs, entropy, token_loss, kl, ratio, clipped = columns
         loss = (token_weights * (token_loss - entropy_coef * entropy)).sum()
@@ -183,9 +195,11 @@ class _TokenLevelLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.added_weight_grad:
+            require_one("the gradient of a loss with weight_grad", grad_loss)
         # In place: these are the largest tensors of the op. Autograd refuses a second backward through changed tensors.
         grads = (None if saved is None else saved.mul_(grad_loss).to(ctx.dtype) for saved in ctx.saved_tensors)
-        return *grads, *(None,) * 8
+        return *grads, *(None,) * 9
 
 
 def _empty_columns(hidden: Tensor) -> list[Tensor]:

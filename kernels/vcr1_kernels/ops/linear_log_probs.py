@@ -113,7 +113,8 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor
 class HeadGradients:
     """Gradients of hidden and weight, accumulated in float32 from chunks of the logits' gradient.
 
-    One that is not needed (a frozen head) is None, and costs no product.
+    One that is not needed (a frozen head) is None, and costs no product. Weight's is added to `weight_grad` if there is
+    one.
     """
 
     def __init__(
@@ -124,13 +125,16 @@ class HeadGradients:
         *,
         needs_hidden: bool,
         needs_weight: bool,
+        weight_grad: Tensor | None = None,
     ) -> None:
         self._inputs, self._group = (hidden, weight), group
         accumulate_dtype = torch.promote_types(hidden.dtype, torch.float32)
         # Without shards a row's gradient is one product, which accumulates in float32 by itself.
         hidden_dtype = hidden.dtype if group is None else accumulate_dtype
         self.hidden = torch.empty_like(hidden, dtype=hidden_dtype) if needs_hidden else None
-        self.weight = torch.zeros_like(weight, dtype=accumulate_dtype) if needs_weight else None
+        self.weight = None
+        if needs_weight:
+            self.weight = torch.zeros_like(weight, dtype=accumulate_dtype) if weight_grad is None else weight_grad
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
         """Take in the gradient of the logits of `rows`, [chunk, vocab_shard]."""
