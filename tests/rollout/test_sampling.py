@@ -53,6 +53,23 @@ def test_a_token_of_probability_zero_is_never_chosen(uniform: float) -> None:
     assert float(probs[0, token_id]) > 0
 
 
+@pytest.mark.parametrize("vocab_size", [64, 1000])
+def test_inversion_is_the_cumulative_sums(vocab_size: int) -> None:
+    """With many tokens of probability zero, and a last one that is hardly ever chosen."""
+    probs = _logits(500, vocab_size, seed=5).softmax(-1)
+    probs[_logits(500, vocab_size, seed=6) < 2] = 0
+    probs[:, -1] = 1e-20
+    uniforms = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    uniforms[:2] = torch.tensor([0, LARGEST_BELOW_ONE])
+    token_ids = invert_distribution(probs, uniforms)
+    cumulative = probs.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    assert torch.equal(token_ids[:1], expected[:1]) and torch.equal(token_ids[2:], expected[2:])
+    assert bool((probs.gather(1, token_ids[:, None]) > 0).all())
+    no_numbers = invert_distribution(torch.full_like(probs, torch.nan), uniforms)
+    assert bool((no_numbers == vocab_size - 1).all())
+
+
 def test_sampled_distribution_is_the_softmax_at_the_temperature() -> None:
     """Chi-square over 30 tokens and 60,000 draws, three of the tokens left out; 0.999 quantile of 26 degrees: 54.1."""
     logits, never, temperature = _logits(1, 30, seed=1) / 3, torch.tensor([3, 4, 29]), 0.8
