@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from cluster_plan.devices import DEVICES
+from cluster_plan.devices import DEVICES, Efficiency
 from cluster_plan.job import Job, Layout, square_video
 from cluster_plan.memory import cache_bytes_per_token, training_memory
 from cluster_plan.parameters import num_parameters, stage_parameters
 from cluster_plan.search import Cluster, Plan, Refusal, balanced, best_variant, search
-from cluster_plan.timing import pipeline_bubble, pipeline_seconds, stage_seconds, update_seconds, useful_flops
+from cluster_plan.timing import (
+    pipeline_bubble,
+    pipeline_seconds,
+    seconds_of_stage,
+    stage_seconds,
+    update_seconds,
+    useful_flops,
+)
 from cluster_plan.traffic import boundary_bytes, step_traffic, tensor_traffic
 from model_presets import PRESETS, model_config
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +31,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.flops import forward_flops
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups, schedule
@@ -169,13 +177,33 @@ def test_memory_of_the_seven_billion_model_by_hand() -> None:
     assert memory.optimizer == 12 * SEVEN_BILLION / 8
     assert memory.reference == 0
     rows, patches = 3840 + 8 * 199, 19 * 28 * 28
-    # A row's residual stream in 28 layers, a patch's in 32, its pixels, and 5 hidden sizes in the merger.
-    kept = rows * 28 * 3584 + patches * (32 * 1280 + 1176 + 5 * 1280)
+    # A row's residual stream in 28 layers, a patch's in 32, its pixels, and 4 hidden sizes in the merger.
+    kept = rows * 28 * 3584 + patches * (32 * 1280 + 1176 + 4 * 1280)
     assert memory.activations == pytest.approx(2 * kept)
     (resident,) = training_memory(dataclasses.replace(job, reference_resident=True), Layout(copies=8), DEVICES["h100"])
     assert resident.reference == 2 * SEVEN_BILLION
     (frozen,) = training_memory(dataclasses.replace(job, freeze=("vision_tower",)), Layout(copies=8), DEVICES["h100"])
     assert 0.6e9 < (memory.gradients - frozen.gradients) / 4 < 0.7e9  # the tower
+
+
+def test_the_last_layer_keeps_and_computes_few_rows_behind_its_attention() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    rows, targets, behind = 3840 + 8 * 199, 8 * 200, 2 * 3584 + 2 * 18944
+    whole, last = (
+        training_memory(job, Layout(tensor=1, pipeline=2, copies=4), DEVICES["h100"])[stage] for stage in (0, 1)
+    )
+    a_layer = 4 * 3584 + 2 * 3584 + 2 * 512 + 2 * 18944
+    assert last.activations == pytest.approx(2 * (rows * 14 * a_layer - (rows - targets) * behind))
+    assert whole.activations > 2 * 2 * rows * 14 * a_layer  # of two microbatches, with the vision tower's
+    exact = Efficiency(1, 1, 1, 1, 1, 1, 1)
+    unit = dataclasses.replace(DEVICES["h100"], microbatch_s=0.0, flops_per_s=1.0, efficiency=exact)
+    layout = Layout(pipeline=2)
+    first, second = (seconds_of_stage(job, layout, unit, stage, 14, training=False) for stage in (0, 1))
+    work = forward_flops(job.config, job.groups(1))
+    assert first + second == pytest.approx(work.total)
+    spared = 2 * (rows - targets) * (3584 * 3584 + 3 * 3584 * 18944)  # in output projection and MLP
+    others = work.head + work.text_attention / 2
+    assert second - others == pytest.approx((work.text_layers + spared) / 2 - spared)
 
 
 def test_cache_bytes_of_a_token() -> None:

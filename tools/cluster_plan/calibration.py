@@ -14,7 +14,7 @@ from model_presets import model_config
 from cluster_plan.devices import Device, Efficiency
 from cluster_plan.job import Job, Layout
 from cluster_plan.memory import training_memory
-from cluster_plan.timing import reference_seconds, update_seconds
+from cluster_plan.timing import busiest_seconds, pipeline_seconds, reference_seconds, update_seconds
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import bf16_peak
 
@@ -34,6 +34,10 @@ class Measured:
     fixed_bytes: float  # of it, before the model was built
     product_flops_per_s: float
     device: str
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
 
     @classmethod
     def from_file(cls, path: Path) -> Measured:
@@ -112,8 +116,11 @@ def calibrate(device: Device, runs: Sequence[Measured]) -> Device:
 
 
 def predicted_seconds(run: Measured, device: Device, gpus_per_node: int = 8) -> float:
-    """Of the same update on the device: the reference's pass, if there is one, and forward and backward."""
-    args = (run.job, run.layout, device, gpus_per_node)
+    """Of the same update on the device: the reference's pass, if there is one, and forward and backward.
+
+    A CPU's clock is the processor time of the busiest rank, which does not count what a stage waits.
+    """
+    args = (run.job, run.layout, device, gpus_per_node, pipeline_seconds if run.on_gpu else busiest_seconds)
     return reference_seconds(*args) + update_seconds(*args)
 
 

@@ -40,7 +40,7 @@ class Device:
     decoded_frames_per_s: float = 400.0  # videos decoded and resized for one GPU by its share of the node
     fixed_bytes: float = 3e9  # context, libraries, collectives' buffers
     fragmentation: float = 0.05  # of all else, lost by the allocator
-    is_cpu: bool = False  # torch's own norms and SwiGLU keep more for the backward pass than the fused ones
+    is_cpu: bool = False  # its memory is the host's, where a reference that waits is, too
 
 
 # bfloat16 without sparsity; NVLink and a 400 Gbit/s (A100: 200) adapter for each GPU.

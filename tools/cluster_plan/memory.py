@@ -1,14 +1,15 @@
 """Bytes that a GPU holds while it trains, by part and pipeline stage.
 
 Activations are counted from the code: what each module keeps for its backward pass, in numbers a row, with h the hidden
-size, q and k the sizes of all query and of all key heads on the rank, f the FFN's on the rank, d the head size:
+size, q and k the sizes of all query and of all key heads on the rank, f the FFN's on the rank:
 
-    two norms       2 x (input, output) and what the output's product keeps, the same: 4h    CPU: 6h
-    attention       q and k rotated, the output, the joint projection that v is a view of: 3q + 3k + rotary 4d
-    gated MLP       gate and up, their product: 3f                                            CPU: 4f
+    two norms       2 x (input, output): 4h
+    attention       q and k rotated, v, the output: 2q + 2k
+    gated MLP       gate and up: 2f; their product is computed again
 
-h stands on every rank, or is divided under sequence parallelism. Full recomputation keeps h a layer and one layer
-whole; recomputation of the MLP drops its 3f (4f). Stage s of p holds min(microbatches, p - s) microbatches (1F1B).
+h stands on every rank, or is divided under sequence parallelism; without that, the last layer keeps only the rows that
+predict something behind its attention. Full recomputation keeps h a layer and one layer whole; recomputation of the MLP
+drops its 2f. Stage s of p holds min(microbatches, p - s) microbatches (1F1B).
 """
 
 from __future__ import annotations
@@ -55,42 +56,35 @@ class LayerNumbers:
     """What one layer keeps for a row, and needs while its backward pass runs."""
 
     kept: float
-    boundary: float  # its input alone, under full recomputation
+    behind: float  # of it, behind the attention
     working: float
 
 
-def text_layer_numbers(config: ModelConfig, layout: Layout, *, is_cpu: bool) -> LayerNumbers:
+def text_layer_numbers(config: ModelConfig, layout: Layout) -> LayerNumbers:
     text, ranks = config.text, layout.tensor
     key = max(text.num_kv_heads / ranks, 1) * text.head_dim
     query = text.num_heads / ranks * text.head_dim
     hidden = text.hidden_size / (ranks if layout.sequence_parallel else 1)
-    rotary = 4 * text.head_dim
-    return _layer_numbers(hidden, query, key, text.ffn_hidden_size / ranks, rotary, layout, is_cpu=is_cpu)
+    return _layer_numbers(hidden, query, key, text.ffn_hidden_size / ranks, layout)
 
 
-def vision_layer_numbers(vision: VisionConfig, layout: Layout, *, is_cpu: bool) -> LayerNumbers:
-    """Of a patch. Without a gate the MLP keeps its inner state, QuickGELU's two factors and the product: 3f too."""
+def vision_layer_numbers(vision: VisionConfig, layout: Layout) -> LayerNumbers:
+    """Of a patch. Without a gate the MLP keeps its inner state and QuickGELU's sigmoid: 2f too."""
     ranks = layout.tensor
     heads = vision.hidden_size / ranks
     hidden = vision.hidden_size / (ranks if layout.sequence_parallel else 1)
-    rotary = 4 * vision.head_dim
-    return _layer_numbers(
-        hidden, heads, heads, vision.ffn_hidden_size / ranks, rotary, layout, is_cpu=is_cpu and vision.gated
-    )
+    return _layer_numbers(hidden, heads, heads, vision.ffn_hidden_size / ranks, layout)
 
 
-def _layer_numbers(
-    hidden: float, query: float, key: float, ffn: float, rotary: float, layout: Layout, *, is_cpu: bool
-) -> LayerNumbers:
-    norms = (6 if is_cpu else 4) * hidden
-    mlp = (4 if is_cpu else 3) * ffn
-    whole = norms + 3 * query + 3 * key + rotary + mlp
-    backward = 2 * hidden + 3 * ffn  # gradients of the residual stream and inside the MLP
+def _layer_numbers(hidden: float, query: float, key: float, ffn: float, layout: Layout) -> LayerNumbers:
+    mlp = 2 * ffn
+    whole = 4 * hidden + 2 * query + 2 * key + mlp
+    backward = 2 * hidden + 4 * ffn  # gradients of the residual stream and inside the MLP, and the product again
     if layout.recompute == "full":
-        return LayerNumbers(hidden, hidden, whole + backward)
+        return LayerNumbers(hidden, 0.0, whole + backward)
     if layout.recompute == "mlp":
-        return LayerNumbers(whole - mlp, hidden, mlp + backward)
-    return LayerNumbers(whole, hidden, backward)
+        return LayerNumbers(whole - mlp, 2 * hidden, mlp + backward)
+    return LayerNumbers(whole, 2 * hidden + mlp, backward)
 
 
 def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, ...]:
@@ -105,8 +99,8 @@ def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, paramete
     learning = _learning(job, parameters)
     whole_state = 8 if job.dtype_bytes == 4 else 12  # Adam's moments, and float32 weights beside bfloat16 ones
     in_flight = min(layout.microbatches(job), layout.pipeline - stage)
-    text_bytes, text_working = _text_activations(job, layout, device, stage)
-    vision_bytes, vision_working = _vision_activations(job, layout, device) if stage == 0 else (0.0, 0.0)
+    text_bytes, text_working = _text_activations(job, layout, stage)
+    vision_bytes, vision_working = _vision_activations(job, layout) if stage == 0 else (0.0, 0.0)
     # The text's part is gone when the vision tower's backward pass runs, for one of the microbatches in flight.
     working = max(text_working, vision_working - text_bytes)
     if stage == layout.pipeline - 1:
@@ -132,22 +126,24 @@ def _learning(job: Job, parameters: StageParameters) -> int:
     return vision + (0 if frozen_text else parameters.text + parameters.embedding)
 
 
-def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
+def _text_activations(job: Job, layout: Layout, stage: int) -> tuple[float, float]:
     """Kept bytes of one microbatch on a stage, and one layer's working bytes."""
-    numbers = text_layer_numbers(job.config, layout, is_cpu=device.is_cpu)
+    numbers = text_layer_numbers(job.config, layout)
     rows = job.group_rows * layout.groups_per_microbatch
-    layers = layout.stages(job.config)[stage]
-    return rows * layers * numbers.kept * job.dtype_bytes, rows * numbers.working * job.dtype_bytes
+    kept = rows * layout.stages(job.config)[stage] * numbers.kept
+    if stage == layout.pipeline - 1 and not layout.sequence_parallel:
+        kept -= (rows - job.groups(layout.groups_per_microbatch).targets) * numbers.behind
+    return kept * job.dtype_bytes, rows * numbers.working * job.dtype_bytes
 
 
-def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float, float]:
+def _vision_activations(job: Job, layout: Layout) -> tuple[float, float]:
     vision = job.config.vision
     patches = job.groups(layout.groups_per_microbatch).patches
     if {"vision_tower", "merger"} <= set(job.freeze):
         return 0.0, 0.0
-    numbers = vision_layer_numbers(vision, layout, is_cpu=device.is_cpu)
+    numbers = vision_layer_numbers(vision, layout)
     # The merger keeps its norm's input and output and two inner states; the embedding, the pixels.
-    merger = (3 + 2 / layout.tensor) * vision.hidden_size
+    merger = (2 + 2 / layout.tensor) * vision.hidden_size
     kept = vision.num_layers * numbers.kept + merger + vision.patch_dim
     return patches * kept * job.dtype_bytes, patches * numbers.working * job.dtype_bytes
 

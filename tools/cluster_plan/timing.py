@@ -12,8 +12,8 @@ sequences at once, and each sequence its keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 from cluster_plan.devices import Device
 from cluster_plan.job import Job, Layout
@@ -23,6 +23,7 @@ from cluster_plan.traffic import boundary_bytes, step_traffic, tensor_traffic
 from megatron_vcr1.model.flops import Flops, forward_flops, recomputed_flops, training_flops
 
 ATTENTION_AGAIN = 0.5  # of forward: what flash attention's backward pass computes again, counted as no useful work
+Pipeline = Callable[[Sequence[float], int], float]
 OPTIMIZER_BYTES = 30  # read and written for each number that a rank updates
 
 
@@ -75,14 +76,18 @@ def seconds_of_stage(job: Job, layout: Layout, device: Device, stage: int, num_l
             text_attention=ATTENTION_AGAIN * once.text_attention,
             vision_attention=ATTENTION_AGAIN * once.vision_attention * ("vision_tower" not in job.freeze),
         )
-    layers = num_layers / config.text.num_layers
     first, last = stage == 0, stage == layout.pipeline - 1
+    # Behind its attention the last layer computes the targets' rows alone, but for sequence parallelism.
+    spared = forward_flops(config, replace(work, targets=work.rows)).text_layers - once.text_layers
+    again = flops.text_layers / once.text_layers  # with backward: 3 or more times
+    layers = num_layers / config.text.num_layers
+    text_layers = layers * (once.text_layers + spared) - (last and not layout.sequence_parallel) * spared
     mine = Flops(
         patch_embed=flops.patch_embed * layout.tensor * first,  # whole on every rank
         vision_layers=flops.vision_layers * first,
         vision_attention=flops.vision_attention * first,
         merger=flops.merger * first,
-        text_layers=flops.text_layers * layers,
+        text_layers=again * text_layers,
         text_attention=flops.text_attention * layers,
         head=flops.head * last,
     )
@@ -108,10 +113,17 @@ def pipeline_bubble(stages: Sequence[float], num_microbatches: int) -> float:
     return 1 - busy / pipeline_seconds(stages, num_microbatches)
 
 
-def update_seconds(job: Job, layout: Layout, device: Device, gpus_per_node: int) -> float:
+def busiest_seconds(stages: Sequence[float], num_microbatches: int) -> float:
+    """Of them, what the slowest stage computes, without its waiting."""
+    return num_microbatches * max(stages)
+
+
+def update_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline = pipeline_seconds
+) -> float:
     """Forward and backward of a step's microbatches, gradients over the copies, the optimizer."""
     num_microbatches = layout.microbatches(job)
-    compute = pipeline_seconds(stage_seconds(job, layout, device, training=True), num_microbatches)
+    compute = pipeline(stage_seconds(job, layout, device, training=True), num_microbatches)
     hops = 2 * (layout.pipeline - 1 + num_microbatches - 1) * _hop_seconds(job, layout, device, gpus_per_node)
     network = _rate(device, layout.tensor * layout.copies <= gpus_per_node)
     gradients = step_traffic(job, layout).data / network
@@ -120,12 +132,14 @@ def update_seconds(job: Job, layout: Layout, device: Device, gpus_per_node: int)
     return compute + hops + gradients + optimizer
 
 
-def reference_seconds(job: Job, layout: Layout, device: Device, gpus_per_node: int) -> float:
+def reference_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline = pipeline_seconds
+) -> float:
     """The reference's log-probs; its weights come from the host and the policy's come back, unless both are there."""
     if not job.with_reference:
         return 0.0
     num_microbatches = layout.microbatches(job)
-    compute = pipeline_seconds(stage_seconds(job, layout, device, training=False), num_microbatches)
+    compute = pipeline(stage_seconds(job, layout, device, training=False), num_microbatches)
     hops = (layout.pipeline - 1 + num_microbatches - 1) * _hop_seconds(job, layout, device, gpus_per_node)
     weights = max(one.total for one in stage_parameters(job.config, layout)) * job.dtype_bytes
     # Each way, one tensor after another: there for the policy's, back for the reference's, and the same again.

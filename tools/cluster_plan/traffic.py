@@ -4,7 +4,8 @@ Ring collectives of n ranks on a buffer of B bytes: all-reduce sends 2 (n - 1) /
 the whole buffer (n - 1) / n B each; sequence parallelism replaces an all-reduce by one of each, the same bytes.
 
 tensor    every layer forward 2 all-reduces of its rows (behind attention and MLP), backward 2, again with full
-          recomputation; under sequence parallelism also 2 gathers of the inputs for the weights' gradients
+          recomputation; under sequence parallelism also 2 gathers of the inputs for the weights' gradients, without
+          it the last layer computes the targets' rows alone behind its attention
 pipeline  the rows of a microbatch to the next stage, their gradient back
 data      gradients in float32 to the rank that keeps their optimizer state, new weights back
 sync      the weights to the engines
@@ -70,9 +71,17 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
     first, last = stage == 0, stage == layout.pipeline - 1
     # Behind attention and MLP of every layer, and before them on the way back:
     layers = [text_rows] * (2 * num_layers) + [vision_rows] * (2 * config.vision.num_layers * first)
-    forward_sums = [*layers, *([text_rows, features] if first else []), *([4 * work.targets] * 2 if last else [])]
+    layers_forward, layers_backward = list(layers), list(layers)
+    if last and not layout.sequence_parallel:
+        target_rows = work.targets * text.hidden_size * job.dtype_bytes
+        layers_forward[:2], layers_backward[:1] = [target_rows] * 2, [target_rows]
+    forward_sums = [
+        *layers_forward,
+        *([text_rows, features] if first else []),
+        *([4 * work.targets] * 2 if last else []),
+    ]
     backward_sums = [
-        *layers,
+        *layers_backward,
         *([vision_rows] if first else []),
         *([4 * work.targets * text.hidden_size] if last else []),
     ]
@@ -87,7 +96,7 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
         forward_gathers += [*ends, *([text_rows] if last else [])]  # out of the towers
         backward_gathers += [*ends, *([text_rows] if first else []), *layers]  # into them; inputs, for the weights
     if layout.recompute == "full":
-        backward_sums += layers
+        backward_sums += layers_forward
         backward_gathers += forward_gathers[:num_layers] if text.num_kv_heads < layout.tensor else []
     ring = (layout.tensor - 1) / layout.tensor
     return (
