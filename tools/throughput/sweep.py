@@ -78,7 +78,8 @@ def _measure(point: dict[str, Any], train_options: Sequence[str]) -> dict[str, A
         finished = subprocess.run([*command, *train_options], capture_output=True, text=True)
         if finished.returncode == 0:
             return json.loads(file.read_text())
-        return (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        last_line = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        return last_line.removeprefix("benchmark_throughput: error: ")
 
 
 def _options(point: dict[str, Any]) -> Iterator[str]:
@@ -115,7 +116,10 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         raise UserError("--plot needs matplotlib; pip install 'megatron_vcr1[plots]'") from None
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(results)), layout="constrained")
     seconds, memory = figure.subplots(1, 2, sharey=True)
-    names = [_name({axis: one["point"][axis] for axis in AXES}) for one in results]
+    varied = [axis for axis in AXES if len({one["point"][axis] for one in results}) > 1]
+    fixed = {axis: results[0]["point"][axis] for axis in AXES if axis not in varied}
+    names = [_name({axis: one["point"][axis] for axis in varied}) for one in results]
+    figure.suptitle(f"{results[0]['model']}, {_name(fixed)}", fontsize="medium")
     spreads = [_seconds(one) for one in results]
     middle = [one.median for one in spreads]
     around = [[one.median - one.low for one in spreads], [one.high - one.median for one in spreads]]
