@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -49,9 +49,11 @@ class RMSNorm(nn.RMSNorm):
         mark_sequence_parallel(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] to the same shape."""
+        """[..., hidden_size] to the same shape; the linear layer behind it need not keep it (`BiasedInPlace`)."""
         assert self.eps is not None
-        return rms_norm(x, self.weight, self.eps)
+        normed = rms_norm(x, self.weight, self.eps)
+        normed.compute_again = lambda: self(x.detach())  # type: ignore[attr-defined]
+        return normed
 
 
 class LayerNorm(nn.LayerNorm):
@@ -138,7 +140,9 @@ class BiasedInPlace(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """[rows, 1, input_size] to [rows, 1, this rank's output_size]; never leaves the bias to the caller."""
-        output, bias = super().forward(input_, *args, **kwargs)
+        compute_again = getattr(input_, "compute_again", None)
+        with computed_again(input_, compute_again) if compute_again is not None else nullcontext():
+            output, bias = super().forward(input_, *args, **kwargs)
         return (output if bias is None else output.add_(bias)), None
 
 

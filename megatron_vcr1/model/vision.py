@@ -18,7 +18,7 @@ from vcr1_kernels import SegmentLayout, frames_to_patches
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.model.attention import AttentionLayout, Rotation
 from megatron_vcr1.model.config import VisionConfig
-from megatron_vcr1.model.layer_specs import block_spec
+from megatron_vcr1.model.layer_specs import block_spec, computed_again
 
 Grid = tuple[int, int, int]  # patches in time, height, width
 ROTARY_BASE = 10_000.0
@@ -204,11 +204,17 @@ class VisionTower(MegatronModule):
             ordered = [window_order(grid, vision) for grid in grids]
             orders = [order for order, _ in ordered]
             windows = tuple(length for _, lengths in ordered for length in lengths)
-        patches = torch.cat([self._patches(item, order) for item, order in zip(inputs, orders, strict=True)])
+
+        def all_patches() -> Tensor:
+            return torch.cat([self._patches(item, order) for item, order in zip(inputs, orders, strict=True)])
+
         coordinates = torch.cat(
             [patch_coordinates(grid, vision.merge_size)[order] for grid, order in zip(grids, orders, strict=True)]
         )
-        hidden = self._encode(self.patch_embed(patches), coordinates.flatten(0, 1), steps, windows)
+        patches = all_patches()
+        with computed_again(patches, all_patches):
+            embedded = self.patch_embed(patches)
+        hidden = self._encode(embedded, coordinates.flatten(0, 1), steps, windows)
         features = self.merger(hidden).split([len(order) for order in orders])
         return torch.cat([one[order.argsort().to(one.device)] for one, order in zip(features, orders, strict=True)])
 

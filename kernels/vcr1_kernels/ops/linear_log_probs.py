@@ -22,7 +22,7 @@ from vcr1_kernels.ops.softmax_rows import RowSoftmax, RowStatistics, logit_gradi
 # Workspace for one chunk of logits. On a GPU the matrix products lose rate below some thousand rows; on a CPU the chunk
 # should stay near the last-level cache.
 _GPU_CHUNK_BYTES = 1280 * 2**20
-_CPU_CHUNK_BYTES = 32 * 2**20
+_CPU_CHUNK_BYTES = 16 * 2**20
 
 
 @overload
