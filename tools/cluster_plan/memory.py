@@ -22,7 +22,7 @@ from cluster_plan.parameters import StageParameters, num_parameters, stage_param
 from megatron_vcr1.model.config import ModelConfig, VisionConfig
 
 GRADIENT_BYTES = 4  # float32 buffers, whatever the parameters' type
-GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 1280 * 2**20, 32 * 2**20  # of logits, in vcr1_kernels' head
+GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 1280 * 2**20, 16 * 2**20  # of logits, in vcr1_kernels' head
 
 
 @dataclass(frozen=True, slots=True)
