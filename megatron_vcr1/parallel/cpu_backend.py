@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def install() -> None:
     _installed = True
     _keep_random_states_on_cpu()  # imports megatron-core, which must still find torch as it is
     _answer_cuda_questions()
+    _stand_in_for_apex()
     _CudaMeansCpu().__enter__()
 
 
@@ -67,6 +69,20 @@ def _answer_cuda_questions() -> None:
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+
+
+def _stand_in_for_apex() -> None:
+    """Weight gradients that are added to their buffer: on a GPU an extension that comes with Apex."""
+    import megatron.core.tensor_parallel.layers as mcore_layers
+
+    def add_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, weight_grad: torch.Tensor) -> None:
+        if x.dtype == weight_grad.dtype:
+            weight_grad.addmm_(grad_output.t(), x)
+        else:
+            weight_grad.add_(grad_output.t() @ x)
+
+    mcore_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+    mcore_layers._grad_accum_fusion_available = True
 
 
 def _keep_random_states_on_cpu() -> None:

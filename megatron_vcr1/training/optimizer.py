@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from megatron_vcr1.config.training_sections import OptimizerSection
@@ -67,6 +68,7 @@ class Learner:
             DistributedDataParallelConfig(use_distributed_optimizer=divided, grad_reduce_in_fp32=True),
             model,
         )
+        _fuse_gradient_accumulation(model)
         self.optimizer = _optimizer(self.parallel, section, divided=divided)
         self.scheduler = _scheduler(self.optimizer, section, num_steps)
 
@@ -105,7 +107,7 @@ class Learner:
         return []
 
     def _clip(self, grad_norm: float) -> None:
-        if self.clip_norm > 0:
+        if 0 < self.clip_norm < grad_norm:  # a pass over all gradients, which changes nothing below
             for one in self.optimizer.chained_optimizers:
                 torch.nn.utils.clip_grads_with_norm_(one.get_parameters(), self.clip_norm, torch.tensor(grad_norm))
 
@@ -119,6 +121,18 @@ class Learner:
 def _finalize_gradients(models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """megatron-core's sums over ranks; it would divide by the number of tokens, by which the losses are already."""
     finalize_model_grads(models, None, **kwargs)
+
+
+def _fuse_gradient_accumulation(model: QwenVLModel) -> None:
+    """Have linear layers add their weights' gradients to the buffers themselves, which spares a tensor and a pass each.
+
+    megatron-core's own do with Apex's extension, or on a CPU (`parallel.cpu_backend`); TransformerEngine's always.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+        elif hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = layers._grad_accum_fusion_available
 
 
 def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, divided: bool) -> ChainedOptimizer:
