@@ -3,13 +3,14 @@
 Activations are counted from the code: what each module keeps for its backward pass, in numbers a row, with h the hidden
 size, q and k the sizes of all query and of all key heads on the rank, f the FFN's on the rank:
 
-    two norms       2 x (input, output): 4h
+    two norms       2 x input: 2h; TransformerEngine's and LayerNorms also keep their output: 4h
     attention       q and k rotated, v, the output: 2q + 2k
     gated MLP       gate and up: 2f; their product is computed again
 
-h stands on every rank, or is divided under sequence parallelism; without that, the last layer keeps only the rows that
-predict something behind its attention. Full recomputation keeps h a layer and one layer whole; recomputation of the MLP
-drops its 2f. Stage s of p holds min(microbatches, p - s) microbatches (1F1B).
+GPUs are taken to have TransformerEngine. h stands on every rank, or is divided under sequence parallelism; without
+that, the last layer keeps only the rows that predict something behind its attention. Full recomputation keeps h a layer
+and one layer whole; recomputation of the MLP drops its 2f. Stage s of p holds min(microbatches, p - s) microbatches
+(1F1B).
 """
 
 from __future__ import annotations
@@ -60,31 +61,33 @@ class LayerNumbers:
     working: float
 
 
-def text_layer_numbers(config: ModelConfig, layout: Layout) -> LayerNumbers:
+def text_layer_numbers(config: ModelConfig, layout: Layout, device: Device) -> LayerNumbers:
     text, ranks = config.text, layout.tensor
     key = max(text.num_kv_heads / ranks, 1) * text.head_dim
     query = text.num_heads / ranks * text.head_dim
     hidden = text.hidden_size / (ranks if layout.sequence_parallel else 1)
-    return _layer_numbers(hidden, query, key, text.ffn_hidden_size / ranks, layout)
+    norm = hidden if device.is_cpu else 2 * hidden
+    return _layer_numbers(hidden, norm, query, key, text.ffn_hidden_size / ranks, layout)
 
 
-def vision_layer_numbers(vision: VisionConfig, layout: Layout) -> LayerNumbers:
+def vision_layer_numbers(vision: VisionConfig, layout: Layout, device: Device) -> LayerNumbers:
     """Of a patch. Without a gate the MLP keeps its inner state and QuickGELU's sigmoid: 2f too."""
     ranks = layout.tensor
     heads = vision.hidden_size / ranks
     hidden = vision.hidden_size / (ranks if layout.sequence_parallel else 1)
-    return _layer_numbers(hidden, heads, heads, vision.ffn_hidden_size / ranks, layout)
+    norm = hidden if device.is_cpu and vision.gated else 2 * hidden
+    return _layer_numbers(hidden, norm, heads, heads, vision.ffn_hidden_size / ranks, layout)
 
 
-def _layer_numbers(hidden: float, query: float, key: float, ffn: float, layout: Layout) -> LayerNumbers:
+def _layer_numbers(hidden: float, norm: float, query: float, key: float, ffn: float, layout: Layout) -> LayerNumbers:
     mlp = 2 * ffn
-    whole = 4 * hidden + 2 * query + 2 * key + mlp
+    whole = 2 * norm + 2 * query + 2 * key + mlp
     backward = 2 * hidden + 4 * ffn  # gradients of the residual stream and inside the MLP, and the product again
     if layout.recompute == "full":
         return LayerNumbers(hidden, 0.0, whole + backward)
     if layout.recompute == "mlp":
-        return LayerNumbers(whole - mlp, 2 * hidden, mlp + backward)
-    return LayerNumbers(whole, 2 * hidden + mlp, backward)
+        return LayerNumbers(whole - mlp, norm, mlp + backward)
+    return LayerNumbers(whole, norm + mlp, backward)
 
 
 def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, ...]:
@@ -99,8 +102,8 @@ def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, paramete
     learning = _learning(job, parameters)
     whole_state = 8 if job.dtype_bytes == 4 else 12  # Adam's moments, and float32 weights beside bfloat16 ones
     in_flight = min(layout.microbatches(job), layout.pipeline - stage)
-    text_bytes, text_working = _text_activations(job, layout, stage)
-    vision_bytes, vision_working = _vision_activations(job, layout) if stage == 0 else (0.0, 0.0)
+    text_bytes, text_working = _text_activations(job, layout, device, stage)
+    vision_bytes, vision_working = _vision_activations(job, layout, device) if stage == 0 else (0.0, 0.0)
     # The text's part is gone when the vision tower's backward pass runs, for one of the microbatches in flight.
     working = max(text_working, vision_working - text_bytes)
     if stage == layout.pipeline - 1:
@@ -126,9 +129,9 @@ def _learning(job: Job, parameters: StageParameters) -> int:
     return vision + (0 if frozen_text else parameters.text + parameters.embedding)
 
 
-def _text_activations(job: Job, layout: Layout, stage: int) -> tuple[float, float]:
+def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
     """Kept bytes of one microbatch on a stage, and one layer's working bytes."""
-    numbers = text_layer_numbers(job.config, layout)
+    numbers = text_layer_numbers(job.config, layout, device)
     rows = job.group_rows * layout.groups_per_microbatch
     kept = rows * layout.stages(job.config)[stage] * numbers.kept
     if stage == layout.pipeline - 1 and not layout.sequence_parallel:
@@ -136,28 +139,25 @@ def _text_activations(job: Job, layout: Layout, stage: int) -> tuple[float, floa
     return kept * job.dtype_bytes, rows * numbers.working * job.dtype_bytes
 
 
-def _vision_activations(job: Job, layout: Layout) -> tuple[float, float]:
+def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float, float]:
     vision = job.config.vision
     patches = job.groups(layout.groups_per_microbatch).patches
     if {"vision_tower", "merger"} <= set(job.freeze):
         return 0.0, 0.0
-    numbers = vision_layer_numbers(vision, layout)
-    # The merger keeps its norm's input and output and two inner states; the embedding, the pixels.
+    numbers = vision_layer_numbers(vision, layout, device)
+    # The merger keeps its norm's input and output and two inner states. The embedding's pixels are computed again.
     merger = (2 + 2 / layout.tensor) * vision.hidden_size
-    kept = vision.num_layers * numbers.kept + merger + vision.patch_dim
+    kept = vision.num_layers * numbers.kept + merger
     return patches * kept * job.dtype_bytes, patches * numbers.working * job.dtype_bytes
 
 
 def _head_bytes(job: Job, layout: Layout, device: Device) -> float:
-    """A chunk of logits, and the float32 gradients of the weight and of the hidden states."""
+    """A chunk of logits, and gradients of the hidden states; the weight's goes straight to its buffer."""
     text = job.config.text
     targets = job.group_size * job.response_tokens * layout.groups_per_microbatch
     shard = text.vocab_size / layout.tensor
     chunk = min(CPU_CHUNK_BYTES if device.is_cpu else GPU_CHUNK_BYTES, targets * shard * job.dtype_bytes)
-    # In float32, and once more when it is handed on in the parameters' type.
-    number_bytes = GRADIENT_BYTES + (job.dtype_bytes if job.dtype_bytes < GRADIENT_BYTES else 0)
-    weight = 0.0 if "language_model" in job.freeze else shard * text.hidden_size * number_bytes
-    return chunk + weight + targets * text.hidden_size * (4 + job.dtype_bytes)
+    return chunk + targets * text.hidden_size * (4 + job.dtype_bytes)
 
 
 @dataclass(frozen=True, slots=True)
