@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.load import load_model_weights
@@ -61,6 +62,24 @@ def test_gradients_add_up_over_microbatches_and_are_forgotten_after_a_step(model
     loss, norm, _ = _update(learner, [batch])
     assert _update(learner, [batch, batch])[:2] == pytest.approx((2 * loss, 2 * norm), rel=1e-5)
     assert _update(learner, [batch])[:2] == pytest.approx((loss, norm), rel=1e-5)
+
+
+def test_linear_layers_add_their_gradients_to_the_buffers_themselves(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, batch = _learner(model_dir)
+    addition, buffers = layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32, set()
+
+    def add(x: Tensor, grad_output: Tensor, weight_grad: Tensor) -> None:
+        buffers.add(weight_grad.data_ptr())
+        addition(x, grad_output, weight_grad)
+
+    monkeypatch.setattr(layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", add)
+    _update(learner, [batch])
+    kinds = (layers.ColumnParallelLinear, layers.RowParallelLinear)
+    linears = {name: one.weight for name, one in learner.model.named_modules() if isinstance(one, kinds)}
+    del linears["language_model.output_layer"]  # the loss computes with its weight
+    assert buffers == {weight.main_grad.data_ptr() for weight in linears.values()}
 
 
 def test_the_norm_is_of_the_gradient_before_clipping(model_dir: Path) -> None:
