@@ -54,6 +54,12 @@ def test_a_second_call_has_nothing_left_to_do(out: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (out / "done").iterdir()} == before
 
 
+def test_results_of_another_recipe_are_no_results(out: Path) -> None:
+    whole = _demo("--seeds", "3", "--out", str(out))
+    assert whole.returncode == 2
+    assert f"{out} holds results of another demo" in whole.stderr
+
+
 def test_the_model_answers_about_any_clip(out: Path) -> None:
     clip = next((out / "data" / "videos").rglob("*.mp4"))
     answered = _demo("--seeds", "3", "--out", str(out), "--real", str(clip), "--ask", "purple dog")

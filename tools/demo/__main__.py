@@ -56,6 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)  # a table in a log file needs room
     if args.real is not None:
         return _real(demo, args.real, args.ask, console)
+    if not record.is_of(demo.recipe()):
+        print(
+            f"demo: {demo.out} holds results of another demo (with or without --quick, or of another version): remove "
+            "it, or name another folder with --out",
+            file=sys.stderr,
+        )
+        return 2
     announce(demo, workers, console)
     jobs = demo.jobs()
     try:

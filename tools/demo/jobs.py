@@ -55,13 +55,21 @@ class Job:
 
 
 class Record:
-    """What is done, in a folder: DONE/NAME.json with seconds, LOGS/NAME.log, and the calls that it took."""
+    """What is done, in a folder: done/NAME.json with seconds, logs/NAME.log, by which recipe, and in which calls."""
 
     def __init__(self, folder: Path) -> None:
         self._done, self._logs = folder / "done", folder / "logs"
-        self._calls = folder / "calls.jsonl"
+        self._calls, self._recipe = folder / "calls.jsonl", folder / "recipe"
         for one in (self._done, self._logs):
             one.mkdir(parents=True, exist_ok=True)
+
+    def is_of(self, recipe: str) -> bool:
+        """Whether what was begun here follows the recipe that the jobs follow now; a new folder does."""
+        if not self._recipe.exists():
+            if any(self._done.iterdir()):
+                return False
+            self._recipe.write_text(recipe, encoding="utf-8")
+        return self._recipe.read_text(encoding="utf-8") == recipe
 
     def log(self, job: Job) -> Path:
         return self._logs / f"{job.name}.log"

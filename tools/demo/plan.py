@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -98,6 +99,13 @@ class Demo:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         return path
+
+    def recipe(self) -> str:
+        """Digest of what the results depend on: settings, data, and the first weights."""
+        here = Path(__file__).parent
+        files = [*sorted(CONFIGS.glob("*.toml")), *(here / name for name in ("data.py", "plan.py", "tiny_model.py"))]
+        contents = [path.read_bytes() for path in (*files, here / "templates.toml")]
+        return hashlib.sha256(b"\0".join((str(self.quick).encode(), *contents))).hexdigest()
 
     def jobs(self) -> list[Job]:
         """All of them; those that a run of two processes should start early come first."""
