@@ -177,8 +177,8 @@ def test_memory_of_the_seven_billion_model_by_hand() -> None:
     assert memory.optimizer == 12 * SEVEN_BILLION / 8
     assert memory.reference == 0
     rows, patches = 3840 + 8 * 199, 19 * 28 * 28
-    # A row's residual stream in 28 layers, a patch's in 32, its pixels, and 4 hidden sizes in the merger.
-    kept = rows * 28 * 3584 + patches * (32 * 1280 + 1176 + 4 * 1280)
+    # A row's residual stream in 28 layers, a patch's in 32, and 4 hidden sizes in the merger.
+    kept = rows * 28 * 3584 + patches * (32 * 1280 + 4 * 1280)
     assert memory.activations == pytest.approx(2 * kept)
     (resident,) = training_memory(dataclasses.replace(job, reference_resident=True), Layout(copies=8), DEVICES["h100"])
     assert resident.reference == 2 * SEVEN_BILLION
