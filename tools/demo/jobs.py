@@ -178,7 +178,8 @@ class _Worker:
     def stop(self) -> None:
         """An idle process ends by itself when the pipe is closed; training saves itself first."""
         self._connection.close()
-        self._process.terminate()
+        if self.job is not None:
+            self._process.terminate()
 
     def join(self) -> None:
         self._process.join(_PATIENCE_S)
