@@ -133,6 +133,8 @@ def _fuse_gradient_accumulation(model: QwenVLModel) -> None:
             module.fuse_wgrad_accumulation = True
         elif hasattr(module, "gradient_accumulation_fusion"):
             module.gradient_accumulation_fusion = layers._grad_accum_fusion_available
+    if not layers._grad_accum_fusion_available:
+        logger.info("megatron-core's linear layers add gradients in passes of their own: Apex's extension is not installed")
 
 
 def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, divided: bool) -> ChainedOptimizer:
