@@ -134,7 +134,7 @@ def _fuse_gradient_accumulation(model: QwenVLModel) -> None:
         elif hasattr(module, "gradient_accumulation_fusion"):
             module.gradient_accumulation_fusion = layers._grad_accum_fusion_available
     if not layers._grad_accum_fusion_available:
-        logger.info("megatron-core's linear layers add gradients in passes of their own: Apex's extension is not installed")
+        logger.info("gradients: megatron-core's linear layers add theirs in a second pass, without Apex's extension")
 
 
 def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, divided: bool) -> ChainedOptimizer:
