@@ -128,7 +128,9 @@ class ModelConfig:
         text_raw = {**raw, **raw.get("text_config", {})}
         if not raw.get("vision_config"):
             raise UserError("vision_config is missing")
-        text = _text_config(text_raw, tied=bool(raw.get("tie_word_embeddings", False)))
+        # transformers 4.52 to 4.57 saved this key of the whole model in text_config alone.
+        tied = any(part.get("tie_word_embeddings") for part in (raw, raw.get("text_config", {})))
+        text = _text_config(text_raw, tied=tied)
         vision = _vision_config(family, raw["vision_config"], text.hidden_size)
         config = cls(
             family=family,

@@ -53,6 +53,21 @@ def test_nested_layout_of_transformers_5(family: str) -> None:
     assert config.text.tied_embeddings is (family == "qwen2_vl")
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("whole", [{}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("text", [{}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}])
+def test_tied_embeddings_are_found_where_any_transformers_saved_them(
+    family: str, whole: dict[str, bool], text: dict[str, bool]
+) -> None:
+    theirs = tiny.hf_config(family)
+    raw = theirs.to_dict()
+    del raw["tie_word_embeddings"]
+    raw |= whole
+    raw["text_config"] |= text
+    expected = type(theirs).from_dict(raw).tie_word_embeddings
+    assert ModelConfig.from_dict(raw).text.tied_embeddings is expected
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
