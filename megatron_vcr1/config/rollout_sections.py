@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_vcr1.config.section import Names, Section
+from megatron_vcr1.config.section import Names, Section, Texts
 
 
 class RolloutSection(Section):
@@ -20,7 +20,7 @@ class RolloutSection(Section):
     temperature: float = Field(default=1.0, gt=0, description="Of sampling in training.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Smallest set of tokens with this probability.")
     top_k: int = Field(default=0, ge=0, description="Most probable tokens to sample from; 0: all.")
-    stop: tuple[str, ...] = Field(default=(), description="Texts that end a response, besides the model's own end.")
+    stop: Texts = Field(default=(), description="Texts that end a response, besides the model's own end.")
     batch_responses: int = Field(
         default=256, ge=1, description="Responses that the local engine decodes at a time on a copy of the model."
     )
@@ -39,7 +39,7 @@ class SglangSection(Section):
     python: Path | None = Field(
         default=None, description="The interpreter that sglang is installed for. Unset: the one that runs this."
     )
-    server_args: tuple[str, ...] = Field(default=(), description="More arguments of the server.")
+    server_args: Texts = Field(default=(), description="More arguments of the server.")
     memory_fraction: float = Field(default=0.85, gt=0, lt=1, description="GPU memory of weights and KV cache.")
     colocated: bool = Field(
         default=True, description="Servers share the training's GPUs and release their memory while it computes."

@@ -50,6 +50,12 @@ class DataSection(Section):
         default=256, ge=0, description="Decoded videos that each decoding process keeps, in megabytes; 0: none."
     )
 
+    @model_validator(mode="after")
+    def _frames_are_in_order(self) -> Self:
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames = {self.min_frames} is above max_frames = {self.max_frames}; lower it")
+        return self
+
 
 class TrainSection(Section):
     """The run and its steps."""

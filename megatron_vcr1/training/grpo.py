@@ -241,6 +241,11 @@ def check_settings(config: RunConfig) -> None:
             "grpo.one_step_off samples while training computes, which colocated servers cannot: set "
             "sglang.colocated = false and give the servers GPUs of their own"
         )
+    if config.grpo.overlong_buffer > config.rollout.max_new_tokens:
+        raise UserError(
+            f"grpo.overlong_buffer = {config.grpo.overlong_buffer} is longer than any response "
+            f"(rollout.max_new_tokens = {config.rollout.max_new_tokens}), so all would be punished; lower it"
+        )
 
 
 def token_data(groups: Sequence[ScoredGroup]) -> TokenData:

@@ -53,6 +53,13 @@ def test_an_empty_value_empties_a_list(run_toml):
     assert load_config(run_toml, ["--model.freeze="]).model.freeze == ()
 
 
+def test_a_text_with_commas_is_one_text(run_toml):
+    run_toml.write_text(RUN + '[rollout]\nstop = ["a, b", "c"]')
+    assert load_config(run_toml).rollout.stop == ("a, b", "c")
+    assert load_config(run_toml, ["--rollout.stop", "x, y"]).rollout.stop == ("x, y",)
+    assert load_config(run_toml, ["--rollout.stop="]).rollout.stop == ()
+
+
 def test_the_later_of_two_options_wins():
     options = ["--parallel.tensor", "1", "--parallel.tensor=2"]
     assert parse_overrides(options) == {("parallel", "tensor"): "2"}
@@ -70,6 +77,10 @@ def test_the_later_of_two_options_wins():
         (["--model.freeze", "head"], "--model.freeze: input should be 'vision_tower', 'merger' or 'language_model'"),
         (["--model.freeze", "vision_tower,merger,language_model"], "nothing would be trained"),
         (["--parallel.sequence_parallel=true", "--parallel.tensor=1"], "sequence_parallel needs tensor > 1"),
+        (["--data.min_frames=10", "--data.max_frames=4"], "data: min_frames = 10 is above max_frames = 4; lower it"),
+        (["--optimizer.learning_rate", "inf"], "--optimizer.learning_rate: input should be a finite number"),
+        (["--grpo.kl_coef", "nan"], "--grpo.kl_coef: input should be a finite number"),
+        (["--data.sources", "a.jsonl"], "--data.sources: must be a list, not 'a.jsonl'; write it in run.toml"),
         (["--parallel.tensor"], "--parallel.tensor needs a value"),
         (["--parallel.tensor", "--parallel.pipeline", "2"], "--parallel.tensor needs a value"),
         (["--tensor", "2"], "--tensor: unknown option; settings are given as --section.key VALUE"),
@@ -93,6 +104,7 @@ def test_a_bad_option_is_named(run_toml, options, message):
         ),
         (RUN + "pipeline = 1.5", "run.toml: parallel.pipeline: input should be a valid integer"),
         ("parallel = 3\n[model]\npath='x'", "run.toml: parallel: input should be a valid dictionary"),
+        (RUN + "[rollout]\nstop = ['']", "rollout.stop.0: string should have at least 1 character"),
         ("[model", "run.toml: not TOML: "),
     ],
 )

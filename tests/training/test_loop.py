@@ -155,6 +155,8 @@ def test_thinking_that_is_asked_for_must_be_there_to_learn(folder: Path, tmp_pat
         ({"optimizer": {"min_learning_rate": 1.0}}, "min_learning_rate is above"),
         ({"model": {"path": "nowhere"}}, "nowhere"),
         ({"train": {"stage": "grpo"}, "grpo": {"minibatches": 4}}, "2 does not divide into grpo.minibatches = 4"),
+        ({"train": {"stage": "grpo"}, "grpo": {"overlong_buffer": 9}}, r"overlong_buffer = 9 .*max_new_tokens = 8\)"),
+        ({"profile": {"enabled": True, "ranks": [0, 1]}}, "profile.ranks = 0, 1: the job has ranks 0 to 0"),
         ({"data": {"sources": []}}, "name at least one manifest"),
         ({"data": {"sources": [{"manifest": "nowhere.jsonl"}]}}, "nowhere.jsonl"),
     ],
