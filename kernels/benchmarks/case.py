@@ -22,7 +22,9 @@ class Case:
 
 
 def is_installed(package: str) -> bool:
-    return find_spec(package) is not None
+    """Whether there is a module, not only a folder that packages below it share (flash_attn of flash-attn-4)."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def backward(loss: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], object]:

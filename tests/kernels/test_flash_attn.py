@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vcr1_kernels import SegmentLayout, reference
-from vcr1_kernels.ops.flash_attn import flash_attention, use_flash_attn
+from vcr1_kernels.ops.flash_attn import flash_attention, flash_attn_is_installed, use_flash_attn
 
 
 def _varlen(
@@ -51,3 +53,16 @@ def test_segments_reach_it_as_sequences(monkeypatch: pytest.MonkeyPatch, causal:
 def test_it_is_for_half_precision_on_a_gpu() -> None:
     query = torch.randn(3, 2, 8, dtype=torch.bfloat16)
     assert not use_flash_attn(query, SegmentLayout.packed((3,)))
+
+
+@pytest.mark.skipif(flash_attn_is_installed(), reason="flash-attn is installed")
+def test_flash_attn_4_alone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes with SGLang, and has no flash_attn_varlen_func in flash_attn."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    assert not flash_attn_is_installed.__wrapped__()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert flash_attn_is_installed.__wrapped__()

@@ -26,8 +26,11 @@ def use_flash_attn(query: Tensor, layout: SegmentLayout) -> bool:
 
 @lru_cache(maxsize=1)
 def flash_attn_is_installed() -> bool:
-    """Whether independent segments on a GPU go to flash-attn."""
-    return find_spec("flash_attn") is not None
+    """Whether independent segments on a GPU go to flash-attn (2; what flash-attn-4 installs under this name is another
+    library in a folder without a module).
+    """
+    found = find_spec("flash_attn")
+    return found is not None and found.origin is not None
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
