@@ -86,6 +86,8 @@ def _decode(file: str, frame_indices: NDArray[np.int64], device: str, deadline: 
         if len(decoded) != len(part):
             raise VideoError(file, f"damaged: DALI gave {len(decoded)} of {len(part)} frames")
         yield from decoded
+        if device == "gpu":
+            torch.cuda.current_stream().synchronize()  # the next run takes the memory that it may still read
 
 
 @lru_cache(maxsize=1)

@@ -57,6 +57,31 @@ def test_variable_rate_rotation_and_more_frames_than_one_run(tmp_path: Path) -> 
     assert_same_video(dali, pyav)
 
 
+def test_a_gpu_has_read_a_runs_frames_before_the_next_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DALI's executor writes the next frames to the same memory, on a stream of its own."""
+    from megatron_vcr1.data import video_dali
+
+    happened: list[str] = []
+    pipeline = video_dali._pipeline(None)
+
+    class Recorded:
+        feed_input = staticmethod(pipeline.feed_input)
+
+        def run(self) -> Any:
+            happened.append("run")
+            return pipeline.run()
+
+        def synchronize(self) -> None:
+            happened.append("synchronize")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", Recorded)
+    monkeypatch.setattr(video_dali, "_pipeline", lambda device_id: Recorded())
+    path = write_clip(tmp_path / "long.mp4", num_frames=100)
+    assert len(read_frames(path, fps=25, backend="dali-gpu").timestamps_s) == 100
+    assert happened == ["run", "synchronize"] * 2
+
+
 def test_bad_files_are_refused_and_the_next_one_decodes(tmp_path: Path) -> None:
     good = write_clip(tmp_path / "good.mp4")
     cut = tmp_path / "cut.mp4"
