@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -196,10 +197,12 @@ def test_a_long_run_and_long_answers_stay_small(tmp_path, manifest):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-def test_a_browser_draws_it(tmp_path, run_dir):
-    path = run_dir / "rollouts/step_40.jsonl"
+def test_a_browser_draws_it(tmp_path, run_dir, manifest):
+    path = run_dir / "rollouts/step_1.jsonl"
     text = path.read_text().replace("I am not sure", json.dumps(HOSTILE)[1:-1])
-    path.write_text(text)
+    text = text.replace("train_0", "train_" + "0" * 300).replace('"no <', f'"no {"o" * 300}<')  # ids, reasons
+    path.write_text(re.sub(r"<answer>[\d.]+ to [\d.]+", "<answer>3 to 1e300", text))
+    add_evaluation(run_dir, "a" * 200, manifest, right=0.5)
     assert report(run_dir) == 0
     url = (run_dir / "report.html").as_uri()
 
@@ -208,10 +211,11 @@ def test_a_browser_draws_it(tmp_path, run_dir):
     assert "CONSOLE" not in dumped.stderr, "the browser complains about the page"
     page = Page(dumped.stdout)
     assert "<title>grpo: report</title>" in dumped.stdout
-    assert page.count("article") == 21 and page.count("script") == 0
+    assert page.count("article") == 24 and page.count("script") == 0 and "3–1e+300 s" in page.text
     pixels = np.asarray(Image.open(light).convert("RGB")).astype(int)
     for colour in ("#00875a", "#1f6fd6", "#d2521b"):  # true, right and wrong spans; curves
         assert near(pixels, ImageColor.getrgb(colour)) > 100, f"nothing is {colour}"
+    assert (pixels[:, 1292:] == pixels[0, 0]).all(), "long words or numbers run over the page's edge"
     assert near(pixels, (255, 0, 255)) > 1000, "the magenta circle of the tracking video is not to be seen"
 
     browse(tmp_path, f"--screenshot={dark}", "--window-size=1300,900", "--blink-settings=preferredColorScheme=0", url)

@@ -110,11 +110,18 @@ def test_names_of_files_are_spelled_out(name, text):
     "low, high, texts",
     [
         (4.752, 4.764, ["4.755", "4.760"]),
-        (0.0, 2e-13, ["0", "1e-13", "2e-13"]),
-        (0.0, 40_000.0, ["0", "20k", "40k"]),
-        (0.0, 2.0, ["0", "1", "2"]),
+        (0.0, 2e-13, ["0", "5e-14", "1e-13", "1.5e-13", "2e-13"]),
+        (0.0, 40_000.0, ["0", "10k", "20k", "30k", "40k"]),
+        (0.0, 2.0, ["0.0", "0.5", "1.0", "1.5", "2.0"]),
+        (1.11, 1.9, ["1.2", "1.4", "1.6", "1.8"]),
         (-0.05, 0.06, ["-0.05", "0.00", "0.05"]),
     ],
 )
 def test_ticks_are_round_and_told_apart(low, high, texts):
     assert [tick.text for tick in draw(Chart("t", "u", [line([low, high])])).y_ticks] == texts
+
+
+def test_an_axis_has_two_to_six_ticks():
+    for low in np.linspace(1, 2, 50).tolist():
+        for factor in np.geomspace(1.01, 1000, 50).tolist():
+            assert 2 <= len(draw(Chart("t", "u", [line([low, low * factor])])).y_ticks) <= 6

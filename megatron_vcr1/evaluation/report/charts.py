@@ -116,8 +116,8 @@ def draw(chart: Chart) -> Drawing | None:
         unit=chart.unit,
         stacked=chart.stacked,
         strokes=strokes,
-        x_ticks=_ticks(x.low, x.high, 5, x, whole=True),
-        y_ticks=_ticks(y.low, y.high, 4, y),
+        x_ticks=_ticks(x.low, x.high, x, whole=True),
+        y_ticks=_ticks(y.low, y.high, y),
         columns=_columns(points, middles, [line.label for line in lines], means),
         steps_a_point=math.ceil(len(steps) / (len(edges) - 1)),
     )
@@ -177,13 +177,13 @@ def _range(low: float, high: float) -> tuple[float, float]:
     return low, high + ((high - low) * 0.04 or 1.0)
 
 
-def _ticks(low: float, high: float, count: int, place: Callable[[float], float], *, whole: bool = False) -> list[Tick]:
-    """About `count` round numbers in low..high, with as many digits as tell them apart."""
+def _ticks(low: float, high: float, place: Callable[[float], float], *, whole: bool = False) -> list[Tick]:
+    """Two to six round numbers in low..high, with as many digits as tell them apart."""
     if not high > low:
         return [Tick(place(low), short(low))]
     span = high - low
-    size = 10 ** math.floor(math.log10(span / count))
-    size = next(size * factor for factor in (1, 2, 5, 10) if span / (size * factor) <= count)
+    size = 10 ** math.floor(math.log10(span / 5))
+    size = next(size * factor for factor in (1, 2, 5, 10) if span / (size * factor) <= 5)
     size = max(size, 1) if whole else size
     numbers = range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)
     decimals = max(-math.floor(math.log10(size)), 0)
