@@ -211,7 +211,7 @@ def test_a_browser_draws_it(tmp_path, run_dir, manifest):
     assert "CONSOLE" not in dumped.stderr, "the browser complains about the page"
     page = Page(dumped.stdout)
     assert "<title>grpo: report</title>" in dumped.stdout
-    assert page.count("article") == 24 and page.count("script") == 0 and "3–1e+300 s" in page.text
+    assert page.count("article") == 24 and page.count("script") == 0 and "1e+300 s" in page.text
     pixels = np.asarray(Image.open(light).convert("RGB")).astype(int)
     for colour in ("#00875a", "#1f6fd6", "#d2521b"):  # true, right and wrong spans; curves
         assert near(pixels, ImageColor.getrgb(colour)) > 100, f"nothing is {colour}"
