@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,3 +61,21 @@ class SegmentLayout:
     def starts(self) -> tuple[int, ...]:
         """First row of each segment, and behind them the number of tokens; [num_segments + 1]."""
         return tuple(accumulate(self.lengths, initial=0))
+
+    @cached_property
+    def merged(self) -> SegmentLayout:
+        """The same attention in fewer segments: a causal prefix and the only segment behind it are one sequence."""
+        if not self.causal:
+            return self
+        num_users = Counter(self.prefixes)
+        lengths: list[int] = []
+        prefixes: list[int] = []
+        places: list[int] = []  # of each segment among the merged
+        for segment, (length, prefix) in enumerate(zip(self.lengths, self.prefixes, strict=True)):
+            if 0 <= prefix == segment - 1 and num_users[prefix] == 1:
+                lengths[-1] += length
+            else:
+                lengths.append(length)
+                prefixes.append(prefix)
+            places.append(len(lengths) - 1)
+        return SegmentLayout(tuple(lengths), tuple(-1 if prefix < 0 else places[prefix] for prefix in prefixes))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vcr1_kernels import SegmentLayout, reference
+from vcr1_kernels import SegmentLayout, reference, shared_prefix_attention
 from vcr1_kernels.ops.flash_attn import flash_attention, flash_attn_is_installed, use_flash_attn
 
 
@@ -37,17 +37,38 @@ def _varlen(
     return torch.cat(outputs)
 
 
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = _varlen  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
 @pytest.mark.parametrize("causal", [True, False])
-def test_segments_reach_it_as_sequences(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
-    stand_in = ModuleType("flash_attn")
-    stand_in.flash_attn_varlen_func = _varlen  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+def test_segments_reach_it_as_sequences(stand_in: None, causal: bool) -> None:
     layout = SegmentLayout.packed((5, 1, 0, 9), causal=causal)
     query, key, value = (torch.randn(15, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     torch.testing.assert_close(
         flash_attention(query, key, value, layout, 0.3),
         reference.shared_prefix_attention(query, key, value, layout, scale=0.3),
     )
+
+
+def test_prompts_with_one_response_reach_it_too(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is shared in supervised fine-tuning."""
+    asked: list[SegmentLayout] = []
+
+    def on_gpu(query: Tensor, layout: SegmentLayout) -> bool:
+        asked.append(layout)
+        return max(layout.prefixes) < 0
+
+    monkeypatch.setattr("vcr1_kernels.ops.attention.use_flash_attn", on_gpu)
+    layout = SegmentLayout((5, 3, 4, 0), (-1, 0, -1, 2))
+    inputs = [torch.randn(12, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    torch.testing.assert_close(
+        shared_prefix_attention(*inputs, layout), reference.shared_prefix_attention(*inputs, layout)
+    )
+    assert asked == [SegmentLayout.packed((8, 4))]
 
 
 def test_it_is_for_half_precision_on_a_gpu() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from vcr1_kernels import SegmentLayout
+from vcr1_kernels.reference import visibility
 
 
 def test_rows_of_a_group() -> None:
@@ -13,6 +15,31 @@ def test_rows_of_a_group() -> None:
 def test_packed_segments_have_no_prefix() -> None:
     layout = SegmentLayout.packed([4, 4], causal=False)
     assert layout == SegmentLayout((4, 4), (-1, -1), causal=False)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prefixes", "merged_lengths", "merged_prefixes"),
+    [
+        ((5, 3, 2, 1), (-1, 0, -1, 2), (8, 3), (-1, -1)),  # one response each
+        ((5, 3, 7, 2, 2), (-1, 0, -1, 2, 2), (8, 7, 2, 2), (-1, -1, 1, 1)),
+        ((3, 5, 4, 2), (3, -1, 1, -1), (3, 9, 2), (2, -1, -1)),  # a prefix behind its segment
+    ],
+)
+def test_a_prefix_and_the_only_segment_behind_it_are_merged(
+    lengths: tuple[int, ...],
+    prefixes: tuple[int, ...],
+    merged_lengths: tuple[int, ...],
+    merged_prefixes: tuple[int, ...],
+) -> None:
+    layout = SegmentLayout(lengths, prefixes)
+    merged = SegmentLayout(merged_lengths, merged_prefixes)
+    assert layout.merged == merged
+    assert torch.equal(visibility(layout), visibility(merged))
+
+
+def test_what_is_not_causal_is_not_merged() -> None:
+    layout = SegmentLayout((5, 3), (-1, 0), causal=False)
+    assert layout.merged == layout
 
 
 def test_no_segments() -> None:

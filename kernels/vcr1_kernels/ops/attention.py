@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -40,6 +40,7 @@ def shared_prefix_attention(
         ValueError: shapes, dtypes or the layout's number of tokens do not fit together.
     """
     _check(query, key, value, layout)
+    layout = layout.merged
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if query.numel() == 0:
@@ -119,7 +120,7 @@ def _dense_blocks(layout: SegmentLayout) -> tuple[_Block, ...]:
     """
     starts_by_length: dict[int, list[int]] = defaultdict(list)
     rows_by_prefix: dict[int, list[Tensor]] = defaultdict(list)
-    for start, length, prefix in _joined_segments(layout):
+    for start, length, prefix in zip(layout.starts, layout.lengths, layout.prefixes, strict=False):
         if length == 0:
             continue
         starts_by_length[length].append(start)
@@ -137,20 +138,6 @@ def _dense_blocks(layout: SegmentLayout) -> tuple[_Block, ...]:
         queries, keys = (_Rows(torch.stack(rows)) for rows in zip(*pairs, strict=True))
         blocks.append(_Block(queries, keys, causal=False, on_prefix=True))
     return tuple(blocks)
-
-
-def _joined_segments(layout: SegmentLayout) -> list[tuple[int, int, int]]:
-    """Start, length and prefix of each segment; a causal prefix and the only segment behind it are one sequence."""
-    segments = list(zip(layout.starts, layout.lengths, layout.prefixes, strict=False))
-    if not layout.causal:
-        return segments
-    num_users = Counter(layout.prefixes)
-    for index in reversed(range(1, len(segments))):
-        _, length, prefix = segments[index]
-        if prefix == index - 1 and num_users[prefix] == 1:
-            prefix_start, prefix_length, _ = segments[prefix]
-            segments[prefix : index + 1] = [(prefix_start, prefix_length + length, -1)]
-    return segments
 
 
 class _BlockwiseAttention(torch.autograd.Function):

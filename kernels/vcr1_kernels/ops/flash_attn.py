@@ -17,10 +17,10 @@ def use_flash_attn(query: Tensor, layout: SegmentLayout) -> bool:
     """True for half-precision GPU tensors whose segments are independent, where flash-attn is installed."""
     return (
         query.is_cuda
-        and all(prefix < 0 for prefix in layout.prefixes)
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[2] <= _MAX_HEAD_DIM
         and flash_attn_is_installed()
+        and max(layout.prefixes) < 0
     )
 
 
