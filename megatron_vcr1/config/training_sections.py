@@ -70,7 +70,12 @@ class TrainSection(Section):
     num_steps: int | None = Field(
         default=None, ge=1, description="Optimization steps (GRPO: rollouts). Unset: as many as num_epochs take."
     )
-    num_epochs: float = Field(default=1.0, gt=0, description="Passes over the data, where num_steps is unset.")
+    num_epochs: float = Field(
+        default=1.0,
+        gt=0,
+        description="Passes over the data, where num_steps is unset. Prompts that dynamic sampling takes in place of "
+        "others count, so such a run has fewer steps than the learning rate's decay was laid out for.",
+    )
     prompts_per_step: int = Field(
         default=8, ge=1, description="Prompts of a step over all ranks; a multiple of the copies of the model."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +60,9 @@ class GrpoTrainer:
         self._model = learner.model
         self._stream = stream
         self._num_steps = num_steps
+        train = config.train
+        self._num_prompts = math.ceil(train.num_epochs * stream.epoch_size) if train.num_steps is None else None
+        self._num_used = 0  # prompts, of all copies of the model; without those under way
         self._policy_version = 0  # steps that the model's weights have seen
         self._reference = Reference(self._model, config.grpo.reference) if config.grpo.kl_coef > 0 else None
         rewarder = Rewarder(config, stream.samples, config.train.run_dir)  # its mistakes come before servers start
@@ -72,7 +76,8 @@ class GrpoTrainer:
         """Responses to the next prompts; their advantages (equation 1); updates on the objective (equation 2)."""
         prompts, answers = self._sample(metrics)
         groups = self._rollouts.refill(self._rollouts.score(prompts, answers, metrics), metrics)
-        if self._ahead is not None and step < self._num_steps:
+        self._num_used = self._stream.num_drawn
+        if self._ahead is not None and step < self._num_steps and not self.is_out_of_data:
             self._hand_weights_over(self._policy_version, metrics)
             self._ahead.start(metrics)
         minibatches = self._minibatches(groups.kept)
@@ -214,6 +219,11 @@ class GrpoTrainer:
             for group in some
         }
 
+    @property
+    def is_out_of_data(self) -> bool:
+        """With train.num_epochs: dynamic sampling takes more prompts than a step trains on, so the steps are fewer."""
+        return self._num_prompts is not None and self._num_used >= self._num_prompts
+
     def take_skipped(self) -> list[SkippedSample]:
         return self._stream.take_skipped() if self._ahead is None else self._ahead.take_skipped()
 
@@ -225,6 +235,7 @@ class GrpoTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The model holds the checkpoint's weights by now; the engine gets them."""
         self._stream.load_state_dict(state["prompts"])
+        self._num_used = self._stream.num_drawn
         self._policy_version = state["policy_version"]
         self._engine.update_weights(stream_hf_tensors(self._model), self._policy_version)
 

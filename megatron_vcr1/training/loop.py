@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import shutil
 import signal
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -41,18 +39,24 @@ _STDERR = 2
 class Run:
     """A run in its folder. The ranks of the job call the methods together."""
 
-    def __init__(self, config: RunConfig, learner: Learner, trainer: Trainer, num_steps: int) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunDir, store: RunStore, learner: Learner, trainer: Trainer, num_steps: int
+    ) -> None:
         """Goes on from the newest whole checkpoint of train.run_dir, if there is one.
 
+        Args:
+            folder, store: train.run_dir and the checkpoints in it.
+            num_steps: at which it ends, at the latest.
+
         Raises:
-            UserError: the checkpoint is of another model or of other data, or another process trains in the folder.
+            UserError: the checkpoint is of another model or of other data.
         """
         self._config = config
         self._learner = learner
         self._trainer = trainer
         self._num_steps = num_steps
-        self._folder = RunDir(config.train.run_dir)
-        self._store = RunStore(self._folder.checkpoints, config.checkpoint)
+        self._folder = folder
+        self._store = store
         self._step = 0
         self._skipped_in_a_row = 0
         self._save_s = 0.0
@@ -101,7 +105,14 @@ class Run:
         Raises:
             TrainingStopped: too many steps in a row were not finite, or the trainer cannot go on.
         """
-        while self._step < self._num_steps:
+        if self._is_over():
+            logger.info(
+                "finished: step %d was the last one; a higher train.num_steps or num_epochs goes on", self._step
+            )
+        self._expect_progress()
+        if self._config.checkpoint.export == "always" and self._step > 0:
+            self._export_unless_done()  # a signal or an accident may have come between the checkpoint and its export
+        while not self._is_over():
             self._expect_progress()
             self._profile.next_step()
             metrics = Metrics()
@@ -112,7 +123,7 @@ class Run:
             self._report(result, metrics)
             self._stop_if_hopeless(result)
             stop = self._stop_is_requested()
-            if self._step % self._config.checkpoint.every_steps == 0 or self._step == self._num_steps or stop:
+            if self._step % self._config.checkpoint.every_steps == 0 or self._is_over() or stop:
                 self._save()
             if stop:
                 self._store.finish()
@@ -121,8 +132,11 @@ class Run:
         self._expect_progress()
         self._store.finish()
         if self._config.checkpoint.export == "end":
-            self._export(self._folder.export)
+            self._export_unless_done()
         return 0
+
+    def _is_over(self) -> bool:
+        return self._step >= self._num_steps or self._trainer.is_out_of_data
 
     def _expect_progress(self) -> None:
         """Unless this is called again in time, end the process with its threads' stacks on stderr.
@@ -141,21 +155,21 @@ class Run:
         self._store.save(self._step, learner.model, learner.optimizer, learner.scheduler, state, model_dir)
         if self._config.checkpoint.export == "always":
             self._store.finish()
-            self._export(self._folder.export / f"step_{self._step}")
+            self._export()
         self._save_s = time.perf_counter() - start
 
-    def _export(self, directory: Path) -> None:
+    def _export(self) -> None:
         """The newest checkpoint as a Hugging Face directory; one that a run exported before makes way."""
-        if groups.is_first_rank():
-            for old in (
-                directory,
-                *directory.parent.glob(f".{directory.name}.partial-*"),
-            ):  # and what a killed run left
-                shutil.rmtree(old, ignore_errors=True)
-            directory.parent.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+        directory = self._folder.export_of(self._step, self._config.checkpoint.export)
+        on_first_worker(lambda: self._folder.make_way_for(directory))
         export_checkpoint(self._store.path(self._step), directory)
+        on_first_worker(lambda: self._folder.note_export(self._step, directory))
         logger.info("exported: %s", directory)
+
+    def _export_unless_done(self) -> None:
+        directory = self._folder.export_of(self._step, self._config.checkpoint.export)
+        if not on_first_worker(lambda: self._folder.is_exported(self._step, directory)):
+            self._export()
 
     def _report(self, result: StepResult, metrics: Metrics) -> None:
         """One row of metrics over all ranks; rollouts and skipped samples of all copies of the model."""

@@ -47,6 +47,7 @@ class PromptStream:
 
     Attributes:
         samples: of each source.
+        num_drawn: prompts that were taken since the run's first start, over all copies of the model.
     """
 
     def __init__(self, section: DataSection, processor: PromptProcessor, *, seed: int) -> None:
@@ -75,6 +76,7 @@ class PromptStream:
             num_workers=section.num_workers,
         )
         self._iterator: Iterator[PreparedSample] | None = None
+        self.num_drawn = 0
 
     @property
     def epoch_size(self) -> int:
@@ -87,7 +89,9 @@ class PromptStream:
         Raises:
             UserError: no sample at all can be used; on all ranks of the copy.
         """
-        return share_prompts(lambda: list(self._draw(number)))
+        prompts = share_prompts(lambda: list(self._draw(number)))
+        self.num_drawn += number * groups.num_copies()
+        return prompts
 
     def take_skipped(self) -> list[SkippedSample]:
         """Samples that could not be used since the last call; on the copy's first rank, nothing on the others."""
@@ -101,6 +105,7 @@ class PromptStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after a checkpoint. Raises UserError if the data are not the checkpoint's."""
         self._loader.load_state_dict(state)
+        self.num_drawn = state["next_position"]
         self._iterator = None
 
     def _draw(self, number: int) -> Iterator[DrawnPrompt]:

@@ -6,9 +6,10 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
@@ -28,21 +29,27 @@ class RunDir:
         self._metrics = path / "metrics.jsonl"
         self._skipped = path / "skipped.jsonl"
         self._rollouts = path / "rollouts"
+        self._exported = path / "exported.json"
+
+    def create(self) -> None:
+        """Make the folder. Raises UserError if that or writing to it is impossible."""
+        try:
+            for folder in (self.checkpoints, self._rollouts):
+                folder.mkdir(parents=True, exist_ok=True)
+            (self.path / "starts.jsonl").touch()
+        except OSError as error:
+            raise UserError(f"train.run_dir = {self.path}: cannot be written to: {error}") from error
 
     def open(self, config: RunConfig, step: int) -> None:
-        """Make the folder, record the settings and this start, and drop what was written after `step`.
+        """Record the settings and this start, and drop what was written after `step`.
 
         Args:
             step: the checkpoint that the run goes on from; 0 for a start.
 
         Raises:
-            UserError: the folder cannot be written to.
+            OSError: the disk is full or failed.
         """
-        try:
-            self._rollouts.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.toml").write_text(render_toml(config, documented=False), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"train.run_dir = {self.path}: cannot be written to: {error}") from error
+        (self.path / "config.toml").write_text(render_toml(config, documented=False), encoding="utf-8")
         _append(self.path / "starts.jsonl", [{"step": step, **environment(world_size())}])
         for file in (self._metrics, self._skipped):
             if file.exists():
@@ -67,6 +74,36 @@ class RunDir:
         unfinished = path.with_suffix(".part")
         unfinished.write_bytes(_lines(rows))
         os.replace(unfinished, path)
+
+    def export_of(self, step: int, when: Literal["never", "end", "always"]) -> Path:
+        """Where a step's checkpoint is exported to."""
+        return self.export / f"step_{step}" if when == "always" else self.export
+
+    def make_way_for(self, directory: Path) -> None:
+        """Remove an earlier export, and what a killed run left of one.
+
+        Raises:
+            UserError: it holds exports of single steps, which `checkpoint.export = "always"` has written.
+        """
+        if any(directory.glob("step_*")):
+            raise UserError(
+                f"{directory} holds exports of steps: move them elsewhere, and start the same command again"
+            )
+        for old in (directory, *directory.parent.glob(f".{directory.name}.partial-*")):
+            shutil.rmtree(old, ignore_errors=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+
+    def note_export(self, step: int, directory: Path) -> None:
+        """Record which step the newest export is of."""
+        self._exported.write_text(json.dumps({"step": step, "directory": str(directory.relative_to(self.path))}))
+
+    def is_exported(self, step: int, directory: Path) -> bool:
+        """Whether a directory is the export of a step."""
+        try:
+            noted = json.loads(self._exported.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return directory.is_dir() and noted == {"step": step, "directory": str(directory.relative_to(self.path))}
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

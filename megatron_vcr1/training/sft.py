@@ -65,6 +65,10 @@ class SftTrainer:
 
         return loss
 
+    @property
+    def is_out_of_data(self) -> bool:
+        return False  # each step takes equally many prompts
+
     def take_skipped(self) -> list[SkippedSample]:
         return self._stream.take_skipped()
 

@@ -37,6 +37,11 @@ class Trainer(Protocol):
         """Take the run one step on; `step` counts from 1."""
         ...
 
+    @property
+    def is_out_of_data(self) -> bool:
+        """Whether the run has had its passes over the data, though not all of its steps."""
+        ...
+
     def take_skipped(self) -> list[SkippedSample]:
         """Samples that could not be used since the last call, on the first rank of this copy of the model."""
         ...

@@ -7,6 +7,8 @@ import math
 from contextlib import closing
 
 from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.checkpoint.run_store import RunStore
+from megatron_vcr1.checkpoint.workers import on_first_worker
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import read_processor
@@ -18,6 +20,7 @@ from megatron_vcr1.training.grpo import GrpoTrainer
 from megatron_vcr1.training.loop import Run
 from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.prompts import PromptStream
+from megatron_vcr1.training.run_dir import RunDir
 from megatron_vcr1.training.sft import SftTrainer
 from megatron_vcr1.training.step import Trainer
 
@@ -44,8 +47,12 @@ def train(config: RunConfig) -> int:
 
 def train_in_world(config: RunConfig) -> int:
     """`train` within parallel.groups.initialize."""
+    # First: a folder that another process trains in, or that cannot be written to, is told before servers start in it.
+    folder = RunDir(config.train.run_dir)
+    on_first_worker(folder.create)
+    store = RunStore(folder.checkpoints, config.checkpoint)
     learner, trainer, num_steps = build(config)
-    with closing(trainer), Run(config, learner, trainer, num_steps) as run:
+    with closing(trainer), Run(config, folder, store, learner, trainer, num_steps) as run:
         return run.to_the_end()
 
 

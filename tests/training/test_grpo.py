@@ -145,6 +145,20 @@ def test_dynamic_sampling_goes_on_short_and_without_an_update_if_nothing_differs
     assert all(torch.equal(before[name], one) for name, one in _weights(learner).items())
 
 
+def test_prompts_that_dynamic_sampling_takes_count_towards_an_epoch(folder: Path) -> None:
+    settings = {"dynamic_sampling": True, "max_refills": 1, "group_size": 2}
+    run_dir = folder / "epoch"
+    config = _config(
+        folder,
+        [],  # nothing is ever right, so that every prompt of a step is drawn in vain, twice
+        grpo=settings,
+        train={"stage": "grpo", "run_dir": run_dir, "num_steps": None, "num_epochs": 1.0, "prompts_per_step": 4},
+        checkpoint={"every_steps": 1, "export": "never"},
+    )
+    assert train(config) == 0 and train(config) == 0
+    assert [row["groups/dropped"] for row in workspace.metrics(run_dir)] == [8, 8]  # of 12 samples, not 3 steps
+
+
 def test_long_responses_lose_some_of_their_reward(folder: Path, world: None) -> None:
     _, trainer = _build(_config(folder, [], grpo={"overlong_buffer": 4}))
     result = trainer.step(1, metrics := Metrics())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,10 +13,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from megatron_vcr1.checkpoint import run_store
+from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.training import loop
+from megatron_vcr1.training import train as train_module
 from megatron_vcr1.training.loop import EXIT_STOPPED_BY_SIGNAL
 from megatron_vcr1.training.optimizer import Learner, Update
 from megatron_vcr1.training.sft import SftTrainer
@@ -184,3 +191,63 @@ def test_checkpoints_are_kept_and_exported_as_asked(folder: Path, tmp_path: Path
     assert train(_config(folder, tmp_path / "run", checkpoint=checkpoint)) == 0
     assert sorted(one.name for one in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_3", "step_4"]
     assert sorted(one.name for one in (tmp_path / "run" / "export").iterdir()) == [f"step_{n}" for n in (1, 2, 3, 4)]
+
+
+def _export_time_ns(run_dir: Path) -> int:
+    return (run_dir / "export" / "model.safetensors").stat().st_mtime_ns
+
+
+def test_a_finished_run_says_so_and_leaves_its_export_alone(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    config = _config(folder, run_dir, train={"num_steps": 2}, checkpoint={"export": "end"})
+    assert train(config) == 0
+    exported_ns, curve = _export_time_ns(run_dir), _curve(run_dir)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert train(config) == 0
+    assert "finished: step 2 was the last one" in caplog.text and "exported" not in caplog.text
+    assert _export_time_ns(run_dir) == exported_ns and _curve(run_dir) == curve
+    longer = _config(folder, run_dir, train={"num_steps": 4}, checkpoint={"export": "end"})
+    assert train(longer) == 0  # the schedule is constant: the steps are those of a run that was longer from the start
+    assert train(_config(folder, tmp_path / "alone")) == 0
+    assert _curve(run_dir) == _curve(tmp_path / "alone")
+    assert _export_time_ns(run_dir) > exported_ns
+    shutil.rmtree(run_dir / "export")
+    assert train(longer) == 0
+    assert (run_dir / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("when", "directory"), [("end", "export"), ("always", "export/step_2")])
+def test_what_was_not_exported_before_the_end_came_is_exported_by_the_next_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, directory: str
+) -> None:
+    """Also where an export of an earlier end is there."""
+    run_dir = tmp_path / "run"
+    assert train(_config(folder, run_dir, train={"num_steps": 1}, checkpoint={"export": when})) == 0
+    config = _config(folder, run_dir, train={"num_steps": 2}, checkpoint={"export": when})
+    monkeypatch.setattr(loop, "export_checkpoint", mock.Mock(side_effect=OSError("killed here")))
+    with pytest.raises(OSError, match="killed here"):
+        train(config)
+    monkeypatch.undo()
+    assert not (run_dir / directory).exists()
+    assert train(config) == 0
+    assert [row["step"] for row in _curve(run_dir)] == [1, 2]
+    exported = load_file(run_dir / directory / "model.safetensors")
+    export_checkpoint(run_dir / "checkpoints" / "step_2", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in exported.items())
+
+
+def test_a_folder_that_is_taken_is_told_before_anything_is_built(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "build", lambda config: pytest.fail("servers take minutes to start"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"train\.run_dir = .*file/run: cannot be written to"):
+        train(_config(folder, tmp_path / "file" / "run"))
+    monkeypatch.setattr(run_store, "LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(run_store.RunStore, "_lock_is_ours", lambda self: False)
+    with pytest.raises(UserError, match="another process is training here"):
+        train(_config(folder, tmp_path / "run"))

@@ -11,12 +11,18 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.training.run_dir import RunDir
 
 
+def _folder(path: Path) -> RunDir:
+    folder = RunDir(path)
+    folder.create()
+    return folder
+
+
 def _rows(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_forgets_what_came_after_it(tmp_path: Path) -> None:
-    folder = RunDir(tmp_path / "run")
+    folder = _folder(tmp_path / "run")
     folder.open(default_config(), 0)
     for step in (1, 2, 3):
         folder.add_metrics({"step": step, "loss": step / 10})
@@ -35,7 +41,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_forgets_what_came_after_it(tmp_pat
 
 
 def test_a_row_that_ends_within_a_character_is_dropped(tmp_path: Path) -> None:
-    folder = RunDir(tmp_path)
+    folder = _folder(tmp_path)
     folder.open(default_config(), 0)
     folder.add_skipped(1, [("é", "damaged")])
     skipped = tmp_path / "skipped.jsonl"
@@ -45,19 +51,19 @@ def test_a_row_that_ends_within_a_character_is_dropped(tmp_path: Path) -> None:
 
 
 def test_half_a_character_can_be_recorded(tmp_path: Path) -> None:
-    folder = RunDir(tmp_path)
+    folder = _folder(tmp_path)
     folder.open(default_config(), 0)
     folder.write_rollouts(1, [{"step": 1, "text": "é \ud83d"}])
     assert _rows(tmp_path / "rollouts" / "step_1.jsonl") == [{"step": 1, "text": "é \ud83d"}]
 
 
 def test_settings_are_recorded_so_that_they_can_be_read_back(tmp_path: Path) -> None:
-    RunDir(tmp_path).open(default_config(), 0)
+    _folder(tmp_path).open(default_config(), 0)
     assert load_config(tmp_path / "config.toml") == default_config()
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    folder = RunDir(tmp_path)
+    folder = _folder(tmp_path)
     folder.open(default_config(), 0)
     folder.add_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     assert _rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None}]
@@ -66,4 +72,12 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_the_users_to_change(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train\.run_dir"):
-        RunDir(tmp_path / "file" / "run").open(default_config(), 0)
+        _folder(tmp_path / "file" / "run")
+
+
+def test_exports_of_steps_are_not_removed_for_that_of_the_end(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    (folder.export / "step_3").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds exports of steps: move them elsewhere"):
+        folder.make_way_for(folder.export)
+    assert (folder.export / "step_3").is_dir()
