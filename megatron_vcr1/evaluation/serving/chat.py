@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -66,17 +67,27 @@ class MediaReading(BaseModel):
 
 
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "stream": (False,),
+    "logprobs": (False,),
+    "tools": ([],),
+    "functions": ([],),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "min_p": (0,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
 }
-"""Keys that would change an answer and are not followed here, and the values with which they change nothing."""
+"""Keys of OpenAI's, SGLang's and vLLM's that would change an answer and are not followed here, and the values with
+which they change nothing."""
 
 
 class ChatRequest(BaseModel):
-    """The body of a request. Keys that change nothing here (user, seed of a greedy answer ...) may be there too."""
+    """The body of a request. Keys that change nothing here (user, metadata ...) may be there too."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -88,11 +99,9 @@ class ChatRequest(BaseModel):
     top_k: int = Field(default=0, ge=-1)
     repetition_penalty: float | None = Field(default=None, gt=0)
     n: int = Field(default=1, ge=1, le=128)
-    seed: int = 0
+    seed: int = Field(default_factory=lambda: secrets.randbits(64))
+    """Of a request that names none, another one each time."""
     stop: str | list[str] | None = None
-    stream: bool = False
-    logprobs: bool = False
-    tools: list[Any] = []
     media_io_kwargs: MediaReading = MediaReading()
 
     @model_validator(mode="before")
@@ -105,13 +114,6 @@ class ChatRequest(BaseModel):
             if body.get(key) is not None and body[key] not in neutral:
                 raise ValueError(f"{key} is not served here")
         return {key: value for key, value in body.items() if value is not None}
-
-    @model_validator(mode="after")
-    def _is_served(self) -> Self:
-        for key in ("stream", "logprobs", "tools"):
-            if getattr(self, key):
-                raise ValueError(f"{key} is not served here")
-        return self
 
     def sampling(self, max_new_tokens: int, repetition_penalty: float) -> SamplingParams:
         """How to draw the answer.

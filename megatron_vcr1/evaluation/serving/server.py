@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,12 +48,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A request on its way through the engine."""
+    """A request on its way through the engine, and what tells whether its client has closed the connection."""
 
     prompt: EncodedPrompt
     params: SamplingParams
     num_responses: int
     seed: int
+    is_given_up: Callable[[], bool]
     answer: Future[RolloutGroup] = field(default_factory=Future)
 
 
@@ -72,11 +74,15 @@ class ChatServer(ThreadingHTTPServer):
         self._waiting: queue.Queue[_Waiting] = queue.Queue()
         self._stopped = threading.Event()
 
-    def complete(self, body: bytes) -> dict[str, Any]:
+    def complete(self, body: bytes, is_given_up: Callable[[], bool]) -> dict[str, Any]:
         """What a request's answer holds; called by the threads of the connections.
+
+        Args:
+            is_given_up: whether the client has closed the connection; asked when the request's turn comes.
 
         Raises:
             RefusedRequest: the request, or a file of it, is at fault.
+            ConnectionError: the client gave up before the request's turn.
         """
         request = parse_request(body)
         try:
@@ -90,7 +96,7 @@ class ChatServer(ThreadingHTTPServer):
             raise RefusedRequest(
                 f"the prompt has {num_tokens} tokens; up to {self.limits.max_prompt_tokens} are served"
             )
-        waiting = _Waiting(prompt, params, request.n, request.seed)
+        waiting = _Waiting(prompt, params, request.n, request.seed, is_given_up)
         self._waiting.put(waiting)
         rollouts = waiting.answer.result().rollouts
         choices = [(self.processor.decode(one.token_ids), str(one.finish_reason)) for one in rollouts]
@@ -106,7 +112,7 @@ class ChatServer(ThreadingHTTPServer):
         self._stopped.set()
 
     def _batches(self) -> Iterator[list[_Waiting]]:
-        """What waits now, together where it is drawn alike."""
+        """What waits now, together where it is drawn alike; without those whose clients wait no more."""
         waiting = []
         try:
             waiting.append(self._waiting.get(timeout=_POLL_S))
@@ -114,6 +120,10 @@ class ChatServer(ThreadingHTTPServer):
                 waiting.append(self._waiting.get_nowait())
         except queue.Empty:
             pass
+        for one in waiting:
+            if one.is_given_up():
+                one.answer.set_exception(ConnectionError("the client has gone"))
+        waiting = [one for one in waiting if not one.answer.done()]
         for params in dict.fromkeys(one.params for one in waiting):
             yield [one for one in waiting if one.params == params]
 
@@ -172,13 +182,22 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(length))
         try:
-            self._send(HTTPStatus.OK, self.server.complete(body))
+            self._send(HTTPStatus.OK, self.server.complete(body, self._is_given_up))
         except RefusedRequest as refused:
             self._refuse(HTTPStatus.BAD_REQUEST, str(refused))
-        except (BrokenPipeError, ConnectionResetError):
+        except ConnectionError:
             self.close_connection = True  # nobody waits any more
         except Exception as error:  # the engine's own, which `answer_forever` has logged
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+
+    def _is_given_up(self) -> bool:
+        """Whether the connection's other end is closed: it can be read, and holds nothing."""
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         kind = "server_error" if status >= 500 else "invalid_request_error"

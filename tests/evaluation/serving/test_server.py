@@ -9,10 +9,10 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -24,11 +24,13 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.processor import read_processor
+from megatron_vcr1.evaluation.serving.server import ChatServer, Limits, listening
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.build import build_engine
-from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
 from tests.training import workspace
 
 ROOT = Path(__file__).parents[3]
@@ -141,6 +143,39 @@ def test_several_responses_follow_the_seed(client: openai.OpenAI) -> None:
     assert len(set(first)) > 1
 
 
+def test_a_request_without_a_seed_is_drawn_anew(client: openai.OpenAI) -> None:
+    answers = [ask(client, text("when?"), temperature=1, max_tokens=12) for _ in range(4)]
+    assert len({answer.choices[0].message.content for answer in answers}) > 1
+
+
+class Recorder:
+    """An engine that notes its prompts' numbers of tokens, and answers with a token."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
+        self.asked += [len(one.prompt.token_ids) for one in requests]
+        return [RolloutGroup(one.id, (Rollout((1,), (0.0,), FinishReason.STOP, 0),)) for one in requests]
+
+
+def test_who_has_gone_is_not_answered(folder: Path) -> None:
+    engine, limits = Recorder(), Limits(400, 8, 4, None)
+    server = ChatServer(
+        ("127.0.0.1", 0), "model", cast(RolloutEngine, engine), read_processor(folder / "model"), limits
+    )
+    with listening(server), ThreadPoolExecutor(2) as pool:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        with pytest.raises(openai.APITimeoutError):  # nobody answers yet
+            ask(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=0.5), text("when? " * 50))
+        answering = pool.submit(server.answer_forever)
+        stays = pool.submit(ask, openai.OpenAI(base_url=url, api_key="none", timeout=60), text("when?"))
+        prompt_tokens = stays.result().usage.prompt_tokens
+        server.stop()
+        answering.result()
+    assert engine.asked == [prompt_tokens]
+
+
 def test_the_limit_of_tokens_is_the_servers(client: openai.OpenAI) -> None:
     answer = ask(client, text("when?"), max_tokens=1000)
     assert answer.usage.completion_tokens <= 12
@@ -178,6 +213,8 @@ def test_a_conversation_and_the_models_name(client: openai.OpenAI) -> None:
     "parts, options, message",
     [
         ([text("x")], {"stream": True}, "stream is not served here"),
+        ([text("x")], {"logprobs": True}, "logprobs is not served here"),
+        ([text("x")], {"extra_body": {"mm_processor_kwargs": {"fps": 1}}}, "mm_processor_kwargs is not served here"),
         ([text("x")], {"presence_penalty": 0.5}, "presence_penalty is not served here"),
         ([text("x")], {"extra_body": {"repetition_penalty": 0}}, "repetition_penalty: Input should be greater than 0"),
         ([text("x")], {"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
