@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,8 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel.groups import world_size
 from megatron_vcr1.training.environment import environment
+
+logger = logging.getLogger(__name__)
 
 
 class RunDir:
@@ -41,7 +45,8 @@ class RunDir:
             raise UserError(f"train.run_dir = {self.path}: cannot be written to: {error}") from error
 
     def open(self, config: RunConfig, step: int) -> None:
-        """Record the settings and this start, and drop what was written after `step`.
+        """Record the settings and this start, say what is set otherwise than at the one before, and drop what was
+        written after `step`.
 
         Args:
             step: the checkpoint that the run goes on from; 0 for a start.
@@ -49,8 +54,13 @@ class RunDir:
         Raises:
             OSError: the disk is full or failed.
         """
-        (self.path / "config.toml").write_text(render_toml(config, documented=False), encoding="utf-8")
-        _append(self.path / "starts.jsonl", [{"step": step, **environment(world_size())}])
+        settings = self.path / "config.toml"
+        text = render_toml(config, documented=False)
+        changed = changed_settings(settings.read_text(encoding="utf-8"), text) if step > 0 and settings.exists() else {}
+        for name, (before, after) in changed.items():
+            logger.info("changed since the last start: %s = %s (was %s)", name, after, before)
+        _write(settings, text.encode())
+        _append(self.path / "starts.jsonl", [{"step": step, "changed": changed, **environment(world_size())}])
         for file in (self._metrics, self._skipped):
             if file.exists():
                 _keep_rows_until(file, step)
@@ -70,10 +80,7 @@ class RunDir:
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """A step's groups, one a line; the file appears when it is whole."""
-        path = self._rollouts / f"step_{step}.jsonl"
-        unfinished = path.with_suffix(".part")
-        unfinished.write_bytes(_lines(rows))
-        os.replace(unfinished, path)
+        _write(self._rollouts / f"step_{step}.jsonl", _lines(rows))
 
     def export_of(self, step: int, when: Literal["never", "end", "always"]) -> Path:
         """Where a step's checkpoint is exported to."""
@@ -106,9 +113,26 @@ class RunDir:
         return directory.is_dir() and noted == {"step": step, "directory": str(directory.relative_to(self.path))}
 
 
+def changed_settings(before: str, after: str) -> dict[str, tuple[Any, Any]]:
+    """What two files of settings have otherwise: `section.key` to the old and the new value, None where it is unset."""
+    old, new = (
+        {f"{section}.{key}": value for section, table in tomllib.loads(text).items() for key, value in table.items()}
+        for text in (before, after)
+    )
+    names = dict.fromkeys((*old, *new))
+    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair has no UTF-8, but JSON has \ud83d
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The file has its name when it is whole."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -127,6 +151,4 @@ def _keep_rows_until(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    os.replace(unfinished, path)
+    _write(path, "".join(kept).encode())

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.rendering import default_config
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.training.run_dir import RunDir
 
@@ -60,6 +61,29 @@ def test_half_a_character_can_be_recorded(tmp_path: Path) -> None:
 def test_settings_are_recorded_so_that_they_can_be_read_back(tmp_path: Path) -> None:
     _folder(tmp_path).open(default_config(), 0)
     assert load_config(tmp_path / "config.toml") == default_config()
+
+
+def test_settings_that_change_are_told_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, before = _folder(tmp_path), default_config()
+    after = RunConfig.model_validate(
+        {
+            **before.model_dump(),
+            "train": {"num_steps": 9},
+            "data": {"sources": [{"manifest": "other.jsonl"}]},
+        }
+    )
+    folder.open(before, 0)
+    with caplog.at_level("INFO"):
+        folder.open(before, 3)
+        assert "changed" not in caplog.text
+        folder.open(after, 4)
+    assert "train.num_steps = 9 (was None)" in caplog.text
+    starts = _rows(tmp_path / "starts.jsonl")
+    assert [row["step"] for row in starts] == [0, 3, 4] and starts[1]["changed"] == {}
+    changed = starts[2]["changed"]
+    assert isinstance(changed, dict) and changed.keys() == {"train.num_steps", "data.sources"}
+    assert changed["data.sources"] == [None, [{"manifest": "other.jsonl", "thinking": True, "rewards": []}]]
+    assert load_config(tmp_path / "config.toml") == after
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
