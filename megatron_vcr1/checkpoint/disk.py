@@ -1,4 +1,6 @@
-"""How checkpoints are written to the disk: in small pieces, and early; and how they are found whole again."""
+"""How checkpoints are written to the disk: in small pieces, and early; how they get their names once they are on it;
+and how they are found whole again.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +66,20 @@ def start_writing(descriptor: int, position: int, num_bytes: int) -> None:
     """
     if num_bytes >= PIECE_BYTES:
         os.posix_fadvise(descriptor, position, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def publish(directory: Path, name: Path) -> None:
+    """Rename a directory whose files are on the disk, durably: what its folders list goes there before the name."""
+    for folder, _, _ in os.walk(directory):
+        sync_directory(Path(folder))
+    os.rename(directory, name)
+    sync_directory(name.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Have the disk keep which files a directory holds, under which names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -37,13 +37,13 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
-from megatron_vcr1.checkpoint.disk import Checksum
+from megatron_vcr1.checkpoint.disk import Checksum, publish, sync_directory
 from megatron_vcr1.checkpoint.integrity import check_files, write_checksums
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, STATE_FILE, copy_model_files, write_durably
 from megatron_vcr1.checkpoint.optimizer_state import num_updates, optimizer_pieces, set_num_updates
 from megatron_vcr1.checkpoint.pieces import Piece, cut, parameter_pieces, read_pieces, share_of_copy
 from megatron_vcr1.checkpoint.torch_dist import Chunk, GlobalTensor, read_metadata, write_chunks, write_metadata
-from megatron_vcr1.checkpoint.workers import num_workers, on_every_worker, on_first_worker, rank, sync_directory
+from megatron_vcr1.checkpoint.workers import num_workers, on_every_worker, on_first_worker, rank
 from megatron_vcr1.config.training_sections import CheckpointSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
@@ -258,8 +258,6 @@ class RunStore:
         copy_model_files(model_dir, partial)
         write_durably(partial / STATE_FILE, state.encode())
         write_checksums(partial, {f"{MEGATRON_DIR}/{share.file}": share.checksum for share in shares})
-        sync_directory(partial / MEGATRON_DIR)
-        sync_directory(partial)
         _replace(partial, self.path(step))
         self._remove_old()
 
@@ -371,8 +369,7 @@ def _replace(source: Path, target: Path) -> None:
     """Rename a directory, durably; one that has this name already makes way."""
     if target.exists():
         _remove(target)
-    os.rename(source, target)
-    sync_directory(target.parent)
+    publish(source, target)
 
 
 def _remove(path: Path) -> None:

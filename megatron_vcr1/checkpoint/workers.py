@@ -6,6 +6,7 @@ import fcntl
 import glob
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_vcr1.errors import UserError
+from megatron_vcr1.checkpoint.disk import publish
+from megatron_vcr1.errors import UserError, portable
 
 logger = logging.getLogger(__name__)
 
@@ -41,32 +43,35 @@ def num_workers() -> int:
 def on_every_worker(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run ``work`` everywhere and return every worker's result, by rank, to all of them.
 
-    A worker that fails on its input or its disk fails on all of them: none waits for one that is gone.
+    A worker that fails fails on all of them: none waits for one that is gone.
 
     Args:
         work: what to run.
         group: process group of all workers to speak over, for a thread that must not come between others' collectives.
 
     Raises:
-        UserError, OSError: the error of the first worker that had one.
+        Exception: the error of the first worker that had one.
     """
     result: T | None = None
-    failure: UserError | OSError | None = None
+    failure: Exception | None = None
     try:
         result = work()
-    except (UserError, OSError) as error:
+    except Exception as error:
         failure = error
     outcomes = [(result, failure)] * num_workers()
     if dist.is_initialized():
-        dist.all_gather_object(outcomes, (result, failure), group=group)
-    for _, failure in outcomes:
+        dist.all_gather_object(outcomes, (result, failure and portable(failure)), group=group)
+        outcomes[rank()] = (result, failure)  # with its traceback
+    for worker, (_, failure) in enumerate(outcomes):
         if failure is not None:
+            if worker != rank():
+                failure.add_note(f"raised on rank {worker}, for all ranks")
             raise failure
     return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
 def on_first_worker(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run ``work`` on rank 0 and return its result, or raise its UserError or OSError, on all workers."""
+    """Run ``work`` on rank 0 and return its result, or raise its error, on all workers."""
     return on_every_worker(lambda: work() if rank() == 0 else None, group)[0]  # type: ignore[return-value]
 
 
@@ -85,21 +90,19 @@ def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
     Raises:
         UserError: ``path`` holds something, its parent does not exist, or the disk lacks the space.
     """
-    path = path.absolute()
+    path = path.resolve()  # where a link points to
     with ExitStack() as lock:
         partial = on_first_worker(lambda: _make_partial(path, num_bytes, lock))
         try:
             yield partial
-            on_first_worker(lambda: _publish(partial, path))
+            on_first_worker(lambda: publish(partial, path))
         finally:
             if rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)  # gone after _publish
+                shutil.rmtree(partial, ignore_errors=True)  # gone when it was published
 
 
 def _make_partial(path: Path, num_bytes: int, lock: ExitStack) -> Path:
     """A temporary directory beside ``path``, locked until ``lock`` is closed, or this process ends in any way."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists; name a new directory, or remove it first")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such directory; create it first")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
@@ -107,7 +110,12 @@ def _make_partial(path: Path, num_bytes: int, lock: ExitStack) -> Path:
     needed, free = num_bytes + _OTHER_FILES_BYTES, shutil.disk_usage(path.parent).free
     if free < needed:
         raise UserError(f"{path.parent}: disk full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    if path.exists():
+        try:
+            path.rmdir()  # now: at the end it may turn out to be a mount point, whose name cannot be taken
+        except OSError as error:
+            raise UserError(f"{path}: exists ({error.strerror}); name a new directory, or remove it first") from None
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     partial.mkdir()
     lock.enter_context(_locked(partial))
     return partial
@@ -118,6 +126,12 @@ def _remove_if_dead(partial: Path) -> None:
         if is_ours:
             logger.info("%s: removed, a process was killed while it was at it", partial)
             shutil.rmtree(partial)
+        else:
+            logger.warning(
+                "%s: being written by another process, or left by one that was killed, which this file system does not "
+                "tell; remove it in the latter case",
+                partial,
+            )
 
 
 @contextmanager
@@ -131,20 +145,5 @@ def _locked(directory: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-    finally:
-        os.close(descriptor)
-
-
-def _publish(partial: Path, path: Path) -> None:
-    sync_directory(partial)
-    os.rename(partial, path)  # replaces an empty directory, refuses any other
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Have the disk keep which files a directory holds, under which names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

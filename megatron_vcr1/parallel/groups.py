@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.errors import portable
 from megatron_vcr1.parallel.slurm import rank_variables
 
 T = TypeVar("T")
@@ -161,18 +161,10 @@ def _broadcast(produce: Callable[[], T], source: int, group: dist.ProcessGroup) 
     try:
         value = produce()
     except Exception as error:
-        dist.broadcast_object_list([None, _portable(error)], src=source, group=group)
+        dist.broadcast_object_list([None, portable(error)], src=source, group=group)
         raise
     dist.broadcast_object_list([value, None], src=source, group=group)
     return value
-
-
-def _portable(error: Exception) -> Exception:
-    """An error as another process can raise it: not all of them can be pickled."""
-    try:
-        return cast(Exception, pickle.loads(pickle.dumps(error)))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def wait_for_copy() -> None:

@@ -190,7 +190,7 @@ def test_an_existing_output_is_refused_and_left_alone(
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    with pytest.raises(UserError, match=r"out: exists; name a new directory"):
+    with pytest.raises(UserError, match=r"out: exists \(Directory not empty\); name a new directory"):
         convert(source, out)
     assert _names(out) == ["precious"]
     with pytest.raises(UserError, match=r"none: no such directory; create it first"):
