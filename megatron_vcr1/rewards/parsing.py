@@ -15,8 +15,9 @@ from megatron_vcr1.types import OPTION_LETTERS, Box, Interval
 
 _DECIMAL = r"[0-9]++(?:\.[0-9]*+)?+"
 _EXPONENT = r"(?:[eE][+-]?+[0-9]++)?+"
+_TIME = rf"(?:[0-9]++:(?=[0-9]))*+{_DECIMAL}{_EXPONENT}"  # 12.5, or a clock's 1:05
 # Not from the middle of a number: that would find nothing new and look at every digit again for each digit before it.
-_TIMES = re.compile(rf"(?<![0-9])((?:(?<!\w)-)?+{_DECIMAL}{_EXPONENT}) (?:to|and) (-?+{_DECIMAL}{_EXPONENT})")
+_TIMES = re.compile(rf"(?<![0-9])(?<![0-9]:)((?:(?<!\w)-)?+{_TIME}) (?:to|and) (-?+{_TIME})")
 
 
 def _list_of_rows(opening: str, closing: str) -> re.Pattern[str]:
@@ -56,8 +57,8 @@ def first_glue(completion: str) -> str:
 def parse_interval(answer: str) -> Interval:
     """The last ``START to END`` (or ``and``) in seconds.
 
-    Differs from the published reward in that a sign or an exponent belongs to its number: that one reads "-5 to 9" as
-    5 to 9, and "1e400 to 500" as 400 to 500.
+    Differs from the published reward in that a sign, an exponent and a clock's minutes belong to their number: that one
+    reads "-5 to 9" as 5 to 9, "1e400 to 500" as 400 to 500, and "1:00 to 2:30" as 0 to 2.
 
     Raises:
         UnparsableError: there is none, or it is no span of time.
@@ -65,6 +66,8 @@ def parse_interval(answer: str) -> Interval:
     times = _TIMES.findall(answer)
     if not times:
         raise UnparsableError("no start and end")
+    if any(":" in time for time in times[-1]):
+        raise UnparsableError("clock times instead of seconds")
     start_s, end_s = map(float, times[-1])
     _check_times(start_s, end_s)
     if start_s == end_s:

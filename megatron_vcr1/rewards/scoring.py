@@ -70,7 +70,8 @@ def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float
     - Equation 3 prints 0 for a right format; text and code mean 1, and so does this.
     - An answer without an option letter is wrong; the published accuracy takes it as equal to another empty one.
     - Spans without any time in them score 0; the published IoU of two empty lists is 1.
-    - Numbers are read with their sign and exponent, and in ASCII digits only (`parse_interval`).
+    - Numbers are read with their sign and exponent, in ASCII digits only, and a clock time (1:05) is none
+      (`parse_interval`).
     - Inside a block, a tag that is opened again starts the block anew.
     - Tracking has as many boxes as the model sees frames; the published one shows 7 frames and asks for 8 boxes.
     - White space between the numbers of ``<glue>`` is free.

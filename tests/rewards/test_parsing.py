@@ -71,6 +71,7 @@ def test_an_answer_that_is_missing(completion: str, reason: str) -> None:
         ("1 to 2 to 3", (1, 2)),
         ("at 10-12 to 17", (12, 17)),
         ("1e1 to 1.7e1", (10, 17)),
+        ("seconds:12 to 17: there", (12, 17)),
     ],
 )
 def test_an_interval_is_the_last_two_times(answer: str, expected: tuple[float, float]) -> None:
@@ -86,6 +87,9 @@ def test_an_interval_is_the_last_two_times(answer: str, expected: tuple[float, f
         ("१२ to १७", "no start and end"),  # digits, for Python's \d and float
         ("12 - 17", "no start and end"),
         ("12  to 17", "no start and end"),
+        ("1:00 to 2:30", "clock times instead of seconds"),
+        ("00:01:00.5 to 90", "clock times instead of seconds"),
+        ("1 to 2:30", "clock times instead of seconds"),
         ("12 to seventeen", "no start and end"),
         ("17 to 12", "start after end"),
         ("12 to 12", "start equals end"),
@@ -221,7 +225,7 @@ def test_blocks_are_those_of_the_published_pattern() -> None:
 
 
 def test_times_are_those_of_the_published_pattern() -> None:
-    """But for signs and exponents."""
+    """But for signs, exponents and clock times."""
     num_read = 0
     for answer in soups([*"01237. \n", *[" to ", " and "] * 4, "12.5", "9."], 30_000):
         times = published.last_times(answer)
@@ -265,6 +269,7 @@ NUM_CHARACTERS = 200_000
 HOSTILE = [
     *("9", "9.", ".", "-", "1e", "1e5", " ", " to ", "1 to ", "1 to 2 ", "9 ", "(", "[", "[(", "(1,", "(1,2),", "[1,"),
     *(
+        "9:",
         "1,",
         "[1, 2, 3, 4],",
         "[(1, 2), ",
