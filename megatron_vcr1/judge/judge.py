@@ -126,7 +126,7 @@ def build_judge(section: JudgeSection, cache: Path) -> Judge:
             several processes may share it.
 
     Raises:
-        UserError: the `openai` client is not installed, or the environment lacks the key that the endpoint needs.
+        UserError: the `openai` client is not installed.
     """
     if section.kind == "lexical":
         return Judge(LexicalReader())

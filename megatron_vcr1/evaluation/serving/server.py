@@ -199,6 +199,12 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             return True
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses, such as another method: in OpenAI's form too."""
+        self.close_connection = True  # a body may be left in it
+        status = HTTPStatus(code)
+        self._refuse(status, message or status.phrase)
+
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         kind = "server_error" if status >= 500 else "invalid_request_error"
         self._send(status, error_body(message, kind))

@@ -251,6 +251,12 @@ def test_a_body_that_is_no_request(url: str, body: bytes) -> None:
     assert json.loads(raised.value.read())["error"]["type"] == "invalid_request_error"
 
 
+def test_another_method_is_refused_in_the_same_form(url: str) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="501") as raised:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/models", method="DELETE"))
+    assert "DELETE" in json.loads(raised.value.read())["error"]["message"]
+
+
 def test_other_paths(url: str) -> None:
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{url}/completions")
