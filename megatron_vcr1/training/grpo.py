@@ -278,7 +278,8 @@ def add_policy_metrics(
     num_tokens = len(log_probs)
     names = ("kl", "entropy", "ratio/mean", "clipped_share")
     for name, total in zip(names, statistics["sums"].tolist(), strict=True):
-        metrics.add(name, total, num_tokens)
+        if name != "kl" or data.ref_log_probs is not None:  # without a reference it is not 0, but unknown
+            metrics.add(name, total, num_tokens)
     if with_mismatch:
         before = log_probs if data.old_log_probs is None else data.old_log_probs
         absolute, largest, kl = mismatch(before, data.rollout_log_probs)
