@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
+import os
 import shutil
-import socket
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -25,10 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.distributed_c10d import _abort_process_group, _new_process_group_helper, _world
 
-from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, server_info
+from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, addresses, call, server_info
 from megatron_vcr1.rollout.sglang.weight_sync import LIVENESS_S, NamedTensors
 
 POLL_S = 0.002
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def open_session(url: str, timeout_s: float) -> None:
@@ -84,36 +86,33 @@ class _Group:
         self.name = f"vcr1-{uuid.uuid4().hex}"
         num_ranks = 1 + int(server_info(url, timeout_s=timeout_s)["tp_size"])
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        address = _address_towards(url)
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            port = probe.getsockname()[1]
-        body = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": num_ranks}
+        address, _ = addresses(url)
+        # Made here, on any free port, and not by a rendezvous, which under torchrun would look for torchrun's store.
+        patience = timedelta(seconds=timeout_s)
+        store = dist.TCPStore(address, 0, num_ranks, is_master=True, timeout=patience, wait_for_workers=False)
+        body = {"master_address": address, "master_port": store.port, "rank_offset": 1, "world_size": num_ranks}
         joined = _in_thread(lambda: self._call("/init_weights_update_group", body | {"backend": backend}))
-        joining = _in_thread(lambda: self._join(address, port, num_ranks, backend))
-        self.group = _await(joining, joined, timeout_s, f"{url}: joining a process group")
+        joining = _in_thread(lambda: self._join(store, num_ranks, backend))
         try:
+            self.group = _await(joining, joined, timeout_s, f"{url}: joining a process group")
             joined.result(timeout_s)
         except BaseException:
-            self.close()
+            joining.add_done_callback(self._leave)  # which may come about yet
             raise
 
-    def _join(self, address: str, port: int, num_ranks: int, backend: str) -> dist.ProcessGroup:
-        # The server's side joins by SGLang's init_custom_process_group: the same store, prefixes and helper. The store
-        # is made here, and not by a rendezvous, which under torchrun would look for torchrun's.
-        patience = timedelta(seconds=self.timeout_s)
-        store = dist.TCPStore(address, port, num_ranks, is_master=True, timeout=patience)
-        group, _ = _new_process_group_helper(
-            num_ranks,
-            0,
-            [],
-            dist.Backend(backend),
-            dist.PrefixStore(self.name, store),
-            group_name=self.name,  # type: ignore[arg-type]
-            timeout=patience,
-        )
+    def _join(self, store: dist.TCPStore, num_ranks: int, backend: str) -> dist.ProcessGroup:
+        # The server's side joins by SGLang's init_custom_process_group: the same store, prefixes and helper.
+        with _errors_end_nothing() if backend == "nccl" else nullcontext():
+            group, _ = _new_process_group_helper(
+                num_ranks,
+                0,
+                [],
+                dist.Backend(backend),
+                dist.PrefixStore(self.name, store),
+                group_name=self.name,  # type: ignore[arg-type]
+                timeout=timedelta(seconds=self.timeout_s + 2 * LIVENESS_S),  # this side's own clock, and `close`, first
+            )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(num_ranks)}  # which leaving it looks up
-        self._store = store  # lives as long as the group
         return group
 
     def broadcast(self, bucket: NamedTensors) -> None:
@@ -151,8 +150,34 @@ class _Group:
         with suppress(TimeoutError):
             _in_thread(lambda: _abort_process_group(self.group)).result(LIVENESS_S)
 
+    def _leave(self, joining: Future[dist.ProcessGroup]) -> None:
+        if joining.exception() is None:
+            self.group = joining.result()
+            self.close()
+
     def _call(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
         return call(self.url, "POST", path, body | {"group_name": self.name}, timeout_s=timeout_s or self.timeout_s)
+
+
+_environment = threading.Lock()
+
+
+@contextmanager
+def _errors_end_nothing() -> Iterator[None]:
+    """For a group that is made meanwhile, NCCL's watchdog does not end the process when a peer is lost.
+
+    It does by default, and then the loss of a server would be the training's. `_abort_process_group` asks for it.
+    """
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    with _environment:  # a thread makes a group for each server
+        before = os.environ.get(name)
+        os.environ[name] = "0"
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
 
 
 class SharedMemoryChannel:
@@ -174,11 +199,18 @@ class SharedMemoryChannel:
         return base64.b64encode(stream.getvalue()).decode(), shared  # the memory lives as long as the tensors
 
     def send(self, url: str, prepared: tuple[str, NamedTensors]) -> None:
+        description, shared = prepared
         num_ranks = int(server_info(url, timeout_s=self._timeout_s)["tp_size"])
+        storage = shared[0][1].untyped_storage()
         for _ in range(num_ranks):  # each gives its count back as it opens the memory
-            prepared[1][0][1].untyped_storage()._shared_incref()
-        body = {"serialized_named_tensors": [prepared[0]] * num_ranks, "flush_cache": False}
-        call(url, "POST", "/update_weights_from_tensor", body, timeout_s=self._timeout_s)
+            storage._shared_incref()
+        body = {"serialized_named_tensors": [description] * num_ranks, "flush_cache": False}
+        try:
+            call(url, "POST", "/update_weights_from_tensor", body, timeout_s=self._timeout_s)
+        except BaseException:  # a count may never be given back, and the name outlive the tensors
+            name = storage._share_filename_cpu_()[1].decode()
+            weakref.finalize(shared[0][1], (SHARED_MEMORY / name.removeprefix("/")).unlink, missing_ok=True)
+            raise
 
     def finish(self, url: str) -> None:
         close_session(url, self._timeout_s)
@@ -202,6 +234,8 @@ def _copy_to_shared_memory(bucket: NamedTensors) -> NamedTensors:
     """The tensors on the CPU, in one piece of shared memory."""
     alignment = 16  # bytes
     sizes = [-(-tensor.nbytes // alignment) * alignment for _, tensor in bucket]
+    if sum(sizes) > shutil.disk_usage(SHARED_MEMORY).free:  # to write where none is left would end the process
+        raise OSError(errno.ENOSPC, "no room for sglang.sync_bucket_mb of weights", str(SHARED_MEMORY))
     memory = torch.empty(sum(sizes), dtype=torch.uint8).share_memory_()
     shared = []
     for (name, tensor), piece in zip(bucket, memory.split(sizes), strict=True):
@@ -252,14 +286,6 @@ class DiskChannel:
         for other in self.directory.parent.iterdir():
             if other != self.directory:
                 shutil.rmtree(other)
-
-
-def _address_towards(url: str) -> str:
-    """This host's address as a server sees it."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends nothing
-        return probe.getsockname()[0]
 
 
 def _in_thread(work: Callable[[], Any]) -> Future[Any]:

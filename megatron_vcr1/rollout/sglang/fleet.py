@@ -13,7 +13,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import EngineError
-from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, server_info
+from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, is_here, server_info
 from megatron_vcr1.rollout.sglang.loan import take_back
 from megatron_vcr1.rollout.sglang.processes import ServerGroup, require_sglang, server_specs, server_url
 
@@ -78,7 +78,14 @@ def _name_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
     me, talkers = ranks[dist.get_rank()], [one.copy for one in ranks if one.talks]
     asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
     can_lend = {url for url in owned if check_server(url)}
-    lenders = tuple(url for url in owned if config.sglang.colocated and url in can_lend)
+    needs_memory = config.sglang.sync == "tensor" or config.sglang.transport == "file"
+    for url in asked:
+        if needs_memory and not is_here(url):
+            raise UserError(
+                f"sglang.urls: {url} is not on {me.host}, whose shared memory it would have to read; set sglang.sync = "
+                "'distributed' or 'disk', and sglang.transport = 'inline'"
+            )
+    lenders = tuple(url for url in owned if config.sglang.colocated and url in can_lend and is_here(url))
     shared = len(talkers) > len(urls)
     if lenders and shared:
         raise _too_few(talkers, urls)
@@ -152,4 +159,6 @@ def check_server(url: str) -> bool:
             f"{url} runs with --enable-deterministic-inference, which makes all responses of a group the same; start "
             "it without"
         )
+    if info.get("dp_size", 1) > 1:
+        raise UserError(f"{url} runs with --dp-size, and its replicas take no new weights; start it without")
     return bool(info.get("enable_memory_saver") and info.get("enable_weights_cpu_backup"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -43,7 +46,7 @@ def call(url: str, method: str, path: str, body: Any = None, *, timeout_s: float
     """
     try:
         answer = _client.request(method, url + path, json=body, timeout=timeout_s)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise fault(url + path, error) from error
     return content(answer)
 
@@ -60,7 +63,7 @@ async def acall(client: httpx.AsyncClient, method: str, url: str, body: Any = No
     return content(answer)
 
 
-def fault(url: str, error: httpx.HTTPError) -> ServerFault:
+def fault(url: str, error: Exception) -> ServerFault:
     return ServerFault(f"{url}: {type(error).__name__} {error}".rstrip(), gone=True)
 
 
@@ -85,6 +88,23 @@ def _message(answer: httpx.Response) -> str:
     except (ValueError, AttributeError):
         message = answer.text
     return str(message)[:500]
+
+
+def addresses(url: str) -> tuple[str, str]:
+    """This host's address as a server sees it, and the server's own. Raises OSError for a host that is not known."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends nothing
+        return probe.getsockname()[0], probe.getpeername()[0]
+
+
+def is_here(url: str) -> bool:
+    """Whether a server's host is known to be this one."""
+    try:
+        mine, other = addresses(url)
+    except OSError:
+        return False
+    return mine == other or ip_address(other).is_loopback
 
 
 def server_info(url: str, *, timeout_s: float) -> dict[str, Any]:

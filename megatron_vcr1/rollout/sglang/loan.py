@@ -30,14 +30,17 @@ class MemoryLoan:
         self._timeout_s = timeout_s
 
     def lend(self) -> None:
-        """Free the memory. One that fails keeps it, and says so in the log."""
+        """Free the memory. One that fails is killed where this job started it, and keeps its memory elsewhere."""
         if self._urls and self._processes is not None:
+            self._processes.settle()  # one that is starting takes its memory yet, and cannot give it before it is ready
             self._processes.held = True
         for url in self._urls:
             try:
                 lend(url, timeout_s=self._timeout_s)
             except (ServerFault, RequestRefused) as error:
                 logger.warning("memory of an SGLang server: %s", error)
+                if self._processes is not None:
+                    self._processes.end(url)
 
     def take_back(self) -> None:
         """Have the memory again. One that fails is of no use, and is started anew where this job started it."""

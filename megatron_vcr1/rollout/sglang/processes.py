@@ -34,9 +34,22 @@ PROBE_S = 30.0
 """Between two questions to a server whether it still answers, and the longest wait for an answer."""
 MAX_SILENT_PROBES = 3
 LOG_LINES = 15
-# What torchrun tells its ranks, and what was set for training: servers are no ranks of this job.
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_DEVICE_MAX_CONNECTIONS")
+# What torchrun tells its ranks, and what was set for training: servers are no ranks of this job. (The memory saver does
+# not work with the allocator's expandable segments.)
+_RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_DEVICE_MAX_CONNECTIONS"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+)
 _RANK_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_")
+# SGLang's names. CUDA graphs are lent, too; and training may fill the GPUs of a server unequally.
+_COLOCATED_ENVIRONMENT = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+# Arguments of a server that would not do, and why.
+_UNFIT = {
+    "--enable-deterministic-inference": "all responses of a group are the same with it",
+    **dict.fromkeys(
+        ("--dp", "--dp-size", "--data-parallel-size"), "its replicas take no new weights; set sglang.num_servers"
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +102,14 @@ def server_specs(config: RunConfig, *, first_gpu: int = 0, host: str = LOOPBACK)
         UserError: a setting cannot work.
     """
     section, folder = config.sglang, config.train.run_dir.absolute() / "sglang"
-    if "--enable-deterministic-inference" in section.server_args:
+    for argument in section.server_args:
+        if reason := _UNFIT.get(argument.partition("=")[0]):
+            raise UserError(f"sglang.server_args: leave {argument} out: {reason}")
+    num_gpus = first_gpu + section.num_servers * section.tensor
+    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise UserError(
-            "sglang.server_args: with --enable-deterministic-inference all responses of a group are the same; leave it "
-            "out"
+            f"sglang.num_servers: {section.num_servers} servers of sglang.tensor = {section.tensor} need GPUs "
+            f"{first_gpu} to {num_gpus - 1}, and this process sees {torch.cuda.device_count()}"
         )
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     # The server's interpreter may be another one, without this package: it sees the package, and only it, here.
@@ -105,6 +122,8 @@ def server_specs(config: RunConfig, *, first_gpu: int = 0, host: str = LOOPBACK)
     }
     environment["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = PLUGIN
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(link.parent), os.environ.get("PYTHONPATH"))))
+    if section.colocated:
+        environment |= _COLOCATED_ENVIRONMENT
     specs = []
     for index in range(section.num_servers):
         port = section.port + index
@@ -176,6 +195,12 @@ class ServerGroup:
         """Whether the server at a URL has started up."""
         return any(process.ready.is_set() for process in self._processes if process.spec.url == url)
 
+    def settle(self) -> None:
+        """Returns when none is starting up: each is ready, or given up."""
+        for process in self._processes:
+            while not process.ready.wait(0.1) and process.failure is None:
+                continue
+
     def failure(self, url: str) -> str | None:
         """Why there will be no server at a URL any more; None while there is one, or may be one again."""
         return next((process.failure for process in self._processes if process.spec.url == url), None)
@@ -192,6 +217,12 @@ class ServerGroup:
         for process in self._processes:
             if process.spec.url == url:
                 process.condemn(reason)
+
+    def end(self, url: str) -> None:
+        """Kill a server now. It is started anew once nothing is `held`."""
+        for process in self._processes:
+            if process.spec.url == url:
+                process.stop()
 
     def pids(self) -> list[int]:
         """Of the guards (see guard.py), for tests and for the curious."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _world
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
-from megatron_vcr1.rollout.sglang.channels import BroadcastChannel, SharedMemoryChannel
-from megatron_vcr1.rollout.sglang.weight_sync import WeightUpdate
+from megatron_vcr1.rollout.sglang import channels
+from megatron_vcr1.rollout.sglang.channels import SHARED_MEMORY, BroadcastChannel, SharedMemoryChannel
+from megatron_vcr1.rollout.sglang.http import RequestRefused
+from megatron_vcr1.rollout.sglang.weight_sync import LIVENESS_S, WeightUpdate
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 # A server's rank: joins the group as SGLang does, says so, takes a tensor of ones for each line that it reads.
@@ -42,7 +48,8 @@ class Server:
     """Loads what it is sent, by a process of its own; the attributes say what it does instead."""
 
     def __init__(self) -> None:
-        self.dies = self.hangs = False
+        self.dies = self.hangs = self.joins_late = False
+        self.is_left = False
         self.refuses = ""
         self.end = threading.Event()
         self.peers: list[subprocess.Popen[str]] = []
@@ -53,7 +60,11 @@ class Server:
         if path == "/init_weights_update_group":
             command = [sys.executable, "-c", PEER, body["master_address"], str(body["master_port"]), body["group_name"]]
             self.peers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            if self.joins_late:
+                return 400, {"message": "no"}
             self._expect("joined")
+        if path == "/destroy_weights_update_group":
+            self.is_left = True
         if path == "/update_weights_from_distributed":
             if self.dies:
                 self.peers[-1].kill()
@@ -128,6 +139,38 @@ def test_a_server_that_does_not_take_tensors_leaves_no_group(server: tuple[Serve
     assert not _world.pg_map
 
 
+def test_a_server_that_joins_after_it_has_refused_leaves_no_group(server: tuple[Server, str]) -> None:
+    behaviour, url = server
+    behaviour.joins_late = True
+    update = WeightUpdate([url], "2@run", BroadcastChannel(timeout_s=60), timeout_s=60)
+    assert "status 400" in update.failed[url]
+    behaviour._expect("joined")
+    deadline = time.monotonic() + 60
+    while not (destroyed := behaviour.is_left) or _world.pg_map:
+        assert time.monotonic() < deadline, f"the server's side is left: {destroyed}"
+        time.sleep(0.01)
+
+
+def test_nccl_leaves_a_lost_server_to_the_channel(server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its watchdog would end the process, unless told not to when the group is made, and before its time limit."""
+    _, url = server
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    made = []
+
+    def make(size: int, rank: int, ranks: list[int], backend: str, *rest: Any, timeout: timedelta, **more: Any) -> Any:
+        made.append((backend, os.environ.get(name), timeout.total_seconds() > 60 + LIVENESS_S))
+        return _new_process_group_helper(size, rank, ranks, dist.Backend("gloo"), *rest, timeout=timeout, **more)
+
+    monkeypatch.setattr(channels, "_new_process_group_helper", make)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(name, "3")
+    channel = BroadcastChannel(timeout_s=60)
+    channel.begin(url)
+    channel.abandon(url)
+    assert made == [("nccl", "0", True)]
+    assert os.environ[name] == "3"
+
+
 def test_shared_memory_lasts_for_every_rank_of_every_server() -> None:
     with (
         FakeServer(lambda path, body: (200, {"tp_size": 2})) as one,
@@ -145,3 +188,26 @@ def test_shared_memory_lasts_for_every_rank_of_every_server() -> None:
     descriptions = [text for body in bodies for text in body["serialized_named_tensors"]]
     found = subprocess.run([sys.executable, "-c", reader, *descriptions], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["tensor(5.)"] * 4
+
+
+def test_shared_memory_that_a_server_did_not_open_goes_with_the_bucket() -> None:
+    before = set(SHARED_MEMORY.glob("torch_*"))
+    with FakeServer(lambda path, body: (200 if body is None else 400, {"tp_size": 2})) as server:
+        channel = SharedMemoryChannel(timeout_s=5)
+        prepared = channel.prepare([("first", torch.ones(3))])
+        for _ in range(2):
+            with pytest.raises(RequestRefused):
+                channel.send(server.url, prepared)
+        assert set(SHARED_MEMORY.glob("torch_*")) != before
+        del prepared
+    assert set(SHARED_MEMORY.glob("torch_*")) == before
+
+
+def test_a_bucket_that_shared_memory_has_no_room_for_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not a SIGBUS, as soon as it is written to."""
+    usage = shutil.disk_usage(SHARED_MEMORY)._replace(free=96)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    channel = SharedMemoryChannel(timeout_s=5)
+    channel.prepare([("small", torch.zeros(24))])
+    with pytest.raises(OSError, match=r"no room for sglang.sync_bucket_mb of weights: '/dev/shm'"):
+        channel.prepare([("large", torch.zeros(25))])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import pytest
-
-from megatron_vcr1.rollout.sglang.fleet import check_server
 from megatron_vcr1.rollout.sglang.http import weights_of
 from megatron_vcr1.rollout.sglang.loan import LENT, MemoryLoan
 from tests.rollout.sglang.fake_server import FakeServer, Reply
@@ -90,22 +87,3 @@ def test_a_server_that_was_started_anew_meanwhile_has_nothing_to_take_back() -> 
         lender.version, lender.is_lent, lender.is_paused = "default", False, False
         loan.take_back()
         assert not lender.has_ended
-
-
-@pytest.mark.parametrize("saver", [True, False])
-@pytest.mark.parametrize("backup", [True, False])
-def test_only_a_server_that_keeps_its_weights_lends_its_memory(saver: bool, backup: bool) -> None:
-    info = {"enable_memory_saver": saver, "enable_weights_cpu_backup": backup}
-    with FakeServer(lambda path, body: (200, {"tp_size": 1, "weight_version": "default"} | info)) as server:
-        assert check_server(server.url) == (saver and backup)
-
-
-@pytest.mark.parametrize("is_lent", [True, False])
-def test_a_run_takes_back_what_a_killed_one_left_lent(is_lent: bool) -> None:
-    lender = Lender()
-    with FakeServer(lender) as server:
-        if is_lent:
-            loan_of(server).lend()
-        check_server(server.url)
-        assert (lender.is_lent, lender.is_paused, lender.has_ended) == (False, False, False)
-        assert lender.version == "3@run"

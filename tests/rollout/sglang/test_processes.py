@@ -14,11 +14,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.rollout.engine import EngineError
 from megatron_vcr1.rollout.sglang import processes
+from megatron_vcr1.rollout.sglang.loan import MemoryLoan
 from megatron_vcr1.rollout.sglang.processes import ServerGroup, ServerSpec, server_specs
 
 # Answers 200 to everything; with "refuse" it starts and is never ready.
@@ -145,6 +147,19 @@ def test_nothing_is_restarted_while_memory_is_lent(start: Start) -> None:
     new_answer(group, pid)
 
 
+def test_memory_is_lent_by_servers_that_have_it(start: Start) -> None:
+    """One that starts up would take its memory while training computes, and so would one that cannot give it."""
+    group = start()
+    loan = MemoryLoan(group.urls, group, timeout_s=5)
+    loan.take_back()  # nothing is there yet
+    loan.lend()
+    assert group.is_ready(group.urls[0]) and group.held  # it was waited for
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(group.urls[0], timeout=0.5)  # it does not know how to lend, and is gone
+    loan.take_back()
+    assert answer(group)  # started anew
+
+
 def test_a_server_that_cannot_start_fails_with_the_end_of_its_log(start: Start) -> None:
     with pytest.raises(EngineError, match=r"(?s)ended with exit code 1.*no memory left on the device"):
         start("crash", max_restarts=1).wait_until_ready()
@@ -206,9 +221,41 @@ def test_weights_are_loaded_where_there_are_any(tmp_path: Path) -> None:
     assert "--weight-version default" in text and "dummy" not in text and "memory-saver" not in text
 
 
-def test_a_mode_that_makes_groups_of_equal_responses_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="all responses of a group are the same"):
-        server_specs(config(tmp_path, server_args=["--enable-deterministic-inference"]))
+@pytest.mark.parametrize(
+    "argument, reason",
+    [
+        ("--enable-deterministic-inference", "all responses of a group are the same"),
+        ("--dp-size=2", "replicas take no new weights"),
+        ("--dp", "replicas take no new weights"),
+    ],
+)
+def test_an_argument_that_would_not_do_is_refused(tmp_path: Path, argument: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"sglang.server_args: leave {argument} out: .*{reason}"):
+        server_specs(config(tmp_path, server_args=["--log-level", "error", argument, "2"]))
+
+
+def test_servers_that_share_gpus_with_training_can_give_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "expandable_segments:True")  # training's; the memory saver refuses it
+    run = config(tmp_path)
+    [spec] = server_specs(run)
+    assert not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & spec.environment.keys()
+    assert spec.environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] == "1"  # else CUDA graphs stay
+    assert spec.environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
+    [alone] = server_specs(run.model_copy(update={"sglang": run.sglang.model_copy(update={"colocated": False})}))
+    assert not {name for name in alone.environment if name.startswith("SGLANG_MEMORY_SAVER")}
+
+
+def test_servers_have_the_gpus_that_the_process_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    run = config(tmp_path, num_servers=2, tensor=2)
+    last = server_specs(run, first_gpu=4)[-1].command
+    assert last[last.index("--base-gpu-id") + 1] == "6"
+    with pytest.raises(UserError, match="need GPUs 5 to 8, and this process sees 8"):
+        server_specs(run, first_gpu=5)
 
 
 def test_another_runs_server_is_not_taken_for_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
