@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 from rich.console import Console
 
@@ -13,7 +12,7 @@ from demo.plan import Demo
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.encoding import encode_messages
+from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video import VideoFrames, read_frames
 from megatron_vcr1.errors import UserError
@@ -21,7 +20,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.build import build_engine
-from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 
 NUM_FRAMES = 24
 _SHOWN_SIDE = 96  # pixels of a frame in the picture
@@ -40,18 +39,29 @@ def ask(demo: Demo, video: Path, thing: str, console: Console) -> None:
     if not model_dir.is_dir():
         raise UserError(f"{model_dir} is not there yet: run `bash tools/demo.sh` first")
     config = load_config(demo.config("test_others"), ("--model.path", str(model_dir)))
+    processor = PromptProcessor.from_pretrained(model_dir)
+    options = _video_options(config)
     start_s = time.perf_counter()
-    frames = _read(video, config)
+    frames = read_frames(video, factor=processor.factor, **options)  # type: ignore[arg-type]
     decode_s = time.perf_counter() - start_s
     picture = demo.out / "real.png"
     _contact_sheet(frames).save(picture)
     console.print(
         f"{video}: {frames.duration_s:.1f} s; {len(frames.frames)} frames of 16 x 16 pixels, which is what this model "
-        f"sees of it ({picture}), read by {frames.backend} in {decode_s:.2f} s"
+        f"sees of it ({picture}), read by {frames.backend} in {decode_s:.2f} s",
+        markup=False,
     )
-    for question in _questions(thing):
-        console.print(f"\n[bold]{question.splitlines()[0]}[/]")
-        _answer(question, video, config, console)
+    shown = {"type": "video", "video": str(video), **options}
+    with groups.world(config.parallel):
+        model = build_model(ModelConfig.from_pretrained(model_dir), config).eval()
+        load_model_weights(model, model_dir)
+        engine = build_engine(config, model, processor)
+        for question in _questions(thing):
+            console.print(f"\n{question.splitlines()[0]}", style="bold", markup=False, highlight=False)
+            parts = [shown, {"type": "text", "text": question}]
+            prompt = encode_messages([{"role": "user", "content": parts}], processor)
+            _answer(prompt, engine, processor, config.evaluate.max_new_tokens, console)
+        engine.close()
     console.print(
         "\nThe model has 0.4 million parameters and has seen nothing but coloured shapes: on other clips its answers "
         "show that the pipeline runs, not what is in the video."
@@ -78,31 +88,16 @@ def _video_options(config: RunConfig) -> dict[str, float]:
     }
 
 
-def _read(video: Path, config: RunConfig) -> VideoFrames:
-    factor = PromptProcessor.from_pretrained(config.model.path).factor
-    return read_frames(video, factor=factor, **_video_options(config))  # type: ignore[arg-type]
-
-
-def _answer(question: str, video: Path, config: RunConfig, console: Console) -> None:
-    """One question, with the times of its parts."""
-    processor = PromptProcessor.from_pretrained(config.model.path)
-    unknown = processor.tokenizer.unk_token_id
-    parts = [{"type": "video", "video": str(video), **_video_options(config)}, {"type": "text", "text": question}]
-    prompt = encode_messages([{"role": "user", "content": parts}], processor)
-    if num_unknown := int((prompt.token_ids == unknown).sum()):
+def _answer(
+    prompt: EncodedPrompt, engine: RolloutEngine, processor: PromptProcessor, max_new_tokens: int, console: Console
+) -> None:
+    """The most probable answer, and the time that it took."""
+    if num_unknown := int((prompt.token_ids == processor.tokenizer.unk_token_id).sum()):
         console.print(f"{num_unknown} words or signs of the question are not among the few that it knows")
-    with groups.world(config.parallel):
-        model = build_model(ModelConfig.from_pretrained(config.model.path), config).eval()
-        load_model_weights(model, config.model.path)
-        engine = build_engine(config, model, processor)
-        start_s = time.perf_counter()
-        with torch.no_grad():
-            (answered,) = engine.generate(
-                [GenerationRequest("real", prompt, num_responses=1)],
-                SamplingParams(config.evaluate.max_new_tokens, temperature=0.0),
-            )
-        seconds = time.perf_counter() - start_s
-        engine.close()
+    start_s = time.perf_counter()
+    request, params = GenerationRequest("real", prompt, num_responses=1), SamplingParams(max_new_tokens, temperature=0)
+    (answered,) = engine.generate([request], params)
+    seconds = time.perf_counter() - start_s
     (rollout,) = answered.rollouts
     console.print(processor.decode(rollout.token_ids), highlight=False, markup=False)
     console.print(
