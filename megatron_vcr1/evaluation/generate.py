@@ -21,6 +21,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel.prompts import share_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
@@ -56,12 +57,16 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
     processor = read_processor(run.model.path)
     tokens = SpecialTokens.from_pretrained(run.model.path, processor)
     clock = _Clock()
-    try:
-        prompt = encode_messages([message], processor)
-    except ValueError as error:  # a VideoError too
-        raise UserError(str(error)) from error
-    clock.lap("prompt")
+
+    def requests() -> list[GenerationRequest]:
+        try:
+            return [GenerationRequest("prompt", encode_messages([message], processor), num_responses=1, seed=seed)]
+        except ValueError as error:  # a VideoError too
+            raise UserError(str(error)) from error
+
     with groups.world(run.parallel):
+        (request,) = share_prompts(requests)
+        clock.lap("prompt")
         model = build_model(config, run).to(groups.device())
         load_model_weights(model, run.model.path)
         clock.lap("load")
@@ -76,14 +81,13 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
             if prints and not as_json:
                 streamer.put(torch.tensor([token_id]))
 
-        request = GenerationRequest("prompt", prompt, num_responses=1, seed=seed)
         (group,) = engine.generate([request], params, on_token=on_token)
         clock.lap("further_tokens")
         if prints and as_json:
-            print(json.dumps(_as_row(group.rollouts[0], prompt, processor, clock.seconds)))
+            print(json.dumps(_as_row(group.rollouts[0], request.prompt, processor, clock.seconds)))
         elif prints:
             streamer.end()
-            print(_summary(group.rollouts[0], prompt, clock.seconds), file=sys.stderr)
+            print(_summary(group.rollouts[0], request.prompt, clock.seconds), file=sys.stderr)
 
 
 def _as_row(

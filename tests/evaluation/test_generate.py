@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from PIL import Image
 
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.cli import main
-from megatron_vcr1.data.encoding import encode_messages
+from megatron_vcr1.config.schema import ParallelSection, RunConfig
+from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.evaluation import generate
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import SamplingParams
 from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
+from tests.gloo import GlooPool
 from tests.model import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +106,34 @@ def test_text_comes_to_the_terminal_and_timings_beside_it(workspace: Path) -> No
     assert result.stdout == expected + "\n"
     assert f"{NUM_TOKENS - 1} more in" in result.stderr
     assert "tokens/s" in result.stderr
+
+
+def _num_decodings(folder: Path) -> int:
+    calls: list[object] = []
+
+    def encode(*args: Any) -> EncodedPrompt:
+        calls.append(args)
+        return encode_messages(*args)
+
+    @contextmanager
+    def joined(parallel: ParallelSection) -> Iterator[None]:  # the pool's processes go on afterwards
+        groups.initialize(parallel)
+        yield
+
+    content = [{"type": "video", "video": str(folder / "clip.mp4"), "fps": 1.0}, {"type": "text", "text": "When?"}]
+    run = RunConfig.model_validate(
+        {"model": {"path": folder / "model", "dtype": "float32"}, "parallel": {"tensor": 2, "pipeline": 2}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "encode_messages", encode)
+        patch.setattr(groups, "world", joined)
+        generate.generate(run, {"role": "user", "content": content}, SamplingParams(2), seed=0, as_json=True)
+    return len(calls)
+
+
+@pytest.mark.xdist_group("gloo")
+def test_a_video_is_decoded_once_for_all_ranks(workspace: Path, gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(_num_decodings, workspace) == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("options, expected", [((), 1.05), (("--repetition-penalty", "1"), 1.0)])
