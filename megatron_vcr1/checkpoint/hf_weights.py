@@ -35,14 +35,19 @@ def place_tensors(
     A tensor has one place, but for the embedding of a model that ties it to the head: some programs write the head too.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape, or tensors that become one have different dtypes.
+        UserError: a tensor is missing, unknown, there twice or of another shape, or tensors that become one have
+            different dtypes.
     """
     shapes = hf_shapes(layouts)
     places: dict[str, tuple[Placed, ...]] = {name: () for name in shapes}
     unexpected = []
+    files: dict[str, str] = {}
     for file, header in headers.items():
         for tensor in header.tensors:
             name = published_name(tensor.name)
+            if name in files:
+                raise UserError(f"{where}: {name} is there twice, in {files[name]} and in {file}; keep the right one")
+            files[name] = file
             if name == _HEAD and _HEAD not in shapes:
                 name = _EMBEDDING
             if name not in shapes:

@@ -37,18 +37,23 @@ def weight_files(hf_dir: Path) -> list[str]:
     """Names of the safetensors files of a Hugging Face directory, sorted.
 
     Raises:
-        UserError: the directory or its index is missing or damaged, or it holds no safetensors.
+        UserError: the directory or its index is missing or damaged, or it holds no safetensors, or two sets of them.
     """
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir}: no such directory; name a downloaded Hugging Face model")
     if is_imported(hf_dir):
         raise UserError(f"{hf_dir}: its weights are a Megatron checkpoint, not safetensors; export it first")
     index_path = hf_dir / INDEX_FILE
-    if not index_path.exists():
-        if (hf_dir / SINGLE_FILE).exists():
-            return [SINGLE_FILE]
+    single = {SINGLE_FILE} if (hf_dir / SINGLE_FILE).exists() else set()
+    indexed = set(_weight_map(index_path).values()) if index_path.exists() else set()
+    if single and indexed - single:
+        raise UserError(
+            f"{hf_dir}: holds two models: {SINGLE_FILE}, which transformers would read, and the files of {INDEX_FILE}; "
+            "remove the one that is out of date"
+        )
+    if not single | indexed:
         raise UserError(f"{hf_dir}: neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors weights are read")
-    return sorted(set(_weight_map(index_path).values()))
+    return sorted(single | indexed)
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from megatron_vcr1.checkpoint.hf_weights import HfWeights
@@ -86,6 +88,28 @@ def test_a_missing_shard_is_named(hf_dir: Path) -> None:
     (hf_dir / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: cannot be opened"):
         HfWeights(hf_dir, LAYOUTS)
+
+
+@pytest.mark.parametrize("again", [GATE, GATE.replace("model.", "model.language_model.")])
+def test_a_tensor_that_is_there_twice_is_refused(hf_dir: Path, again: str) -> None:
+    index = json.loads((hf_dir / "model.safetensors.index.json").read_text())
+    others = {file: safetensors.torch.load_file(hf_dir / file) for file in set(index["weight_map"].values())}
+    other = max(file for file in others if again not in others[file])
+    others[other][again] = torch.zeros(128, 96, dtype=torch.bfloat16)
+    safetensors.torch.save_file(others[other], hf_dir / other)
+    index["weight_map"][again] = max(file for file in others if again in others[file])  # an index names one place
+    (hf_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"{GATE} is there twice, in model-00001.* and in model-00002"):
+        HfWeights(hf_dir, LAYOUTS)
+
+
+def test_two_models_in_one_directory_are_refused(hf_dir: Path) -> None:
+    safetensors.torch.save_file(random_weights(CONFIG), hf_dir / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds two models: model\.safetensors, which transformers would read, and"):
+        HfWeights(hf_dir, LAYOUTS)
+    index = hf_dir / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(random_weights(CONFIG), "model.safetensors")}))
+    HfWeights(hf_dir, LAYOUTS).close()
 
 
 def test_a_directory_without_safetensors_is_refused(hf_dir: Path, imported_dir: Path, tmp_path: Path) -> None:

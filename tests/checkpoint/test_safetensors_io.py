@@ -61,6 +61,15 @@ def test_rectangles_written_are_what_the_safetensors_package_reads(
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in safetensors.torch.load_file(copy).items())
 
 
+def test_a_new_file_has_its_length_and_nothing_is_written_for_it(tmp_path: Path) -> None:
+    size = 2**28
+    header = parse_header(_header(a={"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}), tmp_path)
+    create_safetensors(tmp_path / "new.safetensors", header)
+    status = (tmp_path / "new.safetensors").stat()
+    assert status.st_size == header.file_bytes > size
+    assert status.st_blocks * 512 < 2**20
+
+
 @pytest.mark.parametrize("num_bytes", [0, 5, 8, 100, -1])
 def test_a_truncated_file_is_refused(file: Path, num_bytes: int) -> None:
     file.write_bytes(file.read_bytes()[:num_bytes])
