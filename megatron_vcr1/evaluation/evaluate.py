@@ -29,7 +29,7 @@ from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups
-from megatron_vcr1.rollout.build import build_engine
+from megatron_vcr1.rollout.build import agree_with_servers, build_engine
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.types import Task, VideoSample
 
@@ -70,6 +70,7 @@ def evaluate_model(config: RunConfig) -> list[Evaluation]:
     check_layout(model_config.shape, config.parallel, config.recompute, groups.world_size())
     templates = load_templates(config.data.templates)
     processor = read_processor(config.model.path)
+    agree_with_servers(config)
     with groups.world(config.parallel, seed=config.train.seed):
         logs: dict[str, PredictionLog] = {}  # on the first rank
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 from megatron_vcr1.config.schema import RunConfig
@@ -30,3 +31,14 @@ def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcess
         return SglangEngine.start(config, model.model_config, tokens)
     decode = partial(processor.decode, skip_special_tokens=False)
     return LocalEngine(model, tokens, decode, batch_responses=config.rollout.batch_responses)
+
+
+def agree_with_servers(config: RunConfig) -> None:
+    """Before the world is made, where NCCL brings weights to servers: its memory is of one kind on both sides.
+
+    SGLang turns CUDA's virtual memory off for NCCL. A broadcast between processes of both kinds hangs or crashes.
+    """
+    section = config.sglang
+    lends_memory = section.colocated and not section.urls  # shared memory brings these their weights
+    if config.rollout.engine == "sglang" and section.sync == "distributed" and not lends_memory:
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")

@@ -16,6 +16,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.rollout.build import agree_with_servers
 from megatron_vcr1.training.grpo import GrpoTrainer
 from megatron_vcr1.training.loop import Run
 from megatron_vcr1.training.optimizer import Learner
@@ -39,6 +40,7 @@ def train(config: RunConfig) -> int:
     """
     shape = ModelConfig.from_pretrained(config.model.path).shape
     check_layout(shape, config.parallel, config.recompute, groups.world_size())
+    agree_with_servers(config)
     # The step's own clock runs out first: it tells where every rank is.
     patience_s = config.train.step_timeout_s + groups.PATIENCE_S
     with groups.world(config.parallel, seed=config.train.seed, patience_s=patience_s):
