@@ -183,8 +183,14 @@ class QwenVLModel(MegatronModule):
 
     def log_probs(self, hidden: Tensor, target_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Log-probability of each target; float32 [targets], the same on every tensor-parallel rank."""
+        weight = self.head_weight()
         return linear_log_probs(
-            hidden, self.head_weight(), target_ids, temperature=temperature, group=self.tensor_group
+            hidden,
+            weight,
+            target_ids,
+            temperature=temperature,
+            group=self.tensor_group,
+            weight_grad=getattr(weight, "main_grad", None),  # megatron-core's gradient buffer
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

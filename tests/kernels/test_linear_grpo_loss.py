@@ -130,13 +130,17 @@ def test_a_second_backward_is_refused(device: torch.device) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("importance_level", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_weight_is_added_to_a_buffer(dtype: torch.dtype, device: torch.device) -> None:
+def test_gradient_of_weight_is_added_to_a_buffer(
+    importance_level: str, dtype: torch.dtype, device: torch.device
+) -> None:
     hidden, weight, target_ids, tensors = _inputs(dtype, device)
-    loss = linear_grpo_loss(hidden, weight.requires_grad_(), target_ids, **tensors).loss
+    options = {**tensors, "importance_level": importance_level}
+    loss = linear_grpo_loss(hidden, weight.requires_grad_(), target_ids, **options).loss
     (expected,) = torch.autograd.grad(loss, weight)
     buffer = expected.float().clone()
-    loss = linear_grpo_loss(hidden, weight, target_ids, **tensors, weight_grad=buffer).loss
+    loss = linear_grpo_loss(hidden, weight, target_ids, **options, weight_grad=buffer).loss
     loss.backward()
     assert weight.grad is None
     assert_accurate(buffer, 2 * expected.double(), dtype)

@@ -65,6 +65,21 @@ def test_a_frozen_head_gets_no_gradient(device: torch.device) -> None:
     torch.testing.assert_close((hidden_only, weight_only), both)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_weight_is_added_to_a_buffer(dtype: torch.dtype, device: torch.device) -> None:
+    hidden, weight, target_ids = _inputs(45, 300, 64, dtype, device)
+    (expected,) = gradients(lambda w: linear_log_probs(hidden, w, target_ids), [weight])
+    buffer = expected.float().clone()
+    log_probs = linear_log_probs(hidden, weight.requires_grad_(), target_ids, weight_grad=buffer)
+    assert torch.equal(buffer, expected.float())
+    (projected,) = gradients(lambda x: x, [log_probs])
+    log_probs.backward(projected)
+    assert weight.grad is None
+    assert_accurate(buffer, 2 * expected.double(), dtype)
+    with pytest.raises(ValueError, match=r"weight_grad must be \[300, 64\]"):
+        linear_log_probs(hidden, weight, target_ids, weight_grad=buffer[1:])
+
+
 def test_no_tokens(device: torch.device) -> None:
     hidden, weight, target_ids = _inputs(0, 50, 8, torch.float32, device)
     grad_hidden, grad_weight = gradients(lambda h, w: linear_log_probs(h, w, target_ids), [hidden, weight])

@@ -82,9 +82,9 @@ def linear_grpo_loss(
         return_entropy: take the entropy (a metric) even if entropy_coef is 0.
         temperature: the softmax temperature, > 0.
         group: tensor-parallel process group, or None if the vocabulary is whole.
-        weight_grad: float32 (float64 for float64 weights), of weight's shape: where a token-level objective adds the
-            gradient of weight, of which autograd then hears nothing. It spares a tensor of that size at the moment that
-            needs most memory. The caller promises to differentiate the loss itself, or its sum with others.
+        weight_grad: as in `linear_log_probs`; it spares that tensor at the moment that needs most memory. A token-level
+            objective fills it in forward already: the caller promises to differentiate the loss itself, or its sum with
+            others.
         old_log_probs, ..., segment_ids: as in `grpo_token_loss`.
 
     Returns:
@@ -94,18 +94,22 @@ def linear_grpo_loss(
 
     Raises:
         ValueError: misshapen input, two dtypes, a target outside the vocabulary, an unknown name or impossible bound;
-            in backward, weight_grad was given and the gradient of the loss is not 1.
+            in backward, weight_grad was given to a token-level objective and the gradient of the loss is not 1.
     """
-    check_head(hidden, weight, target_ids, temperature, group)
+    check_head(hidden, weight, target_ids, temperature, group, weight_grad)
     check_per_token(len(hidden), advantages, old_log_probs, ref_log_probs, rollout_log_probs)
     require_shape("token_weights", token_weights, len(hidden))
-    if weight_grad is not None:
-        require_shape("weight_grad", weight_grad, *weight.shape)
     objective = Objective(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, rollout_ratio_cap)
     segments = segments_of_ratio(importance_level, segment_ids, len(hidden))
     if segments is not None:
         log_probs, entropy = linear_log_probs(
-            hidden, weight, target_ids, temperature=temperature, group=group, return_entropy=True
+            hidden,
+            weight,
+            target_ids,
+            temperature=temperature,
+            group=group,
+            return_entropy=True,
+            weight_grad=weight_grad,
         )
         tokens = apply_objective(
             log_probs, advantages, old_log_probs, ref_log_probs, rollout_log_probs, segments, objective
@@ -185,7 +189,7 @@ class _TokenLevelLoss(torch.autograd.Function):
             gradients.add(rows, grad_logits)
         gradients.reduce()
         ctx.added_weight_grad = needs_weight and weight_grad is not None
-        ctx.save_for_backward(gradients.hidden, None if ctx.added_weight_grad else gradients.weight)
+        ctx.save_for_backward(gradients.hidden, gradients.weight)
         ctx.dtype = hidden.dtype
         log_probs, entropy, token_loss, kl, ratio, clipped = columns
         loss = (token_weights * (token_loss - entropy_coef * entropy)).sum()

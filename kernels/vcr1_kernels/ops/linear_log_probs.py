@@ -34,6 +34,7 @@ def linear_log_probs(
     temperature: float = ...,
     group: dist.ProcessGroup | None = ...,
     return_entropy: Literal[False] = ...,
+    weight_grad: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_log_probs(
@@ -44,6 +45,7 @@ def linear_log_probs(
     temperature: float = ...,
     group: dist.ProcessGroup | None = ...,
     return_entropy: Literal[True],
+    weight_grad: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_log_probs(
     hidden: Tensor,
@@ -53,6 +55,7 @@ def linear_log_probs(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     return_entropy: bool = False,
+    weight_grad: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token under softmax(hidden @ weight.T / temperature).
 
@@ -65,6 +68,8 @@ def linear_log_probs(
         temperature: the softmax temperature, > 0.
         group: tensor-parallel process group, or None if the vocabulary is whole.
         return_entropy: also return the entropy of each row's distribution, with its gradient.
+        weight_grad: float32 (float64 for float64 weights), of weight's shape: backward adds the gradient of weight
+            here, and autograd hears nothing of it. It spares a tensor of this size and a pass over it.
 
     Returns:
         float32 [tokens] (float64 for float64 inputs), and the entropy, [tokens], if asked. The gradient of `hidden` is
@@ -73,13 +78,20 @@ def linear_log_probs(
     Raises:
         ValueError: misshapen input, two dtypes, or a target outside the vocabulary.
     """
-    check_head(hidden, weight, target_ids, temperature, group)
-    log_probs, entropy = _LinearLogProbs.apply(hidden, weight, target_ids, temperature, group, return_entropy)
+    check_head(hidden, weight, target_ids, temperature, group, weight_grad)
+    log_probs, entropy = _LinearLogProbs.apply(
+        hidden, weight, target_ids, temperature, group, return_entropy, weight_grad
+    )
     return (log_probs, entropy) if return_entropy else log_probs
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, group: dist.ProcessGroup | None
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+    weight_grad: Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments of a language-model head fit together."""
     require_shape("hidden", hidden, "tokens", "hidden_size")
@@ -92,6 +104,8 @@ def check_head(
     num_shards = dist.get_world_size(group) if group is not None else 1
     require_token_ids("target_ids", target_ids, len(hidden), len(weight) * num_shards)
     require_temperature(temperature)
+    if weight_grad is not None:
+        require_shape("weight_grad", weight_grad, *weight.shape)
 
 
 def first_token_id(weight: Tensor, group: dist.ProcessGroup | None) -> int:
@@ -113,8 +127,8 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor
 class HeadGradients:
     """Gradients of hidden and weight, accumulated in float32 from chunks of the logits' gradient.
 
-    One that is not needed (a frozen head) is None, and costs no product. Weight's is added to `weight_grad` if there is
-    one.
+    One that is not needed (a frozen head) is None, and costs no product. With `weight_grad`, weight's is added to that
+    and is None here.
     """
 
     def __init__(
@@ -132,9 +146,12 @@ class HeadGradients:
         # Without shards a row's gradient is one product, which accumulates in float32 by itself.
         hidden_dtype = hidden.dtype if group is None else accumulate_dtype
         self.hidden = torch.empty_like(hidden, dtype=hidden_dtype) if needs_hidden else None
-        self.weight = None
+        self._weight_total = None
         if needs_weight:
-            self.weight = torch.zeros_like(weight, dtype=accumulate_dtype) if weight_grad is None else weight_grad
+            self._weight_total = (
+                torch.zeros_like(weight, dtype=accumulate_dtype) if weight_grad is None else weight_grad
+            )
+        self.weight = self._weight_total if weight_grad is None else None
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
         """Take in the gradient of the logits of `rows`, [chunk, vocab_shard]."""
@@ -144,8 +161,8 @@ class HeadGradients:
                 torch.mm(grad_logits, weight, out=self.hidden[rows])
             else:
                 self.hidden[rows] = _mm_float32(grad_logits, weight)
-        if self.weight is not None:
-            _addmm_float32_(self.weight, grad_logits.t(), hidden[rows])
+        if self._weight_total is not None:
+            _addmm_float32_(self._weight_total, grad_logits.t(), hidden[rows])
 
     def reduce(self) -> None:
         """Complete hidden's gradient over the vocabulary shards."""
@@ -180,8 +197,9 @@ class _LinearLogProbs(torch.autograd.Function):
         temperature: float,
         group: dist.ProcessGroup | None,
         with_entropy: bool,
+        weight_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.temperature, ctx.group = temperature, group
+        ctx.temperature, ctx.group, ctx.weight_grad = temperature, group, weight_grad
         ctx.first_id = first_token_id(weight, group)
         ctx.set_materialize_grads(False)
         compute_dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -203,7 +221,14 @@ class _LinearLogProbs(torch.autograd.Function):
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(softmax.max)
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        gradients = HeadGradients(hidden, weight, ctx.group, needs_hidden=needs_hidden, needs_weight=needs_weight)
+        gradients = HeadGradients(
+            hidden,
+            weight,
+            ctx.group,
+            needs_hidden=needs_hidden,
+            needs_weight=needs_weight,
+            weight_grad=ctx.weight_grad,
+        )
         for rows, logits in logit_chunks(hidden, weight):
             grad_logits = logit_gradient(
                 logits,
@@ -218,4 +243,4 @@ class _LinearLogProbs(torch.autograd.Function):
             gradients.add(rows, grad_logits)
         gradients.reduce()
         grads = (None if grad is None else grad.to(hidden.dtype) for grad in (gradients.hidden, gradients.weight))
-        return *grads, None, None, None, None
+        return *grads, *(None,) * 5
