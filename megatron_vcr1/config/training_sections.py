@@ -101,7 +101,8 @@ class OptimizerSection(Section):
     learning_rate: float = Field(default=1e-6, gt=0, description="The highest; the paper: 1e-6 for GRPO, 2e-5 for SFT.")
     min_learning_rate: float = Field(default=0.0, ge=0, description="Where the decay ends.")
     decay: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="From the end of the warm-up to the last step."
+        default="constant",
+        description="From the end of the warm-up to the last step; the authors' runs of GRPO: 'linear'.",
     )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
     weight_decay: float = Field(default=0.0, ge=0, description="Of matrices only; biases and norms have none.")
