@@ -18,8 +18,11 @@ def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[
     Of published files, spans that end after the video stay as they are, as published scores count them.
 
     Raises:
-        UserError: they are neither, or hold no samples of the benchmark.
+        UserError: they are missing or neither, or hold no samples of the benchmark.
     """
+    for path in annotations:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
     if len(annotations) == 1 and _is_manifest(annotations[0]):
         return benchmark.select(read_manifest(annotations[0]), annotations[0])
     if benchmark.format is None:

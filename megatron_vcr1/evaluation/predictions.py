@@ -56,7 +56,7 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
         UserError: the file cannot be read, a line is none of a prediction, or an id comes twice; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some programs begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     predictions: dict[str, Prediction] = {}

@@ -63,3 +63,8 @@ def test_neither(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / "m.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         read_annotations(BENCHMARKS[name], [tmp_path / "m.jsonl"])
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
+        read_annotations(BENCHMARKS["charades_sta"], [tmp_path / "test.jsonl"])
