@@ -20,7 +20,7 @@ def write(path: Path, *rows: object) -> Path:
 
 def test_lines_of_any_program(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
-    path.write_text('\ufeff{"id": "a", "output": "A", "time": 3}\n\n{"id": 2, "output": "x\u2028y"}\n', encoding="utf-8")
+    path.write_text('\ufeff{"id": "a", "output": "A", "n": 3}\n\n{"id": 2, "output": "x\u2028y"}\n', encoding="utf-8")
     assert read_predictions(path) == {"a": Prediction("a", "A"), "2": Prediction("2", "x\u2028y")}
 
 
