@@ -114,12 +114,16 @@ def phase_table(spans: Sequence[Span], total_s: float) -> str:
 
 
 def operator_table(averages: Any) -> str:
-    """What took the most time by itself: of the GPU's kernels where there is one, else of the operators."""
-    on_gpu = torch.cuda.is_available()
+    """What took the most time by itself: of the GPU's kernels, or of the operators where no kernel was recorded.
+
+    On a GPU none is if another program listens to it already.
+    """
+    averages = [one for one in averages if not one.is_user_annotation]
+    on_gpu = any(one.device_type != DeviceType.CPU for one in averages)
     rows = [
         (one.key, one.count, (one.self_device_time_total if on_gpu else one.self_cpu_time_total) / 1e6)
         for one in averages
-        if (one.device_type != DeviceType.CPU) == on_gpu and not one.is_user_annotation
+        if (one.device_type != DeviceType.CPU) == on_gpu
     ]
     rows.sort(key=lambda row: -row[2])
     total_s = sum(took for _, _, took in rows)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_vcr1 import timeline
 from megatron_vcr1.config.training_sections import ProfileSection
 from megatron_vcr1.timeline import Span
-from megatron_vcr1.training.profiling import common, length_s, merged, phase_table
+from megatron_vcr1.training.profiling import common, length_s, merged, operator_table, phase_table
 from megatron_vcr1.training.train import train
 from tests.training import workspace
 
@@ -154,6 +155,13 @@ def test_times_are_joined_and_intersected() -> None:
     right = [Span("r", "y", 1, 5), Span("r", "y", 8, 20)]
     assert [(one.start_ns, one.end_ns) for one in common(left, right)] == [(1, 2), (4, 5), (8, 9)]
     assert length_s(left) == 7e-9
+
+
+def test_a_profile_in_which_no_kernel_was_recorded_lists_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.ones(2) + 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and another program listens to the GPU
+    assert "aten::add" in operator_table(profiler.key_averages())
 
 
 def test_steps_in_the_wrong_order_are_refused() -> None:
