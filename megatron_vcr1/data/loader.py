@@ -17,7 +17,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import VideoSample
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 Prepare = Callable[[VideoSample], PreparedSample]
@@ -177,7 +178,7 @@ class PromptLoader:
         Raises:
             UserError: at one position no sample could be used; lists what was tried.
         """
-        for loaded in self._data_loader():
+        for loaded in self._loaded():
             timeline.add(loaded.span)
             self.skipped.extend(loaded.skipped)
             if loaded.prepared is None:
@@ -208,19 +209,26 @@ class PromptLoader:
             )
         self._next_position = state["next_position"]
 
-    def _data_loader(self) -> DataLoader[LoadedSample]:
+    def _loaded(self) -> Iterable[LoadedSample]:
+        positions = itertools.count(self.position, self._num_ranks)
         return decode_ahead(
-            _PositionDataset(self._order, self._prepare),
-            itertools.count(self._next_position + self._rank, self._num_ranks),
+            partial(_prepare_one, prepare=self._prepare),
+            map(self._choices_at, positions),
             num_workers=self._num_workers,
             prefetch_per_worker=self._prefetch_per_worker,
         )
 
+    def _choices_at(self, position: int) -> _Choices:
+        samples = [self._order.sample_at(position, attempt) for attempt in range(MAX_ATTEMPTS)]
+        return _Choices(self._order.source_at(position), tuple(samples))
+
 
 def decode_ahead(
-    dataset: Dataset[T], indices: Iterable[int], *, num_workers: int, prefetch_per_worker: int = 2
-) -> DataLoader[T]:
-    """The dataset's items at the indices, as they are and in order, made in processes that end with this one.
+    make: Callable[[S], T], items: Iterable[S], *, num_workers: int, prefetch_per_worker: int = 2
+) -> Iterable[T]:
+    """``make(item)`` of every item, in order, made in processes that end with this one.
+
+    Items are sent to them one by one: a manifest of millions of rows stays in this process.
 
     Args:
         num_workers: 0 makes them in this process.
@@ -228,8 +236,8 @@ def decode_ahead(
     if num_workers:
         start_fork_server()
     return DataLoader(
-        dataset,
-        sampler=indices,
+        _Made(make),
+        sampler=items,  # type: ignore[arg-type]  # what the data set is indexed with
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch_per_worker if num_workers else None,
@@ -242,27 +250,38 @@ def decode_ahead(
     )
 
 
-class _PositionDataset(Dataset[LoadedSample]):
-    """Map-style view of the order: position to prepared sample; runs in the workers."""
+class _Made(Dataset[T]):
+    """What a function makes of whatever this is indexed with."""
 
-    def __init__(self, order: SampleOrder, prepare: Prepare | Sequence[Prepare]) -> None:
-        self._order = order
-        self._prepare = prepare
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
 
-    def __getitem__(self, position: int) -> LoadedSample:
-        prepare = self._prepare if callable(self._prepare) else self._prepare[self._order.source_at(position)]
-        start_ns = time.time_ns()
-        prepared: PreparedSample | None = None
-        skipped: list[SkippedSample] = []
-        for attempt in range(MAX_ATTEMPTS):
-            sample = self._order.sample_at(position, attempt)
-            try:
-                prepared = prepare(sample)
-                break
-            except (VideoError, PromptTooLongError) as error:
-                skipped.append(SkippedSample(sample.id, str(error)))
-        span = timeline.Span(f"prepare {sample.id}", _track(), start_ns, time.time_ns())
-        return LoadedSample(prepared, tuple(skipped), span)
+    def __getitem__(self, item: Any) -> T:
+        return self._make(item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """The sample that lies at a position, and those that take its place if it cannot be used."""
+
+    source: int
+    samples: tuple[VideoSample, ...]
+
+
+def _prepare_one(choices: _Choices, prepare: Prepare | Sequence[Prepare]) -> LoadedSample:
+    """The first of the samples that can be used; runs in the workers."""
+    prepare = prepare if callable(prepare) else prepare[choices.source]
+    start_ns = time.time_ns()
+    prepared: PreparedSample | None = None
+    skipped: list[SkippedSample] = []
+    for sample in choices.samples:
+        try:
+            prepared = prepare(sample)
+            break
+        except (VideoError, PromptTooLongError) as error:
+            skipped.append(SkippedSample(sample.id, str(error)))
+    span = timeline.Span(f"prepare {sample.id}", _track(), start_ns, time.time_ns())
+    return LoadedSample(prepared, tuple(skipped), span)
 
 
 def _track() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from megatron_vcr1.data.loader import Prepare, decode_ahead
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample
 from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
-from megatron_vcr1.evaluation.prepared_samples import PreparedSamples
+from megatron_vcr1.evaluation.prepared_samples import prepared_or_why_not
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.parallel.prompts import share_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
@@ -64,8 +65,8 @@ class Answerer:
 
     def _prompts(self, samples: Sequence[VideoSample]) -> Iterator[PreparedSample | Prediction]:
         """Prepared samples in order, on a copy's first rank alone; decoding starts when the first one is asked for."""
-        dataset = PreparedSamples(samples, self.prepare)
-        yield from decode_ahead(dataset, range(len(samples)), num_workers=self.num_workers)
+        make = partial(prepared_or_why_not, prepare=self.prepare)
+        yield from decode_ahead(make, samples, num_workers=self.num_workers)
 
     def _predict(self, prepared: Sequence[PreparedSample | Prediction]) -> list[Prediction]:
         """What the copy's model answers, in order; those that could not be prepared say why."""

@@ -5,6 +5,7 @@ from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -182,12 +183,19 @@ def test_a_rank_must_exist() -> None:
         PromptLoader(order(), prepare, rank=2, num_ranks=2)
 
 
+class StaysHere(list[VideoSample]):
+    """Samples that cannot be sent to another process, as millions of them should not be."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise AssertionError("sent to a worker")
+
+
 def test_worker_processes_give_the_same_samples_in_the_same_order(tmp_path: Path) -> None:
     """The whole path on real files: one of them is damaged, and the state counts what was handed out."""
     for _ in synthesize(tmp_path, num_videos=12, num_test_videos=1, seed=0, tasks=[Task.TEMPORAL_GROUNDING]):
         pass
     (tmp_path / "videos/train/000005.mp4").write_text("no video")
-    source = Source("train", read_manifest(tmp_path / "train.jsonl"))
+    source = Source("train", StaysHere(read_manifest(tmp_path / "train.jsonl")))
     prepare_real = partial(
         prepare_sample,
         templates=load_templates(),
