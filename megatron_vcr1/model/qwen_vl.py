@@ -34,7 +34,7 @@ from megatron_vcr1.model.kv_cache import KVCache
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.transformer_config import (
-    FP8_MULTIPLE,
+    FP8_ROWS,
     check_fp8,
     text_transformer_config,
     vision_transformer_config,
@@ -76,7 +76,6 @@ class QwenVLModel(MegatronModule):
         spec = block_spec(
             backend,
             num_layers=get_num_layers_to_build(text_config),
-            rms_norm=True,
             causal=True,
             final_norm=True,
             selects_rows=self.post_process,
@@ -104,7 +103,7 @@ class QwenVLModel(MegatronModule):
     def rows_multiple_of(self) -> int:
         """What the rows of a training batch must divide by."""
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return ranks * (1 if self.config.fp8 is None else FP8_MULTIPLE)
+        return ranks * (1 if self.config.fp8 is None else FP8_ROWS[self.config.fp8_recipe])
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """megatron-core's schedules put the previous stage's output here."""
@@ -222,7 +221,7 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
     if fp8 is not None:
         if isinstance(backend, LocalBackend):
             raise UserError(f"model.fp8 = '{fp8}' needs TransformerEngine and a GPU; unset it")
-        check_fp8(fp8, config.text, run.parallel.tensor, torch.cuda.get_device_capability())
+        check_fp8(fp8, config.text, run.parallel, torch.cuda.get_device_capability(), torch.version.cuda or "")
         logger.info("products of the language model's layers: FP8, %s", fp8)
     logger.info("attention: %s", _attention_name())
     dtype = getattr(torch, run.model.dtype)

@@ -18,16 +18,19 @@ Fp8Recipe = Literal["tensorwise", "blockwise"]
 # left out: its history of maxima would have to be part of a checkpoint.
 FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
 FP8_CAPABILITIES = {"tensorwise": (8, 9), "blockwise": (9, 0)}
-FP8_MULTIPLE = 16
-"""What rows and features of an FP8 product are multiples of: a GPU reads 16 bytes at a time."""
+FP8_MULTIPLE = 16  # of the features of an FP8 product: a GPU reads 16 bytes at a time
+FP8_ROWS = {"tensorwise": FP8_MULTIPLE, "blockwise": 128}
+"""What a rank's rows are multiples of; sequence-parallel ranks hand on whole blocks only."""
 
 
-def check_fp8(recipe: Fp8Recipe, text: TextConfig, tensor: int, capability: tuple[int, int]) -> None:
-    """Refuse FP8 where the GPU or the model cannot do it.
+def check_fp8(
+    recipe: Fp8Recipe, text: TextConfig, parallel: ParallelSection, capability: tuple[int, int], cuda: str
+) -> None:
+    """Refuse FP8 where the GPU, CUDA or the model cannot do it.
 
     Args:
-        tensor: tensor-parallel ranks.
         capability: the GPU's compute capability.
+        cuda: the version of CUDA that torch is built for.
 
     Raises:
         UserError: names what is missing.
@@ -37,6 +40,16 @@ def check_fp8(recipe: Fp8Recipe, text: TextConfig, tensor: int, capability: tupl
             f"model.fp8 = '{recipe}' needs a GPU of compute capability {needed[0]}.{needed[1]} or higher, this one has "
             f"{capability[0]}.{capability[1]}; unset it"
         )
+    if recipe == "blockwise" and tuple(map(int, cuda.split("."))) < (12, 9):
+        raise UserError(
+            f"model.fp8 = 'blockwise' needs a torch for CUDA 12.9 or newer, this one is for {cuda}; set it to 'tensorwise'"
+        )
+    if parallel.sequence_parallel and text.hidden_size % FP8_ROWS[recipe]:
+        raise UserError(
+            f"model.fp8 = '{recipe}' with parallel.sequence_parallel needs hidden features by multiples of "
+            f"{FP8_ROWS[recipe]}, these are {text.hidden_size}; unset one of the two"
+        )
+    tensor = parallel.tensor
     sizes = {
         "hidden": text.hidden_size,
         "FFN": text.ffn_hidden_size // tensor,

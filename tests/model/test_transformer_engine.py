@@ -4,6 +4,7 @@ do; where a GPU and TransformerEngine are, the same of the real ones, and FP8.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -92,16 +93,21 @@ def test_fp8_reaches_megatron_core_for_the_language_model_alone(recipe: str, fp8
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("recipe", FP8_CAPABILITIES)
 def test_fp8_fits_every_published_model_on_hopper(preset: str, recipe: str) -> None:
-    check_fp8(recipe, _text(preset), 1, (9, 0))
+    check_fp8(recipe, _text(preset), ParallelSection(tensor=2, sequence_parallel=True), (9, 0), "13.0")
 
 
 def test_what_fp8_cannot_do_is_refused_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: None
 ) -> None:
     with pytest.raises(UserError, match=r"'tensorwise' needs a GPU of compute capability 8\.9 or higher, .* has 8\.0"):
-        check_fp8("tensorwise", _text("tiny"), 1, (8, 0))
+        check_fp8("tensorwise", _text("tiny"), ParallelSection(), (8, 0), "13.0")
+    with pytest.raises(UserError, match=r"needs a torch for CUDA 12\.9 or newer, this one is for 12\.8"):
+        check_fp8("blockwise", _text("tiny"), ParallelSection(), (9, 0), "12.8")
+    with pytest.raises(UserError, match="needs hidden features by multiples of 128, these are 192"):
+        narrow = dataclasses.replace(_text("tiny"), hidden_size=192)
+        check_fp8("blockwise", narrow, ParallelSection(tensor=2, sequence_parallel=True), (9, 0), "13.0")
     with pytest.raises(UserError, match=r"88 FFN features on a rank are no multiple of 16; lower parallel\.tensor"):
-        check_fp8("blockwise", _text("tiny"), 4, (9, 0))
+        check_fp8("blockwise", _text("tiny"), ParallelSection(tensor=4), (9, 0), "13.0")
     with pytest.raises(ValueError, match="layer_spec cannot be 'local'"):
         ModelSection(path="model", layer_spec="local", fp8="tensorwise")
     with pytest.raises(ValueError, match="dtype cannot be 'float32'"):
@@ -112,14 +118,15 @@ def test_what_fp8_cannot_do_is_refused_with_its_reason(
         build_model(ModelConfig.from_dict(PRESETS["tiny"]), run)
 
 
-def test_rows_are_padded_for_fp8_and_generation_does_without_it(world: None) -> None:
+@pytest.mark.parametrize(("recipe", "rows"), [("tensorwise", 16), ("blockwise", 128)])
+def test_rows_are_padded_for_fp8_and_generation_does_without_it(world: None, recipe: str, rows: int) -> None:
     """The settings alone: on a CPU nobody multiplies in FP8."""
     run = RunConfig.model_validate({"model": {"path": "model", "dtype": "float32"}})
     model = build_model(ModelConfig.from_dict(PRESETS["tiny"]), run, initialize_weights=True)
     assert model.rows_multiple_of == 1
-    model.config.fp8 = "hybrid"
+    model.config.fp8, model.config.fp8_recipe = "hybrid", recipe
     assert model.language_model.decoder.config.fp8 == "hybrid"  # where megatron-core looks before each layer
-    assert model.rows_multiple_of == 16
+    assert model.rows_multiple_of == rows
     with generating(model):
         assert model.language_model.decoder.config.fp8 is None
     assert model.config.fp8 == "hybrid"
