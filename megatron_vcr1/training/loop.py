@@ -19,6 +19,7 @@ from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.run_store import RunStore
 from megatron_vcr1.checkpoint.workers import on_first_worker
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.training.logs import Sink, open_sinks
 from megatron_vcr1.training.metrics import Metrics, derived, device_name, peak_memory_gb
@@ -49,7 +50,7 @@ class Run:
             num_steps: at which it ends, at the latest.
 
         Raises:
-            UserError: the checkpoint is of another model or of other data.
+            UserError: the checkpoint is of another model, of other data or of the other stage.
         """
         self._config = config
         self._learner = learner
@@ -71,6 +72,12 @@ class Run:
         if newest is None:
             return
         state = self._store.load(newest, self._learner.model, self._learner.optimizer, self._learner.scheduler)
+        if state["stage"] != self._config.train.stage:
+            raise UserError(
+                f"train.run_dir = {self._folder.path} holds a run with train.stage = '{state['stage']}', not "
+                f"'{self._config.train.stage}'; choose another folder (model.path can be this one's export, or one of "
+                "its checkpoints)"
+            )
         self._step, self._skipped_in_a_row = newest, state["skipped_in_a_row"]
         self._trainer.load_state_dict(state["trainer"])
         logger.info("resumed from %s", self._store.path(newest))
@@ -149,7 +156,11 @@ class Run:
     @timeline.span("save")
     def _save(self) -> None:
         start = time.perf_counter()
-        state = {"skipped_in_a_row": self._skipped_in_a_row, "trainer": self._trainer.state_dict()}
+        state = {
+            "stage": self._config.train.stage,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "trainer": self._trainer.state_dict(),
+        }
         learner = self._learner
         model_dir = self._config.model.path
         self._store.save(self._step, learner.model, learner.optimizer, learner.scheduler, state, model_dir)

@@ -193,6 +193,16 @@ def test_checkpoints_are_kept_and_exported_as_asked(folder: Path, tmp_path: Path
     assert sorted(one.name for one in (tmp_path / "run" / "export").iterdir()) == [f"step_{n}" for n in (1, 2, 3, 4)]
 
 
+@pytest.mark.parametrize(("first", "second"), [("sft", "grpo"), ("grpo", "sft")])
+def test_a_folder_with_a_run_of_the_other_stage_is_not_gone_on_with(
+    folder: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    grpo = {"group_size": 2}
+    assert train(_config(folder, tmp_path, train={"num_steps": 1, "stage": first}, grpo=grpo)) == 0
+    with pytest.raises(UserError, match=f"holds a run with train.stage = '{first}', not '{second}'; choose another"):
+        train(_config(folder, tmp_path, train={"num_steps": 2, "stage": second}, grpo=grpo))
+
+
 def _export_time_ns(run_dir: Path) -> int:
     return (run_dir / "export" / "model.safetensors").stat().st_mtime_ns
 
