@@ -42,7 +42,7 @@ def check_fp8(
         )
     if recipe == "blockwise" and tuple(map(int, cuda.split("."))) < (12, 9):
         raise UserError(
-            f"model.fp8 = 'blockwise' needs a torch for CUDA 12.9 or newer, this one is for {cuda}; set it to 'tensorwise'"
+            f"model.fp8 = 'blockwise' needs a torch for CUDA 12.9 or newer, this one is for {cuda}; use 'tensorwise'"
         )
     if parallel.sequence_parallel and text.hidden_size % FP8_ROWS[recipe]:
         raise UserError(
