@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from megatron_vcr1.config import commands as config_commands
 from megatron_vcr1.data import commands as data_commands
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.evaluation import commands as evaluation_commands
-from megatron_vcr1.evaluation import evaluate_command, generate_command
+from megatron_vcr1.evaluation import evaluate_command, generate_command, score_command
 from megatron_vcr1.evaluation.report import command as report_command
 from megatron_vcr1.evaluation.serving import command as serving_command
 from megatron_vcr1.rollout import commands as rollout_commands
@@ -31,7 +30,7 @@ COMMANDS = (
     data_commands,
     training_commands,
     evaluate_command,
-    evaluation_commands,
+    score_command,
     generate_command,
     serving_command,
     report_command,

@@ -44,10 +44,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="prompts and responses computed at once; default: %(default)s",
     )
-    parser.set_defaults(run=_run_score)
+    parser.set_defaults(run=run)
 
 
-def _run_score(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from megatron_vcr1.errors import UserError
     from megatron_vcr1.evaluation.score import score_file
 
