@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from demo.__main__ import MEASURED
+from demo.__main__ import MEASURED, build_parser
 from demo.plan import ROOT
 from demo.results import COLUMNS, PROMISES, ROWS, Promise, findings, verdict
 
@@ -67,6 +67,12 @@ def test_the_model_answers_about_any_clip(out: Path) -> None:
     assert "not among the few that it knows" in answered.stdout
     assert "prompt tokens" in answered.stdout
     assert (out / "real.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [("--workers", "-1"), ("--workers", "0"), ("--seeds", "-1"), ("--seeds", "")])
+def test_numbers_that_no_demo_has(arguments: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(arguments)
 
 
 def test_what_cannot_be_asked_is_said(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from demo.jobs import JobFailed, Record, run_jobs
 from demo.plan import Demo
+from megatron_vcr1.config.arguments import positive
 
 MEASURED = Path(__file__).with_name("measured.json")
 """report.json of the run that the README quotes."""
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument(
-        "--workers", type=int, default=None, metavar="N", help="processes of one thread; default: one a core, up to 8"
+        "--workers", type=positive, metavar="N", help="processes of one thread; default: one a core, up to 8"
     )
     parser.add_argument("--real", type=Path, metavar="VIDEO", help="ask the trained model about a clip of your own")
     parser.add_argument("--ask", default="red square", metavar="THING", help="with --real; default: %(default)s")
