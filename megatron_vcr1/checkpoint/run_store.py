@@ -190,6 +190,11 @@ class RunStore:
             failure, self._failure = self._failure, None
             raise failure
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's share of a `save` under way has failed; the next call of a method raises it."""
+        return self._failure is not None
+
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint; None when there is none. Damaged ones are named and set aside."""
         self.finish()

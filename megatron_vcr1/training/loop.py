@@ -249,8 +249,14 @@ class Run:
         self._stop_requested = True
 
     def _stop_is_requested(self) -> bool:
-        """Whether a signal has reached any rank."""
-        return groups.sum_over_ranks([float(self._stop_requested)])[0] > 0
+        """Whether a signal has reached any rank. Raises what a checkpoint under way has failed with: steps that no
+        checkpoint will hold are not worth their time.
+        """
+        mine = [float(self._stop_requested), float(self._store.has_failed)]
+        num_stopped, num_failed = groups.sum_over_ranks(mine)
+        if num_failed:
+            self._store.finish()
+        return num_stopped > 0
 
 
 def _close(sink: Sink, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,14 +132,24 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def _write(path: Path, content: bytes) -> None:
     """The file has its name when it is whole."""
     unfinished = path.with_suffix(".part")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    with _named(path):
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if lines := _lines(rows):
-        with path.open("ab") as file:
+        with _named(path), path.open("ab") as file:
             file.write(lines)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing name the file; a full disk's does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _keep_rows_until(path: Path, step: int) -> None:

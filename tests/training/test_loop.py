@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -191,6 +193,24 @@ def test_checkpoints_are_kept_and_exported_as_asked(folder: Path, tmp_path: Path
     assert train(_config(folder, tmp_path / "run", checkpoint=checkpoint)) == 0
     assert sorted(one.name for one in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_3", "step_4"]
     assert sorted(one.name for one in (tmp_path / "run" / "export").iterdir()) == [f"step_{n}" for n in (1, 2, 3, 4)]
+
+
+def test_a_checkpoint_that_fails_while_training_goes_on_stops_it_soon(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_store, "_write_share", mock.Mock(side_effect=OSError(errno.ENOSPC, "no space left")))
+    step = SftTrainer.step
+
+    def when_the_writer_is_done(self: SftTrainer, *args: Any) -> StepResult:
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint of step"):
+                thread.join()
+        return step(self, *args)
+
+    monkeypatch.setattr(SftTrainer, "step", when_the_writer_is_done)
+    with pytest.raises(UserError, match="disk full while step 2 was saved"):
+        train(_config(folder, tmp_path, train={"num_steps": 6}, checkpoint={"every_steps": 2, "export": "never"}))
+    assert len(_curve(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(("first", "second"), [("sft", "grpo"), ("grpo", "sft")])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,17 @@ def test_exports_of_steps_are_not_removed_for_that_of_the_end(tmp_path: Path) ->
     with pytest.raises(UserError, match="holds exports of steps: move them elsewhere"):
         folder.make_way_for(folder.export)
     assert (folder.export / "step_3").is_dir()
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    folder.open(default_config(), 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"/metrics\.jsonl'"):
+            folder.add_metrics({"step": 1, **{f"metric {number}": 1.0 for number in range(99)}})
+        with pytest.raises(OSError, match=r"/step_1\.jsonl'"):
+            folder.write_rollouts(1, [{"text": "x" * 2000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
