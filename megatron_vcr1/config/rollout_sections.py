@@ -40,7 +40,13 @@ class SglangSection(Section):
         default=None, description="The interpreter that sglang is installed for. Unset: the one that runs this."
     )
     server_args: Texts = Field(default=(), description="More arguments of the server.")
-    memory_fraction: float = Field(default=0.85, gt=0, lt=1, description="GPU memory of weights and KV cache.")
+    memory_fraction: float = Field(
+        default=0.85,
+        gt=0,
+        lt=1,
+        description="Weights and KV cache, as a share of the GPU memory that is free when a server starts. Colocated "
+        "training makes the optimizer's state later, in its first step: leave room.",
+    )
     colocated: bool = Field(
         default=True, description="Servers share the training's GPUs and release their memory while it computes."
     )

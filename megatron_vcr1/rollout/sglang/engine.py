@@ -12,7 +12,7 @@ import httpx
 import torch
 from torch import Tensor
 
-from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.config.schema import RunConfig, SglangSection
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
@@ -70,6 +70,7 @@ class SglangEngine:
             UserError: a setting cannot work.
             EngineError: a server does not start or does not answer; says where its log is.
         """
+        _empty_cache(config.sglang)  # servers divide what is free
         return cls(config, model_config, tokens, muster(config))
 
     @property
@@ -141,8 +142,7 @@ class SglangEngine:
 
     def _make_room(self) -> None:
         """Before colocated servers take memory back: this copy's ranks give up what torch keeps of it for later."""
-        if self._section.colocated and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if _empty_cache(self._section):
             groups.wait_for_copy()
 
     def _bring_up(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -205,4 +205,15 @@ class SglangEngine:
 
     def _pack(self, request: GenerationRequest) -> str | None:
         pictures = self._encoder.payload(request.prompt, f"{self._weights} {self._fleet.run}")
-        return None if pictures is None else payload.pack(pictures, self._section.transport)
+        try:
+            return None if pictures is None else payload.pack(pictures, self._section.transport)
+        except OSError as error:
+            raise EngineError(f"sglang.transport: {error}; free shared memory, or set it to 'inline'") from error
+
+
+def _empty_cache(section: SglangSection) -> bool:
+    """Have torch give up memory that it keeps for later, where servers need it; whether they do."""
+    if not (section.colocated and torch.cuda.is_available()):
+        return False
+    torch.cuda.empty_cache()
+    return True

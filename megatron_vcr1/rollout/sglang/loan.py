@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, weights_of
 from megatron_vcr1.rollout.sglang.processes import ServerGroup
@@ -34,25 +35,33 @@ class MemoryLoan:
         if self._urls and self._processes is not None:
             self._processes.settle()  # one that is starting takes its memory yet, and cannot give it before it is ready
             self._processes.held = True
-        for url in self._urls:
-            try:
-                lend(url, timeout_s=self._timeout_s)
-            except (ServerFault, RequestRefused) as error:
-                logger.warning("memory of an SGLang server: %s", error)
-                if self._processes is not None:
-                    self._processes.end(url)
+        for url in self._on_each(lend):
+            if self._processes is not None:
+                self._processes.end(url)
 
     def take_back(self) -> None:
         """Have the memory again. One that fails is of no use, and is started anew where this job started it."""
         if self._processes is not None:
             self._processes.held = False
-        for url in self._urls:
+        for url, error in self._on_each(take_back).items():
+            if self._processes is not None:
+                self._processes.restart(url, f"did not take its memory back: {error}")
+
+    def _on_each(self, call_server: Callable[..., None]) -> dict[str, Exception]:
+        """The servers that failed, and how. At the same time: each copies its weights to the host, or from it."""
+        failed: dict[str, Exception] = {}
+
+        def attempt(url: str) -> None:
             try:
-                take_back(url, timeout_s=self._timeout_s)
+                call_server(url, timeout_s=self._timeout_s)
             except (ServerFault, RequestRefused) as error:
                 logger.warning("memory of an SGLang server: %s", error)
-                if self._processes is not None:
-                    self._processes.restart(url, f"did not take its memory back: {error}")
+                failed[url] = error
+
+        if self._urls:
+            with ThreadPoolExecutor(len(self._urls)) as threads:
+                list(threads.map(attempt, self._urls))
+        return failed
 
 
 def lend(url: str, *, timeout_s: float) -> None:

@@ -99,9 +99,13 @@ def pack_by_value(payload: Payload) -> str:
 
 
 def pack_by_file(payload: Payload) -> str:
-    """The caller removes the file (`remove_file`) when the answer is there."""
+    """The caller removes the file (`remove_file`) when the answer is there. Raises OSError, and leaves no file."""
     path = payload_dir() / f"{os.getpid()}-{uuid.uuid4().hex}.safetensors"
-    path.write_bytes(_serialize(payload))
+    try:
+        path.write_bytes(_serialize(payload))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return f"{BY_FILE}{path}"
 
 

@@ -57,6 +57,24 @@ def test_lent_memory_comes_back_with_the_weights_version() -> None:
         assert weights_of(server.url) == "3@run"
 
 
+def test_servers_copy_their_weights_at_the_same_time() -> None:
+    both = threading.Barrier(2)
+
+    class Slow(Lender):
+        def __call__(self, path: str, body: Any) -> Reply:
+            if path in ("/release_memory_occupation", "/resume_memory_occupation"):
+                both.wait(30)
+            return super().__call__(path, body)
+
+    first, second = Slow(), Slow()
+    with FakeServer(first) as one, FakeServer(second) as other:
+        loan = MemoryLoan([one.url, other.url], None, timeout_s=60)
+        loan.lend()
+        assert first.is_lent and second.is_lent
+        loan.take_back()
+        assert not (first.is_lent or second.is_lent)
+
+
 def test_memory_that_was_released_after_the_time_out_is_taken_back() -> None:
     lender = Lender()
     lender.may_release.clear()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import resource
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,18 @@ def test_files_outside_the_folder_are_not_opened(tmp_path: Path) -> None:
     finally:
         link.unlink()
         payload.remove_file(inside)
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_left() -> None:
+    before = set(payload.payload_dir().iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as if no more were free
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            payload.pack_by_file(example())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert set(payload.payload_dir().iterdir()) == before
 
 
 def test_files_of_ended_processes_are_removed() -> None:
