@@ -12,6 +12,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from bisect import bisect_right
@@ -295,8 +296,9 @@ def _as_it_is(loaded: Any) -> Any:
 
 
 def _end_with_the_reader(worker_id: int) -> None:
-    """Have this worker end with the process that reads from it, also when that is killed. DataLoader's own watch is on
-    the fork server, which lives as long as its workers do.
+    """Have this worker end with the process that reads from it, also when that is killed: DataLoader's own watch is on
+    the fork server, which lives as long as its workers do. And have it end on that process's SIGTERM, though not on the
+    scheduler's (`start_fork_server` blocks both): a reader that fails sends it, then waits for its workers.
     """
     reader = multiprocessing.parent_process()
     assert reader is not None
@@ -305,7 +307,13 @@ def _end_with_the_reader(worker_id: int) -> None:
         reader.join()
         os._exit(1)
 
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != reader.pid:
+            pass
+        os._exit(1)
+
     threading.Thread(target=watch, name="end with the reader", daemon=True).start()
+    threading.Thread(target=listen, name="end when the reader says so", daemon=True).start()
 
 
 def _shares(weights: Sequence[float], num_positions: int) -> tuple[int, ...]:

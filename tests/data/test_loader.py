@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -215,3 +217,19 @@ def test_worker_processes_give_the_same_samples_in_the_same_order(tmp_path: Path
     assert apart.state_dict()["next_position"] == 12
     assert [skip.id for skip in apart.skipped] == [skip.id for skip in here.skipped]
     assert set(skip.id for skip in apart.skipped) == {"train_000005"}
+
+
+READER_THAT_FAILS = """
+from megatron_vcr1.data.loader import decode_ahead
+
+if __name__ == "__main__":
+    kept = iter(decode_ahead(abs, [-1, -2, -3], num_workers=1))
+    raise SystemExit(f"read {next(kept)}, then failed")
+"""
+
+
+def test_a_reader_that_fails_ends_and_does_not_wait_for_its_workers(tmp_path: Path) -> None:
+    script = tmp_path / "reader.py"
+    script.write_text(READER_THAT_FAILS)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "read 1, then failed\n")
