@@ -101,3 +101,7 @@ class RolloutEngine(Protocol):
 
 class EngineError(RuntimeError):
     """An engine cannot go on; the message says what was tried and where its logs are."""
+
+
+class WeightsNeeded(EngineError):
+    """Nothing that samples has the policy's weights, though something could take them: `update_weights` helps."""

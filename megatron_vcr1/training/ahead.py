@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, cast
@@ -10,11 +11,13 @@ from megatron_vcr1 import timeline
 from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
-from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams, WeightsNeeded
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.prompts import DrawnPrompt, PromptStream
 from megatron_vcr1.training.rollouts import Rollouts
 from megatron_vcr1.types import RolloutGroup
+
+logger = logging.getLogger(__name__)
 
 
 class BackgroundEngine(RolloutEngine, Protocol):
@@ -62,14 +65,22 @@ class Ahead:
         with timeline.span("rollout"):  # on the thread's own track: the metrics count what training waits for
             return self._engine.sample(requests, self._rollouts.sampling)
 
-    def finish(self, metrics: Metrics) -> tuple[list[DrawnPrompt], list[RolloutGroup]]:
+    def finish(self, metrics: Metrics) -> tuple[list[DrawnPrompt], list[RolloutGroup] | None]:
         """The prompts of the last `start` and their answers, when they are there; the wait counts as rollout.
+
+        There are no answers where the engine has lost the weights that it was to sample from: the model has changed
+        since, and the engine can only get its present ones.
 
         Raises:
             EngineError: the engine could not answer; on all ranks of the copy.
         """
+        answers: list[RolloutGroup] | None
         with metrics.timed("rollout"):
-            answers = groups.broadcast_in_copy(self._result)
+            try:
+                answers = groups.broadcast_in_copy(self._result)
+            except WeightsNeeded as error:
+                logger.warning("the next step's responses were not sampled: %s", error)
+                answers = None
         self._answers = self._state_before = None
         return self._prompts, answers
 

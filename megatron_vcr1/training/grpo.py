@@ -99,10 +99,13 @@ class GrpoTrainer:
 
     def _sample(self, metrics: Metrics) -> tuple[Sequence[DrawnPrompt], Sequence[RolloutGroup]]:
         """The step's prompts and the engine's answers: begun in the step before, or now."""
-        if self._ahead is not None and self._ahead.is_under_way:
-            return self._ahead.finish(metrics)
-        prompts = self._rollouts.draw(metrics)
-        return prompts, self._rollouts.sample(prompts, metrics)
+        if self._ahead is None or not self._ahead.is_under_way:
+            prompts = self._rollouts.draw(metrics)
+            return prompts, self._rollouts.sample(prompts, metrics)
+        prompts, answers = self._ahead.finish(metrics)
+        if any(ranks.gather_objects(answers is None)):  # all copies of the model hand weights over, or none
+            self._hand_weights_over(self._policy_version, metrics)
+        return prompts, self._rollouts.sample(prompts, metrics) if answers is None else answers
 
     def _hand_weights_over(self, version: int, metrics: Metrics) -> None:
         """The engine samples from the model's present weights from now on."""

@@ -21,7 +21,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import cpu_backend, groups
-from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
 from megatron_vcr1.rollout.local import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.training import grpo
@@ -185,6 +185,27 @@ def test_an_engine_that_fails_in_its_thread_stops_the_run(folder: Path, monkeypa
         with pytest.raises(EngineError, match="the server is gone"):
             trainer.step(2, Metrics())
         trainer.close()
+
+
+def test_responses_that_a_server_lost_with_its_weights_are_sampled_in_their_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with groups.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+        trainer = _trainer(folder, monkeypatch, one_step_off=True)
+        engine = trainer._engine
+        assert isinstance(engine, ServerLikeEngine)
+        sample, losses = engine.sample, iter([True])
+
+        def sample_or_lose(*args: object) -> list[RolloutGroup]:
+            if next(losses, False):
+                raise WeightsNeeded("the server was started anew")
+            return sample(*args)  # type: ignore[arg-type]
+
+        engine.sample = sample_or_lose  # type: ignore[method-assign]
+        rows, _ = _run(trainer)
+        trainer.close()
+    assert [row["policy_lag"] for row in rows] == [0, 0, 1]
+    assert rows[1]["mismatch/max_abs"] < 1e-4  # of the weights that the step trains
 
 
 def test_colocated_servers_cannot_sample_while_training_computes() -> None:

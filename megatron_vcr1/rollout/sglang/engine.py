@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_vcr1.config.schema import RunConfig, SglangSection
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import groups
-from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
 from megatron_vcr1.rollout.sglang import payload
 from megatron_vcr1.rollout.sglang.delivery import WeightDelivery
 from megatron_vcr1.rollout.sglang.fleet import Fleet, muster
 from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, acall, call
 from megatron_vcr1.rollout.sglang.loan import MemoryLoan
-from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, WeightsNeeded
+from megatron_vcr1.rollout.sglang.pool import Server, ServerPool
 from megatron_vcr1.rollout.sglang.protocol import PromptEncoder, generate_body, read_group, version_name
 from megatron_vcr1.rollout.sglang.weight_sync import buckets
 from megatron_vcr1.rollout.special_tokens import SpecialTokens

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import httpx
 
-from megatron_vcr1.rollout.engine import EngineError
+from megatron_vcr1.rollout.engine import EngineError, WeightsNeeded
 from megatron_vcr1.rollout.sglang.http import LOOK_S, RequestRefused, ServerFault, acall, weights_in
 
 logger = logging.getLogger(__name__)
@@ -35,10 +35,6 @@ class UnusableAnswer(Exception):
 
 class OtherWeights(UnusableAnswer):
     """The server samples from other weights than the policy's."""
-
-
-class WeightsNeeded(EngineError):
-    """No server has the policy's weights, though one could take them."""
 
 
 @dataclass(slots=True)

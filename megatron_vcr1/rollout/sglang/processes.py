@@ -86,8 +86,8 @@ def require_sglang(python: Path | None) -> None:
         raise UserError(f"sglang.python: {interpreter} cannot be run ({error.strerror}); correct the path") from error
     if code == missing:
         raise UserError(
-            f"sglang is not installed for {interpreter}: install it (`pip install '.[rollout]'` in this project's "
-            "folder), or name the interpreter that has it with sglang.python"
+            f"sglang is not installed for {interpreter}: install it into an environment of its own, for it asks for a "
+            "torch of its own (`pip install 'sglang>=0.5.23,<0.6'`), and name that one's interpreter with sglang.python"
         )
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from megatron_vcr1.rollout.engine import EngineError
+from megatron_vcr1.rollout.engine import EngineError, WeightsNeeded
 from megatron_vcr1.rollout.sglang import pool as pool_module
 from megatron_vcr1.rollout.sglang.http import acall
-from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, UnusableAnswer, WeightsNeeded
+from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, UnusableAnswer
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 

@@ -32,7 +32,7 @@ def test_without_sglang_it_is_said_at_once_and_nothing_is_started(
     command = ["rollout", "serve", str(run), "--sglang.python", str(without), "--host", "0.0.0.0"]
     assert main(command) == 2
     message = capsys.readouterr().err
-    assert f"sglang is not installed for {without}" in message and ".[rollout]" in message
+    assert f"sglang is not installed for {without}" in message and "'sglang>=0.5.23" in message
     assert not (run.parent / "run" / "sglang").exists()
 
 
