@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -35,11 +36,6 @@ logger = logging.getLogger(__name__)
 # It knows MLP classes by identity, and would say of every layer that ours is another.
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
-_LOCAL_TO_FUSED_KEYS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-
 
 class RMSNorm(nn.RMSNorm):
     """vcr1_kernels' RMSNorm, marked so that its gradient is summed over the ranks of a sequence-parallel group."""
@@ -49,11 +45,9 @@ class RMSNorm(nn.RMSNorm):
         mark_sequence_parallel(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] to the same shape; the linear layer behind it need not keep it (`BiasedInPlace`)."""
+        """[..., hidden_size] to the same shape."""
         assert self.eps is not None
-        normed = rms_norm(x, self.weight, self.eps)
-        normed.compute_again = lambda: self(x.detach())  # type: ignore[attr-defined]
-        return normed
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -124,9 +118,7 @@ class SelectingLayer(TransformerLayer):
     def _forward_attention(
         self, hidden_states: Tensor, *, packed_seq_params: AttentionLayout, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        output_with_bias = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=None, packed_seq_params=packed_seq_params
-        )
+        output_with_bias = self.self_attention(hidden_states, attention_mask=None, packed_seq_params=packed_seq_params)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         with self.bias_dropout_add_exec_handler():
             return add(output_with_bias, packed_seq_params.select(hidden_states), self.hidden_dropout), None
@@ -140,10 +132,33 @@ class BiasedInPlace(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """[rows, 1, input_size] to [rows, 1, this rank's output_size]; never leaves the bias to the caller."""
-        compute_again = getattr(input_, "compute_again", None)
-        with computed_again(input_, compute_again) if compute_again is not None else nullcontext():
-            output, bias = super().forward(input_, *args, **kwargs)
+        output, bias = super().forward(input_, *args, **kwargs)
         return (output if bias is None else output.add_(bias)), None
+
+
+class NormedLinear(BiasedInPlace):
+    """A norm and the linear layer behind it, under the names of TransformerEngine's; keeps the norm's input alone."""
+
+    layer_norm_bias: Tensor | None
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        norm = (RMSNorm if config.normalization == "RMSNorm" else LayerNorm)(config, input_size)
+        self.layer_norm_weight = norm.weight
+        self.register_parameter("layer_norm_bias", getattr(norm, "bias", None))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """[..., input_size] to the same shape."""
+        epsilon = self.config.layernorm_epsilon
+        if self.layer_norm_bias is None:
+            return rms_norm(x, self.layer_norm_weight, epsilon)
+        return F.layer_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.layer_norm_bias, epsilon)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """As BiasedInPlace."""
+        normed = self.normed(input_)
+        with computed_again(normed, lambda: self.normed(input_.detach())):
+            return super().forward(normed, *args, **kwargs)
 
 
 class LocalBackend(LocalSpecProvider):
@@ -151,6 +166,12 @@ class LocalBackend(LocalSpecProvider):
 
     def column_parallel_linear(self) -> type:
         return BiasedInPlace
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return NormedLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         return RMSNorm if rms_norm else LayerNorm
@@ -199,7 +220,6 @@ def block_spec(
     backend: BackendSpecProvider,
     *,
     num_layers: int,
-    rms_norm: bool,
     causal: bool,
     final_norm: bool,
     windowed_layers: frozenset[int] = frozenset(),
@@ -212,26 +232,23 @@ def block_spec(
         windowed_layers: 1-based numbers of the layers that attend within windows.
         selects_rows: the last of them is a `SelectingLayer`.
     """
-    layer_spec = partial(_layer_spec, backend, rms_norm=rms_norm, causal=causal)
+    layer_spec = partial(_layer_spec, backend, causal=causal)
     layers = [layer_spec(attention=partial(PackedAttention, windowed_layers=windowed_layers))] * num_layers
     if selects_rows:
         layers[-1] = layer_spec(attention=partial(PackedAttention, selects_rows=True), layer=SelectingLayer)
     return TransformerBlockSubmodules(
-        layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=rms_norm) if final_norm else None
+        layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True) if final_norm else None
     )
 
 
 def _layer_spec(
     backend: BackendSpecProvider,
     *,
-    rms_norm: bool,
     causal: bool,
     attention: partial[PackedAttention],
     layer: type[TransformerLayer] = TransformerLayer,
 ) -> ModuleSpec:
-    fused = backend.fuse_layernorm_and_linear()
-    norm = IdentityOp if fused else backend.layer_norm(rms_norm=rms_norm)
-    norm_linear = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    norm_linear = backend.column_parallel_layer_norm_linear()
     self_attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
@@ -250,12 +267,9 @@ def _layer_spec(
     return ModuleSpec(
         module=layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
             self_attention=self_attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={} if fused else _LOCAL_TO_FUSED_KEYS,
         ),
     )

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from megatron_vcr1.model.attention import Rotation
 from megatron_vcr1.model.kv_cache import KVCache
-from megatron_vcr1.model.layer_specs import RMSNorm
+from megatron_vcr1.model.layer_specs import NormedLinear
 
 
 def knows_layers(decoder: TransformerBlock) -> bool:
     """Whether the layers are the local backend's, and no tensor-parallel ranks divide them."""
     undivided = decoder.config.tensor_model_parallel_size == 1
-    return undivided and all(isinstance(layer.input_layernorm, RMSNorm) for layer in decoder.layers)
+    return undivided and all(isinstance(layer.self_attention.linear_qkv, NormedLinear) for layer in decoder.layers)
 
 
 def run_layers(decoder: TransformerBlock, hidden: Tensor, rotation: Rotation, cache: KVCache) -> Tensor:
@@ -41,19 +41,15 @@ def _run_layers(decoder: TransformerBlock, hidden: Tensor, rotation: Rotation, c
     first_half, second_half = sine.chunk(2, -1)
     sine = torch.cat((-first_half, second_half), -1)
     for layer in decoder.layers:
-        normed = _norm(layer.input_layernorm, hidden)
-        hidden = hidden + _attention(layer.self_attention, normed, cosine, sine, cache)
-        hidden = hidden + _mlp(layer.mlp, _norm(layer.pre_mlp_layernorm, hidden))
-    return hidden if decoder.final_layernorm is None else _norm(decoder.final_layernorm, hidden)
-
-
-def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
+        hidden = hidden + _attention(layer.self_attention, hidden, cosine, sine, cache)
+        hidden = hidden + _mlp(layer.mlp, hidden)
+    return hidden if decoder.final_layernorm is None else decoder.final_layernorm(hidden)
 
 
 def _attention(attention: Any, x: Tensor, cosine: Tensor, sine: Tensor, cache: KVCache) -> Tensor:
     """Of rows [rows, hidden_size]; cosine and sine [rows, 1, 1, head_dim], the first half of the sine negative."""
-    heads = times_transposed(x, attention.linear_qkv.weight).add_(attention.linear_qkv.bias)
+    linear = attention.linear_qkv
+    heads = times_transposed(_normed(linear, x), linear.weight).add_(linear.bias)
     # Of each key head: its queries, the key and the value.
     heads = heads.view(len(x), attention.num_query_groups_per_partition, -1, sine.shape[-1])
     turned = heads[:, :, :-1].to(sine.dtype)  # in float32, as vcr1_kernels.mrope
@@ -65,9 +61,14 @@ def _attention(attention: Any, x: Tensor, cosine: Tensor, sine: Tensor, cache: K
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    gate, up = times_transposed(x, mlp.linear_fc1.weight).chunk(2, -1)
+    gate, up = times_transposed(_normed(mlp.linear_fc1, x), mlp.linear_fc1.weight).chunk(2, -1)
     inner = F.silu(gate.float()) * up  # in float32, as vcr1_kernels.swiglu
     return times_transposed(inner.to(x.dtype), mlp.linear_fc2.weight)
+
+
+def _normed(linear: NormedLinear, x: Tensor) -> Tensor:
+    weight = linear.layer_norm_weight
+    return F.rms_norm(x, weight.shape, weight, linear.config.layernorm_epsilon)
 
 
 def times_transposed(rows: Tensor, weight: Tensor) -> Tensor:

@@ -174,7 +174,6 @@ class VisionTower(MegatronModule):
         spec = block_spec(
             backend,
             num_layers=vision.num_layers,
-            rms_norm=vision.gated,
             causal=False,
             final_norm=False,
             windowed_layers=frozenset(windowed),

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
-from megatron_vcr1.model.layer_specs import computed_again
+from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.model.layer_specs import NormedLinear, computed_again
+from megatron_vcr1.parallel import groups
 
 
 def test_a_result_that_is_computed_again_is_not_kept() -> None:
@@ -23,3 +29,50 @@ def test_a_result_that_is_computed_again_is_not_kept() -> None:
     activated.data.fill_(math.nan)  # a kept one would make the weight's gradient that
     output.square().sum().backward()
     torch.testing.assert_close((inner.grad, weight.grad), expected)
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    with groups.world(ParallelSection()):
+        yield
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_a_norm_is_computed_again_behind_its_linear_layer(
+    monkeypatch: pytest.MonkeyPatch, world: None, normalization: str
+) -> None:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        normalization=normalization,
+        layernorm_epsilon=1e-3,
+        use_cpu_initialization=True,
+        cuda_graph_scope=[],
+    )
+    linear = NormedLinear(8, 6, config=config, init_method=torch.nn.init.normal_)
+    for parameter in linear.parameters():
+        parameter.data += torch.linspace(-0.5, 1, parameter.numel()).view(parameter.shape)
+    x = torch.randn(5, 1, 8, requires_grad=True)
+
+    def plainly(x: Tensor) -> Tensor:
+        if normalization == "RMSNorm":
+            normed = F.rms_norm(x, (8,), linear.layer_norm_weight, 1e-3)
+        else:
+            normed = F.layer_norm(x, (8,), linear.layer_norm_weight, linear.layer_norm_bias, 1e-3)
+        return F.linear(normed, linear.weight, linear.bias)
+
+    leaves = [x, *linear.parameters()]
+    expected = torch.autograd.grad(plainly(x).square().sum(), leaves)
+    inputs: list[Tensor] = []
+    normed = NormedLinear.normed
+
+    def counted(self: NormedLinear, x: Tensor) -> Tensor:
+        inputs.append(x)
+        return normed(self, x)
+
+    monkeypatch.setattr(NormedLinear, "normed", counted)
+    output, bias = linear(x)
+    assert bias is None and len(inputs) == 1
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), leaves), expected)
+    assert len(inputs) == 2
