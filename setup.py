@@ -1,3 +1,6 @@
+import runpy
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 REQUIREMENTS = [
@@ -43,15 +46,27 @@ EXTRAS = {
 
 setup(
     name="megatron_vcr1",
-    version="0.1.0",
+    version=runpy.run_path("megatron_vcr1/__init__.py")["__version__"],
     description="Reinforcement fine-tuning of video language models on megatron-core",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     # The folder kernels/ holds the import package vcr1_kernels: a package named `kernels` would hide Hugging Face's.
     packages=find_packages(include=["megatron_vcr1*"]) + find_packages("kernels", include=["vcr1_kernels*"]),
     package_dir={"vcr1_kernels": "kernels/vcr1_kernels"},
     package_data={
-        "megatron_vcr1.data": ["*.toml", "*.json"],
+        "megatron_vcr1": ["py.typed"],
+        "vcr1_kernels": ["py.typed"],
+        "megatron_vcr1.data": ["*.toml"],
         "megatron_vcr1.evaluation.report": ["templates/*"],
     },
     install_requires=REQUIREMENTS,

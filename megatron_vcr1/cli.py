@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import megatron_vcr1
 from megatron_vcr1.config import commands as config_commands
 from megatron_vcr1.data import commands as data_commands
 from megatron_vcr1.errors import UserError
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Reinforcement fine-tuning of video language models on megatron-core.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"vcr1 {megatron_vcr1.__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
@@ -76,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
     args, unknown = parser.parse_known_args(arguments)
     unknown = overrides + unknown
     if getattr(args, "takes_overrides", False):

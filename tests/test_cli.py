@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 
 import pytest
 
@@ -50,12 +51,24 @@ def test_overrides_may_stand_anywhere(tmp_path, capsys):
     assert "--parallel.tensor needs a value" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["config", "--check"]])
+@pytest.mark.parametrize("argv", [["nonsense"], ["config", "--check"]])
 def test_bad_usage(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2
     assert "usage: vcr1" in capsys.readouterr().err
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "per-token log-probs" in printed.err
+
+
+def test_the_version_is_the_installed_one():
+    command = [sys.executable, "-m", "megatron_vcr1", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"vcr1 {version('megatron_vcr1')}\n"
 
 
 def test_only_some_commands_take_overrides(monkeypatch, capsys):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # A part may import the parts of lower floors, and itself.
 FLOORS = {
+    "__main__": 8,
     "cli": 7,
     "training": 6,
     "evaluation": 6,

@@ -18,7 +18,7 @@ find_python() {
 
 # What the installation depends on, the tree's own place included: an editable install points at it.
 fingerprint() {
-    { pwd; .venv/bin/python --version; cat setup.py tools/constraints.txt tools/venv.sh; } | sha256sum | cut -d ' ' -f 1
+    { pwd; .venv/bin/python --version; cat setup.py megatron_vcr1/__init__.py tools/constraints.txt tools/venv.sh; } | sha256sum | cut -d ' ' -f 1
 }
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then

@@ -1,0 +1,8 @@
+"""`python -m megatron_vcr1` is `vcr1`."""
+
+import sys
+
+from megatron_vcr1.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
