@@ -62,6 +62,7 @@ class ChatServer(ThreadingHTTPServer):
     """Serves one model under one name. `answer_forever` runs in the thread that owns the device."""
 
     daemon_threads = True
+    request_queue_size = 1024  # clients that connect at the same time; beyond it, which is 5 by default, they are reset
 
     def __init__(
         self, address: tuple[str, int], name: str, engine: RolloutEngine, processor: PromptProcessor, limits: Limits

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -157,6 +158,21 @@ class Recorder:
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
         self.asked += [len(one.prompt.token_ids) for one in requests]
         return [RolloutGroup(one.id, (Rollout((1,), (0.0,), FinishReason.STOP, 0),)) for one in requests]
+
+
+def test_many_clients_may_come_at_once(folder: Path) -> None:
+    limits = Limits(400, 8, 4, None)
+    engine, processor = cast(RolloutEngine, Recorder()), read_processor(folder / "model")
+    server = ChatServer(("127.0.0.1", 0), "model", engine, processor, limits)
+    barrier = threading.Barrier(150)
+
+    def is_healthy(_: int) -> bool:
+        barrier.wait()
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/health", timeout=60) as answer:
+            return answer.status == 200
+
+    with listening(server), ThreadPoolExecutor(150) as pool:
+        assert all(pool.map(is_healthy, range(150)))
 
 
 def test_who_has_gone_is_not_answered(folder: Path) -> None:
