@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.checkpoint.pieces import parameter_pieces
 from megatron_vcr1.config.schema import ParallelSection, RecomputeSection
+from megatron_vcr1.config.training_sections import OptimizerSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import model_layout
@@ -27,6 +28,7 @@ from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.model.transformer_config import Fp8Recipe, text_transformer_config, vision_transformer_config
 from megatron_vcr1.parallel import groups
+from megatron_vcr1.training.optimizer import Learner
 from tests.model import tiny
 
 
@@ -76,6 +78,19 @@ def run(model: QwenVLModel) -> dict[str, Tensor]:
     return results
 
 
+def learn(model: QwenVLModel) -> dict[str, Tensor]:
+    """Gradient norms of two updates of two microbatches each, and the weights behind them by the checkpoint's keys."""
+    learner = Learner(model, OptimizerSection(learning_rate=1e-2, epsilon=1.0, clip_norm=0.0), num_steps=2)
+    assert all(getattr(module, "fuse_wgrad_accumulation", True) for module in model.modules())
+
+    def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return -model.log_probs(hidden, batch.target_ids).mean(), {}
+
+    norms = [learner.update([_batch(model)] * 2, loss).grad_norm for _ in range(2)]
+    weights = {piece.key: piece.values.detach() for pieces in parameter_pieces(model).values() for piece in pieces}
+    return {"norms": torch.tensor(norms), **weights}
+
+
 def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Of the logits and of the gradients: the largest difference, and the norm of all relative to the expected norm."""
     assert ours.keys() == expected.keys()
@@ -92,7 +107,12 @@ def compare(folder: Path) -> dict[str, Any]:
     with groups.world(ParallelSection()):
         model = build(folder, transformer_engine_backend(), torch.float32)
         expected = run(build(folder, LocalBackend(), torch.float32))
+        learned, expected_to_learn = (
+            learn(build(folder, backend, torch.float32)) for backend in (transformer_engine_backend(), LocalBackend())
+        )
+        assert learned.keys() == expected_to_learn.keys()
         return {
+            "learned": max(float((learned[key] - expected_to_learn[key]).abs().max()) for key in learned),
             "keys": sorted(piece.key for pieces in parameter_pieces(model).values() for piece in pieces),
             "expected_keys": sorted(model_layout(model.model_config)),
             "classes": sorted({type(module).__name__ for module in model.modules()}),

@@ -1,5 +1,6 @@
-"""TransformerEngine's public modules in plain torch on the CPU: parameters, their names and attributes, and what a call
-returns, as its documentation has them. For one rank. What else megatron-core needs of it to be imported is empty.
+"""TransformerEngine's public modules in plain torch on the CPU: arguments, parameters with their names and attributes,
+what a call returns and what its backward pass does to a gradient buffer, as 2.9 to 2.11 have them. For one rank. What
+else megatron-core needs of it to be imported is empty.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,24 +22,53 @@ def _mark(parameter: Tensor, axis: int) -> None:
     parameter.tensor_model_parallel, parameter.partition_dim = True, axis  # type: ignore[attr-defined]
 
 
+class _Product(torch.autograd.Function):
+    """x @ weight.T + bias. The weight's gradient is written or added to its buffer, if it has one; what autograd gets in
+    its place then is not to be read.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None, writes: bool | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.buffer, ctx.writes, ctx.has_bias = buffer, writes, bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_weight: Tensor | None = rows.t() @ x.flatten(0, -2)
+        if ctx.buffer is not None:
+            (ctx.buffer.copy_ if ctx.writes else ctx.buffer.add_)(grad_weight)
+            grad_weight = None
+            if hasattr(weight, "grad_added_to_main_grad"):
+                weight.grad_added_to_main_grad = True
+                grad_weight = torch.full_like(weight, torch.nan)
+        return grad @ weight, grad_weight, rows.sum(0) if ctx.has_bias else None, None, None
+
+
 class Linear(nn.Module):
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        *,
-        sequence_parallel: bool,
-        init_method: Callable[[Tensor], object],
-        bias: bool,
-        return_bias: bool,
-        params_dtype: torch.dtype,
-        parallel_mode: str,
-        device: str,
-        tp_size: int,
-        **ignored: Any,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: dist.ProcessGroup | None = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable[[], object] | None = None,
+        rng_tracker_name: str | None = None,
+        init_method: Callable[[Tensor], object] | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: torch.device | str = "cuda",
     ) -> None:
         super().__init__()
-        assert tp_size == 1 and parallel_mode in ("row", "column")
+        assert tp_size == 1 and parallel_mode in ("row", "column") and init_method is not None
         self.in_features, self.out_features, self.use_bias, self.return_bias = (
             in_features,
             out_features,
@@ -45,6 +76,7 @@ class Linear(nn.Module):
             return_bias,
         )
         self.sequence_parallel = sequence_parallel
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.parallel_mode = parallel_mode
         self.weight = nn.Parameter(
             torch.full((out_features, in_features), torch.nan, device=device, dtype=params_dtype)
@@ -63,9 +95,10 @@ class Linear(nn.Module):
         pass
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if self.return_bias:
-            return F.linear(inp, self.weight), self.bias
-        return F.linear(inp, self.weight, self.bias if self.use_bias else None)
+        buffer = self.weight.main_grad if self.fuse_wgrad_accumulation and self.weight.requires_grad else None
+        bias = self.bias if self.use_bias and not self.return_bias else None
+        output: Tensor = _Product.apply(inp, self.weight, bias, buffer, is_first_microbatch)
+        return (output, self.bias) if self.return_bias else output
 
 
 def _normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
@@ -75,8 +108,18 @@ def _normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind
 
 
 class LayerNormLinear(Linear):
-    def __init__(self, in_features: int, out_features: int, *, eps: float, normalization: str, **options: Any) -> None:
-        assert not options.pop("return_layernorm_output") and not options.pop("zero_centered_gamma")
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        eps: float = 1e-5,
+        *,
+        normalization: str = "LayerNorm",
+        return_layernorm_output: bool = False,
+        zero_centered_gamma: bool = False,
+        **options: Any,
+    ) -> None:
+        assert not return_layernorm_output and not zero_centered_gamma and "rng_tracker_name" not in options
         super().__init__(in_features, out_features, **options)
         self.eps, self.normalization = eps, normalization
         like = dict(device=options["device"], dtype=options["params_dtype"])
@@ -84,16 +127,25 @@ class LayerNormLinear(Linear):
         self.layer_norm_bias = nn.Parameter(torch.zeros(in_features, **like)) if normalization == "LayerNorm" else None
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return super().forward(
-            _normalized(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.normalization)
-        )
+        normed = _normalized(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.normalization)
+        return super().forward(normed, is_first_microbatch)
 
 
 class _Norm(nn.Module):
     kind: str
 
-    def __init__(self, hidden_size: int, eps: float, params_dtype: torch.dtype, device: str, **ignored: Any) -> None:
+    def __init__(
+        self,
+        normalized_shape: None = None,
+        eps: float = 1e-5,
+        sequence_parallel: bool | None = None,
+        params_dtype: torch.dtype | None = None,
+        zero_centered_gamma: bool = False,
+        hidden_size: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
+        assert hidden_size is not None and not zero_centered_gamma
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=params_dtype))
         self.bias = (
