@@ -23,8 +23,8 @@ def _mark(parameter: Tensor, axis: int) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight.T + bias. The weight's gradient is written or added to its buffer, if it has one; what autograd gets in
-    its place then is not to be read.
+    """x @ weight.T + bias. Where there is a buffer the weight's gradient is written or added to it, and what autograd
+    gets in its place is not to be read.
     """
 
     @staticmethod
