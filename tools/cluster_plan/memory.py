@@ -3,7 +3,7 @@
 Activations are counted from the code: what each module keeps for its backward pass, in numbers a row, with h the hidden
 size, q and k the sizes of all query and of all key heads on the rank, f the FFN's on the rank:
 
-    two norms       2 x input: 2h; TransformerEngine's and LayerNorms also keep their output: 4h
+    two norms       2 x input: 2h; TransformerEngine's also keep their output: 4h
     attention       q and k rotated, v, the output: 2q + 2k
     gated MLP       gate and up: 2f; their product is computed again
 
@@ -75,7 +75,7 @@ def vision_layer_numbers(vision: VisionConfig, layout: Layout, device: Device) -
     ranks = layout.tensor
     heads = vision.hidden_size / ranks
     hidden = vision.hidden_size / (ranks if layout.sequence_parallel else 1)
-    norm = hidden if device.is_cpu and vision.gated else 2 * hidden
+    norm = hidden if device.is_cpu else 2 * hidden
     return _layer_numbers(hidden, norm, heads, heads, vision.ffn_hidden_size / ranks, layout)
 
 
