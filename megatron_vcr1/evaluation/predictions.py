@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,7 @@ class Prediction:
 
     def as_row(self) -> dict[str, Any]:
         """The line's object; without what is not known."""
-        values = {
-            "id": self.id,
-            "output": self.output,
-            "error": self.error,
-            "num_tokens": self.num_tokens,
-            "finish_reason": self.finish_reason,
-            "reduction": self.reduction,
-            "asked": self.asked,
-        }
-        return {key: value for key, value in values.items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def read_predictions(path: Path) -> dict[str, Prediction]:
