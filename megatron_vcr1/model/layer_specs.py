@@ -205,7 +205,7 @@ def transformer_engine_backend() -> BackendSpecProvider:
     """The one door to TransformerEngine. Raises UserError if it does not load."""
     try:
         import transformer_engine.pytorch  # megatron-core would take a broken one for none, and fail later
-    except (ImportError, OSError, RuntimeError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
         raise UserError(
             f"transformer_engine is installed and does not load: {error}; install one for this torch and CUDA, or set "
             "model.layer_spec = 'local'"

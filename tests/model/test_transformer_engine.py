@@ -78,6 +78,15 @@ def test_a_transformer_engine_that_does_not_load_is_named(monkeypatch: pytest.Mo
         choose_backend("auto")
 
 
+@pytest.mark.skipif(HAS_TE, reason="TransformerEngine is there")
+def test_one_whose_parts_are_of_two_versions_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").write_text("assert False, 'package version mismatch'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="does not load: package version mismatch"):
+        transformer_engine_backend()
+
+
 def _text(preset: str) -> TextConfig:
     return ModelConfig.from_dict(PRESETS[preset]).text
 
