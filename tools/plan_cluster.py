@@ -25,12 +25,20 @@ from cluster_plan.devices import DEVICES, Device
 from cluster_plan.job import Job
 from cluster_plan.search import Cluster, Plan, Refusal, search
 from model_presets import add_model_argument, model_config
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from megatron_vcr1.errors import UserError
 
+HYPHENATED = {
+    "parameters": "param-\neters",
+    "gradients": "gradi-\nents",
+    "optimizer": "optim-\nizer",
+    "reference": "refer-\nence",
+    "activations": "activa-\ntions",
+}
 GROWTH_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -82,7 +90,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     device = DEVICES[args.gpu]
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console()
     if args.calibrate:
         runs = [Measured.from_file(path) for path in args.calibrate]
         device = calibrate(device, runs)
@@ -95,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
     job = _job(args, args.prompts_per_step or num_gpus)
     plans, refusals = search(job, Cluster(device, num_gpus, args.gpus_per_node), args.longest_response)
     if plans:
-        console.print(_plans_table(plans, device))
-        console.print(_best_table(plans[0]))
-    console.print(_refusals_table(refusals))
+        _print_plans(console, plans, device)
+    if refusals:
+        console.print(_refusals_table(refusals))
     if args.json:
         args.json.write_text(json.dumps(_document(plans, refusals, device), indent=1) + "\n")
     if not plans:
@@ -127,26 +135,13 @@ def _job(args: argparse.Namespace, prompts_per_step: int) -> Job:
 
 def _growth(args: argparse.Namespace, device: Device, console: Console) -> int:
     """The best layout of every size, with as many prompts a step as GPUs, or a fixed number."""
-    table = Table(
-        title=f"{args.model} on {device.name}: {args.samples:,} samples, {args.epochs:g} epoch(s)",
-        caption="More prompts a step are fewer updates in the run: another run, if a faster one."
+    table = _table(
+        f"{args.model} on {device.name}: {args.samples:,} samples, {args.epochs:g} epoch(s)",
+        ("GPUs", "prompts\na step", "TP x PP\nx copies", "s a step", "steps", "hours", "GPU-hours", "of 8", "MFU"),
+        "More prompts a step are fewer updates in the run: another run, if a faster one."
         if args.prompts_per_step is None
         else "The same updates on every size.",
-        title_justify="left",
-        caption_justify="left",
     )
-    for column in (
-        "GPUs",
-        "prompts a step",
-        "TP x PP x copies",
-        "s a step",
-        "steps",
-        "hours",
-        "GPU-hours",
-        "of 8",
-        "MFU",
-    ):
-        table.add_column(column, justify="right")
     best: list[Plan] = []
     for num_gpus in tqdm(GROWTH_GPUS, desc="sizes", leave=False):
         job = _job(args, args.prompts_per_step or num_gpus)
@@ -169,18 +164,19 @@ def _growth(args: argparse.Namespace, device: Device, console: Console) -> int:
         )
     console.print(table)
     if args.plot:
-        _plot(best, args.plot)
+        _plot(best, args.plot, str(table.title))
     if args.json:
         args.json.write_text(json.dumps([_row(plan) for plan in best], indent=1) + "\n")
     return 0 if best else 1
 
 
-def _plot(plans: Sequence[Plan], path: Path) -> None:
+def _plot(plans: Sequence[Plan], path: Path, title: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib; pip install 'megatron_vcr1[plots]'") from None
     figure = Figure(figsize=(11, 4), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
     hours, phases = figure.subplots(1, 2)
     gpus = [plan.cluster.num_gpus for plan in plans]
     hours.loglog(gpus, [plan.hours for plan in plans], "o-", label="hours")
@@ -207,62 +203,87 @@ def _division(plan: Plan) -> str:
     return f"{layout.tensor} x {layout.pipeline} x {layout.copies}"
 
 
-def _plans_table(plans: Sequence[Plan], device: Device) -> Table:
-    job = plans[0].job
+def _table(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
+    """Numbers to the right, without frames: 80 columns hold it."""
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _print_plans(console: Console, plans: Sequence[Plan], device: Device) -> None:
+    """Time and memory of every layout, then what the fastest takes and the settings that ask for it."""
+    best, job = plans[0], plans[0].job
     batch = f"{job.prompts_per_step} prompts x {job.group_size} responses a step"
-    title = f"{plans[0].cluster.num_gpus} x {device.name}, {batch}, {job.num_steps:,} steps"
-    caption = (
-        "s a step by phase: rollout + reference + update + sync (+ decoding that nothing hides). MFU: update and "
-        "reference, prompts counted once, over the whole step; in brackets over these two phases."
+    console.print(f"{best.cluster.num_gpus} x {device.name}, {batch}, {job.num_steps:,} steps\n")
+    console.print(_time_table(plans), "")
+    console.print(_memory_table(plans), "")
+    console.print(_best_table(best), "")
+    traffic = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in dataclasses.asdict(best.traffic).items())
+    console.print(f"A GPU sends in a step: {traffic}\n")
+    options = " ".join(f"--{key} {value}" for key, value in _settings(best).items())
+    console.print(f"Settings: {options}\n", soft_wrap=True)  # to be copied
+
+
+def _time_table(plans: Sequence[Plan]) -> Table:
+    names = [one.name for one in dataclasses.fields(plans[0].time)]
+    phases = [name for name in names if any(getattr(plan.time, name) for plan in plans)]
+    heads = [HYPHENATED.get(phase, phase) for phase in phases]
+    table = _table(
+        "Seconds a step, the fastest first",
+        ("TP x PP\nx copies", "re-\ncompute", "all", *heads, "bubble", "MFU", "update\nMFU", "GPU-\nhours"),
+        "decode: what nothing hides. bubble: of the update's pipeline. MFU: of reference and update, prompts counted "
+        "once, over the whole step; update MFU: over these two phases.",
     )
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    columns = (
-        "TP x PP x copies",
-        "recompute",
-        "groups",
-        "first / last",
-        "GB",
-        "engine",
-        "s a step",
-        "by phase",
-        "bubble",
-    )
-    for column in (*columns, "MFU", "GPU-hours"):
-        table.add_column(column, justify="right")
     for plan in plans:
-        layout, time = plan.layout, plan.time
-        phases = [time.rollout, time.reference, time.update, time.sync, *([time.decode] if time.decode else [])]
         table.add_row(
             _division(plan),
-            layout.recompute,
-            str(layout.groups_per_microbatch),
-            f"{layout.first_stage_layers or '-'} / {layout.last_stage_layers or '-'}",
+            plan.layout.recompute,
+            f"{plan.time.total:.2f}",
+            *(f"{getattr(plan.time, phase):.2f}" for phase in phases),
+            *(f"{100 * share:.0f} %" for share in (plan.bubble, plan.utilisation, plan.update_utilisation)),
+            f"{plan.gpu_hours:,.0f}",
+        )
+    return table
+
+
+def _memory_table(plans: Sequence[Plan]) -> Table:
+    table = _table(
+        "Their memory",
+        ("TP x PP\nx copies", "groups a\nmicrobatch", "layers of the\nfirst / last stage", "peak GB", "servers"),
+        "servers: GPUs of one SGLang server, and the share of their memory that it can have.",
+    )
+    for plan in plans:
+        stages = plan.layout.stages(plan.job.config)
+        table.add_row(
+            _division(plan),
+            str(plan.layout.groups_per_microbatch),
+            f"{stages[0]} / {stages[-1]}",
             f"{plan.peak_bytes / 1e9:.0f}",
             f"TP {plan.engine.ranks}, {100 * plan.engine_memory_fraction:.0f} %",
-            f"{time.total:.2f}",
-            " + ".join(f"{one:.2f}" for one in phases),
-            f"{100 * plan.bubble:.0f} %",
-            f"{100 * plan.utilisation:.0f} % ({100 * plan.update_utilisation:.0f} %)",
-            f"{plan.gpu_hours:.0f}",
         )
     return table
 
 
 def _best_table(plan: Plan) -> Table:
-    """Memory of every stage, bytes sent, and the settings to run it with."""
-    settings = _settings(plan)
-    caption = "Settings: " + " ".join(f"--{key} {value}" for key, value in settings.items())
-    traffic = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in dataclasses.asdict(plan.traffic).items())
-    title = f"The fastest, {_division(plan)}; a GPU sends in a step: {traffic}"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    """Memory of every stage."""
     parts = [one.name for one in dataclasses.fields(plan.memory[0])]
-    for column in ("stage", "layers", "ms a microbatch", *(f"{part} GB" for part in parts), "total"):
-        table.add_column(column, justify="right")
+    heads = [HYPHENATED.get(part, part) for part in parts]
+    table = _table(
+        f"Gigabytes of the fastest, {_division(plan)}; ms: of a microbatch", ("stage", "layers", "ms", *heads, "total")
+    )
     layers = plan.layout.stages(plan.job.config)
     for stage, memory in enumerate(plan.memory):
-        numbers = [f"{getattr(memory, part) / 1e9:.1f}" for part in parts]
-        milliseconds = f"{1e3 * plan.stages[stage]:.0f}"
-        table.add_row(str(stage), str(layers[stage]), milliseconds, *numbers, f"{memory.total / 1e9:.1f}")
+        numbers = [f"{getattr(memory, part) / 1e9:.1f}" for part in (*parts, "total")]
+        table.add_row(str(stage), str(layers[stage]), f"{1e3 * plan.stages[stage]:.0f}", *numbers)
     return table
 
 
@@ -279,6 +300,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "recompute.modules": "mlp" if layout.recompute == "mlp" else None,
         "train.prompts_per_step": job.prompts_per_step,
         "train.microbatch_tokens": layout.groups_per_microbatch * (job.group_rows + job.group_size),
+        "rollout.engine": "sglang",
+        "sglang.num_servers": max(1, min(plan.cluster.gpus_per_node, plan.cluster.num_gpus) // plan.engine.ranks),
         "sglang.tensor": plan.engine.ranks,
         "sglang.memory_fraction": f"{plan.engine_memory_fraction - 0.01:.2f}",
     }
@@ -286,8 +309,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 
 def _refusals_table(refusals: Sequence[Refusal]) -> Table:
-    table = Table(title="Ruled out", title_justify="left")
-    table.add_column("TP x PP")
+    table = Table(title="Ruled out", title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("TP x PP", no_wrap=True)
     table.add_column("why")
     for one in refusals:
         table.add_row(f"{one.tensor} x {one.pipeline}", one.reason)

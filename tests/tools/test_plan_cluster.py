@@ -8,6 +8,10 @@ from pathlib import Path
 import plan_cluster
 import pytest
 
+from megatron_vcr1.config.loading import load_config
+
+ROOT = Path(__file__).parents[2]
+
 
 def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
@@ -21,6 +25,20 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFix
         sum(value for key, value in best["seconds"].items() if key != "total")
     )
     assert {one["tensor"] for one in document["refused"]} == {8}
+
+
+@pytest.mark.parametrize("cluster", [["--nodes", "2", "--gpu", "h200"], ["--nodes", "128"]], ids=" ".join)
+def test_eighty_columns_hold_it_and_the_settings_are_a_runs(
+    cluster: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert plan_cluster.main(["--model", "qwen2.5-vl-72b", *cluster]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (settings,) = [line for line in lines if line.startswith("Settings: ")]
+    assert not [line for line in lines if "\N{HORIZONTAL ELLIPSIS}" in line or (len(line) > 80 and line != settings)]
+    options = settings.removeprefix("Settings: ").split()
+    config = load_config(ROOT / "examples/configs/grpo_temporal_grounding.toml", options)
+    assert config.sglang.num_servers * config.sglang.tensor == 8
 
 
 def test_what_cannot_run_is_a_failure_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
