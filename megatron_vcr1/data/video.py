@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_vcr1.data.resize import MAX_FRAME_PIXELS
@@ -12,6 +15,8 @@ from megatron_vcr1.data.video_pyav import decode_with_pyav
 from megatron_vcr1.data.video_types import Deadline, Sampling, VideoError, VideoFrames, VideoPath
 
 __all__ = ["BACKENDS", "VideoError", "VideoFrames", "VideoPath", "read_frames"]
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "pyav", "dali-cpu", "dali-gpu")
 TIME_LIMIT_S = 120.0
@@ -64,18 +69,26 @@ def read_frames(
     sampling = Sampling(fps, min_frames, max_frames, total_pixels, min_pixels, max_pixels, factor, start_s, end_s)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: use one of {', '.join(BACKENDS)}")
-    if not isinstance(path, str | os.PathLike):
-        files = [os.fspath(file) for file in path]
-        if (start_s, end_s) != (0.0, math.inf):
-            raise ValueError("start_s and end_s choose a part of a video; leave them out for a list of images")
-        deadline = Deadline(files, time_limit_s)
-        return decode_images(files, sampling, image_fps, sample=False, deadline=deadline)
-    file = os.fspath(path)
-    deadline = Deadline(file, time_limit_s)
-    if "://" not in file and Path(file).is_dir():
-        return decode_images(images_in_folder(Path(file)), sampling, image_fps, sample=True, deadline=deadline)
     if backend in ("auto", "pyav"):
-        return decode_with_pyav(file, sampling, deadline=deadline, num_threads=num_threads)
-    from megatron_vcr1.data.video_dali import decode_with_dali  # optional, and slow to import
+        decode: Callable[..., VideoFrames] = partial(decode_with_pyav, num_threads=num_threads)
+    else:
+        from megatron_vcr1.data.video_dali import decode_with_dali  # optional, and slow to import
 
-    return decode_with_dali(file, sampling, device=backend.removeprefix("dali-"), deadline=deadline)
+        decode = partial(decode_with_dali, device=backend.removeprefix("dali-"))
+    if not isinstance(path, str | os.PathLike) and (start_s, end_s) != (0.0, math.inf):
+        raise ValueError("start_s and end_s choose a part of a video; leave them out for a list of images")
+    try:
+        if not isinstance(path, str | os.PathLike):
+            files = [os.fspath(file) for file in path]
+            deadline = Deadline(files, time_limit_s)
+            return decode_images(files, sampling, image_fps, sample=False, deadline=deadline)
+        file = os.fspath(path)
+        deadline = Deadline(file, time_limit_s)
+        if "://" not in file and Path(file).is_dir():
+            return decode_images(images_in_folder(Path(file)), sampling, image_fps, sample=True, deadline=deadline)
+        return decode(file, sampling, deadline=deadline)
+    except VideoError:
+        raise
+    except Exception as error:  # whatever a library makes of a file costs the video, not the run
+        logger.warning("%s: an error that no damage is known to cause", path, exc_info=True)
+        raise VideoError(path, f"cannot be read ({type(error).__name__}: {error})") from error

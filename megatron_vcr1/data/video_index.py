@@ -27,6 +27,8 @@ STRICT = "crccheck+bitstream+buffer+explode"
 """Decoders check what they can, and fail rather than conceal."""
 DURATION_SLACK_S = 0.1
 """How far, beside one frame, the last packet of a whole file may end from where the header says."""
+LONGEST_S = 1e6
+"""Eleven days. Time stamps that are further apart are damaged, and sampling could not compute with them."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,20 @@ def _open_container(file: str, deadline: Deadline) -> Iterator[av.container.Inpu
             yield container
 
 
+def read_packets(source: VideoSource, *streams: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of some streams, or of all, that hold data, from where the container stands to its end.
+
+    Raises:
+        VideoError: it takes too long.
+    """
+    for packet in source.container.demux(*streams):
+        source.deadline.check()
+        if packet.size:
+            yield packet
+        elif packet.dts is None:
+            return  # the end; PyAV goes on with streams that began after its start, and fails for not knowing them
+
+
 def read_packet_index(source: VideoSource) -> PacketIndex:
     """Read every packet without decoding, and check it against what the container promises.
 
@@ -149,10 +165,7 @@ def _demux_all(source: VideoSource) -> tuple[list[_PacketInfo], float]:
     """The video stream's packets, and when the last packet of any stream ends, in seconds."""
     packets = []
     end_s = 0.0
-    for packet in source.container.demux():
-        source.deadline.check()
-        if packet.size == 0:
-            continue
+    for packet in read_packets(source):
         if packet.pts is not None and packet.time_base is not None:
             end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index == source.stream.index:
@@ -203,6 +216,8 @@ def _check_promises(source: VideoSource, index: PacketIndex, end_s: float) -> No
         raise VideoError(source.file, "damaged: its first frame is no keyframe")
     if not index.shown.any():
         raise VideoError(source.file, "its edit list shows no frame")
+    if index.table.duration_s > LONGEST_S:
+        raise VideoError(source.file, f"damaged time stamps: {index.table.duration_s:.3g} s from first to last")
     if container.duration is None:
         return
     length_s = container.duration / av.time_base

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -50,7 +51,7 @@ class VideoReader:
             process.stdin.write(json.dumps({"path": files, "options": options}).encode() + b"\n")
             process.stdin.flush()
             reply = process.stdout.readline()
-        result = _result(json.loads(reply), process.stdout) if reply else None
+        result = _result(json.loads(reply), process.stdout) if reply.endswith(b"\n") else None
         if result is None:
             raise _why_it_died(process, path)
         self._process = process
@@ -135,6 +136,8 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
 def _main() -> None:
     """Serve on stdin and stdout; what libraries print goes to stderr."""
     torch.set_num_threads(1)
+    with contextlib.suppress(OSError):  # a video that fills the memory ends this process, not the run
+        Path("/proc/self/oom_score_adj").write_text("1000")
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent may have it ignored
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vcr1.data.resize import resize_frame
-from megatron_vcr1.data.video_index import PacketIndex, VideoSource, open_video, read_packet_index
+from megatron_vcr1.data.video_index import PacketIndex, VideoSource, open_video, read_packet_index, read_packets
 from megatron_vcr1.data.video_types import Deadline, Sampling, VideoError, VideoFrames, choose_frames
 
 NONREF_SKIPPING_CODECS = ("h264",)
@@ -124,7 +124,6 @@ def _decode_run(
     leave_out = codec.name in NONREF_SKIPPING_CODECS and source.has_pts
     start_pts = index.pts[run.start]
     for packet in _packets_of_run(source, index, run):
-        source.deadline.check()
         if run.start > 0 and packet.pts < start_pts:
             continue  # refers to the GOP before, which this run does not decode
         if leave_out:
@@ -136,9 +135,7 @@ def _decode_run(
 def _packets_of_run(source: VideoSource, index: PacketIndex, run: DecodeRun) -> Iterator[av.Packet]:
     source.container.seek(int(index.dts[run.start]), stream=source.stream)
     position = None
-    for packet in source.container.demux(source.stream):
-        if packet.size == 0:
-            break
+    for packet in read_packets(source, source.stream):
         if position is None and packet.pts == index.pts[run.start]:
             position = run.start
         if position is None:

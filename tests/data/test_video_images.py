@@ -51,6 +51,12 @@ def test_bad_images_are_named(folder: Path) -> None:
     (folder / "half.png").write_bytes((folder / "1.png").read_bytes()[:150])
     with pytest.raises(VideoError, match=r"half\.png: damaged picture"):
         read_frames([folder / "half.png"])
+    Image.fromarray(draw(1)).save(folder / "odd.avif")
+    content = bytearray((folder / "odd.avif").read_bytes())
+    content[content.index(b"mdat") + 4 :] = bytes(len(content) - content.index(b"mdat") - 4)
+    (folder / "odd.avif").write_bytes(content)
+    with pytest.raises(VideoError, match=r"odd\.avif: damaged picture"):  # its decoder raises a RuntimeError
+        read_frames([folder / "odd.avif"])
     Image.new("RGB", (SIDE, 2 * SIDE)).save(folder / "tall.png")
     with pytest.raises(VideoError, match=r"tall\.png: 112x224 in a video of other size"):
         read_frames([folder / "1.png", folder / "tall.png"])

@@ -58,6 +58,12 @@ def test_a_crash_costs_one_video(reader: VideoReader, clip: Path) -> None:
     assert reader.read_frames(clip).frames.shape[0] == 4
 
 
+def test_the_kernel_ends_the_decoder_before_the_run_when_memory_is_short(reader: VideoReader, clip: Path) -> None:
+    reader.read_frames(clip)
+    assert reader._process is not None
+    assert Path(f"/proc/{reader._process.pid}/oom_score_adj").read_text() == "1000\n"
+
+
 def test_a_hang_is_ended_by_the_time_limit(reader: VideoReader, clip: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "never.mp4"
     os.mkfifo(pipe)  # opening it blocks for ever

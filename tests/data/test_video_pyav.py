@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vcr1.data import video_pyav
+from megatron_vcr1.data import video, video_pyav
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
 from megatron_vcr1.data.video_index import open_video, read_packet_index
 from megatron_vcr1.data.video_types import Deadline, Sampling
@@ -207,6 +209,62 @@ def test_a_damaged_frame_that_no_chosen_frame_needs_costs_nothing_and_one_that_i
     assert numbers_of(read_frames(path, **sampling).frames) == [0, 16, 31, 47]
     with pytest.raises(VideoError, match="damaged"):
         read_frames(path, fps=25)
+
+
+def test_time_stamps_that_no_video_has_are_refused(tmp_path: Path) -> None:
+    options = {"movflags": "frag_keyframe+empty_moov"}  # its header promises no length
+    path = write_clip(tmp_path / "fragmented.mp4", container_options=options)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"tfdt") + 8] = 0x40  # the highest byte of when the last fragment begins
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match=r"damaged time stamps: 2\.88e\+14 s from first to last"):
+        read_frames(path)
+
+
+def test_a_stream_that_begins_late_is_left_alone(tmp_path: Path) -> None:
+    """PyAV knows the streams that were there when it opened the file; of others it fails at the end."""
+    path = write_clip(tmp_path / "clip.ts")
+    with open_video(str(path), Deadline(path, 60)) as source:
+
+        class Late:
+            """The container, as it is when a stream began late."""
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(source.container, name)
+
+            def demux(self) -> Iterator[av.Packet]:
+                yield from source.container.demux()
+                raise IndexError("list index out of range")
+
+        index = read_packet_index(replace(source, container=Late()))  # type: ignore[arg-type]
+    assert len(index.pts) == 40
+
+
+def test_an_error_of_no_known_kind_costs_one_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise MemoryError("8 GB")
+
+    monkeypatch.setattr(video, "decode_with_pyav", fail)
+    with pytest.raises(VideoError, match=r"odd\.mp4: cannot be read \(MemoryError: 8 GB\)"):
+        read_frames("odd.mp4")
+    assert "Traceback" in caplog.text
+
+
+class _ServiceError(Exception):
+    """What a storage service's library raises; no OSError."""
+
+
+class _Failing(fsspec.AbstractFileSystem):
+    def _open(self, path: str, *args: Any, **kwargs: Any) -> None:
+        raise _ServiceError("503, slow down")
+
+
+def test_a_remote_service_that_fails_costs_one_video() -> None:
+    fsspec.register_implementation("failing", _Failing, clobber=True)
+    with pytest.raises(VideoError, match=r"cannot be read \(_ServiceError: 503, slow down\)"):
+        read_frames("failing://bucket/clip.mp4")
 
 
 def test_the_time_limit_ends_decoding(tmp_path: Path) -> None:
