@@ -85,6 +85,13 @@ def test_all_that_was_measured_stays_in_the_whole_table(runs):
     assert table.captions["grounding"] == "answering" and table.captions["grounding_thinking"] == ""
 
 
+def test_a_runs_own_model_is_its_own_however_its_folder_is_named(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (result,) = runs[1].evaluations
+    (row,) = result_table([replace(runs[1], evaluations=(replace(result, model="sft/export"),))]).rows
+    assert row.own
+
+
 @pytest.mark.parametrize("changed", [{"manifest": "longer.jsonl"}, {"judge": "words"}])
 def test_what_differs_in_more_than_thinking_has_a_column_of_its_own(runs, changed):
     one, *_ = runs

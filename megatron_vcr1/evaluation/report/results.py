@@ -139,7 +139,7 @@ def _table(runs: Sequence[RunRecord], results: Sequence[tuple[int, EvaluationRes
             ResultRow(
                 runs[number].name,
                 model,
-                own=num_models[number] == 1 and Path(model).is_relative_to(runs[number].path),
+                own=num_models[number] == 1 and Path(model).absolute().is_relative_to(runs[number].path.absolute()),
                 cells={key: _cell(key, row, rows) for key in row},
             )
             for (number, model), row in by_row.items()
