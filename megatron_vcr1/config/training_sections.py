@@ -112,6 +112,14 @@ class OptimizerSection(Section):
     clip_norm: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
     distributed: bool = Field(default=True, description="Divide the optimizer's state over the copies of the model.")
 
+    @model_validator(mode="after")
+    def _rates_are_in_order(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate = {self.min_learning_rate} is above learning_rate = {self.learning_rate}; lower it"
+            )
+        return self
+
 
 class GrpoSection(Section):
     """Group relative policy optimization; the defaults are the paper's."""
@@ -125,7 +133,10 @@ class GrpoSection(Section):
     clip_high: float = Field(default=0.2, ge=0, description="And above at 1 + clip_high (DAPO: 0.28).")
     dual_clip: float | None = Field(default=None, gt=1, description="Bound for negative advantages. Unset: none.")
     kl_coef: float = Field(default=0.04, ge=0, description="Weight of the KL to the reference; 0 needs no reference.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="Schulman's estimators.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3",
+        description="Schulman's estimators; the gradient of 'k1' has a mean of zero, so that it holds nothing back.",
+    )
     loss_normalization: Literal["sequence", "token", "constant"] = Field(
         default="sequence",
         description="'sequence' (GRPO: mean of each response, then of responses), 'token' (DAPO: mean of all tokens) "

@@ -159,8 +159,6 @@ def _scheduler(optimizer: ChainedOptimizer, section: OptimizerSection, num_steps
     """megatron-core's; it also keeps weight decay away from biases and norms, which nothing else does."""
     if section.warmup_steps >= num_steps:
         raise UserError(f"optimizer.warmup_steps = {section.warmup_steps} must be below the run's {num_steps} steps")
-    if section.min_learning_rate > section.learning_rate:
-        raise UserError("optimizer.min_learning_rate is above optimizer.learning_rate; lower it")
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -80,6 +80,7 @@ def test_the_later_of_two_options_wins():
         (["--data.min_frames=10", "--data.max_frames=4"], "data: min_frames = 10 is above max_frames = 4; lower it"),
         (["--optimizer.learning_rate", "inf"], "--optimizer.learning_rate: input should be a finite number"),
         (["--grpo.kl_coef", "nan"], "--grpo.kl_coef: input should be a finite number"),
+        (["--optimizer.min_learning_rate=1"], "optimizer: min_learning_rate = 1.0 is above learning_rate = 1e-06"),
         (["--data.sources", "a.jsonl"], "--data.sources: must be a list, not 'a.jsonl'; write it in run.toml"),
         (["--parallel.tensor"], "--parallel.tensor needs a value"),
         (["--parallel.tensor", "--parallel.pipeline", "2"], "--parallel.tensor needs a value"),
