@@ -71,21 +71,26 @@ def shown(metrics: Mapping[str, float]) -> dict[str, str]:
 
 
 class Lines:
-    """One line every ten seconds, and for the first and the last step: for log files."""
+    """One line every ten seconds, and for the first and the last step, whichever that is: for log files."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
         self._last = float("-inf")
+        self._line = ""  # of the newest step, until it is shown
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        now = time.monotonic()
-        if step == self._num_steps or now - self._last >= _LINE_EVERY_S:
-            self._last = now
-            values = ", ".join(f"{name} {value}" for name, value in shown(metrics).items())
-            logger.info("step %d/%d: %s", step, self._num_steps, values)
+        values = ", ".join(f"{name} {value}" for name, value in shown(metrics).items())
+        self._line = f"step {step}/{self._num_steps}: {values}"
+        if step == self._num_steps or time.monotonic() - self._last >= _LINE_EVERY_S:
+            self._show()
 
     def close(self, *, failed: bool) -> None:
-        pass
+        self._show()
+
+    def _show(self) -> None:
+        if self._line:
+            logger.info("%s", self._line)
+        self._last, self._line = time.monotonic(), ""
 
 
 class Screen:

@@ -38,6 +38,18 @@ def test_a_log_file_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -
     assert "reward 1.500" in caplog.text
 
 
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_log_file_gets_the_last_step_of_a_run_that_ends_before_its_time(
+    caplog: pytest.LogCaptureFixture, last: int
+) -> None:
+    lines = Lines(num_steps=1000)
+    with caplog.at_level(logging.INFO, "megatron_vcr1"):
+        for step in range(1, last + 1):
+            lines.step(step, METRICS)
+        lines.close(failed=True)
+    assert [record.message.split("/")[0] for record in caplog.records] == [f"step {n}" for n in sorted({1, last})]
+
+
 def test_a_terminal_gets_a_bar_and_the_newest_numbers() -> None:
     output = io.StringIO()
     screen = Screen(Console(file=output, force_terminal=True, width=100), first_step=2, num_steps=5)
