@@ -21,8 +21,18 @@ from megatron_vcr1.model.packed_batch import PackedBatch
 
 Grid = tuple[int, int, int]  # patches in time, height, width
 
-# Published dense peaks of matrix products in bfloat16 with float32 accumulation, without sparsity, FLOP/s.
-BF16_PEAKS = {"B200": 2250e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12}
+# Published dense peaks of matrix products in bfloat16 with float32 accumulation, without sparsity, FLOP/s; the first whose
+# words are in a device's name is its.
+BF16_PEAKS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200 NVL": 835.5e12,
+    "H200": 989.4e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+}
 
 
 @dataclass(frozen=True, slots=True)

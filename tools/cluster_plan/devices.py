@@ -48,7 +48,7 @@ DEVICES = {
     "h100": Device("H100 SXM", 80e9, 989.4e12, 3.35e12, 450e9, 50e9),
     "h200": Device("H200 SXM", 141e9, 989.4e12, 4.8e12, 450e9, 50e9),
     "a100": Device("A100 SXM 80GB", 80e9, 312e12, 2.04e12, 300e9, 25e9),
-    "b200": Device("B200 SXM", 180e9, 2250e12, 8.0e12, 900e9, 50e9),
+    "b200": Device("B200 SXM", 180e9, 2250e12, 7.7e12, 900e9, 50e9),
     "cpu": Device(
         "CPU, one thread",
         16e9,
