@@ -21,8 +21,8 @@ from megatron_vcr1.model.packed_batch import PackedBatch
 
 Grid = tuple[int, int, int]  # patches in time, height, width
 
-# Published dense peaks of matrix products in bfloat16 with float32 accumulation, without sparsity, FLOP/s; the first whose
-# words are in a device's name is its.
+# Published dense peaks of matrix products in bfloat16 with float32 accumulation, without sparsity, FLOP/s. The first
+# whose words are in a device's name counts.
 BF16_PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
