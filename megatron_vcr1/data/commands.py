@@ -127,9 +127,10 @@ def run_import(args: argparse.Namespace) -> int:
     if samples:  # an earlier manifest is worth more than an empty one
         write_manifest(args.out, samples)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    report_file.write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n"
+    report_file.write_text(content, encoding="utf-8", errors="backslashreplace")  # as JSON writes half a character
     if args.json:
-        print(json.dumps(report.as_json(), ensure_ascii=False))
+        print(json.dumps(report.as_json()))
         return 0 if samples else 1
     _print_import(report)
     written = f"{len(samples)} of {report.num_rows} rows written to {args.out}" if samples else "nothing written"
@@ -147,7 +148,8 @@ def _print_import(report: ImportReport) -> None:
     examples = {(issue.problem, issue.action): issue for issue in reversed(report.issues)}
     table = Table("problem", "done", "rows", "for example", title=f"{report.format}: {report.num_rows} rows")
     for kind, count in rows.most_common():
-        table.add_row(*kind, str(count), escape(f"{examples[kind].row_id}: {examples[kind].detail}"))
+        example = f"{examples[kind].row_id}: {examples[kind].detail}"
+        table.add_row(*kind, str(count), escape(example.encode(errors="backslashreplace").decode()))
     if report.issues:
         console.print(table)
     if not report.videos_checked:

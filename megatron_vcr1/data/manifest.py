@@ -97,7 +97,7 @@ def scan_manifest(path: str | Path) -> Iterator[VideoSample | BadRow]:
     path = Path(path).absolute()
     lines_by_id: dict[str, int] = {}
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for line_number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -203,6 +203,8 @@ def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str
         return BadRow(line_number, None, f"not JSON ({error.msg} at column {error.colno}); write one object a line")
     except RowError as error:
         return BadRow(line_number, row_id, str(error))
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without an end
+        return BadRow(line_number, None, f"not JSON that can be read ({error})")
     first_line = lines_by_id.setdefault(sample.id, line_number)
     if first_line != line_number:
         return BadRow(line_number, row_id, f"key 'id': {sample.id!r} is already on line {first_line}; make ids unique")
@@ -264,6 +266,10 @@ def _target_row(target: Target) -> dict[str, Any]:
 def _text(value: object, key: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"key {key!r}: expected text, got {_shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may name half of a surrogate pair; no tokenizer takes it
+        raise RowError(f"key {key!r}: half a character at position {error.start}; repair the text") from None
     return value
 
 

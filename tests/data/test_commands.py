@@ -64,6 +64,21 @@ def test_import_prints_json_and_fails_when_nothing_is_left(
     assert report["issue_counts"] == {"missing_video (skipped)": 3} and report["videos_checked"]
 
 
+def test_half_a_character_skips_its_row_and_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = tmp_path / "train.json"
+    annotations.write_text(
+        '{"V1": {"duration": 9, "timestamps": [[1, 4], [2, 5]], "sentences": ["a \\ud83d", "b"]},'
+        ' "V\\ude00": {"duration": 9, "timestamps": [[1, 4]], "sentences": ["c"]}}'
+    )
+    out = tmp_path / "m.jsonl"
+    for extra in ((), ("--json",)):
+        assert vcr1("import", "activitynet", "--annotations", annotations, "--out", out, *extra) == 0
+        assert "half a character" in capsys.readouterr().out
+    report = json.loads((tmp_path / "m.jsonl.report.json").read_text())
+    assert [issue["row_id"] for issue in report["issues"]] == ["V1_0", "V\ude00_0"]
+    assert len(out.read_text().splitlines()) == 1
+
+
 def test_import_of_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
         vcr1("import", "activitynet", "--annotations", tmp_path / "absent.json", "--out", tmp_path / "m.jsonl")

@@ -68,6 +68,16 @@ def test_charades_text_repairs_and_skips_with_a_reason_for_each(charades: tuple[
     assert ("BBB_0", "span_past_end", "kept") in issues(report)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name(charades: tuple[Path, Path], tmp_path: Path) -> None:
+    expected = run("charades_sta", *charades)
+    for path in charades:
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert run("charades_sta", *charades) == expected
+    content = tmp_path / "train.json"
+    content.write_text('{"AAA": {"duration": 10, "timestamps": [[1, 4]], "sentences": ["a"]}}', encoding="utf-8-sig")
+    assert [sample.id for sample in run("activitynet", content)[0]] == ["AAA_0"]
+
+
 def test_charades_json_gives_the_same_samples_as_text(charades: tuple[Path, Path], tmp_path: Path) -> None:
     content = {
         "AAA": {

@@ -134,6 +134,8 @@ def without(index: int, key: str) -> dict[str, Any]:
         (changed(0, duration_s=10**400), "key 'duration_s': the number is too large"),
         (changed(0, duration_s=True), "key 'duration_s': expected a number"),
         (changed(0, query=None), "key 'query': expected text, got null"),
+        (changed(0, query="a \ud83d b"), "key 'query': half a character at position 2; repair the text"),
+        (changed(2, options=["a", "\ude00"]), r"key 'options\[1\]': half a character at position 0"),
         (changed(0, target=[1, 2]), "key 'target': expected an object"),
         (changed(0, target={}), "key 'target.interval' is missing; temporal_grounding needs it"),
         (changed(0, target={"interval": [1, 2], "end": 2}), "key 'target.end' is unknown"),
@@ -191,6 +193,20 @@ def test_scan_goes_on_after_bad_rows(tmp_path: Path) -> None:
     bad, good = scan_manifest(manifest)
     assert isinstance(bad, BadRow) and (bad.line, bad.id) == (1, "grounding")
     assert isinstance(good, VideoSample) and good.id == "tracking"
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"id": ' + "1" * 5000 + "}"])
+def test_json_that_python_refuses_is_a_bad_row(tmp_path: Path, line: str) -> None:
+    (tmp_path / "m.jsonl").write_text(f"{line}\n{json.dumps(ROWS[1])}\n")
+    bad, good = scan_manifest(tmp_path / "m.jsonl")
+    assert isinstance(bad, BadRow) and bad.line == 1 and "not JSON that can be read" in bad.problem
+    assert isinstance(good, VideoSample)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    manifest = write_rows(tmp_path / "m.jsonl", ROWS)
+    manifest.write_text(manifest.read_text(), encoding="utf-8-sig")
+    assert len(read_manifest(manifest)) == len(ROWS)
 
 
 def test_many_bad_rows_are_counted_and_missing_or_empty_files_are_errors(tmp_path: Path) -> None:

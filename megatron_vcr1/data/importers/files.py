@@ -1,4 +1,7 @@
-"""Reading annotation files: JSON, JSON lines, CSV, and the tables of Hugging Face datasets."""
+"""Reading annotation files: JSON, JSON lines, CSV, and the tables of Hugging Face datasets.
+
+Text is UTF-8, with or without the byte order mark that some editors write.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
 
 
@@ -30,7 +33,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         UserError: the file is missing or not UTF-8 text.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from error
@@ -44,7 +47,7 @@ def read_lines(path: Path) -> list[str]:
     """
     try:
         # Not splitlines: a JSON text may hold line separators of Unicode.
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from error
 
@@ -77,7 +80,7 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line_number, line in enumerate(read_lines(path), start=1):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: row {line_number} is not JSON: {error}") from error
 
 
