@@ -195,7 +195,7 @@ def test_scan_goes_on_after_bad_rows(tmp_path: Path) -> None:
     assert isinstance(good, VideoSample) and good.id == "tracking"
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"id": ' + "1" * 5000 + "}"])
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"id": ' + "1" * 5000 + "}"], ids=["brackets", "digits"])
 def test_json_that_python_refuses_is_a_bad_row(tmp_path: Path, line: str) -> None:
     (tmp_path / "m.jsonl").write_text(f"{line}\n{json.dumps(ROWS[1])}\n")
     bad, good = scan_manifest(tmp_path / "m.jsonl")
