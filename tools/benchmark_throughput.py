@@ -1,13 +1,7 @@
 #!/usr/bin/env python3
 """Measure throughput on this machine.
 
-    python tools/benchmark_throughput.py train     # a GRPO update against the plain transformers computation
-    python tools/benchmark_throughput.py rollout   # responses of a group against transformers' generate
-    python tools/benchmark_throughput.py step      # whole GRPO steps by phase
-    python tools/benchmark_throughput.py decode    # videos to frames
-    python tools/benchmark_throughput.py sync      # weights from the trainer to engines
-    python tools/benchmark_throughput.py convert   # import and export of a checkpoint against cp
-    python tools/benchmark_throughput.py sweep     # train over layouts, recomputation and microbatches
+    python tools/benchmark_throughput.py train --model qwen2.5-vl-7b
 
 Every command warms up, repeats, prints medians with their range, and writes JSON with --json FILE.
 """

@@ -174,7 +174,7 @@ def _plot(plans: Sequence[Plan], path: Path, title: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("--plot needs matplotlib; pip install 'megatron_vcr1[plots]'") from None
+        raise UserError("--plot needs matplotlib; pip install matplotlib") from None
     figure = Figure(figsize=(11, 4), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     hours, phases = figure.subplots(1, 2)

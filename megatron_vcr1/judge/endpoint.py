@@ -17,7 +17,7 @@ from megatron_vcr1.errors import UserError
 try:
     import openai
 except ImportError as error:
-    raise UserError("[judge] kind 'openai' needs the client: pip install 'megatron_vcr1[judge]'") from error
+    raise UserError("[judge] kind 'openai' needs the client: pip install 'openai>=2,<4'") from error
 
 LEAST_FAILURES_OF_AN_OUTAGE = 4
 

@@ -101,9 +101,12 @@ def add_parser(subparsers: Any) -> None:
         "convert", help="conversion of a checkpoint against cp", description=__doc__, allow_abbrev=False
     )
     parser.add_argument(
-        "--gigabytes", type=float, default=2.0, help="size of the checkpoint, at least one layer: about 1.2 (default 2)"
+        "--gigabytes",
+        type=float,
+        default=2.0,
+        help="size of the checkpoint, at least one layer: about 1.2 (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="how often each case runs (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each case runs (default: %(default)s)")
     parser.add_argument("--directory", type=Path, help="on the disk to be measured (default: for temporary files)")
     add_json_argument(parser)
     parser.set_defaults(run=run)

@@ -27,7 +27,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--videos", nargs="+", type=Path, help="files to read (default: one synthetic 854x480 clip)")
     parser.add_argument("--seconds", type=int, default=60, help="length of the synthetic clip (default: %(default)s)")
     parser.add_argument(
-        "--backends", nargs="+", choices=benchmark_video.OURS, default=list(benchmark_video.OURS), metavar="NAME"
+        "--backends",
+        nargs="+",
+        choices=benchmark_video.OURS,
+        default=list(benchmark_video.OURS),
+        metavar="NAME",
+        help=f"any of {', '.join(benchmark_video.OURS)} (default: all)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="over all clips (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="decoder threads of a process (default: %(default)s)")

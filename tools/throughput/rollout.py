@@ -51,7 +51,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="text and video (default: %(default)s)")
     parser.add_argument("--group-size", type=int, default=8, help="responses a prompt (default: %(default)s)")
     parser.add_argument("--response-tokens", type=int, default=32, help="of each response (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if on_gpu else "float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16" if on_gpu else "float32",
+        help="(default: bfloat16 with a GPU, float32 without)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of every side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's operators (default: %(default)s)")
     parser.add_argument("--directory", type=Path, help="for the weights (default: for temporary files)")

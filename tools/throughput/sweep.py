@@ -36,9 +36,11 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     for axis in ("tensor", "pipeline", "copies"):
-        parser.add_argument(f"--{axis}", nargs="+", type=int, default=[1])
-    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTES, default=["none"])
-    parser.add_argument("--microbatch-tokens", nargs="+", type=int, default=[16384])
+        parser.add_argument(f"--{axis}", nargs="+", type=int, default=[1], metavar="N", help="(default: 1)")
+    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTES, default=["none"], help="(default: none)")
+    parser.add_argument(
+        "--microbatch-tokens", nargs="+", type=int, default=[16384], metavar="N", help="(default: 16384)"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw seconds and memory (needs matplotlib)")
     add_json_argument(parser)
     parser.add_argument("train", nargs="*", metavar="-- TRAIN OPTIONS", help="see `train --help`")
@@ -113,7 +115,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("--plot needs matplotlib; pip install 'megatron_vcr1[plots]'") from None
+        raise UserError("--plot needs matplotlib; pip install matplotlib") from None
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(results)), layout="constrained")
     seconds, memory = figure.subplots(1, 2, sharey=True)
     varied = [axis for axis in AXES if len({one["point"][axis] for one in results}) > 1]

@@ -41,7 +41,12 @@ def add_parser(subparsers: Any) -> None:
     add_model_argument(parser, default="qwen2.5-vl-3b" if torch.cuda.is_available() else "small")
     add_layout_arguments(parser)
     parser.add_argument("--urls", nargs="+", default=[], help="SGLang servers that are running")
-    parser.add_argument("--method", choices=("distributed", "tensor", "disk"), default="distributed")
+    parser.add_argument(
+        "--method",
+        choices=("distributed", "tensor", "disk"),
+        default="distributed",
+        help="as sglang.sync (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     add_json_argument(parser)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

@@ -81,9 +81,17 @@ def add_parser(subparsers: Any) -> None:
         help="ours, as grpo.reference; none: no KL on either side (default: %(default)s)",
     )
     add_layout_arguments(parser)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="(default: all that are installed)")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        metavar="SIDE",
+        help=f"any of {', '.join(map(repr, SIDES))} (default: all that are installed)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of every side (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=1, help="timed updates a turn, after one that warms up")
+    parser.add_argument(
+        "--updates", type=int, default=1, help="timed a turn, after one that warms up (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's operators (default: %(default)s)")
     parser.add_argument("--directory", type=Path, help="for weights and gradients (default: for temporary files)")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="one more update of ours, for a trace and a table")
@@ -95,14 +103,24 @@ def add_parser(subparsers: Any) -> None:
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("our layout")
     on_gpu = torch.cuda.is_available()
-    layout.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if on_gpu else "float32")
+    layout.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16" if on_gpu else "float32",
+        help="(default: bfloat16 with a GPU, float32 without)",
+    )
     layout.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks (default: %(default)s)")
     layout.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: %(default)s)")
     layout.add_argument("--copies", type=int, default=1, help="data-parallel copies (default: %(default)s)")
-    layout.add_argument("--sequence-parallel", action="store_true")
+    layout.add_argument("--sequence-parallel", action="store_true", help="as parallel.sequence_parallel")
     layout.add_argument("--first-stage-layers", type=int, help="language-model layers (default: an even share)")
     layout.add_argument("--recompute", choices=RECOMPUTES, default="none", help="(default: %(default)s)")
-    layout.add_argument("--layer-spec", choices=("auto", "local", "transformer_engine"), default="auto")
+    layout.add_argument(
+        "--layer-spec",
+        choices=("auto", "local", "transformer_engine"),
+        default="auto",
+        help="as model.layer_spec (default: auto)",
+    )
     layout.add_argument("--fp8", choices=("tensorwise", "blockwise"), help="as model.fp8 (default: none)")
 
 
