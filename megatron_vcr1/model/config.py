@@ -152,6 +152,10 @@ def _require(raw: Mapping[str, Any], key: str, where: str) -> Any:
 def _text_config(raw: Mapping[str, Any], *, tied: bool) -> TextConfig:
     where = "the language model's configuration"
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if (kind := rope.get("rope_type") or rope.get("type")) not in (None, "default", "mrope"):
+        raise UserError(
+            f"rope type {kind!r} is set; this package builds the published models' positions, 'mrope', alone"
+        )
     if raw.get("use_sliding_window"):
         raise UserError("use_sliding_window is true; no published Qwen2-VL or Qwen2.5-VL model uses it")
     return TextConfig(

@@ -78,6 +78,7 @@ def test_tied_embeddings_are_found_where_any_transformers_saved_them(
         ({"text_config": {"num_attention_heads": 7}}, "hidden size 96 is no multiple of 7 heads"),
         ({"text_config": {"num_key_value_heads": 5}}, "12 heads do not divide among 5"),
         ({"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1]}}}, "mrope_section [1, 1, 1] must sum to"),
+        ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}}, "rope type 'yarn' is set"),
         ({"text_config": {"use_sliding_window": True}}, "use_sliding_window"),
         ({"vision_config": {"out_hidden_size": 64}}, "the merger puts out 64 features, the language model takes 96"),
         ({"vision_config": {"window_size": 14}}, "window_size 14 is smaller than one merged token"),
