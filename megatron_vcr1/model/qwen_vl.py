@@ -25,7 +25,6 @@ from vcr1_kernels import linear_log_probs
 from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model import token_step
 from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, Rotation
@@ -158,19 +157,9 @@ class QwenVLModel(MegatronModule):
         if batch.vision:
             features = self.vision_tower(batch.vision).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.vision_rows, features[:, None])
-        elif torch.is_grad_enabled() and any(one.requires_grad for one in self.vision_tower.parameters()):
-            # Text alone: the tower still gets a gradient, of zero, which overlapped data-parallel reductions wait for.
-            embeddings = embeddings + 0 * self.vision_tower([self._blank_image()]).sum()
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
-
-    def _blank_image(self) -> VisionInput:
-        """The smallest input that the vision tower takes."""
-        vision = self.model_config.vision
-        side = vision.merge_size * vision.patch_size
-        frames = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        return VisionInput(frames, (1, vision.merge_size, vision.merge_size), None)
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the language-model head, [vocab_shard, hidden_size]; on the last stage."""

@@ -169,19 +169,6 @@ def _what_learns(folder: Path, frozen: str) -> dict[str, bool]:
     return {name: name in gradients for name, _ in model.named_parameters()}
 
 
-def _text_gradients(folder: Path) -> dict[str, float]:
-    groups.initialize(RunConfig.model_validate({"model": {"path": folder}}).parallel)
-    model = _build(folder, {}, "model").train()
-    _, gradients = _loss_and_gradients(model, [pack([_group(0)], model.model_config)])
-    return {name: float(one.abs().max()) for name, one in gradients.items() if name.startswith("vision_tower")}
-
-
-def test_text_alone_gives_the_vision_tower_gradients_of_zero(reference: Path, gloo_pool: GlooPool) -> None:
-    """And not none: data-parallel ranks whose batches hold pictures would wait for them."""
-    for gradients in gloo_pool.run(_text_gradients, reference):
-        assert gradients and set(gradients.values()) == {0.0}
-
-
 @pytest.mark.parametrize(
     "part, prefixes",
     [
