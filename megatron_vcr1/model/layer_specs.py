@@ -95,7 +95,9 @@ class PackedMLP(MLP):
 def computed_again(result: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """Within, autograd keeps nothing of a result for the backward pass, which computes it again.
 
-    For results that cost next to nothing, of inputs that are kept anyhow.
+    For results that cost next to nothing, of inputs that are kept anyhow. A weight that is saved within comes back
+    without its Python attributes: the layers hold on to its `main_grad` themselves, and return no gradient of it where
+    they would have returned an empty one.
     """
     start, size = result.data_ptr(), result.numel()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,10 @@ class VisionTower(MegatronModule):
             orders = [order for order, _ in ordered]
             windows = tuple(length for _, lengths in ordered for length in lengths)
 
+        starts = accumulate(map(len, orders), initial=0)
+        units = torch.cat([order + start for order, start in zip(orders, starts, strict=False)])
+        places = units.argsort().to(self.patch_embed.weight.device, non_blocking=True)  # of each unit in that order
+
         def all_patches() -> Tensor:
             return torch.cat([self._patches(item, order) for item, order in zip(inputs, orders, strict=True)])
 
@@ -214,8 +219,7 @@ class VisionTower(MegatronModule):
         with computed_again(patches, all_patches):
             embedded = self.patch_embed(patches)
         hidden = self._encode(embedded, coordinates.flatten(0, 1), steps, windows)
-        features = self.merger(hidden).split([len(order) for order in orders])
-        return torch.cat([one[order.argsort().to(one.device)] for one, order in zip(features, orders, strict=True)])
+        return self.merger(hidden).index_select(0, places)
 
     def _patches(self, item: VisionInput, order: Tensor) -> Tensor:
         """Normalised patches, [patches, patch_dim], merge units in the given order."""
