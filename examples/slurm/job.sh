@@ -23,7 +23,8 @@ export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIM
 export TORCH_FR_DUMP_TEMP_FILE=$PWD/$LOGS/collectives-
 
 # A rank that fails takes the others along: SIGTERM at once, SIGKILL after the cluster's KillWait (30 s by default).
-STEP_OPTIONS=(--open-mode=append --kill-on-bad-exit=1 --cpu-bind="${CPU_BIND:-cores}")
+# One that is done does not, whatever the cluster's WaitTime: the first may go on, while a judge reads captions.
+STEP_OPTIONS=(--open-mode=append --kill-on-bad-exit=1 --wait=0 --cpu-bind="${CPU_BIND:-cores}")
 if [ -n "${CONTAINER:-}" ]; then
     STEP_OPTIONS+=(--container-image="$CONTAINER" --container-mounts="$PWD${MOUNTS:+,$MOUNTS}")
     STEP_OPTIONS+=(--container-workdir="$PWD" --no-container-mount-home)

@@ -34,6 +34,8 @@ elif scenario == "loading" and start == 0:
     time.sleep(300)  # a signal ends it without a checkpoint
 elif scenario == "wrong":
     sys.exit(2)
+elif scenario == "judging" and os.environ["SLURM_PROCID"] == "0":
+    time.sleep(6)
 elif scenario == "crash" or (scenario == "crash once" and start == 0):
     raise RuntimeError("something broke")
 print("finished", *sys.argv[3:], flush=True)
@@ -103,6 +105,13 @@ def test_a_signal_while_it_loads_starts_it_again(cluster, stand_in):
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
     assert "stopped before it could save" in output(stand_in, job)
+
+
+def test_the_first_rank_may_go_on_alone(cluster, stand_in):
+    job = cluster.submit(stand_in, *SMALL, SCRIPT, "judging", SLURM_WAIT="2")  # as where the cluster's WaitTime is 2 s
+    fields = cluster.wait(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "0")
+    assert all("finished" in text for text in logs(stand_in, job).values())
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster, stand_in):
