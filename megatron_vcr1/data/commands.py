@@ -29,7 +29,12 @@ _MAX_PRINTED = 20
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``data`` and its subcommands; each sets ``run``, which takes the arguments and returns the exit code."""
-    parser = subparsers.add_parser("data", help="import, synthesize and check manifests")
+    parser = subparsers.add_parser(
+        "data",
+        help="import, synthesize and check manifests",
+        description="A manifest is a file of samples, one JSON object a line: a video, what is asked about it, and the "
+        "truth. Training and evaluation read nothing else.",
+    )
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_import(commands)
     _add_synthesize(commands)
@@ -65,7 +70,12 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("synthesize", help="make videos of moving shapes with exact truth, for all tasks")
+    parser = commands.add_parser(
+        "synthesize",
+        help="make videos of moving shapes with exact truth, for all tasks",
+        description="Make mp4 files of moving shapes and their manifests: train.jsonl; and held out test.jsonl, "
+        "unseen_pairs.jsonl and longer_events.jsonl.",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the videos and manifests")
     parser.add_argument("--num-videos", type=positive, required=True, metavar="N", help="videos of the split train")
     parser.add_argument(
@@ -78,22 +88,27 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument(
         "--tasks",
         nargs="+",
-        type=Task,
-        choices=list(Task),
-        default=list(Task),
+        choices=[str(task) for task in Task],
+        default=[str(task) for task in Task],
         metavar="TASK",
         help=f"any of {', '.join(Task)} (default: all)",
     )
-    parser.add_argument("--side", type=positive, default=64, help="width and height in pixels (default: 64)")
-    parser.add_argument("--num-frames", type=positive, default=24, help="frames of a video (default: 24)")
-    parser.add_argument("--fps", type=positive, default=2, help="frames a second (default: 2)")
+    parser.add_argument(
+        "--side", type=positive, default=64, metavar="N", help="width and height in pixels (default: 64)"
+    )
+    parser.add_argument("--num-frames", type=positive, default=24, metavar="N", help="frames of a video (default: 24)")
+    parser.add_argument("--fps", type=positive, default=2, metavar="N", help="frames a second (default: 2)")
     parser.add_argument("--json", action="store_true", help="print the number of videos and the manifests as JSON")
     parser.set_defaults(run=run_synthesize)
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("check", help="validate every row of a manifest, and on request every video")
-    parser.add_argument("manifest", type=Path, metavar="MANIFEST")
+    parser = commands.add_parser(
+        "check",
+        help="validate every row of a manifest, and on request every video",
+        description="List what is wrong with a manifest, by line and sample. Exit code 0 if nothing is, otherwise 1.",
+    )
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="a .jsonl file")
     parser.add_argument("--videos", action="store_true", help="also decode every video as training does")
     parser.add_argument(
         "--num-workers",
@@ -168,7 +183,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
         num_test_videos=num_test_videos,
         seed=args.seed,
         video_format=VideoFormat(args.side, args.num_frames, args.fps),
-        tasks=args.tasks,
+        tasks=[Task(task) for task in args.tasks],
     )
     num_videos = args.num_videos + (len(SPLITS) - 1) * num_test_videos
     for _ in tqdm(videos, total=num_videos, desc="videos", unit="video"):

@@ -79,8 +79,8 @@ def read_processor(model_dir: Path) -> PromptProcessor:
     """`PromptProcessor.from_pretrained` for a directory that the user named: what is wrong with it is a UserError."""
     try:
         return PromptProcessor.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:  # our messages name the file; the tokenizer's, the directory
-        raise UserError(f"tokenizer or processor: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model_dir}: its tokenizer or processor cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -80,8 +80,14 @@ def test_half_a_character_skips_its_row_and_is_reported(tmp_path: Path, capsys: 
 
 
 def test_import_of_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"absent\.json: no such file"):
         vcr1("import", "activitynet", "--annotations", tmp_path / "absent.json", "--out", tmp_path / "m.jsonl")
+
+
+def test_a_mistyped_task_is_told_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        vcr1("synthesize", "--out", "a", "--num-videos", "1", "--tasks", "grounding")
+    assert "invalid choice: 'grounding' (choose from 'temporal_grounding', 'tracking'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,6 @@ def test_import_of_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
         ("import", "nonsense", "--annotations", "a", "--out", "b"),
         ("import", "activitynet", "--annotations", "a", "--out", "b", "--limit", "0"),
         ("synthesize", "--out", "a", "--num-videos", "-1"),
-        ("synthesize", "--out", "a", "--num-videos", "1", "--tasks", "nonsense"),
         (),
     ],
 )

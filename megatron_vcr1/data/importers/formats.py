@@ -64,6 +64,9 @@ def import_dataset(
         raise UserError(f"{name}: unknown format; known are {', '.join(FORMATS)}")
     if split is not None and name not in _SPLIT_FORMATS:
         raise UserError(f"--split {split}: {name} has a file for each split; give that file as --annotations")
+    for path in annotations:
+        if not path.exists():
+            raise UserError(f"--annotations {path}: no such file or folder")
     cleaner = RowCleaner(videos, keep_overruns)
     samples: dict[str, VideoSample] = {}
     num_rows, last_id = 0, None
@@ -86,9 +89,8 @@ def import_dataset(
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
         given = " ".join(map(str, annotations))
         where = "the first row" if last_id is None else f"the row after id {last_id}"
-        raise UserError(
-            f"{given}: not in the format {name} ({FORMATS[name]}); {where}: {type(error).__name__} {error}"
-        ) from error
+        problem = f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{given}: not in the format {name} ({FORMATS[name]}); {where}: {problem}") from error
     if num_rows == 0:
         raise UserError(f"{name}: no rows" + (f" in split {split}" if split else "") + "; check --annotations, --split")
     chosen = _choose(list(samples.values()), limit, seed)
