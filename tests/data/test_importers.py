@@ -352,7 +352,7 @@ def test_wrong_sets_of_files_are_user_errors(tmp_path: Path, charades: tuple[Pat
         run("charades_sta", *charades, split="train")
     with pytest.raises(UserError, match="no sequence folders"):
         run("got10k", tmp_path)
-    with pytest.raises(UserError, match="absent.json: no such file"):
+    with pytest.raises(UserError, match=r"absent\.json: no such file"):
         run("activitynet", tmp_path / "absent.json")
     with pytest.raises(UserError, match=r"expected a \.json, \.jsonl, \.parquet"):
         run("carebench", charades[0])
