@@ -216,9 +216,9 @@ class GrpoTrainer:
         sources = self._config.data.sources
         return {
             group.prompt.position: rollout_row(
-                step, group, thinking=sources[group.prompt.source].thinking, trained=trained
+                step, group, thinking=sources[group.prompt.source].thinking, trained=kept and bool(group.scored)
             )
-            for some, trained in ((groups.kept, True), (groups.dropped, False))
+            for some, kept in ((groups.kept, True), (groups.dropped, False))
             for group in some
         }
 

@@ -60,6 +60,7 @@ class Run:
         self._store = store
         self._step = 0
         self._skipped_in_a_row = 0
+        self._save_is_due = False
         self._save_s = 0.0
         self._sinks: list[Sink] = []
         self._cleanup = ExitStack()
@@ -130,7 +131,9 @@ class Run:
             self._report(result, metrics)
             self._stop_if_hopeless(result)
             stop = self._stop_is_requested()
-            if self._step % self._config.checkpoint.every_steps == 0 or self._is_over() or stop:
+            self._save_is_due |= self._step % self._config.checkpoint.every_steps == 0
+            # A step that is not finite may be the weights' fault: the checkpoints before are not given up for these.
+            if (self._save_is_due and result.applied) or self._is_over() or stop:
                 self._save()
             if stop:
                 self._store.finish()
@@ -167,6 +170,7 @@ class Run:
         if self._config.checkpoint.export == "always":
             self._store.finish()
             self._export()
+        self._save_is_due = False
         self._save_s = time.perf_counter() - start
 
     def _export(self) -> None:

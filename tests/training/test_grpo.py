@@ -228,12 +228,20 @@ def test_responses_without_a_verdict_are_left_out(folder: Path, world: None) -> 
     result = trainer.step(1, metrics := Metrics())
     step = metrics.reduce()
     assert result.applied and result.grad_norm > 0 and step["responses/unscored"] == 8
+    assert all(row["trained"] for row in result.rollouts.values())
     for row in result.rollouts.values():
         assert [response["advantage"] is None for response in row["responses"]] == [False, True, False, True]
         advantages = [response["advantage"] for response in row["responses"][::2]]
         assert sum(advantages) == pytest.approx(0) and advantages[0] < 0
     learned_from = sum(response["num_tokens"] for row in result.rollouts.values() for response in row["responses"][::2])
     assert learned_from < sum(one["num_tokens"] for row in result.rollouts.values() for one in row["responses"])
+
+
+def test_a_group_without_any_verdict_is_not_called_trained(folder: Path, world: None) -> None:
+    _, trainer = _build(_config(folder))
+    trainer._rollouts._rewarder = _NoVerdicts((0, 1, 2, 3))  # type: ignore[assignment]
+    result = trainer.step(1, Metrics())
+    assert result.applied and not any(row["trained"] for row in result.rollouts.values())
 
 
 def test_a_judge_that_fails_too_often_stops_the_run(tmp_path: Path, world: None) -> None:

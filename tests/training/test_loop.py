@@ -71,6 +71,22 @@ def test_a_run_stops_after_too_many_steps_that_are_not_finite_and_names_their_sa
     assert rows[1]["loss"] is None and rows[1]["grad_norm"] is None
 
 
+def test_weights_of_a_step_that_is_not_finite_are_not_saved_before_one_that_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Learner.update
+    calls: list[int] = []
+
+    def not_finite_at_two(self: Learner, *args: Any) -> Update:
+        calls.append(len(calls))
+        return Update(float("nan"), float("nan"), False, []) if len(calls) == 2 else update(self, *args)
+
+    monkeypatch.setattr(Learner, "update", not_finite_at_two)
+    checkpoint = {"every_steps": 2, "keep_last": 9, "export": "never"}
+    assert train(_config(folder, tmp_path, train={"num_steps": 6}, checkpoint=checkpoint)) == 0
+    assert run_store.saved_steps(tmp_path / "checkpoints") == [3, 4, 6]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_run_behind_a_checkpoint_and_the_next_start_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
