@@ -99,7 +99,8 @@ def _explain(detail: Mapping[str, Any], path: Path, overrides: Mapping[Key, str]
         case "value_error":  # raised by the schema's own checks, which name the key
             return f"{source}: {detail['ctx']['error']}"
         case "tuple_type":
-            return f"{source}: must be a list, not {detail['input']!r}; write it in {path}"
+            tables = f" as one table [[{name}]] for each" if isinstance(detail["input"], dict) else f" in {path}"
+            return f"{source}: must be a list, not {detail['input']!r}; write it{tables}"
     return f"{source}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
 
 

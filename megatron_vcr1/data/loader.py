@@ -205,8 +205,9 @@ class PromptLoader:
         """
         if state["order"] != self._order.fingerprint():
             raise UserError(
-                "the checkpoint was written with other data, weights or seed, so that it cannot go on exactly; "
-                "restore them, or start a new run from its weights"
+                "the run's checkpoint was written with other data (ids, order or weights of the sources) or another "
+                "train.seed, so that it cannot go on exactly; restore them, or choose another train.run_dir, with "
+                "the checkpoint as model.path"
             )
         self._next_position = state["next_position"]
 

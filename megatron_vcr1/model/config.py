@@ -107,7 +107,7 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
-            raise UserError(f"{path}: not found; name a directory that holds a Qwen2-VL or Qwen2.5-VL model") from None
+            raise UserError(f"{path}: not found; {_what_to_name(path.parent)}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable as JSON: {error}") from error
         try:
@@ -141,6 +141,14 @@ class ModelConfig:
         )
         _check(config)
         return config
+
+
+def _what_to_name(model_dir: Path) -> str:
+    """For who named a directory without a model."""
+    if (model_dir / "checkpoints").is_dir():
+        return f"{model_dir} is a run's folder: name its export, or one of its checkpoints/step_N"
+    download = f"; `hf download {model_dir} --local-dir DIR` fetches one" if not model_dir.exists() else ""
+    return f"name a directory that holds a Qwen2-VL or Qwen2.5-VL model{download}"
 
 
 def _require(raw: Mapping[str, Any], key: str, where: str) -> Any:

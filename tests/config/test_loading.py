@@ -105,6 +105,10 @@ def test_a_bad_option_is_named(run_toml, options, message):
         ),
         (RUN + "pipeline = 1.5", "run.toml: parallel.pipeline: input should be a valid integer"),
         ("parallel = 3\n[model]\npath='x'", "run.toml: parallel: input should be a valid dictionary"),
+        (
+            RUN + "[data.sources]\nmanifest = 'm'",
+            "data.sources: must be a list, not {'manifest': 'm'}; write it as one",
+        ),
         (RUN + "[rollout]\nstop = ['']", "rollout.stop.0: string should have at least 1 character"),
         ("[model", "run.toml: not TOML: "),
     ],

@@ -113,3 +113,12 @@ def test_missing_and_damaged_files(tmp_path: Path, content: str | None, message:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
         ModelConfig.from_pretrained(tmp_path)
+
+
+def test_a_directory_without_a_model_says_what_to_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run is a run's folder: name its export"):
+        ModelConfig.from_pretrained("run")
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen2\.5-VL-7B-Instruct"):
+        ModelConfig.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
