@@ -38,8 +38,8 @@ class ModelSection(Section):
         default=None,
         description="FP8 products in the language model's layers while training computes, by TransformerEngine: "
         "'tensorwise' (a scale a tensor; compute capability 8.9 or higher) or 'blockwise' (a scale a block of 128; 9.0 "
-        "or higher). Parameters, attention, head and vision tower stay in dtype, and so does the local engine. "
-        "Unset: none.",
+        "or higher). Parameters, attention, head and vision tower stay in dtype, and so does the local engine; the FP8 "
+        "copies of the layers' weights take up to 2 bytes a parameter more. Unset: none.",
     )
     freeze: Names[Literal["vision_tower", "merger", "language_model"]] = Field(
         default=(), description="Parts that keep their weights: any of 'vision_tower', 'merger', 'language_model'."
