@@ -46,15 +46,20 @@ class GrpoTrainer:
     """Samples groups from the policy, rewards them, and makes what was better than its group more likely."""
 
     def __init__(
-        self, config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor, num_steps: int
+        self,
+        config: RunConfig,
+        learner: Learner,
+        stream: PromptStream,
+        processor: PromptProcessor,
+        rewarder: Rewarder,
+        num_steps: int,
     ) -> None:
         """The model holds the weights that training starts from: they are the reference.
 
         Raises:
-            UserError: the engine, rewards or the judge cannot be had, or settings exclude each other.
+            UserError: the engine cannot be had.
         """
         self._config = config
-        check_settings(config)
         self._settings = config.grpo
         self._learner = learner
         self._model = learner.model
@@ -65,7 +70,6 @@ class GrpoTrainer:
         self._num_used = 0  # prompts, of all copies of the model; without those under way
         self._policy_version = 0  # steps that the model's weights have seen
         self._reference = Reference(self._model, config.grpo.reference) if config.grpo.kl_coef > 0 else None
-        rewarder = Rewarder(config, stream.samples, config.train.run_dir)  # its mistakes come before servers start
         self._engine = build_engine(config, self._model, processor)
         # Servers of the user's own may hold other weights; those of an imported model start without any.
         self._engine.update_weights(stream_hf_tensors(self._model), self._policy_version)

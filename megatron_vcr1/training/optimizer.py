@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from megatron_vcr1.config.training_sections import OptimizerSection
-from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.parallel import groups, schedule
@@ -52,10 +51,7 @@ class Learner:
         """Call it before anything keeps the parameters' memory: the distributed optimizer moves them into one buffer.
 
         Args:
-            num_steps: of the run, where the learning rate's decay ends.
-
-        Raises:
-            UserError: the warm-up is longer than the run.
+            num_steps: of the run, where the learning rate's decay ends; more than those of the warm-up.
         """
         logger.info("optimizer: %s", adam.install())
         model.config.finalize_model_grads_func = _finalize_gradients
@@ -157,8 +153,6 @@ def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, 
 
 def _scheduler(optimizer: ChainedOptimizer, section: OptimizerSection, num_steps: int) -> OptimizerParamScheduler:
     """megatron-core's; it also keeps weight decay away from biases and norms, which nothing else does."""
-    if section.warmup_steps >= num_steps:
-        raise UserError(f"optimizer.warmup_steps = {section.warmup_steps} must be below the run's {num_steps} steps")
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

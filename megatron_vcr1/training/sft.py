@@ -18,16 +18,14 @@ from megatron_vcr1.training.microbatches import make_microbatches
 from megatron_vcr1.training.optimizer import Learner, Loss
 from megatron_vcr1.training.prompts import DrawnPrompt, PromptStream
 from megatron_vcr1.training.step import StepResult
-from megatron_vcr1.training.targets import TargetEncoder, check_thinking, completion_text
+from megatron_vcr1.training.targets import TargetEncoder, completion_text
 
 
 class SftTrainer:
     """The loss is the answers' negative log-likelihood, a mean over the target tokens of all copies of the model."""
 
     def __init__(self, config: RunConfig, learner: Learner, stream: PromptStream, processor: PromptProcessor) -> None:
-        """Raises UserError if a source asks for thinking that its samples do not have."""
-        for source, samples in zip(config.data.sources, stream.samples, strict=True):
-            check_thinking(samples, source)
+        """Raises UserError if the chat template cannot close an assistant's turn."""
         self._config = config
         self._learner = learner
         self._stream = stream

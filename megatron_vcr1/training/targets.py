@@ -20,13 +20,14 @@ def completion_text(sample: VideoSample, templates: PromptTemplates, *, thinking
     return f"<think>{sample.thinking}</think>\n{answer}" if thinking else answer
 
 
-def check_thinking(samples: Sequence[VideoSample], source: DataSource) -> None:
-    """Raises UserError if the prompts ask for reasoning that the samples do not have."""
-    if source.thinking and (without := [sample.id for sample in samples if not sample.thinking]):
-        raise UserError(
-            f"{source.manifest}: {len(without)} of {len(samples)} samples have no 'thinking' to learn from, the first "
-            f"is {without[0]}; set thinking = false for this source, which trains on answers alone, or add it"
-        )
+def check_thinking(sources: Sequence[DataSource], samples: Sequence[Sequence[VideoSample]]) -> None:
+    """Raises UserError if a source's prompts ask for reasoning that its samples do not have."""
+    for source, some in zip(sources, samples, strict=True):
+        if source.thinking and (without := [sample.id for sample in some if not sample.thinking]):
+            raise UserError(
+                f"{source.manifest}: {len(without)} of {len(some)} samples have no 'thinking' to learn from, the first "
+                f"is {without[0]}; set thinking = false for this source, which trains on answers alone, or add it"
+            )
 
 
 class TargetEncoder:

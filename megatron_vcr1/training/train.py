@@ -17,13 +17,15 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.build import agree_with_servers
-from megatron_vcr1.training.grpo import GrpoTrainer
+from megatron_vcr1.training.grpo import GrpoTrainer, check_settings
 from megatron_vcr1.training.loop import Run
 from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.prompts import PromptStream
+from megatron_vcr1.training.rewarding import Rewarder
 from megatron_vcr1.training.run_dir import RunDir
 from megatron_vcr1.training.sft import SftTrainer
 from megatron_vcr1.training.step import Trainer
+from megatron_vcr1.training.targets import check_thinking
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +70,21 @@ def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
     processor = read_processor(config.model.path)
     stream = PromptStream(config.data, processor, seed=config.train.seed)
     num_steps = config.train.num_steps or steps_of_epochs(config, stream.epoch_size)
+    check_warmup(config, num_steps)
+    if config.train.stage == "sft":
+        check_thinking(config.data.sources, stream.samples)
+        learner = _learner(config, num_steps)
+        return learner, SftTrainer(config, learner, stream, processor), num_steps
+    check_settings(config)
+    rewarder = Rewarder(config, stream.samples, config.train.run_dir)
+    learner = _learner(config, num_steps)  # a large model takes minutes to load: the user's mistakes come before
+    return learner, GrpoTrainer(config, learner, stream, processor, rewarder, num_steps), num_steps
+
+
+def _learner(config: RunConfig, num_steps: int) -> Learner:
     model = build_model(ModelConfig.from_pretrained(config.model.path), config).to(groups.device())
     load_model_weights(model, config.model.path)
-    learner = Learner(model, config.optimizer, num_steps)
-    if config.train.stage == "sft":
-        return learner, SftTrainer(config, learner, stream, processor), num_steps
-    return learner, GrpoTrainer(config, learner, stream, processor, num_steps), num_steps
+    return Learner(model, config.optimizer, num_steps)
 
 
 def check_batch(config: RunConfig, num_copies: int) -> None:
@@ -88,6 +99,14 @@ def check_batch(config: RunConfig, num_copies: int) -> None:
         raise UserError(
             f"train.prompts_per_step = {number} does not divide into grpo.minibatches = {config.grpo.minibatches}; "
             "make it a multiple of that"
+        )
+
+
+def check_warmup(config: RunConfig, num_steps: int) -> None:
+    """Raises UserError if the warm-up is longer than the run."""
+    if config.optimizer.warmup_steps >= num_steps:
+        raise UserError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be below the run's {num_steps} steps"
         )
 
 

@@ -16,7 +16,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import groups
 from megatron_vcr1.rewards import RewardBreakdown
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
-from megatron_vcr1.training import grpo
+from megatron_vcr1.training import train as train_module
 from megatron_vcr1.training.grpo import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.optimizer import Learner
@@ -252,10 +252,10 @@ def test_a_judge_that_fails_too_often_stops_the_run(tmp_path: Path, world: None)
         trainer.step(1, Metrics())
 
 
-def test_a_reward_that_is_not_there_is_told_before_an_engine_starts(
+def test_a_reward_that_is_not_there_is_told_before_the_model_is_loaded(
     folder: Path, world: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpo, "build_engine", lambda *_: pytest.fail("servers take minutes to start"))
+    monkeypatch.setattr(train_module, "build_model", lambda *_: pytest.fail("a large one takes minutes to load"))
     with pytest.raises(UserError, match="no function nowhere"):
         build(_config(folder, ["tests.training.own_rewards:nowhere"]))
 

@@ -180,16 +180,21 @@ def test_thinking_that_is_asked_for_must_be_there_to_learn(folder: Path, tmp_pat
         ({"model": {"path": "nowhere"}}, "nowhere"),
         ({"train": {"stage": "grpo"}, "grpo": {"minibatches": 4}}, "2 does not divide into grpo.minibatches = 4"),
         ({"train": {"stage": "grpo"}, "grpo": {"overlong_buffer": 9}}, r"overlong_buffer = 9 .*max_new_tokens = 8\)"),
-        ({"profile": {"enabled": True, "ranks": [0, 1]}}, "profile.ranks = 0, 1: the job has ranks 0 to 0"),
         ({"data": {"sources": []}}, "name at least one manifest"),
         ({"data": {"sources": [{"manifest": "nowhere.jsonl"}]}}, "nowhere.jsonl"),
     ],
 )
-def test_mistakes_are_the_users_to_correct(
-    folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
+def test_mistakes_are_the_users_to_correct_before_the_model_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
 ) -> None:
+    monkeypatch.setattr(train_module, "build_model", lambda *_: pytest.fail("a large one takes minutes to load"))
     with pytest.raises(UserError, match=message):
         train(_config(folder, tmp_path / "run", **settings))
+
+
+def test_ranks_that_are_not_there_have_no_profile(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"profile\.ranks = 0, 1: the job has ranks 0 to 0"):
+        train(_config(folder, tmp_path, profile={"enabled": True, "ranks": [0, 1]}))
 
 
 def test_an_engine_that_does_not_agree_sets_off_an_alarm(

@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import ParallelSection, RunConfig
 from megatron_vcr1.data.packing import Group
-from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import build_model
@@ -156,8 +155,3 @@ def test_bfloat16_weights_of_several_copies_learn_in_float32(model_dir: Path, gl
 def test_schedules(model_dir: Path, settings: dict[str, Any], expected: list[float]) -> None:
     learner, _ = _learner(model_dir, learning_rate=1.0, **settings)
     assert [learner.end_step() for _ in range(10)] == pytest.approx(expected)
-
-
-def test_a_schedule_must_fit_the_run(model_dir: Path) -> None:
-    with pytest.raises(UserError, match="warmup_steps = 10 must be below the run's 10 steps"):
-        _learner(model_dir, warmup_steps=10)

@@ -41,7 +41,7 @@ def test_a_template_that_never_ends_a_turn_is_refused() -> None:
 def test_reasoning_that_is_asked_for_must_be_there() -> None:
     source = DataSource.model_validate({"manifest": "train.jsonl"})
     with_thinking = replace(sample(Task.QUALITY), thinking="because")
-    check_thinking([with_thinking], source)
+    check_thinking([source], [[with_thinking]])
     with pytest.raises(UserError, match=r"1 of 2 samples have no 'thinking'.*the first is clip-7"):
-        check_thinking([with_thinking, sample(Task.QUALITY)], source)
-    check_thinking([sample(Task.QUALITY)], source.model_copy(update={"thinking": False}))
+        check_thinking([source], [[with_thinking, sample(Task.QUALITY)]])
+    check_thinking([source.model_copy(update={"thinking": False})], [[sample(Task.QUALITY)]])
