@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from contextlib import closing
 
@@ -26,8 +25,6 @@ from megatron_vcr1.training.run_dir import RunDir
 from megatron_vcr1.training.sft import SftTrainer
 from megatron_vcr1.training.step import Trainer
 from megatron_vcr1.training.targets import check_thinking
-
-logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> int:
