@@ -40,7 +40,7 @@ def test_tools_run(words):
 
 
 def test_every_command_is_one_of_these():
-    installs = {"python3.12", "hf"}  # on a machine with GPUs and the network
+    installs = {"python3.12", "hf", "srun"}  # on a machine with GPUs and the network
     assert {shlex.split(line)[0] for line in COMMANDS} == {"vcr1", "python", "sbatch"} | installs
 
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-with_dali= with_sglang=
+with_dali='' with_sglang=''
 while true; do
     case ${1:-} in
         --with-dali) with_dali=1 ;;

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the job scripts of this folder share; they read it with `source`. README.md explains it.
 #
 # Settings, as environment variables of sbatch:
