@@ -50,7 +50,7 @@ from megatron_vcr1.parallel import groups
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _LOCK_FILE = ".lock"
 _OTHER_FILES_BYTES = 2**26  # tokenizer, configuration, indices
 LOCK_PATIENCE_S = 120.0  # how long the file system may hold the lock of a process whose node has died
