@@ -30,12 +30,13 @@ def test_only_a_server_that_keeps_its_weights_lends_its_memory(saver: bool, back
         assert check_server(server.url) == (saver and backup)
 
 
-@pytest.mark.parametrize("is_lent", [True, False])
-def test_a_run_takes_back_what_a_killed_one_left_lent(is_lent: bool) -> None:
+@pytest.mark.parametrize("is_lent", [True, False], ids=["lent", "paused for an update"])
+def test_a_run_takes_back_what_a_killed_one_left(is_lent: bool) -> None:
     lender = Lender()
     with FakeServer(lender) as server:
         if is_lent:
             loan_of(server).lend()
+        lender.is_paused = True
         check_server(server.url)
         assert (lender.is_lent, lender.is_paused, lender.has_ended) == (False, False, False)
         assert lender.version == "3@run"

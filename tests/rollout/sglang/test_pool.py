@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -63,7 +64,10 @@ def ask_all(
     return asyncio.run(run())
 
 
-def test_requests_go_to_the_least_loaded_server_with_a_free_place(start: Any) -> None:
+@pytest.mark.parametrize("concurrency, num_requests", [(2, 8), (8, 4)], ids=["a free place", "least loaded"])
+def test_requests_go_to_the_least_loaded_server_with_a_free_place(
+    start: Any, concurrency: int, num_requests: int
+) -> None:
     here, lock, most = {}, threading.Lock(), {}
     barrier = threading.Barrier(4)
 
@@ -80,16 +84,37 @@ def test_requests_go_to_the_least_loaded_server_with_a_free_place(start: Any) ->
         return reply
 
     servers = [start(slow("a")), start(slow("b"))]
-    assert ask_all(servers, list(range(8)), concurrency=2) == list(range(8))
+    assert ask_all(servers, list(range(num_requests)), concurrency=concurrency) == list(range(num_requests))
     assert most == {"a": 2, "b": 2}
-    assert [one.count("/generate") for one in servers] == [4, 4]
+    assert [one.count("/generate") for one in servers] == [num_requests // 2] * 2
 
 
 def test_status_500_is_asked_again_elsewhere_and_never_twice(start: Any) -> None:
-    broken = start(lambda path, body: (500, {"error": "out of memory"}))
-    good = start(healthy)
+    """And a server whose last answer was one gets one request at a time."""
+    here, most, has_failed = 0, 0, False
+    lock = threading.Lock()
+
+    def fail(path: str, body: Any) -> Reply:
+        nonlocal here, most, has_failed
+        if is_later := has_failed:
+            with lock:
+                here += 1
+                most = max(most, here)
+        time.sleep(0.02)
+        with lock:
+            here -= is_later
+            has_failed = True
+        return 500, {"error": "out of memory"}
+
+    def answer(path: str, body: Any) -> Reply:
+        time.sleep(0.02)
+        return healthy(path, body)
+
+    broken, good = start(fail), start(answer)
     assert ask_all([broken, good], list(range(20)), concurrency=2) == list(range(20))
-    assert broken.count("/generate") <= 20
+    assert most == 1
+    bodies = [body for _, body in broken.requests]
+    assert len(bodies) == len(set(bodies)) > 2
     assert good.count("/generate") == 20
 
 
