@@ -70,6 +70,18 @@ def test_two_dtypes_and_a_stored_tied_head_survive(tmp_path: Path) -> None:
     assert contents(tmp_path / "exported") == contents(hf_dir)
 
 
+def test_a_cache_whose_files_are_links_is_read_as_the_files(hf_dir: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b/snapshots/0a1b"
+    snapshot.mkdir(parents=True)
+    for path in hf_dir.iterdir():
+        blob = tmp_path / "models--a--b" / f"{hash(path.name):x}"
+        (snapshot / path.name).symlink_to(shutil.copy(path, blob))
+    import_checkpoint(snapshot, tmp_path / "imported")
+    shutil.rmtree(tmp_path / "models--a--b")
+    export_checkpoint(tmp_path / "imported", tmp_path / "exported")
+    assert contents(tmp_path / "exported") == contents(hf_dir)
+
+
 def test_names_of_other_transformers_versions_survive(tmp_path: Path) -> None:
     config = small_config()
     renamed = {}

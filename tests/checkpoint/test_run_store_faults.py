@@ -75,6 +75,14 @@ def test_what_the_settings_say_is_kept(model_dir: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".lock", "step_3", "step_6", "step_7", "step_8"]
 
 
+def test_everything_is_on_the_disk_before_it_gets_its_name(saved: ToyRun, not_on_disk: list[str]) -> None:
+    saved.train(1)
+    saved.save()
+    saved.store.finish()
+    assert saved_steps(saved.store.path(3).parent) == [2, 3]
+    assert not not_on_disk
+
+
 def test_a_step_is_saved_once(saved: ToyRun) -> None:
     before = saved.store.path(2).stat()
     saved.save()
