@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from megatron_vcr1.training.prompts import DrawnPrompt, PromptStream
 from megatron_vcr1.training.rewarding import Response, Rewarder
 from megatron_vcr1.training.step import TrainingStopped
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup, Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,14 @@ class Rollouts:
                 break
             prompts = self.draw(metrics, -(-(wanted - len(positions)) // num_copies))
             groups = groups + self.score(prompts, self.sample(prompts, metrics), metrics)
+        if len(positions) < wanted:
+            logger.info(
+                "dynamic sampling: %d of %d groups have a signal after %d refills (grpo.max_refills); the step trains on "
+                "these",
+                len(positions),
+                wanted,
+                self._config.grpo.max_refills,
+            )
         used = set(positions[:wanted])
         kept = tuple(group for group in groups if group.prompt.position in used)
         dropped = tuple(group for group in groups if group.prompt.position not in used)

@@ -136,11 +136,15 @@ def test_dynamic_sampling_replaces_groups_without_a_signal(folder: Path, world: 
     assert positions == sorted(positions)
 
 
-def test_dynamic_sampling_goes_on_short_and_without_an_update_if_nothing_differs(folder: Path, world: None) -> None:
+def test_dynamic_sampling_goes_on_short_and_without_an_update_if_nothing_differs(
+    folder: Path, world: None, caplog: pytest.LogCaptureFixture
+) -> None:
     config = _config(folder, [], grpo={"dynamic_sampling": True, "max_refills": 2})
     learner, trainer = _build(config)
     before = _weights(learner)
-    result = trainer.step(1, metrics := Metrics())
+    with caplog.at_level("INFO"):
+        result = trainer.step(1, metrics := Metrics())
+    assert "0 of 4 groups have a signal after 2 refills" in caplog.text
     assert result.applied and result.samples == ()
     assert metrics.reduce()["groups/dropped"] == 12  # 4 prompts, and 2 rounds of refills
     assert all(torch.equal(before[name], one) for name, one in _weights(learner).items())
