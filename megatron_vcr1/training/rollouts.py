@@ -142,8 +142,7 @@ class Rollouts:
             groups = groups + self.score(prompts, self.sample(prompts, metrics), metrics)
         if len(positions) < wanted:
             logger.info(
-                "dynamic sampling: %d of %d groups have a signal after %d refills (grpo.max_refills); the step trains on "
-                "these",
+                "dynamic sampling: %d of %d groups have a signal after %d refills (grpo.max_refills); the step goes on",
                 len(positions),
                 wanted,
                 self._config.grpo.max_refills,
