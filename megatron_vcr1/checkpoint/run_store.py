@@ -243,7 +243,10 @@ class RunStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged or missing ({error!r})") from None
         if version != _STATE_VERSION or missing:
-            raise UserError(f"{path}: version {version}; this program reads version {_STATE_VERSION}")
+            raise UserError(
+                f"{path}: of version {version}, and this program reads version {_STATE_VERSION}; choose another "
+                "train.run_dir, with the checkpoint as model.path"
+            )
         return content
 
     def _write(self, step: int, pieces: list[Piece], chunks: Iterable[NamedChunk], state: str, model_dir: Path) -> None:
