@@ -43,6 +43,8 @@ class SamplingParams:
                 "need a finite temperature >= 0, 0 < top_p <= 1, top_k >= 0; "
                 f"got {self.temperature}, {self.top_p}, {self.top_k}"
             )
+        if 0 < self.temperature < 1e-6:  # logits that are divided by less may leave float32's range
+            raise ValueError(f"temperature {self.temperature} is too small; 0 takes the most probable token")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0 and finite, got {self.repetition_penalty}")
         if "" in self.stop:

@@ -233,6 +233,7 @@ def test_a_conversation_and_the_models_name(client: openai.OpenAI) -> None:
         ([text("x")], {"extra_body": {"mm_processor_kwargs": {"fps": 1}}}, "mm_processor_kwargs is not served here"),
         ([text("x")], {"presence_penalty": 0.5}, "presence_penalty is not served here"),
         ([text("x")], {"extra_body": {"repetition_penalty": 0}}, "repetition_penalty: Input should be greater than 0"),
+        ([text("x")], {"temperature": 1e-40}, "temperature 1e-40 is too small; 0 takes"),
         ([text("x")], {"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ([text("when? " * 500)], {}, "tokens; up to 400 are served"),
         ([text("<|video_pad|>")], {}, "stands for a picture"),
