@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import FrameType
 
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     record = Record(demo.out)
     console = Console(width=None if sys.stdout.isatty() else 140)  # a table in a log file needs room
     if args.real is not None:
+        warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")  # megatron-core, module by module
         return _real(demo, args.real, args.ask, console)
     if not record.is_of(demo.recipe()):
         print(
