@@ -155,12 +155,12 @@ def family_of(engine: SglangEngine) -> list[psutil.Process]:
 def test_servers_of_the_runs_own(
     world: None, sglang_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a model without safetensors (as after an import), of the other family, with tied embeddings."""
-    for key, value in ENVIRONMENT.items():
+    """Of two ranks, and a model without safetensors (as after an import), of the other family, with tied embeddings."""
+    for key, value in (ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{(os.cpu_count() or 1) - 1}"}).items():
         monkeypatch.setenv(key, value)
     folder = model_dir.create("qwen2_vl", tmp_path / "model")
     weights = folder / "model.safetensors"
-    run = settings(tmp_path, folder, sglang_python, port=free_port(), sync="disk")
+    run = settings(tmp_path, folder, sglang_python, port=free_port(), sync="disk", tensor=2)
     config = RunConfig.model_validate(run)
     model = load(config)
     weights.rename(tmp_path / "elsewhere.safetensors")
@@ -176,6 +176,11 @@ def test_servers_of_the_runs_own(
         groups = engine.generate(asked, SamplingParams(8))
         assert versions(groups) == {5}
         assert largest_difference(model, asked, groups) < TOLERANCE
+        for version, sync in enumerate(("distributed", "tensor"), 6):
+            engine._delivery._sync = sync
+            change(model, seed=version)
+            engine.update_weights(iter(stream_hf_tensors(model)), version)
+            assert largest_difference(model, asked, engine.generate(asked, SamplingParams(8))) < TOLERANCE
         family = family_of(engine)
     finally:
         engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -12,53 +13,63 @@ import megatron_vcr1
 
 pytestmark = pytest.mark.xdist_group("sglang")
 
-# Whatever is not a server's to have may not be imported.
-BLOCK = """
-import sys
+# Importing SGLang takes long: one process for all of it. Whatever is not a server's to have may not be imported.
+SCRIPT = """
+import importlib, json, sys, warnings
+
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("megatron", "pydantic_settings", "av", "vcr1_kernels"):
             raise ImportError(f"{name} was imported")
+
 sys.meta_path.insert(0, Block())
+package = "megatron_vcr1.rollout.sglang.plugin"
+found = {}
+
+def import_package():
+    sys.modules.pop(package, None)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        importlib.import_module(package)
+    return [str(one.message) for one in heard if "is tested with sglang" in str(one.message)]
+
+found["as it is"] = import_package()
+found["model"] = sys.modules[f"{package}.processor"].ExactQwenVLProcessor.models[1].__name__
+import sglang
+from sglang.srt.managers.schedule_batch import MultimodalDataItem
+sglang.__version__ = "9.9"
+found["another version"] = import_package()
+del MultimodalDataItem.set_identity
+try:
+    import_package()
+except RuntimeError as error:
+    found["without what it uses"] = str(error)
+print(json.dumps(found))
 """
-PLUGIN = "from megatron_vcr1.rollout.sglang.plugin.processor import check_sglang, ExactQwenVLProcessor\n"
 
 
-@pytest.fixture
-def run(sglang_python: Path, tmp_path: Path):
-    (tmp_path / "megatron_vcr1").symlink_to(Path(megatron_vcr1.__file__).parent)
-
-    def run(code: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": str(tmp_path), "SGLANG_USE_CPU_ENGINE": "1"}
-        return subprocess.run(
-            [sglang_python, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-
-    return run
-
-
-def test_it_loads_without_the_trainers_packages(run) -> None:
-    result = run(BLOCK + PLUGIN + "print(ExactQwenVLProcessor.models[1].__name__)")
-    assert result.stdout.strip() == "Qwen2_5_VLForConditionalGeneration", result.stderr[-2000:]
-    assert "is tested with sglang" not in result.stderr
+@pytest.fixture(scope="module")
+def found(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "megatron_vcr1").symlink_to(Path(megatron_vcr1.__file__).parent)
+    environment = os.environ | {"PYTHONPATH": str(folder), "SGLANG_USE_CPU_ENGINE": "1"}
+    result = subprocess.run(
+        [sglang_python, "-c", SCRIPT], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_an_sglang_that_lacks_what_it_uses_ends_the_server(run) -> None:
+def test_it_loads_without_the_trainers_packages(found: dict[str, object]) -> None:
+    assert found["model"] == "Qwen2_5_VLForConditionalGeneration"
+    assert found["as it is"] == []
+
+
+def test_an_sglang_that_lacks_what_it_uses_ends_the_server(found: dict[str, object]) -> None:
     """The package's import must fail: an error in a module of it, SGLang would log and go on without the plug-in."""
-    result = run(
-        "import sglang; sglang.__version__ = '9.9'\n"
-        "from sglang.srt.managers.schedule_batch import MultimodalDataItem\n"
-        "del MultimodalDataItem.set_identity\n"
-        "import importlib; importlib.import_module('megatron_vcr1.rollout.sglang.plugin')"
-    )
-    assert result.returncode != 0
-    assert (
-        "plug-in is tested with sglang 0.5.23, this is 9.9, which lacks MultimodalDataItem.set_identity"
-        in result.stderr
-    )
+    expected = "plug-in is tested with sglang 0.5.23, this is 9.9, which lacks MultimodalDataItem.set_identity"
+    assert expected in str(found["without what it uses"])
 
 
-def test_an_untested_version_warns(run) -> None:
-    result = run("import sglang; sglang.__version__ = '9.9'\n" + PLUGIN)
-    assert result.returncode == 0
-    assert "is tested with sglang 0.5.23, this is 9.9: compare its log-probs" in result.stderr
+def test_an_untested_version_warns(found: dict[str, object]) -> None:
+    assert "is tested with sglang 0.5.23, this is 9.9: compare its log-probs" in str(found["another version"])
