@@ -218,7 +218,8 @@ class VisionTower(MegatronModule):
         patches = all_patches()
         with computed_again(patches, all_patches):
             embedded = self.patch_embed(patches)
-        hidden = self._encode(embedded, coordinates.flatten(0, 1), steps, windows)
+        coordinates = coordinates.flatten(0, 1).to(embedded.device, non_blocking=True)
+        hidden = self._encode(embedded, coordinates, steps, windows)
         return self.merger(hidden).index_select(0, places)
 
     def _patches(self, item: VisionInput, order: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ class VisionTower(MegatronModule):
             merge_size=self.vision.merge_size,
             mean=self.vision.pixel_mean,
             std=self.vision.pixel_std,
-            unit_order=order.to(like.device),
+            unit_order=order.to(like.device, non_blocking=True),
             dtype=like.dtype,
         )
 
@@ -251,7 +252,7 @@ class VisionTower(MegatronModule):
             hidden,
             attention_mask=None,
             packed_seq_params=AttentionLayout(
-                rotation=Rotation.by_angles(rotary_angles(coordinates.to(hidden.device), self.vision.head_dim)),
+                rotation=Rotation.by_angles(rotary_angles(coordinates, self.vision.head_dim)),
                 full=_bidirectional(steps, padding),
                 windows=None if windows is None else _bidirectional(windows, padding),
             ),

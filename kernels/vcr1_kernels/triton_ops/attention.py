@@ -190,4 +190,4 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _table(rows: list[tuple[int, ...]], num_columns: int, device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, num_columns).to(device)
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, num_columns).to(device, non_blocking=True)
