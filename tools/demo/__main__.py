@@ -90,6 +90,8 @@ def show(
     path = demo.out / "report.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_results(results, console)
+    if demo.quick:
+        console.print("--quick: a few steps of everything, so that these figures tell only that it runs")
     console.print(f"{demo.out / 'report.html'} shows curves, and samples with their frames; numbers: {path}")
 
 
