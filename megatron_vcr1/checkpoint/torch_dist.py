@@ -147,18 +147,27 @@ def read_metadata(directory: Path) -> dict[str, GlobalTensor]:
         UserError: missing, damaged, of another format, or holding classes that do not belong into such a file.
     """
     _check_config(directory)
-    metadata = _unpickle(directory / _METADATA_FILE)
-    tensors = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            chunks = tuple(_find_chunk(directory, metadata, key, stored) for stored in entry.chunks)
-            if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(entry.size):  # DCP's chunks never overlap
-                shape = tuple(entry.size)
-                raise UserError(
-                    f"{directory}: the chunks of {key} do not fill its shape {shape}; the checkpoint is damaged"
-                )
-            tensors[key] = GlobalTensor(entry.properties.dtype, tuple(entry.size), chunks)
-    return tensors
+    path = directory / _METADATA_FILE
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        return {
+            key: _global_tensor(directory, metadata, key, entry)
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes make a pickle raise anything, and leave objects without their fields
+        raise UserError(f"{path}: refused or damaged: {error!r}") from None
+
+
+def _global_tensor(directory: Path, metadata: Metadata, key: str, entry: TensorStorageMetadata) -> GlobalTensor:
+    shape = tuple(entry.size)
+    chunks = tuple(_find_chunk(directory, metadata, key, stored) for stored in entry.chunks)
+    if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):  # DCP's chunks never overlap
+        raise UserError(f"{directory}: the chunks of {key} do not fill its shape {shape}; the checkpoint is damaged")
+    return GlobalTensor(entry.properties.dtype, shape, chunks)
 
 
 def _find_chunk(directory: Path, metadata: Metadata, key: str, stored: ChunkStorageMetadata) -> Chunk:
@@ -190,9 +199,9 @@ def read_chunk(directory: Path, chunk: Chunk) -> Tensor:
         with path.open("rb") as file:
             view = _create_file_view(file, chunk.position, chunk.num_bytes)
             tensor = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # of any kind where bytes are damaged
         raise UserError(
-            f"{path}: {chunk.key} at {chunk.offsets} cannot be read ({error}); the checkpoint is damaged"
+            f"{path}: {chunk.key} at {chunk.offsets} cannot be read ({error!r}); the checkpoint is damaged"
         ) from None
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.shape:
         raise UserError(f"{path}: {chunk.key} at {chunk.offsets} is not the tensor that {_METADATA_FILE} describes")
@@ -233,14 +242,3 @@ class _MetadataUnpickler(pickle.Unpickler):
         if not is_dtype and name not in _ADMITTED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in a checkpoint's metadata")
         return super().find_class(module, name)
-
-
-def _unpickle(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: refused or damaged: {error}") from None
-    if not isinstance(metadata, Metadata):
-        raise UserError(f"{path}: holds a {type(metadata).__name__} instead of a checkpoint's metadata")
-    return metadata

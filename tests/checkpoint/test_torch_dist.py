@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_chunk_does_not_carry_the_buffer_that_it_lay_in(tmp_path: Path) -> Non
 
 def test_a_pickle_that_runs_code_is_refused_before_it_runs(imported_dir: Path, tmp_path: Path) -> None:
     (imported_dir / "megatron/.metadata").write_bytes(pickle.dumps(_RunsCode(tmp_path / "ran")))
-    with pytest.raises(UserError, match=r"\.metadata: refused or damaged: it names .*open"):
+    with pytest.raises(UserError, match=r"\.metadata: refused or damaged: .*it names .*open"):
         read_metadata(imported_dir / "megatron")
     with pytest.raises(UserError, match="refused"):
         load_model_weights(None, imported_dir)  # type: ignore[arg-type]
@@ -65,6 +66,39 @@ def test_a_chunk_that_runs_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.distcp: w at \(0,\) cannot be read"):
         read_chunk(tmp_path, chunk)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("field", ["relative_path", "offsets", "chunks", "properties", "state_dict_metadata", "a dict"])
+def test_a_damaged_index_is_refused(tmp_path: Path, field: str) -> None:
+    _write(tmp_path / "c", torch.randn(4, 3))
+    path = tmp_path / "c/.metadata"
+    if field == "a dict":
+        path.write_bytes(pickle.dumps({"state_dict_metadata": {}}))
+    else:
+        path.write_bytes(path.read_bytes().replace(field.encode(), field.upper().encode()))
+    with pytest.raises(UserError, match=r"c/\.metadata: refused or damaged: AttributeError"):
+        read_metadata(tmp_path / "c")
+
+
+def test_a_damaged_chunk_is_a_tensor_of_its_shape_or_is_refused(tmp_path: Path) -> None:
+    """Its own bytes have no checksum; those around them are a zip file with a pickle."""
+    _write(tmp_path / "c", torch.randn(2, 3))
+    (chunk,) = read_metadata(tmp_path / "c")["w"].chunks
+    path = tmp_path / "c" / chunk.file
+    whole = path.read_bytes()
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice((1, 3, 20))):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            assert read_chunk(tmp_path / "c", chunk).shape == (2, 3)
+        except UserError as error:
+            assert f"{path}: w at (0, 0)" in str(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_a_truncated_chunk_file_is_refused(tmp_path: Path) -> None:
