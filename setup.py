@@ -20,6 +20,8 @@ REQUIREMENTS = [
     "transformers>=5.0,<6",
 ]
 
+# Without SGLang: it asks for a torch of its own (0.5.23: 2.14.1), and so has an environment of its own, which
+# sglang.python names.
 EXTRAS = {
     "gpu": [
         "nvidia-dali-cuda130>=2.1",
@@ -31,7 +33,6 @@ EXTRAS = {
     "logging": ["tensorboard", "wandb"],
     "peers": ["trl>=1.16,<2"],  # what tools/benchmark_throughput.py train compares with, where it is there
     "plots": ["matplotlib"],  # of the throughput tools
-    "rollout": ["sglang>=0.5.23,<0.6"],
     "dev": [
         "hypothesis",
         "matplotlib",

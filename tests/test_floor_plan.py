@@ -46,7 +46,11 @@ DISTRIBUTIONS = {
     "transformer_engine": "transformer-engine",
     "triton": "torch",  # comes with it
 }
-UNDECLARED = {"apex", "flash_attn"}  # built against one torch and CUDA: containers and users bring them
+UNDECLARED = {
+    "apex",  # this and the next are built against one torch and CUDA: containers and users bring them
+    "flash_attn",
+    "sglang",  # in an environment of its own
+}
 
 PACKAGE_FILES = sorted(chain((ROOT / "megatron_vcr1").rglob("*.py"), (ROOT / "kernels/vcr1_kernels").rglob("*.py")))
 PYTHON_FILES = sorted(
