@@ -190,8 +190,8 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
         return transformer_engine_backend()
     if requested == "transformer_engine":
         raise UserError(
-            f"model.layer_spec is 'transformer_engine', but {missing}; pip install 'megatron_vcr1[gpu]' on a machine "
-            "with GPUs, or use 'local'"
+            f"model.layer_spec is 'transformer_engine', but {missing}; examples/README.md has its installation on a "
+            "machine with GPUs; or use 'local'"
         )
     logger.info("layers: local (%s)", missing)
     return LocalBackend()
