@@ -28,8 +28,7 @@ class Rotation:
 
     @classmethod
     def by_angles(cls, angles: Tensor) -> Rotation:
-        """Of rotary angles as megatron-core has them, [rows, 1, 1, head_dim]."""
-        angles = angles[:, 0, 0]
+        """Of rotary angles, [rows, head_dim]."""
         return cls(angles.cos(), angles.sin())
 
 

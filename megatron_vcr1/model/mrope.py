@@ -92,3 +92,23 @@ def prompt_positions(
 def vision_rows(token_ids: Tensor, vision_token_ids: frozenset[int]) -> Tensor:
     """bool [tokens]: which tokens of a prompt are pads that vision features replace."""
     return torch.isin(token_ids, torch.tensor(sorted(vision_token_ids), dtype=token_ids.dtype))
+
+
+def rotary_angles(position_ids: Tensor, sections: Sequence[int], rotary_base: float) -> Tensor:
+    """Angles that queries and keys are turned by.
+
+    Without a matrix product, which megatron-core and transformers take: where float32 ones are left to TF32, as in
+    NVIDIA's containers, positions above 2048 would be rounded.
+
+    Args:
+        position_ids: int64 [3, rows].
+        sections: rotary frequencies of the time, height and width axes, the fastest first.
+
+    Returns:
+        float32 [rows, 2 * sum(sections)]: the frequencies' angles, twice.
+    """
+    head_dim = 2 * sum(sections)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    frequencies = (1 / rotary_base**exponents).split(list(sections))
+    angles = [positions[:, None] * some for positions, some in zip(position_ids.float(), frequencies, strict=True)]
+    return torch.cat((*angles, *angles), dim=-1)

@@ -31,6 +31,7 @@ from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, Rota
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.kv_cache import KVCache
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
+from megatron_vcr1.model.mrope import rotary_angles
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.transformer_config import (
     FP8_ROWS,
@@ -87,8 +88,7 @@ class QwenVLModel(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             share_embeddings_and_output_weights=config.text.tied_embeddings,
-            position_embedding_type="mrope",
-            rotary_base=config.text.rope_theta,
+            position_embedding_type="none",  # the attention turns queries and keys itself
             scatter_embedding_sequence_parallel=False,  # vision features are put in first
         )
 
@@ -121,10 +121,8 @@ class QwenVLModel(MegatronModule):
         # Elsewhere ranks divide all rows, or products want them by multiples.
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
-        angles = self.language_model.rotary_pos_emb(
-            batch.position_ids[:, None], self.language_model.mrope_section
-        )  # [rows, 1, 1, head_dim]
-        rotation = Rotation.by_angles(angles)
+        text = self.model_config.text
+        rotation = Rotation.by_angles(rotary_angles(batch.position_ids, text.mrope_section, text.rope_theta))
         decoder = self.language_model.decoder
         if isinstance(cached, KVCache) and token_step.knows_layers(decoder):
             rows = decoder.input_tensor if embeddings is None else embeddings

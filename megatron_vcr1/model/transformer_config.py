@@ -93,7 +93,6 @@ def text_transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=True,
-        mrope_section=list(text.mrope_section),
         pipeline_model_parallel_size=parallel.pipeline,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,

@@ -54,12 +54,12 @@ def patch_coordinates(grid: Grid, merge_size: int) -> Tensor:
 
 
 def rotary_angles(coordinates: Tensor, head_dim: int) -> Tensor:
-    """Two-axis rotary angles, float32 [patches, 1, 1, head_dim]: half of the frequencies turn with the row, half with
-    the column.
+    """Two-axis rotary angles, float32 [patches, head_dim]: half of the frequencies turn with the row, half with the
+    column.
     """
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=coordinates.device) / (head_dim // 2)
     angles = (coordinates[:, :, None].float() / ROTARY_BASE**exponents).flatten(1)
-    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    return torch.cat((angles, angles), dim=-1)
 
 
 def joined(inputs: Sequence[VisionInput], temporal_patch_size: int) -> list[VisionInput]:

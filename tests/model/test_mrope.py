@@ -1,13 +1,18 @@
-"""mRoPE positions against the rule written out by hand and against transformers, where its rule is the same."""
+"""mRoPE positions against the rule written out by hand and against transformers, where its rule is the same; angles
+against float64.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from megatron_vcr1.model.mrope import prompt_positions, vision_positions
+from megatron_vcr1.model.mrope import prompt_positions, rotary_angles, vision_positions
 from tests.model import tiny
 from tests.model.tiny import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
@@ -91,3 +96,27 @@ def test_pads_that_do_not_fit_the_grids_are_refused(token_ids: list[int], vision
     with pytest.raises(ValueError) as error:
         _positions(token_ids, vision)
     assert message in str(error.value)
+
+
+class _Tf32Products(TorchDispatchMode):
+    """Matrix products read 11 bits of a float32 number, as a GPU's do where that is allowed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            args = tuple(self._rounded(one) for one in args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _rounded(x: Tensor) -> Tensor:
+        mantissa, exponent = torch.frexp(x)
+        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+def test_angles_of_long_videos_keep_their_digits_where_products_do_not() -> None:
+    positions = torch.tensor([[4099, 30_001], [2049, 7], [5001, 12_345]])
+    with _Tf32Products():
+        assert float(torch.tensor([[4099.0]]) @ torch.ones(1, 1)) == 4100
+        angles = rotary_angles(positions, (16, 24, 24), 1e6)  # the published models'
+    axes = torch.tensor([0] * 16 + [1] * 24 + [2] * 24)
+    exact = positions.double()[axes].T / 1e6 ** (torch.arange(64).double() / 64)
+    torch.testing.assert_close(angles.double(), exact.repeat(1, 2), rtol=1e-6, atol=0)

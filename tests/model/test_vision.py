@@ -34,7 +34,7 @@ def test_patch_coordinates_equal_transformers(grid: tuple[int, int, int]) -> Non
 
 
 def test_rotary_angles_turn_half_with_rows_and_half_with_columns() -> None:
-    angles = rotary_angles(torch.tensor([[3, 5]]), head_dim=8)[0, 0, 0]
+    angles = rotary_angles(torch.tensor([[3, 5]]), head_dim=8)[0]
     torch.testing.assert_close(angles, torch.tensor([3.0, 0.03, 5.0, 0.05]).repeat(2))
 
 
