@@ -15,7 +15,7 @@ LENT = "lent:"
 """Before the version of a server's weights while its memory is lent.
 
 The server itself keeps the mark: it outlives a trainer that is killed, and goes with the server. Without it one could
-not know: SGLang does not tell, and ends when it is to take back what it has not given. (It ends so if a trainer was killed
+not know: SGLang does not tell, and ends when it is to take back what it has not given. (It does if a trainer was killed
 in the millisecond between mark and call; whoever watches it starts it anew.)
 """
 
