@@ -159,6 +159,8 @@ def check_server(url: str) -> bool:
             f"{url} runs with --enable-deterministic-inference, which makes all responses of a group the same; start "
             "it without"
         )
-    if info.get("dp_size", 1) > 1:
-        raise UserError(f"{url} runs with --dp-size, and its replicas take no new weights; start it without")
+    if info.get("dp_size", 1) > 1 or info.get("pp_size", 1) > 1:
+        raise UserError(
+            f"{url} runs with --dp-size or --pp-size; new weights do not reach replicas and stages: start it without"
+        )
     return bool(info.get("enable_memory_saver") and info.get("enable_weights_cpu_backup"))

@@ -47,7 +47,8 @@ _COLOCATED_ENVIRONMENT = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "1", "SGLANG_ENABLE_
 _UNFIT = {
     "--enable-deterministic-inference": "all responses of a group are the same with it",
     **dict.fromkeys(
-        ("--dp", "--dp-size", "--data-parallel-size"), "its replicas take no new weights; set sglang.num_servers"
+        ("--dp", "--dp-size", "--data-parallel-size", "--pp", "--pp-size", "--pipeline-parallel-size"),
+        "new weights do not reach replicas and stages; set sglang.num_servers or sglang.tensor",
     ),
 }
 

@@ -42,7 +42,7 @@ def test_a_run_takes_back_what_a_killed_one_left(is_lent: bool) -> None:
         assert lender.version == "3@run"
 
 
-@pytest.mark.parametrize("info", [{"enable_deterministic_inference": True}, {"dp_size": 2}], ids=str)
+@pytest.mark.parametrize("info", [{"enable_deterministic_inference": True}, {"dp_size": 2}, {"pp_size": 2}], ids=str)
 def test_a_server_that_would_not_do_is_refused(info: dict[str, Any]) -> None:
     with (
         FakeServer(lambda path, body: (200, READY | info)) as server,

@@ -225,8 +225,8 @@ def test_weights_are_loaded_where_there_are_any(tmp_path: Path) -> None:
     "argument, reason",
     [
         ("--enable-deterministic-inference", "all responses of a group are the same"),
-        ("--dp-size=2", "replicas take no new weights"),
-        ("--dp", "replicas take no new weights"),
+        ("--dp-size=2", "new weights do not reach replicas"),
+        ("--pp", "new weights do not reach replicas and stages"),
     ],
 )
 def test_an_argument_that_would_not_do_is_refused(tmp_path: Path, argument: str, reason: str) -> None:
