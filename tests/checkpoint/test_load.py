@@ -98,7 +98,7 @@ def _fail_to_convert(hf_dir: Path, out_dir: Path) -> str:
 
 def test_an_error_of_one_process_is_the_error_of_all(hf_dir: Path, imported_dir: Path, gloo_pool: GlooPool) -> None:
     errors = gloo_pool.run(_fail_to_convert, hf_dir, imported_dir)
-    assert errors == [f"{imported_dir}: exists; name a new directory, or remove it first"] * 4
+    assert errors == [f"{imported_dir}: exists (Directory not empty); name a new directory, or remove it first"] * 4
 
 
 class _PaddedEmbedding:
