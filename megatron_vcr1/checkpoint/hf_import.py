@@ -6,8 +6,9 @@ buffer and written from there, so no large tensor is ever whole in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_vcr1.checkpoint.hf_weights import HfWeights
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, copy_model_files
-from megatron_vcr1.checkpoint.torch_dist import Chunk, GlobalTensor, write_chunks, write_metadata
+from megatron_vcr1.checkpoint.torch_dist import write_chunks, write_metadata
 from megatron_vcr1.checkpoint.workers import (
     Progress,
     new_directory,
@@ -68,8 +69,8 @@ def import_checkpoint(hf_dir: Path, out_dir: Path, *, progress: Progress = no_pr
         ranges = [part for layout in layouts.values() for part in _cut(layout, weights.dtype(layout).itemsize)]
         tensors = _read(weights, ranges[rank() :: num_workers()], progress)
         written = on_every_worker(lambda: write_chunks(megatron_dir / f"__{rank()}_0.distcp", tensors))
-        chunks = [chunk for of_one_worker in written for chunk in of_one_worker]
-        on_first_worker(lambda: write_metadata(megatron_dir, _global_tensors(layouts, weights, chunks)))
+        kinds = {key: (weights.dtype(layout), layout.shape) for key, layout in layouts.items()}
+        on_first_worker(lambda: write_metadata(megatron_dir, kinds, chain.from_iterable(written)))
         on_first_worker(lambda: copy_model_files(hf_dir, partial))
         return weights.num_bytes
 
@@ -104,14 +105,3 @@ def _read(
         progress(num_bytes, total)
         shape = (num_rows, *layout.shape[1:])
         yield layout.key, (part.start, *(0 for _ in layout.shape[1:])), rows.view(shape)
-
-
-def _global_tensors(
-    layouts: Mapping[str, TensorLayout], weights: HfWeights, chunks: list[Chunk]
-) -> dict[str, GlobalTensor]:
-    by_key: dict[str, list[Chunk]] = {key: [] for key in layouts}
-    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
-        by_key[chunk.key].append(chunk)
-    return {
-        key: GlobalTensor(weights.dtype(layout), layout.shape, tuple(by_key[key])) for key, layout in layouts.items()
-    }

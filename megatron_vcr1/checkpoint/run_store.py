@@ -42,7 +42,7 @@ from megatron_vcr1.checkpoint.integrity import check_files, write_checksums
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, STATE_FILE, copy_model_files, write_durably
 from megatron_vcr1.checkpoint.optimizer_state import num_updates, optimizer_pieces, set_num_updates
 from megatron_vcr1.checkpoint.pieces import Piece, cut, parameter_pieces, read_pieces, share_of_copy
-from megatron_vcr1.checkpoint.torch_dist import Chunk, GlobalTensor, read_metadata, write_chunks, write_metadata
+from megatron_vcr1.checkpoint.torch_dist import Chunk, Kind, read_metadata, write_chunks, write_metadata
 from megatron_vcr1.checkpoint.workers import num_workers, on_every_worker, on_first_worker, rank
 from megatron_vcr1.config.training_sections import CheckpointSection
 from megatron_vcr1.errors import UserError
@@ -75,7 +75,7 @@ class _Share:
     file: str
     chunks: list[Chunk]
     checksum: Checksum
-    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # type and shape of the global tensors, by key
+    kinds: dict[str, Kind]  # of the global tensors, by key
 
 
 class RunStore:
@@ -262,7 +262,8 @@ class RunStore:
         self._newest = step
 
     def _publish(self, step: int, partial: Path, shares: list[_Share], state: str, model_dir: Path) -> None:
-        write_metadata(partial / MEGATRON_DIR, _global_tensors(shares))
+        kinds = {key: kind for share in shares for key, kind in share.kinds.items()}
+        write_metadata(partial / MEGATRON_DIR, kinds, chain.from_iterable(share.chunks for share in shares))
         copy_model_files(model_dir, partial)
         write_durably(partial / STATE_FILE, state.encode())
         write_checksums(partial, {f"{MEGATRON_DIR}/{share.file}": share.checksum for share in shares})
@@ -347,17 +348,6 @@ def _write_share(megatron_dir: Path, pieces: list[Piece], chunks: Iterable[Named
     written = write_chunks(megatron_dir / file, chunks, checksum)
     kinds = {piece.key: (piece.values.dtype, piece.global_shape) for piece in pieces}
     return _Share(file, written, checksum, kinds)
-
-
-def _global_tensors(shares: list[_Share]) -> dict[str, GlobalTensor]:
-    kinds = {key: kind for share in shares for key, kind in share.kinds.items()}
-    chunks: dict[str, list[Chunk]] = {key: [] for key in kinds}
-    for chunk in chain.from_iterable(share.chunks for share in shares):
-        chunks[chunk.key].append(chunk)
-    return {
-        key: GlobalTensor(*kinds[key], tuple(sorted(of_key, key=lambda chunk: chunk.offsets)))
-        for key, of_key in sorted(chunks.items())
-    }
 
 
 def _load_tensors(megatron_dir: Path, model: nn.Module, optimizer: MegatronOptimizer) -> None:

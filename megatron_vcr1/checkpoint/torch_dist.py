@@ -47,6 +47,9 @@ _CONFIG = {
 }
 
 
+Kind = tuple[torch.dtype, tuple[int, ...]]  # a global tensor's type and shape
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A rectangle of a global tensor, and where its serialized form stands."""
@@ -113,21 +116,25 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(error), str(path)) from None
 
 
-def write_metadata(directory: Path, tensors: Mapping[str, GlobalTensor]) -> None:
-    """Complete a checkpoint whose ``.distcp`` files are written: the index of its chunks, and megatron-core's files."""
+def write_metadata(directory: Path, kinds: Mapping[str, Kind], chunks: Iterable[Chunk]) -> None:
+    """Complete a checkpoint whose ``.distcp`` files are written: the index of its chunks, and megatron-core's files.
+
+    Args:
+        kinds: of the global tensors, by key.
+        chunks: what every process has written of them.
+    """
+    chunks = sorted(chunks, key=lambda chunk: chunk.offsets)
+    of_tensor: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in kinds}
+    for chunk in chunks:
+        of_tensor[chunk.key].append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)))
     metadata = Metadata(
         state_dict_metadata={
-            key: TensorStorageMetadata(
-                TensorProperties(dtype=tensor.dtype),
-                torch.Size(tensor.shape),
-                [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)) for chunk in tensor.chunks],
-            )
-            for key, tensor in tensors.items()
+            key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), of_tensor[key])
+            for key, (dtype, shape) in kinds.items()
         },
         storage_data={
             MetadataIndex(chunk.key, chunk.offsets): _StorageInfo(chunk.file, chunk.position, chunk.num_bytes)
-            for tensor in tensors.values()
-            for chunk in tensor.chunks
+            for chunk in chunks
         },
         storage_meta=StorageMeta(),
     )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from megatron_vcr1.checkpoint import hf_import, safetensors_io, torch_dist
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
-from megatron_vcr1.checkpoint.torch_dist import GlobalTensor, read_chunk, read_metadata
+from megatron_vcr1.checkpoint.torch_dist import read_chunk, read_metadata
 from megatron_vcr1.checkpoint.verify import compare_weights
 from megatron_vcr1.checkpoint.workers import new_directory
 from megatron_vcr1.errors import UserError
@@ -112,13 +112,8 @@ def test_a_checkpoint_trained_in_float32_is_exported_in_the_original_dtype(hf_di
     chunks = torch_dist.write_chunks(
         megatron_dir / "__0_0.distcp", [*others, (KEY, (0, 0), halves[0]), (KEY, (0, 64), halves[1])]
     )
-    torch_dist.write_metadata(
-        megatron_dir,
-        {
-            key: GlobalTensor(tensor.dtype, tensor.shape, tuple(chunk for chunk in chunks if chunk.key == key))
-            for key, tensor in stored.items()
-        },
-    )
+    kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in stored.items()}
+    torch_dist.write_metadata(megatron_dir, kinds, chunks)
     result = export_checkpoint(imported_dir, imported_dir / "exported")
     assert result.casts == {"float32 to bfloat16": 2}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vcr1.checkpoint import torch_dist
 from megatron_vcr1.checkpoint.pieces import Piece, cut, read_pieces, rectangles, run_of, share_of_copy
-from megatron_vcr1.checkpoint.torch_dist import GlobalTensor, read_metadata
+from megatron_vcr1.checkpoint.torch_dist import read_metadata
 from megatron_vcr1.errors import UserError
 
 
@@ -51,8 +51,7 @@ def _write(directory: Path, pieces: list[Piece]) -> None:
     directory.mkdir()
     owned = ((key, offsets, values.clone()) for key, offsets, values in cut(pieces))
     chunks = torch_dist.write_chunks(directory / "__0_0.distcp", owned)
-    tensor = GlobalTensor(pieces[0].values.dtype, pieces[0].global_shape, tuple(chunks))
-    torch_dist.write_metadata(directory, {"w": tensor})
+    torch_dist.write_metadata(directory, {"w": (pieces[0].values.dtype, pieces[0].global_shape)}, chunks)
 
 
 @pytest.mark.parametrize("cuts", [(0, 35), (0, 1, 6, 7, 23, 35)])

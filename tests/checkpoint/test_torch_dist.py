@@ -9,7 +9,7 @@ import torch
 
 from megatron_vcr1.checkpoint import torch_dist
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.checkpoint.torch_dist import Chunk, GlobalTensor, read_chunk, read_metadata
+from megatron_vcr1.checkpoint.torch_dist import Chunk, read_chunk, read_metadata
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import model_layout, to_megatron
@@ -31,7 +31,7 @@ def _write(directory: Path, tensor: torch.Tensor) -> None:
     chunks = torch_dist.write_chunks(
         directory / "__0_0.distcp", (("w", (row, 0), tensor[row : row + 2].clone()) for row in range(0, len(tensor), 2))
     )
-    torch_dist.write_metadata(directory, {"w": GlobalTensor(tensor.dtype, tuple(tensor.shape), tuple(chunks))})
+    torch_dist.write_metadata(directory, {"w": (tensor.dtype, tuple(tensor.shape))}, chunks)
 
 
 def test_chunks_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_truncated_chunk_file_is_refused(tmp_path: Path) -> None:
 def test_chunks_with_a_gap_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     chunks = torch_dist.write_chunks(tmp_path / "c/__0_0.distcp", [("w", (0, 0), torch.randn(2, 3))])
-    torch_dist.write_metadata(tmp_path / "c", {"w": GlobalTensor(torch.float32, (4, 3), tuple(chunks))})
+    torch_dist.write_metadata(tmp_path / "c", {"w": (torch.float32, (4, 3))}, chunks)
     with pytest.raises(UserError, match=r"the chunks of w do not fill its shape \(4, 3\)"):
         read_metadata(tmp_path / "c")
 
@@ -121,7 +121,7 @@ def test_chunks_with_a_gap_are_refused(tmp_path: Path) -> None:
 def test_a_chunk_outside_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     chunk = Chunk("w", (0, 0), (2, 3), "../secret", 0, 100)
-    torch_dist.write_metadata(tmp_path / "c", {"w": GlobalTensor(torch.float32, (2, 3), (chunk,))})
+    torch_dist.write_metadata(tmp_path / "c", {"w": (torch.float32, (2, 3))}, [chunk])
     with pytest.raises(UserError, match="in no file of this directory"):
         read_metadata(tmp_path / "c")
 
