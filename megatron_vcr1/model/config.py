@@ -147,8 +147,10 @@ def _what_to_name(model_dir: Path) -> str:
     """For who named a directory without a model."""
     if (model_dir / "checkpoints").is_dir():
         return f"{model_dir} is a run's folder: name its export, or one of its checkpoints/step_N"
-    download = f"; `hf download {model_dir} --local-dir DIR` fetches one" if not model_dir.exists() else ""
-    return f"name a directory that holds a Qwen2-VL or Qwen2.5-VL model{download}"
+    return (
+        "name a directory that holds a Qwen2-VL or Qwen2.5-VL model; `hf download Qwen/Qwen2.5-VL-7B-Instruct "
+        "--local-dir DIR` fetches one"
+    )
 
 
 def _require(raw: Mapping[str, Any], key: str, where: str) -> Any:

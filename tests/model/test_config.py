@@ -120,5 +120,5 @@ def test_a_directory_without_a_model_says_what_to_name(tmp_path: Path, monkeypat
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"run is a run's folder: name its export"):
         ModelConfig.from_pretrained("run")
-    with pytest.raises(UserError, match=r"hf download Qwen/Qwen2\.5-VL-7B-Instruct"):
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen2\.5-VL-7B-Instruct --local-dir DIR"):
         ModelConfig.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")

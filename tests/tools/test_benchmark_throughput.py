@@ -52,6 +52,18 @@ def test_sync_to_servers_needs_their_model(capsys: pytest.CaptureFixture[str]) -
     assert "--model the directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "rollout"])
+def test_a_prompt_has_room_for_its_video(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmark_throughput.main([command, "--prompt-tokens", "10"])
+    assert "--prompt-tokens: 10 have no room for a video; take at least 128" in capsys.readouterr().err
+
+
+def test_a_missing_clip_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_throughput.main(["decode", "--videos", "nope.mp4"]) == 2
+    assert "--videos nope.mp4: no such file" in capsys.readouterr().err
+
+
 def test_decode_reads_clips(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
     out = tmp_path / "decode.json"

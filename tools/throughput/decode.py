@@ -13,6 +13,7 @@ from typing import Any
 
 import benchmark_video
 
+from megatron_vcr1.errors import UserError
 from throughput.measure import add_json_argument, machine, print_table, write_json
 
 
@@ -41,6 +42,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for clip in args.videos or ():
+        if not clip.is_file():
+            raise UserError(f"--videos {clip}: no such file")
     with tempfile.TemporaryDirectory(prefix="benchmark-decode-") as folder:
         clips = args.videos or [benchmark_video.write_clip(Path(folder) / "synthetic.mp4", args.seconds)]
         workers = benchmark_video.start_workers(args.backends, args.threads)

@@ -42,6 +42,13 @@ class Spread:
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} - {self.high:.{digits}f})"
 
 
+def prompt_tokens(text: str) -> int:
+    """An argument: the tokens of a prompt with a video."""
+    if int(text) < 128:
+        raise argparse.ArgumentTypeError(f"{text} have no room for a video; take at least 128")
+    return int(text)
+
+
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
 

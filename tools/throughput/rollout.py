@@ -29,7 +29,7 @@ from megatron_vcr1.parallel import groups
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
-from throughput.measure import Spread, add_json_argument, machine, print_table, seconds, write_json
+from throughput.measure import Spread, add_json_argument, machine, print_table, prompt_tokens, seconds, write_json
 from throughput.random_weights import write_random_model
 from throughput.update_case import UpdateCase
 from throughput.update_plain import pixel_values
@@ -48,7 +48,9 @@ def add_parser(subparsers: Any) -> None:
     on_gpu = torch.cuda.is_available()
     add_model_argument(parser, default="qwen2.5-vl-3b" if on_gpu else "small")
     parser.add_argument("--prompts", type=int, default=4, help="groups of a step (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=1024, help="text and video (default: %(default)s)")
+    parser.add_argument(
+        "--prompt-tokens", type=prompt_tokens, default=1024, help="text and video (default: %(default)s)"
+    )
     parser.add_argument("--group-size", type=int, default=8, help="responses a prompt (default: %(default)s)")
     parser.add_argument("--response-tokens", type=int, default=32, help="of each response (default: %(default)s)")
     parser.add_argument(

@@ -44,6 +44,7 @@ from throughput.measure import (
     memory_bytes,
     peak_memory_bytes,
     print_table,
+    prompt_tokens,
     reset_peak_memory,
     run_again,
     timed,
@@ -70,7 +71,9 @@ def add_parser(subparsers: Any) -> None:
     add_model_argument(parser, default="qwen2.5-vl-3b" if torch.cuda.is_available() else "small")
     sizes = parser.add_argument_group("the update")
     sizes.add_argument("--prompts", type=int, default=1, help="groups of an update (default: %(default)s)")
-    sizes.add_argument("--prompt-tokens", type=int, default=1024, help="text and video (default: %(default)s)")
+    sizes.add_argument(
+        "--prompt-tokens", type=prompt_tokens, default=1024, help="text and video (default: %(default)s)"
+    )
     sizes.add_argument("--group-size", type=int, default=8, help="responses a prompt (default: %(default)s)")
     sizes.add_argument("--response-tokens", type=int, default=64, help="of each response (default: %(default)s)")
     sizes.add_argument("--microbatch-tokens", type=int, default=16384, help="ours (default: %(default)s)")
