@@ -15,6 +15,7 @@ from tests.gloo import GlooPool
 # Before torch and huggingface_hub are imported, by the tests or by processes that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # NVIDIA's containers set it; tests ask for float32
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # our kernels are tested in the interpreter; triton reads it once
 
