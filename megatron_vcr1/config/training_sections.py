@@ -47,7 +47,9 @@ class DataSection(Section):
         default=2, ge=0, description="Processes of a rank that decode ahead; 0 decodes between steps."
     )
     cache_mb: int = Field(
-        default=256, ge=0, description="Decoded videos that each decoding process keeps, in megabytes; 0: none."
+        default=256,
+        ge=0,
+        description="Decoded videos that each decoding process keeps, in MB (of the GPU with 'dali-gpu'); 0: none.",
     )
 
     @model_validator(mode="after")
