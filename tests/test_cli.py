@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tomllib
@@ -83,6 +84,24 @@ def test_only_some_commands_take_overrides(monkeypatch, capsys):
         cli.main(["plain", "--parallel.tensor", "2"])
     assert stopped.value.code == 2
     assert "unrecognized arguments: --parallel.tensor 2" in capsys.readouterr().err
+
+
+def commands(parser, name="vcr1"):
+    """Every command with its parser."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, one in action.choices.items():
+                yield from commands(one, f"{name} {word}")
+
+
+def test_every_command_and_option_is_explained():
+    unexplained = []
+    for name, parser in commands(cli.build_parser()):
+        options = [one for one in parser._actions if not isinstance(one, argparse._SubParsersAction)]
+        unexplained += [f"{name} {one.dest}" for one in options if not one.help]
+        unexplained += [] if parser.description else [name]
+    assert not unexplained
 
 
 def test_help_loads_nothing_heavy():

@@ -38,7 +38,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, divided: bool) -> No
         help="a Hugging Face directory, an imported one or a run's checkpoint",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--layer-spec", choices=("auto", "local", "transformer_engine"), default="auto")
+    parser.add_argument(
+        "--layer-spec",
+        choices=("auto", "local", "transformer_engine"),
+        default="auto",
+        help="whose layers it is built of (default: auto, TransformerEngine's where it is installed with a GPU)",
+    )
     if divided:
         parser.add_argument(
             "--tensor-parallel", type=positive, default=1, metavar="N", help="ranks that share every layer"

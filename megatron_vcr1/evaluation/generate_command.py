@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for name, (number, text) in _VIDEO_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=number, metavar="N", help=text)
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="default: %(default)s")
+    sampling.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer; default: 1024")
     sampling.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the most probable token"
     )

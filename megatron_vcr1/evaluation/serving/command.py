@@ -24,8 +24,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--files", type=Path, metavar="DIR", help="clients may name files below it by file:// (default: none)"
     )
-    parser.add_argument("--max-prompt-tokens", type=int, default=16384, metavar="N", help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, default=16384, metavar="N", help="longest prompt; default: 16384"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer; default: %(default)s"
+    )
     parser.add_argument(
         "--batch", type=int, default=32, metavar="N", help="requests answered together; default: %(default)s"
     )
