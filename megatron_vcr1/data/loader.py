@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -173,7 +173,7 @@ class PromptLoader:
         self.skipped: list[SkippedSample] = []
         """Samples that this rank could not use since the start or the last resume."""
 
-    def __iter__(self) -> Iterator[PreparedSample]:
+    def __iter__(self) -> Generator[PreparedSample, None, None]:
         """Goes on where the last iteration or the loaded state ended.
 
         Raises:

@@ -249,6 +249,7 @@ class GrpoTrainer:
     def close(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
+        self._stream.close()
         self._engine.close()
 
 

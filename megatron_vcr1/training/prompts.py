@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -75,7 +75,7 @@ class PromptStream:
             num_ranks=groups.num_copies(),
             num_workers=section.num_workers,
         )
-        self._iterator: Iterator[PreparedSample] | None = None
+        self._iterator: Generator[PreparedSample, None, None] | None = None
         self.num_drawn = 0
 
     @property
@@ -107,6 +107,12 @@ class PromptStream:
         self._loader.load_state_dict(state)
         self.num_drawn = state["next_position"]
         self._iterator = None
+
+    def close(self) -> None:
+        """End the decoding processes, if there are any."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
 
     def _draw(self, number: int) -> Iterator[DrawnPrompt]:
         if self._iterator is None:

@@ -77,4 +77,4 @@ class SftTrainer:
         self._stream.load_state_dict(state["prompts"])
 
     def close(self) -> None:
-        """Nothing to give back."""
+        self._stream.close()

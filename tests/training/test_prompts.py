@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def test_a_stream_goes_on_from_its_state(folder: Path, num_workers: int) -> None
     second = _stream(folder, num_workers=num_workers)
     second.load_state_dict(state)
     assert [one.id for one in second.take(7)] == whole[5:]
+
+
+def test_closing_ends_the_decoding_processes(folder: Path) -> None:
+    before = set(multiprocessing.active_children())
+    stream = _stream(folder, num_workers=1)
+    stream.take(1)
+    (worker,) = set(multiprocessing.active_children()) - before
+    stream.close()
+    assert not worker.is_alive()
 
 
 def test_samples_that_cannot_be_read_are_told_once(folder: Path, tmp_path: Path) -> None:
