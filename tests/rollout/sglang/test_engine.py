@@ -54,7 +54,7 @@ def test_groups_of_text_images_and_videos(start_engine: Start, model: QwenVLMode
             assert rollout.finish_reason == (FinishReason.STOP if ended else FinishReason.LENGTH)
             assert model_dir.END not in rollout.token_ids[:-1]
             assert ended or len(rollout.token_ids) == 12
-    assert payload_files() == before
+    assert payload_files() <= before  # those of processes that were killed before are removed as well
 
 
 @pytest.mark.parametrize(
