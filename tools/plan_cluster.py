@@ -25,9 +25,9 @@ from cluster_plan.devices import DEVICES, Device
 from cluster_plan.job import Job
 from cluster_plan.search import Cluster, Plan, Refusal, search
 from model_presets import add_model_argument, model_config
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from tables import frameless
 from tqdm import tqdm
 
 from megatron_vcr1.errors import UserError
@@ -204,16 +204,8 @@ def _division(plan: Plan) -> str:
 
 
 def _table(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
-    """Numbers to the right, without frames: 80 columns hold it."""
-    table = Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-    )
+    """Numbers to the right."""
+    table = frameless(title, caption)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
@@ -309,7 +301,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 
 def _refusals_table(refusals: Sequence[Refusal]) -> Table:
-    table = Table(title="Ruled out", title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table = frameless("Ruled out")
     table.add_column("TP x PP", no_wrap=True)
     table.add_column("why")
     for one in refusals:

@@ -18,9 +18,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from tables import frameless
 
 PACKAGES = ("torch", "transformers", "megatron-core", "triton", "transformer-engine", "flash-attn", "sglang", "trl")
 TOOL = Path(__file__).parents[1] / "benchmark_throughput.py"
@@ -185,15 +184,7 @@ def run_again(
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
-    table = Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-    )
+    table = frameless(title, caption)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
