@@ -68,9 +68,9 @@ setup(
         "megatron_vcr1": ["py.typed"],
         "vcr1_kernels": ["py.typed"],
         "megatron_vcr1.data": ["*.toml"],
-        "megatron_vcr1.evaluation.report": ["templates/*"],
+        "megatron_vcr1.report": ["templates/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["vcr1 = megatron_vcr1.cli:main"]},
+    entry_points={"console_scripts": ["vcr1 = megatron_vcr1.cli.main:main"]},
 )

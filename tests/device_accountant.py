@@ -248,7 +248,7 @@ def main(arguments: list[str]) -> int:
     _believe_in_cuda()
     import vcr1_kernels.backend
 
-    from megatron_vcr1.cli import main as vcr1
+    from megatron_vcr1.cli.main import main as vcr1
 
     vcr1_kernels.backend._triton_is_installed = lambda: False  # its kernels need a GPU
     with keeping_books():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1 import cli
+from megatron_vcr1.cli import main as cli
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import section_types
 

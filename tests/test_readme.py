@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1.cli import main
+from megatron_vcr1.cli.main import main
 from megatron_vcr1.data.manifest import read_manifest, write_manifest
 from megatron_vcr1.types import Task
 from tests.training import workspace
@@ -35,7 +35,7 @@ ELSEWHERE = {
     "bash tools/demo.sh": "tests/tools/test_demo.py",
     "bash tools/test.sh": "this run",
     "torchrun --nproc-per-node 4 --no-python vcr1 score": "tests/evaluation/test_score.py, with 2 processes",
-    "vcr1 serve": "tests/evaluation/serving/test_server.py",
+    "vcr1 serve": "tests/serving/test_server.py",
 }
 PROGRAMS = (".venv/bin/vcr1", "vcr1", "python")
 

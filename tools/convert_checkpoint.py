@@ -30,8 +30,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_vcr1.checkpoint.workers import Progress, num_workers, on_every_worker, rank
+from megatron_vcr1.checkpoint.new_directory import Progress
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.collectives import run_on_every_rank
 
 _HF_HELP = "Hugging Face directory with safetensors weights"
 _CHECKPOINT_HELP = "directory that import or training wrote"
@@ -54,7 +56,7 @@ def run_export(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
 def run_verify(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], bool]:
     from megatron_vcr1.checkpoint.verify import compare_weights
 
-    if num_workers() > 1:
+    if mesh.num_ranks() > 1:
         raise UserError("verify runs in one process; start it without torchrun")
     weights = compare_weights(args.hf, args.checkpoint, progress=progress)
     report: dict[str, Any] = {
@@ -139,7 +141,7 @@ def convert(args: argparse.Namespace) -> int:
 
     libraries_mb = peak_memory_mb()
     start_s = time.perf_counter()
-    with tqdm(unit="B", unit_scale=True, disable=rank() != 0 or not sys.stderr.isatty()) as bar:
+    with tqdm(unit="B", unit_scale=True, disable=mesh.rank() != 0 or not sys.stderr.isatty()) as bar:
 
         def progress(num_bytes: int, total_bytes: int) -> None:
             bar.total = total_bytes
@@ -150,10 +152,10 @@ def convert(args: argparse.Namespace) -> int:
     report |= {
         "seconds": round(seconds, 3),
         "bytes_per_second": round(report["bytes"] / seconds),
-        "peak_memory_mb": round(max(on_every_worker(peak_memory_mb))),
+        "peak_memory_mb": round(max(run_on_every_rank(peak_memory_mb))),
         "libraries_memory_mb": round(libraries_mb),
     }
-    if rank() == 0:
+    if mesh.rank() == 0:
         _print(report, as_json=args.json or args.run is run_verify, out=getattr(args, "out", None))
     return 0 if succeeded else 1
 

@@ -112,7 +112,7 @@ can() {
 
 run_kernels() { can kernels pytest && measure kernels "${pytest[@]}" "${workers[@]}" tests/kernels; }
 run_model() {
-    can model pytest megatron_vcr1.model.qwen_vl megatron_vcr1.rollout.local || return
+    can model pytest megatron_vcr1.model.qwen_vl megatron_vcr1.rollout.local.engine || return
     measure model "${pytest[@]}" -rA tests/model/test_on_gpu.py tests/model/test_transformer_engine.py
 }
 run_benchmark() { measure benchmark "$python" tools/benchmark_kernels.py --json "$out/kernels.json"; }

@@ -15,18 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vcr1.checkpoint.model_dir import copy_model_files
+from megatron_vcr1.checkpoint.new_directory import Progress, new_directory, no_progress
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsWriter, create_safetensors
 from megatron_vcr1.checkpoint.stored_model import StoredModel, StoredRows, open_model
 from megatron_vcr1.checkpoint.torch_dist import Chunk
-from megatron_vcr1.checkpoint.workers import (
-    Progress,
-    new_directory,
-    no_progress,
-    num_workers,
-    on_every_worker,
-    on_first_worker,
-    rank,
-)
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.collectives import run_on_every_rank, run_on_first_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +47,9 @@ def export_checkpoint(model_dir: Path, out_dir: Path, *, progress: Progress = no
     """
     model = open_model(model_dir)
     with new_directory(out_dir, model.num_bytes) as partial:
-        on_first_worker(lambda: _create_files(partial, model))
-        casts = sum(on_every_worker(lambda: _write_share(model, partial, progress)), Counter[str]())
-        on_first_worker(lambda: copy_model_files(model_dir, partial, manifest=False))
+        run_on_first_rank(lambda: _create_files(partial, model))
+        casts = sum(run_on_every_rank(lambda: _write_share(model, partial, progress)), Counter[str]())
+        run_on_first_rank(lambda: copy_model_files(model_dir, partial, manifest=False))
     return ExportResult(model.num_bytes, dict(casts))
 
 
@@ -69,7 +63,7 @@ def _write_share(model: StoredModel, directory: Path, progress: Progress) -> Cou
     casts: Counter[str] = Counter()
     with ExitStack() as stack:
         writers = {name: stack.enter_context(closing(SafetensorsWriter(directory / name))) for name in model.headers}
-        chunks = model.chunks[rank() :: num_workers()]
+        chunks = model.chunks[mesh.rank() :: mesh.num_ranks()]
         total = sum(chunk.num_bytes for chunk in chunks)
         for chunk, stored in _read_ahead(model, chunks):
             for rows in stored:

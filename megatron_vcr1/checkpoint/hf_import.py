@@ -16,18 +16,12 @@ from torch import Tensor
 
 from megatron_vcr1.checkpoint.hf_weights import HfWeights
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, copy_model_files
+from megatron_vcr1.checkpoint.new_directory import Progress, new_directory, no_progress
 from megatron_vcr1.checkpoint.torch_dist import write_chunks, write_metadata
-from megatron_vcr1.checkpoint.workers import (
-    Progress,
-    new_directory,
-    no_progress,
-    num_workers,
-    on_every_worker,
-    on_first_worker,
-    rank,
-)
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import TensorLayout, model_layout
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.collectives import run_on_every_rank, run_on_first_rank
 
 CHUNK_BYTES = 16 * 2**20  # small enough for the allocator to reuse, large enough to stream
 
@@ -65,13 +59,13 @@ def import_checkpoint(hf_dir: Path, out_dir: Path, *, progress: Progress = no_pr
         new_directory(out_dir, weights.num_bytes) as partial,
     ):
         megatron_dir = partial / MEGATRON_DIR
-        on_first_worker(megatron_dir.mkdir)
+        run_on_first_rank(megatron_dir.mkdir)
         ranges = [part for layout in layouts.values() for part in _cut(layout, weights.dtype(layout).itemsize)]
-        tensors = _read(weights, ranges[rank() :: num_workers()], progress)
-        written = on_every_worker(lambda: write_chunks(megatron_dir / f"__{rank()}_0.distcp", tensors))
+        tensors = _read(weights, ranges[mesh.rank() :: mesh.num_ranks()], progress)
+        written = run_on_every_rank(lambda: write_chunks(megatron_dir / f"__{mesh.rank()}_0.distcp", tensors))
         kinds = {key: (weights.dtype(layout), layout.shape) for key, layout in layouts.items()}
-        on_first_worker(lambda: write_metadata(megatron_dir, kinds, chain.from_iterable(written)))
-        on_first_worker(lambda: copy_model_files(hf_dir, partial))
+        run_on_first_rank(lambda: write_metadata(megatron_dir, kinds, chain.from_iterable(written)))
+        run_on_first_rank(lambda: copy_model_files(hf_dir, partial))
         return weights.num_bytes
 
 

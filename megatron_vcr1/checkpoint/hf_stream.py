@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.pieces import parameter_pieces
 from megatron_vcr1.model.hf_layout import TensorLayout, model_layout, to_hf
 from megatron_vcr1.model.qwen_vl import QwenVLModel
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def _owners(mine: dict[tuple[str, int, int], Tensor]) -> dict[str, list[_Rectang
 def _gather(layout: TensorLayout, owners: list[_Rectangle], mine: dict[tuple[int, int], Tensor]) -> Tensor:
     """A whole Megatron tensor, with the rows that pad the vocabulary, on every rank."""
     num_rows = max(one.row + one.num_rows for one in owners)
-    whole = torch.empty(num_rows, layout.num_columns, dtype=owners[0].dtype, device=groups.device())
+    whole = torch.empty(num_rows, layout.num_columns, dtype=owners[0].dtype, device=mesh.device())
     for one in owners:
         target = whole[one.row : one.row + one.num_rows, one.column : one.column + one.num_columns]
         is_mine = one.rank == dist.get_rank()

@@ -119,7 +119,7 @@ def run_of(pieces: Sequence[Piece], key_prefix: str, start: int, values: Tensor)
             )
 
 
-def share_of_copy(pieces: Sequence[Piece], index: int, num_copies: int) -> list[Piece]:
+def shard_of_replica(pieces: Sequence[Piece], index: int, num_replicas: int) -> list[Piece]:
     """Which of the pieces that every copy of the model has the copy ``index`` writes: about as much as each other."""
     sizes = [piece.values.nbytes for piece in pieces]
     total = max(sum(sizes), 1)
@@ -127,7 +127,7 @@ def share_of_copy(pieces: Sequence[Piece], index: int, num_copies: int) -> list[
     return [
         piece
         for piece, start in zip(pieces, starts, strict=False)
-        if min(start * num_copies // total, num_copies - 1) == index
+        if min(start * num_replicas // total, num_replicas - 1) == index
     ]
 
 

@@ -41,12 +41,12 @@ from megatron_vcr1.checkpoint.disk import Checksum, publish, sync_directory
 from megatron_vcr1.checkpoint.integrity import check_files, write_checksums
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, STATE_FILE, copy_model_files, write_durably
 from megatron_vcr1.checkpoint.optimizer_state import num_updates, optimizer_pieces, set_num_updates
-from megatron_vcr1.checkpoint.pieces import Piece, cut, parameter_pieces, read_pieces, share_of_copy
+from megatron_vcr1.checkpoint.pieces import Piece, cut, parameter_pieces, read_pieces, shard_of_replica
 from megatron_vcr1.checkpoint.torch_dist import Chunk, Kind, read_metadata, write_chunks, write_metadata
-from megatron_vcr1.checkpoint.workers import num_workers, on_every_worker, on_first_worker, rank
 from megatron_vcr1.config.training_sections import CheckpointSection
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.collectives import run_on_every_rank, run_on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class RunStore:
     """Saves, finds and loads the checkpoints of a run. All ranks call every method together."""
 
     def __init__(self, directory: Path, section: CheckpointSection) -> None:
-        """Take possession of ``directory``, after parallel.groups.initialize, and remove what dead runs left half done.
+        """Take possession of ``directory``, after parallel.mesh.initialize, and remove what dead runs left half done.
 
         Raises:
             UserError: another process is training there, and goes on for `LOCK_PATIENCE_S`.
@@ -93,7 +93,7 @@ class RunStore:
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._newest: int | None = None  # step of the newest checkpoint that this run found or wrote
-        on_first_worker(self._take_possession, self._group)
+        run_on_first_rank(self._take_possession, self._group)
 
     def _take_possession(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ class RunStore:
         content = {
             "version": _STATE_VERSION,
             "step": step,
-            "updates": max(on_every_worker(lambda: num_updates(optimizer), self._group)),
+            "updates": max(run_on_every_rank(lambda: num_updates(optimizer), self._group)),
             "schedule": scheduler.state_dict(),
             "state": state,
         }
@@ -198,19 +198,19 @@ class RunStore:
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint; None when there is none. Damaged ones are named and set aside."""
         self.finish()
-        steps = on_first_worker(lambda: saved_steps(self._directory), self._group)
+        steps = run_on_first_rank(lambda: saved_steps(self._directory), self._group)
         self._newest = next(filter(self._is_whole, reversed(steps)), None)
         return self._newest
 
     def _is_whole(self, step: int) -> bool:
         path = self.path(step)
         try:
-            on_every_worker(lambda: check_files(path, share=rank(), num_shares=num_workers()), self._group)
+            run_on_every_rank(lambda: check_files(path, share=mesh.rank(), num_shares=mesh.num_ranks()), self._group)
         except UserError as error:
             aside = path.with_name(f"{path.name}.damaged")
-            if rank() == 0:
+            if mesh.rank() == 0:
                 logger.warning("%s; moved to %s, and the checkpoint before it is used", error, aside.name)
-            on_first_worker(lambda: _replace(path, aside), self._group)
+            run_on_first_rank(lambda: _replace(path, aside), self._group)
             return False
         return True
 
@@ -224,8 +224,8 @@ class RunStore:
             UserError: it is damaged, or of another model, precision or choice of frozen parts; names the tensor.
         """
         self.finish()
-        content = on_first_worker(lambda: self._read_state(step), self._group)
-        on_every_worker(lambda: _load_tensors(self.path(step) / MEGATRON_DIR, model, optimizer), self._group)
+        content = run_on_first_rank(lambda: self._read_state(step), self._group)
+        run_on_every_rank(lambda: _load_tensors(self.path(step) / MEGATRON_DIR, model, optimizer), self._group)
         set_num_updates(optimizer, content["updates"])
         scheduler.load_state_dict(content["schedule"])
         return content["state"]
@@ -250,14 +250,14 @@ class RunStore:
         return content
 
     def _write(self, step: int, pieces: list[Piece], chunks: Iterable[NamedChunk], state: str, model_dir: Path) -> None:
-        num_bytes = sum(on_every_worker(lambda: sum(piece.values.nbytes for piece in pieces), self._group))
+        num_bytes = sum(run_on_every_rank(lambda: sum(piece.values.nbytes for piece in pieces), self._group))
         with _full_disk_explained(self._directory, step):
-            partial = on_first_worker(lambda: _make_partial(self._directory, step, num_bytes), self._group)
+            partial = run_on_first_rank(lambda: _make_partial(self._directory, step, num_bytes), self._group)
             try:
-                shares = on_every_worker(lambda: _write_share(partial / MEGATRON_DIR, pieces, chunks), self._group)
-                on_first_worker(lambda: self._publish(step, partial, shares, state, model_dir), self._group)
+                shares = run_on_every_rank(lambda: _write_share(partial / MEGATRON_DIR, pieces, chunks), self._group)
+                run_on_first_rank(lambda: self._publish(step, partial, shares, state, model_dir), self._group)
             finally:
-                if rank() == 0:
+                if mesh.rank() == 0:
                     shutil.rmtree(partial, ignore_errors=True)  # gone when all went well
         self._newest = step
 
@@ -293,7 +293,7 @@ def _pieces_to_write(model: nn.Module, optimizer: MegatronOptimizer) -> list[Pie
     parameters = parameter_pieces(_bare(model))
     common = [*chain.from_iterable(parameters.values()), *optimizer_pieces(optimizer, parameters, divided=False)]
     own = optimizer_pieces(optimizer, parameters, divided=True)
-    shared = share_of_copy([piece for piece in common if piece.is_main], groups.copy_index(), groups.num_copies())
+    shared = shard_of_replica([piece for piece in common if piece.is_main], mesh.replica_index(), mesh.num_replicas())
     return [*shared, *(piece for piece in own if piece.is_main)]
 
 
@@ -344,7 +344,7 @@ def _make_partial(directory: Path, step: int, num_bytes: int) -> Path:
 
 def _write_share(megatron_dir: Path, pieces: list[Piece], chunks: Iterable[NamedChunk]) -> _Share:
     checksum = Checksum()
-    file = f"__{rank()}_0.distcp"
+    file = f"__{mesh.rank()}_0.distcp"
     written = write_chunks(megatron_dir / file, chunks, checksum)
     kinds = {piece.key: (piece.values.dtype, piece.global_shape) for piece in pieces}
     return _Share(file, written, checksum, kinds)

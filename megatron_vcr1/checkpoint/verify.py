@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.hf_weights import HfWeights
+from megatron_vcr1.checkpoint.new_directory import Progress, no_progress
 from megatron_vcr1.checkpoint.stored_model import open_model
-from megatron_vcr1.checkpoint.workers import Progress, no_progress
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 

@@ -15,7 +15,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 
 _NUM_TEXT_TOKENS, _NUM_RESPONSE_TOKENS = 16, 32
 _IMAGE_UNITS = (6, 10)  # merged tokens down and across: more than one attention window
@@ -36,11 +36,11 @@ def log_prob_differences(hf_dir: Path, model_dir: Path) -> Tensor:
     config = ModelConfig.from_pretrained(model_dir)
     prompt, response = _probe(config)
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}})
-    with groups.world(run.parallel), torch.inference_mode():
+    with mesh.world(run.parallel), torch.inference_mode():
         expected = _transformers_log_probs(hf_dir, config, prompt, response)
         model = build_model(config, run).eval()
         load_model_weights(model, model_dir)
-        batch = pack([Group("probe", prompt, (response,))], config).to(groups.device())
+        batch = pack([Group("probe", prompt, (response,))], config).to(mesh.device())
         return model.log_probs(model(batch), batch.target_ids).cpu() - expected
 
 
@@ -65,7 +65,7 @@ def _transformers_log_probs(hf_dir: Path, config: ModelConfig, prompt: EncodedPr
     """float32 [response tokens]."""
     from transformers import AutoModelForImageTextToText  # slow to import
 
-    device = groups.device()
+    device = mesh.device()
     model = AutoModelForImageTextToText.from_pretrained(hf_dir, dtype=torch.float32).to(device).eval()
     (image,) = prompt.vision
     vision = config.vision

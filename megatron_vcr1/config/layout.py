@@ -107,11 +107,11 @@ def _stage_problems(num_layers: int, parallel: ParallelSection, recompute: Recom
 
 
 def _world_problems(parallel: ParallelSection, world_size: int) -> Iterator[str]:
-    ranks_per_copy = parallel.tensor * parallel.pipeline
-    if world_size % ranks_per_copy:
+    ranks_per_replica = parallel.tensor * parallel.pipeline
+    if world_size % ranks_per_replica:
         yield (
-            f"{world_size} ranks do not divide into copies of parallel.tensor * parallel.pipeline = {ranks_per_copy}; "
-            f"launch a multiple of {ranks_per_copy}, or lower one of the two"
+            f"{world_size} ranks do not divide into replicas of parallel.tensor * parallel.pipeline = "
+            f"{ranks_per_replica} ranks; launch a multiple of {ranks_per_replica}, or lower one of the two"
         )
 
 

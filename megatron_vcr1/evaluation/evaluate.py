@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.checkpoint.workers import on_first_worker
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.rollout_sections import BenchmarkSource, JudgeSection
 from megatron_vcr1.config.schema import RunConfig
@@ -28,8 +27,9 @@ from megatron_vcr1.evaluation.scoring import Evaluation, score_predictions, writ
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
-from megatron_vcr1.rollout.build import agree_with_servers, build_engine
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.collectives import run_on_first_rank
+from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.types import Task, VideoSample
 
@@ -67,18 +67,18 @@ def evaluate_model(config: RunConfig) -> list[Evaluation]:
     jobs = plan_jobs(config)
     judge = _judge_for(jobs, config.judge, config.train.run_dir / "judge_cache")
     model_config = ModelConfig.from_pretrained(config.model.path)
-    check_layout(model_config.shape, config.parallel, config.recompute, groups.world_size())
+    check_layout(model_config.shape, config.parallel, config.recompute, mesh.launched_world_size())
     templates = load_templates(config.data.templates)
     processor = read_processor(config.model.path)
-    agree_with_servers(config)
-    with groups.world(config.parallel, seed=config.train.seed):
+    disable_nccl_cumem(config)
+    with mesh.world(config.parallel, seed=config.train.seed):
         logs: dict[str, PredictionLog] = {}  # on the first rank
 
         def unanswered() -> list[list[int]]:
             logs.update((job.label, _open_log(job, config, templates)) for job in jobs)
             return [_unanswered(job, logs[job.label]) for job in jobs]
 
-        missing = on_first_worker(unanswered)
+        missing = run_on_first_rank(unanswered)
         if any(missing):
             engine = _start_engine(config, model_config, processor)
             try:
@@ -119,7 +119,7 @@ def _judge_for(jobs: Sequence[Job], section: JudgeSection, cache: Path) -> Judge
 
 
 def _start_engine(config: RunConfig, model_config: ModelConfig, processor: PromptProcessor) -> RolloutEngine:
-    model = build_model(model_config, config).to(groups.device()).eval()
+    model = build_model(model_config, config).to(mesh.device()).eval()
     load_model_weights(model, config.model.path)
     engine = build_engine(config, model, processor)
     engine.update_weights(stream_hf_tensors(model), version=0)  # servers of the user's own may hold others

@@ -20,10 +20,10 @@ from megatron_vcr1.data.processor import PromptProcessor, read_processor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.prompts import share_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
-from megatron_vcr1.rollout.local import LocalEngine
+from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import Rollout
 
@@ -53,7 +53,7 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
         UserError: the model, the layout, or a video or picture is at fault.
     """
     config = ModelConfig.from_pretrained(run.model.path)
-    check_layout(config.shape, run.parallel, run.recompute, groups.world_size())
+    check_layout(config.shape, run.parallel, run.recompute, mesh.launched_world_size())
     processor = read_processor(run.model.path)
     tokens = SpecialTokens.from_pretrained(run.model.path, processor)
     clock = _Clock()
@@ -64,16 +64,16 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
         except ValueError as error:  # a VideoError too
             raise UserError(str(error)) from error
 
-    with groups.world(run.parallel):
+    with mesh.world(run.parallel):
         (request,) = share_prompts(requests)
         clock.lap("prompt")
-        model = build_model(config, run).to(groups.device())
+        model = build_model(config, run).to(mesh.device())
         load_model_weights(model, run.model.path)
         clock.lap("load")
         decode = partial(processor.decode, skip_special_tokens=False)
         engine = LocalEngine(model, tokens, decode, batch_responses=1)
         streamer = TextStreamer(processor.tokenizer, skip_special_tokens=True)
-        prints = groups.is_first_rank()
+        prints = mesh.is_first_rank()
 
         def on_token(request: int, response: int, token_id: int) -> None:
             if "first_token" not in clock.seconds:

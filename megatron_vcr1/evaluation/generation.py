@@ -14,7 +14,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample
 from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
 from megatron_vcr1.evaluation.prepared_samples import prepared_or_why_not
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.parallel.prompts import share_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_vcr1.types import VideoSample
@@ -47,18 +47,18 @@ class Answerer:
             log: on the job's first rank, and on no other.
             label: of the progress bar.
         """
-        num_copies = groups.num_copies()
-        size = num_copies * self.batch_prompts
+        num_replicas = mesh.num_replicas()
+        size = num_replicas * self.batch_prompts
         rounds = [samples[start : start + size] for start in range(0, len(samples), size)]
-        shares = [one[groups.copy_index() :: num_copies] for one in rounds]
+        shares = [one[mesh.replica_index() :: num_replicas] for one in rounds]
         prompts = self._prompts([sample for share in shares for sample in share])
         with tqdm(total=len(samples), unit="sample", desc=label, disable=log is None) as bar:
             for chunk, share in zip(rounds, shares, strict=True):
                 number = len(share)
                 prepared = share_prompts(lambda number=number: list(islice(prompts, number)))  # type: ignore[misc]
                 answered = self._predict(prepared)
-                mine = {one.id: one for one in answered} if groups.speaks_for_copy() else {}
-                predictions = {name: one for part in groups.gather_objects(mine) for name, one in part.items()}
+                mine = {one.id: one for one in answered} if mesh.is_output_rank() else {}
+                predictions = {name: one for part in collectives.gather_objects(mine) for name, one in part.items()}
                 if log is not None:
                     log.append([predictions[sample.id] for sample in chunk])
                 bar.update(len(chunk))

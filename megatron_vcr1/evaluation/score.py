@@ -24,7 +24,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
-from megatron_vcr1.parallel import groups, schedule
+from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.parallel.prompts import share_prompts
 
 # Requests that one copy of the model encodes before it computes: enough microbatches to fill a pipeline, few enough
@@ -107,10 +107,10 @@ def score_file(run: RunConfig, data: Path, out: Path, *, temperature: float, mic
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"{out}: must be a file in a folder that exists; it is written at the end")
     config = ModelConfig.from_pretrained(run.model.path)
-    check_layout(config.shape, run.parallel, run.recompute, groups.world_size())
+    check_layout(config.shape, run.parallel, run.recompute, mesh.launched_world_size())
     processor = read_processor(run.model.path)
-    with groups.world(run.parallel):
-        model = build_model(config, run).to(groups.device()).eval()
+    with mesh.world(run.parallel):
+        model = build_model(config, run).to(mesh.device()).eval()
         load_model_weights(model, run.model.path)
         scorer = Scorer(model, processor, temperature, microbatch_tokens)
         return _write_rows(scorer, requests, out)
@@ -136,7 +136,7 @@ class Scorer:
         ready = [one for one in encoded if isinstance(one, Group)]
         rows = self._log_probs(ready) if ready else {}
         rows |= {one.id: {"id": one.id, "error": one.error} for one in encoded if isinstance(one, Unreadable)}
-        return rows if groups.speaks_for_copy() else {}
+        return rows if mesh.is_output_rank() else {}
 
     def _encode(self, request: ScoreRequest) -> Group | Unreadable:
         """Decode, resize and tokenize."""
@@ -164,7 +164,7 @@ class Scorer:
             values = self.model.log_probs(hidden, batch.target_ids, temperature=self.temperature)
             return values.cpu().split(batch.response_lengths)
 
-        results = schedule.forward_only(self.model, [batch.to(groups.device()) for batch in batches], collect)
+        results = schedule.forward_only(self.model, [batch.to(mesh.device()) for batch in batches], collect)
         return {
             group.id: {"id": group.id, "token_ids": group.responses[0].tolist(), "log_probs": log_probs.tolist()}
             for microbatch, values in zip(microbatches, results, strict=False)  # no results but on the last stage
@@ -174,18 +174,18 @@ class Scorer:
 
 def _write_rows(scorer: Scorer, requests: Sequence[ScoreRequest], out: Path) -> int:
     """Rank 0 writes what all copies of the model compute, round by round."""
-    writes = groups.is_first_rank()
+    writes = mesh.is_first_rank()
     partial = out.with_name(f".{out.name}.partial")
     num_failed = 0
-    copies = groups.num_copies()
+    copies = mesh.num_replicas()
     with (
         tqdm(total=len(requests), unit="response", disable=not writes, desc="score") as bar,
         _open_for_writing(partial if writes else None) as file,
     ):
         for start in range(0, len(requests), copies * REQUESTS_A_ROUND):
             chunk = requests[start : start + copies * REQUESTS_A_ROUND]
-            mine = scorer.score(chunk[groups.copy_index() :: copies])
-            rows = {name: row for part in groups.gather_objects(mine) for name, row in part.items()}
+            mine = scorer.score(chunk[mesh.replica_index() :: copies])
+            rows = {name: row for part in collectives.gather_objects(mine) for name, row in part.items()}
             for request in chunk:
                 row = rows[request.id]
                 num_failed += "error" in row

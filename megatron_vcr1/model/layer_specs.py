@@ -86,13 +86,13 @@ class PackedMLP(MLP):
             inner = inner + bias
         activation = swiglu if self.config.gated_linear_unit else self.activation_func
         activated = activation(inner)
-        with computed_again(activated, lambda: activation(inner.detach())):
+        with recompute_in_backward(activated, lambda: activation(inner.detach())):
             output, bias = self.linear_fc2(activated)
         return (output if bias is None else output + bias), None
 
 
 @contextmanager
-def computed_again(result: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+def recompute_in_backward(result: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """Within, autograd keeps nothing of a result for the backward pass, which computes it again.
 
     For results that cost next to nothing, of inputs that are kept anyhow. A weight that is saved within comes back
@@ -159,7 +159,7 @@ class NormedLinear(BiasedInPlace):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As BiasedInPlace."""
         normed = self.normed(input_)
-        with computed_again(normed, lambda: self.normed(input_.detach())):
+        with recompute_in_backward(normed, lambda: self.normed(input_.detach())):
             return super().forward(normed, *args, **kwargs)
 
 

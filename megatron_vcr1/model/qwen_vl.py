@@ -124,7 +124,7 @@ class QwenVLModel(MegatronModule):
         text = self.model_config.text
         rotation = Rotation.by_angles(rotary_angles(batch.position_ids, text.mrope_section, text.rope_theta))
         decoder = self.language_model.decoder
-        if isinstance(cached, KVCache) and token_step.knows_layers(decoder):
+        if isinstance(cached, KVCache) and token_step.supports(decoder):
             rows = decoder.input_tensor if embeddings is None else embeddings
             hidden = token_step.run_layers(decoder, rows[:, 0], rotation, cached)[:, None]
         else:
@@ -183,7 +183,7 @@ class QwenVLModel(MegatronModule):
         """Logits over the whole vocabulary, [targets, vocab_size]; for generation and comparison, never for a loss."""
         if self.tensor_group is not None:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        logits = token_step.times_transposed(hidden, self.head_weight())
+        logits = token_step.skinny_linear(hidden, self.head_weight())
         return logits if self.tensor_group is None else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
     def sharded_state_dict(
@@ -195,7 +195,7 @@ class QwenVLModel(MegatronModule):
 
 
 def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool = False) -> QwenVLModel:
-    """This rank's share of a model, after parallel.groups.initialize.
+    """This rank's share of a model, after parallel.mesh.initialize.
 
     Args:
         initialize_weights: fill the parameters with random numbers; otherwise they are undefined until loaded.

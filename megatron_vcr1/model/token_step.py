@@ -17,14 +17,14 @@ from megatron_vcr1.model.kv_cache import KVCache
 from megatron_vcr1.model.layer_specs import NormedLinear
 
 
-def knows_layers(decoder: TransformerBlock) -> bool:
+def supports(decoder: TransformerBlock) -> bool:
     """Whether the layers are the local backend's, and no tensor-parallel ranks divide them."""
     undivided = decoder.config.tensor_model_parallel_size == 1
     return undivided and all(isinstance(layer.self_attention.linear_qkv, NormedLinear) for layer in decoder.layers)
 
 
 def run_layers(decoder: TransformerBlock, hidden: Tensor, rotation: Rotation, cache: KVCache) -> Tensor:
-    """What the decoder gives for one new token a row, without a gradient; for layers that `knows_layers`.
+    """What the decoder gives for one new token a row, without a gradient; for layers that `supports`.
 
     Args:
         hidden: [rows, hidden_size].
@@ -49,7 +49,7 @@ def _run_layers(decoder: TransformerBlock, hidden: Tensor, rotation: Rotation, c
 def _attention(attention: Any, x: Tensor, cosine: Tensor, sine: Tensor, cache: KVCache) -> Tensor:
     """Of rows [rows, hidden_size]; cosine and sine [rows, 1, 1, head_dim], the first half of the sine negative."""
     linear = attention.linear_qkv
-    heads = times_transposed(_normed(linear, x), linear.weight).add_(linear.bias)
+    heads = skinny_linear(_normed(linear, x), linear.weight).add_(linear.bias)
     # Of each key head: its queries, the key and the value.
     heads = heads.view(len(x), attention.num_query_groups_per_partition, -1, sine.shape[-1])
     turned = heads[:, :, :-1].to(sine.dtype)  # in float32, as vcr1_kernels.mrope
@@ -57,13 +57,13 @@ def _attention(attention: Any, x: Tensor, cosine: Tensor, sine: Tensor, cache: K
     core = attention.core_attention
     query, key, value = turned[:, :, :-1].flatten(1, 2), turned[:, :, -1], heads[:, :, -1]
     output = cache.attend(core.layer_number, query, key, value, core.softmax_scale)
-    return times_transposed(output.flatten(1), attention.linear_proj.weight)
+    return skinny_linear(output.flatten(1), attention.linear_proj.weight)
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    gate, up = times_transposed(_normed(mlp.linear_fc1, x), mlp.linear_fc1.weight).chunk(2, -1)
+    gate, up = skinny_linear(_normed(mlp.linear_fc1, x), mlp.linear_fc1.weight).chunk(2, -1)
     inner = F.silu(gate.float()) * up  # in float32, as vcr1_kernels.swiglu
-    return times_transposed(inner.to(x.dtype), mlp.linear_fc2.weight)
+    return skinny_linear(inner.to(x.dtype), mlp.linear_fc2.weight)
 
 
 def _normed(linear: NormedLinear, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _normed(linear: NormedLinear, x: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, linear.config.layernorm_epsilon)
 
 
-def times_transposed(rows: Tensor, weight: Tensor) -> Tensor:
+def skinny_linear(rows: Tensor, weight: Tensor) -> Tensor:
     """rows @ weight.T.
 
     On a CPU, MKL reads a float32 weight for 3 to 12 rows at a third of memory's speed, in blocks of 16 rows at nearly

@@ -19,7 +19,7 @@ from vcr1_kernels import SegmentLayout, frames_to_patches
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.model.attention import AttentionLayout, Rotation
 from megatron_vcr1.model.config import VisionConfig
-from megatron_vcr1.model.layer_specs import block_spec, computed_again
+from megatron_vcr1.model.layer_specs import block_spec, recompute_in_backward
 
 Grid = tuple[int, int, int]  # patches in time, height, width
 ROTARY_BASE = 10_000.0
@@ -216,7 +216,7 @@ class VisionTower(MegatronModule):
             [patch_coordinates(grid, vision.merge_size)[order] for grid, order in zip(grids, orders, strict=True)]
         )
         patches = all_patches()
-        with computed_again(patches, all_patches):
+        with recompute_in_backward(patches, all_patches):
             embedded = self.patch_embed(patches)
         coordinates = coordinates.flatten(0, 1).to(embedded.device, non_blocking=True)
         hidden = self._encode(embedded, coordinates, steps, windows)

@@ -99,7 +99,7 @@ def _keep_random_states_on_cpu() -> None:
         # The stock tracker warns when the CPU generator moves while a CUDA state is forked; here they are one
         # generator.
         if name not in tracker.states_:
-            raise KeyError(f"random state {name!r} is not registered; call parallel.groups.initialize first")
+            raise KeyError(f"random state {name!r} is not registered; call parallel.mesh.initialize first")
         outer = torch.get_rng_state()
         torch.set_rng_state(tracker.states_[name])
         try:

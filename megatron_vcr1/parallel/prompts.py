@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 
 T = TypeVar("T")
 
 
 def share_prompts(produce: Callable[[], list[T]]) -> list[T]:
-    """`groups.broadcast_in_copy` of dataclasses that hold an EncodedPrompt as `prompt`; others are sent as they are.
+    """Broadcast dataclasses that hold an EncodedPrompt as `prompt` within a replica; others are sent as they are.
 
     The ranks of the first pipeline stage, which has the vision tower, get the frames, on the CPU: a pickled CUDA tensor
     would come back on the GPU that decoded it. Those of later stages get frames without content (device "meta").
     """
-    if groups.ranks_per_copy() == 1:
+    if mesh.ranks_per_replica() == 1:
         return produce()
     whole: list[T] = []
 
@@ -25,9 +25,9 @@ def share_prompts(produce: Callable[[], list[T]]) -> list[T]:
         whole.extend(produce())
         return [_on_device(one, "meta") for one in whole]
 
-    shared = groups.broadcast_in_copy(outlines)
-    if groups.is_first_stage():
-        shared = groups.broadcast_in_stage(lambda: [_on_device(one, "cpu") for one in whole])
+    shared = collectives.broadcast_within_replica(outlines)
+    if mesh.is_first_stage():
+        shared = collectives.broadcast_within_stage(lambda: [_on_device(one, "cpu") for one in whole])
     return shared
 
 

@@ -9,7 +9,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.rollout.engine import RolloutEngine
-from megatron_vcr1.rollout.local import LocalEngine
+from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 
 
@@ -33,7 +33,7 @@ def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcess
     return LocalEngine(model, tokens, decode, batch_responses=config.rollout.batch_responses)
 
 
-def agree_with_servers(config: RunConfig) -> None:
+def disable_nccl_cumem(config: RunConfig) -> None:
     """Before the world is made, where NCCL brings weights to servers: its memory is of one kind on both sides.
 
     SGLang turns CUDA's virtual memory off for NCCL. A broadcast between processes of both kinds hangs or crashes.

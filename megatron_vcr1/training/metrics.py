@@ -13,7 +13,7 @@ from megatron_vcr1.config.schema import ModelSection
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload, bf16_peak, training_flops
 from megatron_vcr1.model.packed_batch import PackedBatch
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 
 PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "save", "total")
 
@@ -60,7 +60,7 @@ class Metrics:
     def reduce(self) -> dict[str, float]:
         """All ranks' metrics as one, on every rank; a mean without any value is left out."""
         merged = Metrics()
-        for other in groups.gather_objects(self):
+        for other in collectives.gather_objects(self):
             merged._merge(other)
         means = {name: total / weight for name, (total, weight) in merged._means.items() if weight}
         seconds = {f"time/{phase}_s": merged._seconds.get(phase, 0.0) for phase in PHASES}
@@ -79,7 +79,7 @@ class Metrics:
 
 def add_work(metrics: Metrics, batches: Sequence[PackedBatch], config: ModelConfig, section: ModelSection) -> None:
     """Count the rows and the FLOPs of an update's forward and backward pass; once a copy of the model."""
-    if not groups.is_first_of_copy():
+    if not mesh.is_replica_leader():
         return
     work = Workload()
     for batch in batches:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_vcr1.data.packing import Group, pack_groups
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel
-from megatron_vcr1.parallel import groups as ranks
+from megatron_vcr1.parallel import mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ def make_microbatches(groups: Sequence[Group], model: QwenVLModel, max_tokens: i
         max_tokens: of a microbatch; a group that is longer has one of its own.
     """
     longest = max((group.num_tokens for group in groups), default=0)
-    device = ranks.device()
+    device = mesh.device()
     return [
         Microbatch(one, pack(one, model.model_config, rows_multiple_of=model.rows_multiple_of).to(device))
         for one in pack_groups(groups, max(max_tokens, longest))

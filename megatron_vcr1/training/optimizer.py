@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_vcr1.config.training_sections import OptimizerSection
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.qwen_vl import QwenVLModel
-from megatron_vcr1.parallel import groups, schedule
+from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.training import adam
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Learner:
         self.model = model
         self.clip_norm = section.clip_norm
         # With one copy there is nothing to divide, and megatron-core would still copy all weights and gradients.
-        divided = section.distributed and groups.num_copies() > 1
+        divided = section.distributed and mesh.num_replicas() > 1
         self.parallel = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(use_distributed_optimizer=divided, grad_reduce_in_fp32=True),
@@ -80,8 +80,8 @@ class Learner:
         self.optimizer.zero_grad()
         self.model.train()
         results = self._forward_backward(batches, loss)
-        mine = sum(float(value) for value, _ in results) if groups.speaks_for_copy() else 0.0
-        (total,) = groups.sum_over_ranks([mine])
+        mine = sum(float(value) for value, _ in results) if mesh.is_output_rank() else 0.0
+        (total,) = collectives.sum_over_ranks([mine])
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         applied = math.isfinite(total) and math.isfinite(grad_norm)

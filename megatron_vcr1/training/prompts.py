@@ -15,7 +15,7 @@ from megatron_vcr1.data.preparation import preparations
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample, load_templates
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.prompts import share_prompts
 from megatron_vcr1.types import VideoSample
 
@@ -43,7 +43,7 @@ class DrawnPrompt:
 
 
 class PromptStream:
-    """The prompts of this copy of the model, of all copies' every `num_copies`-th. Its ranks call the methods together.
+    """This replica's share of the prompts: every `num_replicas`-th. All its ranks call the methods together.
 
     Attributes:
         samples: of each source.
@@ -71,8 +71,8 @@ class PromptStream:
         self._loader = PromptLoader(
             order,
             preparations(section, self.templates, processor),
-            rank=groups.copy_index(),
-            num_ranks=groups.num_copies(),
+            rank=mesh.replica_index(),
+            num_ranks=mesh.num_replicas(),
             num_workers=section.num_workers,
         )
         self._iterator: Generator[PreparedSample, None, None] | None = None
@@ -90,7 +90,7 @@ class PromptStream:
             UserError: no sample at all can be used; on all ranks of the copy.
         """
         prompts = share_prompts(lambda: list(self._draw(number)))
-        self.num_drawn += number * groups.num_copies()
+        self.num_drawn += number * mesh.num_replicas()
         return prompts
 
     def take_skipped(self) -> list[SkippedSample]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel.groups import world_size
+from megatron_vcr1.parallel.mesh import launched_world_size
 from megatron_vcr1.training.environment import environment
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class RunDir:
         for name, (before, after) in changed.items():
             logger.info("changed since the last start: %s = %s (was %s)", name, after, before)
         _write(settings, text.encode())
-        _append(self.path / "starts.jsonl", [{"step": step, "changed": changed, **environment(world_size())}])
+        _append(self.path / "starts.jsonl", [{"step": step, "changed": changed, **environment(launched_world_size())}])
         for file in (self._metrics, self._skipped):
             if file.exists():
                 _keep_rows_until(file, step)

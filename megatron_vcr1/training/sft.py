@@ -12,13 +12,13 @@ from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.packed_batch import PackedBatch
-from megatron_vcr1.parallel import groups as ranks
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.training.metrics import Metrics, add_work
 from megatron_vcr1.training.microbatches import make_microbatches
 from megatron_vcr1.training.optimizer import Learner, Loss
 from megatron_vcr1.training.prompts import DrawnPrompt, PromptStream
-from megatron_vcr1.training.step import StepResult
 from megatron_vcr1.training.targets import TargetEncoder, completion_text
+from megatron_vcr1.training.trainer import StepResult
 
 
 class SftTrainer:
@@ -34,16 +34,16 @@ class SftTrainer:
     def step(self, step: int, metrics: Metrics) -> StepResult:
         """Take the next prompts, and one optimizer step on their answers."""
         with metrics.timed("decode"):
-            prompts = self._stream.take(self._config.train.prompts_per_step // ranks.num_copies())
+            prompts = self._stream.take(self._config.train.prompts_per_step // mesh.num_replicas())
         with metrics.timed("update"):
             groups = [Group(one.id, one.prompt, (self._answer(one),)) for one in prompts]
             microbatches = make_microbatches(groups, self._learner.model, self._config.train.microbatch_tokens)
             batches = [one.packed for one in microbatches]
             lengths = [len(group.responses[0]) for group in groups]
-            (num_tokens,) = ranks.sum_over_ranks([sum(lengths) if ranks.is_first_of_copy() else 0])
+            (num_tokens,) = collectives.sum_over_ranks([sum(lengths) if mesh.is_replica_leader() else 0])
             update = self._learner.update(batches, self._loss(num_tokens))
         add_work(metrics, batches, self._learner.model.model_config, self._config.model)
-        if ranks.is_first_of_copy():
+        if mesh.is_replica_leader():
             metrics.add("response_tokens/mean", sum(lengths), len(lengths))
             metrics.high("response_tokens/max", max(lengths))
             metrics.count("reduced_videos", sum(one.reduction is not None for one in prompts))

@@ -7,24 +7,24 @@ from contextlib import closing
 
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.checkpoint.run_store import RunStore
-from megatron_vcr1.checkpoint.workers import on_first_worker
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import read_processor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
-from megatron_vcr1.rollout.build import agree_with_servers
-from megatron_vcr1.training.grpo import GrpoTrainer, check_settings
-from megatron_vcr1.training.loop import Run
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.collectives import run_on_first_rank
+from megatron_vcr1.rollout.build import disable_nccl_cumem
+from megatron_vcr1.training.grpo.rewarding import Rewarder
+from megatron_vcr1.training.grpo.trainer import GrpoTrainer, check_settings
 from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.prompts import PromptStream
-from megatron_vcr1.training.rewarding import Rewarder
+from megatron_vcr1.training.run import Run
 from megatron_vcr1.training.run_dir import RunDir
 from megatron_vcr1.training.sft import SftTrainer
-from megatron_vcr1.training.step import Trainer
 from megatron_vcr1.training.targets import check_thinking
+from megatron_vcr1.training.trainer import Trainer
 
 
 def train(config: RunConfig) -> int:
@@ -38,23 +38,23 @@ def train(config: RunConfig) -> int:
         TrainingStopped: the run cannot go on in earnest.
     """
     shape = ModelConfig.from_pretrained(config.model.path).shape
-    check_layout(shape, config.parallel, config.recompute, groups.world_size())
-    agree_with_servers(config)
+    check_layout(shape, config.parallel, config.recompute, mesh.launched_world_size())
+    disable_nccl_cumem(config)
     # The step's own clock runs out first: it tells where every rank is.
-    patience_s = config.train.step_timeout_s + groups.PATIENCE_S
-    with groups.world(config.parallel, seed=config.train.seed, patience_s=patience_s):
+    timeout_s = config.train.step_timeout_s + mesh.COLLECTIVE_TIMEOUT_S
+    with mesh.world(config.parallel, seed=config.train.seed, timeout_s=timeout_s):
         return train_in_world(config)
 
 
 def train_in_world(config: RunConfig) -> int:
-    """`train` within parallel.groups.initialize."""
+    """`train` within parallel.mesh.initialize."""
     # First: a folder that another process trains in, or that cannot be written to, is told before servers start in it.
     folder = RunDir(config.train.run_dir)
-    on_first_worker(folder.create)
+    run_on_first_rank(folder.create)
     store = RunStore(folder.checkpoints, config.checkpoint)
     learner, trainer, num_steps = build(config)
     with closing(trainer), Run(config, folder, store, learner, trainer, num_steps) as run:
-        return run.to_the_end()
+        return run.run_steps()
 
 
 def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
@@ -63,7 +63,7 @@ def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
     Raises:
         UserError: the settings, the model or the data are at fault.
     """
-    check_batch(config, groups.num_copies())
+    check_batch(config, mesh.num_replicas())
     processor = read_processor(config.model.path)
     stream = PromptStream(config.data, processor, seed=config.train.seed)
     num_steps = config.train.num_steps or steps_of_epochs(config, stream.epoch_size)
@@ -79,18 +79,18 @@ def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
 
 
 def _learner(config: RunConfig, num_steps: int) -> Learner:
-    model = build_model(ModelConfig.from_pretrained(config.model.path), config).to(groups.device())
+    model = build_model(ModelConfig.from_pretrained(config.model.path), config).to(mesh.device())
     load_model_weights(model, config.model.path)
     return Learner(model, config.optimizer, num_steps)
 
 
-def check_batch(config: RunConfig, num_copies: int) -> None:
+def check_batch(config: RunConfig, num_replicas: int) -> None:
     """Raises UserError if a step's prompts do not divide among the copies of the model, or into minibatches."""
     number = config.train.prompts_per_step
-    if number % num_copies:
+    if number % num_replicas:
         raise UserError(
-            f"train.prompts_per_step = {number} does not divide among {num_copies} copies of the model; make it a "
-            f"multiple of {num_copies}"
+            f"train.prompts_per_step = {number} does not divide among {num_replicas} copies of the model; make it a "
+            f"multiple of {num_replicas}"
         )
     if config.train.stage == "grpo" and number % config.grpo.minibatches:
         raise UserError(

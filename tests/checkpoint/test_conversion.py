@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from megatron_vcr1.checkpoint import hf_import, safetensors_io, torch_dist
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
+from megatron_vcr1.checkpoint.new_directory import new_directory
 from megatron_vcr1.checkpoint.torch_dist import read_chunk, read_metadata
 from megatron_vcr1.checkpoint.verify import compare_weights
-from megatron_vcr1.checkpoint.workers import new_directory
 from megatron_vcr1.errors import UserError
 from tests.checkpoint.hf_dirs import FAMILIES, contents, random_weights, small_config, write_hf_dir
 

@@ -16,7 +16,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import published_name
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from tests.gloo import GlooPool
 from tests.model import tiny
 
@@ -28,7 +28,7 @@ LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "seq
 def _stream(folder: Path, parallel: dict[str, Any], dtype: str) -> dict[str, Tensor]:
     """What this rank's second iteration gives, after the weights were doubled in between."""
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": dtype}, "parallel": parallel})
-    groups.initialize(run.parallel)
+    mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(folder), run)
     load_model_weights(model, folder)
     stream = stream_hf_tensors(model)

@@ -23,7 +23,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import model_layout, to_megatron
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from tests.checkpoint.hf_dirs import FAMILIES, contents, random_weights, small_config, write_hf_dir
 from tests.gloo import GlooPool
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 def _load_and_save(hf_dir: Path, imported_dir: Path, saved_dir: Path, parallel: dict[str, Any]) -> int:
     """Load from both directories, compare bit by bit, save; returns the number of parameters of this rank."""
     run = RunConfig.model_validate({"model": {"path": hf_dir}, "parallel": parallel})
-    groups.initialize(run.parallel)
+    mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(hf_dir), run)
     loaded = []
     for source in (hf_dir, imported_dir):
@@ -76,7 +76,7 @@ def test_every_layout_loads_the_same_weights_and_saves_an_exportable_checkpoint(
 
 
 def _convert(hf_dir: Path, folder: Path) -> None:
-    groups.initialize(ParallelSection())
+    mesh.initialize(ParallelSection())
     import_checkpoint(hf_dir, folder / "imported")
     export_checkpoint(folder / "imported", folder / "exported")
 
@@ -88,7 +88,7 @@ def test_four_processes_convert_what_one_does(hf_dir: Path, tmp_path: Path, gloo
 
 
 def _fail_to_convert(hf_dir: Path, out_dir: Path) -> str:
-    groups.initialize(ParallelSection())
+    mesh.initialize(ParallelSection())
     try:
         import_checkpoint(hf_dir, out_dir)
     except UserError as error:
@@ -124,7 +124,7 @@ class _PaddedEmbedding:
 @pytest.mark.parametrize("source", ["hf", "imported"])
 def test_a_padded_vocabulary_is_filled_with_zeros(hf_dir: Path, imported_dir: Path, source: str) -> None:
     model = _PaddedEmbedding()
-    with groups.world(ParallelSection()):
+    with mesh.world(ParallelSection()):
         load_model_weights(model, hf_dir if source == "hf" else imported_dir)
     config = small_config()
     embedding = to_megatron(model_layout(ModelConfig.from_dict(config))[model.key], random_weights(config))

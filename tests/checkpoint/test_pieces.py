@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcr1.checkpoint import torch_dist
-from megatron_vcr1.checkpoint.pieces import Piece, cut, read_pieces, rectangles, run_of, share_of_copy
+from megatron_vcr1.checkpoint.pieces import Piece, cut, read_pieces, rectangles, run_of, shard_of_replica
 from megatron_vcr1.checkpoint.torch_dist import read_metadata
 from megatron_vcr1.errors import UserError
 
@@ -42,7 +42,7 @@ def test_a_run_over_two_shards_is_a_run_of_each() -> None:
 
 def test_copies_share_the_writing() -> None:
     pieces = [_piece(torch.zeros(size), (size,)) for size in (50, 1, 1, 1, 30, 40, 7)]
-    shares = [share_of_copy(pieces, index, 3) for index in range(3)]
+    shares = [shard_of_replica(pieces, index, 3) for index in range(3)]
     assert [len(piece.values) for share in shares for piece in share] == [50, 1, 1, 1, 30, 40, 7]
     assert all(sum(len(piece.values) for piece in share) <= 43 + 50 for share in shares)
 

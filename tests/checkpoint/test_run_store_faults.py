@@ -32,7 +32,7 @@ from megatron_vcr1.config.training_sections import CheckpointSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from tests.checkpoint.toy_run import ToyRun, train_until_killed
 from tests.model import tiny
 
@@ -43,9 +43,9 @@ MODES = [{"checkpoint": {"asynchronous": True}}, {"checkpoint": {"asynchronous":
 @pytest.fixture(scope="module", autouse=True)
 def _world() -> Iterator[None]:
     """Of one process; runs join it."""
-    groups.initialize(ParallelSection())
+    mesh.initialize(ParallelSection())
     yield
-    groups.shutdown()
+    mesh.shutdown()
 
 
 @pytest.fixture(scope="module")

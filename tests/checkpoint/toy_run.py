@@ -17,7 +17,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.optimizer import Learner
 from tests.model import tiny
 
@@ -34,7 +34,7 @@ class ToyRun:
         model = {"path": model_dir, "dtype": "float32", **settings.get("model", {})}
         optimizer = {**OPTIMIZER, **settings.get("optimizer", {})}
         self.config = RunConfig.model_validate({**settings, "model": model, "optimizer": optimizer})
-        groups.initialize(self.config.parallel)
+        mesh.initialize(self.config.parallel)
         self.model = build_model(ModelConfig.from_pretrained(model_dir), self.config)
         load_model_weights(self.model, model_dir)
         self.learner = Learner(self.model, self.config.optimizer, num_steps=8)
@@ -47,7 +47,7 @@ class ToyRun:
 
     def _step(self) -> tuple[float, float]:
         first = NUM_GROUPS * self.steps
-        seeds = range(first + groups.copy_index(), first + NUM_GROUPS, groups.num_copies())
+        seeds = range(first + mesh.replica_index(), first + NUM_GROUPS, mesh.num_replicas())
         rows_multiple = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
         batches = [pack([_group(seed)], self.model.model_config, rows_multiple_of=rows_multiple) for seed in seeds]
         update = self.learner.update(batches, self._loss)

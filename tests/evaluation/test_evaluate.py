@@ -23,7 +23,7 @@ from megatron_vcr1.data.prompts import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import evaluate
 from megatron_vcr1.evaluation.evaluate import evaluate_model, plan_jobs
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.types import ChoiceTarget, Task
 from tests.gloo import GlooPool
 from tests.training import workspace
@@ -73,7 +73,7 @@ def test_the_command(folder: Path, whole: dict[str, Any]) -> None:
     command = [
         sys.executable,
         "-m",
-        "megatron_vcr1.cli",
+        "megatron_vcr1",
         "evaluate",
         str(config),
         "--train.run_dir",
@@ -149,7 +149,7 @@ def test_a_video_that_was_made_smaller_is_counted_and_told(folder: Path, tmp_pat
 def test_a_killed_evaluation_goes_on(folder: Path, whole: dict[str, Any]) -> None:
     config = folder / "killed.toml"
     config.write_text(render_toml(run_config(folder, folder / "killed"), documented=False))
-    command = [sys.executable, "-m", "megatron_vcr1.cli", "evaluate", str(config), "--data.num_workers", "1"]
+    command = [sys.executable, "-m", "megatron_vcr1", "evaluate", str(config), "--data.num_workers", "1"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     first = folder / "killed" / "evaluation" / str(TASKS[0]) / "predictions.jsonl"
@@ -250,7 +250,7 @@ def test_a_plan_that_cannot_work(folder: Path, benchmarks: list[dict[str, Any]],
 
 
 def _evaluate_in(config: RunConfig) -> int:
-    with mock.patch.object(groups, "shutdown"):  # the pool keeps its world
+    with mock.patch.object(mesh, "shutdown"):  # the pool keeps its world
         return len(evaluate_model(config))
 
 

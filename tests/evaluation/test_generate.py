@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
-from megatron_vcr1.cli import main
+from megatron_vcr1.cli.main import main
 from megatron_vcr1.config.schema import ParallelSection, RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.evaluation import generate
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import SamplingParams
 from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
@@ -77,7 +77,7 @@ def _transformers_answer(model: torch.nn.Module, folder: Path) -> list[int]:
 
 def _generate(folder: Path, *options: str, model: str = "model", ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "megatron_vcr1.cli", "generate", "--dtype", "float32"]
+    command = [sys.executable, *launcher, "-m", "megatron_vcr1", "generate", "--dtype", "float32"]
     command += ["--model", str(folder / model), "--max-new-tokens", str(NUM_TOKENS), "--prompt", "When?", *options]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -117,7 +117,7 @@ def _num_decodings(folder: Path) -> int:
 
     @contextmanager
     def joined(parallel: ParallelSection) -> Iterator[None]:  # the pool's processes go on afterwards
-        groups.initialize(parallel)
+        mesh.initialize(parallel)
         yield
 
     content = [{"type": "video", "video": str(folder / "clip.mp4"), "fps": 1.0}, {"type": "text", "text": "When?"}]
@@ -126,7 +126,7 @@ def _num_decodings(folder: Path) -> int:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "encode_messages", encode)
-        patch.setattr(groups, "world", joined)
+        patch.setattr(mesh, "world", joined)
         generate.generate(run, {"role": "user", "content": content}, SamplingParams(2), seed=0, as_json=True)
     return len(calls)
 

@@ -80,7 +80,7 @@ def _transformers_log_probs(
 
 def _score(folder: Path, *options: str, ranks: int = 1, data: str = "data.jsonl") -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "megatron_vcr1.cli", "score", "--dtype", "float32"]
+    command = [sys.executable, *launcher, "-m", "megatron_vcr1", "score", "--dtype", "float32"]
     command += ["--model", str(folder / "model"), "--data", str(folder / data), "--out", str(folder / "out.jsonl")]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(

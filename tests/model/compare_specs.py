@@ -27,7 +27,7 @@ from megatron_vcr1.model.layer_specs import LocalBackend, transformer_engine_bac
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.model.transformer_config import Fp8Recipe, text_transformer_config, vision_transformer_config
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.optimizer import Learner
 from tests.model import tiny
 
@@ -47,7 +47,7 @@ def build(
         text_transformer_config(config.text, *settings, dtype=dtype, fp8=fp8, initialize_weights=False),
         vision_transformer_config(config.vision, *settings, dtype=dtype, initialize_weights=False),
         backend,
-    ).to(groups.device())
+    ).to(mesh.device())
     load_model_weights(model, folder)
     return model.train()
 
@@ -58,7 +58,7 @@ def group() -> Group:
 
 
 def _batch(model: QwenVLModel) -> PackedBatch:
-    return pack([group()], model.model_config, rows_multiple_of=model.rows_multiple_of).to(groups.device())
+    return pack([group()], model.model_config, rows_multiple_of=model.rows_multiple_of).to(mesh.device())
 
 
 def logits(model: QwenVLModel) -> Tensor:
@@ -104,7 +104,7 @@ def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[st
 
 
 def compare(folder: Path) -> dict[str, Any]:
-    with groups.world(ParallelSection()):
+    with mesh.world(ParallelSection()):
         model = build(folder, transformer_engine_backend(), torch.float32)
         expected = run(build(folder, LocalBackend(), torch.float32))
         learned, expected_to_learn = (

@@ -23,7 +23,7 @@ from megatron_vcr1.model.flops import (
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.model.vision import window_order
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from tests.model import tiny
 
 pytestmark = pytest.mark.xdist_group("gloo")
@@ -82,7 +82,7 @@ def _counted(folder: Path, **settings: object) -> tuple[int, int, ModelConfig, P
         {"model": {"path": folder, "dtype": "float32", **settings.pop("model", {})}, **settings}
     )
     config = ModelConfig.from_pretrained(folder)
-    with groups.world(run.parallel):
+    with mesh.world(run.parallel):
         model = build_model(config, run).train()
         load_model_weights(model, folder)
         batch = _batch(config)

@@ -12,8 +12,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_vcr1.config.schema import ParallelSection
-from megatron_vcr1.model.layer_specs import NormedLinear, computed_again
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.model.layer_specs import NormedLinear, recompute_in_backward
+from megatron_vcr1.parallel import mesh
 
 
 def test_a_result_that_is_computed_again_is_not_kept() -> None:
@@ -24,7 +24,7 @@ def test_a_result_that_is_computed_again_is_not_kept() -> None:
     inner.grad = weight.grad = None
 
     activated = F.silu(inner)
-    with computed_again(activated, lambda: F.silu(inner.detach())):
+    with recompute_in_backward(activated, lambda: F.silu(inner.detach())):
         output = F.linear(activated, weight)
     activated.data.fill_(math.nan)  # a kept one would make the weight's gradient that
     output.square().sum().backward()
@@ -33,7 +33,7 @@ def test_a_result_that_is_computed_again_is_not_kept() -> None:
 
 @pytest.fixture
 def world() -> Iterator[None]:
-    with groups.world(ParallelSection()):
+    with mesh.world(ParallelSection()):
         yield
 
 

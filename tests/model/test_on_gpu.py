@@ -15,9 +15,9 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
-from megatron_vcr1.rollout.local import LocalEngine
+from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from tests.model import compare_specs, tiny
 
@@ -29,7 +29,7 @@ TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
 
 @pytest.fixture(autouse=True)
 def world() -> Iterator[None]:
-    with groups.world(ParallelSection()):
+    with mesh.world(ParallelSection()):
         yield
 
 
@@ -43,7 +43,7 @@ def _by_transformers(folder: Path, family: str) -> dict[str, Tensor]:
     tiny.save_gradients(model, folder / "gradients", folder / "model")
     gradients = compare_specs.build(folder / "gradients", LocalBackend(), torch.float32)
     return {
-        "logits": logits.detach().to(groups.device()),
+        "logits": logits.detach().to(mesh.device()),
         **{pieces[0].key: parameter.detach() for parameter, pieces in parameter_pieces(gradients).items()},
     }
 
@@ -70,7 +70,7 @@ def test_the_local_engine_gives_the_log_probs_of_training(tmp_path: Path, dtype:
     worst = 0.0
     for request, group in zip(requests, generated, strict=True):
         responses = tuple(torch.tensor(one.token_ids) for one in group.rollouts)
-        batch = pack([Group(request.id, request.prompt, responses)], model.model_config).to(groups.device())
+        batch = pack([Group(request.id, request.prompt, responses)], model.model_config).to(mesh.device())
         with torch.no_grad():
             scored = model.log_probs(model(batch), batch.target_ids).cpu()
         sampled = torch.tensor([value for one in group.rollouts for value in one.log_probs])

@@ -17,7 +17,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
-from megatron_vcr1.parallel import groups, schedule
+from megatron_vcr1.parallel import mesh, schedule
 from tests.gloo import GlooPool
 from tests.model import tiny
 
@@ -108,7 +108,7 @@ def _forward_backward(model: QwenVLModel) -> tuple[list[dict[str, Any]], dict[st
         log_probs = model.log_probs(hidden, batch.target_ids)
         value = (log_probs * coefficients[index]).sum() / NUM_TARGETS
         metrics = {"loss": value.item(), "logits": model.logits(hidden.detach())}
-        return value / groups.num_copies(), metrics  # every copy computes all, and gradients add up
+        return value / mesh.num_replicas(), metrics  # every copy computes all, and gradients add up
 
     metrics = schedule.forward_backward(parallel, batches, loss)
     return metrics, {name: parameter.main_grad for name, parameter in model.named_parameters()}
@@ -116,14 +116,14 @@ def _forward_backward(model: QwenVLModel) -> tuple[list[dict[str, Any]], dict[st
 
 def _compare(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
     """Largest differences on this rank."""
-    groups.initialize(RunConfig.model_validate({"model": {"path": folder}, **settings}).parallel)
+    mesh.initialize(RunConfig.model_validate({"model": {"path": folder}, **settings}).parallel)
     model = _build(folder, settings, "model").train()
     answers = load_file(folder / "answers.safetensors")
     metrics, gradients = _forward_backward(model)
     expected = dict(_build(folder, settings, "gradients").named_parameters())
     assert gradients.keys() == expected.keys()
     worst = {"gradient": max(float((gradients[name] - expected[name]).abs().max()) for name in expected)}
-    if groups.is_last_stage():
+    if mesh.is_last_stage():
         wanted = torch.cat([answers[str(case)] for cases in MICROBATCHES for case in cases])
         worst["logits"] = float((torch.cat([one["logits"] for one in metrics]) - wanted).abs().max())
         worst["loss"] = abs(sum(one["loss"] for one in metrics) - float(answers["loss"]))
@@ -142,7 +142,7 @@ def _loss_and_gradients(model: QwenVLModel, batches: list[PackedBatch]) -> tuple
 
 
 def _shared_against_separate(folder: Path) -> dict[str, float]:
-    groups.initialize(RunConfig.model_validate({"model": {"path": folder}}).parallel)
+    mesh.initialize(RunConfig.model_validate({"model": {"path": folder}}).parallel)
     model = _build(folder, {}, "model").train()
     whole = [Group("g", tiny.prompt("iv", seed=7), tiny.responses((5, 1, 3, 8), seed=8)), _group(0)]
     apart = [Group(one.id, one.prompt, (response,)) for one in whole for response in one.responses]
@@ -163,7 +163,7 @@ def test_a_group_equals_its_responses_one_by_one(reference: Path, gloo_pool: Glo
 
 def _what_learns(folder: Path, frozen: str) -> dict[str, bool]:
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32", "freeze": [frozen]}})
-    groups.initialize(run.parallel)
+    mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(folder / "model"), run, initialize_weights=True).train()
     _, gradients = _loss_and_gradients(model, [pack([_group(1)], model.model_config)])
     return {name: name in gradients for name, _ in model.named_parameters()}

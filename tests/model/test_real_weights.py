@@ -20,7 +20,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -66,7 +66,7 @@ def test_imported_weights_know_the_capital_of_france(smollm2_dir: Path, tmp_path
     config = ModelConfig.from_pretrained(tmp_path / "imported")
     run = RunConfig.model_validate({"model": {"path": tmp_path / "imported", "dtype": "float32"}})
     token_ids = tokenizer("The capital of France is", return_tensors="pt").input_ids[0]
-    with groups.world(run.parallel), torch.no_grad():
+    with mesh.world(run.parallel), torch.no_grad():
         model = build_model(config, run).eval()
         load_model_weights(model, tmp_path / "imported")
         batch = pack([Group("question", EncodedPrompt(token_ids, ()), (token_ids[:1],))], config)

@@ -28,8 +28,8 @@ from megatron_vcr1.model.config import ModelConfig, TextConfig
 from megatron_vcr1.model.layer_specs import LocalBackend, choose_backend, transformer_engine_backend
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.model.transformer_config import FP8_CAPABILITIES, check_fp8, text_transformer_config
-from megatron_vcr1.parallel import groups
-from megatron_vcr1.rollout.local_stages import generating
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.rollout.local.stages import generating
 from tests.model import compare_specs, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ FP8_TOLERANCE = 2e-1
 
 @pytest.fixture
 def world() -> Iterator[None]:
-    with groups.world(ParallelSection()):
+    with mesh.world(ParallelSection()):
         yield
 
 
@@ -201,7 +201,7 @@ def test_on_a_gpu_fp8_is_near_bf16(te: BackendSpecProvider, model_dir: Path, rec
 @on_gpu
 def test_on_a_gpu_the_settings_build_fp8_and_generation_leaves_it(world: None, model_dir: Path) -> None:
     run = RunConfig.model_validate({"model": {"path": model_dir, "fp8": "tensorwise"}})
-    model = build_model(ModelConfig.from_pretrained(model_dir), run).to(groups.device())
+    model = build_model(ModelConfig.from_pretrained(model_dir), run).to(mesh.device())
     load_model_weights(model, model_dir)
     with generating(model):  # as many rows as there are: no multiple of 16
         found = compare_specs.logits(model)

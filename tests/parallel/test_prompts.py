@@ -12,7 +12,7 @@ from megatron_vcr1.config.schema import ParallelSection
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.parallel.prompts import share_prompts
 from tests.gloo import GlooPool
 
@@ -27,7 +27,7 @@ def _prompt() -> EncodedPrompt:
 
 def _shared() -> tuple[list[object], int]:
     """What a rank gets, and how many times the whole of it produced."""
-    groups.initialize(ParallelSection(tensor=2, pipeline=2))
+    mesh.initialize(ParallelSection(tensor=2, pipeline=2))
     calls: list[int] = []
 
     def produce() -> list[object]:
@@ -66,7 +66,7 @@ class _Holder:
 
 
 def _devices() -> str:
-    groups.initialize(ParallelSection(tensor=2, pipeline=2))
+    mesh.initialize(ParallelSection(tensor=2, pipeline=2))
     (holder,) = share_prompts(lambda: [_Holder(_GpuPrompt())])
     return holder.prompt.device
 
@@ -81,13 +81,13 @@ class _Unpicklable(RuntimeError):
 
 
 def _error(kind: str) -> tuple[str, str]:
-    groups.initialize(ParallelSection(tensor=2))
+    mesh.initialize(ParallelSection(tensor=2))
 
     def fail() -> None:
         raise UserError("no videos") if kind == "user" else _Unpicklable("gpu3", "gone")
 
     try:
-        groups.broadcast_in_copy(fail)
+        collectives.broadcast_within_replica(fail)
     except Exception as error:
         return type(error).__name__, str(error)
     raise AssertionError("nobody told this rank")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.rollout.build import agree_with_servers
+from megatron_vcr1.rollout.build import disable_nccl_cumem
 
 NAME = "NCCL_CUMEM_ENABLE"
 
@@ -29,8 +29,8 @@ def test_nccl_agrees_with_the_servers_that_it_brings_weights_to(
     monkeypatch.delenv(NAME)
     run = {"model": {"path": tmp_path}, "train": {"run_dir": tmp_path}, "rollout": {"engine": engine}, "sglang": sglang}
     config = RunConfig.model_validate(run)
-    agree_with_servers(config)
+    disable_nccl_cumem(config)
     assert os.environ.get(NAME) == expected
     monkeypatch.setenv(NAME, "1")
-    agree_with_servers(config)
+    disable_nccl_cumem(config)
     assert os.environ[NAME] == "1"  # what a user says counts

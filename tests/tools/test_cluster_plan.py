@@ -34,7 +34,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import forward_flops
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups, schedule
+from megatron_vcr1.parallel import mesh, schedule
 from tests.gloo import GlooPool
 from tests.model import tiny
 
@@ -55,7 +55,7 @@ def _gloo_layouts() -> list[Layout]:
 def _built_parameters(folder: Path, layout: Layout) -> tuple[int, int]:
     """Pipeline stage and parameters of this rank's model."""
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32"}, "parallel": layout.parallel})
-    groups.initialize(run.parallel)
+    mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(folder), run)
     from megatron.core import parallel_state
 
@@ -78,7 +78,7 @@ def test_every_rank_holds_what_megatron_builds(
 def test_the_seven_billion_model_is_what_megatron_builds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["qwen2.5-vl-7b"]))
     run = RunConfig.model_validate({"model": {"path": tmp_path}})
-    with groups.world(run.parallel), torch.device("meta"):
+    with mesh.world(run.parallel), torch.device("meta"):
         model = build_model(ModelConfig.from_pretrained(tmp_path), run)
     assert sum(one.numel() for one in model.parameters()) == SEVEN_BILLION
     config = model_config("qwen2.5-vl-7b")
@@ -108,7 +108,7 @@ def _num_bytes(argument: Any) -> int:
 def _recorded(folder: Path, layout: Layout, prompt: Any, responses: Any) -> dict[str, int]:
     settings = {"parallel": layout.parallel, "recompute": layout.recompute_section}
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32"}, **settings})
-    groups.initialize(run.parallel)
+    mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(folder), run, initialize_weights=True).train()
     batch = pack([Group("a", prompt, responses)], model.model_config, rows_multiple_of=layout.tensor)
 

@@ -11,7 +11,7 @@ from throughput.random_weights import write_random_model
 from throughput.rollout import OURS, TRANSFORMERS, UNSHARED, measure
 from throughput.update_case import UpdateCase
 
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 
 pytestmark = pytest.mark.xdist_group("gloo")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 def test_greedy_answers_agree_and_every_side_is_timed(tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", PRESETS["tiny"], dtype=torch.float32)
     case = UpdateCase(str(tmp_path / "model"), None, num_prompts=2, prompt_tokens=130, group_size=3, response_tokens=5)
-    with groups.world(case.run_config.parallel):
+    with mesh.world(case.run_config.parallel):
         result = measure(case, rounds=2)
     assert result["equal_greedy_tokens"] == 1.0
     assert list(result["sides"]) == [OURS, UNSHARED, TRANSFORMERS]

@@ -20,7 +20,7 @@ from throughput.update_plain import PlainUpdate
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import Workload
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
 pytestmark = pytest.mark.xdist_group("gloo")
@@ -49,7 +49,7 @@ def ours(case: UpdateCase, tmp_path_factory: pytest.TempPathFactory) -> tuple[fl
 
 
 def our_update(case: UpdateCase, path: Path) -> tuple[float, Path]:
-    with groups.world(case.run_config.parallel):
+    with mesh.world(case.run_config.parallel):
         update = OurUpdate(case)
         assert len(update.batches) == 2
         loss = update.run()

@@ -35,7 +35,7 @@ def test_a_hung_run_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(render_toml(config, documented=False))
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29473", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megatron_vcr1.cli", "train", str(file)]
+    command = [sys.executable, "-m", "megatron_vcr1", "train", str(file)]
     ranks = [
         subprocess.Popen(
             command,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.train import train, train_in_world
 from tests.gloo import GlooPool
 from tests.training import workspace
@@ -66,7 +66,7 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(config: RunConfig) -> int:
-    groups.initialize(config.parallel)
+    mesh.initialize(config.parallel)
     return train_in_world(config)
 
 

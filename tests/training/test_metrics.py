@@ -12,7 +12,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload, training_flops
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.metrics import Metrics, add_work, derived, peak_memory_gb
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -20,7 +20,7 @@ from tests.model import tiny
 
 @pytest.fixture
 def world() -> Iterator[None]:
-    with groups.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
         yield
 
 
@@ -42,8 +42,8 @@ def test_means_counts_and_maxima_of_one_rank(world: None) -> None:
 
 
 def _on_a_rank() -> dict[str, float]:
-    groups.initialize(RunConfig.model_validate({"model": {"path": "model"}}).parallel)
-    rank = groups.copy_index()
+    mesh.initialize(RunConfig.model_validate({"model": {"path": "model"}}).parallel)
+    rank = mesh.replica_index()
     metrics = Metrics()
     metrics.add("mean", 10.0 * rank, rank)
     metrics.count("number", rank)

@@ -16,7 +16,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.optimizer import Learner
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -31,7 +31,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def world() -> Iterator[None]:
-    with groups.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
         yield
 
 
@@ -131,7 +131,7 @@ def test_bfloat16_weights_learn_in_float32(model_dir: Path) -> None:
 
 
 def _learn_in_world(model_dir: Path) -> bool:
-    groups.initialize(ParallelSection())
+    mesh.initialize(ParallelSection())
     return _learn_in_bfloat16(model_dir)
 
 

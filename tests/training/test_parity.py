@@ -15,11 +15,11 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.parallel import groups
-from megatron_vcr1.training.grpo import GrpoTrainer
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.training.grpo.scoring import ScoredGroup, StepGroups
+from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.prompts import PromptStream
-from megatron_vcr1.training.rollouts import ScoredGroup, StepGroups
 from megatron_vcr1.training.targets import TargetEncoder, completion_text
 from megatron_vcr1.training.train import build
 from tests.model import tiny
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world() -> Iterator[None]:
-    with groups.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
         yield
 
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.prompts import PromptStream
 from tests.training import workspace
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def world() -> Iterator[None]:
-    with groups.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
         yield
 
 

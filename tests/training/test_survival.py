@@ -25,7 +25,7 @@ from megatron_vcr1.checkpoint.run_store import saved_steps
 from megatron_vcr1.checkpoint.torch_dist import read_chunk, read_metadata
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.train import train_in_world
 from tests.gloo import GlooPool
 from tests.training import workspace
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 
 NUM_KILLS = int(os.environ.get("VCR1_KILLS", "4"))
 NUM_STEPS = 3 * NUM_KILLS
-PATIENCE_S = 240  # for a loaded machine
+SERVER_TIMEOUT_S = 240  # for a loaded machine
 TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
 
 
@@ -59,7 +59,7 @@ class Command:
         self._run_dir = config.train.run_dir
         file = self._run_dir.with_suffix(".toml")
         file.write_text(render_toml(config, documented=False))
-        command = [sys.executable, "-m", "megatron_vcr1.cli", "train", str(file)]
+        command = [sys.executable, "-m", "megatron_vcr1", "train", str(file)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self._run_dir.with_suffix(".log").open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
@@ -71,7 +71,7 @@ class Command:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for it; the command's end also ends the waiting."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + SERVER_TIMEOUT_S
         while self.process.poll() is None and not condition():
             assert time.monotonic() < deadline, self._run_dir.with_suffix(".log").read_text()
             time.sleep(0.002)
@@ -90,7 +90,7 @@ class Command:
     def end(self) -> int:
         """Its exit code. Nothing of it is left behind."""
         try:
-            code = self.process.wait(PATIENCE_S)
+            code = self.process.wait(SERVER_TIMEOUT_S)
             self._wait_for_the_last()
         finally:
             if self._is_alive():
@@ -178,7 +178,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(folder: Path) -> 
 
 
 def _train(config: RunConfig) -> int:
-    groups.initialize(config.parallel)
+    mesh.initialize(config.parallel)
     return train_in_world(config)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from demo.jobs import JobFailed, Record, run_jobs
 from demo.plan import Demo
-from megatron_vcr1.config.arguments import positive
+from megatron_vcr1.cli.arguments import positive
 
 MEASURED = Path(__file__).with_name("measured.json")
 """report.json of the run that the README quotes."""

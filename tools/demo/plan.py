@@ -172,7 +172,7 @@ def num_steps(config: Path) -> int:
 
 def vcr1(*arguments: str) -> None:
     """The command, in this process, which keeps the libraries for the next one. Raises RuntimeError if it fails."""
-    from megatron_vcr1.cli import main
+    from megatron_vcr1.cli.main import main
 
     print("$ vcr1", shlex.join(arguments), flush=True)
     if code := main(arguments):

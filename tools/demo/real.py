@@ -18,7 +18,7 @@ from megatron_vcr1.data.video import VideoFrames, read_frames
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 
@@ -52,7 +52,7 @@ def ask(demo: Demo, video: Path, thing: str, console: Console) -> None:
         markup=False,
     )
     shown = {"type": "video", "video": str(video), **options}
-    with groups.world(config.parallel):
+    with mesh.world(config.parallel):
         model = build_model(ModelConfig.from_pretrained(model_dir), config).eval()
         load_model_weights(model, model_dir)
         engine = build_engine(config, model, processor)

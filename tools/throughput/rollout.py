@@ -25,9 +25,9 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
-from megatron_vcr1.rollout.local import LocalEngine
+from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from throughput.measure import Spread, add_json_argument, machine, print_table, prompt_tokens, seconds, write_json
 from throughput.random_weights import write_random_model
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             group_size=args.group_size,
             response_tokens=args.response_tokens,
         )
-        with groups.world(case.run_config.parallel):
+        with mesh.world(case.run_config.parallel):
             result = measure(case, args.rounds)
     result = {"machine": machine(), "model": args.model, "rounds": args.rounds, **result}
     write_json(args.json, result)
@@ -128,7 +128,7 @@ class _Ours:
     def __init__(self, case: UpdateCase) -> None:
         self._case = case
         self._config = ModelConfig.from_pretrained(case.model_dir)
-        self._model = build_model(self._config, case.run_config).to(groups.device())
+        self._model = build_model(self._config, case.run_config).to(mesh.device())
         load_model_weights(self._model, Path(case.model_dir))
         self._groups = case.groups(self._config)
         pads = (self._config.image_token_id, self._config.video_token_id)
@@ -155,7 +155,7 @@ class _Transformers:
         config = ModelConfig.from_pretrained(case.model_dir)
         kind = transformers.AutoModelForImageTextToText
         model = kind.from_pretrained(case.model_dir, dtype=getattr(torch, case.dtype), attn_implementation="sdpa")
-        self._model = model.to(groups.device()).eval()
+        self._model = model.to(mesh.device()).eval()
         self._pads = [config.image_token_id, config.video_token_id]
         self._inputs = [self._group_inputs(group, config) for group in case.groups(config)]
 
@@ -173,7 +173,7 @@ class _Transformers:
             "pixel_values_videos": pixel_values(video, config.vision).repeat(copies, 1).to(self._model.dtype),
             "video_grid_thw": torch.tensor([video.grid_thw]).repeat(copies, 1),
         }
-        return {name: tensor.to(groups.device()) for name, tensor in inputs.items()}
+        return {name: tensor.to(mesh.device()) for name, tensor in inputs.items()}
 
     def generate(self, *, greedy: bool = False) -> Tensor:
         """Token ids of all responses, [responses, response_tokens]."""

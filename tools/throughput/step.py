@@ -109,7 +109,7 @@ def _train(args: argparse.Namespace, folder: Path, model: Path, manifest: Path) 
     command = [sys.executable]
     if args.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
-    command += ["-m", "megatron_vcr1.cli", "train", str(config)]
+    command += ["-m", "megatron_vcr1", "train", str(config)]
     command += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise UserError("vcr1 train failed; its message is above")

@@ -25,7 +25,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 from throughput.measure import Spread, add_json_argument, machine, print_table, run_again, seconds, write_json
 from throughput.train import add_layout_arguments
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.urls and args.model in PRESETS:
         raise UserError("--urls: give --model the directory that the servers serve")
     num_processes = args.tensor * args.pipeline * args.copies
-    if args.worker is None and groups.world_size() == 1 and num_processes > 1:
+    if args.worker is None and mesh.launched_world_size() == 1 and num_processes > 1:
         with tempfile.TemporaryDirectory(prefix="benchmark-sync-") as folder:
             file = Path(folder) / "result.json"
             run_again([*args.arguments, "--worker", str(file)], num_processes=num_processes)
@@ -85,15 +85,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
     with _model_directory(args.model) as folder:
         run_config = _run_config(args, folder)
         config = ModelConfig.from_pretrained(folder)
-        check_layout(config.shape, run_config.parallel, run_config.recompute, groups.world_size())
-        with groups.world(run_config.parallel):
-            model = build_model(config, run_config, initialize_weights=True).to(groups.device())
+        check_layout(config.shape, run_config.parallel, run_config.recompute, mesh.launched_world_size())
+        with mesh.world(run_config.parallel):
+            model = build_model(config, run_config, initialize_weights=True).to(mesh.device())
             send = _engine_update(run_config, model, folder) if args.urls else _stream_alone(model)
             sizes = [tensor.nbytes for _, tensor in stream_hf_tensors(model)]
             send()
             took = [seconds(send) for _ in range(args.rounds)]
-            slowest = [max(values) for values in zip(*groups.gather_objects(took), strict=True)]
-            if not groups.is_first_rank():
+            slowest = [max(values) for values in zip(*collectives.gather_objects(took), strict=True)]
+            if not mesh.is_first_rank():
                 return None
     layout = {key: getattr(args, key) for key in ("tensor", "pipeline", "copies", "dtype")}
     return machine() | {

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import Workload, bf16_peak, forward_flops, recomputed_flops, training_flops
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.training.profiling import profiled
 from throughput.measure import (
     Spread,
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     args.sides = sides_to_compare(args.sides)
     with tempfile.TemporaryDirectory(dir=args.directory, prefix="benchmark-train-") as folder:
-        result = (measure if groups.world_size() == 1 else measure_in_world)(args, Path(folder))
+        result = (measure if mesh.launched_world_size() == 1 else measure_in_world)(args, Path(folder))
     if result is None:  # another rank reports
         return 0
     write_json(args.json, result)
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
 
 def sides_to_compare(asked: Sequence[str] | None) -> list[str]:
     """Our side, then the others that were asked for, or all that can be had here: one process compares, many do not."""
-    in_world = groups.world_size() > 1
+    in_world = mesh.launched_world_size() > 1
     if asked is not None and in_world and set(asked) != {OURS}:
         raise UserError("--sides: the other sides run in one process; start this without torchrun to compare")
     has_trl = importlib.util.find_spec("trl") is not None
@@ -197,10 +197,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def measure_in_world(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """Our side alone, on the ranks that torchrun or srun started; the result is the first rank's."""
-    args.copies = groups.world_size() // (args.tensor * args.pipeline)  # check_layout refuses a rest
+    args.copies = mesh.launched_world_size() // (args.tensor * args.pipeline)  # check_layout refuses a rest
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
-    check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, groups.world_size())
+    check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, mesh.launched_world_size())
     result = work(OURS, dataclasses.replace(case, num_updates=args.rounds * args.updates), None, args.profile)
     return None if result is None else _document(args, case, {OURS: _summary(result, [result])})
 
@@ -272,13 +272,13 @@ def work(side: str, case: UpdateCase, gradients: Path | None, profile: Path | No
         return _time(PlainUpdate(case, full_logits=side == PLAIN), case, libraries, gradients)
     from throughput.update_ours import OurUpdate
 
-    with groups.world(case.run_config.parallel, seed=case.seed):
+    with mesh.world(case.run_config.parallel, seed=case.seed):
         ours = OurUpdate(case)
-        every = groups.gather_objects(_time(ours, case, libraries, gradients))
+        every = collectives.gather_objects(_time(ours, case, libraries, gradients))
         if profile is not None:
             with profiled(profile, f"rank_{dist.get_rank()}"):
                 ours.run()
-        if not groups.is_first_rank():
+        if not mesh.is_first_rank():
             return None
     return every[0] | {
         "seconds": [max(values) for values in zip(*(one["seconds"] for one in every), strict=True)],

@@ -19,9 +19,9 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.parallel import groups, schedule
-from megatron_vcr1.training.grpo import PolicyBatch
-from megatron_vcr1.training.losses import Counts, TokenData, grpo_loss, token_weights
+from megatron_vcr1.parallel import mesh, schedule
+from megatron_vcr1.training.grpo.objective import Counts, TokenData, grpo_loss, token_weights
+from megatron_vcr1.training.grpo.trainer import PolicyBatch
 from megatron_vcr1.training.microbatches import make_microbatches
 from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.reference import Reference
@@ -29,14 +29,14 @@ from throughput.update_case import UpdateCase
 
 
 class OurUpdate:
-    """This rank's share of the update, inside `groups.world`."""
+    """This rank's share of the update, inside `mesh.world`."""
 
     def __init__(self, case: UpdateCase) -> None:
         self.case = case
         self.run_config = case.run_config
         config = ModelConfig.from_pretrained(case.model_dir)
         has_weights = (Path(case.model_dir) / "model.safetensors.index.json").is_file()
-        self.model = build_model(config, self.run_config, initialize_weights=not has_weights).to(groups.device())
+        self.model = build_model(config, self.run_config, initialize_weights=not has_weights).to(mesh.device())
         self.learner = Learner(self.model, self.run_config.optimizer, num_steps=10**6)
         self.reference: Reference | None = None
         if case.reference_dir is not None:
@@ -53,7 +53,7 @@ class OurUpdate:
         case = self.case
         every = case.groups(config)
         advantages = {group.id: row for group, row in zip(every, case.advantages(), strict=True)}
-        mine = every[groups.copy_index() :: groups.num_copies()]
+        mine = every[mesh.replica_index() :: mesh.num_replicas()]
         num_responses = case.num_prompts * case.group_size
         counts = Counts(num_responses, num_responses * case.response_tokens)
         batches = []
@@ -66,7 +66,7 @@ class OurUpdate:
                 segment_ids=torch.arange(len(lengths)).repeat_interleave(lengths),
             )
             weights = token_weights(one.packed.response_lengths, counts, "sequence", case.response_tokens)
-            batches.append(PolicyBatch(one.packed, data.to(groups.device()), weights.to(groups.device())))
+            batches.append(PolicyBatch(one.packed, data.to(mesh.device()), weights.to(mesh.device())))
         return batches
 
     def run(self) -> float:
@@ -101,7 +101,7 @@ class OurUpdate:
         """Of the last update, clipped, by published names; all ranks of a copy call it, the first one writes."""
         with self._gradients_as_weights():
             gradients = {name: tensor.float().cpu().clone() for name, tensor in stream_hf_tensors(self.model)}
-        if groups.is_first_rank():
+        if mesh.is_first_rank():
             save_file(gradients, path)
 
     @contextmanager

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from megatron_vcr1.config.schema import RunConfig, SglangSection
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
 from megatron_vcr1.rollout.sglang import payload
 from megatron_vcr1.rollout.sglang.delivery import WeightDelivery
-from megatron_vcr1.rollout.sglang.fleet import Fleet, muster
+from megatron_vcr1.rollout.sglang.fleet import Fleet, find_or_start_servers
 from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, acall, call
 from megatron_vcr1.rollout.sglang.loan import MemoryLoan
 from megatron_vcr1.rollout.sglang.pool import Server, ServerPool
@@ -50,7 +50,7 @@ class SglangEngine:
         self._encoder = PromptEncoder(model_config)
         self._tokens = tokens
         self._fleet = fleet
-        folder = config.train.run_dir.absolute() / "sglang" / "weights" / f"copy_{groups.copy_index()}"
+        folder = config.train.run_dir.absolute() / "sglang" / "weights" / f"copy_{mesh.replica_index()}"
         self._delivery = WeightDelivery(fleet, self._section, config.model.path, folder)
         self._loan = MemoryLoan(fleet.lenders, fleet.processes, timeout_s=self._section.timeout_s)
         self._version = self._num_updates = 0
@@ -71,7 +71,7 @@ class SglangEngine:
             EngineError: a server does not start or does not answer; says where its log is.
         """
         _empty_cache(config.sglang)  # servers divide what is free
-        return cls(config, model_config, tokens, muster(config))
+        return cls(config, model_config, tokens, find_or_start_servers(config))
 
     @property
     def policy_version(self) -> int:
@@ -83,7 +83,7 @@ class SglangEngine:
         self._make_room()
         for _ in range(MAX_PASSES):
             try:
-                return groups.broadcast_in_copy(lambda: self.sample(requests, params))
+                return collectives.broadcast_within_replica(lambda: self.sample(requests, params))
             except WeightsNeeded as needed:
                 if self._source is None:
                     raise EngineError(f"no server has the policy's weights before the next update: {needed}") from None
@@ -132,7 +132,9 @@ class SglangEngine:
         self._weights = version_name(version, f"{self._fleet.run}.{self._num_updates}")
         self._stopped.clear()
         self._make_room()
-        groups.gather_objects(None)  # no copy samples any more from servers that change, or holds memory that they take
+        collectives.gather_objects(
+            None
+        )  # no copy samples any more from servers that change, or holds memory that they take
         self._bring_up(tensors)
 
     def close(self) -> None:
@@ -143,16 +145,16 @@ class SglangEngine:
     def _make_room(self) -> None:
         """Before colocated servers take memory back: this copy's ranks give up what torch keeps of it for later."""
         if _empty_cache(self._section):
-            groups.wait_for_copy()
+            collectives.barrier_within_replica()
 
     def _bring_up(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Send weights until a server has them; all ranks of the copy call it."""
         try:
             for _ in range(MAX_PASSES):
-                groups.broadcast_in_copy(self._open_pass)
+                collectives.broadcast_within_replica(self._open_pass)
                 for bucket in buckets(tensors, self._section.sync_bucket_mb * 2**20):
                     self._delivery.send(bucket)
-                if groups.broadcast_in_copy(self._delivery.close):
+                if collectives.broadcast_within_replica(self._delivery.close):
                     return
                 if iter(tensors) is tensors:
                     break  # used up

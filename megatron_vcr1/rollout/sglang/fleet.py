@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import EngineError
 from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, is_here, server_info
 from megatron_vcr1.rollout.sglang.loan import take_back
@@ -48,22 +48,22 @@ class _Rank:
     run: str
 
 
-def muster(config: RunConfig) -> Fleet:
+def find_or_start_servers(config: RunConfig) -> Fleet:
     """Start or find the servers; every rank of the job calls it, and all of them get the first one's error.
 
     Raises:
         UserError: a setting cannot work.
         EngineError: a server does not start or does not answer.
     """
-    talks = groups.broadcast_in_copy(dist.get_rank) == dist.get_rank()
-    me = _Rank(dist.get_rank(), socket.gethostname(), groups.copy_index(), talks, uuid.uuid4().hex[:8])
-    ranks = groups.gather_objects(me)
+    talks = collectives.broadcast_within_replica(dist.get_rank) == dist.get_rank()
+    me = _Rank(dist.get_rank(), socket.gethostname(), mesh.replica_index(), talks, uuid.uuid4().hex[:8])
+    ranks = collectives.gather_objects(me)
     fleet, failure = None, None
     try:
         fleet = _name_servers(config, ranks) if config.sglang.urls else _start_servers(config, ranks)
     except (UserError, EngineError) as error:
         failure = error
-    failures = [one for one in groups.gather_objects(failure) if one is not None]
+    failures = [one for one in collectives.gather_objects(failure) if one is not None]
     if failures:
         if fleet is not None and fleet.processes is not None:
             fleet.processes.close()

@@ -27,7 +27,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
@@ -35,7 +35,7 @@ from megatron_vcr1.types import RolloutGroup
 from tests.model import tiny
 from tests.rollout.sglang import model_dir
 
-PATIENCE_S = 300.0  # with a busy machine
+SERVER_TIMEOUT_S = 300.0  # with a busy machine
 TOKENS = SpecialTokens(frozenset([model_dir.END]), (tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VISION_START, tiny.VISION_END))
 SERVER_ARGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
@@ -61,7 +61,9 @@ def settings(folder: Path, model: Path, interpreter: Path, **sglang: Any) -> dic
         "model": {"path": model, "dtype": "float32"},
         "train": {"run_dir": folder / "run"},
         "rollout": {"engine": "sglang"},
-        "sglang": section | {"sync_bucket_mb": 1, "startup_timeout_s": PATIENCE_S, "timeout_s": PATIENCE_S} | sglang,
+        "sglang": section
+        | {"sync_bucket_mb": 1, "startup_timeout_s": SERVER_TIMEOUT_S, "timeout_s": SERVER_TIMEOUT_S}
+        | sglang,
     }
 
 
@@ -87,7 +89,7 @@ class Serving:
         return RunConfig.model_validate(settings(self.folder, self.model_dir, self.interpreter, **section))
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + SERVER_TIMEOUT_S
         while not _answers(self.url):
             assert time.monotonic() < deadline, "the server does not come back"
             time.sleep(0.5)
@@ -113,7 +115,7 @@ def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     model = model_dir.create("qwen2_5_vl", folder / "model")
     config = RunConfig.model_validate(settings(folder, model, sglang_python, port=port, max_restarts=20))
     (folder / "run.toml").write_text(render_toml(config, documented=False))
-    command = [sys.executable, "-m", "megatron_vcr1.cli", "rollout", "serve", str(folder / "run.toml")]
+    command = [sys.executable, "-m", "megatron_vcr1", "rollout", "serve", str(folder / "run.toml")]
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines: queue.Queue[str] = queue.Queue()
@@ -121,7 +123,7 @@ def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     try:
         log = folder / "run" / "sglang" / "logs" / f"server_{port}.log"
         try:
-            line = lines.get(timeout=PATIENCE_S)
+            line = lines.get(timeout=SERVER_TIMEOUT_S)
         except queue.Empty:
             pytest.fail(f"the server does not start: {log.read_text()[-3000:]}")
         assert line == f"ready: http://127.0.0.1:{port}\n"
@@ -136,7 +138,7 @@ def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[None]:
-    with groups.world(ParallelSection()):
+    with mesh.world(ParallelSection()):
         yield
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import EngineError
 from megatron_vcr1.rollout.sglang import fleet
-from megatron_vcr1.rollout.sglang.fleet import check_server, muster
+from megatron_vcr1.rollout.sglang.fleet import check_server, find_or_start_servers
 from megatron_vcr1.rollout.sglang.http import is_here
 from tests.rollout.sglang.fake_server import FakeServer
 from tests.rollout.sglang.test_loan import Lender, loan_of
@@ -66,8 +66,8 @@ def test_this_host_is_known_by_all_of_its_addresses() -> None:
 def muster_with(folder: Path, **sglang: Any) -> fleet.Fleet:
     run = {"model": {"path": folder}, "train": {"run_dir": folder / "run"}, "sglang": sglang}
     config = RunConfig.model_validate(run)
-    with groups.world(config.parallel):
-        return muster(config)
+    with mesh.world(config.parallel):
+        return find_or_start_servers(config)
 
 
 @pytest.mark.parametrize("settings", [{"sync": "tensor"}, {"transport": "file"}], ids=str)

@@ -16,7 +16,7 @@ import torch
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.parallel import groups
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
 from megatron_vcr1.rollout.sglang.http import ServerFault, call
@@ -69,7 +69,7 @@ def _engine(folder: Path, url: str, parallel: dict[str, Any], **sglang: Any) -> 
             "sglang": {"urls": [url], "sync": "tensor", "timeout_s": 60} | sglang,
         }
     )
-    groups.initialize(config.parallel)
+    mesh.initialize(config.parallel)
     model_config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
     return SglangEngine.start(config, model_config, SpecialTokens(frozenset([1]), (5,)))
 
@@ -88,7 +88,7 @@ def _sample_and_update(folder: Path, url: str, parallel: dict[str, Any]) -> dict
     engine.update_weights(tensors(), 4)
     after = engine.generate(asked, SamplingParams(64))
     return {
-        "copy": groups.copy_index(),
+        "copy": mesh.replica_index(),
         "before": before,
         "after": after,
         "made": made,
@@ -100,8 +100,8 @@ def _sample_and_update(folder: Path, url: str, parallel: dict[str, Any]) -> dict
 def test_one_rank_of_a_copy_talks_and_all_hear(tmp_path: Path, gloo_pool: GlooPool, parallel: dict[str, Any]) -> None:
     with FakeServer(Pretender()) as server:
         answers = gloo_pool.run(_sample_and_update, tmp_path, server.url, parallel)
-        num_copies = len({one["copy"] for one in answers})
-        assert server.count("/generate") == 2 * 3 * num_copies
+        num_replicas = len({one["copy"] for one in answers})
+        assert server.count("/generate") == 2 * 3 * num_replicas
         assert server.count("/update_weights_from_tensor") == 1  # by one of the copies, once all had their answers
     for one in answers:
         assert one["made"] == [0, 1, 2]  # the collective that makes the tensors is everybody's
@@ -118,13 +118,13 @@ def _lose_the_server(folder: Path, url: str, first: int) -> set[int]:
     engine = _engine(folder, url, {"tensor": 2})
     asked = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
     engine.update_weights([("w", torch.zeros(5))], 1)
-    if groups.copy_index() == first:
+    if mesh.replica_index() == first:
         engine.generate(asked, SamplingParams(64))
-    groups.gather_objects(None)
-    if groups.is_first_rank():
+    collectives.gather_objects(None)
+    if mesh.is_first_rank():
         call(url, "POST", "/update_weight_version", {"new_version": "default"}, timeout_s=10)
-    groups.gather_objects(None)
-    answered = engine.generate(asked, SamplingParams(64)) if groups.copy_index() != first else []
+    collectives.gather_objects(None)
+    answered = engine.generate(asked, SamplingParams(64)) if mesh.replica_index() != first else []
     return {rollout.policy_version for group in answered for rollout in group.rollouts}
 
 

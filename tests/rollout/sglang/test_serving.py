@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1.cli import main
+from megatron_vcr1.cli.main import main
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
 

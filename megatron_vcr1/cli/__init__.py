@@ -1,0 +1,1 @@
+"""The `vcr1` command: one module for each subcommand, named after it."""

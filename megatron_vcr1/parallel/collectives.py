@@ -1,0 +1,118 @@
+"""Collectives on Python objects and numbers: among all ranks, among the ranks of one replica, and error propagation.
+
+A collective that one rank leaves with an exception would hang the others, so the functions here that run a callable
+send its exception to every rank that takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_vcr1.errors import portable
+from megatron_vcr1.parallel import mesh
+
+T = TypeVar("T")
+
+
+def broadcast_within_replica(produce: Callable[[], T]) -> T:
+    """Call `produce` on the leader of each replica and return its result on all ranks of that replica.
+
+    Raises:
+        Exception: whatever `produce` raises, on all ranks of the replica.
+    """
+    return _broadcast(produce, parallel_state.get_model_parallel_src_rank(), parallel_state.get_model_parallel_group())
+
+
+def broadcast_within_stage(produce: Callable[[], T]) -> T:
+    """Call `produce` on the first rank of each pipeline stage and return its result on all ranks of that stage.
+
+    Raises:
+        Exception: whatever `produce` raises, on all ranks of the stage.
+    """
+    return _broadcast(
+        produce,
+        parallel_state.get_tensor_model_parallel_src_rank(),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
+
+
+def _broadcast(produce: Callable[[], T], source: int, group: dist.ProcessGroup) -> T:
+    if group.size() == 1:
+        return produce()  # no pickling: the caller gets the very object
+    if dist.get_rank() != source:
+        box: list[Any] = [None, None]
+        dist.broadcast_object_list(box, src=source, group=group)
+        value, error = box
+        if error is not None:
+            error.add_note(f"raised on rank {source} and sent to all ranks of its group")
+            raise error
+        return cast(T, value)
+    try:
+        value = produce()
+    except Exception as error:
+        dist.broadcast_object_list([None, portable(error)], src=source, group=group)
+        raise
+    dist.broadcast_object_list([value, None], src=source, group=group)
+    return value
+
+
+def barrier_within_replica() -> None:
+    """Wait until all ranks of this replica have arrived."""
+    dist.barrier(group=parallel_state.get_model_parallel_group())
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's `value`, in rank order, on every rank. The values are pickled, so keep them small."""
+    gathered: list[Any] = [value] * dist.get_world_size()
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Return the sum of each number over all ranks, in float64, on every rank."""
+    total = torch.tensor(values, dtype=torch.float64, device=mesh.device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def run_on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Call `work` on every rank and return all results, in rank order, on every rank.
+
+    If `work` raises on any rank, it raises on all of them: no rank waits for one that has failed. Also works in a
+    process that has not initialized torch.distributed.
+
+    Args:
+        work: the callable.
+        group: process group of all ranks; a background thread passes its own, so that its collectives do not
+            interleave with the main thread's.
+
+    Raises:
+        Exception: the error of the lowest rank that failed.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    outcomes = [(result, failure)] * mesh.num_ranks()
+    if dist.is_initialized():
+        dist.all_gather_object(outcomes, (result, failure and portable(failure)), group=group)
+        outcomes[mesh.rank()] = (result, failure)  # the local exception keeps its traceback
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            if rank != mesh.rank():
+                failure.add_note(f"raised on rank {rank} and sent to all ranks")
+            raise failure
+    return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def run_on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call `work` on rank 0 and return its result, or raise its error, on every rank."""
+    return run_on_every_rank(lambda: work() if mesh.rank() == 0 else None, group)[0]  # type: ignore[return-value]

@@ -1,0 +1,189 @@
+"""Which curves a report shows, from the names of a run's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_vcr1.report.charts import Chart, Drawing, Line, draw, short, words
+from megatron_vcr1.report.run_record import RunRecord
+
+PARTS = ("total", "format", "iou", "accuracy", "recall")
+PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "save")
+
+MIN_PHASE_SHARE = 0.005
+"""Of the time of all steps; what takes less is not named."""
+
+_MAX_OTHER_CHARTS = 12
+
+
+@dataclass(frozen=True)
+class CurveSection:
+    """Charts under one heading; `constant` names what never changed, with its value."""
+
+    title: str
+    note: str
+    charts: Sequence[Drawing]
+    constant: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A chart by the metrics that it shows: key to label."""
+
+    title: str
+    unit: str
+    keys: Mapping[str, str]
+
+
+_SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
+    (
+        "Policy",
+        "KL to the reference; the ratio of new to old probability and the share of tokens where it is clipped.",
+        (
+            _Spec("KL to the reference", "nats a token", {"kl": "KL"}),
+            _Spec("Entropy", "nats a token", {"entropy": "entropy"}),
+            _Spec("Probability ratio", "mean", {"ratio/mean": "ratio"}),
+            _Spec("Clipped tokens", "share", {"clipped_share": "clipped"}),
+        ),
+    ),
+    (
+        "Responses",
+        "Truncated: cut at rollout.max_new_tokens. A group whose rewards are all equal teaches nothing; dynamic "
+        "sampling drops it. Without a verdict: no judge has read the caption.",
+        (
+            _Spec("Length", "tokens", {"response_tokens/mean": "mean", "response_tokens/max": "longest"}),
+            _Spec("Truncated responses", "share", {"truncated_share": "truncated"}),
+            _Spec("Groups", "a step", {"groups/no_signal": "equal rewards", "groups/dropped": "dropped"}),
+            _Spec("Responses without a verdict", "a step", {"responses/unscored": "responses"}),
+            _Spec("Videos", "a step", {"skipped_samples": "unusable", "reduced_videos": "made smaller to fit"}),
+        ),
+    ),
+    (
+        "Optimization",
+        "",
+        (
+            _Spec("Loss", "", {"loss": "loss"}),
+            _Spec("Gradient norm", "before clipping", {"grad_norm": "norm"}),
+            _Spec("Learning rate", "", {"lr": "rate"}),
+            _Spec("Updates left out", "share", {"update_skipped": "not finite"}),
+        ),
+    ),
+    (
+        "Speed and memory",
+        "",
+        (
+            _Spec("Throughput", "tokens a second", {"tokens_per_s": "tokens/s"}),
+            _Spec("Model FLOPs utilization", "share of peak", {"mfu": "MFU"}),
+            _Spec("Model FLOPs", "TFLOP/s a rank, in the update", {"tflops_per_s": "TFLOP/s"}),
+            _Spec("Prompt tokens that the engine had cached", "share", {"cached_prompt_share": "cached"}),
+            _Spec("Rows trained on", "tokens a step", {"tokens": "tokens"}),
+            _Spec("Peak memory", "GB", {"memory/peak_gb": "peak"}),
+        ),
+    ),
+    (
+        "Rollout against training",
+        "Log-probs of the sampled tokens, by the engine that sampled them and by the model that trains on them: a gap "
+        "means that the two compute different policies.",
+        (
+            _Spec("Difference of log-probs", "nats", {"mismatch/mean_abs": "mean", "mismatch/max_abs": "largest"}),
+            _Spec("KL of rollout to training", "nats a token", {"mismatch/kl": "KL"}),
+            _Spec("Age of the policy that sampled", "updates", {"policy_lag": "lag"}),
+        ),
+    ),
+)
+
+
+def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
+    """Charts of one run, the parts of a reward together; of several runs, one chart a metric with a line a run."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.metrics.columns))
+    note = "Parts add up to the total, which GRPO maximizes." if len(runs) == 1 else ""
+    sections = [("Reward", note, list(_reward_specs(keys))), *_SECTIONS]
+    shown = {key for _, _, specs in sections for spec in specs for key in spec.keys}
+    hidden = (*shown, "policy_version", "model_flops")  # the step's number, and what TFLOP/s says better
+    other = [key for key in keys if key not in hidden and not key.startswith(("zeros/", "time/"))]
+    sections.append(("Other metrics", "", [_Spec(key, "", {key: key}) for key in other[:_MAX_OTHER_CHARTS]]))
+    drawn = [
+        _section(title, note, [chart for spec in specs for chart in _charts(runs, spec)])
+        for title, note, specs in sections
+    ]
+    return [section for section in drawn if section.charts or section.constant]
+
+
+def phase_chart(run: RunRecord, title: str) -> Drawing | None:
+    """Seconds of a step by phase, piled up."""
+    metrics = run.metrics
+    lines = [
+        Line(phase, metrics.steps, metrics.columns[f"time/{phase}_s"], phase_colour(phase)) for phase in phases(run)
+    ]
+    return draw(Chart(title, "seconds", lines, stacked=True))
+
+
+def phase_colour(phase: str) -> int:
+    """The number of a phase's colour; phases that are not known here share the one behind."""
+    return PHASES.index(phase) if phase in PHASES else len(PHASES)
+
+
+def phases(run: RunRecord) -> list[str]:
+    """Names of the phases that took a share of the time worth naming, in the order of a step."""
+    timed = {
+        key[len("time/") : -len("_s")]: float(np.nansum(seconds))
+        for key, seconds in run.metrics.columns.items()
+        if key.startswith("time/") and key.endswith("_s")
+    }
+    least_s = MIN_PHASE_SHARE * timed.pop("total", sum(timed.values()))
+    timed = {phase: seconds for phase, seconds in timed.items() if seconds > least_s}
+    known = [phase for phase in PHASES if phase in timed]
+    return [*known, *sorted(set(timed) - set(known))]
+
+
+def _reward_specs(keys: Sequence[str]) -> Iterator[_Spec]:
+    if "reward/total" in keys:
+        yield _Spec("All tasks", "reward", {"reward/total": "total"})
+    parts_by_task: dict[str, list[str]] = {}
+    for key in keys:
+        prefix, _, rest = key.partition("/")
+        task, slash, part = rest.partition("/")
+        if prefix == "reward" and slash:
+            parts_by_task.setdefault(task, []).append(part)
+    for task, parts in parts_by_task.items():
+        ordered = [*(part for part in PARTS if part in parts), *sorted(set(parts) - set(PARTS))]
+        title = words(task)
+        keys_of_parts = {f"reward/{task}/{part}": words(part) for part in ordered}
+        yield _Spec(title[:1].upper() + title[1:], "reward", keys_of_parts)
+
+
+def _section(title: str, note: str, charts: Sequence[Chart]) -> CurveSection:
+    drawings, constant = [], []
+    for chart in charts:
+        values = np.concatenate([line.values[np.isfinite(line.values)] for line in chart.lines] or [np.array([])])
+        if len(values) and values.min() == values.max():
+            constant.append((chart.title, short(float(values[0]))))
+        elif drawing := draw(chart):
+            drawings.append(drawing)
+    return CurveSection(title, note, drawings, constant)
+
+
+def _charts(runs: Sequence[RunRecord], spec: _Spec) -> Iterator[Chart]:
+    if len(runs) == 1:
+        steps, columns = runs[0].metrics.steps, runs[0].metrics.columns
+        lines = [
+            Line(label, steps, columns[key], colour)
+            for colour, (key, label) in enumerate(spec.keys.items())
+            if key in columns
+        ]
+        yield Chart(spec.title, spec.unit, lines)
+        return
+    for key, label in spec.keys.items():
+        title = spec.title if len(spec.keys) == 1 else f"{spec.title}: {label}"
+        yield Chart(title, spec.unit, _run_lines(runs, key))
+
+
+def _run_lines(runs: Sequence[RunRecord], key: str) -> list[Line]:
+    return [
+        Line(run.name, run.metrics.steps, run.metrics.columns[key], colour)
+        for colour, run in enumerate(runs)
+        if key in run.metrics.columns
+    ]

@@ -1,0 +1,230 @@
+"""Samples to look at: a video's frames with the true and the answered spans and boxes, and what each answer earned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_vcr1.data.manifest import RowError, sample_from_row, scan_manifest
+from megatron_vcr1.data.prompts import load_templates, target_text
+from megatron_vcr1.data.video import VideoError
+from megatron_vcr1.data.video_process import VideoReader
+from megatron_vcr1.evaluation.answers import read_answer
+from megatron_vcr1.report.charts import words
+from megatron_vcr1.report.frames import FilmStrip, read_strip
+from megatron_vcr1.report.run_record import EvaluationResult, RunRecord, read_json_lines
+from megatron_vcr1.rewards.parsing import (
+    UnparsableError,
+    first_glue,
+    parse_boxes,
+    parse_interval,
+    parse_spans,
+)
+from megatron_vcr1.types import Box, GroundedChoiceTarget, GroundingTarget, Interval, TrackingTarget, VideoSample
+
+MAX_TEXT = 3000
+"""Characters of an answer that are shown."""
+
+MAX_FIGURES = 4
+"""Of an answer to a benchmark."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response, what it earned, and where it says that things are.
+
+    Attributes:
+        role: best, worst or only: decides the colour.
+        facts: (name, value) pairs such as the number of tokens.
+        parts: (part, value, reason of a zero).
+        num_hidden: characters of the text that are left out.
+    """
+
+    role: str
+    title: str
+    text: str
+    num_hidden: int
+    facts: Sequence[tuple[str, str]]
+    parts: Sequence[tuple[str, str, str]]
+    spans: Sequence[Interval]
+    boxes: Sequence[Box | None]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One sample with answers to it.
+
+    Attributes:
+        target: the right answer as a text.
+        strip: its frames; None where the video cannot be shown, for the reason `missing`.
+    """
+
+    heading: str
+    sample: VideoSample
+    target: str
+    answers: Sequence[Answer]
+    strip: FilmStrip | None = None
+    missing: str = ""
+
+    @property
+    def true_boxes(self) -> Sequence[Box]:
+        return self.sample.target.boxes if isinstance(self.sample.target, TrackingTarget) else ()
+
+    @property
+    def length_s(self) -> float:
+        """What the time line spans."""
+        ends = [span.end_s for span in self.sample.intervals]
+        return self.strip.duration_s if self.strip else self.sample.duration_s or max(ends, default=0.0)
+
+
+def rollout_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
+    """Of the first, a middle and the last step, each task's group whose rewards differ most: best and worst answer."""
+    steps, templates = list(run.rollout_files), load_templates()
+    for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else ():
+        for sample, responses in _telling_groups(run.rollout_files[step], problems):
+            best, worst, number = responses[0], responses[-1], len(responses)
+            if _total(best) > _total(worst):
+                answers = [_answer("best", f"Best of {number}", sample, best)]
+                answers += [_answer("worst", f"Worst of {number}", sample, worst)]
+            else:
+                answers = [_answer("best", f"One of {number}, all equal", sample, best)]
+            heading = f"Step {step}: {words(sample.task)}"
+            yield Exhibit(heading, sample, target_text(sample, templates), answers)
+
+
+def evaluation_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
+    """Of each benchmark the best, the median and the worst answer by the sum of the figures that are shown with it."""
+    templates = load_templates()
+    for result in run.evaluations:
+        manifest = _manifest(run, result)
+        if manifest is None or not manifest.is_file():
+            problems.append(f"evaluation/{result.label}: no samples are shown: its manifest is not here ({manifest})")
+            continue
+        measured = [row for row in read_json_lines(result.folder / "samples.jsonl", problems) if row.get("metrics")]
+        measured.sort(key=lambda row: (-sum(islice(row["metrics"].values(), MAX_FIGURES)), str(row.get("id"))))
+        last = len(measured) - 1
+        ranks = dict(zip((0, last // 2, last), ("best", "median", "worst"), strict=True)) if measured else {}
+        chosen = {str(measured[rank].get("id")): (rank, name) for rank, name in ranks.items()}
+        samples = {row.id: row for row in scan_manifest(manifest) if isinstance(row, VideoSample) and row.id in chosen}
+        outputs = {
+            str(row.get("id")): row
+            for row in read_json_lines(result.folder / "predictions.jsonl", problems)
+            if row.get("id") in chosen
+        }
+        for id, (rank, name) in chosen.items():
+            if (sample := samples.get(id)) is None or not isinstance(outputs.get(id, {}).get("output"), str):
+                continue
+            response = {**outputs[id], "text": outputs[id]["output"], "measured": measured[rank]}
+            answer = _answer("best" if rank < last else "worst", "Answer", sample, response)
+            yield Exhibit(f"{result.label}: {name} of {last + 1}", sample, target_text(sample, templates), [answer])
+
+
+def with_frames(exhibits: Sequence[Exhibit], reader: VideoReader) -> Iterator[Exhibit]:
+    """The same, with their frames or the reason why there are none."""
+    for exhibit in exhibits:
+        try:
+            yield replace(exhibit, strip=read_strip(exhibit.sample, reader))
+        except VideoError as error:
+            yield replace(exhibit, missing=str(error))
+
+
+def answered_spans(sample: VideoSample, text: str) -> Sequence[Interval]:
+    """The spans that an answer states; none where the task has none or they cannot be read."""
+    try:
+        match sample.target:
+            case GroundingTarget():
+                return (parse_interval(read_answer(text)),)
+            case GroundedChoiceTarget():
+                return parse_spans(first_glue(text))
+    except UnparsableError:
+        pass  # the reward's reason, beside the answer, says so
+    return ()
+
+
+def answered_boxes(sample: VideoSample, text: str) -> Sequence[Box | None]:
+    """The boxes that an answer states, one a frame; none where the task has none or they cannot be read."""
+    if not isinstance(sample.target, TrackingTarget):
+        return ()
+    try:
+        return parse_boxes(read_answer(text), len(sample.target.boxes))
+    except UnparsableError:
+        return ()
+
+
+def _telling_groups(path: Path, problems: list[str]) -> Iterator[tuple[VideoSample, list[Row]]]:
+    """Of each task, the group whose rewards differ most: its sample and its responses, the best first."""
+    spreads: dict[str, float] = {}
+    faults: list[str] = []
+    groups: dict[str, tuple[VideoSample, list[Row]]] = {}
+    for row in read_json_lines(path, problems):
+        try:
+            sample = sample_from_row(row.get("sample"))
+            responses = sorted(row["responses"], key=_total, reverse=True)
+        except (RowError, KeyError, TypeError, AttributeError, ValueError) as error:
+            faults.append(str(error))
+            continue
+        if responses:
+            spread = _total(responses[0]) - _total(responses[-1])
+            if spread > spreads.get(sample.task, -1.0):
+                spreads[sample.task], groups[sample.task] = spread, (sample, responses)
+    if faults:
+        problems.append(f"{path.name}: {len(faults)} groups that cannot be read are left out, the first: {faults[0]}")
+    yield from groups.values()
+
+
+def _manifest(run: RunRecord, result: EvaluationResult) -> Path | None:
+    """The samples of a benchmark: what its result names, or what the run's settings name for its label."""
+    if named := result.details.get("manifest"):
+        return Path(str(named))
+    for source in run.setting("evaluate", "benchmarks") or ():
+        if result.label == (source.get("label") or source.get("name")):
+            return Path(str(source.get("manifest")))
+    return None
+
+
+def _answer(role: str, title: str, sample: VideoSample, response: Row) -> Answer:
+    """A response as rollouts/step_N.jsonl holds it, or a prediction with its row of samples.jsonl as `measured`."""
+    text = str(response.get("text", ""))
+    facts = [
+        (name, f"{value:.3g}" if isinstance(value, float) else str(value))
+        for key, name in (("num_tokens", "tokens"), ("finish_reason", "ended by"), ("advantage", "advantage"))
+        if (value := response.get(key)) is not None
+    ]
+    return Answer(
+        role=role,
+        title=title,
+        text=text[:MAX_TEXT],
+        num_hidden=max(len(text) - MAX_TEXT, 0),
+        facts=facts,
+        parts=list(_figures(response["measured"]) if "measured" in response else _parts(response.get("reward") or {})),
+        spans=answered_spans(sample, text),
+        boxes=answered_boxes(sample, text),
+    )
+
+
+def _figures(measured: Row) -> Iterator[tuple[str, str, str]]:
+    """An answer's first figures on a benchmark; why parts of it are worth nothing stands beside the first."""
+    reasons = ", ".join(f"{part}: {reason}" for part, reason in (measured.get("reasons") or {}).items())
+    for number, (metric, value) in enumerate(islice(measured["metrics"].items(), MAX_FIGURES)):
+        yield metric, f"{value:.2f}", "" if number else reasons
+
+
+def _parts(reward: Row) -> Iterator[tuple[str, str, str]]:
+    reasons = reward.get("reasons") or {}
+    named = {part: reward.get(part) for part in ("format", "iou", "accuracy", "recall")}
+    values: dict[str, Any] = {**named, **(reward.get("extra") or {})}
+    for part, value in values.items():
+        if value is not None or part in reasons:
+            yield part, "-" if value is None else f"{value:.2f}", str(reasons.get(part, ""))
+    total = reward.get("total")
+    yield "total", "-" if total is None else f"{total:.2f}", ""
+
+
+def _total(response: Row) -> float:
+    """What a response earned; one without a verdict counts as nothing here."""
+    return float((response.get("reward") or {}).get("total") or 0.0)

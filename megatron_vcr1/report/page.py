@@ -1,0 +1,230 @@
+"""Puts a report together: one HTML file that asks nothing of the network and runs no script.
+
+Everything that a model or a data set wrote is text here, never markup: the templates escape what they are given, and
+the page's own policy forbids scripts and connections, should anything slip through.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import ChainableUndefined, Environment, PackageLoader
+from tqdm import tqdm
+
+from megatron_vcr1.data.video_process import VideoReader
+from megatron_vcr1.report.charts import MAX_POINTS, short, words
+from megatron_vcr1.report.curves import curve_sections, phase_chart, phase_colour
+from megatron_vcr1.report.gallery import Exhibit, evaluation_exhibits, rollout_exhibits, with_frames
+from megatron_vcr1.report.results import main_table, num_answers_and_samples, result_json, result_table
+from megatron_vcr1.report.run_record import RunRecord
+from megatron_vcr1.report.tables import (
+    MAX_REASONS,
+    key_figures,
+    phase_rows,
+    settings_that_differ,
+    zero_rows,
+)
+
+_MAX_SKIPPED = 50
+_MAX_STARTS = 20
+_HIGH_TRUNCATION = 0.05
+_FEW_SAMPLES = 200
+_MAX_NAMES = 3  # of runs in the title
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    notes: Sequence[str]
+    num_samples: int
+    num_bytes: int
+
+
+def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json_path: Path | None = None) -> Report:
+    """Writes the page, and on request its numbers as JSON; each file appears only when it is complete.
+
+    Args:
+        runs: the first is what the others are compared with.
+        max_samples: of the gallery, over all runs; bounds the page's size, about 60 kB each.
+    """
+    problems: dict[str, list[str]] = {run.name: [] for run in runs}
+    chosen = {
+        run.name: [*rollout_exhibits(run, problems[run.name]), *evaluation_exhibits(run, problems[run.name])]
+        for run in runs
+    }
+    exhibits = list(_gallery(runs, chosen, max_samples))
+    notes = [
+        *_extent(runs, sum(map(len, chosen.values())), sum(len(shown) for _, shown in exhibits)),
+        *_grouped([(run.name, note) for run in runs for note in _notes(run, problems[run.name])], len(runs)),
+    ]
+    results = result_table(runs)
+    if missing := sum(1 for _, shown in exhibits for exhibit in shown if exhibit.missing):
+        notes.append(f"videos of the gallery that cannot be shown: {missing}, each with the reason")
+    zeros = zero_rows(runs)
+    context = {
+        "runs": runs,
+        "stages": list(dict.fromkeys(str(run.setting("train", "stage") or "run").upper() for run in runs)),
+        "title": _title(runs),
+        "notes": notes,
+        "figures": [(run, key_figures(run)) for run in runs],
+        "main_results": main_table(runs),
+        "results": results,
+        "sections": curve_sections(runs),
+        "zeros": zeros[:MAX_REASONS],
+        "num_more_zeros": max(len(zeros) - MAX_REASONS, 0),
+        "phases": phase_rows(runs),
+        "phase_charts": [chart for run, title in _phase_titles(runs) if (chart := phase_chart(run, title))],
+        "gallery": exhibits,
+        "skipped": [(run, list(run.skipped.items())) for run in runs if run.skipped],
+        "max_skipped": _MAX_SKIPPED,
+        "max_starts": _MAX_STARTS,
+        "max_points": MAX_POINTS,
+        "differing": settings_that_differ(runs) if len(runs) > 1 else {},
+        "written": datetime.now().astimezone(),
+        "made_with": f"megatron_vcr1 {version('megatron_vcr1')}, Python {platform.python_version()}",
+    }
+    num_bytes = _write(out, _environment().get_template("page.html.jinja").render(context))
+    if json_path is not None:
+        _write(
+            json_path, json.dumps(report_json(runs, result_json(results), notes), indent=1, ensure_ascii=False) + "\n"
+        )
+    return Report(notes, sum(len(shown) for _, shown in exhibits), num_bytes)
+
+
+def report_json(runs: Sequence[RunRecord], results: list[dict[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
+    """The page's numbers for another program."""
+    return {
+        "runs": [{"name": run.name, "path": str(run.path), "figures": dict(key_figures(run))} for run in runs],
+        "results": results,
+        "zeros": [asdict(row) for row in zero_rows(runs)],
+        "phases_s": [
+            {"run": row.run, "total": row.total_s, **{name: seconds for name, seconds, _ in row.phases}}
+            for row in phase_rows(runs)
+        ],
+        "notes": list(notes),
+    }
+
+
+def _gallery(
+    runs: Sequence[RunRecord], chosen: Mapping[str, Sequence[Exhibit]], max_samples: int
+) -> Iterator[tuple[RunRecord, list[Exhibit]]]:
+    """Each run's chosen samples by its name, an equal number of each run, with their frames."""
+    share = max_samples // len(runs)
+    with VideoReader() as reader:
+        for run in runs:
+            shown = _spread(chosen[run.name], share)
+            progress = tqdm(with_frames(shown, reader), total=len(shown), desc="frames", unit="video", delay=2)
+            if shown:
+                yield run, list(progress)
+
+
+def _spread(exhibits: Sequence[Exhibit], count: int) -> list[Exhibit]:
+    """`count` of them, evenly, so that early and late steps and every benchmark stay."""
+    if len(exhibits) <= count:
+        return list(exhibits)
+    return [exhibits[index * len(exhibits) // count] for index in range(count)]
+
+
+def _title(runs: Sequence[RunRecord]) -> str:
+    names = [run.name for run in runs]
+    return " · ".join(names) if len(runs) <= _MAX_NAMES else f"{names[0]} and {len(runs) - 1} more runs"
+
+
+def _phase_titles(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, str]]:
+    return [(run, f"{run.name}: a step by phase" if len(runs) > 1 else "A step by phase") for run in runs]
+
+
+def _extent(runs: Sequence[RunRecord], num_chosen: int, num_shown: int) -> Iterator[str]:
+    """How much stands behind the figures, and how little of it a reader sees."""
+    num_answers, num_samples = num_answers_and_samples(runs)
+    if num_answers:
+        yield f"the results rest on {num_answers:,} answers to {num_samples:,} test samples"
+    if num_shown < num_chosen:
+        yield f"samples shown below: {num_shown} of the {num_chosen} that were picked to be looked at (--max-samples)"
+
+
+def _grouped(notes: Sequence[tuple[str, str]], num_runs: int) -> list[str]:
+    """Notes with the runs that they are of; without, where they are of all."""
+    runs: dict[str, list[str]] = {}
+    for run, note in notes:
+        runs.setdefault(note, []).append(run)
+    return [note if len(names) == num_runs else f"{', '.join(names)}: {note}" for note, names in runs.items()]
+
+
+def _notes(run: RunRecord, problems: Sequence[str]) -> Iterator[str]:
+    """What a reader should know before believing the numbers."""
+    yield from (*run.problems, *problems, *_doubts(run))
+
+
+def _doubts(run: RunRecord) -> Iterator[str]:
+    columns = run.metrics.columns
+    if not run.evaluations:
+        yield "nothing was evaluated on held-out samples (vcr1 evaluate): the curves are of the training data"
+    if run.setting("judge", "kind") == "lexical" and any(key.endswith("/recall") for key in columns):
+        yield "captions were judged by matching words (judge.kind 'lexical'), not by a language model"
+    if run.skipped:
+        yield f"samples that could not be used: {len(run.skipped)}, listed at the end"
+    if len(run.metrics) and (lost := len(run.metrics) - int(np.isfinite(columns.get("loss", np.array([]))).sum())):
+        yield f"{lost} of {len(run.metrics)} steps have no finite loss"
+    if (truncated := _last_tenth(run, "truncated_share")) > _HIGH_TRUNCATION:
+        limit = run.setting("rollout", "max_new_tokens")
+        yield f"{100 * truncated:.0f} % of the last responses were cut at {limit} tokens"
+    alarm = run.setting("logging", "mismatch_alarm")
+    if isinstance(alarm, int | float) and (gap := _last_tenth(run, "mismatch/mean_abs")) > alarm:
+        yield f"log-probs of rollout and training differ by {short(gap)} nats on average, above {alarm}"
+    for result in run.evaluations:
+        if unjudged := result.details.get("num_unjudged"):
+            yield f"evaluation/{result.label}: outputs that no judge could judge, in no figure: {unjudged}"
+    if small := [result.label for result in run.evaluations if 0 < result.num_samples < _FEW_SAMPLES]:
+        which = "in every test" if len(small) == len(run.evaluations) > 1 else f"in {', '.join(small)}"
+        yield f"fewer than {_FEW_SAMPLES} samples {which}, so wide intervals"
+
+
+def _last_tenth(run: RunRecord, key: str) -> float:
+    """Mean of the last tenth of the steps; 0 where the metric is not there."""
+    values = run.metrics.columns.get(key, np.array([]))
+    last = values[-max(len(values) // 10, 1) :]
+    return float(np.nanmean(last)) if np.isfinite(last).any() else 0.0
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("megatron_vcr1.report"),
+        autoescape=True,
+        undefined=ChainableUndefined,  # a row that another version wrote may lack a key
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"short": short, "percent": _percent, "path_end": _path_end, "words": words}
+    environment.filters["phase_colour"] = phase_colour
+    return environment
+
+
+def _percent(value: float, *, sign: bool = False) -> str:
+    """A share as the paper prints it: 0.6084 is 60.8; with `sign`, a difference of shares."""
+    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+
+
+def _path_end(path: str) -> str:
+    """The last two parts of a path, which tell models apart."""
+    parts = Path(path).parts
+    return str(Path("…", *parts[-2:])) if len(parts) > 3 else path
+
+
+def _write(path: Path, text: str) -> int:
+    """Writes UTF-8, lone halves of surrogate pairs as question marks; returns the size in bytes."""
+    content = text.encode("utf-8", "replace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+    return len(content)

@@ -1,0 +1,202 @@
+"""Evaluation results as tables: models against tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_vcr1.report.charts import words
+from megatron_vcr1.report.run_record import Estimate, EvaluationResult, RunRecord
+
+MAX_COLUMNS = 14
+"""Of the table of all tests, unless there are more tests than that."""
+
+_HOW = {True: "thinking", False: "answering", None: ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One metric of one model, and how far it is from the first row's."""
+
+    estimate: Estimate
+    num_samples: int
+    how: str
+    """Whether the model was asked for its thinking or to answer at once; empty where the result does not say."""
+    delta: float | None
+    apart: bool
+    """Its interval and the first row's do not overlap."""
+    best: bool
+    """The largest of its column, where they differ."""
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A model of a run: its cells by (label, metric); `own` if it is the run's only one and lies in its folder."""
+
+    run: str
+    model: str
+    own: bool
+    cells: Mapping[tuple[str, str], Cell]
+
+    @property
+    def labels(self) -> set[str]:
+        """Of the tests that the model was put to."""
+        return {label for label, _ in self.cells}
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Models against tests, as the paper's table 1.
+
+    Attributes:
+        columns: label of the test to its metrics.
+        captions: what a label stands for, where its name does not say it.
+        mixed: labels under which some answers were thought about and others not, so that each cell says it.
+    """
+
+    columns: Mapping[str, Sequence[str]]
+    captions: Mapping[str, str]
+    mixed: frozenset[str]
+    rows: Sequence[ResultRow]
+
+
+def result_table(runs: Sequence[RunRecord]) -> ResultTable:
+    """Every evaluation of every run; a run that evaluated several models has a row for each."""
+    return _table(runs, [(number, result) for number, run in enumerate(runs) for result in run.evaluations])
+
+
+def main_table(runs: Sequence[RunRecord]) -> ResultTable:
+    """One column a test, with as many of its first metrics as fit side by side.
+
+    Where a model answered the same samples both after thinking and at once, its better result by the first metric
+    stands for it.
+    """
+    columns = _test_columns([result for run in runs for result in run.evaluations])
+    asked: dict[tuple[int, str, str], list[EvaluationResult]] = {}
+    for number, run in enumerate(runs):
+        for result in run.evaluations:
+            asked.setdefault((number, result.model, columns[result.label]), []).append(result)
+    better = [
+        (number, replace(max(results, key=_first_value), label=column))
+        for (number, _, column), results in asked.items()
+    ]
+    table = _table(runs, better)
+    most = max(map(len, table.columns.values()), default=1)
+    widths = [sum(min(number, len(one)) for one in table.columns.values()) for number in range(1, most + 1)]
+    fitting = max(sum(width <= MAX_COLUMNS for width in widths), 1)
+    return replace(table, columns={label: metrics[:fitting] for label, metrics in table.columns.items()})
+
+
+def result_json(table: ResultTable) -> list[dict[str, Any]]:
+    """The table's numbers, one object a model and metric."""
+    return [
+        {
+            "run": row.run,
+            "model": row.model,
+            "label": label,
+            "metric": metric,
+            "value": cell.estimate.value,
+            "low": cell.estimate.low,
+            "high": cell.estimate.high,
+            "num_samples": cell.num_samples,
+            "delta": cell.delta,
+        }
+        for row in table.rows
+        for (label, metric), cell in row.cells.items()
+    ]
+
+
+def num_answers_and_samples(runs: Sequence[RunRecord]) -> tuple[int, int]:
+    """How many answers all figures rest on, and to how many samples: those of a manifest count once."""
+    num_answers, num_samples = 0, dict[object, int]()
+    for run in runs:
+        for result in run.evaluations:
+            num_answers += result.num_samples
+            test = result.details.get("manifest") or result.label
+            num_samples[test] = max(num_samples.get(test, 0), result.num_samples)
+    return num_answers, sum(num_samples.values())
+
+
+def _table(runs: Sequence[RunRecord], results: Sequence[tuple[int, EvaluationResult]]) -> ResultTable:
+    """Of results with the numbers of their runs."""
+    columns: dict[str, list[str]] = {}
+    by_label: dict[str, list[EvaluationResult]] = {}
+    by_row: dict[tuple[int, str], dict[tuple[str, str], EvaluationResult]] = {}
+    for number, result in results:
+        metrics = columns.setdefault(result.label, [])
+        metrics.extend(metric for metric in result.metrics if metric not in metrics)
+        by_label.setdefault(result.label, []).append(result)
+        by_row.setdefault((number, result.model), {}).update({(result.label, name): result for name in result.metrics})
+    rows = list(by_row.values())
+    num_models = [sum(number == one for one, _ in by_row) for number in range(len(runs))]
+    return ResultTable(
+        columns,
+        {label: _caption(of_label) for label, of_label in by_label.items()},
+        frozenset(label for label, of_label in by_label.items() if len({one.thinking for one in of_label}) > 1),
+        [
+            ResultRow(
+                runs[number].name,
+                model,
+                own=num_models[number] == 1 and Path(model).absolute().is_relative_to(runs[number].path.absolute()),
+                cells={key: _cell(key, row, rows) for key in row},
+            )
+            for (number, model), row in by_row.items()
+        ],
+    )
+
+
+def _test_columns(results: Sequence[EvaluationResult]) -> dict[str, str]:
+    """Labels to columns: two labels for the same samples, one with thinking and one without, share the shorter one."""
+    labels: dict[tuple[object, ...], dict[bool | None, set[str]]] = {}
+    for result in results:
+        test = (result.benchmark, result.details.get("manifest"), result.details.get("judge"))
+        if result.details.get("manifest"):
+            labels.setdefault(test, {}).setdefault(result.thinking, set()).add(result.label)
+    columns = {result.label: result.label for result in results}
+    for ways in labels.values():
+        if ways.keys() == {True, False} and all(len(of_way) == 1 for of_way in ways.values()):
+            pair = set.union(*ways.values())
+            columns |= dict.fromkeys(pair, min(pair, key=lambda label: (len(label), label)))
+    return columns
+
+
+def _first_value(result: EvaluationResult) -> float:
+    return next(iter(result.metrics.values())).value
+
+
+def _caption(results: Sequence[EvaluationResult]) -> str:
+    """What a label does not say: the benchmark, how models were asked if all in one way, and who judged."""
+    benchmarks = dict.fromkeys(words(one.benchmark) for one in results if not one.label.startswith(one.benchmark))
+    ways = {one.thinking for one in results}
+    judges = dict.fromkeys(str(judge) for one in results if (judge := one.details.get("judge")))
+    how = _HOW[results[0].thinking] if len(ways) == 1 else ""
+    if how in results[0].label:
+        how = ""
+    return ", ".join(text for text in (*benchmarks, how, *(f"judged by {judge}" for judge in judges)) if text)
+
+
+def _cell(
+    key: tuple[str, str],
+    row: Mapping[tuple[str, str], EvaluationResult],
+    rows: Sequence[Mapping[tuple[str, str], EvaluationResult]],
+) -> Cell:
+    _, metric = key
+    estimate, first = row[key].metrics[metric], rows[0]
+    base = first[key].metrics[metric] if key in first and first is not row else None
+    values = [other[key].metrics[metric].value for other in rows if key in other]
+    return Cell(
+        estimate,
+        row[key].num_samples,
+        _HOW[row[key].thinking],
+        delta=estimate.value - base.value if base else None,
+        apart=base is not None and _apart(estimate, base),
+        best=min(values) < estimate.value == max(values),
+    )
+
+
+def _apart(one: Estimate, other: Estimate) -> bool:
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return False
+    return one.low > other.high or one.high < other.low

@@ -1,0 +1,1 @@
+"""The in-process engine: the trained model samples its own responses."""

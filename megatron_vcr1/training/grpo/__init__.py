@@ -1,0 +1,1 @@
+"""Group relative policy optimization: sampling, rewards, advantages, the objective and its trainer."""

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.cli.arguments import add_model_arguments, positive_float, run_config
+from megatron_vcr1.config.schema import ModelSection, ParallelSection
+
+
+def _parser(*, divided: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser, divided=divided)
+    return parser
+
+
+def test_arguments_become_settings() -> None:
+    options = ["--model", "m", "--dtype", "float32", "--layer-spec", "local"]
+    run = run_config(_parser(divided=False).parse_args(options))
+    assert run.model == ModelSection(path=Path("m"), dtype="float32", layer_spec="local")
+    assert run.parallel == ParallelSection()
+    layout = ["--tensor-parallel", "2", "--pipeline-parallel", "3"]
+    run = run_config(_parser(divided=True).parse_args([*options, *layout]), sequence_parallel=True)
+    assert run.parallel == ParallelSection(tensor=2, pipeline=3, sequence_parallel=True)
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_a_layout_has_at_least_one_rank(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _parser(divided=True).parse_args(["--model", "m", "--tensor-parallel", number])
+    assert stopped.value.code == 2
+    assert f"{number} is not above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "inf", "nan"])
+def test_numbers_above_0_are_finite(number: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{number} is not above 0 and finite"):
+        positive_float(number)

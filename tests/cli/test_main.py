@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+
+import pytest
+
+from megatron_vcr1.cli import main as cli
+
+
+def test_config_prints_a_file_that_checks(tmp_path, capsys):
+    assert cli.main(["config"]) == 0
+    documented = capsys.readouterr().out
+    path = tmp_path / "run.toml"
+    path.write_text(documented)
+    assert cli.main(["config", "--check", str(path), "--parallel.tensor", "2"]) == 0
+    checked = tomllib.loads(capsys.readouterr().out)
+    assert checked["parallel"].pop("tensor") == 2
+    default = tomllib.loads(documented)
+    assert default["parallel"].pop("tensor") == 1
+    assert checked == default
+
+
+def test_bad_input_is_explained_without_a_traceback(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\npath = 'x'\n[parallel]\ntensor = 0\n")
+    assert cli.main(["config", "--check", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    expected = f"vcr1: error: {path}: parallel.tensor: input should be greater than or equal to 1, not 0\n"
+    assert printed.err == expected
+
+
+def test_overrides_without_a_file_are_refused(capsys):
+    assert cli.main(["config", "--parallel.tensor", "2"]) == 2
+    assert "vcr1 config --check FILE" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_anywhere(tmp_path, capsys):
+    assert cli.main(["config"]) == 0
+    path = tmp_path / "run.toml"
+    path.write_text(capsys.readouterr().out)
+    overrides = ["--parallel.tensor", "2", "--model.freeze=merger"]
+    for argv in (["config", *overrides, "--check", str(path)], [*overrides, "config", "--check", str(path)]):
+        assert cli.main(argv) == 0
+        checked = tomllib.loads(capsys.readouterr().out)
+        assert (checked["parallel"]["tensor"], checked["model"]["freeze"]) == (2, ["merger"])
+    assert cli.main(["config", "--check", str(path), "--parallel.tensor"]) == 2
+    assert "--parallel.tensor needs a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["nonsense"], ["config", "--check"]])
+def test_bad_usage(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    assert "usage: vcr1" in capsys.readouterr().err
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "per-token log-probs" in printed.err
+
+
+def test_the_version_is_the_installed_one():
+    command = [sys.executable, "-m", "megatron_vcr1", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"vcr1 {version('megatron_vcr1')}\n"
+
+
+def test_only_some_commands_take_overrides(monkeypatch, capsys):
+    class Plain:
+        @staticmethod
+        def add_parser(subparsers):
+            subparsers.add_parser("plain").set_defaults(run=lambda args: 0)
+
+    monkeypatch.setattr(cli, "COMMANDS", (Plain,))
+    assert cli.main(["plain"]) == 0
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plain", "--parallel.tensor", "2"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --parallel.tensor 2" in capsys.readouterr().err
+
+
+def commands(parser, name="vcr1"):
+    """Every command with its parser."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, one in action.choices.items():
+                yield from commands(one, f"{name} {word}")
+
+
+def test_every_command_and_option_is_explained():
+    unexplained = []
+    for name, parser in commands(cli.build_parser()):
+        options = [one for one in parser._actions if not isinstance(one, argparse._SubParsersAction)]
+        unexplained += [f"{name} {one.dest}" for one in options if not one.help]
+        unexplained += [] if parser.description else [name]
+    assert not unexplained
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from megatron_vcr1.cli import main; main.build_parser().format_help(); "
+        "print([name for name in ('torch', 'transformers', 'pydantic', 'numpy', 'av', 'rich') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_failing_disk_is_a_message_and_exit_code_1(monkeypatch, capsys):
+    class Failing:
+        @staticmethod
+        def add_parser(subparsers):
+            subparsers.add_parser("fail").set_defaults(run=fail)
+
+    def fail(args):
+        raise OSError(28, "No space left on device", "out.jsonl")
+
+    monkeypatch.setattr(cli, "COMMANDS", (Failing,))
+    assert cli.main(["fail"]) == 1
+    assert capsys.readouterr().err == "vcr1: failed: [Errno 28] No space left on device: 'out.jsonl'\n"

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.report.run_record import read_json_lines, read_run, read_runs
+
+
+def test_metrics_become_columns_and_what_is_not_finite_is_missing(tmp_path):
+    rows = ['{"step": 1, "loss": 0.5, "kl": null}', '{"step": 2, "loss": NaN, "kl": 0.1, "note": "text"}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    metrics = read_run(tmp_path).metrics
+    assert metrics.steps.tolist() == [1, 2] and set(metrics.columns) == {"loss", "kl"}
+    np.testing.assert_array_equal(metrics.columns["loss"], [0.5, np.nan])
+    np.testing.assert_array_equal(metrics.columns["kl"], [np.nan, 0.1])
+
+
+def test_a_line_cut_in_the_middle_and_steps_done_twice_are_told(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\nnonsense\n{"step": 2, "loss": 3}\n{"step": 3, "lo'
+    )
+    run = read_run(tmp_path)
+    assert run.metrics.columns["loss"].tolist() == [1, 3]
+    assert len(run.problems) == 3
+    told = " ".join(run.problems)
+    assert (
+        "last line is unfinished" in told and "1 lines are not JSON objects" in told and "1 steps were computed" in told
+    )
+
+
+def test_everything_else_may_be_broken(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
+    (tmp_path / "config.toml").write_text("[train\n")
+    (tmp_path / "starts.jsonl").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "skipped.jsonl").write_text('{"step": 1, "id": "a", "reason": "crashed"}\n{"step"')
+    for label, text in {
+        "cut": '{"metrics": {"mIoU": {"val',
+        "empty": "{}",
+        "list": "[]",
+        "odd": '{"metrics": [1]}',
+    }.items():
+        (tmp_path / "evaluation" / label).mkdir(parents=True)
+        (tmp_path / "evaluation" / label / "metrics.json").write_text(text)
+    run = read_run(tmp_path)
+    assert run.config == {} and run.starts == run.evaluations == () and run.skipped == {"a": "crashed"}
+    told = "\n".join(run.problems)
+    for name in (
+        "config.toml",
+        "starts.jsonl",
+        "skipped.jsonl",
+        *(f"{label}/" for label in ("cut", "empty", "list", "odd")),
+    ):
+        assert name in told
+
+
+def test_an_evaluation_without_intervals_is_read(tmp_path):
+    folder = tmp_path / "evaluation" / "test"
+    folder.mkdir(parents=True)
+    metrics = {"mIoU": {"value": 0.5, "low": None, "high": None}, "bad": {"value": "x"}}
+    (folder / "metrics.json").write_text(json.dumps({"benchmark": "charades_sta", "metrics": metrics}))
+    (result,) = read_run(tmp_path).evaluations
+    assert (result.label, result.benchmark, result.thinking) == ("test", "charades_sta", None)
+    assert list(result.metrics) == ["mIoU"] and result.metrics["mIoU"].low is None
+
+
+def test_rollout_files_are_in_order_of_steps(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "rollouts").mkdir()
+    for name in ("step_10.jsonl", "step_9.jsonl", "step_x.jsonl", "step_11.part"):
+        (tmp_path / "rollouts" / name).touch()
+    assert list(read_run(tmp_path).rollout_files) == [9, 10]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        read_run(tmp_path / "absent")
+    with pytest.raises(UserError, match="neither metrics"):
+        read_run(tmp_path)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / parent / "latest" for parent in "ab"]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert [run.name for run in read_runs(paths)] == [str(path) for path in paths]
+    with pytest.raises(UserError, match="given twice"):
+        read_runs([paths[0], paths[0] / ".." / "latest"])
+
+
+def test_a_missing_file_has_no_lines(tmp_path):
+    problems: list[str] = []
+    assert list(read_json_lines(tmp_path / "absent.jsonl", problems)) == [] and not problems

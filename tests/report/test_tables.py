@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from megatron_vcr1.report.tables import (
+    key_figures,
+    phase_rows,
+    settings_that_differ,
+    zero_rows,
+)
+from tests.report.runs import report_run
+
+
+def test_reasons_of_zeros_with_their_rates(tmp_path):
+    rows = [
+        {"step": step, "zeros/tracking/iou/no </answer>": 8 - step, "zeros/tracking/format/x": 1} for step in range(8)
+    ]
+    (first, second) = zero_rows([report_run(tmp_path / "run", *rows)])
+    assert (first.task, first.part, first.reason, first.count) == ("tracking", "iou", "no </answer>", 36)
+    assert (first.first_rate, first.last_rate) == (7.5, 1.5)
+    assert second.count == 8
+
+
+def test_phases_make_up_the_step(tmp_path):
+    row = {"time/rollout_s": 6.0, "time/update_s": 3.0, "time/sync_s": 0.01, "time/total_s": 10.0, "time/judge_s": 0.0}
+    (phases,) = phase_rows([report_run(tmp_path / "run", {"step": 1, **row}, {"step": 2, **row})])
+    assert phases.total_s == 10
+    assert [(name, round(share, 3)) for name, _, share in phases.phases] == [
+        ("rollout", 0.6),
+        ("update", 0.3),
+        ("other", 0.1),
+    ]
+
+
+def test_key_figures(tmp_path):
+    rows = [{"step": step, "reward/total": step / 20, "memory/peak_gb": 10 + step % 3} for step in range(1, 21)]
+    figures = dict(key_figures(report_run(tmp_path / "run", *rows, config="[train]\nnum_steps = 40\n")))
+    assert figures == {"Steps": "20 of 40", "Reward, first and last tenth": "0.075 → 0.975", "Peak memory": "12 GB"}
+
+
+def test_settings_that_differ(tmp_path):
+    one = report_run(tmp_path / "one", {"step": 1}, config="[train]\nrun_dir = 'a'\nseed = 0\n[grpo]\nkl_coef = 0.0\n")
+    two = report_run(tmp_path / "two", {"step": 1}, config="[train]\nrun_dir = 'b'\nseed = 0\n")
+    assert settings_that_differ([one, two]) == {"grpo.kl_coef": ["0.0", "-"]}

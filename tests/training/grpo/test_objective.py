@@ -1,0 +1,196 @@
+"""Every option of [grpo] against the formulas of its paper, written down again in float64 on a toy policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vcr1.config.training_sections import GrpoSection
+from megatron_vcr1.model.packed_batch import PackedBatch
+from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.training.grpo.objective import (
+    Counts,
+    TokenData,
+    grpo_loss,
+    mismatch,
+    policy_statistics,
+    token_weights,
+)
+
+LENGTHS = (4, 1, 7, 3)
+MAX_NEW_TOKENS = 10
+VOCAB_SIZE, HIDDEN_SIZE = 11, 6
+TEMPERATURE = 0.8
+
+
+class Toy:
+    """A policy that is a linear layer, and a rollout of it: log-probs of an older policy, a reference and an engine."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+        num_tokens = sum(LENGTHS)
+        lengths = torch.tensor(LENGTHS)
+        self.weight = normal(VOCAB_SIZE, HIDDEN_SIZE)
+        self.hidden = normal(num_tokens, HIDDEN_SIZE)
+        self.targets = torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=generator)
+        log_probs = self.log_probs(self.hidden, self.weight)
+        self.data = TokenData(
+            advantages=torch.tensor([1.2, 0.7, -0.4, -1.5], dtype=torch.float64).repeat_interleave(lengths),
+            rollout_log_probs=log_probs + 0.3 * normal(num_tokens),
+            segment_ids=torch.arange(len(LENGTHS)).repeat_interleave(lengths),
+            ref_log_probs=log_probs + 0.5 * normal(num_tokens),
+            old_log_probs=log_probs + 0.4 * normal(num_tokens),
+        )
+
+    def all_log_probs(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return (hidden @ weight.T / TEMPERATURE).log_softmax(-1)
+
+    def log_probs(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return self.all_log_probs(hidden, weight).gather(1, self.targets[:, None])[:, 0]
+
+    def fused(self, section: GrpoSection, data: TokenData) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, and its gradients by hidden and weight, as training computes them."""
+        hidden, weight = self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
+        model = cast(QwenVLModel, SimpleNamespace(head_weight=lambda: weight, tensor_group=None))
+        batch = cast(PackedBatch, SimpleNamespace(target_ids=self.targets))
+        counts = Counts(len(LENGTHS), sum(LENGTHS))
+        weights = token_weights(LENGTHS, counts, section.loss_normalization, MAX_NEW_TOKENS).double()
+        result = grpo_loss(model, hidden, batch, data, weights, section, temperature=TEMPERATURE)
+        return (result.loss.detach(), *torch.autograd.grad(result.loss, (hidden, weight)))
+
+    def written_down(self, section: GrpoSection, data: TokenData) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, response by response and token by token, differentiated by autograd."""
+        hidden, weight = self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
+        every = self.all_log_probs(hidden, weight)
+        log_probs = self.log_probs(hidden, weight)
+        entropy = -(every.exp() * every).sum(-1)
+        old = log_probs.detach() if data.old_log_probs is None else data.old_log_probs
+        responses = []
+        for rows in torch.arange(sum(LENGTHS)).split(LENGTHS):
+            tokens = _token_losses(
+                section, log_probs[rows], old[rows], data.ref_log_probs, data.rollout_log_probs, data, rows
+            )
+            responses.append(tokens - section.entropy_coef * entropy[rows])
+        match section.loss_normalization:
+            case "sequence":
+                loss = torch.stack([one.mean() for one in responses]).mean()
+            case "token":
+                loss = torch.cat(responses).mean()
+            case "constant":
+                loss = torch.stack([one.sum() / MAX_NEW_TOKENS for one in responses]).mean()
+        return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+
+
+def _token_losses(
+    section: GrpoSection,
+    log_probs: Tensor,
+    old: Tensor,
+    ref_log_probs: Tensor | None,
+    rollout_log_probs: Tensor,
+    data: TokenData,
+    rows: Tensor,
+) -> Tensor:
+    advantage = data.advantages[rows]
+    if section.importance_level == "sequence":  # GSPO's GSPO-token form: the sequence's ratio, each token's gradient
+        sequence = (log_probs.detach() - old).mean()
+        ratio = (log_probs - log_probs.detach() + sequence).exp()
+    else:
+        ratio = (log_probs - old).exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - section.clip_low, 1 + section.clip_high) * advantage)
+    if section.dual_clip is not None:
+        bounded = torch.maximum(surrogate, section.dual_clip * advantage)
+        surrogate = torch.where(advantage < 0, bounded, surrogate)
+    if section.rollout_ratio_cap is not None:
+        surrogate = surrogate * (old - rollout_log_probs[rows]).exp().clamp(max=section.rollout_ratio_cap)
+    loss = -surrogate
+    if ref_log_probs is not None:
+        delta = log_probs - ref_log_probs[rows]
+        estimates = {"k1": delta, "k2": delta**2 / 2, "k3": (-delta).exp() + delta - 1}
+        loss = loss + section.kl_coef * estimates[section.kl_estimator]
+    return loss
+
+
+ON_POLICY = {"old_log_probs": None}
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, None]]] = {
+    "paper": ({}, ON_POLICY),
+    "no-reference": ({"kl_coef": 0.0}, ON_POLICY | {"ref_log_probs": None}),
+    "k1": ({"kl_estimator": "k1", "kl_coef": 0.5}, ON_POLICY),
+    "k2": ({"kl_estimator": "k2", "kl_coef": 0.5}, ON_POLICY),
+    "several-updates": ({}, {}),
+    "clip-higher": ({"clip_low": 0.1, "clip_high": 0.5}, {}),
+    "dual-clip": ({"dual_clip": 1.05}, {}),
+    "dr-grpo": ({"loss_normalization": "constant", "kl_coef": 0.0}, {"ref_log_probs": None}),
+    "dapo": (
+        {"loss_normalization": "token", "kl_coef": 0.0, "clip_high": 0.28},
+        {"ref_log_probs": None},
+    ),
+    "gspo": ({"importance_level": "sequence", "clip_low": 0.03, "clip_high": 0.04}, {}),
+    "gspo-on-policy": ({"importance_level": "sequence"}, ON_POLICY),
+    "entropy-bonus": ({"entropy_coef": 0.2}, {}),
+    "truncated-importance-sampling": ({"rollout_ratio_cap": 1.1}, {}),
+    "truncated-importance-sampling-on-policy": ({"rollout_ratio_cap": 1.1}, ON_POLICY),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_are_their_papers_formulas(option: str) -> None:
+    settings, absent = OPTIONS[option]
+    section, toy = GrpoSection.model_validate(settings), Toy()
+    data = replace(toy.data, **absent)
+    for got, expected in zip(toy.fused(section, data), toy.written_down(section, data), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)  # weights are float32
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if OPTIONS[name][0] and name != "no-reference"])
+def test_options_change_the_gradient(option: str) -> None:
+    settings, absent = OPTIONS[option]
+    toy = Toy()
+    data = replace(toy.data, **absent)
+    _, *gradients = toy.fused(GrpoSection.model_validate(settings), data)
+    _, *default = toy.fused(GrpoSection(), data)
+    if option == "gspo-on-policy":  # both ratios are 1
+        torch.testing.assert_close(gradients, default)
+    else:
+        assert any(not torch.allclose(one, other) for one, other in zip(gradients, default, strict=True))
+
+
+def test_weights_of_a_batch_in_parts_are_those_of_the_whole() -> None:
+    """What makes losses the same however a batch is divided: counts are of the whole."""
+    counts = Counts(4, sum(LENGTHS))
+    for normalization in ("sequence", "token", "constant"):
+        whole = token_weights(LENGTHS, counts, normalization, MAX_NEW_TOKENS)
+        parts = [token_weights(part, counts, normalization, MAX_NEW_TOKENS) for part in (LENGTHS[:1], LENGTHS[1:])]
+        assert torch.equal(whole, torch.cat(parts))
+        if normalization != "constant":
+            assert whole.sum().item() == pytest.approx(1)
+
+
+def test_statistics_and_mismatch() -> None:
+    toy = Toy()
+    model = cast(QwenVLModel, SimpleNamespace(head_weight=lambda: toy.weight, tensor_group=None))
+    batch = cast(PackedBatch, SimpleNamespace(target_ids=toy.targets))
+    weights = torch.ones(sum(LENGTHS), dtype=torch.float64)
+    result = grpo_loss(model, toy.hidden, batch, toy.data, weights, GrpoSection(), temperature=TEMPERATURE)
+    log_probs = toy.log_probs(toy.hidden, toy.weight)
+    every = toy.all_log_probs(toy.hidden, toy.weight)
+    assert toy.data.old_log_probs is not None
+    ratio = (log_probs - toy.data.old_log_probs).exp()
+    clipped = torch.where(toy.data.advantages > 0, ratio > 1.2, ratio < 0.8)
+    kl, entropy, total_ratio, num_clipped = policy_statistics(result)["sums"].tolist()
+    assert kl == pytest.approx(result.tokens.kl.sum().item())
+    assert entropy == pytest.approx(-(every.exp() * every).sum().item())
+    assert total_ratio == pytest.approx(ratio.sum().item())
+    assert num_clipped == clipped.sum().item() > 0
+    delta = log_probs - toy.data.rollout_log_probs
+    absolute, largest, engine_kl = mismatch(log_probs, toy.data.rollout_log_probs)
+    assert (absolute, largest) == pytest.approx((delta.abs().sum().item(), delta.abs().max().item()))
+    assert engine_kl == pytest.approx((delta.exp() - 1 - delta).sum().item())

@@ -1,0 +1,214 @@
+"""One step off, with an engine that has weights of its own, as a server has."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_vcr1 import timeline
+from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.manifest import read_manifest, write_manifest
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.parallel import cpu_backend, mesh
+from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
+from megatron_vcr1.rollout.local.engine import LocalEngine
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.training.grpo import trainer as grpo
+from megatron_vcr1.training.grpo.trainer import GrpoTrainer, check_settings
+from megatron_vcr1.training.metrics import Metrics
+from megatron_vcr1.training.train import build
+from megatron_vcr1.types import RolloutGroup
+from tests.training import workspace
+
+NUM_STEPS = 3
+
+
+class ServerLikeEngine:
+    """The in-process engine on a second model, which gets weights only when they are handed over."""
+
+    def __init__(self, config: RunConfig, folder: Path, processor: PromptProcessor) -> None:
+        self._folder = folder
+        self._model = build_model(ModelConfig.from_pretrained(config.model.path), config)
+        load_model_weights(self._model, config.model.path)
+        tokens = SpecialTokens.from_pretrained(config.model.path, processor)
+        decode = partial(processor.decode, skip_special_tokens=False)
+        self._engine = LocalEngine(self._model, tokens, decode, batch_responses=64)
+        self.aborted = False
+        self.fails = False
+
+    @property
+    def policy_version(self) -> int:
+        return self._engine.policy_version
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
+        if self.fails:
+            raise EngineError("the server is gone")
+        return self._engine.generate(requests, params)
+
+    def sample(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
+        with cpu_backend._CudaMeansCpu():  # which holds for one thread
+            return self.generate(requests, params)
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        save_file({name: tensor.clone() for name, tensor in tensors}, self._folder / "model.safetensors")
+        load_model_weights(self._model, self._folder)
+        self._engine.update_weights((), version)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = workspace.create(tmp_path_factory.mktemp("ahead"), num_videos=12)
+    shutil.copytree(folder / "model", folder / "server")
+    return folder
+
+
+def _trainer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, one_step_off: bool, manifest: str = "train.jsonl"
+) -> GrpoTrainer:
+    source = {"manifest": folder / "data" / manifest, "thinking": False}
+    source["rewards"] = ["tests.training.own_rewards:variety"]
+    config = workspace.config(
+        folder,
+        "grpo",
+        data={**workspace.config(folder, "grpo").data.model_dump(), "sources": [source]},
+        grpo={"one_step_off": one_step_off},
+        train={"num_steps": NUM_STEPS},
+        optimizer={"learning_rate": 1e-2},
+    )
+
+    def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcessor) -> ServerLikeEngine:
+        return ServerLikeEngine(config, folder / "server", processor)
+
+    monkeypatch.setattr(grpo, "build_engine", build_engine)
+    _, trainer, _ = build(config)
+    assert isinstance(trainer, GrpoTrainer)
+    return trainer
+
+
+def _run(trainer: GrpoTrainer) -> tuple[list[dict[str, float]], list[list[str]]]:
+    rows, texts = [], []
+    for step in range(1, NUM_STEPS + 1):
+        result = trainer.step(step, metrics := Metrics())
+        rows.append(metrics.reduce())
+        texts.append([one["text"] for row in result.rollouts.values() for one in row["responses"]])
+    return rows, texts
+
+
+def test_each_step_trains_on_responses_of_the_policy_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+        in_step = _trainer(folder, monkeypatch, one_step_off=False)
+        rows, texts = _run(in_step)
+        ahead = _trainer(folder, monkeypatch, one_step_off=True)
+        with timeline.recording() as spans:
+            rows_ahead, texts_ahead = _run(ahead)
+        state = ahead.state_dict()
+        ahead.close()
+    assert [row["policy_lag"] for row in rows] == [0, 0, 0]
+    assert [row["policy_lag"] for row in rows_ahead] == [0, 1, 1]
+    assert [row["policy_version"] for row in rows_ahead] == [0, 1, 2]
+    assert all(row["mismatch/max_abs"] < 1e-4 for row in rows)  # handed over in time
+    assert rows_ahead[1]["mismatch/mean_abs"] > 1e-3  # the policy has moved on
+    assert texts_ahead[0] == texts[0] and texts_ahead[1] != texts[1]
+    assert [one.name for one in spans if one.track == "rollout_0"] == ["rollout"] * (NUM_STEPS - 1)
+    assert state["policy_version"] == NUM_STEPS and state["prompts"]["next_position"] == 4 * NUM_STEPS
+
+
+def test_prompts_under_way_are_not_lost_with_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+        trainer = _trainer(folder, monkeypatch, one_step_off=True)
+        trainer.step(1, Metrics())
+        state = trainer.state_dict()
+        expected = trainer.step(2, Metrics()).samples
+        trainer.close()
+        resumed = _trainer(folder, monkeypatch, one_step_off=True)
+        resumed.load_state_dict(state)
+        assert resumed.step(2, Metrics()).samples == expected
+        resumed.close()
+    assert state["prompts"]["next_position"] == 4
+
+
+def test_a_sample_that_cannot_be_read_is_counted_once_also_by_a_run_that_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = folder / "data" / "broken.jsonl"
+    samples = read_manifest(folder / "data" / "train.jsonl")
+    write_manifest(manifest, samples)
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+        order = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)._stream._order
+        bad = order.sample_at(6).id  # of step 2, and drawn during step 1
+        write_manifest(manifest, [replace(one, video="nowhere.mp4") if one.id == bad else one for one in samples])
+        trainer = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)
+        trainer.step(1, Metrics())
+        assert trainer.take_skipped() == []
+        state = trainer.state_dict()
+        trainer.step(2, Metrics())
+        skipped = trainer.take_skipped()
+        trainer.close()
+        assert bad in {one.id for one in skipped}
+        resumed = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)
+        resumed.load_state_dict(state)
+        resumed.step(2, Metrics())
+        assert resumed.take_skipped() == skipped
+        resumed.close()
+
+
+def test_an_engine_that_fails_in_its_thread_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+        trainer = _trainer(folder, monkeypatch, one_step_off=True)
+        engine = trainer._engine
+        assert isinstance(engine, ServerLikeEngine)
+        sample = engine.sample
+
+        def fails(*args: object) -> list[RolloutGroup]:
+            engine.fails = True
+            return sample(*args)  # type: ignore[arg-type]
+
+        engine.sample = fails  # type: ignore[method-assign]
+        trainer.step(1, Metrics())
+        with pytest.raises(EngineError, match="the server is gone"):
+            trainer.step(2, Metrics())
+        trainer.close()
+
+
+def test_responses_that_a_server_lost_with_its_weights_are_sampled_in_their_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+        trainer = _trainer(folder, monkeypatch, one_step_off=True)
+        engine = trainer._engine
+        assert isinstance(engine, ServerLikeEngine)
+        sample, losses = engine.sample, iter([True])
+
+        def sample_or_lose(*args: object) -> list[RolloutGroup]:
+            if next(losses, False):
+                raise WeightsNeeded("the server was started anew")
+            return sample(*args)  # type: ignore[arg-type]
+
+        engine.sample = sample_or_lose  # type: ignore[method-assign]
+        rows, _ = _run(trainer)
+        trainer.close()
+    assert [row["policy_lag"] for row in rows] == [0, 0, 1]
+    assert rows[1]["mismatch/max_abs"] < 1e-4  # of the weights that the step trains
+
+
+def test_colocated_servers_cannot_sample_while_training_computes() -> None:
+    settings = {"grpo": {"one_step_off": True}, "rollout": {"engine": "sglang"}, "model": {"path": "model"}}
+    with pytest.raises(UserError, match=r"sglang\.colocated = false"):
+        check_settings(RunConfig.model_validate(settings))
