@@ -69,7 +69,7 @@ def test_reading_from_the_gpu_is_counted_by_its_line(read: Callable[[Tensor], ob
     "family, stage, options",
     [
         ("qwen2_vl", "sft", ["--recompute.granularity", "full"]),
-        ("qwen2_5_vl", "grpo", ["--grpo.updates_per_rollout", "2"]),
+        ("qwen2_5_vl", "grpo", ["--grpo.epochs_per_rollout", "2"]),
     ],
 )
 def test_a_run_on_a_gpu_mixes_no_devices_and_the_model_never_waits(

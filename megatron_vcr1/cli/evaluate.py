@@ -112,10 +112,10 @@ def _judge_section(options: Sequence[str]) -> JudgeSection:
 def _exit_code(evaluations: Sequence[Evaluation], judge: JudgeSection) -> int:
     for evaluation in evaluations:
         summary = evaluation.summary
-        if summary.num_unjudged > judge.max_unscored * summary.num_samples:
+        if summary.num_unjudged > judge.max_unscored_fraction * summary.num_samples:
             print(
                 f"vcr1: {evaluation.benchmark.name}: {summary.num_unjudged} of {summary.num_samples} captions were not "
-                "judged, more than judge.max_unscored allows; the same command asks about these again",
+                "judged, more than judge.max_unscored_fraction allows; the same command asks about these again",
                 file=sys.stderr,
             )
             return 1

@@ -21,7 +21,7 @@ class RolloutSection(Section):
     top_p: float = Field(default=1.0, gt=0, le=1, description="Smallest set of tokens with this probability.")
     top_k: int = Field(default=0, ge=0, description="Most probable tokens to sample from; 0: all.")
     stop: Texts = Field(default=(), description="Texts that end a response, besides the model's own end.")
-    batch_responses: int = Field(
+    max_batch_responses: int = Field(
         default=256, ge=1, description="Responses that the local engine decodes at a time on a copy of the model."
     )
 
@@ -79,7 +79,7 @@ class JudgeSection(Section):
     timeout_s: float = Field(default=60.0, gt=0, description="Longest wait for one answer.")
     max_retries: int = Field(default=4, ge=0, description="Further tries of a request, with growing pauses.")
     cache: Path | None = Field(default=None, description="Folder of answers. Unset: judge_cache in the run's folder.")
-    max_unscored: float = Field(
+    max_unscored_fraction: float = Field(
         default=0.2, ge=0, le=1, description="Share of a step's captions without a verdict above which the run stops."
     )
 
@@ -101,4 +101,4 @@ class EvaluateSection(Section):
         default=(), description="One table [[evaluate.benchmarks]] a benchmark."
     )
     max_new_tokens: int = Field(default=1024, ge=1, description="Longest answer.")
-    batch_prompts: int = Field(default=32, ge=1, description="Samples that a copy of the model answers at a time.")
+    prompts_per_batch: int = Field(default=32, ge=1, description="Samples that a copy of the model answers at a time.")

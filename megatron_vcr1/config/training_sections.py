@@ -46,7 +46,7 @@ class DataSection(Section):
     num_workers: int = Field(
         default=2, ge=0, description="Processes of a rank that decode ahead; 0 decodes between steps."
     )
-    cache_mb: int = Field(
+    video_cache_mb: int = Field(
         default=256,
         ge=0,
         description="Decoded videos that each decoding process keeps, in MB (of the GPU with 'dali-gpu'); 0: none.",
@@ -111,7 +111,7 @@ class OptimizerSection(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's first moment.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam's second moment.")
     epsilon: float = Field(default=1e-8, gt=0, description="Adam's.")
-    clip_norm: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
     distributed: bool = Field(default=True, description="Divide the optimizer's state over the copies of the model.")
 
     @model_validator(mode="after")
@@ -127,7 +127,7 @@ class GrpoSection(Section):
     """Group relative policy optimization; the defaults are the paper's."""
 
     group_size: int = Field(default=8, ge=2, description="Responses a prompt (G).")
-    updates_per_rollout: int = Field(
+    epochs_per_rollout: int = Field(
         default=1, ge=1, description="Passes over a rollout's groups; with 1 and minibatches 1 the ratio is 1."
     )
     minibatches: int = Field(default=1, ge=1, description="Optimizer steps that one pass over a rollout is divided in.")
@@ -152,7 +152,7 @@ class GrpoSection(Section):
         gt=0,
         description="Truncated importance sampling against the engine's log-probs: the cap. Unset: none.",
     )
-    overlong_buffer: int = Field(
+    overlong_buffer_tokens: int = Field(
         default=0,
         ge=0,
         description="Responses within so many tokens of the limit lose up to 1 of their reward (DAPO); 0: none.",
@@ -188,7 +188,7 @@ class LoggingSection(Section):
 
     tensorboard: bool = Field(default=True, description="Write TensorBoard events, where it is installed.")
     wandb_project: str | None = Field(default=None, description="Weights & Biases project. Unset: off.")
-    mismatch_alarm: float = Field(
+    mismatch_threshold: float = Field(
         default=0.1,
         gt=0,
         description="Warn when log-probs of rollout and training differ by more than this on average.",

@@ -56,7 +56,7 @@ class Decoder:
     def __init__(self, section: DataSection) -> None:
         self._in_worker = section.num_workers > 0
         self._backend = section.backend
-        self._cache_bytes = section.cache_mb * _BYTES_PER_MB
+        self._cache_bytes = section.video_cache_mb * _BYTES_PER_MB
 
     def read_frames(self, path: VideoPath, **options: Any) -> VideoFrames:
         """`data.video.read_frames` with the section's backend."""

@@ -138,7 +138,7 @@ def _answerer(
         processor,
         preparation(config.data, templates, processor, Decoder(config.data), thinking=source.thinking),
         max_new_tokens=config.evaluate.max_new_tokens,
-        batch_prompts=config.evaluate.batch_prompts,
+        prompts_per_batch=config.evaluate.prompts_per_batch,
         num_workers=config.data.num_workers,
     )
 
@@ -187,7 +187,7 @@ def _question(sample: VideoSample, templates: PromptTemplates, *, thinking: bool
 def _settings(job: Job, config: RunConfig) -> dict[str, Any]:
     """What an answer depends on besides its sample, whose id and question are with the answer: more may come."""
     templates = config.data.templates
-    reading = config.data.model_dump(mode="json", exclude={"sources", "templates", "num_workers", "cache_mb"})
+    reading = config.data.model_dump(mode="json", exclude={"sources", "templates", "num_workers", "video_cache_mb"})
     return {
         "model": str(config.model.path),
         "weights": _fingerprint(config.model.path),

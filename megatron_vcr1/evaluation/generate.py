@@ -71,7 +71,7 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
         load_model_weights(model, run.model.path)
         clock.lap("load")
         decode = partial(processor.decode, skip_special_tokens=False)
-        engine = LocalEngine(model, tokens, decode, batch_responses=1)
+        engine = LocalEngine(model, tokens, decode, max_batch_responses=1)
         streamer = TextStreamer(processor.tokenizer, skip_special_tokens=True)
         prints = mesh.is_first_rank()
 

@@ -27,7 +27,7 @@ class Answerer:
     Attributes:
         prepare: makes a sample's prompt; what it raises as ValueError (VideoError, PromptTooLongError) is the sample's
             own fault, and noted.
-        batch_prompts: samples that a copy of the model answers at a time.
+        prompts_per_batch: samples that a copy of the model answers at a time.
         num_workers: processes that decode ahead; `prepare` is pickled for them.
     """
 
@@ -35,7 +35,7 @@ class Answerer:
     processor: PromptProcessor
     prepare: Prepare
     max_new_tokens: int
-    batch_prompts: int = 32
+    prompts_per_batch: int = 32
     num_workers: int = 0
 
     def answer(self, samples: Sequence[VideoSample], log: PredictionLog | None, label: str) -> None:
@@ -48,7 +48,7 @@ class Answerer:
             label: of the progress bar.
         """
         num_replicas = mesh.num_replicas()
-        size = num_replicas * self.batch_prompts
+        size = num_replicas * self.prompts_per_batch
         rounds = [samples[start : start + size] for start in range(0, len(samples), size)]
         shares = [one[mesh.replica_index() :: num_replicas] for one in rounds]
         prompts = self._prompts([sample for share in shares for sample in share])

@@ -46,7 +46,7 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
             _Spec("KL to the reference", "nats a token", {"kl": "KL"}),
             _Spec("Entropy", "nats a token", {"entropy": "entropy"}),
             _Spec("Probability ratio", "mean", {"ratio/mean": "ratio"}),
-            _Spec("Clipped tokens", "share", {"clipped_share": "clipped"}),
+            _Spec("Clipped tokens", "share", {"clip_fraction": "clipped"}),
         ),
     ),
     (
@@ -55,10 +55,10 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
         "sampling drops it. Without a verdict: no judge has read the caption.",
         (
             _Spec("Length", "tokens", {"response_tokens/mean": "mean", "response_tokens/max": "longest"}),
-            _Spec("Truncated responses", "share", {"truncated_share": "truncated"}),
-            _Spec("Groups", "a step", {"groups/no_signal": "equal rewards", "groups/dropped": "dropped"}),
+            _Spec("Truncated responses", "share", {"truncated_fraction": "truncated"}),
+            _Spec("Groups", "a step", {"groups/zero_variance": "equal rewards", "groups/dropped": "dropped"}),
             _Spec("Responses without a verdict", "a step", {"responses/unscored": "responses"}),
-            _Spec("Videos", "a step", {"skipped_samples": "unusable", "reduced_videos": "made smaller to fit"}),
+            _Spec("Videos", "a step", {"skipped_samples": "unusable", "downscaled_videos": "made smaller to fit"}),
         ),
     ),
     (
@@ -78,7 +78,7 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
             _Spec("Throughput", "tokens a second", {"tokens_per_s": "tokens/s"}),
             _Spec("Model FLOPs utilization", "share of peak", {"mfu": "MFU"}),
             _Spec("Model FLOPs", "TFLOP/s a rank, in the update", {"tflops_per_s": "TFLOP/s"}),
-            _Spec("Prompt tokens that the engine had cached", "share", {"cached_prompt_share": "cached"}),
+            _Spec("Prompt tokens that the engine had cached", "share", {"cached_prompt_fraction": "cached"}),
             _Spec("Rows trained on", "tokens a step", {"tokens": "tokens"}),
             _Spec("Peak memory", "GB", {"memory/peak_gb": "peak"}),
         ),
@@ -103,7 +103,7 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
     sections = [("Reward", note, list(_reward_specs(keys))), *_SECTIONS]
     shown = {key for _, _, specs in sections for spec in specs for key in spec.keys}
     hidden = (*shown, "policy_version", "model_flops")  # the step's number, and what TFLOP/s says better
-    other = [key for key in keys if key not in hidden and not key.startswith(("zeros/", "time/"))]
+    other = [key for key in keys if key not in hidden and not key.startswith(("zero_rewards/", "time/"))]
     sections.append(("Other metrics", "", [_Spec(key, "", {key: key}) for key in other[:_MAX_OTHER_CHARTS]]))
     drawn = [
         _section(title, note, [chart for spec in specs for chart in _charts(runs, spec)])

@@ -175,10 +175,10 @@ def _doubts(run: RunRecord) -> Iterator[str]:
         yield f"samples that could not be used: {len(run.skipped)}, listed at the end"
     if len(run.metrics) and (lost := len(run.metrics) - int(np.isfinite(columns.get("loss", np.array([]))).sum())):
         yield f"{lost} of {len(run.metrics)} steps have no finite loss"
-    if (truncated := _last_tenth(run, "truncated_share")) > _HIGH_TRUNCATION:
+    if (truncated := _last_tenth(run, "truncated_fraction")) > _HIGH_TRUNCATION:
         limit = run.setting("rollout", "max_new_tokens")
         yield f"{100 * truncated:.0f} % of the last responses were cut at {limit} tokens"
-    alarm = run.setting("logging", "mismatch_alarm")
+    alarm = run.setting("logging", "mismatch_threshold")
     if isinstance(alarm, int | float) and (gap := _last_tenth(run, "mismatch/mean_abs")) > alarm:
         yield f"log-probs of rollout and training differ by {short(gap)} nats on average, above {alarm}"
     for result in run.evaluations:

@@ -45,7 +45,7 @@ def zero_rows(runs: Sequence[RunRecord]) -> list[ZeroRow]:
     for run in runs:
         quarter = max(len(run.metrics) // 4, 1)
         for key, values in run.metrics.columns.items():
-            if key.startswith("zeros/") and key.count("/") >= 3:
+            if key.startswith("zero_rewards/") and key.count("/") >= 3:
                 _, task, part, reason = key.split("/", 3)
                 counts = np.nan_to_num(values)
                 first, last = float(counts[:quarter].mean()), float(counts[-quarter:].mean())

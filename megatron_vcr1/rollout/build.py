@@ -30,7 +30,7 @@ def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcess
 
         return SglangEngine.start(config, model.model_config, tokens)
     decode = partial(processor.decode, skip_special_tokens=False)
-    return LocalEngine(model, tokens, decode, batch_responses=config.rollout.batch_responses)
+    return LocalEngine(model, tokens, decode, max_batch_responses=config.rollout.max_batch_responses)
 
 
 def disable_nccl_cumem(config: RunConfig) -> None:

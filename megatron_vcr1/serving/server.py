@@ -34,14 +34,14 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
-        batch_prompts: requests that are answered together.
+        prompts_per_batch: requests that are answered together.
         files: the folder below which file:// URLs may point.
         repetition_penalty: where it asks for none.
     """
 
     max_prompt_tokens: int
     max_new_tokens: int
-    batch_prompts: int
+    prompts_per_batch: int
     files: Path | None
     repetition_penalty: float = 1.0
 
@@ -117,7 +117,7 @@ class ChatServer(ThreadingHTTPServer):
         waiting = []
         try:
             waiting.append(self._waiting.get(timeout=_POLL_S))
-            while len(waiting) < self.limits.batch_prompts:
+            while len(waiting) < self.limits.prompts_per_batch:
                 waiting.append(self._waiting.get_nowait())
         except queue.Empty:
             pass

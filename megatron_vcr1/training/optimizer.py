@@ -56,7 +56,7 @@ class Learner:
         logger.info("optimizer: %s", adam.install())
         model.config.finalize_model_grads_func = _finalize_gradients
         self.model = model
-        self.clip_norm = section.clip_norm
+        self.max_grad_norm = section.max_grad_norm
         # With one copy there is nothing to divide, and megatron-core would still copy all weights and gradients.
         divided = section.distributed and mesh.num_replicas() > 1
         self.parallel = DistributedDataParallel(
@@ -103,9 +103,9 @@ class Learner:
         return []
 
     def _clip(self, grad_norm: float) -> None:
-        if 0 < self.clip_norm < grad_norm:  # a pass over all gradients, which changes nothing below
+        if 0 < self.max_grad_norm < grad_norm:  # a pass over all gradients, which changes nothing below
             for one in self.optimizer.chained_optimizers:
-                torch.nn.utils.clip_grads_with_norm_(one.get_parameters(), self.clip_norm, torch.tensor(grad_norm))
+                torch.nn.utils.clip_grads_with_norm_(one.get_parameters(), self.max_grad_norm, torch.tensor(grad_norm))
 
     def end_step(self) -> float:
         """Move the learning rate on, after the updates of a step; returns the one that they had."""
@@ -143,7 +143,7 @@ def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, 
         adam_beta1=section.beta1,
         adam_beta2=section.beta2,
         adam_eps=section.epsilon,
-        clip_grad=section.clip_norm,
+        clip_grad=section.max_grad_norm,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=divided,

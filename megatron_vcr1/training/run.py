@@ -215,13 +215,14 @@ class Run:
             self._warn_of_mismatch(reduced)
 
     def _warn_of_mismatch(self, metrics: Mapping[str, float]) -> None:
-        difference, alarm = metrics.get("mismatch/mean_abs", 0.0), self._config.logging.mismatch_alarm
+        difference, alarm = metrics.get("mismatch/mean_abs", 0.0), self._config.logging.mismatch_threshold
         if difference <= alarm:  # what is no number is not
             return
         age = "; the responses are from an older policy, which is part of it" if metrics.get("policy_lag") else ""
         logger.warning(
-            "step %d: log-probs of rollout and training differ by %.3g on average, more than logging.mismatch_alarm = "
-            "%g: old weights in the engine, other arithmetic, or other positions of the same tokens%s",
+            "step %d: log-probs of rollout and training differ by %.3g on average, more than "
+            "logging.mismatch_threshold = %g: old weights in the engine, other arithmetic, or other "
+            "positions of the same tokens%s",
             self._step,
             difference,
             alarm,

@@ -46,7 +46,7 @@ class SftTrainer:
         if mesh.is_replica_leader():
             metrics.add("response_tokens/mean", sum(lengths), len(lengths))
             metrics.high("response_tokens/max", max(lengths))
-            metrics.count("reduced_videos", sum(one.reduction is not None for one in prompts))
+            metrics.count("downscaled_videos", sum(one.reduction is not None for one in prompts))
         learning_rate = self._learner.end_step()
         ids = tuple(one.sample.id for one in prompts)
         return StepResult(update.applied, update.loss, update.grad_norm, learning_rate, ids)

@@ -109,7 +109,7 @@ def test_a_language_model_judges(files: Path, capsys: pytest.CaptureFixture[str]
         answer("A bird sings.", "It rains.", ids="de")
         capsys.readouterr()
         assert score(*options, "--judge.max_retries=0", benchmark="captioning") == 1
-    assert "2 of 2 captions were not judged, more than judge.max_unscored allows" in capsys.readouterr().err
+    assert "2 of 2 captions were not judged, more than judge.max_unscored_fraction allows" in capsys.readouterr().err
 
 
 def test_an_engine_that_fails_keeps_the_answers(

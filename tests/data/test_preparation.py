@@ -9,6 +9,6 @@ from tests.data.video_clips import write_clip
 
 def test_a_process_decodes_a_video_once_whoever_reads_it(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
-    kept = [Decoder(DataSection(cache_mb=64)).read_frames(str(clip)) for _ in range(2)]
+    kept = [Decoder(DataSection(video_cache_mb=64)).read_frames(str(clip)) for _ in range(2)]
     assert kept[0] is kept[1]
-    assert Decoder(DataSection(cache_mb=0)).read_frames(str(clip)) is not kept[0]
+    assert Decoder(DataSection(video_cache_mb=0)).read_frames(str(clip)) is not kept[0]

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_config(folder: Path, run_dir: Path, *names: str, **sections: Any) -> RunConfig:
     manifest = folder / "data" / "train.jsonl"
     benchmarks = [{"name": name, "manifest": manifest, "thinking": False} for name in names or map(str, TASKS)]
-    evaluation = {"benchmarks": benchmarks, "max_new_tokens": 6, "batch_prompts": 2}
+    evaluation = {"benchmarks": benchmarks, "max_new_tokens": 6, "prompts_per_batch": 2}
     train = {"run_dir": run_dir} | sections.pop("train", {})
     return workspace.config(folder, "grpo", train=train, evaluate=evaluation | sections.pop("evaluate", {}), **sections)
 

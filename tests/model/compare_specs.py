@@ -80,7 +80,7 @@ def run(model: QwenVLModel) -> dict[str, Tensor]:
 
 def learn(model: QwenVLModel) -> dict[str, Tensor]:
     """Gradient norms of two updates of two microbatches each, and the weights behind them by the checkpoint's keys."""
-    learner = Learner(model, OptimizerSection(learning_rate=1e-2, epsilon=1.0, clip_norm=0.0), num_steps=2)
+    learner = Learner(model, OptimizerSection(learning_rate=1e-2, epsilon=1.0, max_grad_norm=0.0), num_steps=2)
     assert all(getattr(module, "fuse_wgrad_accumulation", True) for module in model.modules())
 
     def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -63,7 +63,7 @@ def test_the_local_engine_gives_the_log_probs_of_training(tmp_path: Path, dtype:
     tiny.create("qwen2_5_vl", tmp_path / "model")
     model = compare_specs.build(tmp_path / "model", LocalBackend(), dtype)
     tokens = SpecialTokens(frozenset(range(5, 25)), (tiny.IMAGE_PAD, tiny.VIDEO_PAD))
-    engine = LocalEngine(model, tokens, str, batch_responses=256)
+    engine = LocalEngine(model, tokens, str, max_batch_responses=256)
     kinds = enumerate(("", "i", "v", "ivv"))
     requests = [GenerationRequest(kind, tiny.prompt(kind, seed=3), 1 + index, index) for index, kind in kinds]
     generated = engine.generate(requests, SamplingParams(max_new_tokens=80))  # the cache grows, rows leave early

@@ -37,7 +37,7 @@ def test_a_step_rounds_where_the_modules_do(tmp_path: Path, monkeypatch: pytest.
     request = GenerationRequest("0", tiny.prompt("v", seed=3), 8, 0)
     with mesh.world(ParallelSection()):
         model = compare_specs.build(tmp_path / "model", LocalBackend(), torch.bfloat16)
-        engine = LocalEngine(model, SpecialTokens(frozenset(), (tiny.VIDEO_PAD,)), str, batch_responses=8)
+        engine = LocalEngine(model, SpecialTokens(frozenset(), (tiny.VIDEO_PAD,)), str, max_batch_responses=8)
         assert token_step.supports(model.language_model.decoder)
         generated = engine.generate([request], SamplingParams(max_new_tokens=2))[0]
         monkeypatch.setattr(token_step, "supports", lambda decoder: False)

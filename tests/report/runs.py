@@ -59,13 +59,13 @@ def metrics(step: int, num_steps: int, random: Random, gain: float = 1.0) -> dic
     for task in ("temporal_grounding", "tracking"):
         row |= {f"reward/{task}/{part}": value for part, value in parts.items()}
         row[f"reward/{task}/total"] = sum(parts.values())
-        row[f"zeros/{task}/format/no <answer>"] = int(20 * (1 - learned)) + random.randrange(3)
-        row[f"zeros/{task}/iou/no overlap"] = int(12 * (1 - learned)) + random.randrange(3)
-    row |= {"kl": noisy(0.02 * learned), "entropy": noisy(1.2 - 0.6 * learned), "ratio/mean": 1.0, "clipped_share": 0.0}
+        row[f"zero_rewards/{task}/format/no <answer>"] = int(20 * (1 - learned)) + random.randrange(3)
+        row[f"zero_rewards/{task}/iou/no overlap"] = int(12 * (1 - learned)) + random.randrange(3)
+    row |= {"kl": noisy(0.02 * learned), "entropy": noisy(1.2 - 0.6 * learned), "ratio/mean": 1.0, "clip_fraction": 0.0}
     row |= {
         "response_tokens/mean": noisy(140 + 60 * learned),
         "response_tokens/max": noisy(420),
-        "truncated_share": 0.01,
+        "truncated_fraction": 0.01,
     }
     row |= {
         "groups/dropped": random.randrange(3),

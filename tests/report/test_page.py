@@ -146,7 +146,8 @@ def test_responses_are_text_never_markup(run_dir):
     (run_dir / "skipped.jsonl").write_text(json.dumps({"step": 1, "id": HOSTILE, "reason": HOSTILE}) + "\n")
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(
-            json.dumps({"step": 41, f"zeros/{HOSTILE}/iou/x": 1, f"reward/{HOSTILE}/total": 1, HOSTILE: 1.0}) + "\n"
+            json.dumps({"step": 41, f"zero_rewards/{HOSTILE}/iou/x": 1, f"reward/{HOSTILE}/total": 1, HOSTILE: 1.0})
+            + "\n"
         )
     assert report(run_dir) == 0
     html = (run_dir / "report.html").read_text()

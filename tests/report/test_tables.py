@@ -11,7 +11,8 @@ from tests.report.runs import report_run
 
 def test_reasons_of_zeros_with_their_rates(tmp_path):
     rows = [
-        {"step": step, "zeros/tracking/iou/no </answer>": 8 - step, "zeros/tracking/format/x": 1} for step in range(8)
+        {"step": step, "zero_rewards/tracking/iou/no </answer>": 8 - step, "zero_rewards/tracking/format/x": 1}
+        for step in range(8)
     ]
     (first, second) = zero_rows([report_run(tmp_path / "run", *rows)])
     assert (first.task, first.part, first.reason, first.count) == ("tracking", "iou", "no </answer>", 36)

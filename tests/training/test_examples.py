@@ -37,7 +37,7 @@ def _made_small(config: RunConfig, folder: Path, run_dir: Path) -> RunConfig:
     minibatches = tables["grpo"]["minibatches"]
     tables["train"] |= {"run_dir": run_dir, "num_steps": 1, "prompts_per_step": 2 * minibatches}
     tables["optimizer"] |= {"warmup_steps": 0}
-    tables["grpo"] |= {"group_size": 2, "overlong_buffer": min(4, tables["grpo"]["overlong_buffer"])}
+    tables["grpo"] |= {"group_size": 2, "overlong_buffer_tokens": min(4, tables["grpo"]["overlong_buffer_tokens"])}
     tables["grpo"] |= {"one_step_off": False, "max_refills": 1}
     tables["rollout"] |= {"engine": "local", "max_new_tokens": 6}
     tables["judge"] |= {"kind": "lexical"}

@@ -15,7 +15,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.training import logs
 from megatron_vcr1.training.logs import Lines, Screen, open_sinks, shown
 
-METRICS = {"loss": 0.12345, "reward/total": 1.5, "kl": 0.001, "clipped_share": 0.02, "lr": 1e-6, "time/total_s": 3.0}
+METRICS = {"loss": 0.12345, "reward/total": 1.5, "kl": 0.001, "clip_fraction": 0.02, "lr": 1e-6, "time/total_s": 3.0}
 
 
 def test_the_numbers_that_people_watch() -> None:

@@ -84,8 +84,8 @@ def test_linear_layers_add_their_gradients_to_the_buffers_themselves(
 def test_the_norm_is_of_the_gradient_before_clipping(model_dir: Path) -> None:
     """Adam's first step is the same for any scale of the gradient, epsilon apart: which makes the clipping show."""
     changes = []
-    for clip_norm in (0.0, 1e-9):
-        learner, batch = _learner(model_dir, learning_rate=1e-3, clip_norm=clip_norm, epsilon=1e-8)
+    for max_grad_norm in (0.0, 1e-9):
+        learner, batch = _learner(model_dir, learning_rate=1e-3, max_grad_norm=max_grad_norm, epsilon=1e-8)
         before = _weights(learner)
         _, norm, applied = _update(learner, [batch])
         assert applied and norm > 0.1

@@ -31,7 +31,7 @@ OPTIMIZER = {
     "min_learning_rate": 1e-4,
     "decay": "linear",
     "weight_decay": 0.1,
-    "clip_norm": 0.5,
+    "max_grad_norm": 0.5,
     "epsilon": 1e-6,
 }
 
@@ -74,7 +74,7 @@ class TransformersLearner:
         """Backward and AdamW; the loss and the gradient's norm."""
         self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER["clip_norm"])
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER["max_grad_norm"])
         span = OPTIMIZER["learning_rate"] - OPTIMIZER["min_learning_rate"]
         for group in self.optimizer.param_groups:
             group["lr"] = OPTIMIZER["learning_rate"] - span * number / NUM_STEPS

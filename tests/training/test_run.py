@@ -141,10 +141,10 @@ def test_what_was_opened_is_closed_when_the_rest_cannot_be(
 def test_videos_that_were_made_smaller_are_counted(folder: Path, tmp_path: Path) -> None:
     data = {"total_pixels": 64 * 28 * 28, "max_prompt_tokens": 60}
     assert train(_config(folder, tmp_path / "run", data=data, train={"num_steps": 1})) == 0
-    assert [row["reduced_videos"] for row in _curve(tmp_path / "run")] == [2]
+    assert [row["downscaled_videos"] for row in _curve(tmp_path / "run")] == [2]
     data["max_prompt_tokens"] = 4096
     assert train(_config(folder, tmp_path / "other", data=data, train={"num_steps": 1})) == 0
-    assert [row["reduced_videos"] for row in _curve(tmp_path / "other")] == [0]
+    assert [row["downscaled_videos"] for row in _curve(tmp_path / "other")] == [0]
 
 
 def test_videos_that_cannot_be_read_are_listed(folder: Path, tmp_path: Path) -> None:
@@ -179,7 +179,10 @@ def test_thinking_that_is_asked_for_must_be_there_to_learn(folder: Path, tmp_pat
         ({"optimizer": {"warmup_steps": 4}}, "warmup_steps = 4 must be below the run's 4 steps"),
         ({"model": {"path": "nowhere"}}, "nowhere"),
         ({"train": {"stage": "grpo"}, "grpo": {"minibatches": 4}}, "2 does not divide into grpo.minibatches = 4"),
-        ({"train": {"stage": "grpo"}, "grpo": {"overlong_buffer": 9}}, r"overlong_buffer = 9 .*max_new_tokens = 8\)"),
+        (
+            {"train": {"stage": "grpo"}, "grpo": {"overlong_buffer_tokens": 9}},
+            r"overlong_buffer_tokens = 9 .*max_new_tokens = 8\)",
+        ),
         ({"data": {"sources": []}}, "name at least one manifest"),
         ({"data": {"sources": [{"manifest": "nowhere.jsonl"}]}}, "nowhere.jsonl"),
     ],
@@ -203,7 +206,7 @@ def test_an_engine_that_does_not_agree_sets_off_an_alarm(
     keys = {"stage": "grpo", "num_steps": 1}
     for alarm, warned in ((1e-12, True), (0.1, False)):
         caplog.clear()
-        logs = {"tensorboard": False, "mismatch_alarm": alarm}
+        logs = {"tensorboard": False, "mismatch_threshold": alarm}
         train(_config(folder, tmp_path / str(alarm), train=keys, logging=logs, grpo={"group_size": 2}))
         assert ("log-probs of rollout and training differ by" in caplog.text) == warned
 

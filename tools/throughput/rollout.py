@@ -133,7 +133,9 @@ class _Ours:
         self._groups = case.groups(self._config)
         pads = (self._config.image_token_id, self._config.video_token_id)
         num_responses = case.num_prompts * case.group_size
-        self._engine = LocalEngine(self._model, SpecialTokens(frozenset(), pads), str, batch_responses=num_responses)
+        self._engine = LocalEngine(
+            self._model, SpecialTokens(frozenset(), pads), str, max_batch_responses=num_responses
+        )
 
     def generate(self, *, shared: bool, temperature: float = 1.0) -> list[list[int]]:
         """Token ids of all responses."""

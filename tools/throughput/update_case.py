@@ -33,7 +33,7 @@ class UpdateCase:
     kl_coef: float = 0.04
     reference: str = "swap"  # or "resident"; where reference_dir is set
     learning_rate: float = 1e-6
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     microbatch_tokens: int = 16384
     tensor: int = 1
     pipeline: int = 1
@@ -70,7 +70,7 @@ class UpdateCase:
                 "parallel": self.layout.parallel,
                 "recompute": self.layout.recompute_section,
                 "train": {"microbatch_tokens": self.microbatch_tokens, "prompts_per_step": self.num_prompts},
-                "optimizer": {"learning_rate": self.learning_rate, "clip_norm": self.clip_norm},
+                "optimizer": {"learning_rate": self.learning_rate, "max_grad_norm": self.max_grad_norm},
                 "grpo": {
                     "group_size": self.group_size,
                     "kl_coef": self.kl_coef if self.reference_dir else 0.0,

@@ -54,7 +54,7 @@ class PlainUpdate:
             loss = self._loss(group, advantages) / len(self.groups)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.case.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.case.max_grad_norm)
         self.optimizer.step()
         return total
 

@@ -141,7 +141,7 @@ def _options(case: UpdateCase, folder: str) -> GRPOConfig:
         beta=case.kl_coef if case.reference_dir else 0.0,
         use_bias_correction_kl=False,  # the KL as the paper has it, not weighted by the ratio
         learning_rate=case.learning_rate,
-        max_grad_norm=case.clip_norm,
+        max_grad_norm=case.max_grad_norm,
         gradient_checkpointing=case.recompute != "none",
         bf16=False,
         use_cpu=not torch.cuda.is_available(),

@@ -18,7 +18,7 @@ from megatron_vcr1.types import Rollout, RolloutGroup
 class LocalEngine:
     """A `RolloutEngine` on the model that is trained, at any tensor- and pipeline-parallel size.
 
-    Responses decode in waves of at most `batch_responses`. What is sampled for a request depends on it alone (up to
+    Responses decode in waves of at most `max_batch_responses`. What is sampled for a request depends on it alone (up to
     rounding in products of other sizes), neither on the wave nor on the layout.
     """
 
@@ -28,7 +28,7 @@ class LocalEngine:
         tokens: SpecialTokens,
         decode: Callable[[Sequence[int]], str],
         *,
-        batch_responses: int,
+        max_batch_responses: int,
     ) -> None:
         """
         Args:
@@ -38,7 +38,7 @@ class LocalEngine:
         self._model = model
         self._tokens = tokens
         self._decode = decode
-        self._batch_responses = batch_responses
+        self._batch_responses = max_batch_responses
         self._version = 0
 
     @property

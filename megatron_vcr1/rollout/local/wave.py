@@ -36,8 +36,8 @@ class Part:
     responses: range  # their indices within the group
 
 
-def plan_waves(requests: Sequence[GenerationRequest], batch_responses: int) -> list[list[Part]]:
-    """Divide the responses into waves of at most `batch_responses`, prompts of similar length together.
+def plan_waves(requests: Sequence[GenerationRequest], max_batch_responses: int) -> list[list[Part]]:
+    """Divide the responses into waves of at most `max_batch_responses`, prompts of similar length together.
 
     A group is divided only where it is larger than a wave.
     """
@@ -46,11 +46,11 @@ def plan_waves(requests: Sequence[GenerationRequest], batch_responses: int) -> l
     room = 0
     for index in by_length:
         num_responses = requests[index].num_responses
-        for first in range(0, num_responses, batch_responses):
-            part = Part(index, range(first, min(first + batch_responses, num_responses)))
+        for first in range(0, num_responses, max_batch_responses):
+            part = Part(index, range(first, min(first + max_batch_responses, num_responses)))
             if len(part.responses) > room:
                 waves.append([])
-                room = batch_responses
+                room = max_batch_responses
             waves[-1].append(part)
             room -= len(part.responses)
     return waves

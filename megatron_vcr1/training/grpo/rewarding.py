@@ -40,7 +40,7 @@ class Rewarder:
         """
         self._sources = config.data.sources
         self._own = [[load_reward(name) for name in source.rewards] for source in self._sources]
-        self._overlong_buffer = config.grpo.overlong_buffer
+        self._overlong_buffer = config.grpo.overlong_buffer_tokens
         self._max_new_tokens = config.rollout.max_new_tokens
         has_captions = any(sample.task == Task.CAPTIONING for some in samples for sample in some)
         self._judge: Judge | None = build_judge(config.judge, run_dir / "judge_cache") if has_captions else None

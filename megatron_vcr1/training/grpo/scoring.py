@@ -168,12 +168,12 @@ class Rollouts:
         captions = [one for group in groups if group.prompt.sample.task == Task.CAPTIONING for one in group.rewards]
         mine = [sum(one.total is None for one in captions), len(captions)] if mesh.is_replica_leader() else [0, 0]
         num_unscored, num_captions = collectives.sum_over_ranks(mine)
-        limit = self._config.judge.max_unscored
+        limit = self._config.judge.max_unscored_fraction
         if num_unscored > limit * num_captions:
             raise TrainingStopped(
                 f"the judge gave no verdict on {num_unscored:.0f} of {num_captions:.0f} captions of a step, more than "
-                f"judge.max_unscored = {limit} allows; is {self._config.judge.base_url} up? The run goes on from its "
-                "last checkpoint when it is started again"
+                f"judge.max_unscored_fraction = {limit} allows; is {self._config.judge.base_url} up? Start the run "
+                "again to resume from its last checkpoint"
             )
 
 
@@ -220,13 +220,13 @@ def _count(groups: Sequence[ScoredGroup], metrics: Metrics) -> None:
     """What the metrics say of sampled groups, whether they are trained on or not."""
     for group in groups:
         task = group.prompt.sample.task
-        metrics.count("groups/no_signal", int(not group.has_reward_variance))
-        metrics.count("reduced_videos", int(group.prompt.reduction is not None))
+        metrics.count("groups/zero_variance", int(not group.has_reward_variance))
+        metrics.count("downscaled_videos", int(group.prompt.reduction is not None))
         for rollout, reward in zip(group.rollouts, group.rewards, strict=True):
             num_tokens = len(rollout.token_ids)
             metrics.add("response_tokens/mean", num_tokens)
             metrics.high("response_tokens/max", num_tokens)
-            metrics.add("truncated_share", rollout.finish_reason == FinishReason.LENGTH)
+            metrics.add("truncated_fraction", rollout.finish_reason == FinishReason.LENGTH)
             metrics.count("responses/unscored", int(reward.total is None))
             if reward.total is not None:
                 metrics.add("reward/total", reward.total)
@@ -234,7 +234,7 @@ def _count(groups: Sequence[ScoredGroup], metrics: Metrics) -> None:
                 if value is not None:
                     metrics.add(f"reward/{task}/{part}", value)
             for part, reason in reward.reasons.items():
-                metrics.count(f"zeros/{task}/{part}/{reason}")
+                metrics.count(f"zero_rewards/{task}/{part}/{reason}")
 
 
 def _count_cached(prompts: Sequence[DrawnPrompt], answers: Sequence[RolloutGroup], metrics: Metrics) -> None:
@@ -242,7 +242,7 @@ def _count_cached(prompts: Sequence[DrawnPrompt], answers: Sequence[RolloutGroup
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer.cached_tokens is not None:
             num_tokens = len(prompt.prompt.token_ids) * len(answer.cached_tokens)
-            metrics.add("cached_prompt_share", sum(answer.cached_tokens), num_tokens)
+            metrics.add("cached_prompt_fraction", sum(answer.cached_tokens), num_tokens)
 
 
 def _parts(reward: RewardBreakdown) -> Iterator[tuple[str, float | None]]:

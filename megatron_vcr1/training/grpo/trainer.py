@@ -95,11 +95,11 @@ class GrpoTrainer:
             with metrics.timed("reference"), self._reference.in_place():
                 minibatches = [self._with_log_probs(batches, "ref_log_probs") for batches in minibatches]
         with metrics.timed("update"):
-            if self._settings.updates_per_rollout * len(minibatches) > 1:  # else the ratio is 1 and needs none
+            if self._settings.epochs_per_rollout * len(minibatches) > 1:  # else the ratio is 1 and needs none
                 minibatches = [self._with_log_probs(batches, "old_log_probs") for batches in minibatches]
             updates = [
                 self._update(batches, metrics, first_pass=number == 0)
-                for number in range(self._settings.updates_per_rollout)
+                for number in range(self._settings.epochs_per_rollout)
                 for batches in minibatches
             ]
             learning_rate = self._learner.end_step()
@@ -266,9 +266,9 @@ def check_settings(config: RunConfig) -> None:
             "grpo.one_step_off samples while training computes, which colocated servers cannot: set "
             "sglang.colocated = false and give the servers GPUs of their own"
         )
-    if config.grpo.overlong_buffer > config.rollout.max_new_tokens:
+    if config.grpo.overlong_buffer_tokens > config.rollout.max_new_tokens:
         raise UserError(
-            f"grpo.overlong_buffer = {config.grpo.overlong_buffer} is longer than any response "
+            f"grpo.overlong_buffer_tokens = {config.grpo.overlong_buffer_tokens} is longer than any response "
             f"(rollout.max_new_tokens = {config.rollout.max_new_tokens}), so all would be punished; lower it"
         )
 
@@ -290,7 +290,7 @@ def add_policy_metrics(
     """Take a microbatch's `policy_statistics` into a step's metrics."""
     log_probs = statistics["log_probs"]
     num_tokens = len(log_probs)
-    names = ("kl", "entropy", "ratio/mean", "clipped_share")
+    names = ("kl", "entropy", "ratio/mean", "clip_fraction")
     for name, total in zip(names, statistics["sums"].tolist(), strict=True):
         if name != "kl" or data.ref_log_probs is not None:  # without a reference it is not 0, but unknown
             metrics.add(name, total, num_tokens)

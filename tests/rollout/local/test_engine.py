@@ -22,8 +22,8 @@ from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
-from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.local import wave as local_wave
+from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.local.wave import Part, plan_waves
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import FinishReason, RolloutGroup
@@ -67,14 +67,18 @@ def one_process() -> Iterator[None]:
 
 
 def _engine(
-    model_dir: Path, parallel: dict[str, Any] | None = None, *, end: tuple[int, ...] = (), batch_responses: int = 256
+    model_dir: Path,
+    parallel: dict[str, Any] | None = None,
+    *,
+    end: tuple[int, ...] = (),
+    max_batch_responses: int = 256,
 ) -> tuple[LocalEngine, QwenVLModel]:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}, "parallel": parallel or {}})
     mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(model_dir), run)
     load_model_weights(model, model_dir)
     decode = partial(tiny_processor().decode, skip_special_tokens=False)
-    engine = LocalEngine(model, SpecialTokens(frozenset(end), PADS), decode, batch_responses=batch_responses)
+    engine = LocalEngine(model, SpecialTokens(frozenset(end), PADS), decode, max_batch_responses=max_batch_responses)
     return engine, model
 
 
@@ -184,7 +188,7 @@ def test_a_groups_responses_are_its_own(
     engine, _ = _engine(model_dir, end=END)
     alone = [engine.generate([request], SAMPLING)[0] for request in _requests()]
     assert _tokens(alone) == _tokens(sampled)
-    narrow, _ = _engine(model_dir, end=END, batch_responses=3)
+    narrow, _ = _engine(model_dir, end=END, max_batch_responses=3)
     monkeypatch.setattr(local_wave, "PROMPT_PASS_TOKENS", 20)
     divided = narrow.generate(_requests(), SAMPLING)
     assert _tokens(divided) == _tokens(sampled)

@@ -12,7 +12,7 @@ from megatron_vcr1.types import FinishReason, Rollout, Task
 from tests.rewards.samples import sample
 
 
-def _config(rewards: Sequence[str] = (), overlong_buffer: int = 0) -> RunConfig:
+def _config(rewards: Sequence[str] = (), overlong_buffer_tokens: int = 0) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": "model"},
@@ -22,7 +22,7 @@ def _config(rewards: Sequence[str] = (), overlong_buffer: int = 0) -> RunConfig:
                     {"manifest": "b.jsonl"},
                 ]
             },
-            "grpo": {"overlong_buffer": overlong_buffer},
+            "grpo": {"overlong_buffer_tokens": overlong_buffer_tokens},
             "rollout": {"max_new_tokens": 20},
         }
     )
@@ -77,7 +77,7 @@ def test_without_captions_there_is_no_judge(tmp_path: Path) -> None:
 
 
 def test_overlong_responses_lose_reward(tmp_path: Path) -> None:
-    rewarder = Rewarder(_config(overlong_buffer=10), [[]], tmp_path)
+    rewarder = Rewarder(_config(overlong_buffer_tokens=10), [[]], tmp_path)
     rewards = rewarder.rewards([_response(Task.QUALITY, "", num_tokens=length) for length in (10, 15, 20)])
     assert [reward.extra["overlong"] for reward in rewards] == [0.0, -0.5, -1.0]
 

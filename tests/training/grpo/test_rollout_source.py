@@ -43,7 +43,7 @@ class ServerLikeEngine:
         load_model_weights(self._model, config.model.path)
         tokens = SpecialTokens.from_pretrained(config.model.path, processor)
         decode = partial(processor.decode, skip_special_tokens=False)
-        self._engine = LocalEngine(self._model, tokens, decode, batch_responses=64)
+        self._engine = LocalEngine(self._model, tokens, decode, max_batch_responses=64)
         self.aborted = False
         self.fails = False
 

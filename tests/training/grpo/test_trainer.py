@@ -67,21 +67,21 @@ def test_a_step_is_on_policy_and_says_so(folder: Path, world: None) -> None:
     _, trainer = _build(_config(folder))
     for number in (1, 2):
         step = _step(trainer, number)
-        assert step["ratio/mean"] == 1 and step["clipped_share"] == 0
+        assert step["ratio/mean"] == 1 and step["clip_fraction"] == 0
         assert step["mismatch/max_abs"] < 1e-4 and abs(step["mismatch/kl"]) < 1e-8
         assert step["policy_version"] == number - 1 and step["policy_lag"] == 0
         assert (step["kl"] == 0) == (number == 1)  # the first policy is the reference
         assert 0 < step["entropy"] < math.log(204)
         assert step["response_tokens/mean"] <= step["response_tokens/max"] <= 8
-        assert step["cached_prompt_share"] == 3 / 4  # a group's prompt is computed once
+        assert step["cached_prompt_fraction"] == 3 / 4  # a group's prompt is computed once
 
 
 def test_several_updates_a_rollout_move_the_ratio_and_are_clipped(folder: Path, world: None) -> None:
-    settings = {"updates_per_rollout": 3, "minibatches": 2, "clip_low": 0.01, "clip_high": 0.01}
+    settings = {"epochs_per_rollout": 3, "minibatches": 2, "clip_low": 0.01, "clip_high": 0.01}
     learner, trainer = _build(_config(folder, grpo={**settings, "kl_coef": 0.0}))
     step = _step(trainer)
     assert "kl" not in step  # there is no reference
-    assert step["ratio/mean"] != 1 and step["clipped_share"] > 0.05
+    assert step["ratio/mean"] != 1 and step["clip_fraction"] > 0.05
     assert step["mismatch/max_abs"] < 1e-4  # of the policy that sampled, not of the one between updates
     steps = {group["step"] for group in learner.optimizer.param_groups if group["params"]}
     assert steps == {6}
@@ -165,7 +165,7 @@ def test_prompts_that_dynamic_sampling_takes_count_towards_an_epoch(folder: Path
 
 
 def test_long_responses_lose_some_of_their_reward(folder: Path, world: None) -> None:
-    _, trainer = _build(_config(folder, [], grpo={"overlong_buffer": 4}))
+    _, trainer = _build(_config(folder, [], grpo={"overlong_buffer_tokens": 4}))
     result = trainer.step(1, metrics := Metrics())
     for row in result.rollouts.values():
         for response in row["responses"]:
@@ -203,7 +203,9 @@ def test_a_policy_that_is_no_more_stops_the_run_and_not_the_machine(folder: Path
     """An update can be finite and its result not: the weights, then every response, then every loss."""
     train_keys = {"stage": "grpo", "num_steps": 9, "prompts_per_step": 2, "max_skipped_steps": 2}
     config = _config(
-        folder, optimizer={"learning_rate": 1e30, "clip_norm": 0.0}, train={**train_keys, "run_dir": folder / "lost"}
+        folder,
+        optimizer={"learning_rate": 1e30, "max_grad_norm": 0.0},
+        train={**train_keys, "run_dir": folder / "lost"},
     )
     with pytest.raises(TrainingStopped, match=r"3 steps in a row .* samples are train_0"):
         train(config)
@@ -252,7 +254,7 @@ def test_a_judge_that_fails_too_often_stops_the_run(tmp_path: Path, world: None)
     workspace.create(tmp_path, tasks=[Task.CAPTIONING], num_videos=4)
     _, trainer = _build(_config(tmp_path))
     trainer._rollouts._rewarder = _NoVerdicts((0, 1))  # type: ignore[assignment]
-    with pytest.raises(TrainingStopped, match=r"no verdict on 8 of 16 captions .* judge.max_unscored = 0.2"):
+    with pytest.raises(TrainingStopped, match=r"no verdict on 8 of 16 captions .* judge.max_unscored_fraction = 0.2"):
         trainer.step(1, Metrics())
 
 
@@ -295,4 +297,4 @@ def test_every_task_trains_together_and_is_counted_by_itself(tmp_path: Path) -> 
     seen = {name for row in workspace.metrics(run_dir) for name in row}
     for task in Task:
         assert {f"reward/{task}/total", f"reward/{task}/format", f"reward/{task}/{VARIETY}"} <= seen
-    assert "zeros/grounded_qa/accuracy/no <answer>" in seen
+    assert "zero_rewards/grounded_qa/accuracy/no <answer>" in seen
