@@ -128,9 +128,11 @@ class GrpoSection(Section):
 
     group_size: int = Field(default=8, ge=2, description="Responses a prompt (G).")
     epochs_per_rollout: int = Field(
-        default=1, ge=1, description="Passes over a rollout's groups; with 1 and minibatches 1 the ratio is 1."
+        default=1, ge=1, description="Passes over a rollout's groups; with 1 and num_minibatches = 1 the ratio is 1."
     )
-    minibatches: int = Field(default=1, ge=1, description="Optimizer steps that one pass over a rollout is divided in.")
+    num_minibatches: int = Field(
+        default=1, ge=1, description="Optimizer steps that one pass over a rollout is divided in."
+    )
     clip_low: float = Field(default=0.2, ge=0, le=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(default=0.2, ge=0, description="And above at 1 + clip_high (DAPO: 0.28).")
     dual_clip: float | None = Field(default=None, gt=1, description="Bound for negative advantages. Unset: none.")

@@ -92,10 +92,10 @@ def check_batch(config: RunConfig, num_replicas: int) -> None:
             f"train.prompts_per_step = {number} does not divide among {num_replicas} copies of the model; make it a "
             f"multiple of {num_replicas}"
         )
-    if config.train.stage == "grpo" and number % config.grpo.minibatches:
+    if config.train.stage == "grpo" and number % config.grpo.num_minibatches:
         raise UserError(
-            f"train.prompts_per_step = {number} does not divide into grpo.minibatches = {config.grpo.minibatches}; "
-            "make it a multiple of that"
+            f"train.prompts_per_step = {number} does not divide into grpo.num_minibatches = "
+            f"{config.grpo.num_minibatches}; make it a multiple of that"
         )
 
 

@@ -34,7 +34,7 @@ def _made_small(config: RunConfig, folder: Path, run_dir: Path) -> RunConfig:
     tables["parallel"] = {}
     sources = [source | {"manifest": folder / "data" / "train.jsonl"} for source in tables["data"]["sources"]]
     tables["data"] = {**small.data.model_dump(), "sources": sources}
-    minibatches = tables["grpo"]["minibatches"]
+    minibatches = tables["grpo"]["num_minibatches"]
     tables["train"] |= {"run_dir": run_dir, "num_steps": 1, "prompts_per_step": 2 * minibatches}
     tables["optimizer"] |= {"warmup_steps": 0}
     tables["grpo"] |= {"group_size": 2, "overlong_buffer_tokens": min(4, tables["grpo"]["overlong_buffer_tokens"])}

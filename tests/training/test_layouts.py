@@ -109,7 +109,7 @@ def test_grpo_has_the_curve_and_the_responses_of_a_single_process(
 
 def test_several_updates_a_rollout_have_it_too(folder: Path, gloo_pool: GlooPool) -> None:
     """As many minibatches as prompts: one copy of the model has nothing in each, and takes part in its update."""
-    grpo = {"group_size": 2, "minibatches": 4, "epochs_per_rollout": 2, "loss_normalization": "token"}
+    grpo = {"group_size": 2, "num_minibatches": 4, "epochs_per_rollout": 2, "loss_normalization": "token"}
     grpo |= {"importance_level": "sequence", "clip_low": 1e-3, "clip_high": 1e-3, "rollout_ratio_cap": 2.0}
     run_dirs = []
     for name, layout in (("several-alone", {}), ("several", LAYOUTS["pp2-dp2"])):

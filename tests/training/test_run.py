@@ -178,7 +178,10 @@ def test_thinking_that_is_asked_for_must_be_there_to_learn(folder: Path, tmp_pat
     [
         ({"optimizer": {"warmup_steps": 4}}, "warmup_steps = 4 must be below the run's 4 steps"),
         ({"model": {"path": "nowhere"}}, "nowhere"),
-        ({"train": {"stage": "grpo"}, "grpo": {"minibatches": 4}}, "2 does not divide into grpo.minibatches = 4"),
+        (
+            {"train": {"stage": "grpo"}, "grpo": {"num_minibatches": 4}},
+            "2 does not divide into grpo.num_minibatches = 4",
+        ),
         (
             {"train": {"stage": "grpo"}, "grpo": {"overlong_buffer_tokens": 9}},
             r"overlong_buffer_tokens = 9 .*max_new_tokens = 8\)",

@@ -130,7 +130,7 @@ class GrpoTrainer:
         """
         trainable = [group for group in groups if group.scored]
         positions = all_positions(trainable)
-        number = self._settings.minibatches
+        number = self._settings.num_minibatches
         minibatch_of = {position: rank * number // len(positions) for rank, position in enumerate(positions)}
         shares: list[list[ScoredGroup]] = [[] for _ in range(number)]
         for group in trainable:

@@ -77,7 +77,7 @@ def test_a_step_is_on_policy_and_says_so(folder: Path, world: None) -> None:
 
 
 def test_several_updates_a_rollout_move_the_ratio_and_are_clipped(folder: Path, world: None) -> None:
-    settings = {"epochs_per_rollout": 3, "minibatches": 2, "clip_low": 0.01, "clip_high": 0.01}
+    settings = {"epochs_per_rollout": 3, "num_minibatches": 2, "clip_low": 0.01, "clip_high": 0.01}
     learner, trainer = _build(_config(folder, grpo={**settings, "kl_coef": 0.0}))
     step = _step(trainer)
     assert "kl" not in step  # there is no reference
@@ -90,7 +90,7 @@ def test_several_updates_a_rollout_move_the_ratio_and_are_clipped(folder: Path, 
 def test_minibatches_are_the_whole_batch_in_parts(folder: Path, world: None) -> None:
     """Without learning, the parts' gradients add up to the whole's: counts are each minibatch's own, of equal size."""
     whole = _step(_build(_config(folder, optimizer={"learning_rate": 1e-12}))[1])
-    parts = _step(_build(_config(folder, optimizer={"learning_rate": 1e-12}, grpo={"minibatches": 2}))[1])
+    parts = _step(_build(_config(folder, optimizer={"learning_rate": 1e-12}, grpo={"num_minibatches": 2}))[1])
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4, abs=1e-6)
 
 
