@@ -11,58 +11,83 @@ from megatron_vcr1.config.section import Names, Section, Texts
 
 
 class RolloutSection(Section):
-    """What samples responses, and how."""
+    """The engine that samples responses, and its sampling parameters."""
 
     engine: Literal["local", "sglang"] = Field(
-        default="local", description="'local' (the trained model itself, in this process) or 'sglang' (servers)."
+        default="local",
+        description="'local' (the trained model itself, in the training process) or 'sglang' (SGLang servers).",
     )
-    max_new_tokens: int = Field(default=1024, ge=1, description="Longest response; a longer one is cut and marked.")
-    temperature: float = Field(default=1.0, gt=0, description="Of sampling in training.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Smallest set of tokens with this probability.")
-    top_k: int = Field(default=0, ge=0, description="Most probable tokens to sample from; 0: all.")
-    stop: Texts = Field(default=(), description="Texts that end a response, besides the model's own end.")
+    max_new_tokens: int = Field(
+        default=1024, ge=1, description="Maximum length of a response; a longer one is truncated and marked."
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="Sampling temperature in training; log-probs are computed at the same temperature.",
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Nucleus sampling: the smallest set of tokens with this total probability."
+    )
+    top_k: int = Field(default=0, ge=0, description="Sample from the k most probable tokens; 0: from all tokens.")
+    stop: Texts = Field(
+        default=(), description="Strings that end a response, in addition to the model's own end tokens."
+    )
     max_batch_responses: int = Field(
-        default=256, ge=1, description="Responses that the local engine decodes at a time on a copy of the model."
+        default=256, ge=1, description="Number of responses that one replica decodes at once in the in-process engine."
     )
 
 
 class SglangSection(Section):
-    """SGLang servers: started by the run, or given by URL."""
+    """SGLang servers that the run starts, or running servers that it connects to."""
 
     urls: Names[str] = Field(
         default=(),
-        description="Servers that run already (`vcr1 rollout serve` starts them). Empty: the run starts its own.",
+        description="URLs of running servers (`vcr1 rollout serve` starts them). Empty: the run starts its own.",
     )
-    num_servers: int = Field(default=1, ge=1, description="Servers that a node starts.")
-    tensor: int = Field(default=1, ge=1, description="GPUs of one server.")
-    port: int = Field(default=30000, ge=1024, le=65000, description="Of the first server; the others count up.")
+    num_servers: int = Field(default=1, ge=1, description="Number of servers per node.")
+    tensor: int = Field(default=1, ge=1, description="Tensor-parallel size (number of GPUs) of one server.")
+    port: int = Field(
+        default=30000, ge=1024, le=65000, description="Port of the first server of a node; the others count up from it."
+    )
     python: Path | None = Field(
-        default=None, description="The interpreter that sglang is installed for. Unset: the one that runs this."
+        default=None,
+        description="Python interpreter of the environment in which sglang is installed. Unset: this process's "
+        "interpreter.",
     )
-    server_args: Texts = Field(default=(), description="More arguments of the server.")
+    server_args: Texts = Field(default=(), description="Additional command-line arguments for sglang.launch_server.")
     memory_fraction: float = Field(
         default=0.85,
         gt=0,
         lt=1,
-        description="Weights and KV cache, as a share of the GPU memory that is free when a server starts. Colocated "
-        "training makes the optimizer's state later, in its first step: leave room.",
+        description="Fraction of the GPU memory that is free when a server starts, to use for weights and KV cache. "
+        "Colocated training allocates the optimizer state later, in its first step: leave room for it.",
     )
     colocated: bool = Field(
-        default=True, description="Servers share the training's GPUs and release their memory while it computes."
+        default=True,
+        description="Servers share the GPUs with training and release their memory while training computes. False: "
+        "servers have GPUs of their own.",
     )
-    sync: Literal["distributed", "tensor", "disk"] = Field(
-        default="distributed",
-        description="How new weights reach the servers: 'distributed' (broadcast; to colocated servers on GPUs it is "
-        "'tensor'), 'tensor' (shared memory of one host) or 'disk'.",
+    weight_sync: Literal["broadcast", "tensor", "disk"] = Field(
+        default="broadcast",
+        description="How weights reach the servers: 'broadcast' (NCCL or gloo; colocated servers on GPUs use 'tensor' "
+        "instead), 'tensor' (shared memory of one host) or 'disk' (a Hugging Face directory).",
     )
-    sync_bucket_mb: int = Field(default=512, ge=1, description="Weights sent at a time.")
+    weight_sync_bucket_mb: int = Field(default=512, ge=1, description="Weights that are sent at once, in MiB.")
     transport: Literal["inline", "file"] = Field(
-        default="inline", description="Video frames travel in the request, or through shared memory of one host."
+        default="inline",
+        description="How video frames reach the servers: 'inline' (inside the request) or 'file' (shared memory of one "
+        "host).",
     )
-    concurrency: int = Field(default=64, ge=1, description="Requests under way at once on a server.")
-    timeout_s: float = Field(default=600.0, gt=0, description="Longest wait for one answer.")
-    startup_timeout_s: float = Field(default=600.0, gt=0, description="Longest wait for a server to be healthy.")
-    max_restarts: int = Field(default=3, ge=0, description="Restarts of a server that dies before the run stops.")
+    concurrency: int = Field(default=64, ge=1, description="Maximum number of concurrent requests per server.")
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="Maximum time for one request to a server, in generation and in weight sync."
+    )
+    startup_timeout_s: float = Field(
+        default=600.0, gt=0, description="Maximum time from the start of a server until it is ready."
+    )
+    max_restarts: int = Field(
+        default=3, ge=0, description="Number of times that a failed server is restarted before the run stops."
+    )
 
 
 class JudgeSection(Section):

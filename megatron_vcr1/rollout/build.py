@@ -40,5 +40,5 @@ def disable_nccl_cumem(config: RunConfig) -> None:
     """
     section = config.sglang
     lends_memory = section.colocated and not section.urls  # shared memory brings these their weights
-    if config.rollout.engine == "sglang" and section.sync == "distributed" and not lends_memory:
+    if config.rollout.engine == "sglang" and section.weight_sync == "broadcast" and not lends_memory:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")

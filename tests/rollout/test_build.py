@@ -18,7 +18,7 @@ NAME = "NCCL_CUMEM_ENABLE"
         ("sglang", {"colocated": False}, "0"),
         ("sglang", {"urls": ["http://other:30000"]}, "0"),
         ("sglang", {}, None),  # servers on the training's GPUs: shared memory brings the weights
-        ("sglang", {"colocated": False, "sync": "disk"}, None),
+        ("sglang", {"colocated": False, "weight_sync": "disk"}, None),
         ("local", {"colocated": False}, None),
     ],
 )

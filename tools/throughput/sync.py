@@ -43,9 +43,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--urls", nargs="+", default=[], help="SGLang servers that are running")
     parser.add_argument(
         "--method",
-        choices=("distributed", "tensor", "disk"),
-        default="distributed",
-        help="as sglang.sync (default: %(default)s)",
+        choices=("broadcast", "tensor", "disk"),
+        default="broadcast",
+        help="as sglang.weight_sync (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     add_json_argument(parser)
@@ -121,7 +121,7 @@ def _run_config(args: argparse.Namespace, folder: Path) -> RunConfig:
     parallel = {key: getattr(args, key) for key in ("tensor", "pipeline", "sequence_parallel", "first_stage_layers")}
     sections: dict[str, Any] = {"model": {"path": folder, "dtype": args.dtype}, "parallel": parallel}
     if args.urls:
-        sections |= {"rollout": {"engine": "sglang"}, "sglang": {"urls": args.urls, "sync": args.method}}
+        sections |= {"rollout": {"engine": "sglang"}, "sglang": {"urls": args.urls, "weight_sync": args.method}}
     return RunConfig.model_validate(sections)
 
 

@@ -235,7 +235,7 @@ def _copy_to_shared_memory(bucket: NamedTensors) -> NamedTensors:
     alignment = 16  # bytes
     sizes = [-(-tensor.nbytes // alignment) * alignment for _, tensor in bucket]
     if sum(sizes) > shutil.disk_usage(SHARED_MEMORY).free:  # to write where none is left would end the process
-        raise OSError(errno.ENOSPC, "no room for sglang.sync_bucket_mb of weights", str(SHARED_MEMORY))
+        raise OSError(errno.ENOSPC, "no room for sglang.weight_sync_bucket_mb of weights", str(SHARED_MEMORY))
     memory = torch.empty(sum(sizes), dtype=torch.uint8).share_memory_()
     shared = []
     for (name, tensor), piece in zip(bucket, memory.split(sizes), strict=True):

@@ -45,10 +45,10 @@ class WeightDelivery:
         self._section = section
         self._model_dir = model_dir
         self._folder = folder
-        self._sync = section.sync
-        if section.sync == "distributed" and fleet.lenders and torch.cuda.is_available():
+        self._weight_sync = section.weight_sync
+        if section.weight_sync == "broadcast" and fleet.lenders and torch.cuda.is_available():
             logger.info("weights reach the servers by shared memory: NCCL joins no two processes of one GPU")
-            self._sync = "tensor"
+            self._weight_sync = "tensor"
         self._claims = Claims(fleet.run)
         self._update: WeightUpdate[Any] | None = None
         self._disk: DiskChannel | None = None
@@ -88,11 +88,11 @@ class WeightDelivery:
         urls = [url for url in claimed if url not in self.current]
         if not urls:
             return
-        timeout_s = self._section.timeout_s
+        timeout_s = self._section.request_timeout_s
         channel: Channel[Any]
-        if self._sync == "disk":
+        if self._weight_sync == "disk":
             channel = self._disk = DiskChannel(self._model_dir, self._folder, weights, timeout_s=timeout_s)
-        elif self._sync == "tensor":
+        elif self._weight_sync == "tensor":
             channel = SharedMemoryChannel(timeout_s=timeout_s)
         else:
             channel = BroadcastChannel(timeout_s=timeout_s)

@@ -52,7 +52,7 @@ class SglangEngine:
         self._fleet = fleet
         folder = config.train.run_dir.absolute() / "sglang" / "weights" / f"copy_{mesh.replica_index()}"
         self._delivery = WeightDelivery(fleet, self._section, config.model.path, folder)
-        self._loan = MemoryLoan(fleet.lenders, fleet.processes, timeout_s=self._section.timeout_s)
+        self._loan = MemoryLoan(fleet.lenders, fleet.processes, timeout_s=self._section.request_timeout_s)
         self._version = self._num_updates = 0
         self._weights = INITIAL_WEIGHTS
         # What makes the policy's weights again. Not under one_step_off: there, training has changed them by then.
@@ -152,7 +152,7 @@ class SglangEngine:
         try:
             for _ in range(MAX_PASSES):
                 collectives.broadcast_within_replica(self._open_pass)
-                for bucket in buckets(tensors, self._section.sync_bucket_mb * 2**20):
+                for bucket in buckets(tensors, self._section.weight_sync_bucket_mb * 2**20):
                     self._delivery.send(bucket)
                 if collectives.broadcast_within_replica(self._delivery.close):
                     return
@@ -191,7 +191,7 @@ class SglangEngine:
     async def _group(
         self, pool: ServerPool, client: httpx.AsyncClient, request: GenerationRequest, params: SamplingParams
     ) -> RolloutGroup:
-        timeout_s = self._section.timeout_s
+        timeout_s = self._section.request_timeout_s
 
         async def ask(server: Server) -> RolloutGroup:
             packed = await asyncio.to_thread(self._pack, request)

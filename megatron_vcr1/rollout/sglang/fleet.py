@@ -78,12 +78,12 @@ def _name_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
     me, talkers = ranks[dist.get_rank()], [one.copy for one in ranks if one.talks]
     asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
     can_lend = {url for url in owned if check_server(url)}
-    needs_memory = config.sglang.sync == "tensor" or config.sglang.transport == "file"
+    needs_memory = config.sglang.weight_sync == "tensor" or config.sglang.transport == "file"
     for url in asked:
         if needs_memory and not is_here(url):
             raise UserError(
-                f"sglang.urls: {url} is not on {me.host}, whose shared memory it would have to read; set sglang.sync = "
-                "'distributed' or 'disk', and sglang.transport = 'inline'"
+                f"sglang.urls: {url} is not on {me.host}, whose shared memory it would have to read; set "
+                "sglang.weight_sync = 'broadcast' or 'disk', and sglang.transport = 'inline'"
             )
     lenders = tuple(url for url in owned if config.sglang.colocated and url in can_lend and is_here(url))
     shared = len(talkers) > len(urls)

@@ -62,7 +62,7 @@ def settings(folder: Path, model: Path, interpreter: Path, **sglang: Any) -> dic
         "train": {"run_dir": folder / "run"},
         "rollout": {"engine": "sglang"},
         "sglang": section
-        | {"sync_bucket_mb": 1, "startup_timeout_s": SERVER_TIMEOUT_S, "timeout_s": SERVER_TIMEOUT_S}
+        | {"weight_sync_bucket_mb": 1, "startup_timeout_s": SERVER_TIMEOUT_S, "request_timeout_s": SERVER_TIMEOUT_S}
         | sglang,
     }
 

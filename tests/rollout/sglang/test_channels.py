@@ -209,5 +209,5 @@ def test_a_bucket_that_shared_memory_has_no_room_for_is_an_error(monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     channel = SharedMemoryChannel(timeout_s=5)
     channel.prepare([("small", torch.zeros(24))])
-    with pytest.raises(OSError, match=r"no room for sglang.sync_bucket_mb of weights: '/dev/shm'"):
+    with pytest.raises(OSError, match=r"no room for sglang.weight_sync_bucket_mb of weights: '/dev/shm'"):
         channel.prepare([("large", torch.zeros(25))])

@@ -92,11 +92,11 @@ def test_a_stop_text_ends_a_response_with_the_token_that_completes_it(start_engi
     assert stopped.rollouts[0].finish_reason == FinishReason.STOP
 
 
-@pytest.mark.parametrize("sync", ["distributed", "tensor", "disk"])
+@pytest.mark.parametrize("sync", ["broadcast", "tensor", "disk"])
 def test_after_an_optimizer_step_and_a_sync(
     start_engine: Start, model: QwenVLModel, serving: Serving, sync: str
 ) -> None:
-    engine = start_engine(sync=sync)
+    engine = start_engine(weight_sync=sync)
     asked = requests(4)
     engine.update_weights(stream_hf_tensors(model), 1)
     before = engine.generate(asked, SamplingParams(12))

@@ -65,7 +65,7 @@ def test_a_refused_update_is_repeated(start_engine: Start, model: QwenVLModel, s
         return next(refusals, None) if path == "/update_weights_from_distributed" else None
 
     with proxy(serving.url, intervene) as front:
-        engine = start_engine(urls=[front.url], sync="distributed")
+        engine = start_engine(urls=[front.url], weight_sync="broadcast")
         engine.update_weights(stream_hf_tensors(model), 1)
         assert engine.generate(requests(1, ("v",)), SamplingParams(4))[0].rollouts[0].policy_version == 1
 
@@ -79,7 +79,7 @@ def test_a_server_that_refuses_every_update_is_not_used(
         return (400, {"success": False, "message": "out of memory"}) if refuses else None
 
     with proxy(serving.url, intervene) as front:
-        engine = start_engine(urls=[front.url], sync="tensor")
+        engine = start_engine(urls=[front.url], weight_sync="tensor")
         with pytest.raises(EngineError, match="no SGLang server took over the weights of version 1"):
             engine.update_weights(stream_hf_tensors(model), 1)
         assert weights_of(serving.url) == "loading"
@@ -91,7 +91,7 @@ def test_a_server_that_refuses_every_update_is_not_used(
 def test_a_hung_server_costs_its_time_out_and_comes_back(
     start_engine: Start, model: QwenVLModel, serving: Serving
 ) -> None:
-    engine = start_engine(timeout_s=20)
+    engine = start_engine(request_timeout_s=20)
     engine.update_weights(stream_hf_tensors(model), 1)
     engine.generate(requests(1, ("v",)), SamplingParams(4))
     server = serving.server()
@@ -112,7 +112,7 @@ def test_a_hung_server_costs_its_time_out_and_comes_back(
 def test_a_server_that_dies_sampling_is_started_anew_and_brought_to_the_policys_weights(
     start_engine: Start, model: QwenVLModel, serving: Serving
 ) -> None:
-    engine = start_engine(sync="distributed")
+    engine = start_engine(weight_sync="broadcast")
     change(model, seed=1)
     engine.update_weights(stream_hf_tensors(model), 1)
     server = serving.server()
@@ -135,7 +135,7 @@ def test_a_server_that_dies_between_two_buckets(start_engine: Start, model: Qwen
         return None
 
     with proxy(serving.url, intervene) as front:
-        engine = start_engine(urls=[front.url], sync="distributed", timeout_s=60)
+        engine = start_engine(urls=[front.url], weight_sync="broadcast", request_timeout_s=60)
         change(model, seed=2)
         engine.update_weights(stream_hf_tensors(model), 1)
         assert killed
@@ -160,7 +160,7 @@ def test_servers_of_the_runs_own(
         monkeypatch.setenv(key, value)
     folder = model_dir.create("qwen2_vl", tmp_path / "model")
     weights = folder / "model.safetensors"
-    run = settings(tmp_path, folder, sglang_python, port=free_port(), sync="disk", tensor=2)
+    run = settings(tmp_path, folder, sglang_python, port=free_port(), weight_sync="disk", tensor=2)
     config = RunConfig.model_validate(run)
     model = load(config)
     weights.rename(tmp_path / "elsewhere.safetensors")
@@ -176,8 +176,8 @@ def test_servers_of_the_runs_own(
         groups = engine.generate(asked, SamplingParams(8))
         assert versions(groups) == {5}
         assert largest_difference(model, asked, groups) < TOLERANCE
-        for version, sync in enumerate(("distributed", "tensor"), 6):
-            engine._delivery._sync = sync
+        for version, sync in enumerate(("broadcast", "tensor"), 6):
+            engine._delivery._weight_sync = sync
             change(model, seed=version)
             engine.update_weights(iter(stream_hf_tensors(model)), version)
             assert largest_difference(model, asked, engine.generate(asked, SamplingParams(8))) < TOLERANCE

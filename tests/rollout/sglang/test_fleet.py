@@ -70,7 +70,7 @@ def muster_with(folder: Path, **sglang: Any) -> fleet.Fleet:
         return find_or_start_servers(config)
 
 
-@pytest.mark.parametrize("settings", [{"sync": "tensor"}, {"transport": "file"}], ids=str)
+@pytest.mark.parametrize("settings", [{"weight_sync": "tensor"}, {"transport": "file"}], ids=str)
 def test_a_server_of_another_host_is_sent_no_shared_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:

@@ -66,7 +66,7 @@ def _engine(folder: Path, url: str, parallel: dict[str, Any], **sglang: Any) -> 
             "model": {"path": folder},
             "train": {"run_dir": folder / "run"},
             "parallel": parallel,
-            "sglang": {"urls": [url], "sync": "tensor", "timeout_s": 60} | sglang,
+            "sglang": {"urls": [url], "weight_sync": "tensor", "request_timeout_s": 60} | sglang,
         }
     )
     mesh.initialize(config.parallel)

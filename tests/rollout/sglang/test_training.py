@@ -25,7 +25,7 @@ def folder(serving: Serving, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("sync, one_step_off", [("distributed", False), ("tensor", True), ("disk", False)])
+@pytest.mark.parametrize("sync, one_step_off", [("broadcast", False), ("tensor", True), ("disk", False)])
 def test_rollout_and_training_agree_at_every_step(
     serving: Serving, folder: Path, tmp_path: Path, sync: str, one_step_off: bool
 ) -> None:
@@ -39,7 +39,7 @@ def test_rollout_and_training_agree_at_every_step(
         train={"num_steps": 3, "run_dir": tmp_path / "run"},
         grpo={"one_step_off": one_step_off, "group_size": 4},
         rollout={"engine": "sglang"},
-        sglang={"urls": [serving.url], "sync": sync, "sync_bucket_mb": 1, "colocated": False},
+        sglang={"urls": [serving.url], "weight_sync": sync, "weight_sync_bucket_mb": 1, "colocated": False},
     )
     assert train(config) == 0
     rows = workspace.metrics(config.train.run_dir)
