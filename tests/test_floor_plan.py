@@ -56,7 +56,10 @@ UNDECLARED = {
 
 PACKAGE_FILES = sorted(chain((ROOT / "megatron_vcr1").rglob("*.py"), (ROOT / "kernels/vcr1_kernels").rglob("*.py")))
 PYTHON_FILES = sorted(
-    chain(ROOT.glob("*.py"), *((ROOT / top).rglob("*.py") for top in ("megatron_vcr1", "kernels", "tools", "tests")))
+    chain(
+        ROOT.glob("*.py"),
+        *((ROOT / top).rglob("*.py") for top in ("megatron_vcr1", "kernels", "tools", "examples", "tests")),
+    )
 )
 
 

@@ -32,7 +32,7 @@ COMMANDS = [
 
 # What a command needs that this test does not have, or the test that runs it.
 ELSEWHERE = {
-    "bash tools/demo.sh": "tests/tools/test_demo.py",
+    "bash tools/demo.sh": "tests/examples/demo/test_main.py",
     "bash tools/test.sh": "this run",
     "torchrun --nproc-per-node 4 --no-python vcr1 score": "tests/evaluation/test_score.py, with 2 processes",
     "vcr1 serve": "tests/serving/test_server.py",

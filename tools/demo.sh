@@ -7,5 +7,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/venv.sh
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 # the demo's processes share the cores
-export PYTHONPATH=$PWD/tools${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD/tools:$PWD/examples${PYTHONPATH:+:$PYTHONPATH}
 exec .venv/bin/python -m demo "$@"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import Task
 from throughput.measure import Spread, add_json_argument, command_line, machine, print_table, write_json
 
+DEMO_MODEL = Path(__file__).parents[2] / "examples/demo/tiny_model.py"
 PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "total")
 FIGURES = ("tokens_per_s", "tflops_per_s", "mfu", "memory/peak_gb", "response_tokens/mean")
 
@@ -75,9 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tiny_model(folder: Path) -> Path:
-    from demo.tiny_model import write_model
-
-    write_model(folder, seed=0)
+    runpy.run_path(str(DEMO_MODEL))["write_model"](folder, seed=0)
     return folder
 
 

@@ -31,7 +31,7 @@ def processor(folder: Path) -> PromptProcessor:
 
 @pytest.fixture(scope="module")
 def templates() -> PromptTemplates:
-    return load_templates(ROOT / "tools/demo/templates.toml")
+    return load_templates(ROOT / "examples/demo/templates.toml")
 
 
 def _samples() -> list[VideoSample]:

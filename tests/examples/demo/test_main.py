@@ -15,7 +15,8 @@ from demo.results import COLUMNS, PROMISES, ROWS, Promise, findings, verdict
 
 
 def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tools"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    path = os.pathsep.join((str(ROOT / "tools"), str(ROOT / "examples")))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-W", "ignore", "-m", "demo", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
