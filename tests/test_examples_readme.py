@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vcr1.cli import main as cli
 from megatron_vcr1.config.loading import load_config
-from megatron_vcr1.config.schema import section_types
+from megatron_vcr1.config.schema import section_classes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "examples/README.md").read_text()
@@ -58,7 +58,7 @@ def test_every_script_is_explained():
 
 
 def test_every_setting_that_is_named_exists():
-    sections = section_types()
+    sections = section_classes()
     named = {
         (section, key)
         for section, key in re.findall(r"`(?:--)?([a-z]+)\.([a-z_]+)[` .=]", README)

@@ -57,7 +57,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, divided: bool) -> No
 
 def run_config(args: argparse.Namespace, *, sequence_parallel: bool = False) -> RunConfig:
     """The settings that `add_model_arguments` asked for."""
-    from megatron_vcr1.config.schema import ModelSection, ParallelSection, RunConfig
+    from megatron_vcr1.config.model_sections import ModelSection, ParallelSection
+    from megatron_vcr1.config.schema import RunConfig
 
     return RunConfig(
         model=ModelSection(path=args.model, dtype=args.dtype, layer_spec=args.layer_spec),

@@ -12,7 +12,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, find_benchmark
 
 if TYPE_CHECKING:
-    from megatron_vcr1.config.rollout_sections import JudgeSection
+    from megatron_vcr1.config.evaluation_sections import JudgeSection
     from megatron_vcr1.evaluation.scoring import Evaluation
 
 
@@ -96,8 +96,8 @@ def _judge_section(options: Sequence[str]) -> JudgeSection:
     """[judge] from `--judge.key VALUE` options, the only ones that scoring takes."""
     from pydantic import ValidationError
 
+    from megatron_vcr1.config.evaluation_sections import JudgeSection
     from megatron_vcr1.config.loading import parse_overrides
-    from megatron_vcr1.config.rollout_sections import JudgeSection
 
     overrides = parse_overrides(options)
     if other := [f"--{section}.{key}" for section, key in overrides if section != "judge"]:

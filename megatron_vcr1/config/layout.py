@@ -1,38 +1,40 @@
-"""Which divisions of a model among ranks are possible, decided before anything is built."""
+"""Check that a model can be split across ranks as the settings say, before anything is built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_vcr1.config.schema import ParallelSection, RecomputeSection
+from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The numbers of a model that decide how it can be divided."""
+    """Sizes of a model that decide which layouts are possible."""
 
-    num_layers: int  # of the language model, as the next four
+    # Language model:
+    num_layers: int
     num_heads: int
     num_kv_heads: int
     ffn_hidden_size: int
     vocab_size: int
+    # Vision tower:
     vision_num_heads: int
     vision_ffn_hidden_size: int
 
 
 def check_layout(shape: ModelShape, parallel: ParallelSection, recompute: RecomputeSection, world_size: int) -> None:
-    """Refuse a layout that cannot run.
+    """Check that a model can be split across the ranks of a job.
 
     Args:
-        shape: the model.
-        parallel: how it is to be divided.
-        recompute: which activations are computed again.
+        shape: sizes of the model.
+        parallel: tensor- and pipeline-parallel sizes.
+        recompute: activation recomputation; whole blocks of layers must fit into the pipeline stages.
         world_size: number of ranks.
 
     Raises:
-        UserError: one line for each problem, with the key to change and values that work.
+        UserError: the layout is impossible. One line per problem, with the key to change and values that work.
     """
     problems = [
         *_tensor_problems(shape, parallel),
@@ -44,10 +46,12 @@ def check_layout(shape: ModelShape, parallel: ParallelSection, recompute: Recomp
 
 
 def layers_per_stage(num_layers: int, parallel: ParallelSection) -> tuple[int, ...]:
-    """Language-model layers of each pipeline stage, first to last.
+    """Return the number of language-model layers of each pipeline stage, first to last.
+
+    The stages whose layers are not set (all but the first and the last, at least) get equal numbers of layers.
 
     Raises:
-        UserError: the layers that the first and last stage leave over do not divide evenly among the others.
+        UserError: the remaining layers cannot be split equally among the remaining stages.
     """
     first = () if parallel.first_stage_layers is None else (parallel.first_stage_layers,)
     last = () if parallel.last_stage_layers is None else (parallel.last_stage_layers,)
@@ -62,35 +66,36 @@ def layers_per_stage(num_layers: int, parallel: ParallelSection) -> tuple[int, .
     if num_even_stages > 0 and num_even_layers > 0 and num_even_layers % num_even_stages == 0:
         return first + (num_even_layers // num_even_stages,) * num_even_stages + last
     raise UserError(
-        f"parallel.pipeline: {num_layers} layers, first stage {_or_even(first)}, last stage {_or_even(last)}, "
-        f"do not make {parallel.pipeline} stages; {_stage_advice(num_layers, parallel.pipeline)}"
+        f"parallel.pipeline = {parallel.pipeline}: {num_layers} layers (first stage: {_or_equal(first)}, last stage: "
+        f"{_or_equal(last)}) cannot be split into {parallel.pipeline} stages; "
+        f"{_stage_advice(num_layers, parallel.pipeline)}"
     )
 
 
-def fitting_tensor_sizes(shape: ModelShape) -> list[int]:
-    """Values of `parallel.tensor` that the model can be divided by."""
-    return [size for size in range(1, shape.num_heads + 1) if not any(_undivided(shape, size))]
+def possible_tensor_sizes(shape: ModelShape) -> list[int]:
+    """Return the values of `parallel.tensor` that the model can be sharded with."""
+    return [size for size in range(1, shape.num_heads + 1) if not any(_indivisible_sizes(shape, size))]
 
 
-def _undivided(shape: ModelShape, tensor: int) -> Iterator[str]:
-    """What of the model does not divide among `tensor` ranks."""
-    counts = {
+def _indivisible_sizes(shape: ModelShape, tensor: int) -> Iterator[str]:
+    """Yield the sizes of the model that are not divisible by `tensor`, in words."""
+    sizes = {
         "attention heads": shape.num_heads,
         "FFN features": shape.ffn_hidden_size,
         "vocabulary entries": shape.vocab_size,
         "vision heads": shape.vision_num_heads,
         "vision FFN features": shape.vision_ffn_hidden_size,
     }
-    yield from (f"{count} {name}" for name, count in counts.items() if count % tensor)
-    # Fewer key-value heads than ranks are replicated: each then serves a whole number of ranks.
+    yield from (f"{size} {name}" for name, size in sizes.items() if size % tensor)
+    # If there are fewer key-value heads than ranks, each head is replicated on a whole number of ranks.
     if shape.num_kv_heads % tensor and tensor % shape.num_kv_heads:
         yield f"{shape.num_kv_heads} key-value heads"
 
 
 def _tensor_problems(shape: ModelShape, parallel: ParallelSection) -> Iterator[str]:
-    if undivided := list(_undivided(shape, parallel.tensor)):
-        sizes = ", ".join(str(size) for size in fitting_tensor_sizes(shape))
-        yield f"parallel.tensor = {parallel.tensor} does not divide {' nor '.join(undivided)}; it can be {sizes}"
+    if indivisible := list(_indivisible_sizes(shape, parallel.tensor)):
+        sizes = ", ".join(str(size) for size in possible_tensor_sizes(shape))
+        yield f"parallel.tensor = {parallel.tensor} does not divide {' nor '.join(indivisible)}; it can be {sizes}"
 
 
 def _stage_problems(num_layers: int, parallel: ParallelSection, recompute: RecomputeSection) -> Iterator[str]:
@@ -101,8 +106,8 @@ def _stage_problems(num_layers: int, parallel: ParallelSection, recompute: Recom
         return
     if recompute.granularity == "full" and any(layers % recompute.num_layers for layers in stages):
         yield (
-            f"recompute.num_layers = {recompute.num_layers} does not divide the layers of every pipeline stage "
-            f"({', '.join(map(str, stages))}); 1 always does"
+            f"recompute.num_layers = {recompute.num_layers} does not divide the number of layers of every pipeline "
+            f"stage ({', '.join(map(str, stages))}); 1 always does"
         )
 
 
@@ -111,22 +116,28 @@ def _world_problems(parallel: ParallelSection, world_size: int) -> Iterator[str]
     if world_size % ranks_per_replica:
         yield (
             f"{world_size} ranks do not divide into replicas of parallel.tensor * parallel.pipeline = "
-            f"{ranks_per_replica} ranks; launch a multiple of {ranks_per_replica}, or lower one of the two"
+            f"{ranks_per_replica} ranks; launch a multiple of {ranks_per_replica}, or lower parallel.tensor or "
+            "parallel.pipeline"
         )
 
 
-def _or_even(layers: tuple[int, ...]) -> str:
-    return str(layers[0]) if layers else "even"
+def _or_equal(layers: tuple[int, ...]) -> str:
+    return str(layers[0]) if layers else "an equal share"
 
 
 def _stage_advice(num_layers: int, pipeline: int) -> str:
-    """A division that works. The first stage also runs the vision tower: it gets an even share or less where it can."""
+    """Suggest a split that works.
+
+    The first stage also runs the vision tower, so the suggestion gives it an equal share of the layers or less, where
+    that is possible.
+    """
     if pipeline > num_layers:
         return f"set it to at most {num_layers}"
     if num_layers % pipeline == 0:
-        return f"unset both for {num_layers // pipeline} layers on each"
-    choices = range(num_layers - (pipeline - 1), 0, -(pipeline - 1))  # the other stages get 1, 2, ... layers each
-    even_share = num_layers / pipeline
-    first = min(choices, key=lambda layers: (layers > even_share, abs(layers - even_share)))
+        return f"unset both for {num_layers // pipeline} layers on each stage"
+    # Only the first stage differs: the other stages get 1, 2, ... layers each, and the first one the remaining layers.
+    choices = range(num_layers - (pipeline - 1), 0, -(pipeline - 1))
+    equal_share = num_layers / pipeline
+    first = min(choices, key=lambda layers: (layers > equal_share, abs(layers - equal_share)))
     others = (num_layers - first) // (pipeline - 1)
-    return f"parallel.first_stage_layers = {first} alone would leave {others} to each other stage"
+    return f"set parallel.first_stage_layers = {first} alone, which leaves {others} layers to each other stage"

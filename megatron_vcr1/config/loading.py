@@ -1,4 +1,7 @@
-"""A TOML file and `--section.key VALUE` options become a RunConfig, or an error that names the key and its origin."""
+"""Load a RunConfig from a TOML file and `--section.key VALUE` options.
+
+Errors name the key, where its value came from, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_vcr1.config.schema import RunConfig, Section, section_types, table_type
+from megatron_vcr1.config.schema import RunConfig, entry_class, section_classes
+from megatron_vcr1.config.section import Section
 from megatron_vcr1.errors import UserError
 
-# {"parallel": {"tensor": 2}}: what a TOML file parses to.
-Tables = Mapping[str, Any]
-Key = tuple[str, str]  # section, key
+Tables = Mapping[str, Any]  # a parsed TOML file, for example {"parallel": {"tensor": 2}}
+Key = tuple[str, str]  # section and key, for example ("parallel", "tensor")
 
 
 def load_config(path: Path, options: Sequence[str] = ()) -> RunConfig:
-    """Read a run's configuration; options win over the file.
+    """Load the settings of a run. Options take precedence over the file.
 
     Args:
         path: the TOML file.
-        options: what the command line adds, for example `["--parallel.tensor", "2", "--model.freeze=vision_tower"]`.
+        options: command-line options, for example `["--parallel.tensor", "2", "--model.freeze=vision_tower"]`.
 
     Raises:
-        UserError: the file cannot be read, or a key is unknown, missing or has an impossible value.
+        UserError: the file cannot be read, or a key is unknown, missing or has an invalid value. All problems with
+            keys are reported at once, one per line.
     """
     overrides = parse_overrides(options)
     tables = _merge(_read_toml(path), overrides)
@@ -38,10 +42,10 @@ def load_config(path: Path, options: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_overrides(options: Sequence[str]) -> dict[Key, str]:
-    """`--section.key VALUE` and `--section.key=VALUE` pairs; of two for the same key the later one wins.
+    """Parse `--section.key VALUE` and `--section.key=VALUE` options. If a key is given twice, the last value wins.
 
     Raises:
-        UserError: an option has another form, no value, or an unknown section.
+        UserError: an option has another form, has no value, or names an unknown section.
     """
     overrides: dict[Key, str] = {}
     remaining = iter(options)
@@ -52,13 +56,13 @@ def parse_overrides(options: Sequence[str]) -> dict[Key, str]:
             raise UserError(
                 f"{option}: unknown option; settings are given as --section.key VALUE (`vcr1 config` lists them)"
             )
-        if section not in section_types():
-            raise UserError(f"{name}: unknown section; {_nearest(section, section_types())}")
+        if section not in section_classes():
+            raise UserError(f"{name}: unknown section; {_suggest(section, section_classes())}")
         if not equals:
             value = next(remaining, "--")
             if value.startswith("--"):
                 raise UserError(f"{name} needs a value: {name} VALUE")
-        overrides[section, key] = value  # the schema makes numbers, booleans and lists of the text
+        overrides[section, key] = value  # pydantic converts the text to a number, boolean or list
     return overrides
 
 
@@ -70,20 +74,21 @@ def _read_toml(path: Path) -> Tables:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
+        raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
 def _merge(tables: Tables, overrides: Mapping[Key, str]) -> dict[str, Any]:
     merged = dict(tables)
     for (section, key), value in overrides.items():
         table = merged.get(section, {})
-        if isinstance(table, dict):  # anything else is the file's mistake, which validation names
+        # If the file sets the section to something that is not a table, leave it: validation reports it.
+        if isinstance(table, dict):
             merged[section] = {**table, key: value}
     return merged
 
 
 def _explain(detail: Mapping[str, Any], path: Path, overrides: Mapping[Key, str]) -> str:
-    """One of pydantic's error details as a line: where the value came from, what is wrong, what to do."""
+    """Turn one of pydantic's error details into a line that says where the value came from and what to do."""
     section, *keys = (str(part) for part in detail["loc"])
     name = ".".join([section, *keys])
     source = f"--{section}.{keys[0]}" if keys and (section, keys[0]) in overrides else f"{path}: {name}"
@@ -93,10 +98,10 @@ def _explain(detail: Mapping[str, Any], path: Path, overrides: Mapping[Key, str]
                 f" or give --{name} VALUE" if keys else f" as a table [{section}]"
             )
         case "extra_forbidden" if keys:
-            return f"{source}: unknown key; {_nearest(keys[-1], _table(section, keys[:-1]).model_fields)}"
+            return f"{source}: unknown key; {_suggest(keys[-1], _fields_of(section, keys[:-1]))}"
         case "extra_forbidden":
-            return f"{source}: unknown section; {_nearest(section, section_types())}"
-        case "value_error":  # raised by the schema's own checks, which name the key
+            return f"{source}: unknown section; {_suggest(section, section_classes())}"
+        case "value_error":  # raised by a section's own validator, whose message names the key
             return f"{source}: {detail['ctx']['error']}"
         case "tuple_type":
             tables = f" as one table [[{name}]] for each" if isinstance(detail["input"], dict) else f" in {path}"
@@ -104,13 +109,19 @@ def _explain(detail: Mapping[str, Any], path: Path, overrides: Mapping[Key, str]
     return f"{source}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
 
 
-def _table(section: str, keys: Sequence[str]) -> type[Section]:
-    """The settings of a section, or, with keys (a list's name, a number), those of a table in its list."""
-    table = section_types()[section]
-    return (table_type(table.model_fields[keys[0]]) if keys else None) or table
+def _fields_of(section: str, keys: Sequence[str]) -> Iterable[str]:
+    """Return the known keys of a section, or of an entry of its array of tables.
+
+    Args:
+        section: the section's name.
+        keys: empty for the section itself; for an entry, the array's key and the entry's index.
+    """
+    section_class: type[Section] = section_classes()[section]
+    entry = entry_class(section_class.model_fields[keys[0]]) if keys else None
+    return (entry or section_class).model_fields
 
 
-def _nearest(wrong: str, known: Iterable[str]) -> str:
+def _suggest(unknown: str, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(wrong, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    close = difflib.get_close_matches(unknown, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Settings of rollouts, of the judge and of evaluation."""
+"""Sections [rollout] and [sglang]: how responses are sampled, and the SGLang servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class RolloutSection(Section):
 
     engine: Literal["local", "sglang"] = Field(
         default="local",
-        description="'local' (the trained model itself, in the training process) or 'sglang' (SGLang servers).",
+        description="Rollout engine: 'local' (the trained model itself, in the training process) or 'sglang' (SGLang "
+        "servers).",
     )
     max_new_tokens: int = Field(
         default=1024, ge=1, description="Maximum length of a response; a longer one is truncated and marked."
@@ -88,42 +89,3 @@ class SglangSection(Section):
     max_restarts: int = Field(
         default=3, ge=0, description="Number of times that a failed server is restarted before the run stops."
     )
-
-
-class JudgeSection(Section):
-    """Who reads captions for the event recall reward."""
-
-    kind: Literal["lexical", "openai"] = Field(
-        default="lexical",
-        description="'lexical' (embedded word matching, for demonstrations) or 'openai' (any compatible endpoint).",
-    )
-    base_url: str = Field(default="http://127.0.0.1:8000/v1", description="The endpoint.")
-    model: str = Field(default="Qwen/Qwen2.5-72B-Instruct", description="The judge's name at the endpoint.")
-    api_key_env: str = Field(default="OPENAI_API_KEY", description="Environment variable that holds the key.")
-    concurrency: int = Field(default=32, ge=1, description="Requests under way at once.")
-    timeout_s: float = Field(default=60.0, gt=0, description="Longest wait for one answer.")
-    max_retries: int = Field(default=4, ge=0, description="Further tries of a request, with growing pauses.")
-    cache: Path | None = Field(default=None, description="Folder of answers. Unset: judge_cache in the run's folder.")
-    max_unscored_fraction: float = Field(
-        default=0.2, ge=0, le=1, description="Share of a step's captions without a verdict above which the run stops."
-    )
-
-
-class BenchmarkSource(Section):
-    """One benchmark to evaluate on."""
-
-    name: str = Field(description="A benchmark (`vcr1 evaluate --help` lists them).", examples=["charades_sta"])
-    manifest: Path = Field(description="Its samples (`vcr1 data import` makes them).", examples=["data/test.jsonl"])
-    label: str | None = Field(default=None, description="Name in reports and folder of the results. Unset: the name.")
-    thinking: bool = Field(default=True, description="Ask for reasoning before the answer.")
-    max_samples: int | None = Field(default=None, ge=1, description="Evaluate the first so many only.")
-
-
-class EvaluateSection(Section):
-    """`vcr1 evaluate CONFIG.toml`; results go to train.run_dir/evaluation."""
-
-    benchmarks: tuple[BenchmarkSource, ...] = Field(
-        default=(), description="One table [[evaluate.benchmarks]] a benchmark."
-    )
-    max_new_tokens: int = Field(default=1024, ge=1, description="Longest answer.")
-    prompts_per_batch: int = Field(default=32, ge=1, description="Samples that a copy of the model answers at a time.")

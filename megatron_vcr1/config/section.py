@@ -1,4 +1,4 @@
-"""What all settings are made of."""
+"""Base class of all sections, and the list types that their fields use."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Name = TypeVar("Name")
 
 
-def _split(value: Any) -> Any:
+def _split_at_commas(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
-def _alone(value: Any) -> Any:
+def _wrap_in_list(value: Any) -> Any:
     return ([value] if value else []) if isinstance(value, str) else value
 
 
-# A TOML list of names, or on the command line `a,b` (nothing: the empty list).
-Names = Annotated[tuple[Name, ...], BeforeValidator(_split)]
-# A TOML list of texts, which may hold commas, or on the command line one of them (nothing: the empty list).
-Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_alone)]
+# A list of names or numbers. A TOML list, or `a,b` on the command line; an empty value there gives an empty list.
+Names = Annotated[tuple[Name, ...], BeforeValidator(_split_at_commas)]
+# A list of texts, which may contain commas. A TOML list, or on the command line a single text; an empty value there
+# gives an empty list.
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_wrap_in_list)]
 
 
 class Section(BaseModel):
-    """A table of the TOML file. Unknown keys are errors, and so are inf and nan; values never change once loaded."""
+    """A table of the TOML file. Immutable; unknown keys, infinities and NaN are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_vcr1.config.training_sections import DataSection
+from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.data.loader import Prepare
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PromptTemplates, prepare_sample

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.evaluation_sections import BenchmarkSource, JudgeSection
 from megatron_vcr1.config.layout import check_layout
-from megatron_vcr1.config.rollout_sections import BenchmarkSource, JudgeSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.preparation import Decoder, preparation

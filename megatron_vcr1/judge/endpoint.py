@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vcr1.config.rollout_sections import JudgeSection
+from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.errors import UserError
 
 try:

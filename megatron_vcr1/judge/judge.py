@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_vcr1.config.rollout_sections import JudgeSection
+from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge.lexical import LexicalReader
 from megatron_vcr1.rewards.recall import Verdict, event_recall
 from megatron_vcr1.types import CaptionTarget, VideoSample

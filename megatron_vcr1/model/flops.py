@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from megatron_vcr1.config.schema import RecomputeSection
+from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.model.config import ModelConfig, TextConfig, VisionConfig
 from megatron_vcr1.model.packed_batch import PackedBatch
 

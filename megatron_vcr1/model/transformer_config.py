@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_vcr1.config.schema import ParallelSection, RecomputeSection
+from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import TextConfig, VisionConfig
 

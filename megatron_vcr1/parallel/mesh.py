@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel.slurm import rank_variables
 
 COLLECTIVE_TIMEOUT_S = 3600.0

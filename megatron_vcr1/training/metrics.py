@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_vcr1 import timeline
-from megatron_vcr1.config.schema import ModelSection
+from megatron_vcr1.config.model_sections import ModelSection
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload, bf16_peak, training_flops
 from megatron_vcr1.model.packed_batch import PackedBatch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from megatron_vcr1.config.training_sections import DataSection
+from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.loader import PromptLoader, SampleOrder, SkippedSample, Source
 from megatron_vcr1.data.manifest import read_manifest

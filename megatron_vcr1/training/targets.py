@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_vcr1.config.training_sections import DataSource
+from megatron_vcr1.config.data_sections import DataSource
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PromptTemplates, target_text
 from megatron_vcr1.errors import UserError

@@ -18,7 +18,8 @@ from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, copy_model_files
-from megatron_vcr1.config.schema import ParallelSection, RunConfig
+from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import model_layout, to_megatron

@@ -14,7 +14,7 @@ from megatron_vcr1.checkpoint.disk import create
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.checkpoint.new_directory import new_directory
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_every_rank

@@ -27,7 +27,7 @@ from megatron_vcr1.checkpoint import run_store
 from megatron_vcr1.checkpoint.disk import checksum_of
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.run_store import RunStore, saved_steps
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.training_sections import CheckpointSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError

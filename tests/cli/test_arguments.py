@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.cli.arguments import add_model_arguments, positive_float, run_config
-from megatron_vcr1.config.schema import ModelSection, ParallelSection
+from megatron_vcr1.config.model_sections import ModelSection, ParallelSection
 
 
 def _parser(*, divided: bool) -> argparse.ArgumentParser:

@@ -30,13 +30,13 @@ def error_of(path: Path, *options: str) -> str:
     return str(raised.value).replace(str(path), "run.toml")
 
 
-def test_file_and_defaults(run_toml):
+def test_unset_keys_have_their_defaults(run_toml):
     config = load_config(run_toml)
     assert (config.model.path, config.model.dtype, config.model.freeze) == (Path("qwen"), "float32", ())
     assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.first_stage_layers) == (2, 1, None)
 
 
-def test_options_win_over_the_file(run_toml):
+def test_options_override_the_file(run_toml):
     options = (
         "--parallel.tensor 4 --parallel.sequence_parallel=true --model.freeze vision_tower,merger --model.path=a=b"
     )
@@ -47,20 +47,20 @@ def test_options_win_over_the_file(run_toml):
     assert config.model.dtype == "float32"
 
 
-def test_an_empty_value_empties_a_list(run_toml):
+def test_an_empty_option_gives_an_empty_list(run_toml):
     run_toml.write_text(RUN.replace("[parallel]", 'freeze = ["merger"]\n[parallel]'))
     assert load_config(run_toml).model.freeze == ("merger",)
     assert load_config(run_toml, ["--model.freeze="]).model.freeze == ()
 
 
-def test_a_text_with_commas_is_one_text(run_toml):
+def test_texts_are_not_split_at_commas(run_toml):
     run_toml.write_text(RUN + '[rollout]\nstop = ["a, b", "c"]')
     assert load_config(run_toml).rollout.stop == ("a, b", "c")
     assert load_config(run_toml, ["--rollout.stop", "x, y"]).rollout.stop == ("x, y",)
     assert load_config(run_toml, ["--rollout.stop="]).rollout.stop == ()
 
 
-def test_the_later_of_two_options_wins():
+def test_the_last_of_two_options_wins():
     options = ["--parallel.tensor", "1", "--parallel.tensor=2"]
     assert parse_overrides(options) == {("parallel", "tensor"): "2"}
 
@@ -72,12 +72,15 @@ def test_the_later_of_two_options_wins():
         (["--parallel.tensor", "0"], "--parallel.tensor: input should be greater than or equal to 1, not '0'"),
         (["--parallel.tenser", "2"], "--parallel.tenser: unknown key; did you mean tensor?"),
         (["--paralel.tensor", "2"], "--paralel.tensor: unknown section; did you mean parallel?"),
-        (["--parallel.zzz", "2"], "--parallel.zzz: unknown key; there are tensor, pipeline, sequence_parallel"),
+        (["--parallel.zzz", "2"], "--parallel.zzz: unknown key; known are tensor, pipeline, sequence_parallel"),
         (["--model.dtype", "int8"], "--model.dtype: input should be 'float32' or 'bfloat16', not 'int8'"),
         (["--model.freeze", "head"], "--model.freeze: input should be 'vision_tower', 'merger' or 'language_model'"),
         (["--model.freeze", "vision_tower,merger,language_model"], "nothing would be trained"),
         (["--parallel.sequence_parallel=true", "--parallel.tensor=1"], "sequence_parallel needs tensor > 1"),
-        (["--data.min_frames=10", "--data.max_frames=4"], "data: min_frames = 10 is above max_frames = 4; lower it"),
+        (
+            ["--data.min_frames=10", "--data.max_frames=4"],
+            "data: min_frames = 10 is above max_frames = 4; lower min_frames",
+        ),
         (["--optimizer.learning_rate", "inf"], "--optimizer.learning_rate: input should be a finite number"),
         (["--grpo.kl_coef", "nan"], "--grpo.kl_coef: input should be a finite number"),
         (["--optimizer.min_learning_rate=1"], "optimizer: min_learning_rate = 1.0 is above learning_rate = 1e-06"),
@@ -88,7 +91,7 @@ def test_the_later_of_two_options_wins():
         (["tensor"], "tensor: unknown option"),
     ],
 )
-def test_a_bad_option_is_named(run_toml, options, message):
+def test_invalid_options_are_named(run_toml, options, message):
     assert message in error_of(run_toml, *options)
 
 
@@ -98,7 +101,7 @@ def test_a_bad_option_is_named(run_toml, options, message):
         ("[parallel]\ntensor = 2", "run.toml: model: missing; add it to the file as a table [model]"),
         ("[model]\ndtype = 'float32'", "run.toml: model.path: missing; add it to the file or give --model.path VALUE"),
         (RUN + "tenser = 1", "run.toml: parallel.tenser: unknown key; did you mean tensor?"),
-        (RUN + "[quux]\n", "run.toml: quux: unknown section; there are model, parallel, recompute"),
+        (RUN + "[quux]\n", "run.toml: quux: unknown section; known are model, parallel, recompute"),
         (
             RUN + "[[data.sources]]\nmanifesto = 1\nmanifest = 'm'",
             "data.sources.0.manifesto: unknown key; did you mean manifest?",
@@ -110,15 +113,15 @@ def test_a_bad_option_is_named(run_toml, options, message):
             "data.sources: must be a list, not {'manifest': 'm'}; write it as one",
         ),
         (RUN + "[rollout]\nstop = ['']", "rollout.stop.0: string should have at least 1 character"),
-        ("[model", "run.toml: not TOML: "),
+        ("[model", "run.toml: not valid TOML: "),
     ],
 )
-def test_a_bad_file_is_named(run_toml, text, message):
+def test_invalid_keys_in_the_file_are_named(run_toml, text, message):
     run_toml.write_text(text)
     assert message in error_of(run_toml)
 
 
-def test_an_option_into_what_is_no_table(run_toml):
+def test_an_option_for_a_section_that_is_not_a_table(run_toml):
     run_toml.write_text("parallel = 3\n[model]\npath='x'")
     assert "run.toml: parallel: input should be a valid dictionary" in error_of(run_toml, "--parallel.tensor", "2")
 
@@ -128,7 +131,7 @@ def test_every_problem_is_reported_at_once(run_toml):
     assert "--parallel.tensor" in message and "--model.layer_spec" in message
 
 
-def test_unreadable_files(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     assert "no such file" in error_of(tmp_path / "missing.toml")
     assert "cannot be read" in error_of(tmp_path)
     binary = tmp_path / "binary.toml"
@@ -136,7 +139,7 @@ def test_unreadable_files(tmp_path):
     assert "cannot be read" in error_of(binary)
 
 
-def test_a_config_does_not_change(run_toml):
+def test_a_config_is_immutable(run_toml):
     config = load_config(run_toml)
     with pytest.raises(ValueError, match="frozen"):
         config.parallel.tensor = 3

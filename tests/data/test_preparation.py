@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_vcr1.config.training_sections import DataSection
+from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.data.preparation import Decoder
 from tests.data.video_clips import write_clip
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.cli.main import main
-from megatron_vcr1.config.schema import ParallelSection, RunConfig
+from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.evaluation import generate

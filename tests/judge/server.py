@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from megatron_vcr1.config.rollout_sections import JudgeSection
+from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge.lexical import LexicalReader
 
 

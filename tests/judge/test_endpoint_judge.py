@@ -197,7 +197,7 @@ KILLED_RUN = """
 import sys
 from pathlib import Path
 from megatron_vcr1.judge import build_judge
-from megatron_vcr1.config.rollout_sections import JudgeSection
+from megatron_vcr1.config.evaluation_sections import JudgeSection
 from tests.judge.test_endpoint_judge import CAPTIONS, sample
 section = JudgeSection.model_validate_json(sys.argv[1])
 build_judge(section, Path(sys.argv[2])).recalls([sample()] * len(CAPTIONS), CAPTIONS)

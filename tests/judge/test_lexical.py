@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_vcr1.config.rollout_sections import JudgeSection
+from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.types import CaptionTarget, VideoSample
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.checkpoint.pieces import parameter_pieces
-from megatron_vcr1.config.schema import ParallelSection, RecomputeSection
+from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.config.training_sections import OptimizerSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.config.schema import RecomputeSection, RunConfig
+from megatron_vcr1.config.model_sections import RecomputeSection
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import (

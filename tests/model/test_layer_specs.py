@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.model.layer_specs import NormedLinear, recompute_in_backward
 from megatron_vcr1.parallel import mesh
 

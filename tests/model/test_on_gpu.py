@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.pieces import parameter_pieces
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend

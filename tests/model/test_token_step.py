@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.model import token_step
 from megatron_vcr1.model.layer_specs import LocalBackend
 from megatron_vcr1.model.token_step import skinny_linear

@@ -21,7 +21,8 @@ from throughput.random_weights import write_random_model
 
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.checkpoint.pieces import parameter_pieces
-from megatron_vcr1.config.schema import ModelSection, ParallelSection, RecomputeSection, RunConfig
+from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, RecomputeSection
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model import layer_specs, qwen_vl
 from megatron_vcr1.model.config import ModelConfig, TextConfig

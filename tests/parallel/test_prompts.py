@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vcr1.config.schema import ModelSection, RunConfig
+from megatron_vcr1.config.model_sections import ModelSection
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload, training_flops

@@ -11,7 +11,8 @@ from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.config.schema import ParallelSection, RunConfig
+from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack

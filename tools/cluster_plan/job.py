@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from megatron_vcr1.config.layout import layers_per_stage
-from megatron_vcr1.config.schema import ParallelSection, RecomputeSection
+from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Grid, Workload
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_vcr1.config.schema import SglangSection
+from megatron_vcr1.config.rollout_sections import SglangSection
 from megatron_vcr1.rollout.engine import EngineError
 from megatron_vcr1.rollout.sglang.channels import BroadcastChannel, DiskChannel, SharedMemoryChannel
 from megatron_vcr1.rollout.sglang.fleet import Fleet

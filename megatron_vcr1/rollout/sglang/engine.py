@@ -12,7 +12,8 @@ import httpx
 import torch
 from torch import Tensor
 
-from megatron_vcr1.config.schema import RunConfig, SglangSection
+from megatron_vcr1.config.rollout_sections import SglangSection
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded

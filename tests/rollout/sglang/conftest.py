@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.rendering import render_toml
-from megatron_vcr1.config.schema import ParallelSection, RunConfig
+from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack

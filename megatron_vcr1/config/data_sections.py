@@ -1,0 +1,95 @@
+"""Section [data]: what is trained on, and how videos are decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_vcr1.config.section import Names, Section
+
+
+class DataSource(Section):
+    """A manifest with its weight and settings in the training mix; usually one source per task."""
+
+    manifest: Path = Field(
+        description="Path of the manifest, a JSON-lines file with one sample per line; `vcr1 data import` writes one.",
+        examples=["data/train.jsonl"],
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Sampling weight of this source relative to the other sources. Give all sources a weight, or "
+        "none. Unset: every sample of every source is drawn once per epoch.",
+    )
+    thinking: bool = Field(
+        default=True,
+        description="Whether the prompt asks for reasoning inside <think> before the answer.",
+    )
+    rewards: Names[str] = Field(
+        default=(),
+        description="User-defined reward functions, each as 'module:function', which are added to the reward of the "
+        "task. Used by GRPO only.",
+    )
+
+
+class DataSection(Section):
+    """Training data, and how its videos are decoded. Evaluation decodes videos with the same settings."""
+
+    sources: tuple[DataSource, ...] = Field(
+        default=(), description="Training manifests: one table [[data.sources]] per manifest."
+    )
+    templates: Path | None = Field(
+        default=None, description="TOML file with prompt templates. Unset: the templates of the package."
+    )
+    max_prompt_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="Maximum length of a prompt in tokens, text and vision together. A video that would exceed it is "
+        "read at a lower resolution, and if that is not enough with fewer frames; a sample that cannot be made to fit "
+        "is skipped.",
+    )
+    fps: float = Field(default=2.0, gt=0, description="Sampling rate of videos, in frames per second.")
+    min_frames: int = Field(default=4, ge=2, description="Minimum number of frames sampled from a video.")
+    max_frames: int = Field(
+        default=768,
+        ge=2,
+        description="Maximum number of frames sampled from a video. Longer videos are sampled at a lower rate.",
+    )
+    total_pixels: int = Field(
+        default=3584 * 28 * 28,
+        ge=1,
+        description="Pixel budget of a video: frames are scaled down until the pixels of all temporal patches (two "
+        "frames each) fit. One vision token covers 28 * 28 pixels of a temporal patch, so the default is 3584 tokens.",
+    )
+    min_pixels: int = Field(
+        default=16 * 28 * 28,
+        ge=1,
+        description="Minimum area of a frame in pixels. Smaller frames are enlarged to it.",
+    )
+    backend: Literal["auto", "pyav", "dali-cpu", "dali-gpu"] = Field(
+        default="auto",
+        description="Video decoder: 'pyav', 'dali-cpu', 'dali-gpu' (needs data.num_workers = 0), or 'auto', which is "
+        "PyAV, the only one that reads every codec.",
+    )
+    num_workers: int = Field(
+        default=2,
+        ge=0,
+        description="Number of processes per rank that decode videos ahead of the training step. 0: the rank itself "
+        "decodes, between steps.",
+    )
+    video_cache_mb: int = Field(
+        default=256,
+        ge=0,
+        description="Size in MB of the cache of decoded videos in each decoding process (in GPU memory with "
+        "'dali-gpu'). 0: no cache.",
+    )
+
+    @model_validator(mode="after")
+    def _check_frames(self) -> Self:
+        if self.min_frames > self.max_frames:
+            raise ValueError(
+                f"min_frames = {self.min_frames} is above max_frames = {self.max_frames}; lower min_frames"
+            )
+        return self

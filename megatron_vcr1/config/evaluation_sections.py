@@ -1,0 +1,89 @@
+"""Sections [judge] and [evaluate]: how captions are judged, and which benchmarks are evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_vcr1.config.section import Section
+
+
+class JudgeSection(Section):
+    """The judge of captions, which decides for the event-recall reward and metric which events a caption describes."""
+
+    kind: Literal["lexical", "openai"] = Field(
+        default="lexical",
+        description="Type of judge: 'lexical' (built-in word matching, for demonstrations) or 'openai' (a language "
+        "model behind any OpenAI-compatible API).",
+    )
+    base_url: str = Field(
+        default="http://127.0.0.1:8000/v1", description="URL of the OpenAI-compatible API, up to and including /v1."
+    )
+    model: str = Field(default="Qwen/Qwen2.5-72B-Instruct", description="Name of the judge's model at the API.")
+    api_key_env: str = Field(
+        default="OPENAI_API_KEY",
+        description="Name of the environment variable that holds the API key. A server without keys needs none.",
+    )
+    concurrency: int = Field(
+        default=32, ge=1, description="Maximum number of requests to the judge that are in flight at once."
+    )
+    timeout_s: float = Field(default=60.0, gt=0, description="Maximum time to wait for one reply, in seconds.")
+    max_retries: int = Field(
+        default=4,
+        ge=0,
+        description="Number of retries after a failed request (with growing pauses) or an unusable reply.",
+    )
+    cache: Path | None = Field(
+        default=None,
+        description="Folder in which the judge's replies are cached. Unset: the folder judge_cache in the run "
+        "directory.",
+    )
+    max_unscored_fraction: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Maximum fraction of captions that may be left without a verdict, in a training step or a "
+        "benchmark, because requests to the judge failed. Above it training stops, and `vcr1 evaluate` exits with "
+        "code 1.",
+    )
+
+
+class BenchmarkSource(Section):
+    """A benchmark to evaluate, and its samples."""
+
+    name: str = Field(
+        description="Name of the benchmark; `vcr1 evaluate --help` lists them.", examples=["charades_sta"]
+    )
+    manifest: Path = Field(
+        description="Path of the manifest with the benchmark's samples; `vcr1 data import` writes one.",
+        examples=["data/test.jsonl"],
+    )
+    label: str | None = Field(
+        default=None,
+        description="Name of this benchmark in reports, and of its folder of results; needed to evaluate one "
+        "benchmark twice. Unset: the name of the benchmark.",
+    )
+    thinking: bool = Field(
+        default=True, description="Whether the prompt asks for reasoning inside <think> before the answer."
+    )
+    max_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of samples to evaluate, from the start of the manifest. Unset: all samples.",
+    )
+
+
+class EvaluateSection(Section):
+    """Evaluation with `vcr1 evaluate CONFIG.toml`. Results are written to the folder evaluation in train.run_dir."""
+
+    benchmarks: tuple[BenchmarkSource, ...] = Field(
+        default=(), description="Benchmarks to evaluate: one table [[evaluate.benchmarks]] per benchmark."
+    )
+    max_new_tokens: int = Field(
+        default=1024, ge=1, description="Maximum length of a response in tokens; longer responses are cut off."
+    )
+    prompts_per_batch: int = Field(
+        default=32, ge=1, description="Number of samples per data-parallel replica that are generated at once."
+    )

@@ -1,0 +1,120 @@
+"""Sections [model], [parallel] and [recompute]: which model is trained, and how it is split across ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_vcr1.config.section import Names, Section
+
+
+class ModelSection(Section):
+    """The model to train, its precision, and the parts of it that stay frozen."""
+
+    path: Path = Field(
+        description="Directory of the initial model: a Hugging Face directory of a Qwen2.5-VL or Qwen2-VL model, or "
+        "an imported one.",
+        examples=["models/Qwen2.5-VL-7B-Instruct"],
+    )
+    layer_spec: Literal["auto", "local", "transformer_engine"] = Field(
+        default="auto",
+        description="Implementation of the layers: 'transformer_engine', 'local' (plain PyTorch), or 'auto', which "
+        "takes TransformerEngine if it is installed and a GPU is available. Attention always comes from vcr1_kernels.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16",
+        description="Data type of parameters and activations. With 'bfloat16' the optimizer keeps float32 master "
+        "weights.",
+    )
+    fp8: Literal["tensorwise", "blockwise"] | None = Field(
+        default=None,
+        description="Run the matmuls of the language model's layers in FP8 during training, with TransformerEngine: "
+        "'tensorwise' (per-tensor scaling; needs compute capability 8.9) or 'blockwise' (one scale per block of 128 "
+        "values; needs 9.0). Parameters, attention, head and vision tower stay in model.dtype, and so does the "
+        "in-process engine. The FP8 copies of the weights take up to 2 more bytes per parameter. Unset: no FP8.",
+    )
+    freeze: Names[Literal["vision_tower", "merger", "language_model"]] = Field(
+        default=(),
+        description="Parts of the model that are not trained: any of 'vision_tower', 'merger' and 'language_model'. "
+        "Empty: everything is trained.",
+    )
+
+    @model_validator(mode="after")
+    def _check_freeze(self) -> Self:
+        if len(set(self.freeze)) == 3:
+            raise ValueError("freeze names all three parts, so nothing would be trained; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_fp8(self) -> Self:
+        if self.fp8 is not None and self.layer_spec == "local":
+            raise ValueError(
+                "fp8 needs TransformerEngine, but layer_spec is 'local'; unset fp8, or set layer_spec = 'auto'"
+            )
+        if self.fp8 is not None and self.dtype != "bfloat16":
+            raise ValueError(f"fp8 needs dtype = 'bfloat16', not '{self.dtype}'; unset fp8, or change dtype")
+        return self
+
+
+class ParallelSection(Section):
+    """How one replica of the model is split across ranks. The other ranks hold further replicas (data parallelism)."""
+
+    tensor: int = Field(
+        default=1,
+        ge=1,
+        description="Tensor-parallel size: number of ranks that each layer is sharded across, vision tower included.",
+    )
+    pipeline: int = Field(
+        default=1,
+        ge=1,
+        description="Pipeline-parallel size: number of stages that the language model's layers are split into. The "
+        "first stage also holds the vision tower.",
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Sequence parallelism: shard the activations between tensor-parallel regions along the sequence. "
+        "Saves memory; needs parallel.tensor > 1.",
+    )
+    first_stage_layers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of language-model layers on the first pipeline stage. Fewer layers there make up for the "
+        "vision tower. Unset: an equal share.",
+    )
+    last_stage_layers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of language-model layers on the last pipeline stage, which also computes the head. "
+        "Unset: an equal share.",
+    )
+
+    @model_validator(mode="after")
+    def _check_sequence_parallel(self) -> Self:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel needs tensor > 1; raise tensor, or set sequence_parallel = false")
+        return self
+
+
+class RecomputeSection(Section):
+    """Which activations are recomputed in the backward pass instead of being stored. Trades compute for memory."""
+
+    granularity: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="Extent of activation recomputation: 'none' stores all activations, 'selective' recomputes the "
+        "parts of each layer that recompute.modules names, 'full' recomputes whole layers.",
+    )
+    num_layers: int = Field(
+        default=1,
+        ge=1,
+        description="Number of language-model layers per recomputed block, with recompute.granularity = 'full': only "
+        "the input of each block is stored. Must divide the number of layers of every pipeline stage. The vision "
+        "tower always stores the input of every layer.",
+    )
+    modules: Names[Literal["core_attn", "mlp"]] = Field(
+        default=("core_attn",),
+        min_length=1,
+        description="Parts of each layer to recompute, with recompute.granularity = 'selective': any of 'core_attn' "
+        "(attention without its projections) and 'mlp'.",
+    )
