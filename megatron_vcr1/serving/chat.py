@@ -1,4 +1,8 @@
-"""OpenAI's chat completions, as far as they are served: what a request may say, and what an answer looks like."""
+"""The request and response bodies of OpenAI's chat completions, as far as this server supports them.
+
+Every key of a request is either followed, known to change nothing, or refused. A key is never ignored silently: an
+evaluation would then measure something else than what it asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,88 +12,231 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from megatron_vcr1.rollout.engine import SamplingParams
 
+MAX_VISION_PARTS = 512
+"""Images and videos in one request."""
+
 
 class RefusedRequest(ValueError):
-    """The client's request is at fault, and the message says how."""
+    """A request that the client has to change; the message says what is wrong."""
 
 
-class TextPart(BaseModel):
+class _Object(BaseModel):
+    """An object of a request. A null value means the same as leaving the key out, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if item is not None}
+
+
+class TextPart(_Object):
+    """A text in a message."""
+
     type: Literal["text"]
     text: str
 
 
-class Url(BaseModel):
+class Url(_Object):
+    """The address of an image or a video."""
+
     url: str
+    detail: Literal["auto", "high"] = "auto"
+    """OpenAI's image detail. Images are always read at full resolution, so "low" is refused."""
 
 
-class ImagePart(BaseModel):
+def _check_url(value: Any) -> Any:
+    """Explain the most common mistake: a bare string where OpenAI's format has an object."""
+    if isinstance(value, dict):
+        return value
+    raise ValueError('must be an object with the key "url", for example {"url": "data:image/png;base64,..."}')
+
+
+UrlField = Annotated[Url, BeforeValidator(_check_url)]
+
+
+class ImagePart(_Object):
+    """An image, optionally with bounds on its number of pixels after resizing."""
+
     type: Literal["image_url"]
-    image_url: Url
+    image_url: UrlField
+    min_pixels: int | None = Field(default=None, ge=1)
+    max_pixels: int | None = Field(default=None, ge=1)
+
+    def options(self) -> dict[str, float]:
+        """Return the options of an image part as `encode_messages` takes them."""
+        return self.model_dump(exclude={"type", "image_url"}, exclude_none=True)
 
 
-class VideoPart(BaseModel):
-    """As SGLang and vLLM take it."""
+class VideoPart(_Object):
+    """A video, in the format of vLLM and SGLang, optionally with Qwen's reading options."""
 
     type: Literal["video_url"]
-    video_url: Url
+    video_url: UrlField
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    min_frames: int | None = Field(default=None, ge=2)
+    max_frames: int | None = Field(default=None, ge=2)
+    total_pixels: int | None = Field(default=None, ge=1)
+    min_pixels: int | None = Field(default=None, ge=1)
+    max_pixels: int | None = Field(default=None, ge=1)
+
+    def options(self) -> dict[str, float]:
+        """Return the options of a video part as `encode_messages` takes them."""
+        options = self.model_dump(exclude={"type", "video_url"}, exclude_none=True)
+        return options | _frame_limits(self.min_frames, self.max_frames)
 
 
-Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+_PART_TYPES = ("text", "image_url", "video_url")
 
 
-class Message(BaseModel):
+def _check_part(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError('must be an object, for example {"type": "text", "text": "..."}')
+    if value.get("type") not in _PART_TYPES:
+        shown = repr(value.get("type"))[:80]
+        raise ValueError(f"type {shown} is not supported; use 'text', 'image_url' or 'video_url'")
+    return value
+
+
+def _check_content(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("must be a text or a list of parts")
+    return value
+
+
+# Tags of unions appear in pydantic's error locations; `_location` removes those in angle brackets.
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[VideoPart, Tag("<video_url>")],
+    Discriminator(lambda part: f"<{part['type']}>"),
+    BeforeValidator(_check_part),
+]
+Content = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[Part], Tag("<parts>")],
+    Discriminator(lambda content: "<string>" if isinstance(content, str) else "<parts>"),
+    BeforeValidator(_check_content),
+]
+
+
+class Message(_Object):
+    """One message of the conversation."""
+
     role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    content: Content
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_harmless_keys(cls, value: Any) -> Any:
+        """Drop the participant's name, and the empty lists that OpenAI's client writes into assistant messages."""
+        if not isinstance(value, dict):
+            return value
+        empty = ("tool_calls", "annotations")
+        return {key: item for key, item in value.items() if key != "name" and not (key in empty and item == [])}
 
 
-class VideoReading(BaseModel):
-    """What of vLLM's ``media_io_kwargs.video`` is followed: frames a second, and the most frames."""
+class VideoReading(_Object):
+    """vLLM's ``media_io_kwargs.video``: frames per second and the largest number of frames, for all videos."""
 
-    fps: float | None = Field(default=None, gt=0)
+    fps: float | None = Field(default=None, gt=0, le=1000)
     num_frames: int | None = Field(default=None, ge=2)
 
     def options(self) -> dict[str, float]:
-        """As options of a video part, see `encode_messages`."""
-        options: dict[str, float] = {}
-        if self.fps is not None:
-            options["fps"] = self.fps
-        if self.num_frames is not None:
-            options |= {"max_frames": self.num_frames, "min_frames": min(4, self.num_frames)}
-        return options
+        """Return the options of a video part as `encode_messages` takes them."""
+        options: dict[str, float] = {} if self.fps is None else {"fps": self.fps}
+        return options | _frame_limits(None, self.num_frames)
 
 
-class MediaReading(BaseModel):
+class MediaReading(_Object):
+    """vLLM's ``media_io_kwargs``."""
+
     video: VideoReading = VideoReading()
 
 
+def _frame_limits(min_frames: int | None, max_frames: int | None) -> dict[str, float]:
+    """Complete a frame limit: a maximum below the default minimum of 4 frames lowers the minimum too."""
+    if min_frames is not None and max_frames is not None and min_frames > max_frames:
+        raise RefusedRequest(f"min_frames {min_frames} is above max_frames {max_frames}")
+    if max_frames is None:
+        return {}
+    return {"max_frames": max_frames, "min_frames": min(4, max_frames) if min_frames is None else min_frames}
+
+
+_HARMLESS = frozenset(
+    {
+        "model",  # the server has one model, whatever name the client uses
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "stream_options",
+        "parallel_tool_calls",
+        "priority",
+        "request_id",
+        "rid",
+    }
+)
+"""Keys that change nothing in the response of this server, whatever their value."""
+
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
-    "stream": (False,),
-    "logprobs": (False,),
-    "tools": ([],),
-    "functions": ([],),
-    "presence_penalty": (0,),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "do_sample": (True,),
+    "echo": (False,),
     "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
     "min_p": (0,),
     "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "no_repeat_ngram_size": (0,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "stream": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "use_beam_search": (False,),
 }
-"""Keys of OpenAI's, SGLang's and vLLM's that would change an answer and are not followed here, and the values with
-which they change nothing."""
+"""Known keys of OpenAI, SGLang and vLLM that this server does not follow, with the values that change nothing."""
 
 
-class ChatRequest(BaseModel):
-    """The body of a request. Keys that change nothing here (user, metadata ...) may be there too."""
-
-    model_config = ConfigDict(extra="ignore")
+class ChatRequest(_Object):
+    """The body of a request."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -100,50 +247,114 @@ class ChatRequest(BaseModel):
     repetition_penalty: float | None = Field(default=None, gt=0)
     n: int = Field(default=1, ge=1, le=128)
     seed: int = Field(default_factory=lambda: secrets.randbits(64))
-    """Of a request that names none, another one each time."""
-    stop: str | list[str] | None = None
+    """Seed of the sampling; a request without one gets a different seed each time."""
+    stop: (
+        Annotated[str, Field(max_length=1000)]
+        | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
+        | None
+    ) = None
     media_io_kwargs: MediaReading = MediaReading()
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        """OpenAI's optional keys may be null, which is what leaving them out means."""
+    def _refuse_what_is_not_followed(cls, body: Any) -> Any:
+        """Drop the keys that change nothing, and name a key that would change the response and is not supported."""
         if not isinstance(body, dict):
-            return body
-        for key, neutral in _NEUTRAL.items():
-            if body.get(key) is not None and body[key] not in neutral:
-                raise ValueError(f"{key} is not served here")
-        return {key: value for key, value in body.items() if value is not None}
+            raise ValueError("the body must be a JSON object")
+        kept = {}
+        for key, value in body.items():
+            if value is None or key in _HARMLESS:
+                continue
+            if key not in _NEUTRAL:
+                kept[key] = value  # a field of this class, or an unknown key, which pydantic refuses
+            elif value not in _NEUTRAL[key]:
+                raise ValueError(f"{key}: this value is not supported here; leave the key out")
+        return kept
+
+    @model_validator(mode="after")
+    def _limit_vision_parts(self) -> ChatRequest:
+        count = sum(isinstance(part, ImagePart | VideoPart) for part in self.parts())
+        if count > MAX_VISION_PARTS:
+            raise ValueError(f"messages: {count} images and videos; at most {MAX_VISION_PARTS} are supported")
+        return self
+
+    def parts(self) -> list[TextPart | ImagePart | VideoPart]:
+        """Return the parts of all messages, without contents that are strings."""
+        return [part for message in self.messages if not isinstance(message.content, str) for part in message.content]
+
+    def num_characters(self) -> int:
+        """Return the length of all texts of the conversation."""
+        strings = sum(len(message.content) for message in self.messages if isinstance(message.content, str))
+        return strings + sum(len(part.text) for part in self.parts() if isinstance(part, TextPart))
 
     def sampling(self, max_new_tokens: int, repetition_penalty: float) -> SamplingParams:
-        """How to draw the answer.
+        """Return how to sample the response.
 
         Args:
-            max_new_tokens: for a request that names no limit, and the most that one may name.
-            repetition_penalty: for a request that names none.
+            max_new_tokens: the server's limit, which also applies to a request without a limit.
+            repetition_penalty: the penalty of a request that sets none.
+
+        Raises:
+            ValueError: a value is out of the engine's range.
         """
-        wanted = self.max_completion_tokens or self.max_tokens or max_new_tokens
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        top_k = max(self.top_k, 0)  # -1 is all, for SGLang and vLLM
+        requested = self.max_completion_tokens or self.max_tokens or max_new_tokens
+        top_k = max(self.top_k, 0)  # SGLang and vLLM write -1 for all tokens
         penalty = self.repetition_penalty or repetition_penalty
-        return SamplingParams(min(wanted, max_new_tokens), self.temperature, self.top_p, top_k, stop, penalty)
+        return SamplingParams(
+            min(requested, max_new_tokens), self.temperature, self.top_p, top_k, self.stop_texts, penalty
+        )
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end a response."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 def parse_request(body: bytes) -> ChatRequest:
-    """Raises RefusedRequest for anything that is no request, with the key at fault."""
+    """Parse and validate the body of a request.
+
+    Deep nesting and very long numbers are safe: pydantic's JSON parser limits both.
+
+    Raises:
+        RefusedRequest: the body is not a valid request; the message names the key.
+    """
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(map(str, detail["loc"]))
-        raise RefusedRequest(f"{where}: {detail['msg']}" if where else detail["msg"]) from None
+        detail = error.errors(include_url=False, include_input=False)[0]
+        where, reason = _location(detail["loc"]), detail["msg"]
+        if detail["type"] == "extra_forbidden":
+            reason = "unknown key; this server would not follow it"
+        elif detail["type"] == "value_error":
+            reason = str(detail["ctx"]["error"])
+        raise RefusedRequest(f"{where}: {reason}" if where else reason) from None
+
+
+def _location(loc: Sequence[int | str]) -> str:
+    """Write pydantic's error location as a path: messages[0].content[1].image_url.url."""
+    path = ""
+    for item in loc:
+        if isinstance(item, int):
+            path += f"[{item}]"
+        elif not item.startswith("<"):
+            path += f".{item[:80]}" if path else item[:80]
+    return path
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """Return the text before the first occurrence of any stop text; the whole text if there is none."""
+    found = [position for position in map(text.find, stop) if position >= 0]
+    return text[: min(found)] if found else text
 
 
 def completion(model: str, choices: Sequence[tuple[str, str]], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """The answer's body.
+    """Return the body of a response.
 
     Args:
-        choices: text and finish reason of each response.
+        model: the served name of the model.
+        choices: text and finish reason of each sampled response.
+        prompt_tokens: number of tokens of the prompt.
+        new_tokens: number of sampled tokens of all choices, stop texts included.
     """
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -167,5 +378,7 @@ def completion(model: str, choices: Sequence[tuple[str, str]], prompt_tokens: in
     }
 
 
-def error_body(message: str, kind: str) -> Mapping[str, Any]:
+def error_body(message: str, status: int) -> dict[str, Any]:
+    """Return the body of an error response in OpenAI's format."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}

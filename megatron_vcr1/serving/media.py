@@ -1,4 +1,4 @@
-"""Pictures and videos of a request: sent along, or named below a folder that the server's owner opened."""
+"""The images and videos of a request: sent in data: URLs, or named below a folder that the server's owner opened."""
 
 from __future__ import annotations
 
@@ -7,70 +7,181 @@ import binascii
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from megatron_vcr1.serving.chat import ChatRequest, ImagePart, Part, RefusedRequest, TextPart
+from PIL import Image, UnidentifiedImageError
+
+from megatron_vcr1.data.images import FORMATS
+from megatron_vcr1.data.video_types import VideoError
+from megatron_vcr1.serving.chat import ChatRequest, ImagePart, RefusedRequest, TextPart, VideoPart
+
+MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+"""Largest image that is decoded, before resizing: 192 MiB as RGB. A small file can claim any size."""
+
+MAX_FRAMES = 768
+"""Most frames of a video that is sent as images; `read_frames` has the same default for video files."""
+
+_DEFAULT_FPS = 2.0
+_DEFAULT_VIDEO_PIXELS = MAX_FRAMES * 16 * 28 * 28
+"""Pixels that a video may have after resizing with the default options of `read_frames`."""
+
+_FRAMES_HEADER = "data:video/jpeg;base64"
+
+
+@dataclass(slots=True)
+class RequestFiles:
+    """The files of one request and their places in it.
+
+    Attributes:
+        folder: a temporary folder for the contents of data: URLs.
+        root: the folder below which ``file://`` URLs may point; None allows none.
+        max_pixels: most pixels that a video's options may ask for.
+        places: for each file, its place in the request and the name to show for it.
+    """
+
+    folder: Path
+    root: Path | None
+    max_pixels: int
+    places: dict[str, str] = field(default_factory=dict)
+
+    def explain(self, error: VideoError) -> str:
+        """Return the error's message with the place in the request instead of the name of a temporary file."""
+        place = self.places.get(error.file)
+        return f"{place}: {error.reason}" if place else str(error).replace(str(self.folder), "the request")
+
+    def convert(self, request: ChatRequest) -> list[dict[str, Any]]:
+        """Return the messages in the format of `encode_messages`, after writing the files that were sent along."""
+        shared = request.media_io_kwargs.video.options()
+        messages = []
+        for index, message in enumerate(request.messages):
+            content: str | list[dict[str, Any]]
+            if isinstance(message.content, str):
+                content = message.content
+            else:
+                content = [
+                    self._convert_part(part, f"messages[{index}].content[{number}]", shared)
+                    for number, part in enumerate(message.content)
+                ]
+            messages.append({"role": message.role, "content": content})
+        return messages
+
+    def _convert_part(
+        self, part: TextPart | ImagePart | VideoPart, place: str, shared: dict[str, float]
+    ) -> dict[str, Any]:
+        if isinstance(part, TextPart):
+            return {"type": "text", "text": part.text}
+        try:
+            if isinstance(part, ImagePart):
+                options = part.options()
+                self._check_pixels(options.get("min_pixels", 0), options.get("max_pixels", 0))
+                image = self._file(part.image_url.url, place)
+                self._check_image(image)
+                return {"type": "image", "image": image, **options}
+            options = shared | part.options()
+            if options:
+                num_frames = options.get("max_frames", MAX_FRAMES)
+                self._check_pixels(options.get("total_pixels", 0), num_frames * options.get("min_pixels", 28 * 28))
+            if part.video_url.url.startswith(f"{_FRAMES_HEADER},"):
+                return {"type": "video", **self._frames(part.video_url.url, place, options)}
+            return {"type": "video", "video": self._file(part.video_url.url, place), **options}
+        except VideoError as error:
+            raise RefusedRequest(self.explain(error)) from None
+        except RefusedRequest as error:
+            raise RefusedRequest(f"{place}: {error}") from None
+
+    def _check_pixels(self, *numbers: float) -> None:
+        """Refuse options that ask for more pixels than a prompt of the longest length can hold."""
+        if max(numbers) > self.max_pixels:
+            raise RefusedRequest(f"asks for {max(numbers):.0f} pixels; at most {self.max_pixels} fit into a prompt")
+
+    def _check_image(self, file: str) -> None:
+        """Refuse an image with too many pixels by reading its header alone.
+
+        Any other problem is left to `read_image`, which describes it.
+        """
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                num_pixels = image.width * image.height
+        except Image.DecompressionBombError:
+            num_pixels = MAX_IMAGE_PIXELS + 1
+        except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
+            return
+        if num_pixels > MAX_IMAGE_PIXELS:
+            raise VideoError(file, f"has more than {MAX_IMAGE_PIXELS} pixels; make the image smaller")
+
+    def _file(self, url: str, place: str) -> str:
+        """Return the local path of a URL."""
+        if url.startswith("data:"):
+            file = str(self._write(_data_url_content(url)))
+            self.places[file] = place
+            return file
+        # Nothing is fetched over a network: a request could make the server ask what its sender may not.
+        parsed = urlsplit(url)
+        if parsed.scheme != "file" or parsed.netloc not in ("", "localhost"):
+            shown = url if len(url) <= 100 else url[:97] + "..."
+            raise RefusedRequest(f"{shown}: send data: URLs, or file:// URLs of this machine")
+        if self.root is None:
+            raise RefusedRequest("file:// URLs need a server that was started with --files FOLDER")
+        name = unquote(parsed.path)
+        if "\0" in name:
+            raise RefusedRequest("the file's name holds a null character")
+        path = Path(name).resolve()
+        if not path.is_relative_to(self.root.resolve()):
+            raise RefusedRequest(f"{name}: is not below the folder that this server was given")
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would never end
+            raise RefusedRequest(f"{name}: is neither a file nor a folder of frames")
+        self.places[str(path)] = f"{place}: {name}"
+        return str(path)
+
+    def _frames(self, url: str, place: str, options: dict[str, float]) -> dict[str, Any]:
+        """Convert a video that is sent as JPEG frames, as vLLM and SGLang take it: every frame is used.
+
+        The frames are shown at `fps` frames per second, 2 by default.
+        """
+        header, _, payload = url.partition(",")
+        contents = payload.split(",")
+        most = int(options.get("max_frames", MAX_FRAMES))
+        if len(contents) > most:
+            raise RefusedRequest(f"{len(contents)} frames; at most {most} are read, so send fewer")
+        files = []
+        for number, content in enumerate(contents):
+            frame = f"{place}, frame {number}"
+            try:
+                file = str(self._write(_data_url_content(f"{header},{content}")))
+            except RefusedRequest as error:
+                raise RefusedRequest(f"frame {number}: {error}") from None
+            self.places[file] = frame
+            self._check_image(file)
+            files.append(file)
+        return {"video": files, "image_fps": options.get("fps", _DEFAULT_FPS), **options}
+
+    def _write(self, content: bytes) -> Path:
+        path = self.folder / str(len(self.places))  # every file that is written gets a place right after
+        path.write_bytes(content)
+        return path
 
 
 @contextmanager
-def messages_with_files(request: ChatRequest, root: Path | None) -> Iterator[list[dict[str, Any]]]:
-    """The conversation as `encode_messages` takes it; files that were sent along exist for the with-block.
+def request_files(root: Path | None, max_pixels: int) -> Iterator[RequestFiles]:
+    """Provide the files of one request; those that were sent along are deleted at the end of the with-block.
 
     Args:
-        root: the folder below which ``file://`` URLs may point; None: nowhere.
-
-    Raises:
-        RefusedRequest: a URL is of another kind, or leaves the folder. Nothing is fetched over a network: a request
-            could make the server ask what its sender may not.
+        root: the folder below which ``file://`` URLs may point; None allows none.
+        max_pixels: most pixels after resizing that the options of an image or a video may ask for; the default options
+            of `read_frames` are always allowed.
     """
     with tempfile.TemporaryDirectory(prefix="vcr1-serve-") as folder:
-        video_options = request.media_io_kwargs.video.options()
-        messages = []
-        number = 0
-        for message in request.messages:
-            parts: str | list[dict[str, Any]]
-            if isinstance(message.content, str):
-                parts = message.content
-            else:
-                parts = []
-                for part in message.content:
-                    number += 1
-                    parts.append(_part(part, Path(folder) / str(number), root, video_options))
-            messages.append({"role": message.role, "content": parts})
-        yield messages
+        yield RequestFiles(Path(folder), root, max(max_pixels, _DEFAULT_VIDEO_PIXELS))
 
 
-def _part(part: Part, file: Path, root: Path | None, video_options: dict[str, float]) -> dict[str, Any]:
-    if isinstance(part, TextPart):
-        return {"type": "text", "text": part.text}
-    if isinstance(part, ImagePart):
-        return {"type": "image", "image": str(_file(part.image_url.url, file, root))}
-    return {"type": "video", "video": str(_file(part.video_url.url, file, root)), **video_options}
-
-
-def _file(url: str, file: Path, root: Path | None) -> Path:
-    if url.startswith("data:"):
-        file.write_bytes(_sent_along(url))
-        return file
-    parsed = urlsplit(url)
-    if parsed.scheme != "file" or parsed.netloc not in ("", "localhost"):
-        shown = url if len(url) <= 100 else url[:97] + "..."
-        raise RefusedRequest(f"{shown}: send data: URLs, or file:// URLs of this machine")
-    if root is None:
-        raise RefusedRequest("file:// URLs need a server that was started with --files FOLDER")
-    path = Path(unquote(parsed.path)).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise RefusedRequest(f"{unquote(parsed.path)}: is not below the folder that this server was given")
-    return path
-
-
-def _sent_along(url: str) -> bytes:
+def _data_url_content(url: str) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma or not header.endswith(";base64"):
         raise RefusedRequest("a data: URL must be data:KIND;base64,CONTENT")
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+    except (binascii.Error, ValueError) as error:  # ValueError: characters outside of ASCII
         raise RefusedRequest(f"a data: URL does not hold base64: {error}") from None

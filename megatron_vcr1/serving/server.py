@@ -1,222 +1,119 @@
-"""The endpoint: threads read requests and decode their videos, and the main thread answers what waits together."""
+"""The server: uvicorn's event loop in a thread of its own, and the engine in the thread that calls `run`."""
 
 from __future__ import annotations
 
-import json
-import logging
-import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
-from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
+import uvicorn
+
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
-from megatron_vcr1.serving.chat import RefusedRequest, completion, error_body, parse_request
-from megatron_vcr1.serving.media import messages_with_files
-from megatron_vcr1.types import RolloutGroup
+from megatron_vcr1.rollout.engine import RolloutEngine
+from megatron_vcr1.serving.app import ChatApp, Limits
+from megatron_vcr1.serving.batching import Batcher
+from megatron_vcr1.serving.connections import KEEP_ALIVE_S, BoundedConnection
+from megatron_vcr1.serving.hosts import allowed_hosts
 
-MAX_BODY_BYTES = 1 << 30
-_POLL_S = 0.2
+MAX_CONNECTIONS = 1000
+"""Beyond it, uvicorn answers 503. A process may usually open 1,024 files."""
 
-log = logging.getLogger(__name__)
+_BACKLOG = 1024  # clients that connect at the same instant; the kernel resets further ones
+_SHUTDOWN_S = 5  # for responses that are being sent
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a request may ask for.
+class ChatServer:
+    """One model at one address.
 
-    Attributes:
-        prompts_per_batch: requests that are answered together.
-        files: the folder below which file:// URLs may point.
-        repetition_penalty: where it asks for none.
+    Threads: `listening` starts the thread of the event loop, which decodes requests in a few worker threads. The engine
+    runs in the thread that calls `run`. Nothing but `Batcher` is shared between them.
     """
 
-    max_prompt_tokens: int
-    max_new_tokens: int
-    prompts_per_batch: int
-    files: Path | None
-    repetition_penalty: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """A request on its way through the engine, and what tells whether its client has closed the connection."""
-
-    prompt: EncodedPrompt
-    params: SamplingParams
-    num_responses: int
-    seed: int
-    is_given_up: Callable[[], bool]
-    answer: Future[RolloutGroup] = field(default_factory=Future)
-
-
-class ChatServer(ThreadingHTTPServer):
-    """Serves one model under one name. `answer_forever` runs in the thread that owns the device."""
-
-    daemon_threads = True
-    request_queue_size = 1024  # clients that connect at the same time; beyond it, which is 5 by default, they are reset
-
     def __init__(
-        self, address: tuple[str, int], name: str, engine: RolloutEngine, processor: PromptProcessor, limits: Limits
+        self,
+        address: tuple[str, int],
+        name: str,
+        engine: RolloutEngine,
+        processor: PromptProcessor,
+        limits: Limits,
+        extra_hosts: Sequence[str] = (),
     ) -> None:
-        super().__init__(address, _Handler)
-        self.name = name
-        self.processor = processor
-        self.limits = limits
-        self._engine = engine
-        self._waiting: queue.Queue[_Waiting] = queue.Queue()
-        self._stopped = threading.Event()
-
-    def complete(self, body: bytes, is_given_up: Callable[[], bool]) -> dict[str, Any]:
-        """What a request's answer holds; called by the threads of the connections.
+        """Bind the address; connections are accepted in `listening`.
 
         Args:
-            is_given_up: whether the client has closed the connection; asked when the request's turn comes.
+            address: host and port; port 0 takes any free port.
+            name: the model's name for clients.
+            engine: generates the responses.
+            processor: encodes the prompts.
+            limits: limits on requests.
+            extra_hosts: further host names that clients may use, see `allowed_hosts`.
 
         Raises:
-            RefusedRequest: the request, or a file of it, is at fault.
-            ConnectionError: the client gave up before the request's turn.
+            OSError, OverflowError: the address cannot be used.
         """
-        request = parse_request(body)
-        try:
-            with messages_with_files(request, self.limits.files) as messages:
-                prompt = encode_messages(messages, self.processor)
-            params = request.sampling(self.limits.max_new_tokens, self.limits.repetition_penalty)
-        except ValueError as error:  # a VideoError too
-            raise RefusedRequest(str(error)) from error
-        num_tokens = len(prompt.token_ids)
-        if num_tokens > self.limits.max_prompt_tokens:
-            raise RefusedRequest(
-                f"the prompt has {num_tokens} tokens; up to {self.limits.max_prompt_tokens} are served"
-            )
-        waiting = _Waiting(prompt, params, request.n, request.seed, is_given_up)
-        self._waiting.put(waiting)
-        rollouts = waiting.answer.result().rollouts
-        choices = [(self.processor.decode(one.token_ids), str(one.finish_reason)) for one in rollouts]
-        return completion(self.name, choices, num_tokens, sum(len(one.token_ids) for one in rollouts))
+        self.name = name
+        self._batcher = Batcher(engine, limits.prompts_per_batch)
+        self._socket = _bind(*address)
+        app = ChatApp(name, processor, self._batcher, limits).build(allowed_hosts(address[0], extra_hosts))
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",
+            http=BoundedConnection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",  # warnings are about clients: invalid requests, too many connections
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            backlog=_BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+        )
+        self._http = uvicorn.Server(config)
 
-    def answer_forever(self) -> None:
-        """Answers in batches until `stop`."""
-        while not self._stopped.is_set():
-            for batch in self._batches():
-                self._answer(batch)
+    @property
+    def port(self) -> int:
+        """The port that the server listens on."""
+        return self._socket.getsockname()[1]
+
+    def run(self) -> None:
+        """Generate responses in this thread until `stop` is called."""
+        self._batcher.run()
 
     def stop(self) -> None:
-        self._stopped.set()
+        """Let `run` return after the batch that is running. Safe in a signal handler."""
+        self._batcher.stop()
 
-    def _batches(self) -> Iterator[list[_Waiting]]:
-        """What waits now, together where it is drawn alike; without those whose clients wait no more."""
-        waiting = []
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Accept connections for the length of a with-block.
+
+        Leaving it stops `run`, sends the responses that are ready, refuses the requests that still wait, and closes all
+        connections.
+        """
+        thread = threading.Thread(target=self._http.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True)
+        thread.start()
         try:
-            waiting.append(self._waiting.get(timeout=_POLL_S))
-            while len(waiting) < self.limits.prompts_per_batch:
-                waiting.append(self._waiting.get_nowait())
-        except queue.Empty:
-            pass
-        for one in waiting:
-            if one.is_given_up():
-                one.answer.set_exception(ConnectionError("the client has gone"))
-        waiting = [one for one in waiting if not one.answer.done()]
-        for params in dict.fromkeys(one.params for one in waiting):
-            yield [one for one in waiting if one.params == params]
-
-    def _answer(self, batch: list[_Waiting]) -> None:
-        requests = [
-            GenerationRequest(str(index), one.prompt, one.num_responses, one.seed) for index, one in enumerate(batch)
-        ]
-        try:
-            groups = self._engine.generate(requests, batch[0].params)
-        except Exception as error:  # every client must hear of it; the server goes on
-            log.exception("%d requests failed", len(batch))
-            for one in batch:
-                one.answer.set_exception(error)
-            return
-        for one, group in zip(batch, groups, strict=True):
-            one.answer.set_result(group)
+            yield
+        finally:
+            self.stop()
+            self._batcher.refuse_waiting()  # `run` may never have been called
+            self._http.should_exit = True
+            thread.join()
+            self._socket.close()
 
 
-@contextmanager
-def listening(server: ChatServer) -> Iterator[None]:
-    """Connections are taken, in a thread of their own, for the length of a with-block."""
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": _POLL_S}, daemon=True)
-    thread.start()
+def _bind(host: str, port: int) -> socket.socket:
+    """Bind and listen at once, so that early clients wait instead of being refused."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        yield
-    finally:
-        server.stop()
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: ChatServer
-
-    def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "vcr1"}
-            self._send(HTTPStatus.OK, {"object": "list", "data": [model]})
-        elif self.path == "/health":
-            self._send(HTTPStatus.OK, {})
-        else:
-            self._refuse(HTTPStatus.NOT_FOUND, f"{self.path}: there are /v1/models, /v1/chat/completions and /health")
-
-    def do_POST(self) -> None:
-        if self.path != "/v1/chat/completions":
-            self._refuse(HTTPStatus.NOT_FOUND, f"{self.path}: there is /v1/chat/completions")
-            return
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            self.close_connection = True  # its body is not read
-            self._refuse(
-                HTTPStatus.BAD_REQUEST, f"the body's length must be stated, and at most {MAX_BODY_BYTES} bytes"
-            )
-            return
-        body = self.rfile.read(int(length))
-        try:
-            self._send(HTTPStatus.OK, self.server.complete(body, self._is_given_up))
-        except RefusedRequest as refused:
-            self._refuse(HTTPStatus.BAD_REQUEST, str(refused))
-        except ConnectionError:
-            self.close_connection = True  # nobody waits any more
-        except Exception as error:  # the engine's own, which `answer_forever` has logged
-            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
-
-    def _is_given_up(self) -> bool:
-        """Whether the connection's other end is closed: it can be read, and holds nothing."""
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses, such as another method: in OpenAI's form too."""
-        self.close_connection = True  # a body may be left in it
-        status = HTTPStatus(code)
-        self._refuse(status, message or status.phrase)
-
-    def _refuse(self, status: HTTPStatus, message: str) -> None:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        self._send(status, error_body(message, kind))
-
-    def _send(self, status: HTTPStatus, content: Any) -> None:
-        payload = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("%s %s", self.address_string(), format % args)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener

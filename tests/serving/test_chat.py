@@ -1,13 +1,18 @@
-"""What a request says of sampling."""
-
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from megatron_vcr1.rollout.engine import SamplingParams
-from megatron_vcr1.serving.chat import parse_request
+from megatron_vcr1.serving.chat import MAX_VISION_PARTS, RefusedRequest, cut_at_stop, parse_request
+
+MESSAGES = [{"role": "user", "content": "when?"}]
+
+
+def parse(**keys: Any) -> Any:
+    return parse_request(json.dumps({"messages": MESSAGES, **keys}).encode())
 
 
 @pytest.mark.parametrize(
@@ -23,8 +28,77 @@ from megatron_vcr1.serving.chat import parse_request
         ),
     ],
 )
-def test_a_request_is_drawn_as_it_asks_and_else_as_the_model_does(
-    keys: dict[str, object], expected: SamplingParams
-) -> None:
-    body = {"messages": [{"role": "user", "content": "when?"}], **keys}
-    assert parse_request(json.dumps(body).encode()).sampling(64, 1.05) == expected
+def test_sampling_follows_the_request_and_the_models_defaults(keys: dict[str, Any], expected: SamplingParams) -> None:
+    assert parse(**keys).sampling(64, 1.05) == expected
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        *(
+            ({key: value}, f"^{key}: ")
+            for key, value in {
+                "guided_json": {"type": "object"},
+                "guided_regex": "a*",
+                "structured_outputs": {"json": {}},
+                "bad_words": ["no"],
+                "allowed_token_ids": [1],
+                "no_repeat_ngram_size": 3,
+                "length_penalty": 2.0,
+                "use_beam_search": True,
+                "best_of": 4,
+                "continue_final_message": True,
+                "add_generation_prompt": False,
+                "chat_template": "{{ messages }}",
+                "truncate_prompt_tokens": 10,
+                "skip_special_tokens": False,
+                "tool_choice": "required",
+                "made_up": 1,
+            }.items()
+        ),
+        ({"media_io_kwargs": {"image": {"mode": "L"}}}, r"^media_io_kwargs.image: unknown key"),
+        ({"media_io_kwargs": {"video": {"backend": "x"}}}, r"^media_io_kwargs.video.backend: unknown key"),
+        ({"stop": ["x" * 1001]}, "^stop"),
+        ({"stop": ["x"] * 65}, "^stop"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, r"^messages\[0\].role: "),
+        ({"messages": [{"role": "user", "content": "x", "cache": 1}]}, r"^messages\[0\].cache: unknown key"),
+        ({"messages": [*MESSAGES, {"role": "user", "content": 1}]}, r"^messages\[1\].content: must be a text or a"),
+        ({"messages": [*MESSAGES, {"role": "user", "content": ["x"]}]}, r"^messages\[1\].content\[0\]: must be an obj"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "weight": 2}]}]},
+            r"^messages\[0\].content\[0\].weight: unknown key",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:", "detail": "low"}}]}
+                ]
+            },
+            r"^messages\[0\].content\[0\].image_url.detail: ",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}] * 600}]},
+            f"^messages: 600 images and videos; at most {MAX_VISION_PARTS}",
+        ),
+    ],
+)
+def test_keys_that_are_not_followed_are_refused_by_name(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusedRequest, match=message):
+        parse(**keys)
+
+
+def test_messages_of_the_openai_client_are_accepted() -> None:
+    empty = dict.fromkeys(("audio", "function_call", "refusal"))
+    answer = {"role": "assistant", "content": "At 3 s.", "tool_calls": [], "annotations": [], **empty}
+    named = {"role": "user", "content": [{"type": "text", "text": "when?"}], "name": "me"}
+    request = parse(messages=[named, answer, named])
+    assert [message.role for message in request.messages] == ["user", "assistant", "user"]
+    assert request.num_characters() == 17
+
+
+@pytest.mark.parametrize(
+    "stop, expected",
+    [((), "a b c b"), (("b",), "a "), (("c", "b c"), "a "), (("x",), "a b c b"), (("a",), "")],
+)
+def test_a_text_is_cut_at_the_first_stop(stop: tuple[str, ...], expected: str) -> None:
+    assert cut_at_stop("a b c b", stop) == expected

@@ -1,0 +1,107 @@
+"""Connections of slow, rude and confused clients, on the real process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import openai
+
+from tests.serving.requests import HEADER_TIMEOUT_S, STALL_TIMEOUT_S, ServerProcess, ask, text
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+BODY = json.dumps({"messages": [{"role": "user", "content": "when?"}], "max_tokens": 2}).encode()
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1000) == b""
+    except ConnectionResetError:
+        return True
+
+
+def read_response(connection: socket.socket) -> tuple[int, bytes]:
+    """Read exactly one response."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(1)
+    head, _, body = data.partition(b"\r\n\r\n")
+    (length,) = [int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
+    while len(body) < length:
+        body += connection.recv(length - len(body))
+    return int(head.split()[1]), body
+
+
+def test_slow_clients_are_disconnected(server: ServerProcess, client: openai.OpenAI) -> None:
+    starts = {
+        "nothing": b"",
+        "part of the headers": HEAD,
+        "part of the body": HEAD + b"Content-Length: 100\r\n\r\n{",
+        "a refused request without its body": HEAD.replace(b"chat", b"nowhere") + b"Content-Length: 100\r\n\r\n",
+    }
+    connections = {name: server.connect() for name in starts}
+    for name, connection in connections.items():
+        connection.sendall(starts[name])
+    dripping = server.connect()
+    start = time.monotonic()
+    dripping.settimeout(0.2)
+    while time.monotonic() - start < HEADER_TIMEOUT_S + 5:  # one byte of a header at a time
+        try:
+            dripping.sendall(b"a")
+            if dripping.recv(1) == b"":
+                break
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            break
+    else:
+        raise AssertionError("a client that sends its headers byte by byte keeps its connection")
+    assert read_response(connections["a refused request without its body"])[0] == 404
+    for name, connection in connections.items():
+        connection.settimeout(STALL_TIMEOUT_S + 5)
+        assert is_closed(connection), name
+    assert ask(client, text("when?")).choices
+
+
+def test_keep_alive_stays_in_sync_after_refused_requests(server: ServerProcess) -> None:
+    length = b"Content-Length: %d\r\n\r\n" % len(BODY)
+    with server.connect() as connection:
+        for head, status in (
+            (HEAD, 200),
+            (HEAD.replace(b"chat", b"nowhere"), 404),
+            (HEAD.replace(b"POST", b"PUT"), 405),
+            (HEAD.replace(b"localhost", b"evil.example"), 421),
+            (HEAD + b"Origin: http://evil.example\r\n", 403),
+            (HEAD, 200),
+        ):
+            connection.sendall(head + length + BODY)
+            assert read_response(connection)[0] == status
+
+
+def test_what_is_not_http_gets_400(server: ServerProcess) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        status, body = read_response(connection)
+        assert status == 400
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        assert is_closed(connection)
+
+
+def test_very_long_headers_are_refused(server: ServerProcess) -> None:
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"X: " + b"x" * 200_000)
+        assert read_response(connection)[0] in (400, 431)
+
+
+def test_clients_that_leave_cause_no_traceback(server: ServerProcess, client: openai.OpenAI) -> None:
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+    for sent in (b"", HEAD, request[:-5], request, request + request):
+        with server.connect() as connection:
+            connection.sendall(sent)
+        with server.connect() as connection:  # with a reset instead of an orderly end
+            connection.sendall(sent)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    assert ask(client, text("when?")).choices
+    assert "Traceback" not in server.errors()
+    assert "Exception" not in server.errors()
