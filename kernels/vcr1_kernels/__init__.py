@@ -2,23 +2,26 @@
 
 from vcr1_kernels.layout import SegmentLayout
 from vcr1_kernels.ops.attention import shared_prefix_attention
-from vcr1_kernels.ops.linear_grpo_loss import LinearGrpoLoss, linear_grpo_loss
+from vcr1_kernels.ops.linear_grpo_loss import linear_grpo_loss, linear_objective_loss
 from vcr1_kernels.ops.linear_log_probs import linear_log_probs
 from vcr1_kernels.ops.log_probs import log_probs_from_logits
 from vcr1_kernels.ops.mrope import mrope
 from vcr1_kernels.ops.patches import frames_to_patches
 from vcr1_kernels.ops.rms_norm import rms_norm
 from vcr1_kernels.ops.swiglu import swiglu
-from vcr1_kernels.ops.token_loss import TokenLoss, grpo_token_loss
+from vcr1_kernels.ops.token_loss import grpo_token_loss
+from vcr1_kernels.records import LinearGrpoLoss, Objective, TokenLoss
 
 __all__ = [
     "LinearGrpoLoss",
+    "Objective",
     "SegmentLayout",
     "TokenLoss",
     "frames_to_patches",
     "grpo_token_loss",
     "linear_grpo_loss",
     "linear_log_probs",
+    "linear_objective_loss",
     "log_probs_from_logits",
     "mrope",
     "rms_norm",

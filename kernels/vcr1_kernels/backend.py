@@ -1,4 +1,8 @@
-"""The one door to Triton: whether a tensor is computed by a Triton kernel or by PyTorch."""
+"""The choice between a Triton kernel and the PyTorch path, and the switch for Triton's interpreter.
+
+The modules in `triton_ops` import triton at their top, and triton may be missing. The ops therefore import them inside
+the functions that launch a kernel, after `use_triton` has returned True.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,21 @@ import torch
 from torch import Tensor
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-_interpreting = False
+_interpreting = False  # True inside `interpreter()`
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """True for GPU tensors where Triton is installed, and for CPU tensors inside `interpreter()`; never for float64."""
+    """Return whether an op on `tensor` runs a Triton kernel.
+
+    True for GPU tensors if triton is installed, and for CPU tensors inside `interpreter()`. Never for float64, which
+    the kernels would compute in float32.
+    """
     if tensor.dtype not in _TRITON_DTYPES:
         return False
     return _interpreting or (tensor.is_cuda and _triton_is_installed())
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # cached, so that the warning is logged once
 def _triton_is_installed() -> bool:
     installed = find_spec("triton") is not None
     if not installed:
@@ -33,7 +41,7 @@ def _triton_is_installed() -> bool:
 
 @contextmanager
 def interpreter() -> Iterator[None]:
-    """Run the Triton kernels on CPU tensors in Triton's interpreter: slow, for proving them without a GPU.
+    """Run the Triton kernels on CPU tensors in Triton's interpreter: slow, for testing them without a GPU.
 
     Raises:
         RuntimeError: TRITON_INTERPRET=1 was not in the environment when triton was first imported.
@@ -41,9 +49,11 @@ def interpreter() -> Iterator[None]:
     import triton
     import triton.language as tl
 
+    # `triton.jit` reads the variable when a function is decorated. If it was set too late, triton's own library
+    # functions such as `tl.sum` are already compiled functions, which the interpreter cannot call.
     if not triton.knobs.runtime.interpret or isinstance(tl.sum, triton.JITFunction):
-        raise RuntimeError("set TRITON_INTERPRET=1 before anything imports triton")
-    _let_scalars_be_loop_bounds()
+        raise RuntimeError("set TRITON_INTERPRET=1 in the environment before anything imports triton")
+    _patch_interpreter_loop_bounds()
     global _interpreting
     previous, _interpreting = _interpreting, True
     try:
@@ -52,15 +62,18 @@ def interpreter() -> Iterator[None]:
         _interpreting = previous
 
 
-@lru_cache(maxsize=1)
-def _let_scalars_be_loop_bounds() -> None:
-    """Triton 3.6's interpreter calls int() on one-element arrays, which numpy 2.4 refuses."""
+@lru_cache(maxsize=1)  # cached, so that the patch is applied once
+def _patch_interpreter_loop_bounds() -> None:
+    """Let the interpreter's scalars be bounds of `range`.
+
+    Triton 3.6's interpreter calls int() on arrays with one element, which numpy 2.4 refuses.
+    """
     from triton.runtime import interpreter as triton_interpreter
 
     patch_tensor = triton_interpreter._patch_lang_tensor
 
-    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+    def patch_tensor_with_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    triton_interpreter._patch_lang_tensor = patch_tensor_and_index
+    triton_interpreter._patch_lang_tensor = patch_tensor_with_index

@@ -1,4 +1,4 @@
-"""How a packed sequence is divided into segments, and which of them see each other."""
+"""The segments of a packed sequence, and which tokens attend to which."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """Segments one behind the other, each attending to itself and, if it has one, to all of its prefix segment.
+    """Consecutive segments of a packed sequence, each attending to itself and to all of its prefix segment, if any.
 
-    A GRPO group is a prompt with prefix -1 followed by responses whose prefix is the prompt's index; packed text and
-    vision windows are segments without prefixes. Segments may be empty.
+    A GRPO group is a prompt with prefix -1, followed by responses whose prefix is the prompt's index. Packed text and
+    vision windows are segments without prefixes. Segments may be empty. Layouts are hashable: the ops cache the tables
+    that they derive from a layout.
 
     Attributes:
-        lengths: rows of each segment; their sum is the number of tokens.
-        prefixes: for each segment the index of the segment that precedes it logically, or -1; a prefix itself has none.
-        causal: within a segment, row i sees rows <= i; otherwise the whole segment. A prefix is always seen whole.
+        lengths: number of tokens of each segment; their sum is the number of tokens of the sequence.
+        prefixes: for each segment, the index of its prefix segment, or -1. A prefix has no prefix itself. It may be
+            anywhere in the sequence.
+        causal: within a segment, token i attends to tokens <= i if True, otherwise to the whole segment. A prefix is
+            always attended to as a whole.
 
     Raises:
-        ValueError: a negative length, or a prefix that is out of range or has a prefix itself.
+        ValueError: a length is negative, or a prefix is out of range or has a prefix itself.
     """
 
     lengths: tuple[int, ...]
@@ -32,12 +35,11 @@ class SegmentLayout:
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.prefixes):
             raise ValueError(
-                f"{len(self.lengths)} lengths but {len(self.prefixes)} prefixes; give one prefix (or -1) a segment"
+                f"{len(self.lengths)} lengths but {len(self.prefixes)} prefixes; give each segment a prefix or -1"
             )
-        if any(length < 0 for length in self.lengths):
-            raise ValueError(
-                f"segment {min(range(len(self.lengths)), key=self.lengths.__getitem__)} has a negative length"
-            )
+        for segment, length in enumerate(self.lengths):
+            if length < 0:
+                raise ValueError(f"segment {segment} has a negative length, {length}")
         for segment, prefix in enumerate(self.prefixes):
             if prefix == -1:
                 continue
@@ -50,32 +52,37 @@ class SegmentLayout:
 
     @classmethod
     def packed(cls, lengths: Sequence[int], *, causal: bool = True) -> SegmentLayout:
-        """Independent segments: packed text (causal) or vision windows (not causal)."""
+        """Create a layout of independent segments: packed text (causal) or vision windows (not causal)."""
         return cls(tuple(lengths), (-1,) * len(lengths), causal)
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens of all segments."""
         return self.starts[-1]
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First row of each segment, and behind them the number of tokens; [num_segments + 1]."""
+        """Index of the first token of each segment, followed by the number of tokens; [num_segments + 1]."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @cached_property
     def merged(self) -> SegmentLayout:
-        """The same attention in fewer segments: a causal prefix and the only segment behind it are one sequence."""
+        """An equivalent layout with fewer segments.
+
+        A causal prefix and the segment that directly follows it form one causal sequence if no other segment uses the
+        prefix. Layouts that are not causal are returned unchanged: there the prefix does not attend to its segment.
+        """
         if not self.causal:
             return self
         num_users = Counter(self.prefixes)
         lengths: list[int] = []
         prefixes: list[int] = []
-        places: list[int] = []  # of each segment among the merged
+        merged_index: list[int] = []  # for each segment, the index of the merged segment that contains it
         for segment, (length, prefix) in enumerate(zip(self.lengths, self.prefixes, strict=True)):
             if 0 <= prefix == segment - 1 and num_users[prefix] == 1:
                 lengths[-1] += length
             else:
                 lengths.append(length)
                 prefixes.append(prefix)
-            places.append(len(lengths) - 1)
-        return SegmentLayout(tuple(lengths), tuple(-1 if prefix < 0 else places[prefix] for prefix in prefixes))
+            merged_index.append(len(lengths) - 1)
+        return SegmentLayout(tuple(lengths), tuple(-1 if prefix < 0 else merged_index[prefix] for prefix in prefixes))

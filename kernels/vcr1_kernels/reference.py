@@ -1,7 +1,7 @@
-"""Every op in plain PyTorch, as one would write it on paper: the truth that the kernels are held against.
+"""Every op in plain PyTorch, written like its equation: the reference that the tests compare the ops with.
 
-Gradients are autograd's, arguments and shapes those of the public ops, the vocabulary is whole. Nothing here saves
-memory or time, and nothing is checked.
+Arguments and shapes are those of the public ops, gradients come from autograd, and the vocabulary is not sharded.
+Nothing here saves memory or time, and arguments are not checked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vcr1_kernels.layout import SegmentLayout
-from vcr1_kernels.ops.token_loss import TokenLoss
+from vcr1_kernels.records import TokenLoss
 
 
 def log_probs_from_logits(
@@ -23,9 +23,9 @@ def log_probs_from_logits(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each target, [tokens], of logits [tokens, vocab]."""
+    """Compute the log-prob of each target, [tokens], from logits [tokens, vocab]."""
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    # A row whose logits are all -inf has no distribution: its log-probs are -inf and its entropy and gradient 0.
+    # A token whose logits are all -inf has no distribution: its log-prob is -inf, its entropy and gradient are 0.
     masked = (scaled == -torch.inf).all(-1, keepdim=True)
     log_softmax = scaled.masked_fill(masked, 0).log_softmax(-1).masked_fill(masked, -torch.inf)
     log_probs = log_softmax.gather(-1, target_ids[:, None])[:, 0]
@@ -43,7 +43,7 @@ def linear_log_probs(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each target, [tokens], under the head `hidden @ weight.T`."""
+    """Compute the log-prob of each target, [tokens], under the head `hidden @ weight.T`."""
     return log_probs_from_logits(
         hidden @ weight.t(), target_ids, temperature=temperature, return_entropy=return_entropy
     )
@@ -65,17 +65,16 @@ def grpo_token_loss(
     importance_level: str = "token",
     segment_ids: Tensor | None = None,
 ) -> TokenLoss:
-    """The clipped surrogate plus KL of each token, [tokens]; see `vcr1_kernels.grpo_token_loss`."""
+    """Compute the clipped surrogate plus KL of each token, [tokens]; see `vcr1_kernels.grpo_token_loss`."""
     current = log_probs.detach()
     old = current if old_log_probs is None else old_log_probs
     if importance_level == "sequence" and segment_ids is not None:
         log_ratio = torch.zeros_like(log_probs)
         for segment in segment_ids.unique():
-            rows = segment_ids == segment
-            mean = (current - old)[rows].mean()
-            log_ratio[rows] = (
-                mean + log_probs[rows] - current[rows]
-            )  # the value is the mean, the gradient is the token's
+            tokens = segment_ids == segment
+            mean = (current - old)[tokens].mean()
+            # log_probs - current is 0: the value is the segment's mean, the gradient is that of the token's log-prob.
+            log_ratio[tokens] = mean + log_probs[tokens] - current[tokens]
     else:
         log_ratio = log_probs - old
     ratio = log_ratio.exp()
@@ -97,25 +96,25 @@ def grpo_token_loss(
 def shared_prefix_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, *, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention under the layout's dense mask; [tokens, num_heads, head_dim]."""
+    """Compute softmax attention with the layout's dense mask; [tokens, num_heads, head_dim]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     group_size = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
     scores = torch.einsum("qhd,khd->hqk", query, key).to(torch.promote_types(query.dtype, torch.float32)) * scale
-    scores = scores.masked_fill(~visibility(layout).to(query.device), -torch.inf)
+    scores = scores.masked_fill(~attention_mask(layout).to(query.device), -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(value.dtype), value)
 
 
-def visibility(layout: SegmentLayout) -> Tensor:
-    """bool [tokens, tokens]: whether the row's query sees the column's key."""
+def attention_mask(layout: SegmentLayout) -> Tensor:
+    """Return the layout's mask, bool [tokens, tokens]: whether query i attends to key j."""
     lengths = torch.tensor(layout.lengths, dtype=torch.int64)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     prefix = torch.tensor(layout.prefixes, dtype=torch.int64)[segment]
-    own = segment[:, None] == segment
+    own_segment = segment[:, None] == segment
     if layout.causal:
-        rows = torch.arange(len(segment))
-        own &= rows[:, None] >= rows
-    return own | (prefix[:, None] == segment)
+        tokens = torch.arange(len(segment))
+        own_segment &= tokens[:, None] >= tokens
+    return own_segment | (prefix[:, None] == segment)
 
 
 def frames_to_patches(
@@ -129,18 +128,18 @@ def frames_to_patches(
     unit_order: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Patch vectors of uint8 frames, built patch by patch; [num_patches, 3 * temporal_patch_size * patch_size**2]."""
+    """Cut uint8 frames into patch vectors, one by one; [num_patches, 3 * temporal_patch_size * patch_size**2]."""
     pixels = (frames.double() / 255 - torch.tensor(mean, dtype=torch.double)) / torch.tensor(std, dtype=torch.double)
     num_frames, height, width, _ = frames.shape
     unit_size = patch_size * merge_size
     patches = []
     for start in range(0, num_frames, temporal_patch_size):
-        pair = [pixels[min(start + i, num_frames - 1)] for i in range(temporal_patch_size)]
+        patch_frames = [pixels[min(start + i, num_frames - 1)] for i in range(temporal_patch_size)]
         for unit_y in range(0, height, unit_size):
             for unit_x in range(0, width, unit_size):
                 for y in range(unit_y, unit_y + unit_size, patch_size):
                     for x in range(unit_x, unit_x + unit_size, patch_size):
-                        patch = torch.stack([frame[y : y + patch_size, x : x + patch_size] for frame in pair])
+                        patch = torch.stack([frame[y : y + patch_size, x : x + patch_size] for frame in patch_frames])
                         patches.append(patch.permute(3, 0, 1, 2).flatten())
     units = torch.stack(patches).unflatten(0, (-1, merge_size**2))
     if unit_order is not None:
@@ -149,23 +148,23 @@ def frames_to_patches(
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [..., gate | up]; [..., ffn_size]."""
+    """Compute silu(gate) * up, [..., ffn_size], from [..., gate | up]."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight).to(x.dtype)
+    """Compute x / sqrt(mean(x^2) + epsilon) * weight over the last dimension."""
+    x_float = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x_float * (x_float.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight).to(x.dtype)
 
 
 def mrope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated copies of query and key, [tokens, heads, head_dim]; the rotate-half convention."""
+    """Return rotated copies of query and key, [tokens, heads, head_dim] (rotate-half convention)."""
 
     def rotate(x: Tensor) -> Tensor:
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        half_turned = torch.cat([-second, first], dim=-1)
-        return (x * cos[:, None] + half_turned * sin[:, None]).to(x.dtype)
+        rotated_half = torch.cat([-second, first], dim=-1)
+        return (x * cos[:, None] + rotated_half * sin[:, None]).to(x.dtype)
 
     return rotate(query), rotate(key)

@@ -1,4 +1,4 @@
-"""Comparison with a float64 reference, with one tolerance for each dtype."""
+"""Comparison of an op with a float64 reference, with one tolerance per dtype."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Norm of the error over norm of the reference. A value rounded to bfloat16 is off by up to 2^-9 of itself, to float16
-# by up to 2^-12; products of such values, summed in float32, stay near that.
+# Bound of norm(error) / norm(reference). Rounding a value to bfloat16 changes it by up to 2^-9 of itself, rounding to
+# float16 by up to 2^-12; products of such values, summed in float32, have about the same relative error.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 
 
 def assert_accurate(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Assert that `actual`, computed from inputs of `dtype`, agrees with the float64 `expected`."""
+    """Assert that `actual`, computed from inputs of `dtype`, matches the float64 `expected`.
+
+    Infinite values must be in the same places; the tolerance applies to the finite ones.
+    """
     assert actual.shape == expected.shape
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert actual.isfinite().equal(expected.isfinite())
@@ -23,7 +26,7 @@ def assert_accurate(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> Non
 
 
 def gradients(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a fixed random projection of the outputs; the same projection whatever the dtype and device."""
+    """Return the gradients of a random projection of the outputs, which is the same for every dtype and device."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -35,6 +38,6 @@ def gradients(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequ
     return torch.autograd.grad(outputs, inputs, grad_outputs)
 
 
-def doubles(*tensors: Tensor) -> list[Tensor]:
-    """The same values on the CPU in float64."""
+def to_float64(*tensors: Tensor) -> list[Tensor]:
+    """Return copies of the tensors on the CPU in float64."""
     return [tensor.detach().double().cpu() for tensor in tensors]

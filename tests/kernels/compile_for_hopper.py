@@ -1,7 +1,7 @@
-"""Compiles, without a GPU, every kernel that the ops launch: run by test_hopper.py, in a process of its own.
+"""Compile every kernel that the ops launch for sm_90, without a GPU. test_hopper.py runs this in its own process.
 
-The launchers run on CPU tensors up to the launch, which is replaced by a compilation for sm_90 with exactly the
-argument types and specialisations that a real launch would have. Prints one JSON object.
+The launch functions run on CPU tensors. The launch itself is replaced by a compilation with exactly the argument types
+and specializations that a real launch would have. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from vcr1_kernels import backend as path
+from vcr1_kernels import backend
 
 HOPPER = GPUTarget("cuda", 90, 32)
-compiled: dict[str, dict[str, Any]] = defaultdict(dict)  # by kernel and specialisation
+compiled: dict[str, dict[str, Any]] = defaultdict(dict)  # by kernel name and specialization
 
 
 def compile_instead_of_launching(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Replace `JITFunction.run`: compile the kernel for this call's specialization, unless it is compiled already."""
     compiler = make_backend(HOPPER)
     binder = create_function_from_signature(kernel.signature, kernel.params, compiler)
     bound_args, specialization, _ = binder(*args, **kwargs, debug=False)
@@ -39,14 +40,14 @@ def compile_instead_of_launching(kernel: JITFunction, *args: Any, grid: Any, war
 
 
 def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
-    """Forward and backward of each op; what they return is unwritten memory."""
+    """Run each op forward and backward. The results are uninitialized memory, because no kernel runs."""
     vocab_size, hidden_size, num_heads, num_kv_heads, head_dim = 1600, 64, 28, 4, 128
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype).requires_grad_()
 
     def per_token() -> Tensor:
-        return torch.randn(num_tokens + 3)[3:]  # a slice, as of a packed batch: not aligned to 16 bytes
+        return torch.randn(num_tokens + 3)[3:]  # a slice, like those of a packed batch: not aligned to 16 bytes
 
     hidden, weight, target_ids = leaf(num_tokens, hidden_size), leaf(vocab_size, hidden_size), torch.arange(num_tokens)
     for entropy in (False, True):
@@ -86,6 +87,7 @@ def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
 
 
 def num_spilling_instructions(cubin: bytes) -> int:
+    """Count the loads and stores of local memory, where the compiler puts values that do not fit into registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -95,17 +97,18 @@ def num_spilling_instructions(cubin: bytes) -> int:
 
 def main() -> None:
     JITFunction.run = compile_instead_of_launching
-    path._interpreting = True  # CPU tensors go to the launchers
+    backend._interpreting = True  # CPU tensors reach the launch functions
     run_every_op(64, torch.bfloat16)
+    # Whatever is compiled after this point was compiled only because lengths, alignment or temperature differ.
     num_compiled = {name: len(kernels) for name, kernels in compiled.items()}
     run_every_op(93, torch.bfloat16)
     report = {
         name: {
             "compiled": num_compiled[name],
-            "compiled_again": len(kernels) - num_compiled[name],
+            "recompiled": len(kernels) - num_compiled[name],
             "shared_bytes": max(kernel.metadata.shared for kernel in kernels.values()),
             "spills": sum(num_spilling_instructions(kernel.asm["cubin"]) for kernel in kernels.values()),
-            "matrix_units": all("wgmma" in kernel.asm["ptx"] for kernel in kernels.values()),
+            "tensor_cores": all("wgmma" in kernel.asm["ptx"] for kernel in kernels.values()),
         }
         for name, kernels in compiled.items()
     }

@@ -1,4 +1,7 @@
-"""Every op is tested on two paths: PyTorch on the CPU, and the Triton kernels, in the interpreter where no GPU is."""
+"""Every op is tested on two paths: PyTorch on the CPU, and the Triton kernels.
+
+The Triton kernels run on a GPU if there is one, otherwise in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Must be set before anything imports triton: triton reads it when it decorates a kernel.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -16,7 +20,7 @@ from vcr1_kernels.backend import interpreter
 
 @pytest.fixture(params=["pytorch", "triton"])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where a test puts its tensors; with it, which path the ops take."""
+    """Run the test once per path, and return the device on which it must create its tensors."""
     if request.param == "pytorch":
         yield torch.device("cpu")
     elif torch.cuda.is_available():
@@ -32,8 +36,11 @@ def seed() -> None:
 
 
 @pytest.fixture
-def triton_dtype_skip(request: pytest.FixtureRequest) -> None:
-    """Triton 3.6's interpreter multiplies the bit patterns of bfloat16 matrices: float16 runs the same code."""
+def skip_bfloat16_matmul_in_interpreter(request: pytest.FixtureRequest) -> None:
+    """Skip bfloat16 without a GPU: Triton 3.6's interpreter multiplies the bit patterns of bfloat16 matrices.
+
+    float16 tests the same code.
+    """
     path, dtype = request.node.callspec.params["device"], request.node.callspec.params["dtype"]
     if path == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("bfloat16 tl.dot needs a GPU")

@@ -7,13 +7,13 @@ from torch import Tensor
 from vcr1_kernels import SegmentLayout, reference, shared_prefix_attention
 from vcr1_kernels.ops.attention import _dense_blocks
 
-from tests.kernels.accuracy import assert_accurate, doubles, gradients
+from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 LAYOUTS = {
     "group": SegmentLayout((70, 33, 5, 18), (-1, 0, 0, 0)),
     "two-groups-and-an-empty-response": SegmentLayout((9, 4, 0, 66, 3), (-1, 0, 0, -1, 3)),
     "empty-prefix": SegmentLayout((0, 4, 6), (-1, 0, 0)),
-    "prefix-behind-and-between": SegmentLayout((5, 7, 6, 3), (1, -1, 1, -1)),
+    "prefix-after-and-between-its-segments": SegmentLayout((5, 7, 6, 3), (1, -1, 1, -1)),
     "packed": SegmentLayout.packed((3, 3, 70, 1, 0)),
     "windows": SegmentLayout.packed((16, 16, 8, 16, 5), causal=False),
     "prefix-not-causal": SegmentLayout((20, 9, 9), (-1, 0, 0), causal=False),
@@ -33,27 +33,28 @@ def _inputs(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_matches_float64(
-    layout: SegmentLayout, dtype: torch.dtype, device: torch.device, triton_dtype_skip: None
+    layout: SegmentLayout, dtype: torch.dtype, device: torch.device, skip_bfloat16_matmul_in_interpreter: None
 ) -> None:
     inputs = _inputs(layout.num_tokens, 2, 1, 20, dtype, device)
 
     def op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return shared_prefix_attention(query, key, value, layout)
 
-    def truth(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def reference_op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return reference.shared_prefix_attention(query, key, value, layout)
 
     output = op(*inputs)
     assert output.dtype == dtype
-    assert_accurate(output, truth(*doubles(*inputs)), dtype)
-    for actual, expected in zip(gradients(op, inputs), gradients(truth, doubles(*inputs)), strict=True):
-        # The gradient of query and key cancels to 0 where a row sees one key, or nearly so: a value of relative error.
+    assert_accurate(output, reference_op(*to_float64(*inputs)), dtype)
+    for actual, expected in zip(gradients(op, inputs), gradients(reference_op, to_float64(*inputs)), strict=True):
+        # If every query sees only one key, the gradients of query and key are exactly 0, up to rounding. A relative
+        # error would mean nothing.
         if expected.norm() > 1e-9:
             assert_accurate(actual, expected, dtype)
 
 
-def test_equals_the_unshared_sequences(device: torch.device) -> None:
-    """Against torch's own attention of prompt + response, one sequence a response, which knows nothing of layouts."""
+def test_matches_separate_sequences(device: torch.device) -> None:
+    """Compare with torch's attention of one sequence prompt + response per response, which does not use layouts."""
     prompt, responses, num_heads, num_kv_heads = 21, (7, 12, 1), 4, 2
     layout = SegmentLayout((prompt, *responses), (-1, 0, 0, 0))
     inputs = _inputs(layout.num_tokens, num_heads, num_kv_heads, 16, torch.float32, device)
@@ -61,23 +62,23 @@ def test_equals_the_unshared_sequences(device: torch.device) -> None:
     def unshared(*inputs: Tensor) -> Tensor:
         outputs = []
         for start, end in zip(layout.starts[1:], layout.starts[2:], strict=False):
-            rows = [*range(prompt), *range(start, end)]
-            query, key, value = (tensor[rows].transpose(0, 1)[None] for tensor in inputs)
+            tokens = [*range(prompt), *range(start, end)]
+            query, key, value = (tensor[tokens].transpose(0, 1)[None] for tensor in inputs)
             key, value = (tensor.repeat_interleave(num_heads // num_kv_heads, 1) for tensor in (key, value))
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True)[0].transpose(0, 1)
-            outputs.append(out if not outputs else out[prompt:])  # the prompt's rows are the same every time
+            outputs.append(out if not outputs else out[prompt:])  # the prompt's output is the same every time
         return torch.cat(outputs)
 
     def shared(*inputs: Tensor) -> Tensor:
         return shared_prefix_attention(*inputs, layout)
 
-    exact = doubles(*inputs)
+    exact = to_float64(*inputs)
     assert_accurate(shared(*inputs), unshared(*exact), torch.float32)
     for actual, expected in zip(gradients(shared, inputs), gradients(unshared, exact), strict=True):
         assert_accurate(actual, expected, torch.float32)
 
 
-def test_slices_of_a_packed_projection(device: torch.device) -> None:
+def test_query_key_and_value_may_be_slices_of_one_projection(device: torch.device) -> None:
     layout = SegmentLayout((6, 3), (-1, 0))
     packed = torch.randn(9, 4 + 2 + 2, 16, device=device)
     views = packed.split([4, 2, 2], dim=1)
@@ -93,7 +94,7 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(lambda *x: shared_prefix_attention(*x, layout), inputs)
 
 
-def test_thousands_of_windows_take_one_batch() -> None:
+def test_equal_windows_are_computed_in_one_batch() -> None:
     layout = SegmentLayout.packed([16] * 4000, causal=False)
     query, key, value = _inputs(layout.num_tokens, 2, 2, 16, torch.float32, torch.device("cpu"))
     output = shared_prefix_attention(query, key, value, layout)
@@ -102,7 +103,7 @@ def test_thousands_of_windows_take_one_batch() -> None:
     assert len(_dense_blocks(layout)) == 1
 
 
-def test_no_tokens(device: torch.device) -> None:
+def test_empty_input(device: torch.device) -> None:
     inputs = _inputs(0, 2, 1, 8, torch.float32, device)
     assert [g.shape for g in gradients(lambda *x: shared_prefix_attention(*x, SegmentLayout((), ())), inputs)] == [
         tensor.shape for tensor in inputs
@@ -120,6 +121,6 @@ def test_no_tokens(device: torch.device) -> None:
         (torch.zeros(5, 8, 2).mT, torch.zeros(5, 2, 8), torch.zeros(5, 2, 8), "last dimension of query"),
     ],
 )
-def test_bad_input(query: Tensor, key: Tensor, value: Tensor, message: str) -> None:
+def test_invalid_input_raises(query: Tensor, key: Tensor, value: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         shared_prefix_attention(query, key, value, SegmentLayout((2, 3), (-1, 0)))

@@ -1,4 +1,7 @@
-"""What flash-attn is told of a layout, by a stand-in that follows its documentation; the library itself needs a GPU."""
+"""The arguments that flash-attn receives for a layout, checked with a fake that follows its documentation.
+
+The library itself needs a GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from vcr1_kernels import SegmentLayout, reference, shared_prefix_attention
 from vcr1_kernels.ops.flash_attn import flash_attention, flash_attn_is_installed, use_flash_attn
 
 
-def _varlen(
+def _fake_varlen_func(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -38,14 +41,14 @@ def _varlen(
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = _varlen  # type: ignore[attr-defined]
+    module.flash_attn_varlen_func = _fake_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_segments_reach_it_as_sequences(stand_in: None, causal: bool) -> None:
+def test_independent_segments_are_passed_as_sequences(fake_flash_attn: None, causal: bool) -> None:
     layout = SegmentLayout.packed((5, 1, 0, 9), causal=causal)
     query, key, value = (torch.randn(15, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     torch.testing.assert_close(
@@ -54,31 +57,31 @@ def test_segments_reach_it_as_sequences(stand_in: None, causal: bool) -> None:
     )
 
 
-def test_prompts_with_one_response_reach_it_too(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is shared in supervised fine-tuning."""
-    asked: list[SegmentLayout] = []
+def test_prompts_with_one_response_use_flash_attn(fake_flash_attn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In supervised fine-tuning no prefix is shared: a prompt and its only response are one sequence."""
+    layouts: list[SegmentLayout] = []
 
-    def on_gpu(query: Tensor, layout: SegmentLayout) -> bool:
-        asked.append(layout)
+    def use_flash_attn_as_on_gpu(query: Tensor, layout: SegmentLayout) -> bool:
+        layouts.append(layout)
         return max(layout.prefixes) < 0
 
-    monkeypatch.setattr("vcr1_kernels.ops.attention.use_flash_attn", on_gpu)
+    monkeypatch.setattr("vcr1_kernels.ops.attention.use_flash_attn", use_flash_attn_as_on_gpu)
     layout = SegmentLayout((5, 3, 4, 0), (-1, 0, -1, 2))
     inputs = [torch.randn(12, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
     torch.testing.assert_close(
         shared_prefix_attention(*inputs, layout), reference.shared_prefix_attention(*inputs, layout)
     )
-    assert asked == [SegmentLayout.packed((8, 4))]
+    assert layouts == [SegmentLayout.packed((8, 4))]
 
 
-def test_it_is_for_half_precision_on_a_gpu() -> None:
+def test_flash_attn_is_not_used_on_the_cpu() -> None:
     query = torch.randn(3, 2, 8, dtype=torch.bfloat16)
     assert not use_flash_attn(query, SegmentLayout.packed((3,)))
 
 
 @pytest.mark.skipif(flash_attn_is_installed(), reason="flash-attn is installed")
-def test_flash_attn_4_alone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes with SGLang, and has no flash_attn_varlen_func in flash_attn."""
+def test_flash_attn_4_does_not_count_as_flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn-4 is installed with SGLang; its folder flash_attn has no flash_attn_varlen_func."""
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)

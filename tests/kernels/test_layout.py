@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from vcr1_kernels import SegmentLayout
-from vcr1_kernels.reference import visibility
+from vcr1_kernels.reference import attention_mask
 
 
-def test_rows_of_a_group() -> None:
+def test_starts_of_a_group() -> None:
     layout = SegmentLayout((5, 2, 0, 3), (-1, 0, 0, 0))
     assert layout.starts == (0, 5, 7, 7, 10)
     assert layout.num_tokens == 10
@@ -22,10 +22,10 @@ def test_packed_segments_have_no_prefix() -> None:
     [
         ((5, 3, 2, 1), (-1, 0, -1, 2), (8, 3), (-1, -1)),  # one response each
         ((5, 3, 7, 2, 2), (-1, 0, -1, 2, 2), (8, 7, 2, 2), (-1, -1, 1, 1)),
-        ((3, 5, 4, 2), (3, -1, 1, -1), (3, 9, 2), (2, -1, -1)),  # a prefix behind its segment
+        ((3, 5, 4, 2), (3, -1, 1, -1), (3, 9, 2), (2, -1, -1)),  # a prefix after its segment
     ],
 )
-def test_a_prefix_and_the_only_segment_behind_it_are_merged(
+def test_a_prefix_and_its_only_segment_are_merged_if_adjacent(
     lengths: tuple[int, ...],
     prefixes: tuple[int, ...],
     merged_lengths: tuple[int, ...],
@@ -34,15 +34,15 @@ def test_a_prefix_and_the_only_segment_behind_it_are_merged(
     layout = SegmentLayout(lengths, prefixes)
     merged = SegmentLayout(merged_lengths, merged_prefixes)
     assert layout.merged == merged
-    assert torch.equal(visibility(layout), visibility(merged))
+    assert torch.equal(attention_mask(layout), attention_mask(merged))
 
 
-def test_what_is_not_causal_is_not_merged() -> None:
+def test_noncausal_layouts_are_not_merged() -> None:
     layout = SegmentLayout((5, 3), (-1, 0), causal=False)
     assert layout.merged == layout
 
 
-def test_no_segments() -> None:
+def test_empty_layout_has_no_tokens() -> None:
     assert SegmentLayout((), ()).num_tokens == 0
 
 
@@ -57,6 +57,6 @@ def test_no_segments() -> None:
         ((1, 2, 3), (-1, 0, 1), "which has a prefix itself"),
     ],
 )
-def test_impossible_layouts(lengths: tuple[int, ...], prefixes: tuple[int, ...], message: str) -> None:
+def test_invalid_layout_raises(lengths: tuple[int, ...], prefixes: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SegmentLayout(lengths, prefixes)

@@ -5,9 +5,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vcr1_kernels import grpo_token_loss, linear_grpo_loss, linear_log_probs, reference
+from vcr1_kernels import (
+    Objective,
+    grpo_token_loss,
+    linear_grpo_loss,
+    linear_log_probs,
+    linear_objective_loss,
+    reference,
+)
 
-from tests.kernels.accuracy import TOLERANCE, assert_accurate, doubles, gradients
+from tests.kernels.accuracy import TOLERANCE, assert_accurate, gradients, to_float64
 
 NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 60, 501, 32
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -25,7 +32,7 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, T
     weight = (torch.randn(VOCAB_SIZE, HIDDEN_SIZE) / HIDDEN_SIZE**0.5).to(dtype)
     target_ids = torch.randint(VOCAB_SIZE, (NUM_TOKENS,))
     log_probs = reference.linear_log_probs(hidden.float(), weight.float(), target_ids, temperature=0.8)
-    # Far enough from the clip bounds that rounding to half precision does not move a token across them.
+    # Ratios are far enough from the clip bounds that rounding to half precision does not move one across a bound.
     old = log_probs - torch.tensor([-0.5, 0.0, 0.5])[torch.randint(3, (NUM_TOKENS,))] + 0.05 * torch.rand(NUM_TOKENS)
     named = {
         "advantages": torch.randn(NUM_TOKENS),
@@ -59,7 +66,7 @@ def _reference_loss(
     return (token_weights * (reference.grpo_token_loss(log_probs, **options).loss - entropy_coef * entropy)).sum()
 
 
-# gradcheck runs backward many times and this op allows one: instead, the reference in float64 is itself the proof.
+# gradcheck would run backward several times, which this op does not allow. The float64 case of this test replaces it.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_float64(variant: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -75,19 +82,20 @@ def test_matches_float64(variant: str, dtype: torch.dtype, device: torch.device)
     def op(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_grpo_loss(hidden, weight, target_ids, temperature=0.8, **options).loss
 
-    def truth(hidden: Tensor, weight: Tensor) -> Tensor:
+    def reference_op(hidden: Tensor, weight: Tensor) -> Tensor:
         return _reference_loss(hidden, weight, target_ids.cpu(), **exact_options)
 
-    exact = doubles(hidden, weight)
-    # The sum cancels: its error is relative to its terms, which are of the size of the weights' sum.
-    assert abs(op(hidden, weight).item() - truth(*exact).item()) < TOLERANCE[dtype] * options["token_weights"].sum()
-    for actual, expected in zip(gradients(op, [hidden, weight]), gradients(truth, exact), strict=True):
+    exact = to_float64(hidden, weight)
+    # Terms of both signs cancel in the loss. Its error is compared with the size of its terms: the sum of the weights.
+    error = abs(op(hidden, weight).item() - reference_op(*exact).item())
+    assert error < TOLERANCE[dtype] * options["token_weights"].sum()
+    for actual, expected in zip(gradients(op, [hidden, weight]), gradients(reference_op, exact), strict=True):
         assert actual.dtype == dtype
         assert_accurate(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("importance_level", ["token", "sequence"])
-def test_metrics_are_those_of_the_two_ops(importance_level: str, device: torch.device) -> None:
+def test_metrics_match_the_two_separate_ops(importance_level: str, device: torch.device) -> None:
     hidden, weight, target_ids, tensors = _inputs(torch.float32, device)
     options = {**tensors, "importance_level": importance_level}
     result = linear_grpo_loss(hidden, weight, target_ids, return_entropy=True, **options)
@@ -100,20 +108,41 @@ def test_metrics_are_those_of_the_two_ops(importance_level: str, device: torch.d
     torch.testing.assert_close(result.loss, (token_weights * tokens.loss).sum())
 
 
-def test_padding_rows_of_weight_zero_change_nothing(device: torch.device) -> None:
+@pytest.mark.parametrize("importance_level", ["token", "sequence"])
+def test_keyword_form_equals_objective_form(importance_level: Any) -> None:
+    hidden, weight, target_ids, tensors = _inputs(torch.float32, torch.device("cpu"))
+    settings: dict[str, Any] = {
+        "clip_low": 0.1,
+        "clip_high": 0.3,
+        "dual_clip": 2.0,
+        "kl_coef": 0.5,
+        "kl_estimator": "k2",
+        "rollout_ratio_cap": 1.1,
+        "importance_level": importance_level,
+        "entropy_coef": 0.2,
+    }
+    with_keywords = linear_grpo_loss(hidden, weight, target_ids, **tensors, **settings)
+    with_objective = linear_objective_loss(
+        hidden, weight, target_ids, tensors.pop("advantages"), Objective(**settings), **tensors
+    )
+    assert torch.equal(with_keywords.loss, with_objective.loss)
+    assert all(map(torch.equal, with_keywords.tokens, with_objective.tokens))
+
+
+def test_tokens_with_zero_weight_change_nothing(device: torch.device) -> None:
     hidden, weight, target_ids, tensors = _inputs(torch.float32, device)
     tensors["token_weights"][::3] = 0
     kept = tensors["token_weights"] != 0
 
-    def loss(hidden: Tensor, weight: Tensor, rows: Any = slice(None)) -> Tensor:
-        chosen = {name: tensor[rows] for name, tensor in tensors.items()}
-        return linear_grpo_loss(hidden[rows], weight, target_ids[rows], **chosen).loss
+    def loss(hidden: Tensor, weight: Tensor, tokens: Any = slice(None)) -> Tensor:
+        chosen = {name: tensor[tokens] for name, tensor in tensors.items()}
+        return linear_grpo_loss(hidden[tokens], weight, target_ids[tokens], **chosen).loss
 
     padded = gradients(loss, [hidden, weight])
     torch.testing.assert_close(padded, gradients(lambda h, w: loss(h, w, kept), [hidden, weight]), rtol=1e-5, atol=1e-7)
 
 
-def test_evaluation_computes_no_gradient(device: torch.device) -> None:
+def test_no_gradient_under_no_grad(device: torch.device) -> None:
     hidden, weight, target_ids, tensors = _inputs(torch.float32, device)
     trained = linear_grpo_loss(hidden, weight.requires_grad_(), target_ids, **tensors)
     with torch.no_grad():
@@ -122,7 +151,7 @@ def test_evaluation_computes_no_gradient(device: torch.device) -> None:
     torch.testing.assert_close(evaluated.loss, trained.loss.detach())
 
 
-def test_a_second_backward_is_refused(device: torch.device) -> None:
+def test_second_backward_raises(device: torch.device) -> None:
     hidden, weight, target_ids, tensors = _inputs(torch.float32, device)
     loss = linear_grpo_loss(hidden.requires_grad_(), weight, target_ids, **tensors).loss
     loss.backward(retain_graph=True)
@@ -132,7 +161,7 @@ def test_a_second_backward_is_refused(device: torch.device) -> None:
 
 @pytest.mark.parametrize("importance_level", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_weight_is_added_to_a_buffer(
+def test_weight_gradient_is_added_to_the_buffer(
     importance_level: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     hidden, weight, target_ids, tensors = _inputs(dtype, device)
@@ -146,7 +175,7 @@ def test_gradient_of_weight_is_added_to_a_buffer(
     assert_accurate(buffer, 2 * expected.double(), dtype)
 
 
-def test_a_buffer_is_filled_for_the_loss_itself_and_where_weight_learns() -> None:
+def test_buffer_requires_a_loss_gradient_of_one_and_a_trainable_weight() -> None:
     hidden, weight, target_ids, tensors = _inputs(torch.float32, torch.device("cpu"))
     buffer = torch.zeros_like(weight)
     linear_grpo_loss(hidden.requires_grad_(), weight, target_ids, **tensors, weight_grad=buffer).loss.mul(2).backward()
@@ -158,7 +187,7 @@ def test_a_buffer_is_filled_for_the_loss_itself_and_where_weight_learns() -> Non
         linear_grpo_loss(hidden, weight, target_ids, **tensors, weight_grad=buffer[1:])
 
 
-def test_no_tokens(device: torch.device) -> None:
+def test_empty_input(device: torch.device) -> None:
     hidden, weight, target_ids, tensors = _inputs(torch.float32, device)
     empty = {name: tensor[:0] for name, tensor in tensors.items()}
     result = linear_grpo_loss(hidden[:0], weight.requires_grad_(), target_ids[:0], **empty)
@@ -166,7 +195,7 @@ def test_no_tokens(device: torch.device) -> None:
     assert result.loss.item() == 0 and weight.grad is not None and weight.grad.eq(0).all()
 
 
-def test_bad_input() -> None:
+def test_invalid_input_raises() -> None:
     hidden, weight, target_ids, tensors = _inputs(torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"token_weights must be \[60\]"):
         linear_grpo_loss(hidden, weight, target_ids, **{**tensors, "token_weights": torch.ones(())})

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from vcr1_kernels import linear_log_probs, reference
 
-from tests.kernels.accuracy import assert_accurate, doubles, gradients
+from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 
 def _inputs(
@@ -30,19 +30,19 @@ def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype, device
     def op(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return linear_log_probs(hidden, weight, target_ids, temperature=0.7, return_entropy=True)
 
-    def truth(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def reference_op(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return reference.linear_log_probs(hidden, weight, target_ids.cpu(), temperature=0.7, return_entropy=True)
 
-    exact = doubles(hidden, weight)
-    for actual, expected in zip(op(hidden, weight), truth(*exact), strict=True):
+    exact = to_float64(hidden, weight)
+    for actual, expected in zip(op(hidden, weight), reference_op(*exact), strict=True):
         assert_accurate(actual, expected, dtype)
-    for actual, expected in zip(gradients(op, [hidden, weight]), gradients(truth, exact), strict=True):
+    for actual, expected in zip(gradients(op, [hidden, weight]), gradients(reference_op, exact), strict=True):
         assert actual.dtype == dtype
         assert_accurate(actual, expected, dtype)
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_chunks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_changes_only_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, target_ids = _inputs(45, 1023, 33, torch.float64, torch.device("cpu"))
     chunked = linear_log_probs(hidden, weight, target_ids)
     monkeypatch.setattr("vcr1_kernels.ops.linear_log_probs._CPU_CHUNK_BYTES", 2**30)
@@ -57,7 +57,7 @@ def test_gradcheck() -> None:
     )
 
 
-def test_a_frozen_head_gets_no_gradient(device: torch.device) -> None:
+def test_gradients_of_frozen_inputs_are_skipped(device: torch.device) -> None:
     hidden, weight, target_ids = _inputs(6, 50, 8, torch.float32, device)
     both = gradients(lambda h, w: linear_log_probs(h, w, target_ids), [hidden, weight])
     (hidden_only,) = gradients(lambda h: linear_log_probs(h, weight, target_ids), [hidden])
@@ -66,7 +66,7 @@ def test_a_frozen_head_gets_no_gradient(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_weight_is_added_to_a_buffer(dtype: torch.dtype, device: torch.device) -> None:
+def test_weight_gradient_is_added_to_the_buffer(dtype: torch.dtype, device: torch.device) -> None:
     hidden, weight, target_ids = _inputs(45, 300, 64, dtype, device)
     (expected,) = gradients(lambda w: linear_log_probs(hidden, w, target_ids), [weight])
     buffer = expected.float().clone()
@@ -80,7 +80,7 @@ def test_gradient_of_weight_is_added_to_a_buffer(dtype: torch.dtype, device: tor
         linear_log_probs(hidden, weight, target_ids, weight_grad=buffer[1:])
 
 
-def test_no_tokens(device: torch.device) -> None:
+def test_empty_input(device: torch.device) -> None:
     hidden, weight, target_ids = _inputs(0, 50, 8, torch.float32, device)
     grad_hidden, grad_weight = gradients(lambda h, w: linear_log_probs(h, w, target_ids), [hidden, weight])
     assert grad_hidden.shape == (0, 8) and grad_weight.eq(0).all()
@@ -94,6 +94,6 @@ def test_no_tokens(device: torch.device) -> None:
         (torch.zeros(3, 4), torch.zeros(5, 4).half(), "hidden is torch.float32 but weight is torch.float16"),
     ],
 )
-def test_bad_input(hidden: Tensor, weight: Tensor, message: str) -> None:
+def test_invalid_input_raises(hidden: Tensor, weight: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear_log_probs(hidden, weight, torch.zeros(3, dtype=torch.int64))

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from vcr1_kernels import log_probs_from_logits, reference
 
-from tests.kernels.accuracy import assert_accurate, doubles, gradients
+from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 
 def _inputs(num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -27,56 +26,47 @@ def test_matches_float64(
     def op(logits: Tensor) -> tuple[Tensor, Tensor]:
         return log_probs_from_logits(logits, target_ids, temperature=temperature, return_entropy=True)
 
-    def truth(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def reference_op(logits: Tensor) -> tuple[Tensor, Tensor]:
         return reference.log_probs_from_logits(logits, target_ids.cpu(), temperature=temperature, return_entropy=True)
 
-    # The inputs are exact in float64 and the statistics are float32 whatever the logits' dtype; gradients are rounded.
-    for actual, expected in zip(op(logits), truth(*doubles(logits)), strict=True):
+    # The statistics are float32 for every dtype of the logits; only the gradients are rounded to that dtype.
+    for actual, expected in zip(op(logits), reference_op(*to_float64(logits)), strict=True):
         assert_accurate(actual, expected, torch.float32)
-    assert_accurate(gradients(op, [logits])[0], gradients(truth, doubles(logits))[0], dtype)
-
-
-def test_reference_is_cross_entropy_and_shannon_entropy() -> None:
-    logits, target_ids = _inputs(9, 31, torch.float64, torch.device("cpu"))
-    log_probs, entropy = reference.log_probs_from_logits(logits, target_ids, temperature=2.0, return_entropy=True)
-    torch.testing.assert_close(log_probs, -F.cross_entropy(logits / 2, target_ids, reduction="none"))
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits / 2).entropy())
+    assert_accurate(gradients(op, [logits])[0], gradients(reference_op, to_float64(logits))[0], dtype)
 
 
 def test_gradcheck() -> None:
     logits, target_ids = _inputs(3, 7, torch.float64, torch.device("cpu"))
-    for function in (log_probs_from_logits, reference.log_probs_from_logits):
-        torch.autograd.gradcheck(
-            lambda x, function=function: function(x, target_ids, temperature=0.7, return_entropy=True),
-            logits.requires_grad_(),
-        )
+    torch.autograd.gradcheck(
+        lambda x: log_probs_from_logits(x, target_ids, temperature=0.7, return_entropy=True), logits.requires_grad_()
+    )
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's numpy: -3e38 / 0.8
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy in the interpreter: -3e38 / 0.8
 def test_extreme_logits_and_masked_entries(device: torch.device) -> None:
     logits = torch.randn(5, 3000)
-    logits[0] += 1e4  # a common offset changes nothing
-    logits[1, 7] = 1e4  # one certain token
+    logits[0] += 1e4  # an offset of the whole row changes nothing
+    logits[1, 7] = 1e4  # one token has probability 1
     logits[2, ::2] = -math.inf  # masked entries
-    logits[3, 1000:] = -3e38  # masked as Hugging Face does
+    logits[3, 1000:] = -3e38  # masked in the way of Hugging Face
     target_ids = torch.tensor([5, 7, 11, 12, 13], device=device)
     logits = logits.to(device)
 
     def op(logits: Tensor) -> tuple[Tensor, Tensor]:
         return log_probs_from_logits(logits, target_ids, temperature=0.8, return_entropy=True)
 
-    def truth(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def reference_op(logits: Tensor) -> tuple[Tensor, Tensor]:
         return reference.log_probs_from_logits(logits, target_ids.cpu(), temperature=0.8, return_entropy=True)
 
-    for actual, expected in zip(op(logits), truth(*doubles(logits)), strict=True):
+    for actual, expected in zip(op(logits), reference_op(*to_float64(logits)), strict=True):
         for row in range(5):
             assert_accurate(actual[row], expected[row], torch.float32)
-    assert_accurate(gradients(op, [logits])[0], gradients(truth, doubles(logits))[0], torch.float32)
+    assert_accurate(gradients(op, [logits])[0], gradients(reference_op, to_float64(logits))[0], torch.float32)
 
 
-def test_rows_without_any_finite_logit(device: torch.device) -> None:
+def test_tokens_without_a_finite_logit(device: torch.device) -> None:
     logits = torch.full((2, 40), -math.inf, device=device)
-    logits[1, 3] = 0.5  # the only possible token
+    logits[1, 3] = 0.5  # the only token with a non-zero probability
     logits.requires_grad_()
     log_probs, entropy = log_probs_from_logits(logits, torch.tensor([1, 3], device=device), return_entropy=True)
     assert log_probs.tolist() == [-math.inf, 0.0]
@@ -101,7 +91,7 @@ def test_inplace_backward_overwrites_the_logits(device: torch.device) -> None:
         log_probs.backward(probe)
 
 
-def test_rows_of_a_larger_tensor(device: torch.device) -> None:
+def test_logits_may_be_columns_of_a_larger_tensor(device: torch.device) -> None:
     padded, target_ids = _inputs(5, 130, torch.float32, device)
     view = padded[:, 3:103]
     target_ids = target_ids % 100
@@ -110,7 +100,7 @@ def test_rows_of_a_larger_tensor(device: torch.device) -> None:
     )
 
 
-def test_no_tokens(device: torch.device) -> None:
+def test_empty_input(device: torch.device) -> None:
     logits, target_ids = _inputs(0, 12, torch.float32, device)
     log_probs = log_probs_from_logits(logits.requires_grad_(), target_ids)
     log_probs.sum().backward()
@@ -130,6 +120,6 @@ def test_no_tokens(device: torch.device) -> None:
         (torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), 0.0, "temperature must be positive"),
     ],
 )
-def test_bad_input(logits: Tensor, target_ids: Tensor, temperature: float, message: str) -> None:
+def test_invalid_input_raises(logits: Tensor, target_ids: Tensor, temperature: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         log_probs_from_logits(logits, target_ids, temperature=temperature)

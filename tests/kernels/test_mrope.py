@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 from vcr1_kernels import mrope, reference
 
-from tests.kernels.accuracy import assert_accurate, doubles, gradients
+from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 
 def _inputs(dtype: torch.dtype, device: torch.device, head_dim: int = 20) -> list[Tensor]:
-    angles = 10 * torch.randn(7, head_dim)  # the halves differ: what the op promises is more than what RoPE needs
+    angles = 10 * torch.randn(
+        7, head_dim
+    )  # the two halves differ, which the op allows although RoPE tables have equal halves
     tensors = (torch.randn(7, 5, head_dim), torch.randn(7, 2, head_dim))
     return [*(tensor.to(device, dtype) for tensor in tensors), angles.cos().to(device), angles.sin().to(device)]
 
@@ -22,18 +24,18 @@ def test_matches_float64(dtype: torch.dtype, inplace: bool, device: torch.device
     def op(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return mrope(query * 1 if inplace else query, key * 1 if inplace else key, cos, sin, inplace=inplace)
 
-    def truth(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.mrope(query, key, *doubles(cos, sin))
+    def reference_op(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.mrope(query, key, *to_float64(cos, sin))
 
-    exact = doubles(query, key)
-    for actual, expected in zip(op(query, key), truth(*exact), strict=True):
+    exact = to_float64(query, key)
+    for actual, expected in zip(op(query, key), reference_op(*exact), strict=True):
         assert actual.dtype == dtype
         assert_accurate(actual, expected, dtype)
-    for actual, expected in zip(gradients(op, [query, key]), gradients(truth, exact), strict=True):
+    for actual, expected in zip(gradients(op, [query, key]), gradients(reference_op, exact), strict=True):
         assert_accurate(actual, expected, dtype)
 
 
-def test_rotates_in_place_the_slices_of_a_packed_projection(device: torch.device) -> None:
+def test_rotates_slices_of_a_projection_in_place(device: torch.device) -> None:
     query, key, cos, sin = _inputs(torch.float32, device)
     packed = torch.cat([query, key], dim=1).requires_grad_()
     projection = packed * 1
@@ -48,7 +50,7 @@ def test_rotates_in_place_the_slices_of_a_packed_projection(device: torch.device
     torch.testing.assert_close(packed.grad, torch.cat(grads, dim=1))
 
 
-def test_rotated_copies_of_what_a_projection_is_split_in(device: torch.device) -> None:
+def test_returns_rotated_copies_of_the_outputs_of_split(device: torch.device) -> None:
     query, key, cos, sin = _inputs(torch.float32, device)
     projection = torch.cat([query, key], dim=1).requires_grad_() * 1
     rotated = mrope(*projection.split((5, 2), dim=1), cos, sin, inplace=False)
@@ -58,19 +60,19 @@ def test_rotated_copies_of_what_a_projection_is_split_in(device: torch.device) -
     torch.testing.assert_close(projection, torch.cat([query, key], dim=1))
 
 
-def test_rotation_of_a_quarter_turn(device: torch.device) -> None:
+def test_rotation_by_90_degrees(device: torch.device) -> None:
     query = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], device=device)
     key = query.clone()
     mrope(query, key, torch.zeros(1, 4, device=device), torch.ones(1, 4, device=device))
     assert query.tolist() == key.tolist() == [[[-3.0, -4.0, 1.0, 2.0]]]
 
 
-def test_no_tokens(device: torch.device) -> None:
+def test_empty_input(device: torch.device) -> None:
     query, key = torch.empty(0, 4, 8, device=device), torch.empty(0, 2, 8, device=device)
     assert mrope(query, key, torch.empty(0, 8, device=device), torch.empty(0, 8, device=device))[0].shape == (0, 4, 8)
 
 
-def test_bad_input() -> None:
+def test_invalid_input_raises() -> None:
     query, key, cos, sin = _inputs(torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"cos must be \[7, 20\], got \[6, 20\]"):
         mrope(query, key, cos[1:], sin)

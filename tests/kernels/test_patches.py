@@ -20,17 +20,17 @@ def _frames(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (5, 16, 24), (1, 24, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_matches_patch_by_patch(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_matches_reference(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     frames = _frames(*shape)
     actual = frames_to_patches(frames.to(device), **OPTIONS, dtype=dtype)
     expected = reference.frames_to_patches(frames, **OPTIONS, dtype=torch.float64)
     assert actual.dtype == dtype and actual.is_contiguous()
-    # Half a unit in the last place; but Triton's interpreter cuts bfloat16 off instead of rounding it.
+    # Rounding error of half a unit in the last place. Triton's interpreter truncates to bfloat16 instead of rounding.
     rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=rounding, atol=1e-6)
 
 
-def test_unit_order_moves_merge_units(device: torch.device) -> None:
+def test_unit_order_reorders_merge_units(device: torch.device) -> None:
     frames = _frames(4, 16, 24).to(device)
     unit_order = torch.randperm(2 * 2 * 3)
     actual = frames_to_patches(frames, **OPTIONS, unit_order=unit_order.to(device))
@@ -38,7 +38,7 @@ def test_unit_order_moves_merge_units(device: torch.device) -> None:
     assert actual.equal(units[unit_order.to(device)].flatten(0, 1))
 
 
-def test_other_sizes(device: torch.device) -> None:
+def test_odd_patch_sizes(device: torch.device) -> None:
     options = {**OPTIONS, "patch_size": 3, "temporal_patch_size": 3, "merge_size": 1}
     frames = _frames(4, 6, 9)
     expected = reference.frames_to_patches(frames, **options)
@@ -61,11 +61,11 @@ def test_matches_the_hugging_face_processor(device: torch.device) -> None:
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_frames(device: torch.device) -> None:
+def test_empty_video(device: torch.device) -> None:
     assert frames_to_patches(_frames(0, 8, 8).to(device), **OPTIONS).shape == (0, 96)
 
 
-def test_bad_input() -> None:
+def test_invalid_input_raises() -> None:
     with pytest.raises(ValueError, match="frames must be uint8"):
         frames_to_patches(torch.zeros(2, 8, 8, 3), **OPTIONS)
     with pytest.raises(ValueError, match=r"frames must be \[num_frames, height, width, 3\]"):

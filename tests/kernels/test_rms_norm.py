@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from vcr1_kernels import reference, rms_norm
 
-from tests.kernels.accuracy import assert_accurate, doubles, gradients
+from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 EPSILON = 1e-6
 
@@ -16,19 +16,19 @@ def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, device: tor
     x, weight = (3 * torch.randn(shape)).to(device, dtype), torch.randn(shape[-1:]).to(device, dtype)
     output = rms_norm(x, weight, EPSILON)
     assert output.dtype == dtype
-    assert_accurate(output, reference.rms_norm(*doubles(x, weight), EPSILON), dtype)
+    assert_accurate(output, reference.rms_norm(*to_float64(x, weight), EPSILON), dtype)
     ours = gradients(lambda *inputs: rms_norm(*inputs, EPSILON), [x, weight])
-    expected = gradients(lambda *inputs: reference.rms_norm(*inputs, EPSILON), doubles(x, weight))
-    for actual, wanted in zip(ours, expected, strict=True):
-        assert_accurate(actual, wanted, dtype)
+    expected = gradients(lambda *inputs: reference.rms_norm(*inputs, EPSILON), to_float64(x, weight))
+    for ours_grad, expected_grad in zip(ours, expected, strict=True):
+        assert_accurate(ours_grad, expected_grad, dtype)
 
 
-def test_is_torchs(device: torch.device) -> None:
+def test_matches_torch(device: torch.device) -> None:
     x, weight = torch.randn(7, 64, device=device), torch.randn(64, device=device)
     torch.testing.assert_close(rms_norm(x, weight, 1e-2), F.rms_norm(x, (64,), weight, 1e-2))
 
 
-def test_a_row_of_zeros_stays_zero(device: torch.device) -> None:
+def test_zero_input_gives_zero_output_and_finite_gradient(device: torch.device) -> None:
     x = torch.zeros(2, 8, device=device, requires_grad=True)
     output = rms_norm(x, torch.ones(8, device=device), EPSILON)
     output.sum().backward()
@@ -36,6 +36,6 @@ def test_a_row_of_zeros_stays_zero(device: torch.device) -> None:
     assert output.eq(0).all()
 
 
-def test_bad_input() -> None:
+def test_invalid_input_raises() -> None:
     with pytest.raises(ValueError, match="weight"):
         rms_norm(torch.zeros(2, 8), torch.ones(4), EPSILON)

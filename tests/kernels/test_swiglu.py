@@ -4,7 +4,7 @@ import pytest
 import torch
 from vcr1_kernels import reference, swiglu
 
-from tests.kernels.accuracy import assert_accurate, doubles, gradients
+from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -13,21 +13,21 @@ def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, device: tor
     gate_up = (3 * torch.randn(shape)).to(device, dtype)
     output = swiglu(gate_up)
     assert output.dtype == dtype
-    assert_accurate(output, reference.swiglu(*doubles(gate_up)), dtype)
-    assert_accurate(gradients(swiglu, [gate_up])[0], gradients(reference.swiglu, doubles(gate_up))[0], dtype)
+    assert_accurate(output, reference.swiglu(*to_float64(gate_up)), dtype)
+    assert_accurate(gradients(swiglu, [gate_up])[0], gradients(reference.swiglu, to_float64(gate_up))[0], dtype)
 
 
-def test_gate_comes_first(device: torch.device) -> None:
+def test_first_half_is_the_gate(device: torch.device) -> None:
     output = swiglu(torch.tensor([[0.0, 100.0, 5.0, 7.0]], device=device))
     torch.testing.assert_close(output.cpu(), torch.tensor([[0.0, 700.0]]))
 
 
-def test_rows_of_a_larger_tensor(device: torch.device) -> None:
+def test_input_may_be_columns_of_a_larger_tensor(device: torch.device) -> None:
     wide = torch.randn(5, 30, device=device)
     torch.testing.assert_close(swiglu(wide[:, 4:24]), swiglu(wide[:, 4:24].contiguous()))
 
 
-def test_bad_input() -> None:
+def test_invalid_input_raises() -> None:
     with pytest.raises(ValueError, match="two equal halves"):
         swiglu(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="must be contiguous"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from vcr1_kernels import grpo_token_loss, reference
 
-from tests.kernels.accuracy import assert_accurate, doubles, gradients
+from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 NUM_TOKENS = 300
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,20 +48,20 @@ def test_matches_float64(variant: str, device: torch.device) -> None:
         for name, value in options.items()
     } | {"segment_ids": segment_ids}
     actual = grpo_token_loss(log_probs, **options)
-    expected = reference.grpo_token_loss(*doubles(log_probs), **exact_options)
+    expected = reference.grpo_token_loss(*to_float64(log_probs), **exact_options)
     for name in ("loss", "kl", "ratio"):
         assert_accurate(getattr(actual, name), getattr(expected, name), torch.float32)
     assert actual.clipped.cpu().equal(expected.clipped)
     if "clip" in variant:
-        assert 0 < actual.clipped.float().mean() < 1  # the case exercises what it is named after
+        assert 0 < actual.clipped.float().mean() < 1  # the variant clips some tokens, but not all
     assert_accurate(
         gradients(lambda x: grpo_token_loss(x, **options).loss, [log_probs])[0],
-        gradients(lambda x: reference.grpo_token_loss(x, **exact_options).loss, doubles(log_probs))[0],
+        gradients(lambda x: reference.grpo_token_loss(x, **exact_options).loss, to_float64(log_probs))[0],
         torch.float32,
     )
 
 
-def test_numbers_worked_out_by_hand(device: torch.device) -> None:
+def test_matches_values_computed_by_hand(device: torch.device) -> None:
     ratio = torch.tensor([1.1, 1.5, 0.5, 0.5, 4.0], dtype=torch.float32)
     result = grpo_token_loss(
         ratio.log().to(device),
@@ -78,7 +78,7 @@ def test_numbers_worked_out_by_hand(device: torch.device) -> None:
     torch.testing.assert_close(result.ratio.cpu(), ratio)
 
 
-def test_on_policy_gradient_is_minus_advantage(device: torch.device) -> None:
+def test_on_policy_gradient_is_the_negative_advantage(device: torch.device) -> None:
     log_probs, tensors = _inputs(device)
     log_probs.requires_grad_()
     result = grpo_token_loss(log_probs, tensors["advantages"])
@@ -87,19 +87,19 @@ def test_on_policy_gradient_is_minus_advantage(device: torch.device) -> None:
     assert result.ratio.eq(1).all() and not result.clipped.any() and result.kl.eq(0).all()
 
 
-def test_k3_of_nearly_equal_policies_keeps_its_digits(device: torch.device) -> None:
+def test_k3_is_accurate_for_nearly_equal_policies(device: torch.device) -> None:
     delta = torch.tensor([1e-3, -1e-3, 9e-3, -9e-3, 2e-2, 0.0])
     log_probs = delta.to(device).requires_grad_()
     result = grpo_token_loss(
         log_probs, torch.zeros(6, device=device), ref_log_probs=torch.zeros(6, device=device), kl_coef=1.0
     )
-    (slope,) = torch.autograd.grad(result.loss.sum(), log_probs)
+    (grad,) = torch.autograd.grad(result.loss.sum(), log_probs)
     exact = delta.double()
-    torch.testing.assert_close(slope.double().cpu(), 1 - (-exact).exp(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double().cpu(), 1 - (-exact).exp(), rtol=1e-5, atol=0)
     torch.testing.assert_close(result.kl.double().cpu(), (-exact).exp() + exact - 1, rtol=2e-3, atol=1e-9)
 
 
-def test_sequence_ratio_is_the_geometric_mean(device: torch.device) -> None:
+def test_sequence_ratio_is_the_geometric_mean_of_the_token_ratios(device: torch.device) -> None:
     log_probs = torch.tensor([0.1, 0.3, -0.2], device=device)
     result = grpo_token_loss(
         log_probs,
@@ -114,10 +114,10 @@ def test_sequence_ratio_is_the_geometric_mean(device: torch.device) -> None:
 def test_gradcheck() -> None:
     log_probs, tensors = _inputs(torch.device("cpu"))
     exact = {name: tensor[:9].double() for name, tensor in tensors.items()}
-    torch.autograd.gradcheck(lambda x: grpo_token_loss(x, **exact).loss, doubles(log_probs[:9])[0].requires_grad_())
+    torch.autograd.gradcheck(lambda x: grpo_token_loss(x, **exact).loss, to_float64(log_probs[:9])[0].requires_grad_())
 
 
-def test_no_tokens(device: torch.device) -> None:
+def test_empty_input(device: torch.device) -> None:
     nothing = torch.empty(0, device=device, requires_grad=True)
     grpo_token_loss(nothing, nothing.detach(), ref_log_probs=nothing.detach()).loss.sum().backward()
     assert nothing.grad is not None and nothing.grad.shape == (0,)
@@ -132,10 +132,10 @@ def test_no_tokens(device: torch.device) -> None:
         ({"importance_level": "segment"}, "importance_level must be one of"),
         ({"importance_level": "sequence"}, "needs segment_ids"),
         ({"clip_low": 1.5}, "0 <= clip_low <= 1"),
-        ({"dual_clip": 0.5}, "dual_clip must exceed 1"),
+        ({"dual_clip": 0.5}, "dual_clip must be greater than 1"),
         ({"rollout_ratio_cap": 0.0}, "rollout_ratio_cap must be positive"),
     ],
 )
-def test_bad_input(options: dict[str, Any], message: str) -> None:
+def test_invalid_input_raises(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grpo_token_loss(torch.zeros(3), **{"advantages": torch.zeros(3), **options})

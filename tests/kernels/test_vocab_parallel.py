@@ -1,4 +1,4 @@
-"""Two and four gloo ranks, each with its shard of the vocabulary, against one process with all of it."""
+"""Ops on a vocabulary that is sharded across two and four gloo ranks match one process with the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _inputs() -> dict[str, Tensor]:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     logits = 3 * normal(NUM_TOKENS, VOCAB_SIZE)
-    logits[2, :40] = -torch.inf  # two of four shards see nothing of this row
+    logits[2, :40] = -torch.inf  # all logits of this token are -inf in two of four shards
     return {
         "logits": logits,
         "hidden": normal(NUM_TOKENS, HIDDEN_SIZE),
@@ -40,7 +40,7 @@ def _inputs() -> dict[str, Tensor]:
 
 
 def _compute(num_shards: int) -> dict[str, Tensor]:
-    """Every vocab-parallel op on this rank's shard, with its gradients; num_shards 1 is a process without a group."""
+    """Run every vocabulary-parallel op and its backward on this rank's shard. One shard means no process group."""
     group, shard = None, slice(None)
     if num_shards > 1:
         if not dist.is_initialized():
@@ -77,7 +77,7 @@ def _compute(num_shards: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("num_shards", [2, 4])
-def test_shards_equal_one_process(num_shards: int, gloo_pool: GlooPool) -> None:
+def test_sharded_ops_match_one_process(num_shards: int, gloo_pool: GlooPool) -> None:
     expected = _compute(1)
     by_rank = gloo_pool.run(_compute, num_shards)
     for name, whole in expected.items():

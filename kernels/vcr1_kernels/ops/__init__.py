@@ -1,1 +1,1 @@
-"""The public ops: validation, autograd and the PyTorch path of each; the package re-exports them."""
+"""The public ops: argument checks, autograd and the PyTorch path of each. `vcr1_kernels` re-exports them."""

@@ -1,4 +1,4 @@
-"""The one door to flash-attn, which serves packed segments that share no prefix where it is installed."""
+"""Attention by flash-attn, if it is installed, for packed segments that share no prefix. Nothing else imports it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _MAX_HEAD_DIM = 256
 
 
 def use_flash_attn(query: Tensor, layout: SegmentLayout) -> bool:
-    """True for half-precision GPU tensors whose segments are independent, where flash-attn is installed."""
+    """Return whether flash-attn computes this attention.
+
+    It does so for half-precision GPU tensors with independent segments, if flash-attn is installed.
+    """
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -26,15 +29,17 @@ def use_flash_attn(query: Tensor, layout: SegmentLayout) -> bool:
 
 @lru_cache(maxsize=1)
 def flash_attn_is_installed() -> bool:
-    """Whether independent segments on a GPU go to flash-attn (2; what flash-attn-4 installs under this name is another
-    library in a folder without a module).
+    """Return whether flash-attn 2 is installed.
+
+    flash-attn-4 installs a folder of the same name that has no `__init__.py`. It is another library, with another
+    interface, and does not count.
     """
     found = find_spec("flash_attn")
     return found is not None and found.origin is not None
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
-    """`shared_prefix_attention` of independent segments; shapes as there."""
+    """Compute `shared_prefix_attention` of independent segments; same arguments and shapes."""
     from flash_attn import flash_attn_varlen_func
 
     boundaries = _boundaries(layout, query.device)
@@ -54,5 +59,5 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLa
 
 @lru_cache(maxsize=64)
 def _boundaries(layout: SegmentLayout, device: torch.device) -> Tensor:
-    """First row of each segment, and the number of tokens behind them; int32 [num_segments + 1]."""
+    """Return the first token of each segment, followed by the number of tokens; int32 [num_segments + 1]."""
     return torch.tensor(layout.starts, dtype=torch.int32, device=device)

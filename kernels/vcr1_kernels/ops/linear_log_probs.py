@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, without ever storing the logits whole."""
+"""Log-probs of target tokens from hidden states; the logits exist only one chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vcr1_kernels.checks import (
-    require_contiguous_rows,
+    require_contiguous_last_dim,
     require_floating,
     require_shape,
     require_temperature,
     require_token_ids,
 )
-from vcr1_kernels.ops.softmax_rows import RowSoftmax, RowStatistics, logit_gradient, row_softmax, row_statistics
+from vcr1_kernels.ops.softmax_rows import logit_gradient, row_softmax, row_statistics
+from vcr1_kernels.records import RowSoftmax, RowStatistics
 
-# Workspace for one chunk of logits. On a GPU the matrix products lose rate below some thousand rows; on a CPU the chunk
-# should stay near the last-level cache.
+# Size of the buffer for one chunk of logits. On a GPU, matmuls slow down below a few thousand rows; on a CPU, a chunk
+# should fit roughly into the last-level cache, because it is read several times.
 _GPU_CHUNK_BYTES = 1280 * 2**20
 _CPU_CHUNK_BYTES = 16 * 2**20
 
@@ -57,26 +58,29 @@ def linear_log_probs(
     return_entropy: bool = False,
     weight_grad: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each target token under softmax(hidden @ weight.T / temperature).
+    """Compute the log-prob of each target token under softmax(hidden @ weight.T / temperature).
 
-    The logits exist a chunk of tokens at a time, in hidden's dtype; backward computes them again.
+    The logits exist one chunk of tokens at a time, in hidden's dtype; backward recomputes them.
 
     Args:
         hidden: [tokens, hidden_size]; with a group, the same on every rank.
         weight: [vocab_shard, hidden_size], in hidden's dtype; with a group, rank r holds the r-th equal shard.
         target_ids: int64 [tokens], ids in the whole vocabulary.
-        temperature: the softmax temperature, > 0.
-        group: tensor-parallel process group, or None if the vocabulary is whole.
-        return_entropy: also return the entropy of each row's distribution, with its gradient.
-        weight_grad: float32 (float64 for float64 weights), of weight's shape: backward adds the gradient of weight
-            here, and autograd hears nothing of it. It spares a tensor of this size and a pass over it.
+        temperature: softmax temperature, > 0.
+        group: tensor-parallel process group, or None if the vocabulary is not sharded. All of its ranks must call this
+            function and its backward, which run collectives.
+        return_entropy: also return the entropy of each token's distribution, with its gradient.
+        weight_grad: float32 (float64 for float64 weights) buffer of weight's shape. Backward adds the gradient of
+            weight to it and returns none to autograd, which saves a tensor of this size and a pass over it.
 
     Returns:
-        float32 [tokens] (float64 for float64 inputs), and the entropy, [tokens], if asked. The gradient of `hidden` is
-        complete on every rank (reduced over the group), the gradient of `weight` is the shard's.
+        Log-probs, float32 [tokens] (float64 for float64 inputs), and with return_entropy the entropy, [tokens]. The
+        gradient of `hidden` is complete on every rank (reduced over the group); the gradient of `weight` is that of the
+        shard.
 
     Raises:
-        ValueError: misshapen input, two dtypes, or a target outside the vocabulary.
+        ValueError: an argument has the wrong shape, hidden and weight have different dtypes, or a target is outside the
+            vocabulary.
     """
     check_head(hidden, weight, target_ids, temperature, group, weight_grad)
     log_probs, entropy = _LinearLogProbs.apply(
@@ -98,7 +102,7 @@ def check_head(
     require_shape("weight", weight, "vocab_shard", hidden.shape[1])
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         require_floating(name, tensor)
-        require_contiguous_rows(name, tensor)
+        require_contiguous_last_dim(name, tensor)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}; cast them to one dtype")
     num_shards = dist.get_world_size(group) if group is not None else 1
@@ -109,26 +113,31 @@ def check_head(
 
 
 def first_token_id(weight: Tensor, group: dist.ProcessGroup | None) -> int:
-    """The vocabulary id of this rank's first row of `weight`."""
+    """Return the vocabulary id of the first row of this rank's shard of `weight`."""
     return dist.get_rank(group) * len(weight) if group is not None else 0
 
 
 def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their logits [chunk, vocab_shard], chunk by chunk in one buffer: the next chunk overwrites the last."""
+    """Yield ranges of tokens and their logits [chunk, vocab_shard].
+
+    All chunks share one buffer: each chunk overwrites the previous one. The callers write the gradient of the logits
+    into the buffer too. Chunks have about equal lengths, which depend on shapes only and so agree across ranks.
+    """
     chunk_bytes = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
-    max_rows = max(chunk_bytes // max(len(weight) * hidden.element_size(), 1), 1)
-    num_chunks = -(-len(hidden) // max_rows)
+    max_tokens = max(chunk_bytes // max(len(weight) * hidden.element_size(), 1), 1)
+    num_chunks = -(-len(hidden) // max_tokens)
     buffer = hidden.new_empty(-(-len(hidden) // max(num_chunks, 1)), len(weight))
     for start in range(0, len(hidden), max(len(buffer), 1)):
-        rows = slice(start, min(start + len(buffer), len(hidden)))
-        yield rows, torch.mm(hidden[rows], weight.t(), out=buffer[: rows.stop - start])
+        chunk = slice(start, min(start + len(buffer), len(hidden)))
+        yield chunk, torch.mm(hidden[chunk], weight.t(), out=buffer[: chunk.stop - start])
 
 
 class HeadGradients:
-    """Gradients of hidden and weight, accumulated in float32 from chunks of the logits' gradient.
+    """Gradients of hidden and weight, accumulated in float32 from chunks of the gradient of the logits.
 
-    One that is not needed (a frozen head) is None, and costs no product. With `weight_grad`, weight's is added to that
-    and is None here.
+    Attributes:
+        hidden: gradient of hidden, or None if it is not needed; its matmul is then skipped.
+        weight: gradient of weight. None if it is not needed (a frozen head), or if it is added to `weight_grad`.
     """
 
     def __init__(
@@ -143,9 +152,11 @@ class HeadGradients:
     ) -> None:
         self._inputs, self._group = (hidden, weight), group
         accumulate_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        # Without shards a row's gradient is one product, which accumulates in float32 by itself.
+        # Without shards, a token's gradient is the result of one matmul, which accumulates in float32 internally. With
+        # shards it is a sum over ranks: rounding each term to half precision first would lose digits.
         hidden_dtype = hidden.dtype if group is None else accumulate_dtype
         self.hidden = torch.empty_like(hidden, dtype=hidden_dtype) if needs_hidden else None
+        # The gradient of weight is a sum over chunks, so it needs a float32 buffer in any case.
         self._weight_total = None
         if needs_weight:
             self._weight_total = (
@@ -153,32 +164,32 @@ class HeadGradients:
             )
         self.weight = self._weight_total if weight_grad is None else None
 
-    def add(self, rows: slice, grad_logits: Tensor) -> None:
-        """Take in the gradient of the logits of `rows`, [chunk, vocab_shard]."""
+    def add(self, tokens: slice, grad_logits: Tensor) -> None:
+        """Accumulate the gradient of the logits of a range of tokens, [chunk, vocab_shard]."""
         hidden, weight = self._inputs
         if self.hidden is not None:
             if self.hidden.dtype == grad_logits.dtype:
-                torch.mm(grad_logits, weight, out=self.hidden[rows])
+                torch.mm(grad_logits, weight, out=self.hidden[tokens])
             else:
-                self.hidden[rows] = _mm_float32(grad_logits, weight)
+                self.hidden[tokens] = _mm_float32(grad_logits, weight)
         if self._weight_total is not None:
-            _addmm_float32_(self._weight_total, grad_logits.t(), hidden[rows])
+            _addmm_float32_(self._weight_total, grad_logits.t(), hidden[tokens])
 
     def reduce(self) -> None:
-        """Complete hidden's gradient over the vocabulary shards."""
+        """Sum the gradient of hidden over the vocabulary shards. A collective: all ranks of the group must call it."""
         if self.hidden is not None and self._group is not None:
             dist.all_reduce(self.hidden, group=self._group)
 
 
 def _mm_float32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of half-precision matrices, not rounded from the accumulator's float32."""
+    """Multiply half-precision matrices and return float32, without rounding the result to half precision."""
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
 
 
 def _addmm_float32_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right in total's precision."""
+    """Add left @ right to `total` in place, in the precision of `total`."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
@@ -188,6 +199,8 @@ def _addmm_float32_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _LinearLogProbs(torch.autograd.Function):
+    """Saves hidden, weight and five numbers per token; forward and backward loop over chunks of logits."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -204,11 +217,12 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         compute_dtype = torch.promote_types(hidden.dtype, torch.float32)
         statistics = torch.empty(4, len(hidden), dtype=compute_dtype, device=hidden.device)
-        for rows, logits in logit_chunks(hidden, weight):
-            chunk = row_statistics(
-                logits, target_ids[rows], first_id=ctx.first_id, temperature=temperature, for_entropy=with_entropy
+        for chunk, logits in logit_chunks(hidden, weight):
+            part = row_statistics(
+                logits, target_ids[chunk], first_id=ctx.first_id, temperature=temperature, with_entropy=with_entropy
             )
-            statistics[:, rows] = torch.stack(chunk)
+            statistics[:, chunk] = torch.stack(part)
+        # One exchange for all tokens, not one per chunk.
         softmax = row_softmax(RowStatistics(*statistics), temperature, group)
         ctx.save_for_backward(hidden, weight, target_ids, *softmax)
         return softmax.log_probs, softmax.entropy if with_entropy else None
@@ -229,18 +243,18 @@ class _LinearLogProbs(torch.autograd.Function):
             needs_weight=needs_weight,
             weight_grad=ctx.weight_grad,
         )
-        for rows, logits in logit_chunks(hidden, weight):
+        for chunk, logits in logit_chunks(hidden, weight):
             grad_logits = logit_gradient(
                 logits,
-                target_ids[rows],
-                RowSoftmax(*(column[rows] for column in softmax)),
-                grad_log_probs[rows],
-                None if grad_entropy is None else grad_entropy[rows],
+                target_ids[chunk],
+                RowSoftmax(*(column[chunk] for column in softmax)),
+                grad_log_probs[chunk],
+                None if grad_entropy is None else grad_entropy[chunk],
                 first_id=ctx.first_id,
                 temperature=ctx.temperature,
                 out=logits,
             )
-            gradients.add(rows, grad_logits)
+            gradients.add(chunk, grad_logits)
         gradients.reduce()
         grads = (None if grad is None else grad.to(hidden.dtype) for grad in (gradients.hidden, gradients.weight))
         return *grads, *(None,) * 5

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from their logits."""
+"""Log-probs of target tokens from logits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vcr1_kernels.checks import (
-    require_contiguous_rows,
+    require_contiguous_last_dim,
     require_floating,
     require_shape,
     require_temperature,
     require_token_ids,
 )
-from vcr1_kernels.ops.softmax_rows import RowSoftmax, logit_gradient, row_softmax, row_statistics
+from vcr1_kernels.ops.softmax_rows import logit_gradient, row_softmax, row_statistics
+from vcr1_kernels.records import RowSoftmax
 
 
 @overload
@@ -48,30 +49,31 @@ def log_probs_from_logits(
     return_entropy: bool = False,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each target token under softmax(logits / temperature).
+    """Compute the log-prob of each target token under softmax(logits / temperature).
 
-    Forward reads the logits once, backward reads them once and writes their gradient once. With a process group, each
-    rank holds an equal shard of the vocabulary in rank order and one exchange of 16 bytes a token joins them. A row
-    whose logits are all -inf has log-prob -inf, entropy 0 and no gradient through its softmax.
+    Forward reads the logits once; backward reads them once and writes their gradient once. With a process group, each
+    rank holds an equal shard of the vocabulary, in rank order, and one exchange of 16 bytes per token merges the
+    shards. A token whose logits are all -inf has log-prob -inf, entropy 0 and no gradient through its softmax.
 
     Args:
-        logits: [tokens, vocab_shard], rows contiguous.
+        logits: [tokens, vocab_shard], last dimension contiguous.
         target_ids: int64 [tokens], ids in the whole vocabulary.
-        temperature: the softmax temperature, > 0.
-        group: tensor-parallel process group, or None if the vocabulary is whole.
-        return_entropy: also return the entropy of each row's distribution, with its gradient.
-        inplace_backward: write the gradient over `logits` in backward, which saves a tensor of their size. The caller
-            promises that nothing reads the logits after that; a second backward raises an error.
+        temperature: softmax temperature, > 0.
+        group: tensor-parallel process group, or None if the vocabulary is not sharded. All of its ranks must call this
+            function, which runs a collective in forward.
+        return_entropy: also return the entropy of each token's distribution, with its gradient.
+        inplace_backward: overwrite `logits` with their gradient in backward, which saves a tensor of their size. The
+            caller promises that nothing reads the logits afterwards; a second backward raises an error.
 
     Returns:
-        float32 [tokens] (float64 for float64 logits), and the entropy, [tokens], if asked.
+        Log-probs, float32 [tokens] (float64 for float64 logits), and with return_entropy the entropy, [tokens].
 
     Raises:
-        ValueError: misshapen or non-contiguous input, or a target outside the vocabulary.
+        ValueError: an argument has the wrong shape or is not contiguous, or a target is outside the vocabulary.
     """
     require_shape("logits", logits, "tokens", "vocab_shard")
     require_floating("logits", logits)
-    require_contiguous_rows("logits", logits)
+    require_contiguous_last_dim("logits", logits)
     num_shards = dist.get_world_size(group) if group is not None else 1
     require_token_ids("target_ids", target_ids, len(logits), logits.shape[1] * num_shards)
     require_temperature(temperature)
@@ -82,6 +84,8 @@ def log_probs_from_logits(
 
 
 class _LogProbsFromLogits(torch.autograd.Function):
+    """Saves the logits and a few numbers per token; backward recomputes the probabilities from them."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -96,7 +100,7 @@ class _LogProbsFromLogits(torch.autograd.Function):
         ctx.first_id = dist.get_rank(group) * logits.shape[1] if group is not None else 0
         ctx.set_materialize_grads(False)
         statistics = row_statistics(
-            logits, target_ids, first_id=ctx.first_id, temperature=temperature, for_entropy=with_entropy
+            logits, target_ids, first_id=ctx.first_id, temperature=temperature, with_entropy=with_entropy
         )
         softmax = row_softmax(statistics, temperature, group)
         ctx.save_for_backward(logits, target_ids, *softmax)
@@ -109,7 +113,8 @@ class _LogProbsFromLogits(torch.autograd.Function):
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(softmax[0])
         if ctx.inplace_backward:
-            torch.autograd.graph.increment_version(logits)  # a Triton kernel's writes are not seen by autograd
+            # Autograd does not see the writes of a Triton kernel. The new version makes a second backward raise.
+            torch.autograd.graph.increment_version(logits)
         grad_logits = logit_gradient(
             logits,
             target_ids,

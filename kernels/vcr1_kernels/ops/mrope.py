@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys."""
+"""Rotary position embedding of queries and keys, for text and (mRoPE) for time, height and width."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vcr1_kernels.backend import use_triton
-from vcr1_kernels.checks import require_contiguous_rows, require_floating, require_shape
+from vcr1_kernels.checks import require_contiguous_last_dim, require_floating, require_shape
 
 
 def mrope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = True) -> tuple[Tensor, Tensor]:
-    """Rotate query and key by each token's angles (rotate-half convention).
+    """Rotate queries and keys by the angles of their tokens (rotate-half convention).
 
-    out = x * cos + rotate_half(x) * sin with rotate_half([a | b]) = [-b | a]. The angles are one per token and channel,
-    so that multimodal RoPE, whose sections take the time, height or width position, needs nothing more here.
+    out = x * cos + rotate_half(x) * sin with rotate_half([a | b]) = [-b | a] (RoPE, arXiv:2104.09864). Each token and
+    channel has its own angle. Multimodal RoPE, whose channel sections use the position in time, height or width
+    (arXiv:2409.12191), therefore needs no case of its own: its sections are already in the tables.
 
     Args:
-        query: [tokens, num_heads, head_dim], head_dim even.
+        query: [tokens, num_heads, head_dim]; head_dim is even.
         key: [tokens, num_kv_heads, head_dim].
-        cos: [tokens, head_dim], no gradient.
-        sin: [tokens, head_dim], no gradient.
-        inplace: overwrite query and key. A leaf that requires a gradient cannot be, nor one of the outputs of
-            `torch.split`: slice instead.
+        cos: RoPE table, [tokens, head_dim]; receives no gradient.
+        sin: RoPE table, [tokens, head_dim]; receives no gradient.
+        inplace: overwrite query and key. Autograd does not allow this for a leaf that requires a gradient, nor for an
+            output of `torch.split`; slice the tensor instead.
 
     Returns:
-        The same query and key tensors, or new contiguous ones.
+        The rotated query and key: the same tensors if inplace, otherwise new contiguous ones.
 
     Raises:
-        ValueError: misshapen or non-contiguous input.
+        ValueError: an argument has the wrong shape, or its last dimension is not contiguous.
     """
     require_shape("query", query, "tokens", "num_heads", "head_dim")
     num_tokens, _, head_dim = query.shape
@@ -41,12 +42,14 @@ def mrope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool
         require_shape(name, angles, num_tokens, head_dim)
     for name, tensor in (("query", query), ("key", key), ("cos", cos), ("sin", sin)):
         require_floating(name, tensor)
-        require_contiguous_rows(name, tensor)
-    # One op each: autograd allows in-place changes of views only to functions of one output.
+        require_contiguous_last_dim(name, tensor)
+    # Two calls, because autograd does not let a function with several outputs change views in place.
     return _Rotate.apply(query, cos, sin, inplace), _Rotate.apply(key, cos, sin, inplace)
 
 
 class _Rotate(torch.autograd.Function):
+    """Saves only the tables: the rotation is linear, and backward multiplies by the transposed rotation matrix."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -67,7 +70,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: bool) -> None:
-    """Write the rotation of x [tokens, heads, head_dim], or with the transposed matrix, to `out`, which may be x."""
+    """Rotate x [tokens, heads, head_dim], or multiply it by the transposed rotation matrix, and write it to `out`.
+
+    `out` may be x itself.
+    """
     if use_triton(x):
         from vcr1_kernels.triton_ops.mrope import launch_rotate
 
@@ -75,11 +81,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: boo
         return
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
+    # The sign of rotate_half goes into the sines, so that swapping the halves is a plain roll. The transposed matrix
+    # swaps the sines of the two halves and flips their signs; the halves of a general table may differ.
     sin_first, sin_second = sin.to(compute_dtype).chunk(2, dim=-1)
     sin = torch.cat((sin_second, -sin_first) if transposed else (-sin_first, sin_second), dim=-1)
-    wide = x.to(compute_dtype)
-    turned = wide.roll(half, -1).mul_(sin[:, None])
+    x_float = x.to(compute_dtype)
+    swapped = x_float.roll(half, -1).mul_(sin[:, None])
     if out.dtype == compute_dtype:
-        torch.addcmul(turned, wide, cos.to(compute_dtype)[:, None], out=out)
+        torch.addcmul(swapped, x_float, cos.to(compute_dtype)[:, None], out=out)
     else:
-        out.copy_(turned.addcmul_(wide, cos.to(compute_dtype)[:, None]))
+        out.copy_(swapped.addcmul_(x_float, cos.to(compute_dtype)[:, None]))

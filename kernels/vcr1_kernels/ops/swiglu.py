@@ -1,4 +1,4 @@
-"""SwiGLU on the packed output of a fused gate-and-up projection."""
+"""SwiGLU of the output of a fused gate-and-up projection."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vcr1_kernels.backend import use_triton
-from vcr1_kernels.checks import require_contiguous_rows, require_floating
+from vcr1_kernels.checks import require_contiguous_last_dim, require_floating
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, in Megatron's layout: the last dimension holds all of gate, then all of up.
+    """Compute silu(gate) * up (arXiv:2002.05202) in Megatron's layout, in float32 internally.
 
     Args:
-        gate_up: [..., 2 * ffn_size], computed in float32 internally.
+        gate_up: [..., 2 * ffn_size]; the first half of the last dimension is gate, the second half is up.
 
     Returns:
-        [..., ffn_size] in the input's dtype.
+        [..., ffn_size] in the dtype of the input.
 
     Raises:
-        ValueError: an odd or non-contiguous last dimension.
+        ValueError: the last dimension is odd or not contiguous.
     """
     require_floating("gate_up", gate_up)
-    require_contiguous_rows("gate_up", gate_up)
+    require_contiguous_last_dim("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"the last dimension of gate_up must hold two equal halves, got {list(gate_up.shape)}")
     if use_triton(gate_up) and gate_up.numel():
@@ -35,7 +35,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _TorchSwiglu(torch.autograd.Function):
-    """Keeps its input alone; autograd would keep silu(gate) too."""
+    """Saves only its input; autograd would also save silu(gate)."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -58,6 +58,8 @@ class _TorchSwiglu(torch.autograd.Function):
 
 
 class _TritonSwiglu(torch.autograd.Function):
+    """Runs one kernel in each direction and saves only its input."""
+
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         from vcr1_kernels.triton_ops.swiglu import launch_swiglu

@@ -1,10 +1,9 @@
-"""The GRPO objective of each token: clipped surrogate, KL and rollout correction, with its derivative."""
+"""The GRPO loss of each token and its derivative: clipped surrogate, KL term and rollout correction."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,40 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from vcr1_kernels.backend import use_triton
 from vcr1_kernels.checks import require_floating, require_shape
-
-KlEstimator = Literal["k1", "k2", "k3"]
-ImportanceLevel = Literal["token", "sequence"]
-
-
-class TokenLoss(NamedTuple):
-    """All [tokens]; only `loss` carries a gradient."""
-
-    loss: Tensor  # kl_coef * kl - rollout correction * surrogate
-    kl: Tensor  # estimate of KL(policy || reference), 0 without reference log-probs
-    ratio: Tensor  # importance ratio policy / old policy
-    clipped: Tensor  # bool: the clip (or dual clip) holds this token's surrogate constant
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """The scalars of the objective; `grpo_token_loss` says what they mean."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_coef: float
-    kl_estimator: KlEstimator
-    rollout_ratio_cap: float | None
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
-            raise ValueError(f"need 0 <= clip_low <= 1 and clip_high >= 0, got {self.clip_low} and {self.clip_high}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must exceed 1, got {self.dual_clip}")
-        if self.kl_estimator not in get_args(KlEstimator):
-            raise ValueError(f"kl_estimator must be one of {get_args(KlEstimator)}, got {self.kl_estimator!r}")
-        if self.rollout_ratio_cap is not None and self.rollout_ratio_cap <= 0:
-            raise ValueError(f"rollout_ratio_cap must be positive, got {self.rollout_ratio_cap}")
+from vcr1_kernels.records import ImportanceLevel, KlEstimator, Objective, TokenInputs, TokenLoss
 
 
 def grpo_token_loss(
@@ -64,69 +30,74 @@ def grpo_token_loss(
     importance_level: ImportanceLevel = "token",
     segment_ids: Tensor | None = None,
 ) -> TokenLoss:
-    """Loss of each token of packed responses; the caller weights and sums it (GRPO, Dr.GRPO, DAPO, BNPO).
+    """Compute the loss of each token of packed responses; the caller weights and sums it (GRPO, Dr.GRPO, DAPO, BNPO).
 
     With ratio r = exp(log_probs - old_log_probs) and advantage A:
     loss = kl_coef * kl - c * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A). The objective is DeepSeekMath's
-    (arXiv:2402.03300), separate clip bounds DAPO's (2503.14476), the dual clip 1912.09729's, the sequence ratio GSPO's
-    (2507.18071), and the estimators k1, k2, k3 are Schulman's (joschu.net/blog/kl-approx.html).
+    (arXiv:2402.03300), with DAPO's separate clip bounds (arXiv:2503.14476), the dual clip of arXiv:1912.09729, GSPO's
+    sequence ratio (arXiv:2507.18071) and Schulman's KL estimators k1, k2 and k3 (joschu.net/blog/kl-approx.html).
 
     Args:
-        log_probs: float [tokens], the policy's; the only argument that receives a gradient.
-        advantages: [tokens].
-        old_log_probs: [tokens] of the policy that the update started from. None: on-policy, the ratio is 1 and still
-            carries the policy gradient.
-        ref_log_probs: [tokens] of the reference policy. None: no KL term.
-        rollout_log_probs: [tokens] as the sampling engine reported them. The surrogate is then multiplied by
-            c = min(exp(old_log_probs - rollout_log_probs), rollout_ratio_cap), without a gradient (truncated importance
-            sampling); c = 1 if None.
-        clip_low: the ratio is clipped below at 1 - clip_low.
-        clip_high: the ratio is clipped above at 1 + clip_high.
-        dual_clip: where A < 0 the surrogate is at least dual_clip * A. None: no bound.
+        log_probs: float [tokens], log-probs of the policy; the only argument that receives a gradient.
+        advantages: float [tokens].
+        old_log_probs: float [tokens], log-probs of the policy before the update. None: on-policy; the ratio is 1 and
+            still carries the policy gradient.
+        ref_log_probs: float [tokens], log-probs of the reference policy. None: no KL term.
+        rollout_log_probs: float [tokens], log-probs that the rollout engine reported. The surrogate is then multiplied
+            by c = min(exp(old_log_probs - rollout_log_probs), rollout_ratio_cap), which carries no gradient (truncated
+            importance sampling). None: c = 1.
+        clip_low: the ratio is clipped from below at 1 - clip_low.
+        clip_high: the ratio is clipped from above at 1 + clip_high.
+        dual_clip: where A < 0, the surrogate is bounded from below by dual_clip * A. None: no bound.
         kl_coef: weight of the KL estimate.
-        kl_estimator: with d = log_probs - ref_log_probs, k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1.
-        rollout_ratio_cap: bound on c; None: none.
-        importance_level: "sequence" takes the exponential of the segment's mean log-ratio as every token's ratio, each
-            token with its own gradient.
-        segment_ids: int64 [tokens] in [0, tokens), the response of each token; needed for "sequence".
+        kl_estimator: with d = log_probs - ref_log_probs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1.
+        rollout_ratio_cap: upper bound of c. None: no bound.
+        importance_level: "sequence" gives every token the exponential of its segment's mean log-ratio as its ratio; the
+            gradient still flows to each token through its own log-prob.
+        segment_ids: int64 [tokens] in [0, tokens), the response of each token; required for "sequence".
 
     Raises:
-        ValueError: misshapen input, an unknown name or an impossible bound.
+        ValueError: a tensor has the wrong shape, a name is unknown, or a bound is out of range.
     """
-    objective = Objective(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, rollout_ratio_cap)
+    objective = Objective(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        rollout_ratio_cap=rollout_ratio_cap,
+        importance_level=importance_level,
+    )
+    inputs = TokenInputs(advantages, old_log_probs, ref_log_probs, rollout_log_probs)
     require_shape("log_probs", log_probs, "tokens")
     require_floating("log_probs", log_probs)
-    check_per_token(len(log_probs), advantages, old_log_probs, ref_log_probs, rollout_log_probs)
-    segments = segments_of_ratio(importance_level, segment_ids, len(log_probs))
-    return apply_objective(log_probs, advantages, old_log_probs, ref_log_probs, rollout_log_probs, segments, objective)
+    require_token_inputs(inputs, len(log_probs))
+    segments = ratio_segments(objective, segment_ids, len(log_probs))
+    return differentiable_token_loss(log_probs, inputs, segments, objective)
 
 
-def apply_objective(
-    log_probs: Tensor,
-    advantages: Tensor,
-    old_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None,
-    rollout_log_probs: Tensor | None,
-    segments: Tensor | None,
-    objective: Objective,
+def differentiable_token_loss(
+    log_probs: Tensor, inputs: TokenInputs, segments: Tensor | None, objective: Objective
 ) -> TokenLoss:
-    """`grpo_token_loss` of checked arguments; `segments` is None for token-level ratios."""
+    """Compute the loss of each token from checked arguments, with a gradient for `log_probs`.
+
+    `segments` is the result of `ratio_segments`: None for token-level ratios.
+    """
     log_ratio = None
     if segments is not None:
         current = log_probs.detach()
-        log_ratio = _segment_mean(current - (current if old_log_probs is None else old_log_probs), segments)
-    return TokenLoss(
-        *_GrpoTokenLoss.apply(
-            log_probs, advantages, old_log_probs, ref_log_probs, rollout_log_probs, log_ratio, objective
-        )
-    )
+        old = current if inputs.old_log_probs is None else inputs.old_log_probs
+        log_ratio = _segment_mean(current - old, segments)
+    return TokenLoss(*_GrpoTokenLoss.apply(log_probs, inputs, log_ratio, objective))
 
 
-def segments_of_ratio(importance_level: str, segment_ids: Tensor | None, num_tokens: int) -> Tensor | None:
-    """The segments whose mean is the ratio, or None for token-level ratios; raises ValueError if they do not fit."""
-    if importance_level not in get_args(ImportanceLevel):
-        raise ValueError(f"importance_level must be one of {get_args(ImportanceLevel)}, got {importance_level!r}")
-    if importance_level == "token":
+def ratio_segments(objective: Objective, segment_ids: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Return the segments over which log-ratios are averaged, or None for token-level ratios.
+
+    Raises:
+        ValueError: the objective has sequence-level ratios and segment_ids is missing or not [num_tokens].
+    """
+    if objective.importance_level == "token":
         return None
     if segment_ids is None:
         raise ValueError('importance_level="sequence" needs segment_ids')
@@ -134,110 +105,95 @@ def segments_of_ratio(importance_level: str, segment_ids: Tensor | None, num_tok
     return segment_ids
 
 
-def check_per_token(
-    num_tokens: int,
-    advantages: Tensor,
-    old_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None,
-    rollout_log_probs: Tensor | None,
-) -> None:
+def require_token_inputs(inputs: TokenInputs, num_tokens: int) -> None:
     """Raise ValueError unless the objective's tensors are floating-point and [num_tokens]."""
-    named = {
-        "advantages": advantages,
-        "old_log_probs": old_log_probs,
-        "ref_log_probs": ref_log_probs,
-        "rollout_log_probs": rollout_log_probs,
-    }
-    for name, tensor in named.items():
+    for name, tensor in inputs._asdict().items():
         if tensor is not None:
             require_shape(name, tensor, num_tokens)
             require_floating(name, tensor)
 
 
-def token_loss_and_slope(
-    log_probs: Tensor,
-    advantages: Tensor,
-    old_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None,
-    rollout_log_probs: Tensor | None,
-    log_ratio: Tensor | None,
-    objective: Objective,
+def token_loss_and_grad(
+    log_probs: Tensor, inputs: TokenInputs, log_ratio: Tensor | None, objective: Objective
 ) -> tuple[TokenLoss, Tensor]:
-    """The token losses and their derivatives by the log-probs, [tokens], both without a graph.
+    """Compute the loss of each token and its derivative with respect to the token's log-prob.
 
-    `log_ratio` replaces log_probs - old_log_probs where the ratio is a sequence's; in either case the derivative of the
-    ratio by the token's log-prob is the ratio itself.
+    `log_ratio` [tokens] replaces log_probs - old_log_probs for sequence-level ratios. In both cases the derivative of
+    the ratio with respect to the token's log-prob is the ratio itself, so both share the code below.
+
+    Returns:
+        The loss and the derivative, both [tokens]. Neither is part of an autograd graph if gradients are disabled, as
+        in the forward of an autograd function.
     """
-    old = log_probs if old_log_probs is None else old_log_probs
+    old_log_probs = log_probs if inputs.old_log_probs is None else inputs.old_log_probs
     if log_ratio is None:
-        log_ratio = log_probs - old
+        log_ratio = log_probs - old_log_probs
     if use_triton(log_probs):
         from vcr1_kernels.triton_ops.token_loss import launch_token_loss
 
-        return launch_token_loss(log_probs, advantages, old, ref_log_probs, rollout_log_probs, log_ratio, objective)
+        return launch_token_loss(log_probs, inputs._replace(old_log_probs=old_log_probs), log_ratio, objective)
+    advantages = inputs.advantages
     ratio = log_ratio.exp()
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     surrogate = ratio * advantages
-    bound = ratio.clamp(low, high) * advantages
+    clipped_surrogate = ratio.clamp(low, high) * advantages
+    # The minimum takes the clipped surrogate, which is constant, only on one side for each sign of the advantage.
     clipped = torch.where(advantages < 0, ratio < low, (ratio > high) & (advantages > 0))
-    surrogate_slope = torch.where(clipped, 0, surrogate)
-    surrogate = torch.minimum(surrogate, bound)
+    surrogate_grad = torch.where(clipped, 0, surrogate)  # d(r A) / d(log-prob) = r A
+    surrogate = torch.minimum(surrogate, clipped_surrogate)
     if objective.dual_clip is not None:
-        beyond = (advantages < 0) & (ratio > objective.dual_clip)
-        surrogate = torch.where(beyond, objective.dual_clip * advantages, surrogate)
-        surrogate_slope = torch.where(beyond, 0, surrogate_slope)
-        clipped = clipped | beyond
-    if rollout_log_probs is not None:
-        correction = (old - rollout_log_probs).exp().clamp(max=objective.rollout_ratio_cap or math.inf)
-        surrogate, surrogate_slope = surrogate * correction, surrogate_slope * correction
-    loss, slope = -surrogate, -surrogate_slope
+        dual_clipped = (advantages < 0) & (ratio > objective.dual_clip)
+        surrogate = torch.where(dual_clipped, objective.dual_clip * advantages, surrogate)
+        surrogate_grad = torch.where(dual_clipped, 0, surrogate_grad)
+        clipped = clipped | dual_clipped
+    if inputs.rollout_log_probs is not None:
+        correction = (old_log_probs - inputs.rollout_log_probs).exp().clamp(max=objective.rollout_ratio_cap or math.inf)
+        surrogate, surrogate_grad = surrogate * correction, surrogate_grad * correction
+    loss, grad = -surrogate, -surrogate_grad
     kl = torch.zeros_like(log_probs)
-    if ref_log_probs is not None:
-        kl, kl_slope = _kl_and_slope(log_probs - ref_log_probs, objective.kl_estimator)
-        loss, slope = loss + objective.kl_coef * kl, slope + objective.kl_coef * kl_slope
-    return TokenLoss(loss, kl, ratio, clipped), slope
+    if inputs.ref_log_probs is not None:
+        kl, kl_grad = _kl_and_grad(log_probs - inputs.ref_log_probs, objective.kl_estimator)
+        loss, grad = loss + objective.kl_coef * kl, grad + objective.kl_coef * kl_grad
+    return TokenLoss(loss, kl, ratio, clipped), grad
 
 
-def _kl_and_slope(delta: Tensor, estimator: KlEstimator) -> tuple[Tensor, Tensor]:
-    """The estimate of KL(policy || reference) of delta = log policy - log reference, and its derivative by delta."""
+def _kl_and_grad(delta: Tensor, estimator: KlEstimator) -> tuple[Tensor, Tensor]:
+    """Return the estimate of KL(policy || reference) and its derivative, given delta = log policy - log reference."""
     match estimator:
         case "k1":
             return delta, torch.ones_like(delta)
         case "k2":
             return 0.5 * delta**2, delta
         case "k3":
-            shortfall = torch.expm1(-delta)
-            return shortfall + delta, -shortfall
+            # reference / policy - 1. expm1 keeps the digits of nearly equal policies, which exp(-delta) - 1 loses.
+            reference_excess = torch.expm1(-delta)
+            return reference_excess + delta, -reference_excess
 
 
 def _segment_mean(values: Tensor, segment_ids: Tensor) -> Tensor:
-    """The mean over each token's segment, [tokens], without asking the device how many segments there are."""
+    """Return for each token the mean over its segment; [tokens].
+
+    The sums have room for as many segments as tokens: the number of segments is not read back from the device.
+    """
     sums = torch.zeros_like(values).index_add_(0, segment_ids, values)
     counts = torch.zeros_like(values).index_add_(0, segment_ids, torch.ones_like(values))
     return (sums / counts)[segment_ids]
 
 
 class _GrpoTokenLoss(torch.autograd.Function):
+    """Computes the derivative in forward, together with the loss; backward is one multiplication."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        log_probs: Tensor,
-        advantages: Tensor,
-        old_log_probs: Tensor | None,
-        ref_log_probs: Tensor | None,
-        rollout_log_probs: Tensor | None,
-        log_ratio: Tensor | None,
-        objective: Objective,
+        ctx: Any, log_probs: Tensor, inputs: TokenInputs, log_ratio: Tensor | None, objective: Objective
     ) -> tuple[Tensor, ...]:
-        result, slope = token_loss_and_slope(
-            log_probs, advantages, old_log_probs, ref_log_probs, rollout_log_probs, log_ratio, objective
-        )
-        ctx.save_for_backward(slope)
+        result, grad = token_loss_and_grad(log_probs, inputs, log_ratio, objective)
+        ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(result.kl, result.ratio, result.clipped)
         return tuple(result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return (grad_loss * slope).to(slope.dtype), None, None, None, None, None, None
+        (grad,) = ctx.saved_tensors
+        return (grad_loss * grad).to(grad.dtype), None, None, None

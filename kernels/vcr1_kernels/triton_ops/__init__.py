@@ -1,1 +1,1 @@
-"""The Triton kernels and their launchers; imported only where Triton runs (see `vcr1_kernels.backend`)."""
+"""The Triton kernels and their launch functions. Imported only where Triton runs (see `vcr1_kernels.backend`)."""

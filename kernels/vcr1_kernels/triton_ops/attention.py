@@ -1,4 +1,4 @@
-"""Triton path of `vcr1_kernels.ops.attention`: launches and the tables that tell each program its rows."""
+"""Launches of the attention kernels, and the tables that tell each program which queries and keys it computes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from vcr1_kernels.triton_ops.attention_kernels import forward_kernel, key_gradie
 
 
 class _Tiles(NamedTuple):
-    resident: int  # rows that a program keeps: queries in forward and for dQ, keys for dK and dV
-    streamed: int  # rows of the other side in one step
+    """Tile sizes of a kernel, in tokens, and its launch options."""
+
+    resident: int  # tokens that a program keeps in registers: queries for the output and dQ, keys for dK and dV
+    streamed: int  # tokens of the other side that it reads in one iteration
     num_warps: int
     num_stages: int
 
@@ -25,7 +27,7 @@ class _Tiles(NamedTuple):
 def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output, [tokens, num_heads, head_dim], and the base-2 log-sum-exp, float32 [num_heads, tokens]."""
+    """Return the output, [tokens, num_heads, head_dim], and the base-2 log-sum-exp, float32 [num_heads, tokens]."""
     num_tokens, num_heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
@@ -58,7 +60,10 @@ def launch_backward(
     layout: SegmentLayout,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous."""
+    """Return the gradients of query, key and value, contiguous.
+
+    The query-gradient kernel also writes delta, which the key-gradient kernel reads: they run in this order.
+    """
     grad_query, grad_key, grad_value = (
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)
     )
@@ -104,61 +109,70 @@ def launch_backward(
 
 
 def _query_tiles(query: Tensor) -> _Tiles:
-    """For forward and dQ. Chosen to fit Hopper's registers without spilling; float32 runs without matrix units."""
+    """Return the tiles of the forward and the query-gradient kernel.
+
+    Chosen so that Hopper's registers hold them without spilling (tests/kernels/test_hopper.py). float32 inputs do not
+    use the tensor cores and need more registers.
+    """
     if query.dtype == torch.float32:
         return _Tiles(64, 64, num_warps=8, num_stages=1)
     return _Tiles(128, 64, num_warps=8, num_stages=3) if query.shape[2] <= 128 else _Tiles(64, 32, 8, 2)
 
 
 def _key_tiles(query: Tensor) -> _Tiles:
-    """For dK and dV, which keep two accumulators: half the streamed rows."""
+    """Return the tiles of the key-gradient kernel, which has two accumulators and therefore smaller streamed tiles."""
     if query.dtype == torch.float32:
         return _Tiles(64, 32, num_warps=8, num_stages=1)
     return _Tiles(128, 32, num_warps=8, num_stages=3) if query.shape[2] <= 128 else _Tiles(64, 32, 8, 2)
 
 
 def _constants(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _Tiles) -> dict[str, int | bool | str]:
+    """Return the compile-time arguments that all three kernels share."""
     _, num_heads, head_dim = query.shape
     return {
         "NUM_HEADS": num_heads,
         "GROUP_SIZE": num_heads // key.shape[1],
         "HEAD_DIM": head_dim,
         "CAUSAL": layout.causal,
-        "BLOCK_DIM": max(triton.next_power_of_2(head_dim), 16),
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "BLOCK_DIM": max(triton.next_power_of_2(head_dim), 16),  # tl.dot needs at least 16
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # half precision ignores it
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Return the token and head strides of each tensor."""
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
+# The tables depend on the layout only. They are cached because every layer of a model uses the same layout.
 @lru_cache(maxsize=64)
-def _query_blocks(layout: SegmentLayout, block_rows: int, device: torch.device) -> Tensor:
-    """int32 [num_blocks, 5]: first row, end of its segment, start of its segment, start and end of its prefix.
+def _query_blocks(layout: SegmentLayout, block_queries: int, device: torch.device) -> Tensor:
+    """Return the table of query blocks, int32 [num_blocks, 5].
 
-    The blocks with most keys come first, so that the last ones to run are short.
+    Columns: first query, end of its segment, start of its segment, start and end of its prefix. The blocks with the
+    most keys come first: programs start in this order, and the last ones to finish should be short.
     """
     blocks = []
     for segment, prefix in enumerate(layout.prefixes):
         own_start, end = layout.starts[segment], layout.starts[segment + 1]
         prefix_start, prefix_end = (0, 0) if prefix < 0 else layout.starts[prefix : prefix + 2]
-        for start in range(own_start, end, block_rows):
+        for start in range(own_start, end, block_queries):
             num_keys = prefix_end - prefix_start + (start if layout.causal else end) - own_start
             blocks.append((num_keys, (start, end, own_start, prefix_start, prefix_end)))
-    return _table([row for _, row in sorted(blocks, reverse=True)], 5, device)
+    return _table([block for _, block in sorted(blocks, reverse=True)], 5, device)
 
 
 @lru_cache(maxsize=64)
 def _key_blocks(layout: SegmentLayout, tiles: _Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
-    """int32 [num_blocks, 5]: first row, end of its segment, end of the causal diagonal, first and end range.
+    """Return the table of key blocks, int32 [num_blocks, 5], and the table of query ranges, int32 [num_ranges, 2].
 
-    Beside it the ranges, int32 [num_ranges, 2]: the query rows that see all of a block, which are the rest of its
-    segment and the segments that have it as their prefix. The blocks with most queries come first.
+    Columns of a key block: first key, end of its segment, end of the queries on its causal diagonal, first and end
+    index of its query ranges. A query range holds queries that attend to all keys of the block: the rest of its segment
+    and the segments whose prefix it is in. The blocks with the most queries come first.
     """
-    readers: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]
+    readers: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]  # by prefix: the segments that attend to it
     for segment, prefix in enumerate(layout.prefixes):
         if prefix >= 0:
             readers[prefix].append((layout.starts[segment], layout.starts[segment + 1]))
@@ -167,18 +181,19 @@ def _key_blocks(layout: SegmentLayout, tiles: _Tiles, device: torch.device) -> t
     for segment, reader_ranges in enumerate(readers):
         own_start, end = layout.starts[segment], layout.starts[segment + 1]
         for start in range(own_start, end, tiles.resident):
-            diagonal_rows = -(-tiles.resident // tiles.streamed) * tiles.streamed  # the mask ends with a whole step
-            diagonal_end = min(start + diagonal_rows, end) if layout.causal else start
+            # The kernel iterates over whole tiles of queries, so the masked part is rounded up to whole tiles.
+            diagonal_length = -(-tiles.resident // tiles.streamed) * tiles.streamed
+            diagonal_end = min(start + diagonal_length, end) if layout.causal else start
             block_ranges = _joined([(diagonal_end if layout.causal else own_start, end), *reader_ranges])
             num_queries = diagonal_end - start + sum(last - first for first, last in block_ranges)
-            row = (start, end, diagonal_end, len(ranges), len(ranges) + len(block_ranges))
-            blocks.append((num_queries, row))
+            block = (start, end, diagonal_end, len(ranges), len(ranges) + len(block_ranges))
+            blocks.append((num_queries, block))
             ranges += block_ranges
-    return _table([row for _, row in sorted(blocks, reverse=True)], 5, device), _table(ranges, 2, device)
+    return _table([block for _, block in sorted(blocks, reverse=True)], 5, device), _table(ranges, 2, device)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same rows in as few ranges as possible."""
+    """Join adjacent ranges and drop empty ones."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if start == end:
@@ -190,4 +205,5 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _table(rows: list[tuple[int, ...]], num_columns: int, device: torch.device) -> Tensor:
+    """Copy a table to the device without waiting for it; int32 [num_rows, num_columns], even if it has no rows."""
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, num_columns).to(device, non_blocking=True)

@@ -1,9 +1,23 @@
 """The Triton kernels of `vcr1_kernels.ops.attention`: FlashAttention-2 (arXiv:2307.08691) over a segment layout.
 
-A query block belongs to one segment and visits two ranges of keys, its prefix and its own segment. A key block visits
-the queries on its causal diagonal and then the ranges of rows that see all of it: the rest of its segment, and the
-segments that it is the prefix of. The query heads of its group are summed in registers, so that no gradient needs
-atomics and every result is deterministic.
+    S = scale Q K^T    P = softmax(S + mask)    O = P V    L = log2 sum exp2(S log2(e))    (forward)
+    dP = dO V^T    delta = rowsum(dO * O)    dS = P * (dP - delta)                          (backward)
+    dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO
+
+Work distribution. A program of the forward kernel and of the query-gradient kernel computes one block of queries of one
+head. The block belongs to one segment and visits two ranges of keys: its prefix and its own segment. A program of the
+key-gradient kernel computes one block of keys of one key-value head. It visits the queries on its causal diagonal, then
+the ranges of queries that attend to all of the block: the rest of its segment and the segments whose prefix it is in.
+The tables that list blocks and ranges are built in `vcr1_kernels.triton_ops.attention`.
+
+Determinism. Every gradient is summed by exactly one program, in registers and in a fixed order (the key-gradient kernel
+loops over the query heads of its group). There are no atomics, so results are bitwise reproducible.
+
+Precision. Tensor cores multiply the inputs' dtype; scores, softmax statistics and accumulators are float32. P and dS
+are rounded to the inputs' dtype before the second matmul. The GPU's exponential instruction is base 2:
+exp(x) = exp2(x * log2(e)), and the factor log2(e) is folded into the scale.
+
+Lengths are not compile-time constants: the kernels are compiled once for a model, not once for a batch.
 """
 
 from __future__ import annotations
@@ -13,62 +27,87 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_rows(ptr, token_stride, start, end, channels, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[ROWS, channels] from row `start` on; rows >= end and channels >= HEAD_DIM are 0."""
-    rows = tl.arange(0, ROWS)
-    pointers = ptr + tl.cast(start, tl.int64) * token_stride + rows[:, None] * token_stride + channels[None, :]
-    return tl.load(pointers, mask=(rows < end - start)[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
+def _load_tokens(ptr, token_stride, start, end, channels, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Load [BLOCK, channels] from token `start` on; tokens >= end and channels >= HEAD_DIM are 0.
+
+    The offset of the first token is computed in 64 bits: tokens * heads * head_dim can exceed 2^31. Offsets within the
+    block fit into 32 bits.
+    """
+    tokens = tl.arange(0, BLOCK)
+    pointers = ptr + tl.cast(start, tl.int64) * token_stride + tokens[:, None] * token_stride + channels[None, :]
+    return tl.load(pointers, mask=(tokens < end - start)[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def _store_rows(ptr, token_stride, start, end, channels, values, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    rows = tl.arange(0, ROWS)
-    pointers = ptr + tl.cast(start, tl.int64) * token_stride + rows[:, None] * token_stride + channels[None, :]
-    mask = (rows < end - start)[:, None] & (channels < HEAD_DIM)[None, :]
+def _store_tokens(ptr, token_stride, start, end, channels, values, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store [BLOCK, channels] from token `start` on, in the pointer's dtype; the mask is that of `_load_tokens`."""
+    tokens = tl.arange(0, BLOCK)
+    pointers = ptr + tl.cast(start, tl.int64) * token_stride + tokens[:, None] * token_stride + channels[None, :]
+    mask = (tokens < end - start)[:, None] & (channels < HEAD_DIM)[None, :]
     tl.store(pointers, values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def _load_query_block(blocks_ptr):
+    """Load this program's row of the table of query blocks, int32 [num_blocks, 5].
+
+    Returns the first query, the end and the start of the queries' segment, and the start and end of its prefix.
+    """
+    block_ptr = blocks_ptr + tl.program_id(0) * 5
+    start, end, own_start = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
+    prefix_start, prefix_end = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
+    return start, end, own_start, prefix_start, prefix_end
+
+
+@triton.jit
+def _split_key_ranges(
+    start, end, own_start, prefix_start, prefix_end,
+    CAUSAL: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Split the two key ranges of a query block into a part of whole key blocks and a rest that needs a mask.
+
+    The prefix is [prefix_start, prefix_end); keys before the returned prefix_whole form whole blocks. The own segment
+    is [own_start, own_end); keys before own_whole form whole blocks that all queries of the block attend to. With a
+    causal mask these are keys before the first query, and the rest contains the diagonal.
+    """
+    prefix_whole = prefix_start + (prefix_end - prefix_start) // BLOCK_KEYS * BLOCK_KEYS
+    own_end = tl.minimum(start + BLOCK_QUERIES, end) if CAUSAL else end
+    own_whole = own_start + ((start if CAUSAL else end) - own_start) // BLOCK_KEYS * BLOCK_KEYS
+    return prefix_whole, own_whole, own_end
+
+
+@triton.jit
 def _attend(
-    accumulator,
-    row_max,
-    row_sum,
-    query,
-    query_rows,
-    key_ptr,
-    value_ptr,
-    key_stride,
-    value_stride,
-    start,
-    stop,
-    end,
-    exp2_scale,
-    channels,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Online softmax of a query block over the key blocks that begin in [start, stop); keys >= end are hidden."""
+    accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
+    start, stop, end, exp2_scale, channels,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Update the online softmax of a query block with the key blocks that begin in [start, stop).
+
+    Without MASKED, all of these keys must be visible to all queries. With MASKED, keys >= end are hidden, and with
+    CAUSAL also the keys after a query. Hidden scores are -inf. A query must see at least one key of the first block
+    that it visits: otherwise max_score stays -inf and the differences below are NaN.
+    """
     for key_start in range(start, stop, BLOCK_KEYS):
-        key = _load_rows(key_ptr, key_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
+        key = _load_tokens(key_ptr, key_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * exp2_scale
         if MASKED:
-            key_rows = key_start + tl.arange(0, BLOCK_KEYS)
-            visible = (key_rows < end)[None, :]
+            key_tokens = key_start + tl.arange(0, BLOCK_KEYS)
+            visible = (key_tokens < end)[None, :]
             if CAUSAL:
-                visible = visible & (query_rows[:, None] >= key_rows[None, :])
+                visible = visible & (query_tokens[:, None] >= key_tokens[None, :])
             scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        rescale = tl.exp2(row_max - new_max)
+        # Rescale what was accumulated so far to the new maximum. The first time, max_score is -inf and rescale is 0.
+        new_max = tl.maximum(max_score, tl.max(scores, 1))
+        rescale = tl.exp2(max_score - new_max)
         p = tl.exp2(scores - new_max[:, None])
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        value = _load_rows(value_ptr, value_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
+        sum_exp = sum_exp * rescale + tl.sum(p, 1)
+        value = _load_tokens(value_ptr, value_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
         accumulator = accumulator * rescale[:, None]
         accumulator = tl.dot(p.to(value.dtype), value, accumulator, input_precision=PRECISION)
-        row_max = new_max
-    return accumulator, row_max, row_sum
+        max_score = new_max
+    return accumulator, max_score, sum_exp
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -77,8 +116,8 @@ def forward_kernel(
     key_ptr,
     value_ptr,
     out_ptr,  # contiguous [tokens, num_heads, head_dim]
-    lse_ptr,  # float32 [num_heads, tokens], base 2
-    blocks_ptr,  # int32 [num_blocks, 5]
+    lse_ptr,  # float32 [num_heads, tokens]: L, base 2
+    blocks_ptr,  # int32 [num_blocks, 5], see _load_query_block
     query_stride,
     query_head_stride,
     key_stride,
@@ -86,94 +125,81 @@ def forward_kernel(
     value_stride,
     value_head_stride,
     num_tokens,
-    exp2_scale,
+    exp2_scale,  # scale * log2(e)
     NUM_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,  # query heads per key-value head
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,  # head_dim rounded up to a power of two; the channels above HEAD_DIM are 0
+    PRECISION: tl.constexpr,  # of matmuls of float32 inputs
 ):
-    block_ptr = blocks_ptr + tl.program_id(0) * 5
-    start, end, own_start = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
-    prefix_start, prefix_end = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
+    """Compute O = softmax(S) V and L for one block of queries of one head. Grid: (query blocks, num_heads)."""
+    start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
     head = tl.program_id(1).to(tl.int64)
     key_ptr += head // GROUP_SIZE * key_head_stride
     value_ptr += head // GROUP_SIZE * value_head_stride
 
     channels = tl.arange(0, BLOCK_DIM)
-    query_rows = start + tl.arange(0, BLOCK_QUERIES)
-    query = _load_rows(
+    query_tokens = start + tl.arange(0, BLOCK_QUERIES)
+    query = _load_tokens(
         query_ptr + head * query_head_stride, query_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM
     )
     accumulator = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
-    row_max = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
+    max_score = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    sum_exp = tl.zeros([BLOCK_QUERIES], tl.float32)
 
-    # Whole blocks need no mask; each range ends in a masked part. Every row sees a key of the first block it visits.
-    prefix_whole = prefix_start + (prefix_end - prefix_start) // BLOCK_KEYS * BLOCK_KEYS
-    own_end = tl.minimum(start + BLOCK_QUERIES, end) if CAUSAL else end
-    own_whole = own_start + ((start if CAUSAL else end) - own_start) // BLOCK_KEYS * BLOCK_KEYS
-    accumulator, row_max, row_sum = _attend(
-        accumulator, row_max, row_sum, query, query_rows, key_ptr, value_ptr, key_stride, value_stride,
+    # Only the end of each range needs a mask. Every query sees a key of the first block that it visits: the prefix is
+    # visible as a whole, and without one the first block is whole or begins with the segment's first token.
+    prefix_whole, own_whole, own_end = _split_key_ranges(
+        start, end, own_start, prefix_start, prefix_end, CAUSAL, BLOCK_QUERIES, BLOCK_KEYS
+    )
+    accumulator, max_score, sum_exp = _attend(
+        accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         prefix_start, prefix_whole, prefix_end, exp2_scale, channels, False, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
-    accumulator, row_max, row_sum = _attend(
-        accumulator, row_max, row_sum, query, query_rows, key_ptr, value_ptr, key_stride, value_stride,
+    accumulator, max_score, sum_exp = _attend(
+        accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         prefix_whole, prefix_end, prefix_end, exp2_scale, channels, True, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
-    accumulator, row_max, row_sum = _attend(
-        accumulator, row_max, row_sum, query, query_rows, key_ptr, value_ptr, key_stride, value_stride,
+    accumulator, max_score, sum_exp = _attend(
+        accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         own_start, own_whole, own_end, exp2_scale, channels, False, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
-    accumulator, row_max, row_sum = _attend(
-        accumulator, row_max, row_sum, query, query_rows, key_ptr, value_ptr, key_stride, value_stride,
+    accumulator, max_score, sum_exp = _attend(
+        accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         own_whole, own_end, own_end, exp2_scale, channels, True, CAUSAL, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
 
-    _store_rows(
-        out_ptr + head * HEAD_DIM, NUM_HEADS * HEAD_DIM, start, end, channels, accumulator / row_sum[:, None],
+    _store_tokens(
+        out_ptr + head * HEAD_DIM, NUM_HEADS * HEAD_DIM, start, end, channels, accumulator / sum_exp[:, None],
         BLOCK_QUERIES, HEAD_DIM,
     )  # fmt: skip
-    tl.store(lse_ptr + head * num_tokens + query_rows, row_max + tl.log2(row_sum), mask=query_rows < end)
+    tl.store(lse_ptr + head * num_tokens + query_tokens, max_score + tl.log2(sum_exp), mask=query_tokens < end)
 
 
 @triton.jit
 def _accumulate_query_gradient(
-    grad_query,
-    query,
-    grad_out,
-    lse,
-    delta,
-    query_rows,
-    key_ptr,
-    value_ptr,
-    key_stride,
-    value_stride,
-    start,
-    stop,
-    end,
-    exp2_scale,
-    channels,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add dS @ K over the key blocks that begin in [start, stop); keys >= end are hidden."""
+    grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
+    start, stop, end, exp2_scale, channels,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add dS K over the key blocks that begin in [start, stop). The mask is that of `_attend`.
+
+    P is recomputed from the scores and the log-sum-exp: no running maximum is needed. Hidden entries of P become 0.
+    """
     for key_start in range(start, stop, BLOCK_KEYS):
-        key = _load_rows(key_ptr, key_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
-        value = _load_rows(value_ptr, value_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
+        key = _load_tokens(key_ptr, key_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
+        value = _load_tokens(value_ptr, value_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * exp2_scale
         p = tl.exp2(scores - lse[:, None])
         if MASKED:
-            key_rows = key_start + tl.arange(0, BLOCK_KEYS)
-            visible = (key_rows < end)[None, :]
+            key_tokens = key_start + tl.arange(0, BLOCK_KEYS)
+            visible = (key_tokens < end)[None, :]
             if CAUSAL:
-                visible = visible & (query_rows[:, None] >= key_rows[None, :])
+                visible = visible & (query_tokens[:, None] >= key_tokens[None, :])
             p = tl.where(visible, p, 0.0)
         grad_p = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[:, None])
@@ -187,11 +213,11 @@ def query_gradient_kernel(
     key_ptr,
     value_ptr,
     out_ptr,
-    grad_out_ptr,  # contiguous, as out, grad_query
+    grad_out_ptr,  # contiguous, like out and grad_query
     lse_ptr,
-    delta_ptr,  # float32 [num_heads, tokens], written here for the key gradient: sum of grad_out * out
+    delta_ptr,  # float32 [num_heads, tokens], output: the key-gradient kernel reads it
     grad_query_ptr,
-    blocks_ptr,
+    blocks_ptr,  # int32 [num_blocks, 5], see _load_query_block
     query_stride,
     query_head_stride,
     key_stride,
@@ -210,92 +236,73 @@ def query_gradient_kernel(
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block_ptr = blocks_ptr + tl.program_id(0) * 5
-    start, end, own_start = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
-    prefix_start, prefix_end = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
+    """Compute delta and dQ = scale dS K for one block of queries of one head. Grid: (query blocks, num_heads)."""
+    start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
     head = tl.program_id(1).to(tl.int64)
     key_ptr += head // GROUP_SIZE * key_head_stride
     value_ptr += head // GROUP_SIZE * value_head_stride
 
     channels = tl.arange(0, BLOCK_DIM)
-    query_rows = start + tl.arange(0, BLOCK_QUERIES)
-    query = _load_rows(
+    query_tokens = start + tl.arange(0, BLOCK_QUERIES)
+    query = _load_tokens(
         query_ptr + head * query_head_stride, query_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM
     )
     token_stride = NUM_HEADS * HEAD_DIM
-    out = _load_rows(out_ptr + head * HEAD_DIM, token_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
-    grad_out = _load_rows(grad_out_ptr + head * HEAD_DIM, token_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
+    out = _load_tokens(out_ptr + head * HEAD_DIM, token_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
+    grad_out = _load_tokens(grad_out_ptr + head * HEAD_DIM, token_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    tl.store(delta_ptr + head * num_tokens + query_rows, delta, mask=query_rows < end)
-    lse = tl.load(lse_ptr + head * num_tokens + query_rows, mask=query_rows < end, other=0.0)
+    tl.store(delta_ptr + head * num_tokens + query_tokens, delta, mask=query_tokens < end)
+    # Queries >= end in the last block of a segment load 0 instead of a log-sum-exp. grad_out and delta are 0 for them
+    # too, and their results are not stored.
+    lse = tl.load(lse_ptr + head * num_tokens + query_tokens, mask=query_tokens < end, other=0.0)
     grad_query = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
 
-    prefix_whole = prefix_start + (prefix_end - prefix_start) // BLOCK_KEYS * BLOCK_KEYS
-    own_end = tl.minimum(start + BLOCK_QUERIES, end) if CAUSAL else end
-    own_whole = own_start + ((start if CAUSAL else end) - own_start) // BLOCK_KEYS * BLOCK_KEYS
-    # The rows beyond `end` of a last block have no log-sum-exp, but grad_out and delta 0: what they add is not stored.
+    prefix_whole, own_whole, own_end = _split_key_ranges(
+        start, end, own_start, prefix_start, prefix_end, CAUSAL, BLOCK_QUERIES, BLOCK_KEYS
+    )
     grad_query = _accumulate_query_gradient(
-        grad_query, query, grad_out, lse, delta, query_rows, key_ptr, value_ptr, key_stride, value_stride,
+        grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         prefix_start, prefix_whole, prefix_end, exp2_scale, channels, False, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
     grad_query = _accumulate_query_gradient(
-        grad_query, query, grad_out, lse, delta, query_rows, key_ptr, value_ptr, key_stride, value_stride,
+        grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         prefix_whole, prefix_end, prefix_end, exp2_scale, channels, True, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
     grad_query = _accumulate_query_gradient(
-        grad_query, query, grad_out, lse, delta, query_rows, key_ptr, value_ptr, key_stride, value_stride,
+        grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         own_start, own_whole, own_end, exp2_scale, channels, False, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
     grad_query = _accumulate_query_gradient(
-        grad_query, query, grad_out, lse, delta, query_rows, key_ptr, value_ptr, key_stride, value_stride,
+        grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         own_whole, own_end, own_end, exp2_scale, channels, True, CAUSAL, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
-    _store_rows(
-        grad_query_ptr + head * HEAD_DIM,
-        token_stride,
-        start,
-        end,
-        channels,
-        grad_query * scale,
-        BLOCK_QUERIES,
-        HEAD_DIM,
-    )
+    _store_tokens(
+        grad_query_ptr + head * HEAD_DIM, token_stride, start, end, channels, grad_query * scale,
+        BLOCK_QUERIES, HEAD_DIM,
+    )  # fmt: skip
 
 
 @triton.jit
 def _accumulate_key_gradients(
-    grad_key,
-    grad_value,
-    key,
-    value,
-    key_rows,
-    query_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    query_stride,
-    grad_out_stride,
-    start,
-    stop,
-    end,
-    exp2_scale,
-    channels,
-    CAUSAL: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add dS^T @ Q and P^T @ dO over the query blocks that begin in [start, stop); queries >= end are hidden."""
+    grad_key, grad_value, key, value, key_tokens,
+    query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_stride, grad_out_stride,
+    start, stop, end, exp2_scale, channels,
+    CAUSAL: tl.constexpr, BLOCK_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add dS^T Q and P^T dO over the query blocks that begin in [start, stop); queries >= end are hidden.
+
+    Scores are computed transposed, [keys, queries], so that both matmuls use P and dS as their left operand.
+    """
     for query_start in range(start, stop, BLOCK_QUERIES):
-        query_rows = query_start + tl.arange(0, BLOCK_QUERIES)
-        query = _load_rows(query_ptr, query_stride, query_start, end, channels, BLOCK_QUERIES, HEAD_DIM)
-        grad_out = _load_rows(grad_out_ptr, grad_out_stride, query_start, end, channels, BLOCK_QUERIES, HEAD_DIM)
-        lse = tl.load(lse_ptr + query_rows, mask=query_rows < end, other=float("inf"))  # hidden: p is 0
-        delta = tl.load(delta_ptr + query_rows, mask=query_rows < end, other=0.0)
+        query_tokens = query_start + tl.arange(0, BLOCK_QUERIES)
+        query = _load_tokens(query_ptr, query_stride, query_start, end, channels, BLOCK_QUERIES, HEAD_DIM)
+        grad_out = _load_tokens(grad_out_ptr, grad_out_stride, query_start, end, channels, BLOCK_QUERIES, HEAD_DIM)
+        lse = tl.load(lse_ptr + query_tokens, mask=query_tokens < end, other=float("inf"))  # hidden queries: P is 0
+        delta = tl.load(delta_ptr + query_tokens, mask=query_tokens < end, other=0.0)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * exp2_scale  # [keys, queries]
         p = tl.exp2(scores - lse[None, :])
         if CAUSAL:
-            p = tl.where(query_rows[None, :] >= key_rows[:, None], p, 0.0)
+            p = tl.where(query_tokens[None, :] >= key_tokens[:, None], p, 0.0)
         grad_value = tl.dot(p.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
         grad_p = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[None, :])
@@ -311,10 +318,10 @@ def key_gradient_kernel(
     grad_out_ptr,
     lse_ptr,
     delta_ptr,
-    grad_key_ptr,  # contiguous [tokens, num_kv_heads, head_dim], as grad_value
+    grad_key_ptr,  # contiguous [tokens, num_kv_heads, head_dim], like grad_value
     grad_value_ptr,
-    blocks_ptr,  # int32 [num_blocks, 5]
-    ranges_ptr,  # int32 [num_ranges, 2]: the query rows that see all of a block
+    blocks_ptr,  # int32 [num_blocks, 5]: first key, end of its segment, end of the diagonal, first and end range
+    ranges_ptr,  # int32 [num_ranges, 2]: start and end of queries that attend to all keys of a block
     query_stride,
     query_head_stride,
     key_stride,
@@ -333,21 +340,23 @@ def key_gradient_kernel(
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Compute dK and dV for one block of keys of one key-value head. Grid: (key blocks, num_kv_heads)."""
     block_ptr = blocks_ptr + tl.program_id(0) * 5
     start, end, diagonal_end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     first_range, last_range = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
     kv_head = tl.program_id(1).to(tl.int64)
 
     channels = tl.arange(0, BLOCK_DIM)
-    key_rows = start + tl.arange(0, BLOCK_KEYS)
-    key = _load_rows(key_ptr + kv_head * key_head_stride, key_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM)
-    value = _load_rows(
+    key_tokens = start + tl.arange(0, BLOCK_KEYS)
+    key = _load_tokens(key_ptr + kv_head * key_head_stride, key_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM)
+    value = _load_tokens(
         value_ptr + kv_head * value_head_stride, value_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM
     )
     grad_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     grad_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     token_stride = NUM_HEADS * HEAD_DIM
 
+    # All query heads of the group are summed by this program: no atomics, and a fixed order of summation.
     for index in range(GROUP_SIZE):
         head = kv_head * GROUP_SIZE + index
         q_ptr = query_ptr + head * query_head_stride
@@ -356,19 +365,21 @@ def key_gradient_kernel(
         delta_head_ptr = delta_ptr + head * num_tokens
         if CAUSAL:
             grad_key, grad_value = _accumulate_key_gradients(
-                grad_key, grad_value, key, value, key_rows, q_ptr, do_ptr, lse_head_ptr, delta_head_ptr, query_stride,
+                grad_key, grad_value, key, value, key_tokens, q_ptr, do_ptr, lse_head_ptr, delta_head_ptr, query_stride,
                 token_stride, start, diagonal_end, end, exp2_scale, channels,
                 True, BLOCK_QUERIES, HEAD_DIM, PRECISION,
             )  # fmt: skip
         for range_index in range(first_range, last_range):
             range_start, range_end = tl.load(ranges_ptr + 2 * range_index), tl.load(ranges_ptr + 2 * range_index + 1)
             grad_key, grad_value = _accumulate_key_gradients(
-                grad_key, grad_value, key, value, key_rows, q_ptr, do_ptr, lse_head_ptr, delta_head_ptr, query_stride,
+                grad_key, grad_value, key, value, key_tokens, q_ptr, do_ptr, lse_head_ptr, delta_head_ptr, query_stride,
                 token_stride, range_start, range_end, range_end, exp2_scale, channels,
                 False, BLOCK_QUERIES, HEAD_DIM, PRECISION,
             )  # fmt: skip
 
     grad_token_stride = NUM_HEADS // GROUP_SIZE * HEAD_DIM
     offset = kv_head * HEAD_DIM
-    _store_rows(grad_key_ptr + offset, grad_token_stride, start, end, channels, grad_key * scale, BLOCK_KEYS, HEAD_DIM)
-    _store_rows(grad_value_ptr + offset, grad_token_stride, start, end, channels, grad_value, BLOCK_KEYS, HEAD_DIM)
+    _store_tokens(
+        grad_key_ptr + offset, grad_token_stride, start, end, channels, grad_key * scale, BLOCK_KEYS, HEAD_DIM
+    )
+    _store_tokens(grad_value_ptr + offset, grad_token_stride, start, end, channels, grad_value, BLOCK_KEYS, HEAD_DIM)

@@ -1,4 +1,4 @@
-"""Triton path of `vcr1_kernels.ops.mrope`."""
+"""Triton path of `vcr1_kernels.ops.mrope`: rotary position embedding, one read and one write per value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _rotate_kernel(
     x_ptr,
     cos_ptr,
     sin_ptr,
-    out_ptr,
+    out_ptr,  # may be x_ptr
     x_token_stride,
     x_head_stride,
     out_token_stride,
@@ -20,20 +20,26 @@ def _rotate_kernel(
     cos_stride,
     sin_stride,
     num_heads,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr,  # head_dim / 2
     TRANSPOSED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,  # HALF rounded up to a power of two
 ):
-    token = tl.program_id(0).to(tl.int64)
+    """Compute out = x * cos + rotate_half(x) * sin for BLOCK_HEADS heads of one token.
+
+    Grid: (tokens, head blocks). Every program loads both halves of its heads before it stores anything, so the kernel
+    can run in place. Products and sums are float32 whatever the dtypes, and are rounded once.
+    """
+    token = tl.program_id(0).to(tl.int64)  # 64 bits: token * stride can exceed 2^31
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     channels = tl.arange(0, BLOCK_HALF)
     inside = channels < HALF
+    # The angles of a token are loaded once and used by all heads of the block.
     cos_first = tl.load(cos_ptr + token * cos_stride + channels, mask=inside).to(tl.float32)
     cos_second = tl.load(cos_ptr + token * cos_stride + HALF + channels, mask=inside).to(tl.float32)
     sin_first = tl.load(sin_ptr + token * sin_stride + channels, mask=inside).to(tl.float32)
     sin_second = tl.load(sin_ptr + token * sin_stride + HALF + channels, mask=inside).to(tl.float32)
-    if TRANSPOSED:
+    if TRANSPOSED:  # the matrix [[cos_1, -sin_1], [sin_2, cos_2]] becomes [[cos_1, sin_2], [-sin_1, cos_2]]
         sin_first, sin_second = -sin_second, -sin_first
 
     mask = (heads < num_heads)[:, None] & inside[None, :]

@@ -1,4 +1,4 @@
-"""Triton path of `vcr1_kernels.ops.patches`: each byte is read once and each patch value written once."""
+"""Triton path of `vcr1_kernels.ops.patches`: every byte is read once and every patch value is written once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_ROWS = 16
+_BLOCK_PATCHES = 16
 
 
 @triton.jit(do_not_specialize=["num_frames", "num_patches", "units_per_column", "units_per_row"])
 def _frames_to_patches_kernel(
     frames_ptr,  # uint8 [num_frames, height, width, 3]
-    unit_order_ptr,
+    unit_order_ptr,  # int64 [num_units]; not read unless HAS_ORDER
     out_ptr,  # [num_patches, 3, TEMPORAL_PATCH, PATCH, PATCH]
     num_frames,
     num_patches,
-    units_per_column,
-    units_per_row,
-    mean_r,
+    units_per_column,  # merge units from top to bottom
+    units_per_row,  # merge units from left to right
+    mean_r,  # means and standard deviations in units of 8-bit pixel values (0..255)
     mean_g,
     mean_b,
     std_r,
@@ -29,35 +29,41 @@ def _frames_to_patches_kernel(
     PATCH: tl.constexpr,
     TEMPORAL_PATCH: tl.constexpr,
     MERGE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,  # PATCH * PATCH rounded up to a power of two
 ):
-    # One channel of one frame of the pair, for BLOCK_ROWS patches: every division is of a row or of a column alone, and
-    # is shared by the tile. Divisions for each value would take longer than its memory traffic.
+    """Compute (pixel - mean) / std of one channel of one frame, for BLOCK_PATCHES patches.
+
+    Grid: (patch blocks, 3 * TEMPORAL_PATCH). A tile is [BLOCK_PATCHES, BLOCK_PIXELS]. Integer divisions are slow, so
+    each of them depends on the patch only or on the pixel only, and the tile shares its result. A division per value
+    would take longer than the value's memory traffic.
+    """
     channel = tl.program_id(1) // TEMPORAL_PATCH
-    pair = tl.program_id(1) % TEMPORAL_PATCH
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row_inside = rows < num_patches
-    unit = rows // (MERGE * MERGE)
+    frame_in_patch = tl.program_id(1) % TEMPORAL_PATCH
+    patches = tl.program_id(0) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    patch_inside = patches < num_patches
+    # Where the patch is in the video: merge unit, then its row and column in the grid of patches.
+    unit = patches // (MERGE * MERGE)
     if HAS_ORDER:
-        unit = tl.load(unit_order_ptr + unit, mask=row_inside, other=0).to(tl.int32)
+        unit = tl.load(unit_order_ptr + unit, mask=patch_inside, other=0).to(tl.int32)
     time = unit // (units_per_column * units_per_row)
-    patch_y = unit // units_per_row % units_per_column * MERGE + rows // MERGE % MERGE
-    patch_x = unit % units_per_row * MERGE + rows % MERGE
+    patch_y = unit // units_per_row % units_per_column * MERGE + patches // MERGE % MERGE
+    patch_x = unit % units_per_row * MERGE + patches % MERGE
     pixels = tl.arange(0, BLOCK_PIXELS)
-    inside = row_inside[:, None] & (pixels < PATCH * PATCH)[None, :]
+    inside = patch_inside[:, None] & (pixels < PATCH * PATCH)[None, :]
 
     width = units_per_row * (MERGE * PATCH)
     height = units_per_column * (MERGE * PATCH)
-    frame = tl.minimum(time * TEMPORAL_PATCH + pair, num_frames - 1)  # the last frame completes an odd pair
-    row_offsets = (frame.to(tl.int64) * height + patch_y * PATCH) * width + patch_x * PATCH
+    frame = tl.minimum(time * TEMPORAL_PATCH + frame_in_patch, num_frames - 1)  # the last frame is repeated
+    # 64 bits: a long video has more than 2^31 bytes.
+    patch_offsets = (frame.to(tl.int64) * height + patch_y * PATCH) * width + patch_x * PATCH
     pixel_offsets = pixels // PATCH * width + pixels % PATCH
-    offsets = (row_offsets * 3 + channel)[:, None] + (pixel_offsets * 3)[None, :]
+    offsets = (patch_offsets * 3 + channel)[:, None] + (pixel_offsets * 3)[None, :]
     values = tl.load(frames_ptr + offsets, mask=inside, other=0).to(tl.float32)
     mean = tl.where(channel == 0, mean_r, tl.where(channel == 1, mean_g, mean_b))
     std = tl.where(channel == 0, std_r, tl.where(channel == 1, std_g, std_b))
     values = (values - mean) / std
-    out_offsets = (rows.to(tl.int64) * (3 * TEMPORAL_PATCH) + tl.program_id(1)) * (PATCH * PATCH)
+    out_offsets = (patches.to(tl.int64) * (3 * TEMPORAL_PATCH) + tl.program_id(1)) * (PATCH * PATCH)
     tl.store(out_ptr + out_offsets[:, None] + pixels[None, :], values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -71,13 +77,13 @@ def launch_frames_to_patches(
     unit_order: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Patch vectors of contiguous uint8 frames [num_frames, height, width, 3] of a checked size."""
+    """Return the patch vectors of contiguous uint8 frames [num_frames, height, width, 3] of a valid size."""
     num_frames, height, width, _ = frames.shape
     units_per_column, units_per_row = height // (patch_size * merge_size), width // (patch_size * merge_size)
     num_patches = triton.cdiv(num_frames, temporal_patch_size) * units_per_column * units_per_row * merge_size**2
     out = torch.empty(num_patches, 3 * temporal_patch_size * patch_size**2, dtype=dtype, device=frames.device)
     if out.numel():
-        _frames_to_patches_kernel[(triton.cdiv(num_patches, _BLOCK_ROWS), 3 * temporal_patch_size)](
+        _frames_to_patches_kernel[(triton.cdiv(num_patches, _BLOCK_PATCHES), 3 * temporal_patch_size)](
             frames,
             frames if unit_order is None else unit_order,
             out,
@@ -91,7 +97,7 @@ def launch_frames_to_patches(
             PATCH=patch_size,
             TEMPORAL_PATCH=temporal_patch_size,
             MERGE=merge_size,
-            BLOCK_ROWS=_BLOCK_ROWS,
+            BLOCK_PATCHES=_BLOCK_PATCHES,
             BLOCK_PIXELS=triton.next_power_of_2(patch_size**2),
         )
     return out

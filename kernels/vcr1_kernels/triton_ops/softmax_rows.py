@@ -1,4 +1,7 @@
-"""Triton path of `vcr1_kernels.ops.softmax_rows`: a read for the statistics, a read and a write for the gradient."""
+"""Triton path of `vcr1_kernels.ops.softmax_rows`.
+
+The statistics read the logits once; the gradient reads them once and writes once. All arithmetic is float32.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +10,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcr1_kernels.ops.softmax_rows import RowSoftmax
+from vcr1_kernels.records import RowSoftmax
 
-# Enough programs to fill any GPU: with fewer rows than this, several programs share a row.
+# Enough programs to fill any GPU. With fewer rows than this, the vocabulary is split among several programs per row.
 _MIN_PROGRAMS = 1024
+# A program reads a tile of _DEPTH x _LANES logits in each iteration.
 _DEPTH, _LANES = 4, 2048
 _BLOCK = _DEPTH * _LANES
 _NUM_WARPS = 8
 
 
+# Triton compiles a kernel again for each alignment of a pointer, and slices of packed batches start anywhere. The
+# pointers to per-token tensors are excluded from this specialization; only the logits profit from it.
 @triton.jit(
     do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=["columns_ptr", "parts_ptr"],
 )
 def _row_statistics_kernel(
     logits_ptr,
-    columns_ptr,  # int64 [tokens]: the target's column in this shard, out of range if it lies in another
+    columns_ptr,  # int64 [tokens]: the target's column in this shard; out of range if it is in another shard
     parts_ptr,  # float32 [num_splits, 4, tokens]
     row_stride,
     vocab_size,
     num_rows,
     split_size,  # a multiple of DEPTH * LANES
     inverse_temperature,
-    FOR_ENTROPY: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """Compute max, sum exp(d), sum exp(d) d and the target logit of one split of one row; see `RowStatistics`.
+
+    Grid: (rows, splits). Columns >= vocab_size are read as -inf, so that they add nothing to the sums.
+    """
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride exceeds 2^31 for large batches
     split = tl.program_id(1)
     row_ptr = logits_ptr + row * row_stride
     start = split * split_size
     exp2_scale = inverse_temperature * 1.4426950408889634  # exp(x / temperature) = exp2(x * exp2_scale)
 
-    # Each lane has its own running maximum over DEPTH values a step, so that the loop holds no reduction across threads
-    # and little more than one exponential a value. It starts at a finite number: the differences below are never NaN.
+    # Online softmax (arXiv:1805.02867) in each lane separately: the loop contains no reduction across threads, and
+    # little more than one exponential per value. The running maximum starts at a finite number, not at -inf, so that
+    # none of the differences below is NaN, even if all logits are -inf.
     lane_max = tl.full([LANES], -1e30, tl.float32)
     lane_sum = tl.zeros([LANES], tl.float32)
     lane_shifted = tl.zeros([LANES], tl.float32)
@@ -52,12 +63,15 @@ def _row_statistics_kernel(
         shift = lane_max - new_max
         rescale = tl.exp2(shift * exp2_scale)
         exp = tl.exp2((x - new_max[None, :]) * exp2_scale)
-        if FOR_ENTROPY:
+        if WITH_ENTROPY:
+            # The bound turns exp(d) d of masked logits into 0 * -1e30 = 0; 0 * -inf would be NaN. What was accumulated
+            # moves to the new maximum as in `vcr1_kernels.ops.softmax_rows._merge`.
             shifted = tl.maximum((x - new_max[None, :]) * inverse_temperature, -1e30)
             lane_shifted = rescale * (lane_shifted + shift * inverse_temperature * lane_sum) + tl.sum(exp * shifted, 0)
         lane_sum = lane_sum * rescale + tl.sum(exp, 0)
         lane_max = new_max
 
+    # Merge the lanes in the same way.
     row_max = tl.max(lane_max, 0)
     shift = lane_max - row_max
     rescale = tl.exp2(shift * exp2_scale)
@@ -98,6 +112,11 @@ def _logit_gradient_kernel(
     HAS_GRAD_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Compute dx_j = (g (1[j = target] - p_j) - h p_j (log p_j + entropy)) / temperature for one block of one row.
+
+    g is grad_log_probs and h is grad_entropy. Grid: (rows, column blocks). Every program writes exactly the logits that
+    it has read, so `out` may be `logits`.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab_size
@@ -107,15 +126,19 @@ def _logit_gradient_kernel(
     grad_log_prob = tl.load(grad_log_probs_ptr + row)
     gradient = tl.where(columns == tl.load(columns_ptr + row), 1.0 - p, -p) * grad_log_prob
     if HAS_GRAD_ENTROPY:
-        surprise = tl.maximum(log_p, -1e30) + tl.load(entropy_ptr + row)
-        gradient -= tl.load(grad_entropy_ptr + row) * p * surprise
+        log_p_plus_entropy = tl.maximum(log_p, -1e30) + tl.load(entropy_ptr + row)  # finite where p = 0
+        gradient -= tl.load(grad_entropy_ptr + row) * p * log_p_plus_entropy
     gradient *= inverse_temperature
     tl.store(out_ptr + row * out_row_stride + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_row_statistics(logits: Tensor, columns: Tensor, temperature: float, for_entropy: bool) -> Tensor:
-    """Statistics of logits [tokens, vocab_shard] by splits of the vocabulary; float32 [num_splits, 4, tokens]."""
+def launch_row_statistics(logits: Tensor, columns: Tensor, temperature: float, with_entropy: bool) -> Tensor:
+    """Return the statistics of each split of logits [tokens, vocab_shard]; float32 [num_splits, 4, tokens].
+
+    The caller merges the splits in a fixed order, so results do not depend on the order in which programs run.
+    """
     num_rows, vocab_size = logits.shape
+    # Splits are whole blocks, so that only the last one of a row is masked; rounding up may leave fewer of them.
     num_splits = min(-(-_MIN_PROGRAMS // max(num_rows, 1)), -(-vocab_size // _BLOCK))
     split_size = triton.cdiv(triton.cdiv(vocab_size, num_splits), _BLOCK) * _BLOCK
     num_splits = triton.cdiv(vocab_size, split_size)
@@ -130,7 +153,7 @@ def launch_row_statistics(logits: Tensor, columns: Tensor, temperature: float, f
             num_rows,
             split_size,
             1 / temperature,
-            FOR_ENTROPY=for_entropy,
+            WITH_ENTROPY=with_entropy,
             DEPTH=_DEPTH,
             LANES=_LANES,
             num_warps=_NUM_WARPS,

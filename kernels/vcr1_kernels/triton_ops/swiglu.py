@@ -1,4 +1,4 @@
-"""Triton path of `vcr1_kernels.ops.swiglu`."""
+"""Triton path of `vcr1_kernels.ops.swiglu`: one kernel in each direction, in float32 internally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _BLOCK = 1024
 
 @triton.jit
 def _swiglu_kernel(gate_up_ptr, out_ptr, row_stride, ffn_size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    """Compute out = silu(gate) * up with silu(x) = x sigmoid(x). Grid: (rows, column blocks)."""
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride can exceed 2^31
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < ffn_size
     gate_ptr = gate_up_ptr + row * row_stride + columns
@@ -24,6 +25,11 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, row_stride, ffn_size, BLOCK: tl.constex
 
 @triton.jit
 def _swiglu_backward_kernel(gate_up_ptr, grad_out_ptr, grad_ptr, gate_up_row_stride, ffn_size, BLOCK: tl.constexpr):
+    """Compute d gate = d out * up * silu'(gate) and d up = d out * silu(gate). Grid: (rows, column blocks).
+
+    silu'(x) = sigmoid(x) + silu(x) (1 - sigmoid(x)). sigmoid and silu are recomputed from the input, which costs less
+    than storing them.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < ffn_size
@@ -40,7 +46,7 @@ def _swiglu_backward_kernel(gate_up_ptr, grad_out_ptr, grad_ptr, gate_up_row_str
 
 
 def launch_swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [..., gate | up]; [..., ffn_size]."""
+    """Return silu(gate) * up, [..., ffn_size], of [..., gate | up]."""
     rows = gate_up.reshape(-1, gate_up.shape[-1])
     ffn_size = gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], ffn_size, dtype=gate_up.dtype, device=gate_up.device)
@@ -49,7 +55,7 @@ def launch_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def launch_swiglu_backward(gate_up: Tensor, grad_out: Tensor) -> Tensor:
-    """Gradient of `gate_up`, [..., gate | up], given the output's, [..., ffn_size]."""
+    """Return the gradient of `gate_up`, [..., gate | up], given the gradient of the output, [..., ffn_size]."""
     rows = gate_up.reshape(-1, gate_up.shape[-1])
     ffn_size = gate_up.shape[-1] // 2
     grad = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)

@@ -1,4 +1,4 @@
-"""Triton path of `vcr1_kernels.ops.token_loss`: the whole objective of a token and its derivative in one launch."""
+"""Triton path of `vcr1_kernels.ops.token_loss`: the objective of each token and its derivative in one launch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcr1_kernels.ops.token_loss import Objective, TokenLoss
+from vcr1_kernels.records import Objective, TokenInputs, TokenLoss
 
 _BLOCK = 256
 
 
-# Slices of packed batches begin anywhere: without this, each new alignment would compile the kernel again.
+# Slices of packed batches start anywhere. Without these options, each alignment would compile the kernel again.
 @triton.jit(
     do_not_specialize=["num_tokens"],
     do_not_specialize_on_alignment=[
@@ -28,7 +28,7 @@ _BLOCK = 256
         "kl_ptr",
         "ratio_ptr",
         "clipped_ptr",
-        "slope_ptr",
+        "grad_ptr",
     ],
 )
 def _token_loss_kernel(
@@ -37,15 +37,15 @@ def _token_loss_kernel(
     old_ptr,
     ref_ptr,
     rollout_ptr,
-    log_ratio_ptr,
-    loss_ptr,
+    log_ratio_ptr,  # of the token or of its sequence
+    loss_ptr,  # the outputs, from here on: float32 [tokens], clipped is bool
     kl_ptr,
     ratio_ptr,
     clipped_ptr,
-    slope_ptr,
+    grad_ptr,  # d loss / d log_prob
     num_tokens,
-    ratio_low,
-    ratio_high,
+    ratio_low,  # 1 - clip_low
+    ratio_high,  # 1 + clip_high
     dual_clip,
     kl_coef,
     rollout_ratio_cap,
@@ -55,94 +55,92 @@ def _token_loss_kernel(
     KL_ESTIMATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < num_tokens
-    advantage = tl.load(advantages_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-    ratio = tl.exp(tl.load(log_ratio_ptr + rows, mask=inside, other=0.0).to(tl.float32))
+    """Compute kl_coef * kl - c * min(r A, clip(r) A) and its derivative for BLOCK tokens; see `Objective`.
+
+    Grid: (token blocks). The computation is elementwise and float32; masked tokens compute with zeros and are not
+    stored. The derivative of r with respect to the log-prob is r, whether r is a token's ratio or a sequence's.
+    """
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < num_tokens
+    advantage = tl.load(advantages_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
+    ratio = tl.exp(tl.load(log_ratio_ptr + tokens, mask=inside, other=0.0).to(tl.float32))
 
     surrogate = ratio * advantage
-    bound = tl.minimum(tl.maximum(ratio, ratio_low), ratio_high) * advantage
+    clipped_surrogate = tl.minimum(tl.maximum(ratio, ratio_low), ratio_high) * advantage
+    # The minimum takes the clipped surrogate, which is constant, only on one side for each sign of the advantage.
     clipped = ((advantage < 0) & (ratio < ratio_low)) | ((advantage > 0) & (ratio > ratio_high))
-    slope = tl.where(clipped, 0.0, -surrogate)
-    loss = -tl.minimum(surrogate, bound)
+    grad = tl.where(clipped, 0.0, -surrogate)
+    loss = -tl.minimum(surrogate, clipped_surrogate)
     if HAS_DUAL_CLIP:
-        beyond = (advantage < 0) & (ratio > dual_clip)
-        clipped = clipped | beyond
-        slope = tl.where(beyond, 0.0, slope)
-        loss = tl.where(beyond, -dual_clip * advantage, loss)
+        dual_clipped = (advantage < 0) & (ratio > dual_clip)
+        clipped = clipped | dual_clipped
+        grad = tl.where(dual_clipped, 0.0, grad)
+        loss = tl.where(dual_clipped, -dual_clip * advantage, loss)
     if HAS_ROLLOUT:
-        old = tl.load(old_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-        rollout = tl.load(rollout_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        old = tl.load(old_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
+        rollout = tl.load(rollout_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
         correction = tl.minimum(tl.exp(old - rollout), rollout_ratio_cap)
         loss *= correction
-        slope *= correction
+        grad *= correction
 
     kl = tl.zeros([BLOCK], tl.float32)
     if HAS_REF:
-        log_prob = tl.load(log_probs_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-        delta = log_prob - tl.load(ref_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        log_prob = tl.load(log_probs_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
+        delta = log_prob - tl.load(ref_ptr + tokens, mask=inside, other=0.0).to(tl.float32)
         if KL_ESTIMATOR == "k1":
             kl = delta
-            kl_slope = tl.full([BLOCK], 1.0, tl.float32)
+            kl_grad = tl.full([BLOCK], 1.0, tl.float32)
         elif KL_ESTIMATOR == "k2":
             kl = 0.5 * delta * delta
-            kl_slope = delta
+            kl_grad = delta
         else:
-            # exp(-d) - 1 loses all digits of a small d: there the first terms of its series are exact.
-            shortfall = tl.where(
+            # reference / policy - 1 = exp(-d) - 1. For small d the subtraction loses all digits, and Triton has no
+            # expm1: for |d| < 0.01 the first four terms of the series are exact to float32.
+            reference_excess = tl.where(
                 tl.abs(delta) < 0.01, -delta * (1 - delta * (0.5 - delta * (1 / 6 - delta / 24))), tl.exp(-delta) - 1
             )
-            kl = shortfall + delta
-            kl_slope = -shortfall
+            kl = reference_excess + delta
+            kl_grad = -reference_excess
         loss += kl_coef * kl
-        slope += kl_coef * kl_slope
+        grad += kl_coef * kl_grad
 
-    tl.store(loss_ptr + rows, loss, mask=inside)
-    tl.store(kl_ptr + rows, kl, mask=inside)
-    tl.store(ratio_ptr + rows, ratio, mask=inside)
-    tl.store(clipped_ptr + rows, clipped, mask=inside)
-    tl.store(slope_ptr + rows, slope, mask=inside)
+    tl.store(loss_ptr + tokens, loss, mask=inside)
+    tl.store(kl_ptr + tokens, kl, mask=inside)
+    tl.store(ratio_ptr + tokens, ratio, mask=inside)
+    tl.store(clipped_ptr + tokens, clipped, mask=inside)
+    tl.store(grad_ptr + tokens, grad, mask=inside)
 
 
 def launch_token_loss(
-    log_probs: Tensor,
-    advantages: Tensor,
-    old_log_probs: Tensor,
-    ref_log_probs: Tensor | None,
-    rollout_log_probs: Tensor | None,
-    log_ratio: Tensor,
-    objective: Objective,
+    log_probs: Tensor, inputs: TokenInputs, log_ratio: Tensor, objective: Objective
 ) -> tuple[TokenLoss, Tensor]:
-    """The token losses and their derivatives by the log-probs; float32 [tokens]."""
-    loss, kl, ratio, slope = torch.empty(4, len(log_probs), dtype=torch.float32, device=log_probs.device)
-    clipped = torch.empty(len(log_probs), dtype=torch.bool, device=log_probs.device)
-    unread = log_probs  # stands in for tensors that the kernel was told not to read
-    inputs = (
-        log_probs,
-        advantages,
-        old_log_probs,
-        unread if ref_log_probs is None else ref_log_probs,
-        unread if rollout_log_probs is None else rollout_log_probs,
-        log_ratio,
-    )
-    if len(log_probs):
-        _token_loss_kernel[(triton.cdiv(len(log_probs), _BLOCK),)](
-            *(tensor.contiguous() for tensor in inputs),
+    """Return the loss of each token and its derivative with respect to the log-prob; float32 [tokens].
+
+    `inputs.old_log_probs` must not be None here: on-policy, pass `log_probs` itself.
+    """
+    num_tokens = len(log_probs)
+    loss, kl, ratio, grad = torch.empty(4, num_tokens, dtype=torch.float32, device=log_probs.device)
+    clipped = torch.empty(num_tokens, dtype=torch.bool, device=log_probs.device)
+    # A missing tensor is replaced by log_probs as a placeholder, which the kernel does not read.
+    tensors = (log_probs if tensor is None else tensor for tensor in (log_probs, *inputs, log_ratio))
+    if num_tokens:
+        _token_loss_kernel[(triton.cdiv(num_tokens, _BLOCK),)](
+            *(tensor.contiguous() for tensor in tensors),
             loss,
             kl,
             ratio,
             clipped,
-            slope,
-            len(log_probs),
+            grad,
+            num_tokens,
             1 - objective.clip_low,
             1 + objective.clip_high,
             objective.dual_clip or 0.0,
             objective.kl_coef,
             objective.rollout_ratio_cap or math.inf,
             HAS_DUAL_CLIP=objective.dual_clip is not None,
-            HAS_REF=ref_log_probs is not None,
-            HAS_ROLLOUT=rollout_log_probs is not None,
+            HAS_REF=inputs.ref_log_probs is not None,
+            HAS_ROLLOUT=inputs.rollout_log_probs is not None,
             KL_ESTIMATOR=objective.kl_estimator,
             BLOCK=_BLOCK,
         )
-    return TokenLoss(loss, kl, ratio, clipped), slope
+    return TokenLoss(loss, kl, ratio, clipped), grad
