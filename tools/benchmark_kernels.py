@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Time and memory of the kernels and of their peers: same inputs, same run, taking turns.
+"""Measure time and memory of the kernels and of alternative implementations, on the same inputs and in turns.
 
-On a GPU each rate is also given as a share of the copy or matrix-product rate measured in the same run; on a CPU the
-PyTorch path is compared with the plain computation. Needs torch (and triton on a GPU) alone.
+Each rate is also given as a fraction of the copy or matmul rate that was measured in the same run. On a GPU the Triton
+kernels are compared with torch, torch.compile and installed libraries, on a CPU the PyTorch path with the plain
+computation. Needs only torch, and triton on a GPU.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,55 +38,67 @@ OURS = "vcr1_kernels"
 
 @dataclass(frozen=True)
 class Result:
-    """One provider of one case."""
+    """The measurement of one provider of one case."""
 
     case: str
     shape: str
     provider: str
-    milliseconds: float | None  # median; None: it failed
-    peak_megabytes: float | None  # above what was allocated before the run
+    milliseconds: float | None  # median over the rounds; None: the provider failed
+    peak_megabytes: float | None  # peak during a run minus what was allocated before it
     gigabytes_per_s: float | None
     teraflops: float | None
-    share_of_ceiling: float | None  # of the measured copy or matrix-product rate
-    failure: str | None = None
+    fraction_of_peak: float | None  # of the measured copy or matmul rate, whichever is the larger fraction
+    failure: str | None = None  # type and first line of the exception
 
 
-def main() -> int:
+class PeakRates(NamedTuple):
+    """What this machine reaches on large random inputs."""
+
+    copy_gigabytes_per_s: float  # bytes read plus bytes written
+    matmul_teraflops: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks; return 1 if vcr1_kernels failed in any of them, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=OPS, help="only this one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
-    parser.add_argument("--rounds", type=int, help="runs of each provider (default: 20 on a GPU, 5 on a CPU)")
+    parser.add_argument("--op", choices=OPS, help="measure only this op (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--rounds", type=int, help="runs per provider (default: 20 on a GPU, 5 on a CPU)")
     parser.add_argument("--peak-memory-of", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if arguments.peak_memory_of:
         print(_peak_megabytes_of_this_process(arguments.op, *arguments.peak_memory_of))
         return 0
     rounds = arguments.rounds or (20 if device.type == "cuda" else 5)
-    ceilings = _ceilings(device)
-    print(f"{_device_name(device)}: copy {ceilings[0]:.0f} GB/s, matrix product {ceilings[1]:.2f} TFLOP/s")
+    peak = _peak_rates(device)
+    print(
+        f"{_device_name(device)}: copy {peak.copy_gigabytes_per_s:.0f} GB/s, matmul {peak.matmul_teraflops:.2f} TFLOP/s"
+    )
     results = []
     for op in (arguments.op,) if arguments.op else OPS:
         for case in importlib.import_module(f"benchmarks.{op}").cases(device):
-            results += _measure(op, case, rounds, ceilings, device)
+            results += _measure(op, case, rounds, peak, device)
             _print_case(results, case)
         gc.collect()
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(_document(results, ceilings, rounds, device), indent=1) + "\n")
+        arguments.json.write_text(json.dumps(_document(results, peak, rounds, device), indent=1) + "\n")
     return 1 if any(result.provider == OURS and result.failure for result in results) else 0
 
 
-def _measure(op: str, case: Case, rounds: int, ceilings: tuple[float, float], device: torch.device) -> list[Result]:
+def _measure(op: str, case: Case, rounds: int, peak: PeakRates, device: torch.device) -> list[Result]:
+    """Measure all providers of a case. They take turns, so that a change of the clock rate affects all of them."""
     times: dict[str, list[float]] = {}
     failures: dict[str, str] = {}
     for provider, run in case.providers.items():
         try:
-            for _ in range(2 if device.type == "cuda" else 1):  # compiles, allocates
+            for _ in range(2 if device.type == "cuda" else 1):  # warm-up: compiles and allocates
                 run()
             times[provider] = []
-        except (RuntimeError, TypeError, ValueError, ImportError) as error:  # of a peer's version, or out of memory
+        # For example out of memory, or a version of a library with another interface: report it and go on.
+        except (RuntimeError, TypeError, ValueError, ImportError) as error:
             failures[provider] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     for _ in range(rounds):
         for provider in times:
@@ -95,17 +109,16 @@ def _measure(op: str, case: Case, rounds: int, ceilings: tuple[float, float], de
             results.append(Result(case.name, case.shape, provider, *(None,) * 5, failure=failures[provider]))
             continue
         seconds = statistics.median(times[provider])
-        bandwidth = case.least_bytes / seconds / 1e9 or None
+        bandwidth = case.min_bytes / seconds / 1e9 or None
         teraflops = case.flops / seconds / 1e12 or None
-        share = max((bandwidth or 0) / ceilings[0], (teraflops or 0) / ceilings[1])
+        fraction = max((bandwidth or 0) / peak.copy_gigabytes_per_s, (teraflops or 0) / peak.matmul_teraflops)
         memory = _peak_megabytes(op, case, provider, run, device)
-        results.append(
-            Result(case.name, case.shape, provider, seconds * 1e3, memory, bandwidth, teraflops, share_of_ceiling=share)
-        )
+        results.append(Result(case.name, case.shape, provider, seconds * 1e3, memory, bandwidth, teraflops, fraction))
     return results
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return the duration of one run; on a GPU, the time between two events in the stream."""
     if device.type != "cuda":
         start_s = time.perf_counter()
         run()
@@ -121,6 +134,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 def _peak_megabytes(
     op: str, case: Case, provider: str, run: Callable[[], object], device: torch.device
 ) -> float | None:
+    """Return the peak memory of one run above what was allocated before, in MiB; None if it cannot be measured."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
@@ -129,54 +143,62 @@ def _peak_megabytes(
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if sys.platform != "linux":
         return None
-    # A process of its own for each provider: what one left behind would count for the next.
+    # Each provider gets its own process: memory that the allocator keeps after one provider would count for the next.
     command = [sys.executable, __file__, "--op", op, "--peak-memory-of", case.name, provider]
     return float(subprocess.check_output(command, text=True))
 
 
 def _peak_megabytes_of_this_process(op: str, name: str, provider: str) -> float:
+    """Run one provider once and return the peak of this process's memory above the memory before the run, in MiB."""
     cases = importlib.import_module(f"benchmarks.{op}").cases(torch.device("cpu"))
     run = next(case for case in cases if case.name == name).providers[provider]
     gc.collect()
     before = _status_megabytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of making the inputs
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which was reached while creating the inputs
     run()
     return _status_megabytes("VmHWM") - before
 
 
 def _status_megabytes(field: str) -> float:
-    """Of this Linux process. (getrusage's peak would do elsewhere, but a process inherits its parent's.)"""
+    """Read a memory field of this process from /proc (Linux), in MiB.
+
+    getrusage is not an alternative: a process inherits the peak of its parent.
+    """
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 2**10
 
 
-def _ceilings(device: torch.device) -> tuple[float, float]:
-    """Copy rate, GB/s read plus written, and matrix-product rate, TFLOP/s, of this machine on random data."""
+def _peak_rates(device: torch.device) -> PeakRates:
+    """Measure the copy rate and the matmul rate (bfloat16 on a GPU, float32 on a CPU) of this machine."""
     on_gpu = device.type == "cuda"
     source = torch.randint(256, (2**32 if on_gpu else 2**27,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size = 8192 if on_gpu else 1024
     left, right = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
 
-    def best(run: Callable[[], object]) -> float:
-        run()
+    def median_seconds(run: Callable[[], object]) -> float:
+        run()  # warm-up
         return statistics.median(_seconds(run, device) for _ in range(10))
 
-    return 2 * len(source) / best(lambda: target.copy_(source)) / 1e9, 2 * size**3 / best(lambda: left @ right) / 1e12
+    return PeakRates(
+        2 * len(source) / median_seconds(lambda: target.copy_(source)) / 1e9,
+        2 * size**3 / median_seconds(lambda: left @ right) / 1e12,
+    )
 
 
 def _print_case(results: list[Result], case: Case) -> None:
-    mine = [result for result in results if result.case == case.name]
+    """Print a table of the providers of one case."""
+    of_case = [result for result in results if result.case == case.name]
     print(f"\n{case.name}  {case.shape}")
-    print(f"  {'':40} {'ms':>9} {'GB/s':>8} {'TFLOP/s':>8} {'ceiling':>8} {'peak MB':>9}")
-    for result in mine:
+    print(f"  {'':40} {'ms':>9} {'GB/s':>8} {'TFLOP/s':>8} {'of peak':>8} {'peak MB':>9}")
+    for result in of_case:
         if result.failure:
             print(f"  {result.provider:40} failed: {result.failure}")
             continue
         rates = "".join(f" {rate or 0:8.2f}" for rate in (result.gigabytes_per_s, result.teraflops))
-        share = f"{100 * (result.share_of_ceiling or 0):7.0f}%"
+        fraction = f"{100 * (result.fraction_of_peak or 0):7.0f}%"
         memory = f"{result.peak_megabytes:9.0f}" if result.peak_megabytes is not None else f"{'?':>9}"
-        print(f"  {result.provider:40} {result.milliseconds:9.2f}{rates} {share} {memory}", flush=True)
+        print(f"  {result.provider:40} {result.milliseconds:9.2f}{rates} {fraction} {memory}", flush=True)
 
 
 def _device_name(device: torch.device) -> str:
@@ -185,9 +207,8 @@ def _device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _document(
-    results: list[Result], ceilings: tuple[float, float], rounds: int, device: torch.device
-) -> dict[str, object]:
+def _document(results: list[Result], peak: PeakRates, rounds: int, device: torch.device) -> dict[str, object]:
+    """Return the contents of the JSON file: the machine, the versions and all results."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": _device_name(device),
@@ -196,8 +217,7 @@ def _document(
         "torch": torch.__version__,
         "triton": metadata.version("triton") if is_installed("triton") else None,
         "rounds": rounds,
-        "copy_gigabytes_per_s": ceilings[0],
-        "matrix_product_teraflops": ceilings[1],
+        **peak._asdict(),
         "results": [asdict(result) for result in results],
     }
 

@@ -1,34 +1,37 @@
 #!/usr/bin/env bash
-# What a GPU can say that a CPU cannot, in one call of under 9 minutes: proof first, then measurement.
+# Run the tests and benchmarks that need a GPU, in one call of less than 9 minutes: tests first, then measurements.
 #
-#     bash tools/gpu_check.sh [SECTION...]      # default: all, in this order, as long as there is time
+#     bash tools/gpu_check.sh [SECTION...]      # default: all sections, in this order, until the time is used up
 #
 #     kernels        tests of the Triton kernels
-#     model          the model and the local engine against transformers; TransformerEngine's layers and FP8 where it is
-#     benchmark      the kernels against their peers
-#     update         a GRPO update of Qwen2.5-VL-3B's shape
-#     update_te      the same by TransformerEngine's layers, then with FP8
-#     update_plain   the same against the plain transformers computation, gradients compared
+#     model          tests of the model and the in-process engine against transformers; if TransformerEngine is
+#                    installed, also of its layers and of FP8
+#     benchmark      the kernels compared with alternative implementations
+#     update         a GRPO update with the shapes of Qwen2.5-VL-3B
+#     update_te      the same update with TransformerEngine's layers, then with FP8
+#     update_plain   the same update compared with plain transformers code, including the gradients
 #
-# Nothing is installed. kernels and benchmark need a python3 with torch, triton and pytest; the others also
-# megatron-core, transformers, pydantic, av and what these need, without this package being installed. What is missing
-# is said, and its section left out.
+# Nothing is installed. The sections kernels and benchmark need a python3 with torch, triton and pytest. The other ones
+# also need megatron-core, transformers, pydantic, av and their dependencies; this package itself need not be installed.
+# A section whose packages are missing is skipped, with a message that names the missing package.
 #
-# Results go to $OUT (default: a new temporary folder): gpu_check.json (machine, versions, every section's end), log.txt,
-# and a JSON file a measurement. They are written as they come, so that a call that is cut off leaves what it had.
-# Exit code: 0, 1 (a section failed), 2 (no GPU, or bad usage).
+# Environment: PYTHON is the interpreter (default: python3), TOTAL_S the time limit in seconds (default: 525).
+# Results are written to the folder OUT (default: a new temporary folder): gpu_check.json (machine, versions, the outcome
+# of every section), log.txt, and one JSON file per measurement. They are written after each section, so a call that is
+# interrupted leaves the results of the sections before.
+# Exit code: 0 (success), 1 (a section failed), 2 (no GPU, or bad usage).
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 SECTIONS=(kernels model benchmark update update_te update_plain)
 declare -A LIMIT_S=([kernels]=200 [model]=120 [benchmark]=120 [update]=150 [update_te]=150 [update_plain]=300)
 TOTAL_S=${TOTAL_S:-525}
-SHORTEST_S=20 # a section is not begun with less left
+MIN_SECTION_S=20 # a section is not started if less time than this is left
 
 for name in "$@"; do
     if [[ -z ${LIMIT_S[$name]:-} ]]; then
         [[ $name == --help ]] && sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 0
-        echo "gpu_check: no section '$name'; there are: ${SECTIONS[*]}" >&2
+        echo "gpu_check: unknown section '$name'; the sections are: ${SECTIONS[*]}" >&2
         exit 2
     fi
 done
@@ -42,7 +45,8 @@ sections=$out/.sections
 : >"$sections"
 : >"$out/log.txt"
 
-# gpu_check.json from the machine and the sections that have ended: "NAME SECONDS CODE SUMMARY" a line.
+# write_record: write gpu_check.json from the machine's properties and the finished sections. The file $sections has one
+# line per section: "NAME SECONDS EXIT_CODE SUMMARY". The JSON file is replaced atomically.
 write_record() {
     "$python" - "$sections" "$out/gpu_check.json" <<'PYTHON'
 import datetime, importlib.metadata, json, os, platform, sys
@@ -76,62 +80,63 @@ os.replace(sys.argv[2] + ".part", sys.argv[2])
 PYTHON
 }
 
-# end NAME SECONDS CODE SUMMARY: exit code "-" for what was not run
-end() {
+# finish NAME SECONDS EXIT_CODE SUMMARY: record a section. The exit code is "-" for a section that did not run.
+finish() {
     echo "$1 $2 $3 $4" >>"$sections"
     echo "== $1: exit $3, $2 s: $4"
     write_record
 }
 
-left() { echo $((TOTAL_S - SECONDS)); }
+# seconds_left: print the time that is left of TOTAL_S.
+seconds_left() { echo $((TOTAL_S - SECONDS)); }
 
-# measure NAME COMMAND...: within the section's limit and the time that is left
-measure() {
+# run_limited NAME COMMAND...: run a command within the section's time limit and the time that is left, and record it.
+run_limited() {
     local name=$1 limit=${LIMIT_S[$section]} start=$SECONDS code
     shift
-    (($(left) < limit)) && limit=$(left)
-    if ((limit < SHORTEST_S)); then
-        end "$name" 0 - "no time left"
+    (($(seconds_left) < limit)) && limit=$(seconds_left)
+    if ((limit < MIN_SECTION_S)); then
+        finish "$name" 0 - "no time left"
         return
     fi
     echo "== $name (at most $limit s): $*" | tee -a "$out/log.txt"
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$out/log.txt" | tee "$out/.last" | tail -n 40
     code=${PIPESTATUS[0]}
     ((code == 0)) || failed=1
-    end "$name" $((SECONDS - start)) "$code" "$(sed '/^[[:space:]]*$/d;s/^[[:space:]]*//;s/[[:space:]]*$//' "$out/.last" | tail -n 1)"
+    finish "$name" $((SECONDS - start)) "$code" "$(sed '/^[[:space:]]*$/d;s/^[[:space:]]*//;s/[[:space:]]*$//' "$out/.last" | tail -n 1)"
 }
 
-# can NAME MODULE...: or say what is missing
-can() {
+# has NAME MODULE...: check that Python modules can be imported. If not, record the section as skipped and return 1.
+has() {
     local name=$1 missing
     shift
     missing=$("$python" -c "$(printf 'import %s\n' "$@")" 2>&1 >/dev/null) && return
-    end "$name" 0 - "left out: ${missing##*$'\n'}"
+    finish "$name" 0 - "skipped: ${missing##*$'\n'}"
     return 1
 }
 
-run_kernels() { can kernels pytest && measure kernels "${pytest[@]}" "${workers[@]}" tests/kernels; }
+run_kernels() { has kernels pytest && run_limited kernels "${pytest[@]}" "${workers[@]}" tests/kernels; }
 run_model() {
-    can model pytest megatron_vcr1.model.qwen_vl megatron_vcr1.rollout.local.engine || return
-    measure model "${pytest[@]}" -rA tests/model/test_on_gpu.py tests/model/test_transformer_engine.py
+    has model pytest megatron_vcr1.model.qwen_vl megatron_vcr1.rollout.local.engine || return
+    run_limited model "${pytest[@]}" -rA tests/model/test_on_gpu.py tests/model/test_transformer_engine.py
 }
-run_benchmark() { measure benchmark "$python" tools/benchmark_kernels.py --json "$out/kernels.json"; }
+run_benchmark() { run_limited benchmark "$python" tools/benchmark_kernels.py --json "$out/kernels.json"; }
 
 UPDATE=(tools/benchmark_throughput.py train --model qwen2.5-vl-3b --rounds 2 --prompt-tokens 4096 --response-tokens 256
     --recompute full)
 run_update() {
-    can update throughput.train throughput.update_ours || return
-    measure update "$python" "${UPDATE[@]}" --sides ours --layer-spec local --json "$out/update.json"
+    has update throughput.train throughput.update_ours || return
+    run_limited update "$python" "${UPDATE[@]}" --sides ours --layer-spec local --json "$out/update.json"
 }
 run_update_te() {
-    can update_te throughput.train transformer_engine.pytorch || return
+    has update_te throughput.train transformer_engine.pytorch || return
     local te=("${UPDATE[@]}" --sides ours --layer-spec transformer_engine)
-    measure update_te "$python" "${te[@]}" --json "$out/update_te.json"
-    measure update_fp8 "$python" "${te[@]}" --fp8 tensorwise --json "$out/update_fp8.json"
+    run_limited update_te "$python" "${te[@]}" --json "$out/update_te.json"
+    run_limited update_fp8 "$python" "${te[@]}" --fp8 tensorwise --json "$out/update_fp8.json"
 }
 run_update_plain() {
-    can update_plain throughput.train throughput.update_plain || return
-    measure update_plain "$python" "${UPDATE[@]}" --sides ours plain --json "$out/update_plain.json"
+    has update_plain throughput.train throughput.update_plain || return
+    run_limited update_plain "$python" "${UPDATE[@]}" --sides ours plain --json "$out/update_plain.json"
 }
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name(), torch.__version__)' || exit 2
@@ -141,8 +146,8 @@ workers=()
 failed=0
 write_record || exit 1
 for section in "${SECTIONS[@]}"; do
-    if (($(left) < SHORTEST_S)); then
-        end "$section" 0 - "no time left"
+    if (($(seconds_left) < MIN_SECTION_S)); then
+        finish "$section" 0 - "no time left"
     else
         case $section in
         kernels) run_kernels ;;

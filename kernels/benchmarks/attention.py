@@ -1,4 +1,4 @@
-"""shared_prefix_attention of a GRPO group against attention that repeats the prompt for every response."""
+"""Benchmark of shared_prefix_attention: a GRPO group, compared with attention that repeats the prompt per response."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vcr1_kernels import SegmentLayout, shared_prefix_attention
 
 
 def cases(device: torch.device) -> list[Case]:
+    """Return the cases for one group, forward and forward + backward."""
     on_gpu = device.type == "cuda"
     prompt, group_size, response, num_heads, num_kv_heads, head_dim = (
         (4096, 8, 256, 28, 4, 128) if on_gpu else (512, 8, 64, 8, 2, 64)
@@ -40,7 +41,9 @@ def cases(device: torch.device) -> list[Case]:
         functions["FlexAttention, same mask"] = (_flex_attention(shared, layout), shared)
         if is_installed("flash_attn"):
             functions["flash-attn varlen, prompt repeated"] = (_flash_attention(unshared, length), unshared)
-    pairs = prompt**2 / 2 + group_size * response * (prompt + response / 2)  # of a query and a key it sees
+    pairs = prompt**2 / 2 + group_size * response * (
+        prompt + response / 2
+    )  # pairs of a query and a key that it attends to
     forward_flops = int(4 * pairs * num_heads * head_dim)
     shape = f"P={prompt} G={group_size} R={response} heads={num_heads}/{num_kv_heads} d={head_dim} {dtype}"
     steps = {name: backward(lambda f=f: f().sum(), *leaves) for name, (f, leaves) in functions.items()}
@@ -56,11 +59,13 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def _repeat_prompt(tensor: Tensor, layout: SegmentLayout) -> Tensor:
+    """Return G sequences prompt + response, one after the other, from the packed group."""
     prompt, *responses = tensor.detach().split(list(layout.lengths))
     return torch.cat([part for response in responses for part in (prompt, response)])
 
 
 def _flex_attention(inputs: list[Tensor], layout: SegmentLayout) -> Callable[[], Tensor]:
+    """Return FlexAttention with a block mask equal to the layout's."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device = inputs[0].device
@@ -75,6 +80,7 @@ def _flex_attention(inputs: list[Tensor], layout: SegmentLayout) -> Callable[[],
 
 
 def _flash_attention(inputs: list[Tensor], length: int) -> Callable[[], Tensor]:
+    """Return flash-attn on the sequences with the repeated prompt, each `length` tokens long."""
     from flash_attn import flash_attn_varlen_func
 
     bounds = torch.arange(0, len(inputs[0]) + 1, length, dtype=torch.int32, device=inputs[0].device)

@@ -1,4 +1,4 @@
-"""What a benchmark is: one computation, done by us and by every peer that is importable, on the same inputs."""
+"""The record of a benchmark: one computation with several implementations that run on the same inputs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the result for each provider; the first provider is vcr1_kernels."""
+    """A computation to measure.
+
+    Attributes:
+        name: op and direction, for example "swiglu forward+backward".
+        shape: sizes and dtype of the inputs, as text.
+        providers: implementations by name; calling one is one run. The first one is vcr1_kernels.
+        min_bytes: memory traffic that is unavoidable: each input is read once and each output is written once.
+        flops: operations of the unavoidable matmuls.
+    """
 
     name: str
     shape: str
-    providers: Mapping[str, Callable[[], object]]  # a call is one run
-    least_bytes: int = 0  # each input read once, each output written once
-    flops: int = 0  # of the matrix products that the computation cannot avoid
+    providers: Mapping[str, Callable[[], object]]
+    min_bytes: int = 0
+    flops: int = 0
 
 
 def is_installed(package: str) -> bool:
-    """Whether there is a module, not only a folder that packages below it share (flash_attn of flash-attn-4)."""
+    """Return whether a package can be imported. A folder without `__init__.py` (flash_attn of flash-attn-4) cannot."""
     found = find_spec(package)
     return found is not None and found.origin is not None
 
 
 def backward(loss: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], object]:
-    """A run of `loss` forward and backward, from clean gradients."""
+    """Return a run of `loss` forward and backward that starts without gradients."""
 
     def run() -> None:
         for leaf in leaves:
@@ -39,7 +47,7 @@ def backward(loss: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], object
 
 
 def without_grad(function: Callable[[], object]) -> Callable[[], object]:
-    """A forward-only run."""
+    """Return a forward-only run of `function`."""
 
     def run() -> None:
         with torch.no_grad():

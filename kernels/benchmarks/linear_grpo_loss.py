@@ -1,4 +1,4 @@
-"""linear_grpo_loss forward and backward: bound by three matrix products."""
+"""Benchmark of linear_grpo_loss forward and backward: bound by three matmuls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from vcr1_kernels import linear_grpo_loss
 
 
 def cases(device: torch.device) -> list[Case]:
+    """Return one case, forward + backward."""
     on_gpu = device.type == "cuda"
     num_tokens, vocab_size, hidden_size = (16384, 152064, 3584) if on_gpu else (2048, 32768, 512)
     dtype = torch.bfloat16 if on_gpu else torch.float32

@@ -1,4 +1,4 @@
-"""linear_log_probs forward, as for a reference policy: bound by one matrix product."""
+"""Benchmark of linear_log_probs forward, as for a reference policy: bound by one matmul."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from vcr1_kernels import linear_log_probs
 
 
 def cases(device: torch.device) -> list[Case]:
+    """Return one case, forward only."""
     on_gpu = device.type == "cuda"
     num_tokens, vocab_size, hidden_size = (16384, 152064, 3584) if on_gpu else (2048, 32768, 512)
     dtype = torch.bfloat16 if on_gpu else torch.float32

@@ -1,4 +1,4 @@
-"""log_probs_from_logits: bound by memory, one read forward, one read and one write backward."""
+"""Benchmark of log_probs_from_logits: memory-bound, one read forward, one read and one write backward."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from vcr1_kernels import log_probs_from_logits
 
 
 def cases(device: torch.device) -> list[Case]:
+    """Return the cases forward and forward + backward."""
     num_tokens, vocab_size, dtype = (
         (16384, 152064, torch.bfloat16) if device.type == "cuda" else (512, 32768, torch.float32)
     )
@@ -41,6 +42,6 @@ def cases(device: torch.device) -> list[Case]:
     num_bytes = logits.numel() * logits.element_size()
     steps = {name: backward(lambda f=f: (f() * weights).sum(), logits) for name, f in functions.items()}
     return [
-        Case("log_probs forward", shape, {n: without_grad(f) for n, f in functions.items()}, least_bytes=num_bytes),
-        Case("log_probs forward+backward", shape, steps, least_bytes=3 * num_bytes),
+        Case("log_probs forward", shape, {n: without_grad(f) for n, f in functions.items()}, min_bytes=num_bytes),
+        Case("log_probs forward+backward", shape, steps, min_bytes=3 * num_bytes),
     ]

@@ -1,4 +1,4 @@
-"""mrope: bound by memory, queries and keys read once and written once."""
+"""Benchmark of mrope: memory-bound, queries and keys are read once and written once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from vcr1_kernels import mrope, reference
 
 
 def cases(device: torch.device) -> list[Case]:
+    """Return one case, forward only."""
     on_gpu = device.type == "cuda"
     num_tokens, num_heads, num_kv_heads, head_dim = (16384, 28, 4, 128) if on_gpu else (2048, 8, 2, 64)
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -22,6 +23,6 @@ def cases(device: torch.device) -> list[Case]:
     if on_gpu:
         compiled = torch.compile(reference.mrope)
         providers["torch.compile"] = without_grad(lambda: compiled(query, key, cos, sin))
-    least_bytes = 2 * (query.numel() + key.numel() + cos.numel()) * dtype.itemsize
+    min_bytes = 2 * (query.numel() + key.numel() + cos.numel()) * dtype.itemsize
     shape = f"T={num_tokens} heads={num_heads}/{num_kv_heads} d={head_dim} {dtype}"
-    return [Case("mrope forward", shape, providers, least_bytes=least_bytes)]
+    return [Case("mrope forward", shape, providers, min_bytes=min_bytes)]

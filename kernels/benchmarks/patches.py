@@ -1,4 +1,4 @@
-"""frames_to_patches: bound by memory, one byte read and one value written."""
+"""Benchmark of frames_to_patches: memory-bound, one byte is read and one number written per value."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ PATCH, TEMPORAL, MERGE = 14, 2, 2
 
 
 def cases(device: torch.device) -> list[Case]:
+    """Return one case, after checking that both implementations agree."""
     on_gpu = device.type == "cuda"
     num_frames, height, width = (768, 448, 448) if on_gpu else (32, 252, 336)
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -36,10 +37,8 @@ def cases(device: torch.device) -> list[Case]:
         return split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(0, 4).flatten(1).to(dtype)
 
     torch.testing.assert_close(ours(), processor_style(), rtol=1e-2, atol=1e-5)
-    providers = {"vcr1_kernels": ours, "torch, as the processors": processor_style}
+    providers = {"vcr1_kernels": ours, "torch, like the processors": processor_style}
     if on_gpu:
         providers["torch.compile"] = torch.compile(processor_style)
-    least_bytes = frames.numel() * (1 + dtype.itemsize)
-    return [
-        Case("frames_to_patches", f"{num_frames} frames {height}x{width} {dtype}", providers, least_bytes=least_bytes)
-    ]
+    min_bytes = frames.numel() * (1 + dtype.itemsize)
+    return [Case("frames_to_patches", f"{num_frames} frames {height}x{width} {dtype}", providers, min_bytes=min_bytes)]
