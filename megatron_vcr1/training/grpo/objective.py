@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from vcr1_kernels import LinearGrpoLoss, linear_grpo_loss
+from vcr1_kernels import LinearGrpoLoss, Objective, linear_objective_loss
 
 from megatron_vcr1.config.training_sections import GrpoSection
 from megatron_vcr1.model.packed_batch import PackedBatch
@@ -85,15 +85,7 @@ def grpo_loss(
         temperature: of the sampling, which the log-probs are those of.
     """
     weight = model.head_weight()
-    return linear_grpo_loss(
-        hidden,
-        weight,
-        batch.target_ids,
-        data.advantages,
-        token_weights=weights,
-        old_log_probs=data.old_log_probs,
-        ref_log_probs=data.ref_log_probs,
-        rollout_log_probs=None if section.rollout_ratio_cap is None else data.rollout_log_probs,
+    objective = Objective(
         clip_low=section.clip_low,
         clip_high=section.clip_high,
         dual_clip=section.dual_clip,
@@ -101,8 +93,19 @@ def grpo_loss(
         kl_estimator=section.kl_estimator,
         rollout_ratio_cap=section.rollout_ratio_cap,
         importance_level=section.importance_level,
-        segment_ids=data.segment_ids,
         entropy_coef=section.entropy_coef,
+    )
+    return linear_objective_loss(
+        hidden,
+        weight,
+        batch.target_ids,
+        data.advantages,
+        objective,
+        token_weights=weights,
+        old_log_probs=data.old_log_probs,
+        ref_log_probs=data.ref_log_probs,
+        rollout_log_probs=None if section.rollout_ratio_cap is None else data.rollout_log_probs,
+        segment_ids=data.segment_ids,
         return_entropy=True,
         temperature=temperature,
         group=model.tensor_group,
