@@ -278,9 +278,10 @@ def _indices(num_frames: int, duration_s: float) -> list[int]:
     """The frames that `read_frames` takes of a video with a constant rate."""
     import numpy as np
 
-    from megatron_vcr1.data.video_types import nearest_frames, num_sampled_frames
+    from megatron_vcr1.data.video_types import frames_on_screen, num_sampled_frames
 
-    return nearest_frames(np.arange(num_frames), num_sampled_frames(duration_s, num_frames, _sampling())).tolist()
+    num_sampled = num_sampled_frames(duration_s, num_frames, _sampling())
+    return frames_on_screen(np.arange(num_frames), num_frames, num_sampled).tolist()
 
 
 def _resize(frames: Any) -> int:

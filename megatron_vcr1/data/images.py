@@ -1,21 +1,23 @@
-"""Pictures: single images, and the frames of videos that are stored as images."""
+"""Image reading: single images, and the frames of videos that are stored as images."""
 
 from __future__ import annotations
 
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageOps import exif_transpose
 from torch import Tensor
 
-from megatron_vcr1.data.video_types import VideoError
+from megatron_vcr1.data.video_types import PROGRAMMING_ERRORS, VideoError
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is read. Pillow knows more, but among them EPS, which it hands to Ghostscript: a picture would be a program."""
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are read. Pillow supports more, among them EPS, which it runs through Ghostscript: an image from the
+internet would then be a program that we execute."""
 
 
 def read_image(path: str) -> Tensor:
-    """Decode a picture, turned upright by its EXIF tag, transparency on white.
+    """Decode an image, rotate it upright by its EXIF tag, and blend transparency onto white.
 
     Args:
         path: local path or fsspec URL.
@@ -24,18 +26,30 @@ def read_image(path: str) -> Tensor:
         uint8 [height, width, 3].
 
     Raises:
-        VideoError: missing, truncated, or not a picture.
+        VideoError: the file is missing, truncated, or not an image.
     """
     try:
-        with fsspec.open(path, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
-            image.load()
-            return torch.from_numpy(np.array(_to_rgb(ImageOps.exif_transpose(image))))
+        with fsspec.open(path, "rb") as stream, Image.open(stream, formats=IMAGE_FORMATS) as image:
+            return torch.from_numpy(np.array(_to_rgb(_decode_upright(path, image))))
     except FileNotFoundError as error:
         raise VideoError(path, "no such file") from error
     except UnidentifiedImageError as error:
-        raise VideoError(path, "not a picture in a known format") from error
-    except Exception as error:  # Pillow's readers let errors of every kind pass
-        raise VideoError(path, f"damaged picture ({error})") from error
+        raise VideoError(path, "not an image in a known format") from error
+    except (VideoError, *PROGRAMMING_ERRORS):
+        raise
+    except Exception as error:
+        raise VideoError(path, f"damaged image ({error})") from error
+
+
+def _decode_upright(path: str, image: Image.Image) -> Image.Image:
+    """Decode the pixels and apply the EXIF orientation."""
+    try:
+        image.load()
+        return exif_transpose(image)
+    except Exception as error:
+        # Pillow's decoders raise errors of every type on damaged data, TypeError and AttributeError included. These two
+        # calls pass nothing but the image, so no mistake in a call of ours can hide here.
+        raise VideoError(path, f"damaged image ({error})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,7 +1,10 @@
-"""Child processes that leave a run's signals to the run.
+"""Child processes that do not react to the job scheduler's signals.
 
-A job scheduler sends SIGTERM and SIGUSR1 to every process of a job. The training process saves on them, and until it
-has, its children have to go on working; they end when it does.
+A job scheduler sends SIGTERM and SIGUSR1 to every process of a job. The training process saves a checkpoint when it
+receives them. Until it has done so, its child processes must keep working; they end when the training process ends.
+
+A signal mask is inherited by child processes and survives exec, whereas a handler does not. So the signals are blocked
+in the parent while a child starts, and unblocked in the parent afterwards.
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 
-_OF_THE_RUN = (signal.SIGTERM, signal.SIGUSR1)
+_JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def children_without_signals() -> Iterator[None]:
-    """Processes started within the with-block, and theirs, do not hear those signals; this one hears them behind it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
+def block_job_signals_in_children() -> Iterator[None]:
+    """Block the job's signals in all processes that are started within the with-block, and in their children.
+
+    A signal that this thread receives meanwhile is delivered at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     try:
         yield
     finally:
@@ -25,8 +31,12 @@ def children_without_signals() -> Iterator[None]:
 
 
 def start_fork_server() -> None:
-    """Start multiprocessing's fork server so that what it forks does not hear those signals either."""
-    with children_without_signals():
+    """Start multiprocessing's fork server with the job's signals blocked; the processes that it forks inherit that.
+
+    Does nothing if the fork server runs already.
+    """
+    with block_job_signals_in_children():
         resource_tracker.ensure_running()
-    with children_without_signals():  # again: the line above unblocks SIGTERM
+    # A with-block of its own: starting the resource tracker unblocks SIGTERM in this thread.
+    with block_job_signals_in_children():
         forkserver.ensure_running()

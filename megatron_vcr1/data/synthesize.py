@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vcr1.data.manifest import write_manifest
-from megatron_vcr1.data.video_types import nearest_frames
+from megatron_vcr1.data.video_types import frames_on_screen
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import (
     NUM_TRACKED_FRAMES,
@@ -217,7 +217,8 @@ def _question(scene: Scene) -> tuple[str, tuple[str, ...], Target]:
         case Task.TEMPORAL_GROUNDING:
             return f"the {asked.name} is visible", (), GroundingTarget(asked.interval(fps))
         case Task.TRACKING:
-            picked = nearest_frames(np.arange(scene.format.num_frames), NUM_TRACKED_FRAMES)
+            num_frames = scene.format.num_frames
+            picked = frames_on_screen(np.arange(num_frames), num_frames, NUM_TRACKED_FRAMES)
             return asked.name, (), TrackingTarget(tuple(asked.box(int(frame)) for frame in picked))
         case Task.GROUNDED_QA:
             corner = OPTION_LETTERS[CORNERS.index(_place(asked, asked.first_frame))]

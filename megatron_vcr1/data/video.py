@@ -1,4 +1,4 @@
-"""Videos as models see them: frames sampled over time, resized, with their true time stamps."""
+"""Video reading: frames sampled over time, resized for the model, with their time stamps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from pathlib import Path
 from megatron_vcr1.data.resize import MAX_FRAME_PIXELS
 from megatron_vcr1.data.video_images import decode_images, images_in_folder
 from megatron_vcr1.data.video_pyav import decode_with_pyav
-from megatron_vcr1.data.video_types import Deadline, Sampling, VideoError, VideoFrames, VideoPath
+from megatron_vcr1.data.video_types import (
+    PROGRAMMING_ERRORS,
+    Deadline,
+    Sampling,
+    VideoError,
+    VideoFrames,
+    VideoPath,
+)
 
 __all__ = ["BACKENDS", "VideoError", "VideoFrames", "VideoPath", "read_frames"]
 
@@ -39,56 +46,70 @@ def read_frames(
     num_threads: int = 0,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> VideoFrames:
-    """Decode a video's frames at `fps`, resized as Qwen2-VL and Qwen2.5-VL expect them.
+    """Decode a video's frames at `fps` and resize them as Qwen2-VL and Qwen2.5-VL expect.
 
-    The frames are an even number, spread evenly over time from the first frame to the last; the size keeps the aspect
-    ratio within the pixel budget (`max_pixels_per_frame`), its sides multiples of `factor`. A damaged video never gives
-    frames: packets, time stamps and the decoder's error marks are checked first.
+    The number of frames is even, and they are spread evenly over the video, from its first frame to its last. Resizing
+    keeps the aspect ratio within the pixel budget (`max_pixels_per_frame`) and makes both sides multiples of `factor`.
+    Packets, time stamps and the decoder's error flags are checked before any frame is returned, so that a damaged video
+    raises an error instead of giving wrong frames.
 
     Args:
-        path: a file; a folder of images in the order of their names; an fsspec URL; or a list of image files, of which
-            all are used, the last one twice where the count is odd.
-        fps: frames sampled a second.
-        min_frames, max_frames: bounds on their number; a video with fewer frames than min_frames gives what it has.
-        total_pixels: budget of the video, in pixels of one temporal patch of frames.
-        min_pixels, max_pixels: bounds on the area of one frame.
+        path: a video file, a folder of images (read in the order of their names), an fsspec URL, or a list of image
+            files. All images of a list are used; if their number is odd, the last one is used twice.
+        fps: frames sampled per second of video.
+        min_frames, max_frames: bounds on the number of frames. A video that has fewer than min_frames gives all of
+            its frames.
+        total_pixels: pixel budget of the video, counted over one frame of each temporal patch.
+        min_pixels, max_pixels: bounds on the number of pixels of one frame.
         factor: patch_size * merge_size of the model.
-        start_s, end_s: the part of the video to look at, in seconds from its first frame; not for a list.
-        image_fps: images a second, for a folder or a list.
+        start_s, end_s: the clip to read, in seconds from the video's first frame. Not allowed for a list of images.
+        image_fps: images per second, for a folder or a list of images.
         backend: "auto", "pyav", "dali-cpu" or "dali-gpu"; "auto" is PyAV, which reads every codec.
-        num_threads: decoder threads of PyAV; 0 is one a core.
-        time_limit_s: give up after this long. It is looked at between packets; `VideoReader` also ends a decoder that
-            never comes back.
+        num_threads: number of decoder threads of PyAV; 0 means one per core.
+        time_limit_s: time limit for this video. It is checked between packets; `VideoReader` also ends a decoder that
+            never returns.
 
     Raises:
-        VideoError: the video is missing, damaged, cut short or too slow; names the file and the reason.
+        VideoError: the video is missing, damaged, truncated or too slow to decode; names the file and the reason.
         ValueError: an option is out of range.
     """
     if not image_fps > 0:
         raise ValueError(f"image_fps must be above 0, got {image_fps}")
     sampling = Sampling(fps, min_frames, max_frames, total_pixels, min_pixels, max_pixels, factor, start_s, end_s)
     if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r}: use one of {', '.join(BACKENDS)}")
+        raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend in ("auto", "pyav"):
         decode: Callable[..., VideoFrames] = partial(decode_with_pyav, num_threads=num_threads)
     else:
-        from megatron_vcr1.data.video_dali import decode_with_dali  # optional, and slow to import
+        from megatron_vcr1.data.video_dali import decode_with_dali  # DALI is optional and slow to import
 
         decode = partial(decode_with_dali, device=backend.removeprefix("dali-"))
     if not isinstance(path, str | os.PathLike) and (start_s, end_s) != (0.0, math.inf):
-        raise ValueError("start_s and end_s choose a part of a video; leave them out for a list of images")
+        raise ValueError("start_s and end_s select a clip of a video; leave them out for a list of images")
     try:
-        if not isinstance(path, str | os.PathLike):
-            files = [os.fspath(file) for file in path]
-            deadline = Deadline(files, time_limit_s)
-            return decode_images(files, sampling, image_fps, sample=False, deadline=deadline)
-        file = os.fspath(path)
-        deadline = Deadline(file, time_limit_s)
-        if "://" not in file and Path(file).is_dir():
-            return decode_images(images_in_folder(Path(file)), sampling, image_fps, sample=True, deadline=deadline)
-        return decode(file, sampling, deadline=deadline)
-    except VideoError:
+        return _decode(path, sampling, decode, image_fps=image_fps, time_limit_s=time_limit_s)
+    except (VideoError, *PROGRAMMING_ERRORS):
         raise
-    except Exception as error:  # whatever a library makes of a file costs the video, not the run
-        logger.warning("%s: an error that no damage is known to cause", path, exc_info=True)
+    except Exception as error:  # an unforeseen error about this file costs one video, not the run
+        logger.warning("%s: unexpected error of the decoder", path, exc_info=True)
         raise VideoError(path, f"cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _decode(
+    path: VideoPath,
+    sampling: Sampling,
+    decode: Callable[..., VideoFrames],
+    *,
+    image_fps: float,
+    time_limit_s: float,
+) -> VideoFrames:
+    """Decode a list of images, a folder of images, or a video file with `decode`."""
+    if not isinstance(path, str | os.PathLike):
+        files = [os.fspath(file) for file in path]
+        deadline = Deadline(files, time_limit_s)
+        return decode_images(files, sampling, image_fps, sample=False, deadline=deadline)
+    file = os.fspath(path)
+    deadline = Deadline(file, time_limit_s)
+    if "://" not in file and Path(file).is_dir():
+        return decode_images(images_in_folder(Path(file)), sampling, image_fps, sample=True, deadline=deadline)
+    return decode(file, sampling, deadline=deadline)

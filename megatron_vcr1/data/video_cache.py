@@ -1,4 +1,4 @@
-"""Decoded videos kept in memory: a small data set is decoded once, not once an epoch or once a question."""
+"""A cache of decoded videos: a small data set is decoded once instead of once per epoch or per question."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ from megatron_vcr1.data.video import VideoFrames, VideoPath, read_frames
 
 
 class VideoCache:
-    """`read_frames` that remembers the videos that were read last, up to a number of bytes."""
+    """A least-recently-used cache around `read_frames`, bounded by the number of bytes of its frames.
+
+    It belongs to one thread of one process; there is no lock.
+    """
 
     def __init__(self, max_bytes: int, read: Callable[..., VideoFrames] = read_frames) -> None:
+        """Start empty.
+
+        Args:
+            max_bytes: total size of the cached frames; 0 disables the cache.
+            read: function that reads a video which is not in the cache.
+        """
         self._max_bytes = max_bytes
         self._read = read
         self._num_bytes = 0
-        self._videos: OrderedDict[Hashable, VideoFrames] = OrderedDict()  # the one used last is at the end
+        self._videos: OrderedDict[Hashable, VideoFrames] = OrderedDict()  # the most recently used video is last
 
     def read_frames(self, path: VideoPath, **options: Any) -> VideoFrames:
-        """`read(path, **options)`; the frames are shared, so nobody may change them."""
+        """Return `read(path, **options)`. Callers share the frames and must not modify them."""
         key = (repr(path), _version(path), tuple(sorted(options.items())))
         if key in self._videos:
             self._videos.move_to_end(key)
@@ -37,7 +46,7 @@ class VideoCache:
 
 
 def _version(path: VideoPath) -> Hashable:
-    """Changes when a file is written anew; for what is no file here it says nothing."""
+    """Return a value that changes when a local file is rewritten; None for anything that is not a local file."""
     if isinstance(path, str | os.PathLike):
         with suppress(OSError):
             status = os.stat(path)

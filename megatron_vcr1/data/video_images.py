@@ -27,14 +27,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 def images_in_folder(folder: Path) -> list[str]:
-    """A folder's images in the order of their names, numbers by value: frame_2.jpg comes before frame_10.jpg.
+    """List a folder's images in natural order of their names: frame_2.jpg comes before frame_10.jpg.
 
     Raises:
-        VideoError: there is none.
+        VideoError: the folder holds no image.
     """
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
-        raise VideoError(folder, f"a folder without images ({', '.join(IMAGE_SUFFIXES)})")
+        raise VideoError(folder, f"the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return [os.fspath(file) for file in sorted(files, key=_natural_order)]
 
 
@@ -44,17 +44,18 @@ def decode_images(
     """Read images as the frames of a video.
 
     Args:
-        files: image files in the order of display.
-        sampling: how many frames, and how large.
-        image_fps: images a second.
-        sample: choose frames at sampling.fps; otherwise all are used, the last one twice if their number is odd.
-        deadline: when to give up.
+        files: image files in display order.
+        sampling: number and size of the frames.
+        image_fps: images per second.
+        sample: whether to sample frames at sampling.fps. Otherwise all images are used, the last one twice if their
+            number is odd.
+        deadline: time limit, checked before each image.
 
     Raises:
-        VideoError: there are no images, one is damaged, or their sizes differ.
+        VideoError: the list is empty, an image is damaged, or the images differ in size.
     """
     if not files:
-        raise VideoError(files, "a list without frames")
+        raise VideoError(files, "the list of frames is empty")
     choice = _sampled(files, sampling, image_fps) if sample else _all(files, image_fps)
     first = read_image(files[choice.indices[0]])
     height, width = sampling.frame_size(len(choice.indices), first.shape[0], first.shape[1], files[choice.indices[0]])
@@ -63,7 +64,8 @@ def decode_images(
         deadline.check()
         image = read_image(files[index]) if row else first
         if image.shape != first.shape:
-            raise VideoError(files[index], f"{image.shape[1]}x{image.shape[0]} in a video of other size")
+            sizes = f"{image.shape[1]}x{image.shape[0]}", f"{first.shape[1]}x{first.shape[0]}"
+            raise VideoError(files[index], f"its size is {sizes[0]}, but the video's first frame is {sizes[1]}")
         frames[row] = resize_frame(image, height, width)
     return VideoFrames(frames, choice.timestamps_s, choice.duration_s, "images")
 
@@ -74,12 +76,12 @@ def _sampled(files: Sequence[str], sampling: Sampling, image_fps: float) -> Fram
 
 
 def _all(files: Sequence[str], image_fps: float) -> FrameChoice:
-    """Every image once; the last one twice if their number is odd, so that the temporal patch is full."""
+    """Choose every image once, and an odd last one twice, so that the last temporal patch is full."""
     indices = np.arange(len(files) + len(files) % 2).clip(max=len(files) - 1)
     return FrameChoice(indices, tuple((indices / image_fps).tolist()), len(indices) / image_fps)
 
 
 def _natural_order(file: Path) -> list[tuple[int, int, str]]:
-    """Sort key in which digits count as numbers."""
+    """Return a sort key that compares runs of digits as numbers."""
     pieces = re.split(r"(\d+)", file.name)
     return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]

@@ -1,4 +1,14 @@
-"""`read_frames` in a process of its own: a decoder that crashes or never comes back costs one video, not the run."""
+"""`read_frames` in a subprocess: a decoder that crashes or hangs costs one video, not the run.
+
+Lifetime of the subprocess: `VideoReader` starts it at the first request and again after a crash. It ends
+
+- when its parent closes the request pipe, which the kernel also does if the parent is killed,
+- by SIGALRM, whose timer it sets before each video: the kernel delivers the signal even while a C library hangs,
+- by SIGKILL from `VideoReader.close`.
+
+It ignores Ctrl-C, and the job scheduler's signals are blocked in it (`block_job_signals_in_children`), so that it
+decodes for as long as the training process needs it.
+"""
 
 from __future__ import annotations
 
@@ -15,52 +25,54 @@ from typing import IO, Any, Self
 
 import torch
 
-from megatron_vcr1.data.signals import children_without_signals
+from megatron_vcr1.data.signals import block_job_signals_in_children
 from megatron_vcr1.data.video import TIME_LIMIT_S, VideoError, VideoFrames, VideoPath, read_frames
 
 GRACE_S = 1.0
-"""How long after the time limit, which the decoding loop looks at itself, the process is killed."""
+"""Time from the time limit, which the decoding loop checks itself, to the alarm that ends the process."""
 
 
 class VideoReader:
-    """Reads videos in one process that it starts when needed, and again after a crash.
+    """Reads videos in one subprocess.
 
-    Requests and results are JSON lines on pipes, followed by the raw frames. The process arms an alarm for each video,
-    so the kernel ends it in time even inside a decoder, and it ends with its parent. Not for several threads at once:
-    give each its own reader. With `num_threads=1`, readers in parallel scale best.
+    Requests and results are JSON lines on pipes; the raw frames follow a result. A reader is not thread-safe: give each
+    thread its own. Several readers in parallel scale best with `num_threads=1`.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def read_frames(self, path: VideoPath, **options: Any) -> VideoFrames:
-        """`megatron_vcr1.data.video.read_frames(path, **options)` in the other process; frames on the CPU.
+        """Run `megatron_vcr1.data.video.read_frames(path, **options)` in the subprocess; the frames are on the CPU.
 
         Raises:
-            VideoError: as there, or the decoder crashed or hung.
+            VideoError: the video cannot be read, or the decoder crashed or hung.
             ValueError: an option is out of range.
+            RuntimeError: the subprocess failed for another reason; its traceback is on stderr.
         """
         if options.get("backend") == "dali-gpu":
             raise ValueError("dali-gpu decodes in the process that owns the GPU; call read_frames there")
         process = self._process or _start()
-        self._process = None  # until it has answered: a request that is interrupted takes its process along
+        # Forget the process until it has replied. If this call is interrupted (Ctrl-C, an exception of a signal
+        # handler), an unread reply is left in the pipe, and the next request must not read it as its own.
+        self._process = None
         files = os.fspath(path) if isinstance(path, str | os.PathLike) else [os.fspath(file) for file in path]
         assert process.stdin is not None and isinstance(process.stdout, io.BufferedReader)
         reply = b""
-        with contextlib.suppress(BrokenPipeError):  # it died; the missing reply says so below
+        with contextlib.suppress(BrokenPipeError):  # the process died; the missing reply is handled below
             process.stdin.write(json.dumps({"path": files, "options": options}).encode() + b"\n")
             process.stdin.flush()
             reply = process.stdout.readline()
-        result = _result(json.loads(reply), process.stdout) if reply.endswith(b"\n") else None
+        result = _parse_reply(json.loads(reply), process.stdout) if reply.endswith(b"\n") else None
         if result is None:
-            raise _why_it_died(process, path)
+            raise _error_of_dead_process(process, path)
         self._process = process
         if isinstance(result, ValueError):
             raise result
         return result
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the subprocess and wait for it."""
         if self._process is None:
             return
         self._process.kill()
@@ -78,14 +90,14 @@ class VideoReader:
 
 def _start() -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with children_without_signals():
+    with block_job_signals_in_children():
         return subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
 
 
-def _result(reply: dict[str, Any], stream: io.BufferedReader) -> VideoFrames | ValueError | None:
-    """What a reply says: frames, an error to raise, or None when the frames break off."""
+def _parse_reply(reply: dict[str, Any], stream: io.BufferedReader) -> VideoFrames | ValueError | None:
+    """Return the frames, the error that the caller raises, or None if the process died while it sent the frames."""
     if "video_error" in reply:
         return VideoError(*reply["video_error"])
     if "value_error" in reply:
@@ -97,22 +109,28 @@ def _result(reply: dict[str, Any], stream: io.BufferedReader) -> VideoFrames | V
     return VideoFrames(frames, tuple(reply["timestamps_s"]), reply["duration_s"], reply["backend"])
 
 
-def _why_it_died(process: subprocess.Popen[bytes], path: VideoPath) -> Exception:
+def _error_of_dead_process(process: subprocess.Popen[bytes], path: VideoPath) -> Exception:
+    """Wait for the process to end and make an error of its exit status.
+
+    Death by a signal is the decoder's, so it costs one video. An exit code is an uncaught Python exception, which is a
+    mistake in our code: the RuntimeError ends the run.
+    """
     process.communicate()
     code = process.returncode
     if code == -signal.SIGALRM:
         return VideoError(path, "the decoder hung and was ended by the time limit")
     if code < 0:
         return VideoError(path, f"the decoder crashed ({signal.Signals(-code).name})")
-    return RuntimeError(f"the video process ended with code {code} at {path}; its messages are on stderr")
+    return RuntimeError(f"{path}: the video process exited with code {code}; see its traceback on stderr")
 
 
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Answer requests until the parent closes the pipe."""
+    """Serve requests until the parent closes the pipe."""
     for line in requests:
         request = json.loads(line)
         limit_s = request["options"].get("time_limit_s", TIME_LIMIT_S)
-        signal.setitimer(signal.ITIMER_REAL, limit_s + GRACE_S)  # SIGALRM, unhandled, ends the process
+        # SIGALRM has its default action here: it ends the process, wherever it is.
+        signal.setitimer(signal.ITIMER_REAL, limit_s + GRACE_S)
         try:
             video = read_frames(request["path"], **request["options"])
         except VideoError as error:
@@ -134,12 +152,13 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
 
 
 def _main() -> None:
-    """Serve on stdin and stdout; what libraries print goes to stderr."""
+    """Serve on stdin and stdout; anything that libraries print goes to stderr instead of into the replies."""
     torch.set_num_threads(1)
-    with contextlib.suppress(OSError):  # a video that fills the memory ends this process, not the run
+    with contextlib.suppress(OSError):
+        # If memory runs out, the kernel kills this process rather than the training process.
         Path("/proc/self/oom_score_adj").write_text("1000")
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent may have it ignored
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may ignore it, which children inherit
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(sys.stdin.buffer, replies)

@@ -1,4 +1,4 @@
-"""What the video backends share: the result, the error, the request and a video's table of frames."""
+"""Types that the video backends share: result, error, sampling settings, frame table; and the choice of frames."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from torch import Tensor
 from megatron_vcr1.data.resize import max_pixels_per_frame, smart_resize
 
 VideoPath = str | PathLike[str] | Sequence[str | PathLike[str]]
-"""A file, a folder of images, an fsspec URL, or a list of the frames' image files."""
+"""A video file, a folder of images, an fsspec URL, or a list of image files."""
 
 TIME_ROUNDING_S = 1e-6
-"""Containers round times; 12 s may be stored as 11.9999999."""
+"""Tolerance for times that containers round: 12 s may be stored as 11.9999999."""
+
+PROGRAMMING_ERRORS = (TypeError, AttributeError, NameError, ImportError, AssertionError)
+"""Errors that are about our code, or about an installed package that it does not fit, never about a file. They must end
+the run with their traceback at the first sample. Counted as damaged videos they would skip every sample."""
 
 
 class VideoError(ValueError):
-    """A video or picture that must not reach the model: which one, and why."""
+    """A video or image that cannot be used; names the file and the reason."""
 
     def __init__(self, file: object, reason: str) -> None:
         self.file = str(file)
         self.reason = reason
-        super().__init__(self.file, reason)  # both as args, so that the error survives a trip between processes
+        super().__init__(self.file, reason)  # pickle calls the class with these args in another process
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}"
@@ -36,21 +40,22 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class VideoFrames:
-    """The frames of a video that a model sees."""
+    """Decoded frames of a video, ready for the model."""
 
     frames: Tensor
-    """uint8 [num_frames, height, width, 3], resized; on the device of the backend that made them."""
+    """uint8 [num_frames, height, width, 3], resized; on the device of the backend that decoded them."""
     timestamps_s: tuple[float, ...]
-    """When each frame is shown, counted from the first frame of the video or of its part that was asked for."""
+    """[num_frames] time at which each frame appears, in seconds from the start of the clip; 0 for the frame that is
+    already on screen when the clip starts. Frame i of n represents the time from i / n to (i + 1) / n of the clip."""
     duration_s: float
-    """Length of the video, or of the part: from its first frame's appearance to the end of its last one."""
+    """Length of the clip: up to the end of its last frame, or up to end_s."""
     backend: str
-    """What decoded it: pyav, dali-cpu, dali-gpu or images."""
+    """Backend that decoded the video: pyav, dali-cpu, dali-gpu or images."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Which frames of a video a model sees, and how large."""
+    """Number, time range and size of the frames that are sampled from a video; see `read_frames`."""
 
     fps: float
     min_frames: int
@@ -75,10 +80,10 @@ class Sampling:
             raise ValueError(f"need 0 <= start_s < end_s, got {self.start_s}..{self.end_s}")
 
     def frame_size(self, num_frames: int, height: int, width: int, file: object) -> tuple[int, int]:
-        """Height and width after resizing, for an upright original of height x width.
+        """Return height and width after resizing, given the height and width of the upright original.
 
         Raises:
-            VideoError: the picture is too narrow for the model.
+            VideoError: the aspect ratio is too extreme for the model.
         """
         max_pixels = max_pixels_per_frame(
             num_frames, total_pixels=self.total_pixels, min_pixels=self.min_pixels, max_pixels=self.max_pixels
@@ -91,18 +96,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class FrameTable:
-    """Every frame of a video in the order of display."""
+    """Time stamps of all frames of a video, in display order."""
 
     pts: NDArray[np.int64]
-    """[total_frames] ascending, in units of time_base."""
+    """[total_frames] presentation time stamps, ascending, in units of time_base."""
     time_base: Fraction
-    """Seconds a unit."""
+    """Seconds per unit."""
     last_duration: int
-    """How long the last frame is shown, in units of time_base."""
+    """Time for which the last frame is shown, in units of time_base."""
 
     @property
     def duration_s(self) -> float:
-        """From the first frame's appearance to the end of the last one."""
+        """Time from the appearance of the first frame to the end of the last one."""
         return float((int(self.pts[-1] - self.pts[0]) + self.last_duration) * self.time_base)
 
 
@@ -111,63 +116,98 @@ class FrameChoice:
     """The frames to decode."""
 
     indices: NDArray[np.int64]
-    """[num_frames] rows of the frame table, ascending; a row may come twice."""
+    """[num_frames] rows of the frame table, ascending; a frame that stays on screen for long may occur repeatedly."""
     timestamps_s: tuple[float, ...]
-    """When they are shown, counted from the first frame of the part that was asked for."""
+    """[num_frames] time at which each frame appears, in seconds from the start of the clip."""
     duration_s: float
-    """Length of that part."""
+    """Length of the clip."""
 
 
 def choose_frames(table: FrameTable, sampling: Sampling, file: object) -> FrameChoice:
-    """Spread frames evenly over time, from the first to the last one between start_s and end_s.
+    """Choose the frames that are on screen at evenly spaced instants of the clip from start_s to end_s.
+
+    The frame that is on screen when the clip starts is the clip's first frame, at time 0.
 
     Raises:
-        VideoError: no frame appears in that time.
+        VideoError: the video ends before start_s.
     """
     times_s = (table.pts - table.pts[0]) * float(table.time_base)
-    first, stop = np.searchsorted(times_s, [sampling.start_s - TIME_ROUNDING_S, sampling.end_s - TIME_ROUNDING_S])
-    if first == stop:
-        length = f"a video of {table.duration_s:.2f} s"
-        raise VideoError(file, f"no frame between {sampling.start_s:g} and {sampling.end_s:g} s in {length}")
-    end_s = min(float(times_s[stop]) if stop < len(times_s) else table.duration_s, sampling.end_s)
-    duration_s = end_s - float(times_s[first])
-    num_frames = num_sampled_frames(duration_s, int(stop - first), sampling)
-    indices = first + nearest_frames(table.pts[first:stop], num_frames)
-    return FrameChoice(indices, tuple((times_s[indices] - times_s[first]).tolist()), duration_s)
+    if sampling.start_s > table.duration_s - TIME_ROUNDING_S:
+        clip = f"between {sampling.start_s:g} and {sampling.end_s:g} s"
+        raise VideoError(file, f"no frame {clip} in a video of {table.duration_s:.2f} s")
+    first = int(np.searchsorted(times_s, sampling.start_s + TIME_ROUNDING_S, side="right")) - 1
+    stop = max(int(np.searchsorted(times_s, sampling.end_s - TIME_ROUNDING_S)), first + 1)
+
+    start = round(Fraction(sampling.start_s) / table.time_base)  # in units of time_base, like the next two
+    appears = np.maximum(table.pts[first:stop] - table.pts[0] - start, 0)
+    duration = int(table.pts[-1] - table.pts[0]) + table.last_duration - start
+    if math.isfinite(sampling.end_s):
+        duration = min(duration, round(Fraction(sampling.end_s) / table.time_base) - start)
+    duration = max(duration, int(appears[-1]) + 1)
+
+    duration_s = float(duration * table.time_base)
+    num_frames = num_sampled_frames(duration_s, _max_frames_worth_sampling(table, first, stop), sampling)
+    chosen = frames_on_screen(appears, duration, num_frames)
+    timestamps_s = tuple((appears[chosen] * float(table.time_base)).tolist())
+    return FrameChoice(first + chosen, timestamps_s, duration_s)
 
 
-def num_sampled_frames(duration_s: float, total_frames: int, sampling: Sampling) -> int:
-    """Frames to decode: duration times rate within the bounds, never more than there are, rounded down to even.
+def num_sampled_frames(duration_s: float, total_frames: float, sampling: Sampling) -> int:
+    """Return the number of frames to sample: duration times fps, within the bounds, and rounded down to even.
 
-    A video of a single frame gives two, so that the vision tower's temporal patch is full.
+    The result is at most `total_frames`, except that a video of a single frame gives two, so that the vision tower's
+    temporal patch is full.
     """
     frames = max(duration_s * sampling.fps, sampling.min_frames + sampling.min_frames % 2)
     frames = int(min(frames + TIME_ROUNDING_S, sampling.max_frames, total_frames))
     return max(frames - frames % 2, 2)
 
 
-def nearest_frames(pts: NDArray[np.int64], num_frames: int) -> NDArray[np.int64]:
-    """The frames nearest to `num_frames` instants spread evenly from the first to the last time stamp.
+def frames_on_screen(appears: NDArray[np.int64], duration: int, num_frames: int) -> NDArray[np.int64]:
+    """Return the frame that is on screen at each of `num_frames` instants spread evenly over the whole duration.
 
-    At a constant rate these are round(i * (total_frames - 1) / (num_frames - 1)), a tie going to the even index. The
-    arithmetic is exact: time stamps are integers, and both sides are multiplied by num_frames - 1.
+    Instant i lies in the i-th of `num_frames` equal parts of the duration, and a frame is never taken before the time
+    at which it appears. The first instant is in the middle of the first frame, the last one in the last frame.
+
+    At a constant frame rate the result is round(i * (total_frames - 1) / (num_frames - 1)), as in Qwen's published
+    preprocessing. There are no ties to round, since `num_frames` is even.
 
     Args:
-        pts: int64 [total_frames], ascending.
-        num_frames: at least 2.
+        appears: int64 [total_frames], ascending, at least one: time at which each frame replaces the one before it. The
+            first one is 0.
+        duration: end of the last frame, in the same unit.
+        num_frames: number of instants, at least 2.
+
+    Returns:
+        int64 [num_frames], indices into `appears`, ascending.
     """
-    offsets = pts - pts[0]
-    targets = np.arange(num_frames, dtype=np.int64) * offsets[-1]
-    scaled = offsets * (num_frames - 1)
-    later = np.searchsorted(scaled, targets)
-    earlier = np.maximum(later - 1, 0)
-    gap_earlier, gap_later = targets - scaled[earlier], scaled[later] - targets
-    take_earlier = (gap_earlier < gap_later) | ((gap_earlier == gap_later) & (earlier % 2 == 0))
-    return np.where(take_earlier, earlier, later)
+    last = int(appears[-1])
+    first_shown_for = int(appears[1]) if len(appears) > 1 else duration
+    # The first and the last instant in units of 1 / (2 * num_frames). A frame that is shown for long has several
+    # instants, so these two keep no more than half a part's distance from the ends.
+    start = min(num_frames * first_shown_for, duration)
+    end = max(num_frames * (2 * last + min(duration - last, first_shown_for)), (2 * num_frames - 1) * duration)
+    # Time stamps are integers, so the frame on screen at t is the one on screen at floor(t). Python's integers do not
+    # overflow where int64 would: nanoseconds times the square of the number of frames.
+    denominator = 2 * num_frames * (num_frames - 1)
+    instants = [(start * (num_frames - 1) + i * (end - start)) // denominator for i in range(num_frames)]
+    return np.searchsorted(appears, np.array(instants, dtype=np.int64), side="right") - 1
+
+
+def _max_frames_worth_sampling(table: FrameTable, first: int, stop: int) -> float:
+    """Return the largest number of frames to sample from the rows first..stop - 1 of a frame table.
+
+    At a constant rate that is the number of frames: sampling faster would only repeat them. A video that shows a frame
+    at least twice as long as most others (a screen recording, a variable frame rate) has no such limit, because its
+    instants must cover that frame, too.
+    """
+    shown_for = np.sort(np.diff(table.pts, append=table.pts[-1] + table.last_duration)[first:stop])
+    is_constant = shown_for[-1] < 2 * shown_for[(len(shown_for) - 1) // 2]  # the lower median
+    return len(shown_for) if is_constant else math.inf
 
 
 class Deadline:
-    """A time limit on one video, checked between packets."""
+    """A time limit for one video, checked between packets."""
 
     def __init__(self, file: object, limit_s: float) -> None:
         self._file = file
@@ -176,10 +216,10 @@ class Deadline:
 
     @property
     def remaining_s(self) -> float:
-        """Time left, never 0, which some libraries take for no limit."""
+        """Remaining time; always above 0, because some libraries take 0 for no limit."""
         return max(self._end_s - time.monotonic(), 1e-3)
 
     def check(self) -> None:
-        """Raise VideoError when the time is over."""
+        """Raise VideoError if the time is over."""
         if time.monotonic() > self._end_s:
             raise VideoError(self._file, f"decoding took longer than {self._limit_s:g} s")

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from megatron_vcr1.data.signals import children_without_signals
+from megatron_vcr1.data.signals import block_job_signals_in_children
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_children_outlive_the_signals_of_the_run(number: signal.Signals) -> None:
-    with children_without_signals():
+    with block_job_signals_in_children():
         shielded = subprocess.Popen(["sleep", "60"])
     plain = subprocess.Popen(["sleep", "60"])
     for process in (shielded, plain):

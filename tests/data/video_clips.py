@@ -1,4 +1,4 @@
-"""Tiny videos whose frames carry their own number, and what reads it back."""
+"""Tiny videos whose frames carry their own number, and functions that read the number back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SIDE = 112
-"""112 x 112 pixels are the least that read_frames gives, so that it need not resize."""
+"""Side of a frame. 112 x 112 pixels are the smallest size that read_frames returns, so that it does not resize."""
 NUM_BITS = 8
 RATE = 25
 
 
 def draw(number: int, *, width: int = SIDE, height: int = SIDE) -> NDArray[np.uint8]:
-    """A grey picture with the number as eight bars, least significant left, over its upper half."""
+    """Draw a grey picture with the number as eight bars in its upper half, the least significant bit on the left."""
     picture = np.full((height, width, 3), 60, dtype=np.uint8)
     for bit in range(NUM_BITS):
         if number >> bit & 1:
@@ -27,7 +27,7 @@ def draw(number: int, *, width: int = SIDE, height: int = SIDE) -> NDArray[np.ui
 
 
 def number_of(frame: Tensor) -> int:
-    """The number that a frame [height, width, 3] carries."""
+    """Read the number of a frame [height, width, 3]."""
     height, width, _ = frame.shape
     bars = frame[: height // 2].float().mean((0, 2)).view(NUM_BITS, width // NUM_BITS)[:, 4:-4].mean(1)
     return sum(1 << bit for bit in range(NUM_BITS) if bars[bit] > 130)
@@ -49,25 +49,30 @@ def write_clip(
     rotation: int = 0,
     size: tuple[int, int] = (SIDE, SIDE),
     extra_streams: bool = False,
+    metadata: dict[str, str] | None = None,
+    gop_size: int = 12,
 ) -> Path:
-    """Write a clip at 25 frames a second, or with the given presentation times.
+    """Write a clip at 25 fps, or with the given presentation times.
 
     Args:
-        options: of the encoder.
-        container_options: of the muxer.
-        times_ms: when each frame is shown.
-        rotation: in the metadata, counterclockwise degrees.
+        options: options of the encoder.
+        container_options: options of the muxer.
+        times_ms: presentation time of each frame.
+        rotation: rotation in the metadata, counterclockwise in degrees.
         size: width and height.
-        extra_streams: a small second video and a sound track as well.
+        extra_streams: whether to add a small second video and a sound track.
+        metadata: metadata of the container.
+        gop_size: distance of the keyframes in frames.
     """
     frame_ticks, time_base = (1, Fraction(1, RATE)) if path.suffix == ".avi" else (40, Fraction(1, 1000))
     with av.open(str(path), "w", options=container_options or {}) as container:
+        container.metadata.update(metadata or {})
         small = container.add_stream("mpeg4", rate=RATE, width=32, height=32) if extra_streams else None
         sound = container.add_stream("aac", rate=8000, layout="mono") if extra_streams else None
         stream = container.add_stream(codec, rate=RATE, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
-        stream.codec_context.gop_size = 12
+        stream.codec_context.gop_size = gop_size
         stream.codec_context.time_base = time_base
         if rotation:
             stream.set_display_rotation(rotation)
@@ -84,7 +89,28 @@ def write_clip(
             silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.float32), format="fltp", layout="mono")
             silence.sample_rate = 8000
             container.mux(sound.encode(silence))
-        for one in (stream, small, sound):
-            if one is not None:
-                container.mux(one.encode(None))
+        for encoder in (stream, small, sound):
+            if encoder is not None:
+                container.mux(encoder.encode(None))
     return path
+
+
+def replace_packets(source: Path, target: Path, replacements: dict[int, bytes]) -> Path:
+    """Remux a video without B-frames, with other data in some of its packets.
+
+    Args:
+        source: video to read.
+        target: video to write, in the container of its suffix.
+        replacements: number of a packet to its new data.
+    """
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(packet for packet in old.demux(video=0) if packet.size):
+            data = packet
+            if number in replacements:
+                data = av.Packet(replacements[number])
+                data.pts, data.dts, data.duration = packet.pts, packet.dts, packet.duration
+                data.time_base = packet.time_base
+            data.stream = stream
+            new.mux(data)
+    return target

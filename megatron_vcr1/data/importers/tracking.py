@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_vcr1.data.importers.cleaning import Issue, Row, VideoFolder
 from megatron_vcr1.data.importers.files import read_json, read_lines
 from megatron_vcr1.data.manifest import is_remote
-from megatron_vcr1.data.video_types import nearest_frames
+from megatron_vcr1.data.video_types import frames_on_screen
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import NUM_TRACKED_FRAMES
 
@@ -103,4 +103,4 @@ def _pick(frames: list[Path]) -> list[str]:
 
 def _evenly(items: list[T]) -> list[T]:
     """Eight of them, evenly spaced, the first and the last included, by the rule that videos are sampled with."""
-    return [items[index] for index in nearest_frames(np.arange(len(items)), NUM_TRACKED_FRAMES)]
+    return [items[index] for index in frames_on_screen(np.arange(len(items)), len(items), NUM_TRACKED_FRAMES)]
