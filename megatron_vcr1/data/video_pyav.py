@@ -216,7 +216,8 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return Orientation()
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
+    # It is a buffer, although PyAV's annotations do not say so.
+    a, b, _, c, d, *_ = struct.unpack("=9i", data)  # type: ignore[arg-type]
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(False, flip_vertically=d < 0, flip_horizontally=a < 0)
     return Orientation(True, flip_vertically=b < 0, flip_horizontally=c < 0)

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, UnidentifiedImageError
 
-from megatron_vcr1.data.images import FORMATS
+from megatron_vcr1.data.images import IMAGE_FORMATS
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.serving.chat import ChatRequest, ImagePart, RefusedRequest, TextPart, VideoPart
 
@@ -103,7 +103,7 @@ class RequestFiles:
         Any other problem is left to `read_image`, which describes it.
         """
         try:
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
                 num_pixels = image.width * image.height
         except Image.DecompressionBombError:
             num_pixels = MAX_IMAGE_PIXELS + 1
