@@ -155,10 +155,10 @@ class Scorer:
     def _log_probs(self, ready: Sequence[Group]) -> dict[str, dict[str, Any]]:
         """Rows with log-probs, on the last stage."""
         config = self.model.config
-        rows_multiple_of = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        pad_to_multiple_of = config.tensor_model_parallel_size if config.sequence_parallel else 1
         longest = max(group.num_tokens for group in ready)
         microbatches = pack_groups(ready, max(self.microbatch_tokens, longest))
-        batches = [pack(one, self.model.model_config, rows_multiple_of=rows_multiple_of) for one in microbatches]
+        batches = [pack(one, self.model.model_config, pad_to_multiple_of=pad_to_multiple_of) for one in microbatches]
 
         def collect(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, ...]:
             values = self.model.log_probs(hidden, batch.target_ids, temperature=self.temperature)

@@ -20,14 +20,14 @@ class CachedAttention(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation:
+class RotaryTables:
     """Of queries and keys by their rows' positions; taken once for all layers."""
 
     cos: Tensor  # [rows, head_dim]
     sin: Tensor  # [rows, head_dim]
 
     @classmethod
-    def by_angles(cls, angles: Tensor) -> Rotation:
+    def from_angles(cls, angles: Tensor) -> RotaryTables:
         """Of rotary angles, [rows, head_dim]."""
         return cls(angles.cos(), angles.sin())
 
@@ -42,7 +42,7 @@ class AttentionLayout(PackedSeqParams):
     """
 
     qkv_format: str = "sbhd"  # rows stay [rows, 1, heads, head_dim]: one packed sequence is one batch entry
-    rotation: Rotation | None = None
+    rope: RotaryTables | None = None
     full: SegmentLayout | None = None
     windows: SegmentLayout | None = None
     cached: CachedAttention | None = None
@@ -62,13 +62,13 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         *args: Any,
         windowed_layers: frozenset[int] = frozenset(),
-        selects_rows: bool = False,
+        selects_tokens: bool = False,
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
         """As megatron-core's DotProductAttention; `windowed_layers` are the 1-based numbers of those with windows."""
         super().__init__(config=config)
-        self.selects_rows = selects_rows
+        self.selects_tokens = selects_tokens
         self.layer_number = layer_number
         self.windowed = layer_number in windowed_layers
         self.softmax_scale = softmax_scale
@@ -88,10 +88,10 @@ class PackedAttention(MegatronModule):
 
         Query and key come without their positions.
         """
-        if packed_seq_params is None or packed_seq_params.rotation is None:
-            raise ValueError("PackedAttention needs an AttentionLayout with a rotation as packed_seq_params")
-        rotation = packed_seq_params.rotation
-        query, key = mrope(query.squeeze(1), key.squeeze(1), rotation.cos, rotation.sin, inplace=False)
+        if packed_seq_params is None or packed_seq_params.rope is None:
+            raise ValueError("PackedAttention needs an AttentionLayout with a rope as packed_seq_params")
+        rope = packed_seq_params.rope
+        query, key = mrope(query.squeeze(1), key.squeeze(1), rope.cos, rope.sin, inplace=False)
         # A view would keep the joint projection of query, key and value until the backward pass.
         rows = (query, key, value.squeeze(1).contiguous())
         if packed_seq_params.cached is not None:
@@ -100,6 +100,6 @@ class PackedAttention(MegatronModule):
             layout = packed_seq_params.windows if self.windowed else packed_seq_params.full
             assert layout is not None, "the layout lacks what this layer reads"
             output = shared_prefix_attention(*rows, layout, scale=self.softmax_scale)
-        if self.selects_rows:
+        if self.selects_tokens:
             output = packed_seq_params.select(output)
         return output.flatten(1).unsqueeze(1)

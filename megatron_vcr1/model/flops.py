@@ -42,7 +42,7 @@ class Workload:
     patches: int = 0
     window_pairs: int = 0  # pairs of patches that see each other in a layer with windows
     full_pairs: int = 0  # the same in a layer that attends to whole temporal steps
-    rows: int = 0  # of the language model
+    tokens: int = 0  # of the language model
     text_pairs: int = 0  # pairs of rows, query and key, that the language model's mask lets through
     targets: int = 0  # rows of the head
 
@@ -63,7 +63,7 @@ class Workload:
         fed = [length - 1 for length in response_lengths]
         lengths = (num_prompt_tokens, *fed)
         return _vision_workload(config.vision, grids) + cls(
-            rows=sum(lengths),
+            tokens=sum(lengths),
             text_pairs=sum(map(_half_square, lengths)) + num_prompt_tokens * sum(fed),
             targets=sum(response_lengths),
         )
@@ -74,7 +74,7 @@ class Workload:
         layout = batch.layout
         prefixes = (0 if prefix < 0 else layout.lengths[prefix] for prefix in layout.prefixes)
         return _vision_workload(config.vision, (item.grid_thw for item in batch.vision)) + cls(
-            rows=layout.num_tokens,
+            tokens=layout.num_tokens,
             text_pairs=sum(
                 _half_square(length) + length * prefix for length, prefix in zip(layout.lengths, prefixes, strict=True)
             ),
@@ -116,8 +116,8 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
         vision_layers=2 * work.patches * vision.num_layers * vision_layer_weights(vision),
         vision_attention=4 * vision_pairs * vision.hidden_size,
         merger=2 * work.patches // vision.patches_per_token * merger_weights(vision),
-        text_layers=2 * work.rows * text.num_layers * _text_qkv_weights(text)
-        + 2 * _rows_behind_attention(config, work) * (text_layer_weights(text) - _text_qkv_weights(text)),
+        text_layers=2 * work.tokens * text.num_layers * _text_qkv_weights(text)
+        + 2 * _tokens_after_attention(config, work) * (text_layer_weights(text) - _text_qkv_weights(text)),
         text_attention=4 * work.text_pairs * text.num_layers * text.num_heads * text.head_dim,
         head=2 * work.targets * text.hidden_size * text.vocab_size,
     )
@@ -164,7 +164,7 @@ def recomputed_flops(
     if "mlp" in recompute.modules:
         again += Flops(
             vision_layers=once.vision_layers * vision_mlp_weights(config.vision) / vision_layer_weights(config.vision),
-            text_layers=2 * _rows_behind_attention(config, work) * text_mlp_weights(config.text),
+            text_layers=2 * _tokens_after_attention(config, work) * text_mlp_weights(config.text),
         )
     return again
 
@@ -183,9 +183,9 @@ def _text_qkv_weights(text: TextConfig) -> int:
     return text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
 
 
-def _rows_behind_attention(config: ModelConfig, work: Workload) -> int:
+def _tokens_after_attention(config: ModelConfig, work: Workload) -> int:
     """Of the output projections and MLPs, over all layers."""
-    return work.rows * (config.text.num_layers - 1) + work.targets
+    return work.tokens * (config.text.num_layers - 1) + work.targets
 
 
 def text_mlp_weights(text: TextConfig) -> int:

@@ -33,30 +33,30 @@ class _Layer:
 class KVCache:
     """Memory of the responses that decode together, one row each, and of their groups' prompts, for this rank's layers.
 
-    Fill it with a `PromptPass` for the prompts, then decode with `attend`, a token a row and pass.
+    Fill it with a `PrefillAttention` for the prompts, then decode with `attend`, a token a row and pass.
     """
 
     def __init__(
-        self, prompt_lengths: Sequence[int], groups_of_rows: Sequence[int], max_own_tokens: int, device: torch.device
+        self, prompt_lengths: Sequence[int], response_groups: Sequence[int], max_own_tokens: int, device: torch.device
     ) -> None:
         """
         Args:
             prompt_lengths: tokens of each group's prompt.
-            groups_of_rows: each row's group; ascending.
+            response_groups: each row's group; ascending.
             max_own_tokens: most tokens that a row will ever hold.
         """
         self.num_own = 0
         self._max_own_tokens = max_own_tokens
         self.device = device
         self._layers: dict[int, _Layer] = {}
-        self._lay_out(list(prompt_lengths), list(groups_of_rows))
+        self._lay_out(list(prompt_lengths), list(response_groups))
 
-    def _lay_out(self, prompt_lengths: list[int], groups_of_rows: list[int]) -> None:
+    def _lay_out(self, prompt_lengths: list[int], response_groups: list[int]) -> None:
         """Where each row's query stands in a table [groups, width], whose spare cells repeat row 0."""
-        self.prompt_lengths, self.groups_of_rows = prompt_lengths, groups_of_rows
+        self.prompt_lengths, self.response_groups = prompt_lengths, response_groups
         self.longest_prompt = -(-max(prompt_lengths) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         rows_of_groups: list[list[int]] = [[] for _ in prompt_lengths]
-        for row, group in enumerate(groups_of_rows):
+        for row, group in enumerate(response_groups):
             rows_of_groups[group].append(row)
         self._width = max(map(len, rows_of_groups))
         self._table: Tensor | None = None
@@ -79,7 +79,7 @@ class KVCache:
         if layer_number not in self._layers:
             _, num_kv_heads, head_dim = key.shape
             prompt_shape = (len(self.prompt_lengths), num_kv_heads, self.longest_prompt, head_dim)
-            own_shape = (len(self.groups_of_rows), num_kv_heads, 0, head_dim)
+            own_shape = (len(self.response_groups), num_kv_heads, 0, head_dim)
             self._layers[layer_number] = _Layer(
                 key.new_zeros(prompt_shape),
                 key.new_zeros(prompt_shape),
@@ -137,14 +137,14 @@ class KVCache:
         """Every layer has kept its token of this pass."""
         self.num_own += 1
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
+    def keep_responses(self, rows: Sequence[int]) -> None:
         """Forget all rows but these (ascending), and the prompts that no row is left of."""
-        groups = sorted({self.groups_of_rows[row] for row in rows})
+        groups = sorted({self.response_groups[row] for row in rows})
         row_index = torch.tensor(rows, device=self.device)
         group_index = torch.tensor(groups, device=self.device)
         lengths = [self.prompt_lengths[group] for group in groups]
         loses_prompts = len(groups) < len(self.prompt_lengths)
-        self._lay_out(lengths, [groups.index(self.groups_of_rows[row]) for row in rows])
+        self._lay_out(lengths, [groups.index(self.response_groups[row]) for row in rows])
         for layer in self._layers.values():
             layer.own_keys, layer.own_values = layer.own_keys[row_index], layer.own_values[row_index]
             if loses_prompts:
@@ -152,7 +152,7 @@ class KVCache:
                 layer.prompt_values = layer.prompt_values[group_index, :, : self.longest_prompt]
 
 
-class PromptPass:
+class PrefillAttention:
     """Attention of a pass over whole prompts, packed one behind the other, that leaves their keys in a cache."""
 
     def __init__(self, cache: KVCache, groups: range) -> None:

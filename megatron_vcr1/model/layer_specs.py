@@ -42,7 +42,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(config))
-        mark_sequence_parallel(self, config)
+        set_sequence_parallel_attribute(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape."""
@@ -55,10 +55,10 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(config))
-        mark_sequence_parallel(self, config)
+        set_sequence_parallel_attribute(self, config)
 
 
-def mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
+def set_sequence_parallel_attribute(module: nn.Module, config: TransformerConfig) -> None:
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -111,7 +111,7 @@ def recompute_in_backward(result: Tensor, compute: Callable[[], Tensor]) -> Iter
         yield
 
 
-class SelectingLayer(TransformerLayer):
+class TokenSelectingLayer(TransformerLayer):
     """The last layer: behind its attention it computes nothing but the rows that the layout selects.
 
     Nothing reads the other rows but as keys and values of this attention.
@@ -126,7 +126,7 @@ class SelectingLayer(TransformerLayer):
             return add(output_with_bias, packed_seq_params.select(hidden_states), self.hidden_dropout), None
 
 
-class BiasedInPlace(ColumnParallelLinear):
+class InPlaceBiasColumnParallelLinear(ColumnParallelLinear):
     """megatron-core's, which would write the sum with its bias, or have it written, to a new tensor."""
 
     def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
@@ -138,7 +138,7 @@ class BiasedInPlace(ColumnParallelLinear):
         return (output if bias is None else output.add_(bias)), None
 
 
-class NormedLinear(BiasedInPlace):
+class LayerNormColumnParallelLinear(InPlaceBiasColumnParallelLinear):
     """A norm and the linear layer behind it, under the names of TransformerEngine's; keeps the norm's input alone."""
 
     layer_norm_bias: Tensor | None
@@ -149,7 +149,7 @@ class NormedLinear(BiasedInPlace):
         self.layer_norm_weight = norm.weight
         self.register_parameter("layer_norm_bias", getattr(norm, "bias", None))
 
-    def normed(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         """[..., input_size] to the same shape."""
         epsilon = self.config.layernorm_epsilon
         if self.layer_norm_bias is None:
@@ -157,9 +157,9 @@ class NormedLinear(BiasedInPlace):
         return F.layer_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.layer_norm_bias, epsilon)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """As BiasedInPlace."""
-        normed = self.normed(input_)
-        with recompute_in_backward(normed, lambda: self.normed(input_.detach())):
+        """As InPlaceBiasColumnParallelLinear."""
+        normed = self.normalize(input_)
+        with recompute_in_backward(normed, lambda: self.normalize(input_.detach())):
             return super().forward(normed, *args, **kwargs)
 
 
@@ -167,13 +167,13 @@ class LocalBackend(LocalSpecProvider):
     """megatron-core's parallel linears, torch's norms."""
 
     def column_parallel_linear(self) -> type:
-        return BiasedInPlace
+        return InPlaceBiasColumnParallelLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True
 
     def column_parallel_layer_norm_linear(self) -> type:
-        return NormedLinear
+        return LayerNormColumnParallelLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         return RMSNorm if rms_norm else LayerNorm
@@ -225,19 +225,19 @@ def block_spec(
     causal: bool,
     final_norm: bool,
     windowed_layers: frozenset[int] = frozenset(),
-    selects_rows: bool = False,
+    selects_tokens: bool = False,
 ) -> TransformerBlockSubmodules:
     """Layers of one tower's share on this stage.
 
     Args:
         num_layers: on this pipeline stage.
         windowed_layers: 1-based numbers of the layers that attend within windows.
-        selects_rows: the last of them is a `SelectingLayer`.
+        selects_tokens: the last of them is a `TokenSelectingLayer`.
     """
     layer_spec = partial(_layer_spec, backend, causal=causal)
     layers = [layer_spec(attention=partial(PackedAttention, windowed_layers=windowed_layers))] * num_layers
-    if selects_rows:
-        layers[-1] = layer_spec(attention=partial(PackedAttention, selects_rows=True), layer=SelectingLayer)
+    if selects_tokens:
+        layers[-1] = layer_spec(attention=partial(PackedAttention, selects_tokens=True), layer=TokenSelectingLayer)
     return TransformerBlockSubmodules(
         layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True) if final_norm else None
     )

@@ -60,7 +60,7 @@ def prompt_positions(
     Raises:
         ValueError: the pads in the prompt are not those that the grids call for.
     """
-    is_vision = vision_rows(token_ids, vision_token_ids).tolist()
+    is_vision = vision_token_mask(token_ids, vision_token_ids).tolist()
     pieces: list[Tensor] = []
     row, position = 0, 0
 
@@ -89,7 +89,7 @@ def prompt_positions(
     return torch.cat(pieces, dim=1) if pieces else torch.empty(3, 0, dtype=torch.long)
 
 
-def vision_rows(token_ids: Tensor, vision_token_ids: frozenset[int]) -> Tensor:
+def vision_token_mask(token_ids: Tensor, vision_token_ids: frozenset[int]) -> Tensor:
     """bool [tokens]: which tokens of a prompt are pads that vision features replace."""
     return torch.isin(token_ids, torch.tensor(sorted(vision_token_ids), dtype=token_ids.dtype))
 

@@ -12,7 +12,7 @@ from vcr1_kernels import SegmentLayout
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.mrope import prompt_positions, vision_rows
+from megatron_vcr1.model.mrope import prompt_positions, vision_token_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class PackedBatch:
     position_ids: Tensor  # int64 [3, rows]
     layout: SegmentLayout  # prompts, and responses behind them
     vision: tuple[VisionInput, ...]  # of all prompts, in row order
-    vision_rows: Tensor  # int64 [vision tokens]: rows whose embedding is replaced by a vision feature
-    predicting_rows: Tensor  # int64 [targets]: the row whose hidden state predicts each response token
+    vision_token_indices: Tensor  # int64 [vision tokens]: rows whose embedding is replaced by a vision feature
+    predicting_token_indices: Tensor  # int64 [targets]: the row whose hidden state predicts each response token
     target_ids: Tensor  # int64 [targets]
     response_lengths: tuple[int, ...]  # targets of each response, in order; sum = targets
 
@@ -39,20 +39,20 @@ class PackedBatch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             layout=self.layout,
             vision=self.vision,
-            vision_rows=self.vision_rows.to(device, non_blocking=True),
-            predicting_rows=self.predicting_rows.to(device, non_blocking=True),
+            vision_token_indices=self.vision_token_indices.to(device, non_blocking=True),
+            predicting_token_indices=self.predicting_token_indices.to(device, non_blocking=True),
             target_ids=self.target_ids.to(device, non_blocking=True),
             response_lengths=self.response_lengths,
         )
 
 
-def pack(groups: Sequence[Group], config: ModelConfig, *, rows_multiple_of: int = 1) -> PackedBatch:
+def pack(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: int = 1) -> PackedBatch:
     """Pack groups into one microbatch.
 
     Args:
         groups: prompts and their responses, of at least one token each.
         config: for the vision pads and the positions' time scale.
-        rows_multiple_of: the rows are padded to a multiple of this (`QwenVLModel.rows_multiple_of`) by a segment that
+        pad_to_multiple_of: the rows are padded to a multiple of this (`QwenVLModel.token_multiple`) by a segment that
             nothing attends to and that predicts nothing.
 
     Raises:
@@ -65,24 +65,24 @@ def pack(groups: Sequence[Group], config: ModelConfig, *, rows_multiple_of: int 
             packer.add(group.prompt, group.responses)
         except ValueError as error:
             raise ValueError(f"sample {group.id}: {error}") from error
-    packer.pad_rows(rows_multiple_of)
+    packer.pad(pad_to_multiple_of)
     return packer.finish()
 
 
 class _Packer:
-    """Rows gathered so far; `num_rows` is where the next segment starts."""
+    """Rows gathered so far; `num_tokens` is where the next segment starts."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.pad_ids = frozenset((config.image_token_id, config.video_token_id))
-        self.num_rows = 0
+        self.num_tokens = 0
         self.token_ids: list[Tensor] = []
         self.position_ids: list[Tensor] = []
         self.lengths: list[int] = []
         self.prefixes: list[int] = []
         self.vision: list[VisionInput] = []
-        self.vision_rows: list[Tensor] = []
-        self.predicting_rows: list[Tensor] = []
+        self.vision_token_indices: list[Tensor] = []
+        self.predicting_token_indices: list[Tensor] = []
         self.target_ids: list[Tensor] = []
 
     def _segment(self, token_ids: Tensor, position_ids: Tensor, prefix: int) -> None:
@@ -90,7 +90,7 @@ class _Packer:
         self.position_ids.append(position_ids)
         self.lengths.append(len(token_ids))
         self.prefixes.append(prefix)
-        self.num_rows += len(token_ids)
+        self.num_tokens += len(token_ids)
 
     def add(self, prompt: EncodedPrompt, responses: Sequence[Tensor]) -> None:
         if not len(prompt.token_ids) or any(not len(response) for response in responses):
@@ -103,20 +103,22 @@ class _Packer:
             tokens_per_second=self.config.vision.tokens_per_second,
         )
         self.vision.extend(prompt.vision)
-        self.vision_rows.append(vision_rows(prompt.token_ids, self.pad_ids).nonzero()[:, 0] + self.num_rows)
+        self.vision_token_indices.append(
+            vision_token_mask(prompt.token_ids, self.pad_ids).nonzero()[:, 0] + self.num_tokens
+        )
         prompt_index = len(self.lengths)
         self._segment(prompt.token_ids, positions, prefix=-1)
-        last_prompt_row = self.num_rows - 1
+        last_prompt_row = self.num_tokens - 1
         next_position = int(positions.max()) + 1
         for response in responses:
             fed = response[:-1]
-            rows = torch.arange(self.num_rows, self.num_rows + len(fed))
-            self.predicting_rows.append(torch.cat((torch.tensor([last_prompt_row]), rows)))
+            rows = torch.arange(self.num_tokens, self.num_tokens + len(fed))
+            self.predicting_token_indices.append(torch.cat((torch.tensor([last_prompt_row]), rows)))
             self.target_ids.append(response)
             self._segment(fed, (torch.arange(len(fed)) + next_position).expand(3, -1), prefix=prompt_index)
 
-    def pad_rows(self, multiple: int) -> None:
-        padding = -self.num_rows % multiple
+    def pad(self, multiple: int) -> None:
+        padding = -self.num_tokens % multiple
         if padding:
             self._segment(torch.zeros(padding, dtype=torch.long), torch.zeros(3, padding, dtype=torch.long), prefix=-1)
 
@@ -127,8 +129,8 @@ class _Packer:
             position_ids=torch.cat(self.position_ids, dim=1),
             layout=SegmentLayout(tuple(self.lengths), tuple(self.prefixes)),
             vision=tuple(self.vision),
-            vision_rows=torch.cat([empty, *self.vision_rows]),
-            predicting_rows=torch.cat([empty, *self.predicting_rows]),
+            vision_token_indices=torch.cat([empty, *self.vision_token_indices]),
+            predicting_token_indices=torch.cat([empty, *self.predicting_token_indices]),
             target_ids=torch.cat([empty, *self.target_ids]),
             response_lengths=tuple(len(response) for response in self.target_ids),
         )

@@ -27,14 +27,14 @@ from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model import token_step
-from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, Rotation
+from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, RotaryTables
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.kv_cache import KVCache
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.mrope import rotary_angles
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.transformer_config import (
-    FP8_ROWS,
+    FP8_TOKEN_MULTIPLE,
     check_fp8,
     text_transformer_config,
     vision_transformer_config,
@@ -78,7 +78,7 @@ class QwenVLModel(MegatronModule):
             num_layers=get_num_layers_to_build(text_config),
             causal=True,
             final_norm=True,
-            selects_rows=self.post_process,
+            selects_tokens=self.post_process,
         )
         self.language_model = GPTModel(
             text_config,
@@ -99,10 +99,10 @@ class QwenVLModel(MegatronModule):
         return group if group.size() > 1 else None
 
     @property
-    def rows_multiple_of(self) -> int:
+    def token_multiple(self) -> int:
         """What the rows of a training batch must divide by."""
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return ranks * (1 if self.config.fp8 is None else FP8_ROWS[self.config.fp8_recipe])
+        return ranks * (1 if self.config.fp8 is None else FP8_TOKEN_MULTIPLE[self.config.fp8_recipe])
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """megatron-core's schedules put the previous stage's output here."""
@@ -122,20 +122,20 @@ class QwenVLModel(MegatronModule):
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
         text = self.model_config.text
-        rotation = Rotation.by_angles(rotary_angles(batch.position_ids, text.mrope_section, text.rope_theta))
+        rope = RotaryTables.from_angles(rotary_angles(batch.position_ids, text.mrope_section, text.rope_theta))
         decoder = self.language_model.decoder
         if isinstance(cached, KVCache) and token_step.supports(decoder):
             rows = decoder.input_tensor if embeddings is None else embeddings
-            hidden = token_step.run_layers(decoder, rows[:, 0], rotation, cached)[:, None]
+            hidden = token_step.run_layers(decoder, rows[:, 0], rope, cached)[:, None]
         else:
             hidden = decoder(
                 hidden_states=embeddings,
                 attention_mask=None,
                 packed_seq_params=AttentionLayout(
-                    rotation=rotation,
+                    rope=rope,
                     full=batch.layout,
                     cached=cached,
-                    selected=batch.predicting_rows if selects else None,
+                    selected=batch.predicting_token_indices if selects else None,
                 ),
             )
         if not self.post_process:
@@ -146,7 +146,7 @@ class QwenVLModel(MegatronModule):
             # The head's gradient comes back whole (it is summed over the vocabulary's shards there), so it is only
             # sliced here.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return hidden[:, 0].index_select(0, batch.predicting_rows)
+        return hidden[:, 0].index_select(0, batch.predicting_token_indices)
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         """Token embeddings with vision features in place of the pads, [rows (of this rank), 1, hidden_size]."""
@@ -154,7 +154,7 @@ class QwenVLModel(MegatronModule):
         embeddings = self.language_model.embedding(batch.token_ids[None], position_ids=None)
         if batch.vision:
             features = self.vision_tower(batch.vision).to(embeddings.dtype)
-            embeddings = embeddings.index_copy(0, batch.vision_rows, features[:, None])
+            embeddings = embeddings.index_copy(0, batch.vision_token_indices, features[:, None])
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
@@ -219,12 +219,12 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
         vision_transformer_config(config.vision, *settings, dtype=dtype, initialize_weights=initialize_weights),
         backend,
     )
-    _mark_divided_weights(model)
+    _set_sharding_attributes(model)
     freeze(model, run.model.freeze)
     return model
 
 
-def _mark_divided_weights(model: QwenVLModel) -> None:
+def _set_sharding_attributes(model: QwenVLModel) -> None:
     """Note on each weight that the tensor-parallel ranks divide that they do: a gradient norm takes any other weight
     from one of them only. megatron-core's layers do so where they initialize their weights, and ours are loaded.
     """

@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from megatron_vcr1.model.attention import Rotation
+from megatron_vcr1.model.attention import RotaryTables
 from megatron_vcr1.model.kv_cache import KVCache
-from megatron_vcr1.model.layer_specs import NormedLinear
+from megatron_vcr1.model.layer_specs import LayerNormColumnParallelLinear
 
 
 def supports(decoder: TransformerBlock) -> bool:
     """Whether the layers are the local backend's, and no tensor-parallel ranks divide them."""
     undivided = decoder.config.tensor_model_parallel_size == 1
-    return undivided and all(isinstance(layer.self_attention.linear_qkv, NormedLinear) for layer in decoder.layers)
+    return undivided and all(
+        isinstance(layer.self_attention.linear_qkv, LayerNormColumnParallelLinear) for layer in decoder.layers
+    )
 
 
-def run_layers(decoder: TransformerBlock, hidden: Tensor, rotation: Rotation, cache: KVCache) -> Tensor:
+def run_layers(decoder: TransformerBlock, hidden: Tensor, rope: RotaryTables, cache: KVCache) -> Tensor:
     """What the decoder gives for one new token a row, without a gradient; for layers that `supports`.
 
     Args:
@@ -33,11 +35,11 @@ def run_layers(decoder: TransformerBlock, hidden: Tensor, rotation: Rotation, ca
         [rows, hidden_size].
     """
     with torch._C.DisableTorchFunction():  # nothing here names a device, which parallel.cpu_backend would look for
-        return _run_layers(decoder, hidden, rotation, cache)
+        return _run_layers(decoder, hidden, rope, cache)
 
 
-def _run_layers(decoder: TransformerBlock, hidden: Tensor, rotation: Rotation, cache: KVCache) -> Tensor:
-    cosine, sine = rotation.cos[:, None, None], rotation.sin[:, None, None]
+def _run_layers(decoder: TransformerBlock, hidden: Tensor, rope: RotaryTables, cache: KVCache) -> Tensor:
+    cosine, sine = rope.cos[:, None, None], rope.sin[:, None, None]
     first_half, second_half = sine.chunk(2, -1)
     sine = torch.cat((-first_half, second_half), -1)
     for layer in decoder.layers:
@@ -66,7 +68,7 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return skinny_linear(inner.to(x.dtype), mlp.linear_fc2.weight)
 
 
-def _normed(linear: NormedLinear, x: Tensor) -> Tensor:
+def _normed(linear: LayerNormColumnParallelLinear, x: Tensor) -> Tensor:
     weight = linear.layer_norm_weight
     return F.rms_norm(x, weight.shape, weight, linear.config.layernorm_epsilon)
 

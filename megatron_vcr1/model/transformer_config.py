@@ -18,8 +18,8 @@ Fp8Recipe = Literal["tensorwise", "blockwise"]
 # left out: its history of maxima would have to be part of a checkpoint.
 FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
 FP8_CAPABILITIES = {"tensorwise": (8, 9), "blockwise": (9, 0)}
-FP8_MULTIPLE = 16  # of the features of an FP8 product: a GPU reads 16 bytes at a time
-FP8_ROWS = {"tensorwise": FP8_MULTIPLE, "blockwise": 128}
+FP8_FEATURE_MULTIPLE = 16  # of the features of an FP8 product: a GPU reads 16 bytes at a time
+FP8_TOKEN_MULTIPLE = {"tensorwise": FP8_FEATURE_MULTIPLE, "blockwise": 128}
 """What a rank's rows are multiples of; sequence-parallel ranks hand on whole blocks only."""
 
 
@@ -44,10 +44,10 @@ def check_fp8(
         raise UserError(
             f"model.fp8 = 'blockwise' needs a torch for CUDA 12.9 or newer, this one is for {cuda}; use 'tensorwise'"
         )
-    if parallel.sequence_parallel and text.hidden_size % FP8_ROWS[recipe]:
+    if parallel.sequence_parallel and text.hidden_size % FP8_TOKEN_MULTIPLE[recipe]:
         raise UserError(
             f"model.fp8 = '{recipe}' with parallel.sequence_parallel needs hidden features by multiples of "
-            f"{FP8_ROWS[recipe]}, these are {text.hidden_size}; unset one of the two"
+            f"{FP8_TOKEN_MULTIPLE[recipe]}, these are {text.hidden_size}; unset one of the two"
         )
     tensor = parallel.tensor
     sizes = {
@@ -56,9 +56,9 @@ def check_fp8(
         "query": text.num_heads // tensor * text.head_dim,
         "key-value": max(text.num_kv_heads // tensor, 1) * text.head_dim,
     }
-    if odd := [f"{size} {name}" for name, size in sizes.items() if size % FP8_MULTIPLE]:
+    if odd := [f"{size} {name}" for name, size in sizes.items() if size % FP8_FEATURE_MULTIPLE]:
         raise UserError(
-            f"model.fp8: {' and '.join(odd)} features on a rank are no multiple of {FP8_MULTIPLE}; lower "
+            f"model.fp8: {' and '.join(odd)} features on a rank are no multiple of {FP8_FEATURE_MULTIPLE}; lower "
             "parallel.tensor, or unset it"
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vcr1_kernels import SegmentLayout, frames_to_patches
 
 from megatron_vcr1.data.encoding import VisionInput
-from megatron_vcr1.model.attention import AttentionLayout, Rotation
+from megatron_vcr1.model.attention import AttentionLayout, RotaryTables
 from megatron_vcr1.model.config import VisionConfig
 from megatron_vcr1.model.layer_specs import block_spec, recompute_in_backward
 
@@ -252,7 +252,7 @@ class VisionTower(MegatronModule):
             hidden,
             attention_mask=None,
             packed_seq_params=AttentionLayout(
-                rotation=Rotation.by_angles(rotary_angles(coordinates, self.vision.head_dim)),
+                rope=RotaryTables.from_angles(rotary_angles(coordinates, self.vision.head_dim)),
                 full=_bidirectional(steps, padding),
                 windows=None if windows is None else _bidirectional(windows, padding),
             ),

@@ -84,7 +84,7 @@ def add_work(metrics: Metrics, batches: Sequence[PackedBatch], config: ModelConf
     work = Workload()
     for batch in batches:
         work += Workload.of_batch(config, batch)
-    metrics.count("tokens", work.rows)
+    metrics.count("tokens", work.tokens)
     metrics.count("model_flops", training_flops(config, work, freeze=section.freeze).total)
 
 

@@ -28,6 +28,6 @@ def make_microbatches(groups: Sequence[Group], model: QwenVLModel, max_tokens: i
     longest = max((group.num_tokens for group in groups), default=0)
     device = mesh.device()
     return [
-        Microbatch(one, pack(one, model.model_config, rows_multiple_of=model.rows_multiple_of).to(device))
+        Microbatch(one, pack(one, model.model_config, pad_to_multiple_of=model.token_multiple).to(device))
         for one in pack_groups(groups, max(max_tokens, longest))
     ]

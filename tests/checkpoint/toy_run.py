@@ -49,7 +49,7 @@ class ToyRun:
         first = NUM_GROUPS * self.steps
         seeds = range(first + mesh.replica_index(), first + NUM_GROUPS, mesh.num_replicas())
         rows_multiple = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
-        batches = [pack([_group(seed)], self.model.model_config, rows_multiple_of=rows_multiple) for seed in seeds]
+        batches = [pack([_group(seed)], self.model.model_config, pad_to_multiple_of=rows_multiple) for seed in seeds]
         update = self.learner.update(batches, self._loss)
         self.learner.end_step()
         self.steps += 1

@@ -58,7 +58,7 @@ def group() -> Group:
 
 
 def _batch(model: QwenVLModel) -> PackedBatch:
-    return pack([group()], model.model_config, rows_multiple_of=model.rows_multiple_of).to(mesh.device())
+    return pack([group()], model.model_config, pad_to_multiple_of=model.token_multiple).to(mesh.device())
 
 
 def logits(model: QwenVLModel) -> Tensor:

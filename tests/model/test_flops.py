@@ -154,7 +154,7 @@ def test_a_group_is_counted_as_it_is_packed() -> None:
     assert of_group == Workload.of_batch(config, pack([Group("a", prompt, responses)], config))
     apart = sum((Workload.of_group(config, len(prompt.token_ids), [n], grids) for n in lengths), Workload())
     assert apart.patches == 4 * of_group.patches and apart.targets == of_group.targets
-    assert apart.rows == of_group.rows + 3 * len(prompt.token_ids)
+    assert apart.tokens == of_group.tokens + 3 * len(prompt.token_ids)
 
 
 def test_the_rule_of_thumb_holds_for_seven_billion() -> None:
@@ -172,7 +172,7 @@ def test_the_rule_of_thumb_holds_for_seven_billion() -> None:
             "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
         }
     )
-    flops = training_flops(config, Workload(rows=1000, targets=1000)).total
+    flops = training_flops(config, Workload(tokens=1000, targets=1000)).total
     assert flops / (6 * 7_615_616_512 * 1000) == pytest.approx(1 - 152064 * 3584 / 7_615_616_512, rel=1e-4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vcr1.model.kv_cache import KVCache, PromptPass
+from megatron_vcr1.model.kv_cache import KVCache, PrefillAttention
 
 HEADS, KV_HEADS, HEAD_DIM, SCALE = 6, 2, 8, 0.3
 LAYERS = (3, 4)  # of a stage that begins with the third
@@ -26,7 +26,7 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "prompt_lengths, groups_of_rows, keeps",
+    "prompt_lengths, response_groups, keeps",
     [
         ((5,), (0, 0, 0), {}),
         ((16, 16), (0, 0, 1, 1), {1: [0, 2, 3]}),
@@ -35,24 +35,24 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     ],
 )
 def test_rows_see_their_prompt_and_their_own_tokens(
-    prompt_lengths: tuple[int, ...], groups_of_rows: tuple[int, ...], keeps: dict[int, list[int]]
+    prompt_lengths: tuple[int, ...], response_groups: tuple[int, ...], keeps: dict[int, list[int]]
 ) -> None:
     """Prompts in one pass and in one pass each, rows that leave between steps, and more steps than the first room."""
     num_steps = 3 if not keeps else max(keeps) + 3
     generator = torch.Generator().manual_seed(0)
-    cache = KVCache(prompt_lengths, groups_of_rows, num_steps, torch.device("cpu"))
+    cache = KVCache(prompt_lengths, response_groups, num_steps, torch.device("cpu"))
     passes = [range(len(prompt_lengths))] if len(prompt_lengths) < 3 else [range(0, 2), range(2, 3)]
     prompts = {}
     for layer in LAYERS:
         for groups in passes:
             query, key, value = _rows(sum(prompt_lengths[group] for group in groups), generator)
-            output = PromptPass(cache, groups).attend(layer, query, key, value, SCALE)
+            output = PrefillAttention(cache, groups).attend(layer, query, key, value, SCALE)
             torch.testing.assert_close(output[0], _attention(query[0], key[:1], value[:1]))
             lengths = [prompt_lengths[group] for group in groups]
             for group, keys, values in zip(groups, key.split(lengths), value.split(lengths), strict=True):
                 prompts[layer, group] = (keys, values)
-    histories = {(layer, row): prompts[layer, group] for layer in LAYERS for row, group in enumerate(groups_of_rows)}
-    live = list(range(len(groups_of_rows)))
+    histories = {(layer, row): prompts[layer, group] for layer in LAYERS for row, group in enumerate(response_groups)}
+    live = list(range(len(response_groups)))
     for step in range(num_steps):
         for layer in LAYERS:
             query, key, value = _rows(len(live), generator)
@@ -68,5 +68,5 @@ def test_rows_see_their_prompt_and_their_own_tokens(
                 )
         cache.advance()
         if step in keeps:
-            cache.keep_rows(keeps[step])
+            cache.keep_responses(keeps[step])
             live = [live[place] for place in keeps[step]]

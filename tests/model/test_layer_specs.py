@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_vcr1.config.model_sections import ParallelSection
-from megatron_vcr1.model.layer_specs import NormedLinear, recompute_in_backward
+from megatron_vcr1.model.layer_specs import LayerNormColumnParallelLinear, recompute_in_backward
 from megatron_vcr1.parallel import mesh
 
 
@@ -50,7 +50,7 @@ def test_a_norm_is_computed_again_behind_its_linear_layer(
         use_cpu_initialization=True,
         cuda_graph_scope=[],
     )
-    linear = NormedLinear(8, 6, config=config, init_method=torch.nn.init.normal_)
+    linear = LayerNormColumnParallelLinear(8, 6, config=config, init_method=torch.nn.init.normal_)
     for parameter in linear.parameters():
         parameter.data += torch.linspace(-0.5, 1, parameter.numel()).view(parameter.shape)
     x = torch.randn(5, 1, 8, requires_grad=True)
@@ -65,13 +65,13 @@ def test_a_norm_is_computed_again_behind_its_linear_layer(
     leaves = [x, *linear.parameters()]
     expected = torch.autograd.grad(plainly(x).square().sum(), leaves)
     inputs: list[Tensor] = []
-    normed = NormedLinear.normed
+    normed = LayerNormColumnParallelLinear.normalize
 
-    def counted(self: NormedLinear, x: Tensor) -> Tensor:
+    def counted(self: LayerNormColumnParallelLinear, x: Tensor) -> Tensor:
         inputs.append(x)
         return normed(self, x)
 
-    monkeypatch.setattr(NormedLinear, "normed", counted)
+    monkeypatch.setattr(LayerNormColumnParallelLinear, "normalize", counted)
     output, bias = linear(x)
     assert bias is None and len(inputs) == 1
     torch.testing.assert_close(torch.autograd.grad(output.square().sum(), leaves), expected)

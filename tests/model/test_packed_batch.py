@@ -24,17 +24,19 @@ def test_a_prompt_stands_once_and_last_tokens_are_not_fed() -> None:
     assert batch.token_ids.tolist() == [5, 6, 7, 10, 11]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
     assert batch.layout == SegmentLayout((3, 2, 0), (-1, 0, 0))
-    assert batch.predicting_rows.tolist() == [2, 3, 4, 2]
+    assert batch.predicting_token_indices.tolist() == [2, 3, 4, 2]
     assert batch.target_ids.tolist() == [10, 11, 12, 20]
     assert batch.response_lengths == (3, 1)
 
 
 def test_groups_stand_behind_each_other_and_each_starts_at_position_zero() -> None:
-    batch = pack([_text_group("a", [5, 6], [7, 8]), _text_group("b", [9], [3, 4], [2, 1])], CONFIG, rows_multiple_of=4)
+    batch = pack(
+        [_text_group("a", [5, 6], [7, 8]), _text_group("b", [9], [3, 4], [2, 1])], CONFIG, pad_to_multiple_of=4
+    )
     assert batch.token_ids.tolist() == [5, 6, 7, 9, 3, 2, 0, 0]  # two rows of padding
     assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1, 1, 0, 0]
     assert batch.layout == SegmentLayout((2, 1, 1, 1, 1, 2), (-1, 0, -1, 2, 2, -1))
-    assert batch.predicting_rows.tolist() == [1, 2, 3, 4, 3, 5]
+    assert batch.predicting_token_indices.tolist() == [1, 2, 3, 4, 3, 5]
 
 
 def test_responses_go_on_from_the_prompts_last_position() -> None:
@@ -52,7 +54,7 @@ def test_vision_rows_are_the_prompts_pads_whatever_a_response_holds() -> None:
     response = torch.tensor([tiny.VIDEO_PAD, tiny.IMAGE_PAD, 3])
     batch = pack([_text_group("t", [1], [2, 3]), Group("iv", prompt, (response,))], CONFIG)
     is_pad = (prompt.token_ids == tiny.VIDEO_PAD) | (prompt.token_ids == tiny.IMAGE_PAD)
-    assert batch.vision_rows.tolist() == (is_pad.nonzero()[:, 0] + 2).tolist()
+    assert batch.vision_token_indices.tolist() == (is_pad.nonzero()[:, 0] + 2).tolist()
     assert len(batch.vision) == 2
 
 

@@ -98,7 +98,7 @@ def _forward_backward(model: QwenVLModel) -> tuple[list[dict[str, Any]], dict[st
     parallel.zero_grad_buffer()
     rows_multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     batches = [
-        pack([_group(case) for case in cases], model.model_config, rows_multiple_of=rows_multiple)
+        pack([_group(case) for case in cases], model.model_config, pad_to_multiple_of=rows_multiple)
         for cases in MICROBATCHES
     ]
     coefficients = [torch.cat([_coefficients(sum(CASES[case][1])) for case in cases]) for cases in MICROBATCHES]

@@ -134,10 +134,10 @@ def test_rows_are_padded_for_fp8_and_generation_does_without_it(world: None, rec
     """The settings alone: on a CPU nobody multiplies in FP8."""
     run = RunConfig.model_validate({"model": {"path": "model", "dtype": "float32"}})
     model = build_model(ModelConfig.from_dict(PRESETS["tiny"]), run, initialize_weights=True)
-    assert model.rows_multiple_of == 1
+    assert model.token_multiple == 1
     model.config.fp8, model.config.fp8_recipe = "hybrid", recipe
     assert model.language_model.decoder.config.fp8 == "hybrid"  # where megatron-core looks before each layer
-    assert model.rows_multiple_of == rows
+    assert model.token_multiple == rows
     with generating(model):
         assert model.language_model.decoder.config.fp8 is None
     assert model.config.fp8 == "hybrid"

@@ -110,7 +110,7 @@ def _recorded(folder: Path, layout: Layout, prompt: Any, responses: Any) -> dict
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32"}, **settings})
     mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(folder), run, initialize_weights=True).train()
-    batch = pack([Group("a", prompt, responses)], model.model_config, rows_multiple_of=layout.tensor)
+    batch = pack([Group("a", prompt, responses)], model.model_config, pad_to_multiple_of=layout.tensor)
 
     def loss(batch: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         return model.log_probs(hidden, batch.target_ids).sum(), {}

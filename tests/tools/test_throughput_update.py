@@ -104,7 +104,7 @@ def test_the_workload_is_what_is_packed(case: UpdateCase) -> None:
     assert packed == case.workload(config)
     plain = case.plain_workload(config)
     assert plain.patches == 3 * packed.patches
-    assert plain.rows == plain.targets == 2 * 3 * (150 + 7)
+    assert plain.tokens == plain.targets == 2 * 3 * (150 + 7)
 
 
 def test_a_prompt_without_room_for_a_video_is_refused(case: UpdateCase) -> None:

@@ -78,7 +78,7 @@ def seconds_of_stage(job: Job, layout: Layout, device: Device, stage: int, num_l
         )
     first, last = stage == 0, stage == layout.pipeline - 1
     # Behind its attention the last layer computes the targets' rows alone, but for sequence parallelism.
-    spared = forward_flops(config, replace(work, targets=work.rows)).text_layers - once.text_layers
+    spared = forward_flops(config, replace(work, targets=work.tokens)).text_layers - once.text_layers
     again = flops.text_layers / once.text_layers  # with backward: 3 or more times
     layers = num_layers / config.text.num_layers
     text_layers = layers * (once.text_layers + spared) - (last and not layout.sequence_parallel) * spared

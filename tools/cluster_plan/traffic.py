@@ -65,7 +65,7 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
         return Sent(), Sent()
     config, work = job.config, job.groups(layout.groups_per_microbatch)
     text = config.text
-    text_rows = work.rows * text.hidden_size * job.dtype_bytes  # bytes of one buffer of rows
+    text_rows = work.tokens * text.hidden_size * job.dtype_bytes  # bytes of one buffer of rows
     vision_rows = work.patches * config.vision.hidden_size * job.dtype_bytes
     features = work.patches // config.vision.patches_per_token * text.hidden_size * job.dtype_bytes
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -88,7 +88,7 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
     forward_gathers: list[int] = []
     backward_gathers: list[int] = []
     if text.num_kv_heads < layout.tensor:  # the projection's output, whole, so that ranks can share heads
-        projection = work.rows * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim * job.dtype_bytes
+        projection = work.tokens * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim * job.dtype_bytes
         forward_gathers += [projection] * num_layers
         backward_gathers += [projection] * num_layers
     if layout.sequence_parallel:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vcr1_kernels import SegmentLayout
 
 from megatron_vcr1.data.packing import Group
-from megatron_vcr1.model.kv_cache import KVCache, PromptPass
+from megatron_vcr1.model.kv_cache import KVCache, PrefillAttention
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.parallel import mesh
@@ -142,8 +142,8 @@ class Wave:
             one_token = torch.zeros(1, dtype=torch.long)
             packed = [Group(self._requests[p].id, self._requests[p].prompt, (one_token,)) for p in parts]
             batch = pack(packed, self._model.model_config).to(self._device)
-            positions.append(batch.position_ids[:, batch.predicting_rows].amax(0) + 1)
-            output = forward_over_stages(self._model, batch, PromptPass(self._cache, parts))
+            positions.append(batch.position_ids[:, batch.predicting_token_indices].amax(0) + 1)
+            output = forward_over_stages(self._model, batch, PrefillAttention(self._cache, parts))
             if output is not None:
                 hidden.append(output)
         part_of_row = torch.tensor([one.part for one in self._rows], device=self._device)
@@ -170,8 +170,8 @@ class Wave:
             position_ids=(self._positions + step).expand(3, -1),
             layout=SegmentLayout.packed((1,) * num_rows),
             vision=(),
-            vision_rows=nothing,
-            predicting_rows=torch.arange(num_rows, device=self._device),
+            vision_token_indices=nothing,
+            predicting_token_indices=torch.arange(num_rows, device=self._device),
             target_ids=nothing,
             response_lengths=(),
         )
@@ -212,5 +212,5 @@ class Wave:
         self._uniforms, self._positions = self._uniforms[index], self._positions[index]
         if self._seen is not None:
             self._seen = self._seen[index]
-        self._cache.keep_rows(live)
+        self._cache.keep_responses(live)
         return fed[index]

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.mrope import prompt_positions, vision_rows
+from megatron_vcr1.model.mrope import prompt_positions, vision_token_mask
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS
 from megatron_vcr1.rollout.sglang.payload import PatchSettings, Payload, Picture
@@ -48,7 +48,7 @@ class PromptEncoder:
             merge_size=vision.merge_size,
             tokens_per_second=vision.tokens_per_second,
         )
-        pads = iter(vision_rows(prompt.token_ids, self.pad_ids).nonzero()[:, 0].tolist())
+        pads = iter(vision_token_mask(prompt.token_ids, self.pad_ids).nonzero()[:, 0].tolist())
         pictures = []
         for one in prompt.vision:
             rows = [next(pads) for _ in range(one.num_tokens(vision.merge_size))]
