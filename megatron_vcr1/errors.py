@@ -1,6 +1,4 @@
-"""The error that means: the user's input is at fault, and the message says where and what to do; and any error's way
-to another process.
-"""
+"""The error for bad user input, and how errors travel to other processes."""
 
 from __future__ import annotations
 
@@ -9,15 +7,19 @@ from typing import cast
 
 
 class UserError(ValueError):
-    """Bad input. The command line prints the message without a traceback and exits with 2.
+    """An error caused by the user's input. The command line prints its message without a traceback and exits with 2.
 
-    The message names the file, row or key and the way out, so that nobody needs the traceback.
+    The message names the file, row or key and says what to do, so that the user needs no traceback.
     """
 
 
 def portable(error: Exception) -> Exception:
-    """An error as another process can raise it: not all of them can be pickled."""
+    """Return an error that can be pickled and raised in another process.
+
+    An error that cannot be pickled becomes a RuntimeError with its type and message.
+    """
     try:
+        # Some errors can be pickled but not restored, so the round trip is tried here.
         return cast(Exception, pickle.loads(pickle.dumps(error)))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")

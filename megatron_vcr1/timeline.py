@@ -1,4 +1,4 @@
-"""When this process, its threads and its workers did what: spans of time, kept only while somebody records them."""
+"""Time spans of this process, its threads and its worker processes, kept only while a recording is active."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch.profiler import record_function
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something that took time.
+    """A piece of work that took time.
 
     Attributes:
+        name: what was done.
         track: who did it: the name of a thread, or of a worker process.
-        start_ns, end_ns: since the epoch, as torch's profiler counts.
+        start_ns: start, in nanoseconds since the epoch, the clock of torch's profiler.
+        end_ns: end, on the same clock.
     """
 
     name: str
@@ -26,36 +28,37 @@ class Span:
     end_ns: int
 
 
+# Threads read and change both without a lock: each operation on them is atomic under the GIL.
 _recordings: list[list[Span]] = []
-_under_way: dict[object, tuple[str, str, int]] = {}  # name, track, start_ns
+_open_spans: dict[object, tuple[str, str, int]] = {}  # key of each `span` block to its name, track and start_ns
 
 
 @contextmanager
 def recording() -> Iterator[list[Span]]:
-    """A list that spans are added to as they end within the with-block; those under way at its end are cut there."""
+    """Collect the spans that end within the with-block, of all threads; spans still open at its end are cut there."""
     spans: list[Span] = []
     _recordings.append(spans)
     try:
         yield spans
     finally:
         _recordings.remove(spans)
-        spans += [Span(*started, time.time_ns()) for started in list(_under_way.values())]
+        spans += [Span(*started, time.time_ns()) for started in list(_open_spans.values())]
 
 
 def add(span: Span) -> None:
-    """Take over a span, for example of a worker process; nothing is kept where nobody records."""
+    """Add a finished span, for example one that a worker process reported, to all active recordings."""
     for spans in _recordings:
         spans.append(span)
 
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """The with-block as a span of this thread, and as a range of torch's profiler."""
+    """Record the with-block as a span of this thread, and as a range of torch's profiler."""
     key = object()
-    _under_way[key] = started = (name, threading.current_thread().name, time.time_ns())
+    _open_spans[key] = started = (name, threading.current_thread().name, time.time_ns())
     try:
         with record_function(name):
             yield
     finally:
-        del _under_way[key]
+        del _open_spans[key]
         add(Span(*started, time.time_ns()))

@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread a process, and the optional real data."""
+"""Setup that all tests share: no network, one thread per process, the CPU backend, and the optional real data."""
 
 from __future__ import annotations
 
@@ -12,25 +12,36 @@ import pytest
 
 from tests.gloo import GlooPool
 
-# Before torch and huggingface_hub are imported, by the tests or by processes that they start.
+# These take effect only before torch and huggingface_hub are imported, by the tests or by processes that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # NVIDIA's containers set it; tests ask for float32
+os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # set in NVIDIA's containers; the tests need full float32
 if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # our kernels are tested in the interpreter; triton reads it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run in the interpreter; triton reads this once
 
-if find_spec("hypothesis") is not None:  # a machine that only runs tests/kernels may lack it
+if find_spec("hypothesis") is not None:  # missing on a machine that runs tests/kernels only
     from hypothesis import settings
 
-    settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+    settings.register_profile("patient", deadline=None)  # a test may be slow on a busy machine
     # pytest --hypothesis-profile=thorough tests/rewards tests/evaluation/test_metrics.py
     settings.register_profile("thorough", deadline=None, max_examples=10_000)
     settings.load_profile("patient")
 
 
+def pytest_collection_finish() -> None:
+    """Prepare torch and megatron-core, as every program does at start-up, if a collected module imports megatron-core.
+
+    Tests of kernels, rewards or settings alone are spared the import, which takes seconds.
+    """
+    if "megatron.core" in sys.modules:
+        from megatron_vcr1.model import cpu
+
+        cpu.install()
+
+
 @pytest.fixture(scope="session")
 def realdata() -> Path:
-    """The folder of real annotations, videos and tokenizers that VCR1_REALDATA names; without it, a skip."""
+    """Return the folder of real annotations, videos and tokenizers that VCR1_REALDATA names; skip without it."""
     folder = os.environ.get("VCR1_REALDATA")
     if not folder:
         pytest.skip("VCR1_REALDATA is not set")
@@ -39,20 +50,22 @@ def realdata() -> Path:
 
 @pytest.fixture(scope="session")
 def torchvision_path() -> Path:
-    """Where tools/venv.sh puts torchvision: for the PYTHONPATH of a process that runs transformers' own processors.
+    """Return the folder where tools/venv.sh puts torchvision, for the PYTHONPATH of a subprocess.
 
-    That process declares the operators that a CPU build of torch lacks before it imports transformers. It must be one
-    of its own: elsewhere transformers was imported without torchvision.
+    The subprocess runs transformers' own processors. It must declare the operators that a CPU build of torch lacks
+    before it imports transformers, and this process has imported transformers without torchvision.
     """
     folder = Path(sys.prefix) / "torchvision"
     if not folder.is_dir():
-        pytest.skip("torchvision is not installed beside the environment (tools/venv.sh does it)")
+        pytest.skip("torchvision is not installed beside the environment (tools/venv.sh installs it)")
     return folder
 
 
 @pytest.fixture(scope="session")
 def gloo_pool() -> Iterator[GlooPool]:
-    """Four processes that stay for the session. Tests that use it are marked xdist_group("gloo"), to share one pool."""
+    """Four processes that live as long as the session. Mark tests that use it xdist_group("gloo"): one worker, one
+    pool.
+    """
     pool = GlooPool()
     yield pool
     pool.close()

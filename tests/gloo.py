@@ -1,6 +1,4 @@
-"""Four real processes over gloo, started once a session and handed functions to run: distributed tests without a start-
-up each.
-"""
+"""Four real processes over gloo that run functions of distributed tests. They are started once per session."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,11 +15,11 @@ WORLD_SIZE = 4
 
 
 class RankFailure(AssertionError):
-    """A function raised in one of the processes; the message holds every rank's traceback."""
+    """A function raised on one of the ranks; the message contains every failed rank's traceback."""
 
 
 class GlooPool:
-    """`run` calls a module-level function on every rank, at the same time, and returns what each rank returned."""
+    """A pool of four ranks. `run` calls a module-level function on all of them at the same time."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
@@ -37,14 +36,18 @@ class GlooPool:
             self._workers.append((process, ours))
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 180, **kwargs: Any) -> list[Any]:
-        """Raises RankFailure when a rank fails, or hangs beyond the time-out; the pool is then started anew."""
+        """Call `function` on every rank and return the ranks' results, in rank order.
+
+        Raises:
+            RankFailure: a rank raised, or did not return within `timeout_s` seconds; the next call starts anew.
+        """
         if not self._workers:
             self._start()
         for _, connection in self._workers:
             connection.send((function, args, kwargs))
         results, failures = [], []
         for rank, (_, connection) in enumerate(self._workers):
-            # Once a rank has failed, the others may wait for it for ever: do not wait for them.
+            # After one rank has failed, the others may wait for it in a collective until they time out.
             if not connection.poll(1 if failures else timeout_s):
                 failures.append(f"rank {rank}: no answer (waiting in a collective?)")
                 continue
@@ -56,6 +59,7 @@ class GlooPool:
         return results
 
     def close(self) -> None:
+        """Kill the processes; `run` starts new ones."""
         for process, _ in self._workers:
             process.kill()
             process.join()
@@ -63,6 +67,7 @@ class GlooPool:
 
 
 def _serve(rank: int, port: int, connection: Connection) -> None:
+    """Run functions in a rank's process until it is killed."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -71,18 +76,25 @@ def _serve(rank: int, port: int, connection: Connection) -> None:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    if find_spec("megatron") is not None:  # missing on a machine that runs tests/kernels only
+        from megatron_vcr1.model import cpu
+
+        cpu.install()
     while True:
         function, args, kwargs = connection.recv()
         try:
-            _drop_subgroups()
+            _destroy_subgroups()
             answer = (True, function(*args, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send(answer)
 
 
-def _drop_subgroups() -> None:
-    """Destroy the last function's process groups but the world: each keeps threads. All ranks have returned from it."""
+def _destroy_subgroups() -> None:
+    """Destroy the previous function's process groups except the default one, since each keeps threads.
+
+    All ranks have returned from that function: `GlooPool.run` waits for all of them.
+    """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _world
 

@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore", message=".*tp_group is None")  # megatron-core
 from throughput import convert, decode, rollout, step, sweep, sync, train  # noqa: E402
 
 from megatron_vcr1.errors import UserError  # noqa: E402
+from megatron_vcr1.model import cpu  # noqa: E402
 
 COMMANDS = (train, rollout, step, decode, sync, convert, sweep)
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     args.arguments = arguments
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    cpu.install()
     try:
         return args.run(args)
     except UserError as error:

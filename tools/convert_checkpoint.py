@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from megatron_vcr1.checkpoint.new_directory import Progress
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.model import cpu
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_every_rank
 
@@ -177,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")  # as in the vcr1 command
     warnings.filterwarnings("ignore", message=".*load_state_dict.* is deprecated")  # megatron-core's call
     torch.set_num_threads(1)  # it is the disk that takes the time
+    cpu.install()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
     try:

@@ -99,7 +99,9 @@ def _real(demo: Demo, video: Path, thing: str, console: Console) -> int:
     from demo.real import ask
     from megatron_vcr1.data.video import VideoError
     from megatron_vcr1.errors import UserError
+    from megatron_vcr1.model import cpu
 
+    cpu.install()
     try:
         ask(demo, video, thing, console)
     except (UserError, VideoError) as error:

@@ -56,11 +56,13 @@ def run(args: argparse.Namespace) -> int:
 def _run_model(args: argparse.Namespace) -> int:
     from megatron_vcr1.config.loading import load_config
     from megatron_vcr1.evaluation.evaluate import evaluate_model
+    from megatron_vcr1.model import cpu
     from megatron_vcr1.rollout.engine import EngineError
 
     if args.config is None:
         raise UserError("name a CONFIG.toml to evaluate a model, or --benchmark and a file of answers to score")
     config = load_config(args.config, args.overrides)
+    cpu.install()
     try:
         evaluations = evaluate_model(config)
     except EngineError as error:

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_vcr1.errors import UserError
     from megatron_vcr1.evaluation.generate import generate
+    from megatron_vcr1.model import cpu
     from megatron_vcr1.rollout.engine import SamplingParams
     from megatron_vcr1.rollout.special_tokens import read_repetition_penalty
 
@@ -82,5 +83,6 @@ def run(args: argparse.Namespace) -> int:
     parts = [{"type": kind, kind: path, **(options if kind == "video" else {})} for kind, path in args.vision]
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     message = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    cpu.install()
     generate(run_config(args), message, params, seed=args.seed, as_json=args.json)
     return 0

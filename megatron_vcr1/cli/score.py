@@ -50,9 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from megatron_vcr1.errors import UserError
     from megatron_vcr1.evaluation.score import score_file
+    from megatron_vcr1.model import cpu
 
     if args.sequence_parallel and args.tensor_parallel == 1:
         raise UserError("--sequence-parallel needs --tensor-parallel > 1: raise that, or leave it out")
+    cpu.install()
     num_failed = score_file(
         run_config(args, sequence_parallel=args.sequence_parallel),
         args.data,

@@ -54,6 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C. Raises UserError for a model or an address that cannot be used."""
     from megatron_vcr1.errors import UserError
+    from megatron_vcr1.model import cpu
 
     try:
         from megatron_vcr1.serving.app import Limits
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.files is not None and not args.files.is_dir():
         raise UserError(f"--files {args.files}: no such folder")
+    cpu.install()
     limits = Limits(args.max_prompt_tokens, args.max_new_tokens, args.batch, args.files)
     serve(run_config(args), (args.host, args.port), limits, name=args.name, extra_hosts=args.allowed_host)
     return 0

@@ -30,11 +30,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Raises UserError for settings, a model or data that are wrong."""
     from megatron_vcr1.config.loading import load_config
+    from megatron_vcr1.model import cpu
     from megatron_vcr1.rewards.user_reward import UserRewardError
     from megatron_vcr1.rollout.engine import EngineError
     from megatron_vcr1.training.train import train
     from megatron_vcr1.training.trainer import TrainingStopped
 
+    cpu.install()
     overrides = [*args.overrides, *(["--profile.enabled=true"] if args.profile else [])]
     try:
         return train(load_config(args.config, overrides))

@@ -21,7 +21,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.parallel.prompts import share_prompts
+from megatron_vcr1.parallel.prompts import broadcast_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
@@ -65,7 +65,7 @@ def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams,
             raise UserError(str(error)) from error
 
     with mesh.world(run.parallel):
-        (request,) = share_prompts(requests)
+        (request,) = broadcast_prompts(requests)
         clock.lap("prompt")
         model = build_model(config, run).to(mesh.device())
         load_model_weights(model, run.model.path)

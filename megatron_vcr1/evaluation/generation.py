@@ -15,7 +15,7 @@ from megatron_vcr1.data.prompts import PreparedSample
 from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
 from megatron_vcr1.evaluation.prepared_samples import prepared_or_why_not
 from megatron_vcr1.parallel import collectives, mesh
-from megatron_vcr1.parallel.prompts import share_prompts
+from megatron_vcr1.parallel.prompts import broadcast_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_vcr1.types import VideoSample
 
@@ -55,7 +55,7 @@ class Answerer:
         with tqdm(total=len(samples), unit="sample", desc=label, disable=log is None) as bar:
             for chunk, share in zip(rounds, shares, strict=True):
                 number = len(share)
-                prepared = share_prompts(lambda number=number: list(islice(prompts, number)))  # type: ignore[misc]
+                prepared = broadcast_prompts(lambda number=number: list(islice(prompts, number)))  # type: ignore[misc]
                 answered = self._predict(prepared)
                 mine = {one.id: one for one in answered} if mesh.is_output_rank() else {}
                 predictions = {name: one for part in collectives.gather_objects(mine) for name, one in part.items()}

@@ -25,7 +25,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import collectives, mesh, schedule
-from megatron_vcr1.parallel.prompts import share_prompts
+from megatron_vcr1.parallel.prompts import broadcast_prompts
 
 # Requests that one copy of the model encodes before it computes: enough microbatches to fill a pipeline, few enough
 # videos to hold.
@@ -132,7 +132,7 @@ class Scorer:
 
     def score(self, requests: Sequence[ScoreRequest]) -> dict[str, dict[str, Any]]:
         """The row of each request, by id, on the copy's first rank of the last stage; nothing on the others."""
-        encoded = share_prompts(lambda: [self._encode(request) for request in requests])
+        encoded = broadcast_prompts(lambda: [self._encode(request) for request in requests])
         ready = [one for one in encoded if isinstance(one, Group)]
         rows = self._log_probs(ready) if ready else {}
         rows |= {one.id: {"id": one.id, "error": one.error} for one in encoded if isinstance(one, Unreadable)}

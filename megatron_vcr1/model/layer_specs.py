@@ -33,9 +33,6 @@ from megatron_vcr1.model.attention import AttentionLayout, PackedAttention
 
 logger = logging.getLogger(__name__)
 
-# It knows MLP classes by identity, and would say of every layer that ours is another.
-logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-
 
 class RMSNorm(nn.RMSNorm):
     """vcr1_kernels' RMSNorm, marked so that its gradient is summed over the ranks of a sequence-parallel group."""

@@ -26,9 +26,10 @@ from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model import token_step
 from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, RotaryTables
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.cpu import decode
+from megatron_vcr1.model.cpu.skinny_linear import skinny_linear
 from megatron_vcr1.model.kv_cache import KVCache
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.mrope import rotary_angles
@@ -124,9 +125,9 @@ class QwenVLModel(MegatronModule):
         text = self.model_config.text
         rope = RotaryTables.from_angles(rotary_angles(batch.position_ids, text.mrope_section, text.rope_theta))
         decoder = self.language_model.decoder
-        if isinstance(cached, KVCache) and token_step.supports(decoder):
+        if isinstance(cached, KVCache) and decode.supports(decoder):
             rows = decoder.input_tensor if embeddings is None else embeddings
-            hidden = token_step.run_layers(decoder, rows[:, 0], rope, cached)[:, None]
+            hidden = decode.run_layers(decoder, rows[:, 0], rope, cached)[:, None]
         else:
             hidden = decoder(
                 hidden_states=embeddings,
@@ -183,7 +184,7 @@ class QwenVLModel(MegatronModule):
         """Logits over the whole vocabulary, [targets, vocab_size]; for generation and comparison, never for a loss."""
         if self.tensor_group is not None:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        logits = token_step.skinny_linear(hidden, self.head_weight())
+        logits = skinny_linear(hidden, self.head_weight())
         return logits if self.tensor_group is None else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
     def sharded_state_dict(
@@ -203,6 +204,8 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
     Raises:
         UserError: a setting needs TransformerEngine, which is not there, or FP8, which the GPU or the model cannot do.
     """
+    # megatron-core compares MLP classes by identity, and would warn about ours in every layer.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     backend = choose_backend(run.model.layer_spec)
     fp8 = run.model.fp8
     if fp8 is not None:

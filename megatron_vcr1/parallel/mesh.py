@@ -1,4 +1,8 @@
-"""Start and end of the distributed world: torch.distributed and megatron-core's process groups on it."""
+"""The mesh: the process groups of a job and this rank's place in them.
+
+`initialize` (or `world`, its context manager) starts torch.distributed and builds megatron-core's process groups. The
+functions below it answer questions about them and change nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,38 +21,39 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel.slurm import rank_variables
 
 COLLECTIVE_TIMEOUT_S = 3600.0
-"""How long a rank waits for the others in a collective: servers start meanwhile, videos are decoded, answers come."""
+"""Default time limit of a collective, in seconds. Ranks wait in one while a server starts, a video is decoded or
+responses are sampled on another rank."""
 
 
 def launched_world_size() -> int:
-    """Processes of this job, from torchrun's or srun's environment; 1 when it was started alone."""
-    os.environ.update(rank_variables(os.environ))
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes that torchrun or srun launched; 1 for a process that was started alone.
+
+    Reads the environment only; it may be called before `initialize`.
+    """
+    return int(_launch_environment().get("WORLD_SIZE", "1"))
 
 
 def initialize(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
-    """Join the world (torchrun's or srun's environment, or a world of one) and build megatron-core's process groups.
+    """Start torch.distributed and build megatron-core's process groups. All ranks of the job must call it.
 
-    NCCL with one GPU a process where CUDA exists, gloo otherwise. The layout is checked by config.check_layout before
-    this is called.
+    Uses NCCL and one GPU per process where CUDA exists, gloo otherwise. If torch.distributed is running already, only
+    the process groups are rebuilt. Rank and address come from torchrun's or srun's environment; without either, the
+    job has one rank.
 
     Args:
-        timeout_s: longest wait in a collective. NCCL's own, 10 minutes, is shorter than some steps.
+        parallel: the layout; `config.layout.check_layout` has checked it against the model and the number of ranks.
+        seed: seed of megatron-core's random states.
+        timeout_s: time limit of a collective, in seconds. NCCL's default of 10 minutes is shorter than some steps.
+
+    Raises:
+        RuntimeError: there is no CUDA, and `model.cpu.install` was not called.
     """
+    _require_cuda_or_emulation()
     if not dist.is_initialized():
-        os.environ.update(rank_variables(os.environ))
-        # Asked for by megatron-core: kernels and collectives then start in the order of the program.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "nccl" if on_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _prepare_environment()
+        _start_distributed(timeout_s)
     if not is_first_rank():
-        logging.getLogger("megatron_vcr1").setLevel(logging.WARNING)  # one voice a job
+        logging.getLogger("megatron_vcr1").setLevel(logging.WARNING)  # only rank 0 logs what all ranks do
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -60,7 +65,7 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = C
 
 
 def shutdown() -> None:
-    """Leave the world; safe to call when it was never joined."""
+    """Destroy all process groups. Does nothing if `initialize` was not called."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -69,67 +74,103 @@ def shutdown() -> None:
 
 @contextmanager
 def world(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Iterator[None]:
-    """`initialize` for the length of a with-block."""
+    """Call `initialize`, run the with-block, and call `shutdown`. The arguments are `initialize`'s."""
     initialize(parallel, seed=seed, timeout_s=timeout_s)
     try:
         yield
     except BaseException:
-        # NCCL's goodbye waits for its peers, and they may wait for this rank in a collective: it would never tell what
-        # has happened, nor end.
+        # Destroying an NCCL group waits for its peers, and they may be waiting for this rank in a collective. This
+        # rank would then hang before it could print its error, so it exits with the groups in place.
         if not (dist.is_initialized() and dist.get_backend() == "nccl" and dist.get_world_size() > 1):
             shutdown()
         raise
     shutdown()
 
 
-def is_first_stage() -> bool:
-    return parallel_state.is_pipeline_first_stage()
+def _launch_environment() -> dict[str, str]:
+    """Return the environment, completed with torchrun's variables if srun launched this process."""
+    return {**os.environ, **rank_variables(os.environ)}
 
 
-def is_last_stage() -> bool:
-    return parallel_state.is_pipeline_last_stage()
+def _prepare_environment() -> None:
+    """Write the variables that torch.distributed and CUDA read into os.environ."""
+    os.environ.update(rank_variables(os.environ))  # torch.distributed reads torchrun's names only
+    # megatron-core requires it: with one connection, kernels and collectives start in program order. CUDA reads it
+    # when the device is first used.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _start_distributed(timeout_s: float) -> None:
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before NCCL picks a device
+    else:
+        backend = "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    else:  # started alone: no address and port are needed
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _require_cuda_or_emulation() -> None:
+    # This package is below `model` and cannot ask model.cpu; its emulation replaces torch's own function.
+    if not torch.cuda.is_available() and torch.cuda.current_device.__module__.startswith("torch."):
+        raise RuntimeError(
+            "this machine has no CUDA device; call megatron_vcr1.model.cpu.install() once at start-up to run "
+            "megatron-core on the CPU"
+        )
 
 
 def device() -> torch.device:
-    """Where this process's tensors live."""
+    """Return the device of this process's tensors: its GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def rank() -> int:
-    """This process's rank; 0 if torch.distributed is not initialized."""
+    """Return this process's rank; 0 if torch.distributed is not initialized."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def num_ranks() -> int:
-    """Number of ranks of the job; 1 if torch.distributed is not initialized."""
+    """Return the number of ranks of the job; 1 if torch.distributed is not initialized."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes files and reports for the job."""
+    """Return whether this process is rank 0, which writes files and reports for the job."""
     return dist.get_rank() == 0
 
 
+def is_first_stage() -> bool:
+    """Return whether this rank is on the first pipeline stage, which has the embeddings and the vision tower."""
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    """Return whether this rank is on the last pipeline stage, which has the language-model head."""
+    return parallel_state.is_pipeline_last_stage()
+
+
 def num_replicas() -> int:
-    """Copies of the model (the data-parallel size)."""
+    """Return the number of replicas of the model (the data-parallel size)."""
     return parallel_state.get_data_parallel_world_size()
 
 
 def ranks_per_replica() -> int:
-    """Ranks that one copy of the model is divided among."""
+    """Return the number of ranks that one replica is sharded across (tensor- times pipeline-parallel size)."""
     return parallel_state.get_model_parallel_group().size()
 
 
 def replica_index() -> int:
-    """Which copy of the model this process belongs to (the data-parallel rank)."""
+    """Return the index of this rank's replica (the data-parallel rank)."""
     return parallel_state.get_data_parallel_rank()
 
 
 def is_output_rank() -> bool:
-    """Whether this process reports the results of its copy of the model: the first rank of the last stage."""
+    """Return whether this rank reports its replica's results: the first tensor-parallel rank of the last stage."""
     return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def is_replica_leader() -> bool:
-    """Whether this process produces what `broadcast_within_replica` hands to its copy of the model."""
+    """Return whether this rank is its replica's first, on which `collectives.broadcast_within_replica` runs."""
     return dist.get_rank() == parallel_state.get_model_parallel_src_rank()

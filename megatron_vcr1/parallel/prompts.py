@@ -1,4 +1,4 @@
-"""Prompts among the ranks of a copy of the model: one of them decodes, and those that look at the frames get them."""
+"""Prompts within a replica: one rank decodes their videos, and the ranks that need the frames receive them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,35 @@ from megatron_vcr1.parallel import collectives, mesh
 T = TypeVar("T")
 
 
-def share_prompts(produce: Callable[[], list[T]]) -> list[T]:
-    """Broadcast dataclasses that hold an EncodedPrompt as `prompt` within a replica; others are sent as they are.
+def broadcast_prompts(produce: Callable[[], list[T]]) -> list[T]:
+    """Call `produce` on the leader of each replica and return its items on all ranks of that replica.
 
-    The ranks of the first pipeline stage, which has the vision tower, get the frames, on the CPU: a pickled CUDA tensor
-    would come back on the GPU that decoded it. Those of later stages get frames without content (device "meta").
+    Frames are large, and only the vision tower reads them, which is on the first pipeline stage. The ranks of that
+    stage receive them on the CPU: a pickled CUDA tensor would be restored on the GPU that decoded it. The ranks of
+    later stages receive frames without content (device "meta"), which keep their shape.
+
+    Args:
+        produce: returns dataclasses that hold an EncodedPrompt in a field named `prompt`; items of other types are
+            sent unchanged.
+
+    Returns:
+        The items, in order.
     """
     if mesh.ranks_per_replica() == 1:
         return produce()
-    whole: list[T] = []
+    with_frames: list[T] = []  # filled on the replica leader only, which is also its stage's first rank
 
-    def outlines() -> list[T]:
-        whole.extend(produce())
-        return [_on_device(one, "meta") for one in whole]
+    def produce_without_frames() -> list[T]:
+        with_frames.extend(produce())
+        return [_with_frames_on("meta", item) for item in with_frames]
 
-    shared = collectives.broadcast_within_replica(outlines)
+    # Two broadcasts, and every rank of the replica takes part in the first: first everything but the frames, to all
+    # stages; then the frames, within the first stage.
+    items = collectives.broadcast_within_replica(produce_without_frames)
     if mesh.is_first_stage():
-        shared = collectives.broadcast_within_stage(lambda: [_on_device(one, "cpu") for one in whole])
-    return shared
+        items = collectives.broadcast_within_stage(lambda: [_with_frames_on("cpu", item) for item in with_frames])
+    return items
 
 
-def _on_device(one: Any, device: str) -> Any:
-    return replace(one, prompt=one.prompt.frames_on(device)) if hasattr(one, "prompt") else one
+def _with_frames_on(device: str, item: Any) -> Any:
+    return replace(item, prompt=item.prompt.frames_on(device)) if hasattr(item, "prompt") else item

@@ -1,4 +1,4 @@
-"""One call for megatron-core's pipeline schedules: microbatches in, the last stage's results out."""
+"""megatron-core's pipeline schedule as two calls: microbatches in, results of the last stage out."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Result = TypeVar("Result")
 def forward_only(
     model: nn.Module, microbatches: Sequence[Microbatch], collect: Callable[[Microbatch, Tensor], Result]
 ) -> list[Result]:
-    """Run every microbatch through the pipeline without gradients.
+    """Run every microbatch through the pipeline without gradients. All ranks of a replica must call it.
 
     Args:
-        model: this rank's stage; called with a microbatch.
-        microbatches: the same on every stage of a pipeline.
-        collect: gets a microbatch and the last stage's output for it.
+        model: this rank's stage; it is called with a microbatch.
+        microbatches: the same microbatches on every rank of the replica.
+        collect: called with each microbatch and the last stage's output for it.
 
     Returns:
-        What `collect` returned, in order, on the last stage; an empty list on the others.
+        The results of `collect`, in order, on the last stage; an empty list on the other stages.
     """
 
     def forward_step(data: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Result]]:
@@ -32,7 +32,7 @@ def forward_only(
         return stage(microbatch), lambda output, non_loss_data: collect(microbatch, output)
 
     with torch.no_grad():
-        return _run(forward_step, model, microbatches, forward_only=True, collect_non_loss_data=True)
+        return _run_schedule(forward_step, model, microbatches, forward_only=True, collect_non_loss_data=True)
 
 
 def forward_backward(
@@ -40,34 +40,35 @@ def forward_backward(
     microbatches: Sequence[Microbatch],
     loss: Callable[[Microbatch, Tensor], tuple[Tensor, Result]],
 ) -> list[Result]:
-    """Forward and backward over all microbatches; gradients accumulate.
+    """Run forward and backward over all microbatches and accumulate the gradients. All ranks of a replica must call it.
 
     Args:
-        model: this rank's stage; called with a microbatch.
-        microbatches: the same on every stage of a pipeline.
-        loss: gets a microbatch and the last stage's output, returns a scalar whose **sum** over microbatches is
-            differentiated, and metrics.
+        model: this rank's stage; it is called with a microbatch.
+        microbatches: the same microbatches on every rank of the replica.
+        loss: called with a microbatch and the last stage's output for it; returns a scalar, whose **sum** over all
+            microbatches is differentiated, and metrics.
 
     Returns:
-        The metrics of each microbatch on the last stage; an empty list on the others.
+        The metrics of each microbatch, in order, on the last stage; an empty list on the other stages.
     """
 
-    # megatron-core divides losses by numbers of tokens, in the end; our losses are normalised by global ones already.
+    # megatron-core divides the gradients by the number of tokens at the end. Our losses are normalised by global counts
+    # already, so it is told that there are none.
     no_tokens = torch.zeros((), dtype=torch.int)
 
     def forward_step(data: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         microbatch = next(data)
 
-        def counted_loss(output: Tensor) -> tuple[Tensor, Tensor, Result]:
+        def loss_and_num_tokens(output: Tensor) -> tuple[Tensor, Tensor, Result]:
             value, metrics = loss(microbatch, output)
             return value, no_tokens, metrics
 
-        return stage(microbatch), counted_loss
+        return stage(microbatch), loss_and_num_tokens
 
-    return _run(forward_step, model, microbatches, forward_only=False, collect_non_loss_data=False)
+    return _run_schedule(forward_step, model, microbatches, forward_only=False, collect_non_loss_data=False)
 
 
-def _run(
+def _run_schedule(
     forward_step: Callable[..., Any],
     model: nn.Module,
     microbatches: Sequence[Any],
@@ -80,7 +81,7 @@ def _run(
         data_iterator=iter(microbatches),
         model=model,
         num_microbatches=len(microbatches),
-        seq_length=1,  # packed lengths differ: the stages tell each other the shape (variable_seq_lengths)
+        seq_length=1,  # unused: packed lengths differ, so the stages send each other the shape (variable_seq_lengths)
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,

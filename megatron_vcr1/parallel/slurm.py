@@ -1,4 +1,4 @@
-"""What torchrun would tell its ranks, from srun's variables: `srun vcr1 train` needs no other launcher."""
+"""The variables that torchrun would set, derived from srun's: `srun vcr1 train` needs no other launcher."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import product
 
-_FIRST_PORT, _NUM_PORTS = 10_000, 19_000  # below SGLang's servers (30000 and up) and what systems hand out themselves
+_FIRST_PORT, _NUM_PORTS = 10_000, 19_000  # below SGLang's servers (30000 and up) and the usual ephemeral ports
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of an srun step.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of an srun step.
 
-    Empty if this is no such task, or the only one of its step, or another launcher has set RANK already (torchrun, also
-    inside srun). Of MASTER_ADDR and MASTER_PORT, what is set already stays: name an address where a node's name is not
-    the one to reach it by. The port follows from the job and the step, so that all tasks agree on it, and steps of
-    jobs on one node hardly ever share it.
+    Returns an empty dictionary if this process is not a task of an srun step, if it is the only task of its step, or
+    if another launcher has set RANK (torchrun, also inside srun).
+
+    MASTER_ADDR and MASTER_PORT keep their values if they are set: set MASTER_ADDR where a node cannot be reached by
+    its name. The port is computed from the job and the step, so all tasks agree on it, and two steps or jobs on one
+    node rarely collide.
 
     Args:
-        environment: of the process.
+        environment: environment variables of this process.
 
     Raises:
-        ValueError: a variable of Slurm has a form that is not Slurm's.
+        ValueError: a Slurm variable cannot be parsed.
     """
     if "RANK" in environment or "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return {}
@@ -29,7 +31,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if num_tasks == 1:
         return {}
     tasks_per_node = expand_counts(environment["SLURM_STEP_TASKS_PER_NODE"])
-    # With srun --gpus-per-task a task sees its own GPU only, as the first one.
+    # With srun --gpus-per-task, each task sees only its own GPU, which CUDA then numbers 0.
     sees_one_gpu = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
     port = _FIRST_PORT + (int(environment["SLURM_JOB_ID"]) * 8 + int(environment["SLURM_STEP_ID"])) % _NUM_PORTS
     return {
@@ -43,48 +45,48 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """The hosts of a Slurm list: "a[08-10,12],b" is a08, a09, a10, a12, b; a name may hold several brackets.
+    """Expand a Slurm host list: "a[08-10,12],b" is a08, a09, a10, a12, b. A name may contain several brackets.
 
     Raises:
-        ValueError: the text is no such list.
+        ValueError: `text` is not a Slurm host list.
     """
-    return [host for name in _split(text) for host in _expand_name(name)]
+    return [host for name in _split_at_commas(text) for host in _expand_name(name)]
 
 
 def expand_counts(text: str) -> list[int]:
-    """Slurm's short form of a number a node: "8(x2),4" is 8, 8, 4.
+    """Expand Slurm's run-length notation of one count per node: "8(x2),4" is 8, 8, 4.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: `text` is not in that notation.
     """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise ValueError(f"{text!r} is no list of counts such as 8(x2),4")
+            raise ValueError(f"{text!r} is not a Slurm list of counts such as 8(x2),4")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
-def _split(text: str) -> Iterator[str]:
-    """At the commas outside of brackets."""
+def _split_at_commas(text: str) -> Iterator[str]:
+    """Split at the commas outside of brackets."""
     names = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
     if ",".join(names) != text or not names:
-        raise ValueError(f"{text!r} is no list of hosts such as node[01-04,7],login")
+        raise ValueError(f"{text!r} is not a Slurm host list such as node[01-04,7],login")
     return iter(names)
 
 
 def _expand_name(name: str) -> Iterator[str]:
     pieces = re.split(r"\[([^\]]*)\]", name)  # text, numbers, text, numbers, ..., text
-    choices = [list(_numbers(piece)) if place % 2 else [piece] for place, piece in enumerate(pieces)]
+    choices = [list(_expand_numbers(piece)) if index % 2 else [piece] for index, piece in enumerate(pieces)]
     return ("".join(parts) for parts in product(*choices))
 
 
-def _numbers(text: str) -> Iterator[str]:
-    """ "08-10,12" is 08, 09, 10, 12."""
+def _expand_numbers(text: str) -> Iterator[str]:
+    """Expand "08-10,12" to 08, 09, 10, 12; the numbers keep their leading zeros."""
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:
-            raise ValueError(f"[{text}] is no list of numbers such as [08-10,12]")
+            raise ValueError(f"[{text}] is not a Slurm list of numbers such as [08-10,12]")
         first, last = match[1], match[2] or match[1]
         yield from (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))

@@ -17,10 +17,10 @@ from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from megatron_vcr1.config.training_sections import OptimizerSection
+from megatron_vcr1.model.cpu import adam
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.parallel import collectives, mesh, schedule
-from megatron_vcr1.training import adam
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Learner:
         Args:
             num_steps: of the run, where the learning rate's decay ends; more than those of the warm-up.
         """
-        logger.info("optimizer: %s", adam.install())
+        logger.info("optimizer: %s", adam.adam_in_use())
         model.config.finalize_model_grads_func = _finalize_gradients
         self.model = model
         self.max_grad_norm = section.max_grad_norm
@@ -122,7 +122,7 @@ def _finalize_gradients(models: list[Any], num_tokens: Tensor | None = None, **k
 def _fuse_gradient_accumulation(model: QwenVLModel) -> None:
     """Have linear layers add their weights' gradients to the buffers themselves, which spares a tensor and a pass each.
 
-    megatron-core's own do with Apex's extension, or on a CPU (`parallel.cpu_backend`); TransformerEngine's always.
+    megatron-core's own do with Apex's extension, or on a CPU (`model.cpu`); TransformerEngine's always.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -16,7 +16,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.parallel.prompts import share_prompts
+from megatron_vcr1.parallel.prompts import broadcast_prompts
 from megatron_vcr1.types import VideoSample
 
 
@@ -84,12 +84,12 @@ class PromptStream:
         return self._order.epoch_size
 
     def take(self, number: int) -> list[DrawnPrompt]:
-        """The next prompts of this copy; frames as `share_prompts` has them.
+        """The next prompts of this copy; frames as `broadcast_prompts` has them.
 
         Raises:
             UserError: no sample at all can be used; on all ranks of the copy.
         """
-        prompts = share_prompts(lambda: list(self._draw(number)))
+        prompts = broadcast_prompts(lambda: list(self._draw(number)))
         self.num_drawn += number * mesh.num_replicas()
         return prompts
 

@@ -14,6 +14,7 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.checkpoint.run_store import RunStore
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model import cpu
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import build_model
@@ -89,6 +90,7 @@ def train_until_killed(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    cpu.install()
     run = ToyRun(model_dir, directory, settings)
     run.resume()
     while True:

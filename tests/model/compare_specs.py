@@ -21,6 +21,7 @@ from megatron_vcr1.checkpoint.pieces import parameter_pieces
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.config.training_sections import OptimizerSection
 from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model import cpu
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import model_layout
 from megatron_vcr1.model.layer_specs import LocalBackend, transformer_engine_backend
@@ -104,6 +105,7 @@ def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[st
 
 
 def compare(folder: Path) -> dict[str, Any]:
+    cpu.install()
     with mesh.world(ParallelSection()):
         model = build(folder, transformer_engine_backend(), torch.float32)
         expected = run(build(folder, LocalBackend(), torch.float32))

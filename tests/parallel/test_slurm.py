@@ -16,7 +16,7 @@ TASK = {  # the eleventh of 16 tasks on two nodes, as srun describes it
 }
 
 
-def test_a_task_of_a_step_is_a_rank():
+def test_a_task_of_a_step_gets_the_variables_of_its_rank():
     assert rank_variables(TASK) == {
         "RANK": "10",
         "WORLD_SIZE": "16",
@@ -27,7 +27,7 @@ def test_a_task_of_a_step_is_a_rank():
     }
 
 
-def test_all_tasks_agree_on_the_master_and_steps_have_ports_of_their_own():
+def test_all_tasks_agree_on_the_master_and_each_step_has_its_own_port():
     masters = [rank_variables(TASK | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank // 8)}) for rank in range(16)]
     assert len({(one["MASTER_ADDR"], one["MASTER_PORT"]) for one in masters}) == 1
     ports = {
@@ -46,18 +46,18 @@ def test_all_tasks_agree_on_the_master_and_steps_have_ports_of_their_own():
         {"SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
     ],
 )
-def test_what_is_no_rank_of_a_step_is_left_alone(changed):
+def test_other_processes_get_no_variables(changed):
     environment = {key: value for key, value in (TASK | changed).items() if value is not None}
     assert rank_variables(environment) == {}
 
 
-def test_a_user_may_name_the_master():
+def test_master_address_and_port_of_the_user_are_kept():
     named = rank_variables(TASK | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"})
     assert (named["MASTER_ADDR"], named["MASTER_PORT"]) == ("10.0.0.7", "29500")
 
 
 @pytest.mark.parametrize("visible, local_rank", [("0,1,2,3,4,5,6,7", "2"), ("5", "0"), ("", "2")])
-def test_a_task_that_sees_one_gpu_uses_it(visible, local_rank):
+def test_local_rank_is_0_for_a_task_that_sees_only_its_own_gpu(visible, local_rank):
     assert rank_variables(TASK | {"CUDA_VISIBLE_DEVICES": visible})["LOCAL_RANK"] == local_rank
 
 
@@ -73,17 +73,17 @@ def test_a_task_that_sees_one_gpu_uses_it(visible, local_rank):
         ("a-b-[1,2],c-3", ["a-b-1", "a-b-2", "c-3"]),
     ],
 )
-def test_lists_of_hosts(text, hosts):
+def test_expand_hosts(text, hosts):
     assert expand_hosts(text) == hosts
 
 
 @pytest.mark.parametrize("text", ["", ",", "n[1", "n]1", "n[]", "n[a-b]", "n[1-]", "n1,,n2", "n[1[2]]"])
-def test_what_is_no_list_of_hosts_is_refused(text):
-    with pytest.raises(ValueError, match="is no list"):
+def test_malformed_host_lists_are_rejected(text):
+    with pytest.raises(ValueError, match="is not a Slurm"):
         expand_hosts(text)
 
 
-def test_counts_by_node():
+def test_expand_counts():
     assert expand_counts("8(x2),4,1(x3)") == [8, 8, 4, 1, 1, 1]
-    with pytest.raises(ValueError, match="no list of counts"):
+    with pytest.raises(ValueError, match="not a Slurm list of counts"):
         expand_counts("8(2)")

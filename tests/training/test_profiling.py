@@ -97,7 +97,7 @@ def test_nothing_is_kept_or_written_without_a_profile(folder: Path, tmp_path: Pa
     config = workspace.config(folder, "sft", train={"run_dir": tmp_path / "run", "num_steps": 1})
     assert train(config) == 0
     assert not (tmp_path / "run" / "profile").exists()
-    assert not timeline._recordings and not timeline._under_way
+    assert not timeline._recordings and not timeline._open_spans
 
 
 def test_a_run_that_ends_before_its_profile_says_so(

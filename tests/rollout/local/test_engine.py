@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
-from megatron_vcr1.model import token_step
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.cpu import decode
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import mesh
@@ -145,9 +145,9 @@ def test_a_step_on_the_weights_is_the_modules_step(
     model_dir: Path, one_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = _engine(model_dir, end=END)
-    assert token_step.supports(model.language_model.decoder)
+    assert decode.supports(model.language_model.decoder)
     generated = engine.generate(_requests(), SAMPLING)
-    monkeypatch.setattr(token_step, "supports", lambda decoder: False)
+    monkeypatch.setattr(decode, "supports", lambda decoder: False)
     by_modules = engine.generate(_requests(), SAMPLING)
     assert _tokens(generated) == _tokens(by_modules)
     for group, other in zip(generated, by_modules, strict=True):

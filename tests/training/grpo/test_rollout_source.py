@@ -19,8 +19,9 @@ from megatron_vcr1.data.manifest import read_manifest, write_manifest
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.cpu.cuda_emulation import CudaMeansCpu
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
-from megatron_vcr1.parallel import cpu_backend, mesh
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
 from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
@@ -57,7 +58,7 @@ class ServerLikeEngine:
         return self._engine.generate(requests, params)
 
     def sample(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
-        with cpu_backend._CudaMeansCpu():  # which holds for one thread
+        with CudaMeansCpu():  # this thread has no mode of its own yet
             return self.generate(requests, params)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

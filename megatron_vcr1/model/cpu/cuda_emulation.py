@@ -1,8 +1,8 @@
 """megatron-core on a machine without CUDA, over gloo.
 
 megatron-core asks for the current CUDA device, keeps its random states on it, writes ``device="cuda"`` in places, and
-its optimizers know parameters by the names of CUDA's tensor types.
-Where CUDA is missing, `install` answers those questions with the CPU. Where CUDA exists it does nothing at all.
+its optimizers recognise parameters by the names of CUDA's tensor types. `install` makes torch and megatron-core answer
+with the CPU instead. It patches the process for good; only `model.cpu.install` calls it, and only without CUDA.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ _OPTIMIZERS = "megatron.core.optimizer"
 _installed = False
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites ``device="cuda"`` and ``Tensor.cuda()`` in every torch call, ``Tensor.type()`` for the optimizers."""
+class CudaMeansCpu(TorchFunctionMode):
+    """A torch function mode that reads ``device="cuda"`` as the CPU in every torch call.
+
+    It also turns ``Tensor.cuda()`` into a no-op, and lets megatron-core's optimizers see CUDA's tensor types in
+    ``Tensor.type()``. torch keeps function modes per thread: `install` enters it in the thread that calls it, and
+    another thread that runs a model must enter a mode of its own (``with CudaMeansCpu():``).
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs and _caller().startswith(_OPTIMIZERS):
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs and _calling_module().startswith(_OPTIMIZERS):
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if (
             kwargs
@@ -41,26 +46,26 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _caller() -> str:
-    """The module that made the torch call."""
+def _calling_module() -> str:
+    """Return the name of the module that made the torch call: two frames up, above `__torch_function__`."""
     return str(sys._getframe(2).f_globals.get("__name__"))
 
 
 def install() -> None:
-    """Make megatron-core run on the CPU; a no-op where CUDA exists, and when called again."""
+    """Patch torch and megatron-core in this process, and enter `CudaMeansCpu` in this thread; once."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
-    _keep_random_states_on_cpu()  # imports megatron-core, which must still find torch as it is
-    _answer_cuda_questions()
-    _stand_in_for_apex()
-    _CudaMeansCpu().__enter__()
+    _keep_random_states_on_cpu()  # first: it imports megatron-core, which must still find torch unpatched
+    _patch_torch_cuda()
+    _replace_apex_weight_gradients()
+    CudaMeansCpu().__enter__()  # never exited: it holds until the process ends
 
 
-def _answer_cuda_questions() -> None:
+def _patch_torch_cuda() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    # One function each: torch.compile keeps a table of torch's functions and takes no function twice.
+    # A separate function for each: torch.compile keeps a table of torch's functions and refuses duplicates.
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
     torch.cuda.set_device = lambda device: None
@@ -71,8 +76,8 @@ def _answer_cuda_questions() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
 
 
-def _stand_in_for_apex() -> None:
-    """Weight gradients that are added to their buffer: on a GPU an extension that comes with Apex."""
+def _replace_apex_weight_gradients() -> None:
+    """Provide the function that adds a weight gradient to its buffer; on a GPU it comes with Apex's extension."""
     import megatron.core.tensor_parallel.layers as mcore_layers
 
     def add_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, weight_grad: torch.Tensor) -> None:
@@ -96,8 +101,8 @@ def _keep_random_states_on_cpu() -> None:
 
     @contextlib.contextmanager
     def fork(tracker: Any, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        # The stock tracker warns when the CPU generator moves while a CUDA state is forked; here they are one
-        # generator.
+        # megatron-core's fork() warns if the CPU generator advances while a CUDA state is forked; here the two are the
+        # same generator.
         if name not in tracker.states_:
             raise KeyError(f"random state {name!r} is not registered; call parallel.mesh.initialize first")
         outer = torch.get_rng_state()

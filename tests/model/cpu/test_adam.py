@@ -1,4 +1,4 @@
-"""Our Adam against torch.optim.AdamW, and inside megatron-core's optimizers."""
+"""Adam against torch.optim.AdamW, and its place in megatron-core's optimizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from megatron_vcr1.training.adam import Adam, install
+from megatron_vcr1.model import cpu
+from megatron_vcr1.model.cpu.adam import Adam, adam_in_use
 
 
 def _parameters(seed: int = 0) -> list[torch.nn.Parameter]:
@@ -19,7 +20,7 @@ def _parameters(seed: int = 0) -> list[torch.nn.Parameter]:
 def _set_gradients(parameters: list[torch.nn.Parameter], step: int) -> None:
     for index, parameter in enumerate(parameters):
         generator = torch.Generator().manual_seed(100 * step + index)
-        # the last one learns only now and then
+        # The last parameter has a gradient in every other step only.
         parameter.grad = None if index == 2 and step % 2 else torch.randn(parameter.shape, generator=generator)
 
 
@@ -30,51 +31,59 @@ def _groups(parameters: list[torch.nn.Parameter]) -> list[dict[str, object]]:
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6}
 
 
-def test_steps_are_those_of_torch() -> None:
-    mine, theirs = _parameters(), _parameters()
-    ours, reference = Adam(_groups(mine), **SETTINGS), torch.optim.AdamW(_groups(theirs), **SETTINGS, fused=True)
+def test_steps_equal_torch_adamw() -> None:
+    our_parameters, torch_parameters = _parameters(), _parameters()
+    ours = Adam(_groups(our_parameters), **SETTINGS)
+    reference = torch.optim.AdamW(_groups(torch_parameters), **SETTINGS, fused=True)
     for step in range(6):
-        for parameters, optimizer in ((mine, ours), (theirs, reference)):
+        for parameters, optimizer in ((our_parameters, ours), (torch_parameters, reference)):
             _set_gradients(parameters, step)
             optimizer.step()
-        assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(our_parameters, torch_parameters, strict=True))
 
 
-def test_the_state_holds_all_that_is_needed_to_go_on() -> None:
+def test_state_dict_is_enough_to_resume() -> None:
     parameters = _parameters()
     optimizer = Adam(_groups(parameters), **SETTINGS)
     for step in range(3):
         _set_gradients(parameters, step)
         optimizer.step()
-    copies = [torch.nn.Parameter(one.detach().clone()) for one in parameters]
+    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     resumed = Adam(_groups(copies), **SETTINGS)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for some, one in ((parameters, optimizer), (copies, resumed)):
-        _set_gradients(some, 3)
-        one.step()
+    for own_parameters, own_optimizer in ((parameters, optimizer), (copies, resumed)):
+        _set_gradients(own_parameters, 3)
+        own_optimizer.step()
     assert all(torch.equal(one, other) for one, other in zip(parameters, copies, strict=True))
     assert [group["step"] for group in resumed.param_groups] == [4, 2]
 
 
-def test_the_first_step_by_hand() -> None:
-    """Bias-corrected moments of one gradient are the gradient and its square."""
+def test_first_step_by_hand() -> None:
+    """The bias-corrected moments after one step are the gradient and its square."""
     parameter = torch.nn.Parameter(torch.tensor([2.0]))
     parameter.grad = torch.tensor([0.5])
     Adam([parameter], lr=0.1, eps=1e-3, weight_decay=0.2).step()
     assert parameter.item() == pytest.approx(2 * (1 - 0.1 * 0.2) - 0.1 * 0.5 / (math.sqrt(0.25) + 1e-3))
 
 
-def test_plain_weight_decay_is_refused() -> None:
+def test_coupled_weight_decay_is_rejected() -> None:
     with pytest.raises(ValueError, match="AdamW"):
         Adam(_parameters(), lr=1e-3, adam_w_mode=False)
 
 
-def test_megatron_core_uses_it_where_nothing_fused_is_installed() -> None:
+def test_megatron_core_uses_it_without_transformer_engine_and_apex() -> None:
     import megatron.core.optimizer as optimizers
 
-    name = install()
-    assert name == install()
+    cpu.install()
     if optimizers.Adam is Adam:
-        assert name == "torch's fused AdamW" and not optimizers.USING_PYTORCH_OPTIMIZER
+        assert adam_in_use() == "torch's fused AdamW" and not optimizers.USING_PYTORCH_OPTIMIZER
     else:
-        assert "transformer_engine" in name or "apex" in name
+        assert "transformer_engine" in adam_in_use() or "apex" in adam_in_use()
+
+
+def test_an_adam_that_cannot_be_resumed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.core.optimizer as optimizers
+
+    monkeypatch.setattr(optimizers, "USING_PYTORCH_OPTIMIZER", True)  # as before cpu.install()
+    with pytest.raises(RuntimeError, match=r"cpu\.install"):
+        adam_in_use()

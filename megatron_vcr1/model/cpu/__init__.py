@@ -1,0 +1,31 @@
+"""Everything that only a machine without CUDA, TransformerEngine and Apex needs.
+
+    cuda_emulation  megatron-core without CUDA, over gloo
+    adam            an AdamW that megatron-core can save and resume, where TransformerEngine and Apex are missing
+    decode          the decoder layers for one new token per response, without megatron-core's modules
+    skinny_linear   a fast matmul for a few rows
+
+Every program calls `install` once at start-up. Importing the package changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_vcr1.model.cpu import adam, cuda_emulation
+
+
+def install() -> None:
+    """Make megatron-core work on this machine, with what is installed on it.
+
+    Call it once in each process, in the main thread, before `parallel.mesh.initialize`. Further calls do nothing.
+
+    - Without CUDA, megatron-core's questions about the CUDA device are answered with the CPU (`cuda_emulation`).
+    - Without TransformerEngine and Apex, with or without CUDA, megatron-core's optimizers get an Adam whose state they
+      can save and resume (`adam`).
+
+    Where CUDA and TransformerEngine or Apex exist, it changes nothing.
+    """
+    if not torch.cuda.is_available():
+        cuda_emulation.install()
+    adam.install()

@@ -1,0 +1,96 @@
+"""An Adam for megatron-core's optimizers, for machines without TransformerEngine and Apex.
+
+There megatron-core falls back to torch.optim.AdamW, which counts steps per parameter. Its distributed optimizer saves
+and restores one step count per parameter group, as the fused optimizers of TransformerEngine and Apex keep it, so a
+run with torch.optim.AdamW could not be resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class Adam(torch.optim.Optimizer):
+    """torch's fused AdamW, with one step count per parameter group."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        """Take the arguments that megatron-core passes to a fused Adam.
+
+        Raises:
+            ValueError: `adam_w_mode` is False; only decoupled weight decay (AdamW) is implemented.
+        """
+        if not adam_w_mode:
+            raise ValueError("only decoupled weight decay (AdamW) is implemented; set adam_w_mode=True")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            beta1, beta2 = group["betas"]
+            # torch's functional AdamW takes one step tensor per parameter and increments it; the group's own count is
+            # incremented below. unbind() gives each parameter a view of its own element.
+            steps = torch.full((len(parameters),), float(group.get("step", 0)), device=parameters[0].device)
+            adamw(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [self.state[parameter]["exp_avg"] for parameter in parameters],
+                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+                [],  # max_exp_avg_sqs, for amsgrad only
+                list(steps.unbind()),
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            group["step"] = group.get("step", 0) + 1
+
+
+def install() -> None:
+    """Make megatron-core use this Adam if it found neither TransformerEngine's nor Apex's."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = Adam, False
+        distrib_optimizer.Adam = Adam
+        # Selects the code that saves and restores one step count per parameter group, as for the fused optimizers.
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
+def adam_in_use() -> str:
+    """Return the name of the Adam that megatron-core's optimizers use, for the log.
+
+    Raises:
+        RuntimeError: it is torch.optim.AdamW, whose state could not be restored when the run is resumed.
+    """
+    import megatron.core.optimizer as optimizers
+
+    if optimizers.USING_PYTORCH_OPTIMIZER:
+        raise RuntimeError(
+            "megatron-core would use torch.optim.AdamW, which it cannot resume; call megatron_vcr1.model.cpu.install() "
+            "once at start-up"
+        )
+    module = optimizers.Adam.__module__
+    return "torch's fused AdamW" if module == __name__ else f"{module}.{optimizers.Adam.__name__}"

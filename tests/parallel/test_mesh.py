@@ -1,0 +1,76 @@
+"""Start-up of the process groups: what is read, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.parallel import mesh
+from tests.gloo import GlooPool
+from tests.parallel.test_slurm import TASK
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_INSTALL = """
+from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.parallel import mesh
+
+mesh.initialize(ParallelSection())
+"""
+
+
+def test_launched_world_size_reads_the_launchers_variables_and_writes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert mesh.launched_world_size() == 1
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    assert mesh.launched_world_size() == 16  # srun
+    assert dict(os.environ) == before
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert mesh.launched_world_size() == 4  # torchrun inside srun
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_without_cuda_and_without_install_the_error_names_the_call() -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    program = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_INSTALL],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert program.returncode == 1
+    assert "RuntimeError: this machine has no CUDA device; call megatron_vcr1.model.cpu.install()" in program.stderr
+
+
+def test_a_process_that_was_started_alone_is_its_own_job() -> None:
+    with mesh.world(ParallelSection()):
+        assert (mesh.rank(), mesh.num_ranks(), mesh.num_replicas(), mesh.ranks_per_replica()) == (0, 1, 1, 1)
+        assert mesh.is_first_rank() and mesh.is_replica_leader() and mesh.is_output_rank()
+        assert mesh.is_first_stage() and mesh.is_last_stage()
+    assert (mesh.rank(), mesh.num_ranks()) == (0, 1)
+    mesh.shutdown()  # does nothing the second time
+
+
+def _place() -> tuple[int, int, bool, bool]:
+    mesh.initialize(ParallelSection(tensor=2))
+    first = (mesh.replica_index(), mesh.num_replicas(), mesh.is_replica_leader(), mesh.is_output_rank())
+    mesh.initialize(ParallelSection(tensor=2, pipeline=2))  # a second call rebuilds the groups
+    assert (mesh.num_replicas(), mesh.ranks_per_replica()) == (1, 4)
+    assert (mesh.is_first_stage(), mesh.is_last_stage()) == (mesh.rank() < 2, mesh.rank() >= 2)
+    assert mesh.is_output_rank() == (mesh.rank() == 2)
+    return first
+
+
+@pytest.mark.xdist_group("gloo")
+def test_places_of_four_ranks(gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(_place) == [(0, 2, True, True), (0, 2, False, False), (1, 2, True, True), (1, 2, False, False)]
