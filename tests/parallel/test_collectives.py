@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import collectives, mesh
 from tests.gloo import GlooPool

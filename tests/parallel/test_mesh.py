@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel import mesh
 from tests.gloo import GlooPool
 from tests.parallel.test_slurm import TASK
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_INSTALL = """
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel import mesh
 
 mesh.initialize(ParallelSection())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vcr1.config.schema import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.model.cpu import decode
 from megatron_vcr1.model.layer_specs import LocalBackend
 from megatron_vcr1.parallel import mesh
