@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+# The benchmarks are not installed; they are imported from the folder kernels/ of the repository.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernels"))
 
@@ -52,7 +53,7 @@ class Result:
 
 
 class PeakRates(NamedTuple):
-    """What this machine reaches on large random inputs."""
+    """Rates that this machine reaches with large random inputs."""
 
     copy_gigabytes_per_s: float  # bytes read plus bytes written
     matmul_teraflops: float
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", choices=OPS, help="measure only this op (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.add_argument("--rounds", type=int, help="runs per provider (default: 20 on a GPU, 5 on a CPU)")
+    # Used by this script itself: measures memory in a new process, see _peak_megabytes.
     parser.add_argument("--peak-memory-of", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -41,10 +41,8 @@ def cases(device: torch.device) -> list[Case]:
         functions["FlexAttention, same mask"] = (_flex_attention(shared, layout), shared)
         if is_installed("flash_attn"):
             functions["flash-attn varlen, prompt repeated"] = (_flash_attention(unshared, length), unshared)
-    pairs = prompt**2 / 2 + group_size * response * (
-        prompt + response / 2
-    )  # pairs of a query and a key that it attends to
-    forward_flops = int(4 * pairs * num_heads * head_dim)
+    num_pairs = prompt**2 / 2 + group_size * response * (prompt + response / 2)  # of a query and a visible key
+    forward_flops = int(4 * num_pairs * num_heads * head_dim)
     shape = f"P={prompt} G={group_size} R={response} heads={num_heads}/{num_kv_heads} d={head_dim} {dtype}"
     steps = {name: backward(lambda f=f: f().sum(), *leaves) for name, (f, leaves) in functions.items()}
     return [

@@ -26,6 +26,7 @@ LAYOUTS = {
 def _inputs(
     num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
+    """Return a random query, key and value."""
     heads = (num_heads, num_kv_heads, num_kv_heads)
     return [torch.randn(num_tokens, n, head_dim).to(device, dtype) for n in heads]
 

@@ -14,7 +14,7 @@ from vcr1_kernels.checks import (
 )
 
 
-def test_shape_with_named_dimensions() -> None:
+def test_wrong_shape_is_rejected() -> None:
     require_shape("x", torch.zeros(3, 4, 0), "tokens", 4, "channels")
     with pytest.raises(ValueError, match=r"x must be \[tokens, 5\], got \[3, 4\]"):
         require_shape("x", torch.zeros(3, 4), "tokens", 5)
@@ -22,13 +22,13 @@ def test_shape_with_named_dimensions() -> None:
         require_shape("x", torch.zeros(3, 4), "tokens")
 
 
-def test_floating() -> None:
+def test_integer_tensor_is_rejected() -> None:
     require_floating("x", torch.zeros(1, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch.int64"):
         require_floating("x", torch.zeros(1, dtype=torch.int64))
 
 
-def test_contiguous_last_dimension() -> None:
+def test_strided_last_dimension_is_rejected() -> None:
     matrix = torch.zeros(4, 6)
     require_contiguous_last_dim("x", matrix[:, 1:3])
     require_contiguous_last_dim("x", matrix.t()[:, :1])  # the stride of a dimension of size 1 does not matter
@@ -37,7 +37,7 @@ def test_contiguous_last_dimension() -> None:
         require_contiguous_last_dim("x", matrix.t())
 
 
-def test_token_ids() -> None:
+def test_token_ids_of_wrong_dtype_or_range_are_rejected() -> None:
     require_token_ids("ids", torch.tensor([0, 9]), 2, 10)
     with pytest.raises(ValueError, match="ids must be int64"):
         require_token_ids("ids", torch.tensor([0, 9], dtype=torch.int32), 2, 10)

@@ -56,6 +56,8 @@ def _compute(num_shards: int) -> dict[str, Tensor]:
     probe = torch.linspace(-1, 1, NUM_TOKENS, dtype=torch.float64)
     results: dict[str, Tensor] = {}
 
+    # The name of a gradient says how it is sharded: "shard dim N" is concatenated along N, all others are equal on all
+    # ranks.
     def record(name: str, outputs: tuple[Tensor, ...], loss: Tensor, leaves: dict[str, Tensor]) -> None:
         results.update({f"{name} output {i}": output.detach() for i, output in enumerate(outputs)})
         grads = torch.autograd.grad(loss, list(leaves.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -37,6 +38,16 @@ def test_benchmark_writes_results_of_one_op(tmp_path: Path, capsys: pytest.Captu
     assert "mrope forward" in capsys.readouterr().out
 
 
+@without_gpu
+@pytest.mark.parametrize("op", benchmark_kernels.OPS)
+def test_every_provider_of_every_benchmark_runs(op: str) -> None:
+    for case in importlib.import_module(f"benchmarks.{op}").cases(CPU):
+        assert next(iter(case.providers)) == benchmark_kernels.OURS and len(case.providers) >= 2
+        assert case.min_bytes > 0 or case.flops > 0
+        for run in case.providers.values():
+            run()
+
+
 def test_failed_provider_is_reported_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +70,37 @@ def test_fraction_of_peak_is_that_of_the_limiting_rate(monkeypatch: pytest.Monke
     (result,) = benchmark_kernels._measure("op", case, 1, benchmark_kernels.PeakRates(4, 0.002), CPU)
     assert result.gigabytes_per_s == pytest.approx(1) and result.teraflops == pytest.approx(0.001)
     assert result.fraction_of_peak == pytest.approx(0.5)
+
+
+FAKE_PYTHON = """#!/bin/bash
+# Stands in for a Python on a GPU machine: everything can be imported except xdist and transformer_engine.
+case "$1 $2" in
+    "-c "*xdist* | "-c "*transformer_engine*) echo "ModuleNotFoundError: missing" >&2; exit 1 ;;
+    "-c "*) exit 0 ;;
+    "- "*) cp "$2" "$3" ;;  # write_record: keep the table instead of JSON
+    "-m pytest") echo "7 passed"; echo; exit 0 ;;
+    *) echo "$1 failed"; exit 3 ;;
+esac
+"""
+
+
+def test_gpu_check_records_passed_failed_and_skipped_sections(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {"PATH": "/usr/bin:/bin", "OUT": str(out), "PYTHON": str(python)}
+    command = ["bash", str(ROOT / "tools/gpu_check.sh"), "kernels", "benchmark", "update_te"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1, process.stderr
+    assert [
+        (line.split()[0], line.split(maxsplit=2)[2]) for line in (out / "gpu_check.json").read_text().splitlines()
+    ] == [
+        ("kernels", "0 7 passed"),
+        ("benchmark", "3 tools/benchmark_kernels.py failed"),
+        ("update_te", "- skipped: ModuleNotFoundError: missing"),
+    ]
+    assert "7 passed" in (out / "log.txt").read_text()
 
 
 @without_gpu
