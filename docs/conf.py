@@ -1,0 +1,22 @@
+"""Sphinx configuration: `python -m sphinx -W docs build/docs` builds the manual and the API reference."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+project = "megatron_vcr1"
+author = "the megatron_vcr1 authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+myst_all_links_external = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_mock_imports = ["apex", "flash_attn", "nvidia", "openai", "sglang", "transformer_engine"]
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
