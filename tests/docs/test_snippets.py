@@ -1,0 +1,228 @@
+"""Every command and snippet of the documents works, on a tiny model and a machine without a GPU, or says what it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.cli.main import build_parser, main
+from megatron_vcr1.config.loading import load_config
+from megatron_vcr1.config.schema import section_types
+from megatron_vcr1.data.manifest import read_manifest, sample_from_row, write_manifest
+from megatron_vcr1.types import Task
+from tests.docs.pages import ROOT, Block, blocks, pages
+from tests.training import workspace
+
+pytestmark = pytest.mark.xdist_group("docs")
+
+LAUNCHERS = ("torchrun --nproc-per-node 8 --no-python ", "torchrun --nproc-per-node 4 --no-python ")
+PROGRAMS = ("vcr1", "python")
+# Commands that are run elsewhere, and where.
+ELSEWHERE = {
+    "bash tools/demo.sh": "tests/examples/demo/test_demo.py",
+    "bash tools/test.sh": "this run",
+    "bash tools/gpu_check.sh": "needs a GPU",
+    "vcr1 serve": "tests/serving/test_server.py",
+    "torchrun --nproc-per-node 4 --no-python vcr1 score": "tests/evaluation/test_score.py",
+    "python -m pytest": "this run",
+    "python tools/benchmark_kernels.py": "tests/kernels",
+    "vcr1 data import got10k": "tests/data/importers",
+    "vcr1 data import nextgqa": "tests/data/importers",
+}
+
+# What makes an example small enough for a test: no GPUs, short responses, one step.
+SMALL_MODEL = ["--model.dtype", "float32", "--parallel.tensor", "1", "--parallel.sequence_parallel", "false"]
+SMALL_MODEL += ["--rollout.engine", "local", "--data.templates", "templates.toml", "--data.num_workers", "0"]
+SMALL_MODEL += ["--data.max_frames", "4", "--data.total_pixels", "3136", "--data.min_pixels", "784"]
+SMALL_RUN = ["--train.num_steps", "1", "--train.prompts_per_step", "3", "--grpo.group_size", "2"]
+SMALL_RUN += ["--rollout.max_new_tokens", "4", "--logging.tensorboard", "false"]
+ADDED = {
+    "vcr1 data synthesize": ["--num-videos", "6", "--num-test-videos", "1"],
+    "vcr1 train": [*SMALL_MODEL, *SMALL_RUN],
+    "vcr1 evaluate examples": [*SMALL_MODEL, "--judge.kind", "lexical", "--evaluate.max_new_tokens", "4"],
+    "vcr1 generate": ["--dtype", "float32", "--max-new-tokens", "4"],
+    "vcr1 score": ["--dtype", "float32"],
+}
+WRITTEN = ("data/test.jsonl", "charades.jsonl", "runs/joint/report.html", "metrics.json", "scores.jsonl", "exported")
+
+
+def commands(block: Block) -> list[str]:
+    """The command lines of a bash block, without comments, one per line."""
+    lines = block.text.replace("\\\n", "").splitlines()
+    return [command for line in lines if (command := shlex.join(shlex.split(line, comments=True)))]
+
+
+def matching(command: str, table: dict[str, object]) -> list[str]:
+    """The keys of the table that the command begins with."""
+    return [start for start in table if command.startswith(start)]
+
+
+BASH = [block for block in blocks("bash") if block.is_run]
+COMMANDS = list(dict.fromkeys(command for block in BASH for command in commands(block)))
+
+
+def without_launcher(command: str) -> str:
+    for launcher in LAUNCHERS:
+        command = command.removeprefix(launcher)
+    return command
+
+
+def test_every_command_is_run_or_named() -> None:
+    assert len(COMMANDS) > 15
+    unknown = [
+        command
+        for command in COMMANDS
+        if without_launcher(command).split()[0] not in PROGRAMS and not matching(command, ELSEWHERE)
+    ]
+    assert not unknown, "run it here, or write `# needs a GPU` (a cluster, the network) in the block's first line"
+    for where in ELSEWHERE.values():
+        assert all((ROOT / path).exists() for path in re.findall(r"tests/[\w/.]+", where))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader's working folder: the repository's tools and examples, a tiny model, annotations and videos."""
+    path = tmp_path_factory.mktemp("reader")
+    workspace.create(path, tasks=list(Task), num_videos=6)
+    (path / "model").rename(path / "Qwen2.5-VL-7B-Instruct")
+    (path / "models").symlink_to(path)
+    for name in ("examples", "tools"):
+        (path / name).symlink_to(ROOT / name)
+    samples = {sample.task: sample for sample in read_manifest(path / "data/train.jsonl")}
+    grounding = samples[Task.TEMPORAL_GROUNDING]
+    shutil.copy(grounding.video, path / "clip.mp4")
+    (path / "videos").mkdir()
+    shutil.copy(grounding.video, path / "videos/AAAA.mp4")
+    (path / "charades_sta_train.txt").write_text("AAAA 1.0 5.0##a person opens the door.\n")
+    (path / "Charades_v1_train_lengths.csv").write_text("id,length\nAAAA,12.0\n")
+    manifests = {
+        "charades_sta_train": Task.TEMPORAL_GROUNDING,
+        "got10k_train": Task.TRACKING,
+        "nextgqa_val": Task.GROUNDED_QA,
+        "charades_sta_test": Task.TEMPORAL_GROUNDING,
+        "activitynet_test": Task.TEMPORAL_GROUNDING,
+        "nextgqa_test": Task.GROUNDED_QA,
+        "got10k_val": Task.TRACKING,
+        "videomme": Task.MULTIPLE_CHOICE_QA,
+        "mvbench": Task.MULTIPLE_CHOICE_QA,
+        "perception_test_val": Task.MULTIPLE_CHOICE_QA,
+        "vidtab_quality_test": Task.QUALITY,
+        "dream1k": Task.CAPTIONING,
+    }
+    for name, task in manifests.items():
+        category = "short/1" if name == "videomme" else ""
+        write_manifest(path / f"data/{name}.jsonl", [replace(samples[task], category=category)])
+    write_manifest(path / "test.jsonl", [grounding])
+    answer = {"id": grounding.id, "output": "<answer>1.0 to 3.0</answer>"}
+    (path / "answers.jsonl").write_text(json.dumps(answer) + "\n")
+    content = [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "when?"}]
+    request = {"id": "1", "messages": [{"role": "user", "content": content}], "response": "at 2.0 s"}
+    (path / "requests.jsonl").write_text(json.dumps(request) + "\n")
+    return path
+
+
+def test_commands_run_in_reading_order(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    for command in COMMANDS:
+        if matching(command, ELSEWHERE):
+            continue
+        command = without_launcher(command)
+        program, *words = shlex.split(command)
+        if words[0] in ("--help", "--version"):
+            with pytest.raises(SystemExit, match="0"):
+                main(words)
+            continue
+        words += [word for start in matching(command, ADDED) for word in ADDED[start]]
+        run: Callable[[Sequence[str]], int] = main if program == "vcr1" else tool(words.pop(0)).main
+        assert run(words) == 0, f"{command}\n{capsys.readouterr().err}"
+    for name in WRITTEN:
+        assert (folder / name).exists(), name
+    (score,) = map(json.loads, (folder / "scores.jsonl").read_text().splitlines())
+    assert len(score["log_probs"]) == len(score["token_ids"]) > 0
+    weights = "model.safetensors"
+    assert (folder / "exported" / weights).read_bytes() == (folder / "Qwen2.5-VL-7B-Instruct" / weights).read_bytes()
+
+
+def tool(path: str):
+    """Import a script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("bash") if not block.is_run], ids=str)
+def test_commands_for_a_cluster_name_existing_files_and_options(block: Block) -> None:
+    for command in commands(block):
+        words = shlex.split(command)
+        for word in words:
+            if re.match(r"(examples|tools)/\S+\.(sbatch|toml|py)$", word):
+                assert (ROOT / word).is_file(), command
+        if words[0] == "vcr1":
+            args, unknown = build_parser().parse_known_args(words[1:])
+            assert callable(args.run) and not unknown
+        for word in words:
+            if word.startswith("examples/configs/"):
+                load_config(ROOT / word)
+
+
+def test_python_snippets_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    for block in blocks("python"):
+        if not block.is_run:
+            continue
+        if name := re.match(r"# file: (\S+)\n", block.text):
+            (folder / name[1]).write_text(block.text)
+        exec(compile(block.text, str(block), "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+def test_toml_snippets_are_valid_settings(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    tables = tomllib.loads(block.text)
+    path.write_text(block.text + ("" if "model" in tables else "\n[model]\npath = 'model'\n"))
+    load_config(path)
+
+
+@pytest.mark.parametrize("block", blocks("json"), ids=str)
+def test_json_snippets_are_valid_rows(block: Block) -> None:
+    for line in block.text.splitlines():
+        row = json.loads(line)
+        if "task" in row:
+            sample_from_row(row)
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    sections = section_types()
+    named = {
+        (page.name, section, key)
+        for page in pages()
+        for section, key in re.findall(r"`(?:--)?([a-z]+)\.([a-z_0-9]+)[` .=]", page.read_text(encoding="utf-8"))
+        if section in sections and key not in ("sbatch", "toml", "py")
+    }
+    assert len(named) > 50
+    assert not {entry for entry in named if entry[2] not in sections[entry[1]].model_fields}
+
+
+def test_every_job_script_and_its_variables_are_explained() -> None:
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    scripts = (ROOT / "examples/slurm").iterdir()
+    text = "".join(path.read_text() for path in scripts)
+    for script in (ROOT / "examples/slurm").glob("*.sbatch"):
+        assert re.search(rf"`{re.escape(script.name)}[ `]", page), f"{script.name} is not in docs/cluster.md"
+    for name in ("CONTAINER", "MOUNTS", "HEALTH_CHECK", "MAX_CRASHES", "MIN_LIFE_S", "CPU_BIND"):
+        assert f"{name}=" in page or f"`{name}`" in page
+        assert f"${{{name}:" in text
