@@ -15,11 +15,12 @@ from megatron_vcr1.config.section import Section
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """# Configuration
 
-Every setting with its type, default and meaning. This page is generated from the schema (`python docs/generate_configuration.py`); `vcr1 config`
-prints the same as a TOML file.
+Every setting with its type, default and meaning. This page is generated from the schema
+(`python docs/generate_configuration.py`); `vcr1 config` prints the same as a TOML file.
 
 A run reads one TOML file. Every setting can be overridden on the command line as `--SECTION.KEY VALUE`, for example
-`--optimizer.learning_rate 2e-6`. An unknown key, a value of the wrong type or an impossible combination is an error that names the key.
+`--optimizer.learning_rate 2e-6`. An unknown key, a value of the wrong type or an impossible combination is an error
+that names the key.
 """
 
 

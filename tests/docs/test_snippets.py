@@ -1,4 +1,4 @@
-"""Every command and snippet of the documents works, on a tiny model and a machine without a GPU, or says what it needs."""
+"""Every command and snippet of the documents works on a tiny model without a GPU, or says what it needs."""
 
 from __future__ import annotations
 
