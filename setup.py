@@ -34,18 +34,22 @@ EXTRAS = {
     # serving/connections.py extends a class of uvicorn's, which uses h11; starlette brings anyio
     "serve": ["anyio>=4,<5", "h11>=0.14,<1", "starlette>=1.0,<2", "uvicorn>=0.40,<0.60"],
     "peers": ["trl>=1.16,<2"],  # what tools/benchmark_throughput.py train compares with, where it is there
+    "docs": ["furo", "myst-parser>=5,<6", "sphinx>=9,<10"],
     "plots": ["matplotlib"],  # of the throughput tools
     "dev": [
         "anyio>=4,<5",
+        "furo",
         "h11>=0.14,<1",
         "hypothesis",
         "matplotlib",
         "mypy",
+        "myst-parser>=5,<6",
         "openai>=2,<4",
         "pyarrow",
         "pytest>=8,<9.2",  # pytest-xdist 3.8 cannot keep a group of tests in one worker with 9.2
         "pytest-xdist",
         "ruff",
+        "sphinx>=9,<10",
         "starlette>=1.0,<2",
         "uvicorn>=0.40,<0.60",
     ],

@@ -19,3 +19,12 @@ autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+
+
+def skip_aliases(app: object, what: str, name: str, item: object, skip: bool, options: object) -> bool:
+    """Leave out type aliases: autodoc would show the docstring of what they stand for."""
+    return skip or hasattr(item, "__origin__")
+
+
+def setup(app: object) -> None:
+    app.connect("autodoc-skip-member", skip_aliases)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from megatron_vcr1.config.schema import section_types, table_type
+from megatron_vcr1.config.schema import entry_class, section_classes
 from megatron_vcr1.config.section import Section
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -27,10 +27,10 @@ that names the key.
 def render() -> str:
     """Return the whole page as Markdown."""
     parts = [INTRODUCTION]
-    for name, section in section_types().items():
+    for name, section in section_classes().items():
         parts.append(_section(f"[{name}]", section))
         for key, field in section.model_fields.items():
-            if (table := table_type(field)) is not None:
+            if (table := entry_class(field)) is not None:
                 parts.append(_section(f"[[{name}.{key}]]", table))
     return "\n".join(parts)
 
@@ -39,7 +39,7 @@ def _section(title: str, section: type[Section]) -> str:
     rows = [
         f"| `{key}` | {_type_name(field.annotation)} | {_default(field)} | {_cell(field.description or '')} |"
         for key, field in section.model_fields.items()
-        if table_type(field) is None
+        if entry_class(field) is None
     ]
     introduction = " ".join((section.__doc__ or "").split())
     return "\n".join(

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_vcr1.cli.main import build_parser, main
 from megatron_vcr1.config.loading import load_config
-from megatron_vcr1.config.schema import section_types
+from megatron_vcr1.config.schema import section_classes
 from megatron_vcr1.data.manifest import read_manifest, sample_from_row, write_manifest
 from megatron_vcr1.types import Task
 from tests.docs.pages import ROOT, Block, blocks, pages
@@ -28,15 +28,15 @@ LAUNCHERS = ("torchrun --nproc-per-node 8 --no-python ", "torchrun --nproc-per-n
 PROGRAMS = ("vcr1", "python")
 # Commands that are run elsewhere, and where.
 ELSEWHERE = {
-    "bash tools/demo.sh": "tests/examples/demo/test_demo.py",
+    "bash tools/demo.sh": "tests/examples/demo/test_main.py",
     "bash tools/test.sh": "this run",
     "bash tools/gpu_check.sh": "needs a GPU",
     "vcr1 serve": "tests/serving/test_server.py",
     "torchrun --nproc-per-node 4 --no-python vcr1 score": "tests/evaluation/test_score.py",
     "python -m pytest": "this run",
     "python tools/benchmark_kernels.py": "tests/kernels",
-    "vcr1 data import got10k": "tests/data/importers",
-    "vcr1 data import nextgqa": "tests/data/importers",
+    "vcr1 data import got10k": "tests/data",
+    "vcr1 data import nextgqa": "tests/data",
 }
 
 # What makes an example small enough for a test: no GPUs, short responses, one step.
@@ -206,7 +206,7 @@ def test_json_snippets_are_valid_rows(block: Block) -> None:
 
 
 def test_every_setting_that_is_named_exists() -> None:
-    sections = section_types()
+    sections = section_classes()
     named = {
         (page.name, section, key)
         for page in pages()
