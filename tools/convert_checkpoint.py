@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Convert between Hugging Face directories and Megatron checkpoints, or compare the two.
+"""Convert between Hugging Face directories and Megatron checkpoints, or compare them.
 
     python tools/convert_checkpoint.py import --hf HF_DIR --out DIR
     python tools/convert_checkpoint.py export --checkpoint DIR --out HF_DIR
     python tools/convert_checkpoint.py verify --hf HF_DIR --checkpoint DIR
-    torchrun --nproc-per-node 8 tools/convert_checkpoint.py import ...    # shared among processes, also across nodes
+    torchrun --nproc-per-node 8 tools/convert_checkpoint.py import ...    # shared by all ranks, also across nodes
 
-Needs no GPU and some tens of megabytes of memory beside the libraries, whatever the size of the model (verify's log-
-probs excepted: they load the whole model in float32). An imported directory loads at any tensor- and pipeline-
-parallel size.
+No GPU is needed. The memory is that of the libraries plus some tens of megabytes, whatever the size of the model; only
+the log-probs of verify load the whole model in float32. An imported directory can be loaded at any tensor- and
+pipeline-parallel size.
 
-Exit codes: 0, 1 (failed; verify: some tensor differs), 2 (bad usage or input).
+Exit codes: 0; 1 if the conversion failed or verify found a different tensor; 2 for wrong usage or input.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from command_line import run_tool, tool_parser
 from tqdm import tqdm
 
 from megatron_vcr1.checkpoint.new_directory import Progress
@@ -37,12 +38,13 @@ from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_every_rank
 
 _HF_HELP = "Hugging Face directory with safetensors weights"
-_CHECKPOINT_HELP = "directory that import or training wrote"
-_OUT_HELP = "new directory; must not exist, or be empty"
+_CHECKPOINT_HELP = "directory written by import or by training"
+_OUT_HELP = "new directory; must not exist, or must be empty"
 
 
+# The functions below import what they need themselves: megatron-core takes a second, which --help should not wait for.
 def run_import(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], bool]:
-    from megatron_vcr1.checkpoint.hf_import import import_checkpoint  # slow to import: not for --help
+    from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 
     return {"bytes": import_checkpoint(args.hf, args.out, progress=progress)}, True
 
@@ -73,7 +75,7 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
 
 
 def _log_prob_report(hf_dir: Path, model_dir: Path) -> dict[str, Any]:
-    from megatron_vcr1.checkpoint.verify_log_probs import log_prob_differences  # needs megatron-core and transformers
+    from megatron_vcr1.checkpoint.verify_log_probs import log_prob_differences
 
     differences = log_prob_differences(hf_dir, model_dir).abs()
     return {
@@ -84,15 +86,12 @@ def _log_prob_report(hf_dir: Path, model_dir: Path) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
+    """Return None for infinity and NaN, which JSON does not have."""
     return value if abs(value) < float("inf") else None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = tool_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = commands.add_parser("import", help="Hugging Face to Megatron", allow_abbrev=False)
@@ -108,12 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "verify",
         help="compare both; prints JSON",
-        description="Compare every tensor, and the log-probs of a fixed random prompt with an image in float32.",
+        description="Compare all tensors, and the log-probs of a fixed random prompt with an image in float32.",
         allow_abbrev=False,
     )
     _add_directory(command, "--hf", _HF_HELP)
     _add_directory(command, "--checkpoint", _CHECKPOINT_HELP)
-    command.add_argument("--no-log-probs", action="store_true", help="compare the tensors only")
+    command.add_argument("--no-log-probs", action="store_true", help="compare only the tensors")
     command.set_defaults(run=run_verify)
 
     for command in commands.choices.values():
@@ -126,18 +125,15 @@ def _add_directory(parser: argparse.ArgumentParser, option: str, description: st
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process had so far, in MB.
-
-    Of the kernel's figures this one starts with the program; that of getrusage is inherited from whoever started it.
-    """
+    """Return the peak memory of this process in MB. Unlike getrusage, it does not include the parent process's."""
     status = Path("/proc/self/status").read_text()
     kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(kibibytes) * 1024 / 1e6
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Run the command on this worker and report on the first one; returns the exit code."""
-    # The libraries' second of import and their memory are not the conversion's.
+    """Run the command on this rank, and print the report on the first rank. Return the exit code."""
+    # Imported before the clock starts: time and memory of the libraries do not count as those of the conversion.
     from megatron_vcr1.checkpoint import torch_dist  # noqa: F401
 
     libraries_mb = peak_memory_mb()
@@ -166,32 +162,31 @@ def _print(report: dict[str, Any], *, as_json: bool, out: Path | None) -> None:
         print(json.dumps(report, indent=1))
         return
     size, speed = report["bytes"] / 1e9, report["bytes_per_second"] / 1e9
-    memory = f"peak memory {report['peak_memory_mb']} MB, {report['libraries_memory_mb']} MB of them libraries"
+    memory = f"peak memory {report['peak_memory_mb']} MB, including {report['libraries_memory_mb']} MB of libraries"
     print(f"{out}: {size:.2f} GB in {report['seconds']:.1f} s ({speed:.2f} GB/s), {memory}")
     for cast, count in report.get("casts", {}).items():
         print(f"{out}: rounded from {cast}: {count} parts of tensors")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return convert(args)
+    except OSError as error:
+        print(f"convert_checkpoint: failed: {error}", file=sys.stderr)
+        return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")  # as in the vcr1 command
-    warnings.filterwarnings("ignore", message=".*load_state_dict.* is deprecated")  # megatron-core's call
-    torch.set_num_threads(1)  # it is the disk that takes the time
+    warnings.filterwarnings("ignore", message=".*load_state_dict.* is deprecated")  # a call inside megatron-core
+    torch.set_num_threads(1)  # the disk is the bottleneck
     cpu.install()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
     try:
-        return convert(args)
-    except UserError as error:
-        print(f"convert_checkpoint: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"convert_checkpoint: failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert_checkpoint: interrupted", file=sys.stderr)
-        return 130
+        return run_tool("convert_checkpoint", lambda: run(args))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

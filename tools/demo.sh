@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The whole job in miniature on a CPU, from a machine that has Python 3.11 to a report, in minutes after installation:
+# Runs the whole pipeline on a tiny model, on a CPU, and writes a report. The machine needs only Python 3.11; after the
+# installation it takes some minutes.
 #   bash tools/demo.sh [--quick] [--seeds 0,1] [--out runs/demo]
 #   bash tools/demo.sh --real VIDEO.mp4 [--ask "red square"]
-# Started again, it goes on where it was.
+# Run the same command again to continue an interrupted demo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/venv.sh

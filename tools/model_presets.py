@@ -1,4 +1,4 @@
-"""The shapes of the published models and of small ones, as the config.json that their directories hold."""
+"""Shapes of the published models and of small test models, in the format of Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -46,77 +46,40 @@ def _config(
     }
 
 
-def _vision_2_5(out: int, ffn: int = 3420) -> dict[str, Any]:
+def _qwen2_5(vocab: int, vision_ffn: int = 3420, **language: Any) -> dict[str, Any]:
+    return _config("qwen2_5_vl", _vision_2_5(language["hidden_size"], vision_ffn), vocab=vocab, **language)
+
+
+def _vision_2_5(out: int, ffn: int) -> dict[str, Any]:
     tower = {"hidden_size": 1280, "intermediate_size": ffn, "num_heads": 16, "out_hidden_size": out}
     return {**tower, "tokens_per_second": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
 
 
-def _vision_2(out: int) -> dict[str, Any]:
-    return {"embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": out}
+def _qwen2(vocab: int, **language: Any) -> dict[str, Any]:
+    tower = {"embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": language["hidden_size"]}
+    return _config("qwen2_vl", tower, vocab=vocab, **language)
 
 
-_SMALL_TOKENS = {
-    "image_token_id": 10,
-    "video_token_id": 11,
-    "vision_start_token_id": 12,
-    "vision_end_token_id": 13,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
+def _test_model(vision_ffn: int, vision: dict[str, Any], **language: Any) -> dict[str, Any]:
+    special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    token_ids = {"bos_token_id": 0, "eos_token_id": 1} | {name: 10 + index for index, name in enumerate(special)}
+    tower = _vision_2_5(language["hidden_size"], vision_ffn) | {"num_heads": 4} | vision
+    return _config("qwen2_5_vl", tower, token_ids=token_ids, **language)
 
-# "small" and "tiny" are no published models: what a CPU computes in seconds.
+
+SEVEN_B = {"hidden_size": 3584, "ffn": 18944, "layers": 28, "heads": 28, "kv_heads": 4}
+
+# "small" and "tiny" are not published: a CPU computes their updates in seconds.
 PRESETS: dict[str, dict[str, Any]] = {
-    "qwen2.5-vl-3b": _config(
-        "qwen2_5_vl",
-        _vision_2_5(2048),
-        hidden_size=2048,
-        ffn=11008,
-        layers=36,
-        heads=16,
-        kv_heads=2,
-        vocab=151936,
-        tied=True,
-    ),
-    "qwen2.5-vl-7b": _config(
-        "qwen2_5_vl", _vision_2_5(3584), hidden_size=3584, ffn=18944, layers=28, heads=28, kv_heads=4, vocab=152064
-    ),
-    "qwen2.5-vl-32b": _config(
-        "qwen2_5_vl",
-        _vision_2_5(5120, 3456),
-        hidden_size=5120,
-        ffn=27648,
-        layers=64,
-        heads=40,
-        kv_heads=8,
-        vocab=152064,
-    ),
-    "qwen2.5-vl-72b": _config(
-        "qwen2_5_vl",
-        _vision_2_5(8192, 3456),
-        hidden_size=8192,
-        ffn=29568,
-        layers=80,
-        heads=64,
-        kv_heads=8,
-        vocab=152064,
-    ),
-    "qwen2-vl-2b": _config(
-        "qwen2_vl",
-        _vision_2(1536),
-        hidden_size=1536,
-        ffn=8960,
-        layers=28,
-        heads=12,
-        kv_heads=2,
-        vocab=151936,
-        tied=True,
-    ),
-    "qwen2-vl-7b": _config(
-        "qwen2_vl", _vision_2(3584), hidden_size=3584, ffn=18944, layers=28, heads=28, kv_heads=4, vocab=152064
-    ),
-    "small": _config(
-        "qwen2_5_vl",
-        {**_vision_2_5(512, 704), "depth": 6, "hidden_size": 256, "num_heads": 4, "fullatt_block_indexes": [2, 5]},
+    "qwen2.5-vl-3b": _qwen2_5(151936, hidden_size=2048, ffn=11008, layers=36, heads=16, kv_heads=2, tied=True),
+    "qwen2.5-vl-7b": _qwen2_5(152064, **SEVEN_B),
+    "qwen2.5-vl-32b": _qwen2_5(152064, 3456, hidden_size=5120, ffn=27648, layers=64, heads=40, kv_heads=8),
+    "qwen2.5-vl-72b": _qwen2_5(152064, 3456, hidden_size=8192, ffn=29568, layers=80, heads=64, kv_heads=8),
+    "qwen2-vl-2b": _qwen2(151936, hidden_size=1536, ffn=8960, layers=28, heads=12, kv_heads=2, tied=True),
+    "qwen2-vl-7b": _qwen2(152064, **SEVEN_B),
+    "small": _test_model(
+        704,
+        {"depth": 6, "hidden_size": 256, "fullatt_block_indexes": [2, 5]},
         hidden_size=512,
         ffn=1408,
         layers=6,
@@ -124,11 +87,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         kv_heads=2,
         vocab=32768,
         mrope=(8, 12, 12),
-        token_ids=_SMALL_TOKENS,
     ),
-    "tiny": _config(
-        "qwen2_5_vl",
-        {**_vision_2_5(128, 192), "depth": 2, "hidden_size": 64, "num_heads": 4, "fullatt_block_indexes": [1]},
+    "tiny": _test_model(
+        192,
+        {"depth": 2, "hidden_size": 64, "fullatt_block_indexes": [1]},
         hidden_size=128,
         ffn=352,
         layers=4,
@@ -136,7 +98,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         kv_heads=2,
         vocab=2048,
         mrope=(4, 6, 6),
-        token_ids=_SMALL_TOKENS,
     ),
 }
 
@@ -154,16 +115,16 @@ def add_model_argument(parser: argparse.ArgumentParser, *, default: str) -> None
 def _preset_or_directory(name: str) -> str:
     if name not in PRESETS and not (Path(name) / "config.json").is_file():
         raise argparse.ArgumentTypeError(
-            f"{name!r} is none of {', '.join(PRESETS)}, and no directory with a config.json"
+            f"{name!r} is neither one of {', '.join(PRESETS)} nor a directory with a config.json"
         )
     return name
 
 
 def raw_config(model: str) -> dict[str, Any]:
-    """The parsed config.json of a preset, or of a directory."""
+    """Return the parsed config.json of a preset or of a directory."""
     return PRESETS[model] if model in PRESETS else json.loads((Path(model) / "config.json").read_text())
 
 
 def model_config(model: str) -> ModelConfig:
-    """The shape of a preset, or of a directory's model."""
+    """Return the configuration of a preset or of a directory's model."""
     return ModelConfig.from_dict(PRESETS[model]) if model in PRESETS else ModelConfig.from_pretrained(model)

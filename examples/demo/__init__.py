@@ -1,1 +1,1 @@
-"""The whole job in miniature on a CPU: `bash tools/demo.sh`."""
+"""The demo: synthetic videos, a tiny model, SFT and GRPO, evaluation, export and a report; run by tools/demo.sh."""

@@ -1,4 +1,4 @@
-"""The demo's videos and manifests: what the base model has learned from, and the three tasks with their exact truth."""
+"""The demo's videos and manifests: weak labels for the base model, and three tasks with exact targets."""
 
 from __future__ import annotations
 
@@ -39,26 +39,33 @@ TASKS = (Task.TEMPORAL_GROUNDING, Task.TRACKING, Task.GROUNDED_QA)
 TEST_SPLITS = ("test", "unseen_pairs", "longer_events")
 VIDEO = VideoFormat()
 _BASE_SEED, _TASK_SEED = 1, 2
-_POINT_SHARE = 0.4
-_BOX_SHIFT = 0.15
-_RIGHT_CORNERS = 0.2  # the others are drawn at random
+_POINT_LABEL_RATE = 0.4  # fraction of weak grounding labels that cover a single half second
+_MAX_BOX_SHIFT = 0.15  # of the frame's width and height
+_CORRECT_CORNER_RATE = 0.2  # the other weak corner labels are drawn at random
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of videos."""
+    """Numbers of videos.
+
+    Attributes:
+        base: videos per task that the base model trains on.
+        train: videos per task for SFT and GRPO.
+        test: videos per task and test split.
+        small: labels per seed in the comparison with few labels; each seed uses different ones.
+        small_seeds: seeds of that comparison.
+    """
 
     base: dict[Task, int]
     train: dict[Task, int]
     test: int
     small: int = 200
-    """Labels of the small-label comparison; each of its seeds has others."""
     small_seeds: int = 3
 
 
 @dataclass(frozen=True, slots=True)
 class VideoSet:
-    """Videos of one task and split; everything about them follows from the numbers."""
+    """The videos of one task and split. Their contents are a function of the fields alone."""
 
     split: str
     task: Task
@@ -70,7 +77,7 @@ class VideoSet:
             yield self.scene(index)
 
     def scene(self, index: int) -> Scene:
-        # A range of its own for each task: the same index would show the same objects to all of them.
+        # Each task has its own index range: with the same index, all tasks would show the same objects.
         start = 1_000_000 * list(Task).index(self.task)
         return random_scene(self.split, start + index, seed=self.seed, task=self.task, video_format=VIDEO)
 
@@ -78,7 +85,7 @@ class VideoSet:
         return folder / "videos" / f"{self.split}_{self.seed}" / self.task / f"{scene.id}.mp4"
 
     def write(self, folder: Path, part: int, num_parts: int) -> None:
-        """Writes every num_parts-th video; one that is there already is kept."""
+        """Write the videos with index `part`, `part + num_parts`, ...; existing files are kept."""
         for index in range(part, self.num_videos, num_parts):
             scene = self.scene(index)
             path = self.path(folder, scene)
@@ -87,34 +94,34 @@ class VideoSet:
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f"{path.stem}.part.mp4")
             write_video(unfinished, render_frames(scene, self.seed), VIDEO.fps)
-            unfinished.replace(path)
+            unfinished.replace(path)  # atomic: an interrupted job never leaves half a video under the final name
 
 
 def video_sets(sizes: Sizes) -> list[VideoSet]:
-    """All videos: what the base learns from, the tasks' training videos, and the test splits."""
+    """List all videos: those of the base model, the training videos of the tasks, and the test splits."""
     base = [VideoSet("train", task, _BASE_SEED, number) for task, number in sizes.base.items()]
     train = [VideoSet("train", task, _TASK_SEED, number) for task, number in sizes.train.items()]
     test = [VideoSet(split, task, _TASK_SEED, sizes.test) for split in TEST_SPLITS for task in TASKS]
-    return [*base, *train, *(one for one in test if is_tested(one.split, one.task))]
+    return [*base, *train, *(videos for videos in test if is_tested(videos.split, videos.task))]
 
 
 def is_tested(split: str, task: Task) -> bool:
-    """A tracked object is visible throughout, so there are no longer events to track."""
+    """Return whether the split exists for the task. Tracked objects are always visible, so there are no long events."""
     return split != "longer_events" or task != Task.TRACKING
 
 
 def write_manifests(folder: Path, sizes: Sizes) -> None:
-    """Writes base/*.jsonl, train/TASK.jsonl, small/temporal_grounding_N.jsonl and SPLIT/TASK.jsonl."""
+    """Write base/*.jsonl, train/TASK.jsonl, small/temporal_grounding_SEED.jsonl and SPLIT/TASK.jsonl."""
     for name, samples in base_samples(folder, sizes).items():
         write_manifest(folder / "base" / f"{name}.jsonl", samples)
     for videos in video_sets(sizes):
         if videos.seed == _TASK_SEED:
             write_manifest(folder / videos.split / f"{videos.task}.jsonl", _task_samples(folder, videos))
     grounding = VideoSet("train", TASKS[0], _TASK_SEED, sizes.train[TASKS[0]])
-    samples = list(_task_samples(folder, grounding))
+    all_samples = list(_task_samples(folder, grounding))
     for seed in range(sizes.small_seeds):
-        few = samples[seed * sizes.small : (seed + 1) * sizes.small]
-        write_manifest(folder / "small" / f"temporal_grounding_{seed}.jsonl", few)
+        chosen = all_samples[seed * sizes.small : (seed + 1) * sizes.small]
+        write_manifest(folder / "small" / f"temporal_grounding_{seed}.jsonl", chosen)
 
 
 def _task_samples(folder: Path, videos: VideoSet) -> Iterator[VideoSample]:
@@ -123,11 +130,12 @@ def _task_samples(folder: Path, videos: VideoSet) -> Iterator[VideoSample]:
 
 
 def base_samples(folder: Path, sizes: Sizes) -> dict[str, list[VideoSample]]:
-    """What the base model learns from, by kind of question.
+    """Create the training samples of the base model, by task; "place" asks where an object is at a given time.
 
-    It learns where things are, and for the three tasks from weak labels, as narrated web video gives them: a moment
-    within the event instead of its span, boxes that are all shifted alike, a corner that is mostly random. Grounding
-    has reasoning too, a true time line of what is asked about: so the model can look, and answers badly.
+    The labels of the three tasks are weak, like those of narrated web videos: a moment within the event instead of its
+    full span, boxes that are all shifted by the same offset, and corners that are mostly random. Grounding samples also
+    have reasoning, which is a correct timeline of the object. As a result the base model can look at the video, but
+    answers badly.
     """
     samples: dict[str, list[VideoSample]] = {name: [] for name in ("place", *TASKS)}
 
@@ -138,49 +146,52 @@ def base_samples(folder: Path, sizes: Sizes) -> dict[str, list[VideoSample]]:
     for task, number in sizes.base.items():
         videos = VideoSet("train", task, _BASE_SEED, number)
         for scene in videos.scenes():
+            # The samples depend on the order in which `random` is used: keep the order of the calls below.
             video, random = videos.path(folder.absolute(), scene), Random(f"weak/{scene.id}")
-            asked = scene.objects[0]
+            queried = scene.objects[0]
             for thing in scene.objects:
-                add("place", video, *_place_question(thing, random))
+                add("place", video, *_place_prompt(thing, random))
                 if task == Task.TEMPORAL_GROUNDING:
-                    label = GroundingTarget(_point_label(thing, random))
+                    label = GroundingTarget(_weak_interval(thing, random))
                     add(task, video, f"the {thing.name} is visible", label, thinking=timeline(thing))
             if task == Task.TRACKING:
-                add(task, video, asked.name, _shifted_boxes(sample_of_scene(scene, str(video)), random))
+                add(task, video, queried.name, _shifted_boxes(sample_of_scene(scene, str(video)), random))
             if task == Task.GROUNDED_QA:
-                right = sample_of_scene(scene, str(video)).target
-                assert isinstance(right, GroundedChoiceTarget)
-                letter = right.choice if random.random() < _RIGHT_CORNERS else random.choice(OPTION_LETTERS[:4])
-                answer = GroundedChoiceTarget(letter, (_point_label(asked, random),))
-                add(task, video, f"In which corner is the {asked.name}?", answer, options=CORNERS)
+                correct = sample_of_scene(scene, str(video)).target
+                assert isinstance(correct, GroundedChoiceTarget)
+                is_correct = random.random() < _CORRECT_CORNER_RATE
+                letter = correct.choice if is_correct else random.choice(OPTION_LETTERS[:4])
+                target = GroundedChoiceTarget(letter, (_weak_interval(queried, random),))
+                add(task, video, f"In which corner is the {queried.name}?", target, options=CORNERS)
     return samples
 
 
 def timeline(thing: MovingObject) -> str:
-    """A sign for each half second: its time if the thing is visible, else a dash."""
-    shown = range(thing.first_frame, thing.end_frame)
-    return "".join(f"{frame / VIDEO.fps:.1f}" if frame in shown else HIDDEN for frame in range(VIDEO.num_frames))
+    """Describe each half second by one token: its time if the object is visible, otherwise a dash."""
+    visible = range(thing.first_frame, thing.end_frame)
+    return "".join(f"{frame / VIDEO.fps:.1f}" if frame in visible else HIDDEN for frame in range(VIDEO.num_frames))
 
 
-def _place_question(thing: MovingObject, random: Random) -> tuple[str, CaptionTarget]:
+def _place_prompt(thing: MovingObject, random: Random) -> tuple[str, CaptionTarget]:
     frame = random.randrange(thing.first_frame, thing.end_frame)
     box = thing.box(frame)
     edges = ", ".join(f"{edge:.1f}" for edge in (box.x0, box.y0, box.x1, box.y1))
     return f"Where is the {thing.name} at {frame / VIDEO.fps:.1f}?", CaptionTarget(f"[{edges}]")
 
 
-def _point_label(thing: MovingObject, random: Random) -> Interval:
-    """From a random moment of the event on; often half a second, otherwise up to a random later moment of it."""
+def _weak_interval(thing: MovingObject, random: Random) -> Interval:
+    """Draw an interval within the event: a single half second or a longer one."""
     start = random.randrange(thing.first_frame, thing.end_frame)
-    end = start + 1 if random.random() < _POINT_SHARE else random.randint(start + 1, thing.end_frame)
+    end = start + 1 if random.random() < _POINT_LABEL_RATE else random.randint(start + 1, thing.end_frame)
     return Interval(start / VIDEO.fps, end / VIDEO.fps)
 
 
 def _shifted_boxes(sample: VideoSample, random: Random) -> TrackingTarget:
+    """Shift all boxes by the same random offset, clipped so that each box stays inside the frame."""
     assert isinstance(sample.target, TrackingTarget)
-    shift = np.array([random.uniform(-_BOX_SHIFT, _BOX_SHIFT) for _ in range(2)])
+    shift = np.array([random.uniform(-_MAX_BOX_SHIFT, _MAX_BOX_SHIFT) for _ in range(2)])
     boxes = []
     for box in sample.target.boxes:
-        x, y = np.clip(shift, (-box.x0, -box.y0), (1 - box.x1, 1 - box.y1))  # inside the frame
+        x, y = np.clip(shift, (-box.x0, -box.y0), (1 - box.x1, 1 - box.y1))
         boxes.append(Box(*(round(float(edge), 4) for edge in (box.x0 + x, box.y0 + y, box.x1 + x, box.y1 + y))))
     return TrackingTarget(tuple(boxes))

@@ -1,4 +1,4 @@
-"""The demo's jobs: every one is a call that its log shows, most of them of the `vcr1` command."""
+"""The demo's jobs. Most of them call the `vcr1` command, and their logs show the exact command line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_vcr1.types import Task
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples/configs/demo"
-WRITTEN_OUT = "runs/demo"
-"""The folder that the configurations name."""
+DEFAULT_OUT = "runs/demo"
+"""The output directory as the configuration files write it; `Demo.config` replaces it."""
 
 RUNS = ("base", "sft_grounding", "grpo_grounding", "sft_joint", "grpo_joint")
 SMALL_RUNS = ("sft_small", "grpo_small")
@@ -30,7 +30,7 @@ TESTS = {
     "sft_small": ("test_answering",),
     "grpo_small": ("test_thinking",),
 }
-"""What a model is tested on: grounding in the way that it was trained in."""
+"""Test configurations of each run. Grounding is tested in the mode, thinking or not, that the run was trained in."""
 
 SIZES = Sizes(
     base={Task.TEMPORAL_GROUNDING: 3000, Task.TRACKING: 1600, Task.GROUNDED_QA: 800},
@@ -59,13 +59,13 @@ _EXPECTED_S = {
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What is run, and where.
+    """One demo: which jobs to run and where.
 
     Attributes:
-        out: everything is written below it.
-        seeds: of the model's first weights, the order of the data, and sampling. The small-label comparison always has
-            three, which also choose the labels, and starts from the first one's base.
-        quick: a few steps of everything, to see that it runs.
+        out: output directory; nothing is written elsewhere.
+        seeds: seeds of the initial weights, the data order and the sampling. The comparison with few labels always has
+            three seeds, which also choose the labels; all of them start from the base model of the first seed.
+        quick: run only a few steps of each job, as a smoke test.
     """
 
     out: Path
@@ -87,28 +87,28 @@ class Demo:
         return range(self.sizes.small_seeds)
 
     def models(self) -> list[tuple[str, int]]:
-        """Every model that is trained and tested: name and seed."""
+        """List the name and seed of every model that is trained and tested."""
         full = [(name, seed) for seed in self.seeds for name in RUNS]
         return full + [(name, seed) for seed in self.small_seeds() for name in SMALL_RUNS]
 
     def config(self, name: str) -> Path:
-        """A configuration of examples/configs/demo, with this demo's folder in it."""
+        """Copy a configuration of examples/configs/demo with this demo's output directory in it; return the copy."""
         path = self.out / "configs" / f"{name}.toml"
-        text = (CONFIGS / f"{name}.toml").read_text(encoding="utf-8").replace(WRITTEN_OUT, str(self.out))
+        text = (CONFIGS / f"{name}.toml").read_text(encoding="utf-8").replace(DEFAULT_OUT, str(self.out))
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         return path
 
-    def recipe(self) -> str:
-        """Digest of what the results depend on: settings, data, and the first weights."""
+    def fingerprint(self) -> str:
+        """Return a digest of everything that the results depend on: settings, data, initial weights."""
         here = Path(__file__).parent
         files = [*sorted(CONFIGS.glob("*.toml")), *(here / name for name in ("data.py", "plan.py", "tiny_model.py"))]
         contents = [path.read_bytes() for path in (*files, here / "templates.toml")]
         return hashlib.sha256(b"\0".join((str(self.quick).encode(), *contents))).hexdigest()
 
     def jobs(self) -> list[Job]:
-        """All of them; those that a run of two processes should start early come first."""
+        """List all jobs; the ones that should start early when two processes share the work come first."""
         parts = [
             Job(f"videos-{part}", partial(_synthesize, self.data, self.sizes, part, 2), seconds=35.0) for part in (0, 1)
         ]
@@ -118,7 +118,7 @@ class Demo:
             jobs.append(Job(f"model-{seed}", partial(_make_model, self.out / f"model-{seed}", seed), seconds=3.0))
         for seed in self.seeds:
             jobs.append(self._train("base", seed, after=(*videos, "manifests", f"model-{seed}")))
-        for name in ("grpo_joint", "grpo_grounding", "sft_joint", "sft_grounding"):
+        for name in ("grpo_joint", "grpo_grounding", "sft_joint", "sft_grounding"):  # the longest first
             jobs += [self._train(name, seed, after=(f"base-{seed}",)) for seed in self.seeds]
         first_base = f"base-{self.seeds[0]}"
         jobs += [self._train(name, seed, after=(first_base,)) for seed in self.small_seeds() for name in SMALL_RUNS]
@@ -132,18 +132,18 @@ class Demo:
         model = self.out / f"model-{seed}" / "imported" if name == "base" else base
         options = {"--model.path": model, "--train.run_dir": run_dir, "--train.seed": seed}
         options |= _QUICK_OPTIONS if self.quick else {}
-        arguments = [str(self.config(name)), *(str(one) for pair in options.items() for one in pair)]
+        arguments = [str(self.config(name)), *(str(word) for option in options.items() for word in option)]
         return Job(
             f"{name}-{seed}",
             partial(vcr1, "train", *arguments),
             after,
             seconds=_EXPECTED_S[name],
-            steps=num_steps(self.config(name)),
+            num_steps=num_steps(self.config(name)),
             metrics=run_dir / "metrics.jsonl",
         )
 
     def _evaluate(self, name: str, seed: int) -> Job:
-        """One job for all tests of a model, each a call of `vcr1 evaluate`."""
+        """Run all tests of a model in one job, each as a call of `vcr1 evaluate`."""
         run_dir = self.run_dir(name, seed)
         options = ("--model.path", str(run_dir / "export"), "--train.run_dir", str(run_dir))
         calls = [("evaluate", str(self.config(test)), *options) for test in TESTS[name]]
@@ -155,15 +155,16 @@ class Demo:
         return Job(f"verify-{name}-{seed}", call, after=(f"test-{name}-{seed}",), seconds=10.0)
 
     def _report(self, after: tuple[str, ...]) -> Job:
-        """A page about the first seed's runs, and those with few labels."""
+        """Write the HTML report on the runs of the first seed, including those with few labels."""
         runs = [self.run_dir(name, self.seeds[0]) for name in RUNS] + [self.run_dir(name, 0) for name in SMALL_RUNS]
         arguments = (*map(str, runs), "--out", str(self.out / "report.html"))
         return Job("report", partial(vcr1, "report", *arguments), after, seconds=10.0)
 
 
 def num_steps(config: Path) -> int:
-    """Of a training configuration."""
-    from megatron_vcr1.config.loading import load_config  # this module is also read by processes that only start jobs
+    """Return train.num_steps of a configuration file."""
+    # Imported here because worker processes unpickle this module even for jobs that need no configuration.
+    from megatron_vcr1.config.loading import load_config
 
     steps = load_config(config).train.num_steps
     assert steps is not None, f"{config} does not set train.num_steps"
@@ -171,12 +172,16 @@ def num_steps(config: Path) -> int:
 
 
 def vcr1(*arguments: str) -> None:
-    """The command, in this process, which keeps the libraries for the next one. Raises RuntimeError if it fails."""
+    """Run the `vcr1` command in this process, which keeps the imported libraries for the next job.
+
+    Raises:
+        RuntimeError: the command returned a non-zero exit code.
+    """
     from megatron_vcr1.cli.main import main
 
     print("$ vcr1", shlex.join(arguments), flush=True)
     if code := main(arguments):
-        raise RuntimeError(f"vcr1 {arguments[0]} ended with exit code {code}")
+        raise RuntimeError(f"vcr1 {arguments[0]} failed with exit code {code}")
 
 
 def _in_turn(calls: Sequence[Sequence[str]]) -> None:
@@ -190,16 +195,16 @@ def _synthesize(folder: Path, sizes: Sizes, part: int, num_parts: int) -> None:
 
 
 def _make_model(folder: Path, seed: int) -> None:
-    """Random weights in Hugging Face format, and imported."""
+    """Write a Hugging Face directory with random weights, and import it."""
     from demo.tiny_model import write_model
 
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+    shutil.rmtree(folder, ignore_errors=True)  # remains of an interrupted attempt
     write_model(folder / "hf", seed)
     _convert("import", "--hf", str(folder / "hf"), "--out", str(folder / "imported"))
 
 
 def _verify_export(run_dir: Path, tests: Sequence[Path], out: Path) -> None:
-    """The export against the checkpoint, tensor by tensor and by log-probs, and its answers in transformers."""
+    """Compare the export with the checkpoint (all tensors and log-probs), and with transformers (its answers)."""
     from demo.verify import write_comparison
 
     (checkpoint,) = (run_dir / "checkpoints").glob("step_*")
@@ -213,4 +218,4 @@ def _convert(*arguments: str) -> None:
 
     print("$ python tools/convert_checkpoint.py", shlex.join(arguments), flush=True)
     if code := convert_checkpoint.main(arguments):
-        raise RuntimeError(f"convert_checkpoint.py {arguments[0]} ended with exit code {code}")
+        raise RuntimeError(f"convert_checkpoint.py {arguments[0]} failed with exit code {code}")

@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL of 0.4 million parameters in Hugging Face format: random weights, tokenizer, processor files."""
+"""A Qwen2.5-VL with 0.4 million parameters in Hugging Face format: random weights, tokenizer, processor files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ PATCH_SIZE = 8
 TEMPORAL_PATCH_SIZE = 2
 MERGE_SIZE = 2
 FRAME_SIDE = PATCH_SIZE * MERGE_SIZE
-"""Pixels that the model sees of a frame, each way: one token for every two frames."""
+"""Height and width, in pixels, of the frames that the model sees: one token for every two frames."""
 
 END_OF_TURN = "<|im_end|>"
 UNKNOWN = "<unk>"
 SPECIAL_TOKENS = (UNKNOWN, "<|endoftext|>", "<|im_start|>", END_OF_TURN, *VISION_TOKENS)
 
 HIDDEN = "-"
-"""What a time line shows for a half second in which something is not visible; else it shows its time."""
+"""Timeline token of a half second in which the object is not visible; otherwise the token is the time."""
+
+INITIALIZER_RANGE = 0.12
+"""Larger than usual, for a narrow model: with 0.02 or 0.08 the loss stays on a plateau for hundreds of steps."""
 
 PHRASES = (
     "user\n",
@@ -63,10 +66,10 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every token's text; its index is the token's id.
+    """Return the text of every token; the index is the token id.
 
-    Phrases are merged as byte pairs are in a large vocabulary: a moment is one token, and so is each corner of a box,
-    on a grid of tenths. That keeps an answer as short, next to the video, as a real one is.
+    Whole phrases are single tokens, as frequent byte pairs are in a large vocabulary. A time is one token, and so is
+    each corner of a box, on a grid of tenths. This keeps the ratio of response tokens to vision tokens realistic.
     """
     video = VideoFormat()
     moments = [f"{index / video.fps:.1f}" for index in range(video.num_frames + 1)]
@@ -78,7 +81,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Splits a text into the longest pieces of the vocabulary, from left to right; what is none is unknown."""
+    """Build a tokenizer that matches the longest vocabulary entry, left to right; other text becomes `UNKNOWN`."""
     words = Tokenizer(models.WordLevel({text: index for index, text in enumerate(vocabulary())}, unk_token=UNKNOWN))
     longest_first = sorted(vocabulary(), key=len, reverse=True)
     pieces = Regex("|".join(re.escape(text) for text in longest_first))
@@ -98,7 +101,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def model_config(
     *, hidden_size: int = 96, num_layers: int = 2, vision_hidden_size: int = 64, vision_layers: int = 1
 ) -> Qwen2_5_VLConfig:
-    """The architecture of Qwen2.5-VL with heads of 32 features and windows of one merged token."""
+    """Return a Qwen2.5-VL configuration with 32 features per head and attention windows of one merged token."""
     ids = {text: index for index, text in enumerate(vocabulary())}
     head_dim = 32
     return Qwen2_5_VLConfig(
@@ -110,8 +113,8 @@ def model_config(
             num_attention_heads=hidden_size // head_dim,
             num_key_value_heads=hidden_size // head_dim,
             max_position_embeddings=512,
-            # Positions count tens here, not tens of thousands; and where a frame is one token, time is the axis that
-            # tells tokens apart.
+            # A small theta, because there are tens of positions instead of tens of thousands. A large temporal section,
+            # because frames are single tokens: only their time tells them apart.
             rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [12, 2, 2]},
             initializer_range=INITIALIZER_RANGE,
             bos_token_id=None,
@@ -140,24 +143,19 @@ def model_config(
     )
 
 
-INITIALIZER_RANGE = 0.12
-"""Of so narrow a model: with 0.02 or 0.08 learning stays on a plateau for hundreds of steps."""
-
-
 def write_model(folder: Path, seed: int) -> None:
-    """Writes a complete Hugging Face directory with random weights."""
+    """Write a complete Hugging Face directory with random weights."""
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(model_config())
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
-    size = {"shortest_edge": FRAME_SIDE**2, "longest_edge": FRAME_SIDE**2}
     settings = {
         "patch_size": PATCH_SIZE,
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "merge_size": MERGE_SIZE,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
-        "size": size,
+        "size": {"shortest_edge": FRAME_SIDE**2, "longest_edge": FRAME_SIDE**2},
     }
     processor = {
         "processor_class": "Qwen2_5_VLProcessor",

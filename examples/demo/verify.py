@@ -1,4 +1,4 @@
-"""An exported model in transformers: does it give the answers that were measured?"""
+"""Checks that an exported model gives the same answers in transformers as in `vcr1 evaluate`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from megatron_vcr1.rollout.special_tokens import SpecialTokens
 
 
 def compare_answers(export: Path, tests: Sequence[Path], evaluation: Path, num_samples: int) -> dict[str, Any]:
-    """Answers the first samples of each benchmark with transformers, greedily and without a cache.
+    """Generate responses to the first samples of each benchmark with transformers, greedily and without a KV cache.
 
     Args:
-        export: the model's Hugging Face directory.
-        tests: the configurations that `vcr1 evaluate` was run with.
-        evaluation: the folder of its results.
+        export: Hugging Face directory of the model.
+        tests: configuration files that `vcr1 evaluate` was run with.
+        evaluation: directory with the results of `vcr1 evaluate`.
+        num_samples: samples of each benchmark.
 
     Returns:
-        num_answers, num_equal, and up to five answers that differ.
+        num_answers, num_equal, and up to five responses that differ.
     """
     config, processor = ModelConfig.from_pretrained(export), PromptProcessor.from_pretrained(export)
     special = SpecialTokens.from_pretrained(export, processor)
@@ -43,23 +44,27 @@ def compare_answers(export: Path, tests: Sequence[Path], evaluation: Path, num_s
         templates, decoder = load_templates(run.data.templates), Decoder(run.data)
         for benchmark in run.evaluate.benchmarks:
             prepare = preparation(run.data, templates, processor, decoder, thinking=benchmark.thinking)
-            measured = read_predictions(evaluation / str(benchmark.label) / "predictions.jsonl")
+            predictions = read_predictions(evaluation / str(benchmark.label) / "predictions.jsonl")
             for sample in read_manifest(benchmark.manifest)[:num_samples]:
-                token_ids = greedy_answer(model, config, special, prepare(sample).prompt, run.evaluate.max_new_tokens)
-                answer = processor.decode(token_ids)
+                token_ids = greedy_response(model, config, special, prepare(sample).prompt, run.evaluate.max_new_tokens)
+                response, predicted = processor.decode(token_ids), predictions[sample.id].output
                 num_answers += 1
-                if answer != measured[sample.id].output:
-                    different.append({"id": sample.id, "transformers": answer, "vcr1": measured[sample.id].output})
+                if response != predicted:
+                    different.append({"id": sample.id, "transformers": response, "vcr1": predicted})
     return {"num_answers": num_answers, "num_equal": num_answers - len(different), "different": different[:5]}
 
 
 @torch.no_grad()
-def greedy_answer(
+def greedy_response(
     model: Any, config: ModelConfig, special: SpecialTokens, prompt: EncodedPrompt, max_new_tokens: int
 ) -> Tensor:
-    """The most probable tokens, none of which stands for a picture, up to an end token; int64 [num_tokens].
+    """Decode greedily up to an end token, excluding vision tokens.
 
-    Positions are given: transformers 5 lets the text behind a video go on at another one than the published models do.
+    The positions are passed explicitly, because transformers 5 gives the text after a video other positions than the
+    published models were trained with.
+
+    Returns:
+        int64 [num_tokens], without the prompt.
     """
     (video,) = prompt.vision
     vision = config.vision
@@ -97,9 +102,13 @@ def greedy_answer(
 
 
 def write_comparison(export: Path, tests: Sequence[Path], evaluation: Path, out: Path, num_samples: int = 8) -> None:
-    """Raises RuntimeError if any answer differs."""
+    """Write the result of `compare_answers` to a JSON file.
+
+    Raises:
+        RuntimeError: at least one response differs.
+    """
     result = compare_answers(export, tests, evaluation, num_samples)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"transformers: {result['num_equal']} of {result['num_answers']} answers are those of vcr1 evaluate")
+    print(f"transformers: {result['num_equal']} of {result['num_answers']} responses equal those of vcr1 evaluate")
     if result["different"]:
-        raise RuntimeError(f"transformers answers differently: {result['different'][0]}")
+        raise RuntimeError(f"transformers gives a different response: {result['different'][0]}")

@@ -1,4 +1,4 @@
-"""The presets are the published models."""
+"""The presets have the shapes of the published models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model_presets import PRESETS, model_config
 
 from megatron_vcr1.model.hf_layout import hf_shapes, model_layout
 
-PUBLISHED_PARAMETERS = {  # as the model hub counts them in the safetensors files
+PUBLISHED_PARAMETERS = {  # from the safetensors files of the published models
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
@@ -26,5 +26,5 @@ def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_a_model_of_ours(name: str) -> None:
+def test_every_preset_can_be_read(name: str) -> None:
     assert model_config(name).shape.num_layers

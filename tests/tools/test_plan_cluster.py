@@ -1,4 +1,4 @@
-"""The planner's command."""
+"""The command line of plan_cluster.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_vcr1.config.loading import load_config
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans_are_printed_and_written_to_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     assert plan_cluster.main(["--nodes", "1", "--gpu", "h100", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -24,11 +24,11 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert best["seconds"]["total"] == pytest.approx(
         sum(value for key, value in best["seconds"].items() if key != "total")
     )
-    assert {one["tensor"] for one in document["refused"]} == {8}
+    assert {refusal["tensor"] for refusal in document["refused"]} == {8}
 
 
 @pytest.mark.parametrize("cluster", [["--nodes", "2", "--gpu", "h200"], ["--nodes", "128"]], ids=" ".join)
-def test_eighty_columns_hold_it_and_the_settings_are_a_runs(
+def test_output_fits_into_80_columns_and_its_settings_are_valid(
     cluster: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -41,13 +41,13 @@ def test_eighty_columns_hold_it_and_the_settings_are_a_runs(
     assert config.sglang.num_servers * config.sglang.tensor == 8
 
 
-def test_what_cannot_run_is_a_failure_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_that_is_too_small_is_an_error_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_cluster.main(["--model", "qwen2.5-vl-72b", "--nodes", "1", "--gpu", "a100"]) == 1
     captured = capsys.readouterr()
     assert "no layout of 8 A100" in captured.err and "GB of 80" in captured.out
 
 
-def test_growth_with_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_writes_json_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_cluster, "GROWTH_GPUS", (8, 16))
     out, png = tmp_path / "growth.json", tmp_path / "growth.png"
     assert plan_cluster.main(["--growth", "--json", str(out), "--plot", str(png)]) == 0
@@ -63,13 +63,15 @@ def test_growth_with_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--calibrate", "missing.json"], "missing.json"),
     ],
 )
-def test_wrong_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_exits_with_2_and_is_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan_cluster.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--nodes", "0"], ["--model", "no-such-model"]])
-def test_bad_usage(arguments: list[str]) -> None:
+def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         plan_cluster.main(arguments)
     assert stopped.value.code == 2

@@ -1,5 +1,6 @@
-"""What a GRPO run will need on a cluster, by arithmetic: memory, seconds, bytes sent, and which layouts are possible.
+"""Predicts memory, time and traffic of a GRPO run on a cluster, and which layouts are possible.
 
-`job` says what is run and how it is divided, `devices` on what; `parameters`, `memory`, `timing` and `traffic` compute;
-`search` tries the layouts; `calibration` replaces assumed rates by measured ones. Everything is a pure function.
+`job` describes the run and its layout, `devices` the hardware. `parameters`, `memory`, `timing` and `traffic` predict
+one quantity each, `search` tries all layouts, `calibration` replaces assumed efficiencies by measured ones, and
+`report` prints plans. Everything except `report` is a pure function of its arguments.
 """

@@ -1,4 +1,4 @@
-"""What GPUs can do by their data sheets, and which share of it is reached."""
+"""Peak rates of GPUs from their data sheets, and the fractions of these peaks that training reaches."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """Shares of a device's peaks that are reached, in (0, 1].
+    """Fractions of a device's peak rates that are reached, in (0, 1].
 
-    The defaults are assumptions for Hopper with TransformerEngine layers, unmeasured in this project: published
-    training of 7B-class models reaches 46 % of the peak over all. `calibration` replaces them.
+    The defaults are assumptions for Hopper GPUs with TransformerEngine layers; this project has not measured them.
+    Published training runs of 7B-class models reach 46 % of the peak overall. `calibration` replaces the defaults.
     """
 
-    text: float = 0.60  # of the matrix-product peak: linear layers of the language model
-    vision: float = 0.45  # linear layers of the vision tower, whose matrices are smaller
-    attention: float = 0.40  # of both
+    text: float = 0.60  # of the peak matmul rate, in linear layers of the language model
+    vision: float = 0.45  # the same in the vision tower, whose matrices are smaller
+    attention: float = 0.40  # the same in the attention of both
     head: float = 0.65
-    memory: float = 0.65  # of the memory's rate: token by token sampling, the optimizer
-    link: float = 0.75  # of the link's rate within a node
-    network: float = 0.70  # of the network's rate between nodes
+    memory: float = 0.65  # of the memory bandwidth, in token-by-token decoding and in the optimizer
+    link: float = 0.75  # of the bandwidth between GPUs of a node
+    network: float = 0.70  # of the bandwidth between nodes
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One GPU (or the CPU) in its node."""
+    """One GPU (or CPU core) and its connections."""
 
     name: str
     memory_bytes: float
-    flops_per_s: float  # dense matrix products in the training dtype
+    flops_per_s: float  # dense matmuls in the training dtype
     memory_bytes_per_s: float
-    link_bytes_per_s: float  # one way, to the GPUs of its node
-    network_bytes_per_s: float  # one way, its share of the node's network
-    host_bytes_per_s: float = 50e9  # to and from the host's memory
+    link_bytes_per_s: float  # one way, to GPUs of the same node
+    network_bytes_per_s: float  # one way, this GPU's part of the node's network bandwidth
+    host_bytes_per_s: float = 50e9  # to and from host memory
     efficiency: Efficiency = field(default_factory=Efficiency)
-    microbatch_s: float = 0.004  # of launches and bookkeeping that no kernel hides, a microbatch, stage and pass
-    token_s: float = 0.003  # the same for one token of all sampled sequences
-    collective_s: float = 15e-6  # of starting a collective, whatever its size
-    decoded_frames_per_s: float = 400.0  # videos decoded and resized for one GPU by its share of the node
-    fixed_bytes: float = 3e9  # context, libraries, collectives' buffers
-    fragmentation: float = 0.05  # of all else, lost by the allocator
-    is_cpu: bool = False  # its memory is the host's, where a reference that waits is, too
+    microbatch_overhead_s: float = 0.004  # kernel launches and Python, per microbatch, stage and pass
+    token_overhead_s: float = 0.003  # the same per decoding step of all sequences
+    collective_latency_s: float = 15e-6  # per collective, whatever its size
+    decoded_frames_per_s: float = 400.0  # video decoding and resizing by this GPU's part of the node's CPU cores
+    fixed_bytes: float = 3e9  # CUDA context, libraries, communication buffers
+    fragmentation: float = 0.05  # additional memory that the allocator loses, as a fraction of what varies
+    is_cpu: bool = False  # the host memory is the device memory, so a swapped-out reference occupies it too
 
 
-# bfloat16 without sparsity; NVLink and a 400 Gbit/s (A100: 200) adapter for each GPU.
+# bfloat16 without sparsity; NVLink within nodes, and one 400 Gbit/s adapter (A100: 200 Gbit/s) per GPU.
 DEVICES = {
     "h100": Device("H100 SXM", 80e9, 989.4e12, 3.35e12, 450e9, 50e9),
     "h200": Device("H200 SXM", 141e9, 989.4e12, 4.8e12, 450e9, 50e9),
@@ -57,9 +57,9 @@ DEVICES = {
         2e9,
         1e9,
         efficiency=Efficiency(text=0.8, vision=0.7, attention=0.5, head=0.7),
-        microbatch_s=0.02,
-        token_s=0.01,
-        collective_s=200e-6,
+        microbatch_overhead_s=0.02,
+        token_overhead_s=0.01,
+        collective_latency_s=200e-6,
         decoded_frames_per_s=50.0,
         fixed_bytes=0.6e9,
         fragmentation=0.0,

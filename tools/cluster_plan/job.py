@@ -1,4 +1,4 @@
-"""What is run, and how it is divided."""
+"""A GRPO run and its parallel layout."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSectio
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Grid, Workload
 
-RECOMPUTES = ("none", "mlp", "full")  # nothing, the MLP of every layer (selective), whole layers
-TEXT_TOKENS = 64  # of a prompt, at least; its video takes the rest
+RECOMPUTES = ("none", "mlp", "full")  # no recomputation, the MLP of every layer (selective), whole layers
+MIN_TEXT_TOKENS = 64  # of a prompt; its video takes the other tokens
 
 
 def square_video(config: ModelConfig, num_prompt_tokens: int) -> Grid:
-    """The video of a prompt of so many tokens: square frames of 224 pixels, of 392 in longer prompts.
+    """Return the patch grid of a video that fills a prompt: square frames of 224 pixels, or 392 in longer prompts.
 
     Raises:
-        ValueError: the prompt has no room for a video.
+        ValueError: the prompt is too short for a video.
     """
     side = 16 if num_prompt_tokens <= 2048 else 28
-    steps = (num_prompt_tokens - TEXT_TOKENS) // (side**2 // config.vision.patches_per_token)
+    steps = (num_prompt_tokens - MIN_TEXT_TOKENS) // (side**2 // config.vision.patches_per_token)
     if steps < 1:
         raise ValueError(f"a prompt of {num_prompt_tokens} tokens has no room for a video; take at least 128")
     return steps, side, side
@@ -30,28 +30,27 @@ def square_video(config: ModelConfig, num_prompt_tokens: int) -> Grid:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A GRPO run."""
+    """The size of a GRPO run."""
 
     config: ModelConfig
     prompts_per_step: int = 8
-    group_size: int = 8  # responses a prompt
+    group_size: int = 8
     prompt_tokens: int = 3840  # text and video; the paper's budget for a video is 3,584
-    response_tokens: int = 200  # mean
-    max_response_tokens: int = 1024
-    num_samples: int = 18_031  # of an epoch; the paper's joint run
+    response_tokens: int = 200  # mean of all responses
+    num_samples: int = 18_031  # per epoch; this is the paper's joint run
     num_epochs: float = 1.0
     dtype_bytes: int = 2  # of parameters and activations
     freeze: tuple[str, ...] = ()
-    with_reference: bool = True  # its log-probs are computed
-    reference_resident: bool = False  # a second copy of the weights on the device, or swapped in from the host
+    with_reference: bool = True  # whether the log-probs of the reference are computed
+    reference_resident: bool = False  # the reference stays on the device, or is swapped in from host memory
 
     @property
     def num_steps(self) -> int:
         return math.ceil(self.num_samples * self.num_epochs / self.prompts_per_step)
 
     @property
-    def group_rows(self) -> int:
-        """Rows of a packed group."""
+    def group_tokens(self) -> int:
+        """Return the tokens of a packed group; the last token of each response is not an input."""
         return self.prompt_tokens + self.group_size * (self.response_tokens - 1)
 
     @property
@@ -59,12 +58,12 @@ class Job:
         return square_video(self.config, self.prompt_tokens)[0] * self.config.vision.temporal_patch_size
 
     def groups(self, num_groups: int) -> Workload:
-        """A forward pass over so many groups."""
-        one = _group(self.config, self.prompt_tokens, (self.response_tokens,) * self.group_size)
-        return Workload(*(num_groups * getattr(one, part.name) for part in fields(one)))
+        """Return the workload of a forward pass over some groups."""
+        group = _group(self.config, self.prompt_tokens, (self.response_tokens,) * self.group_size)
+        return Workload(*(num_groups * getattr(group, part.name) for part in fields(group)))
 
     def prompt(self) -> Workload:
-        """A forward pass over one prompt, up to its first sampled token."""
+        """Return the workload of a prefill: one prompt, up to the first sampled token."""
         return _group(self.config, self.prompt_tokens, (1,))
 
 
@@ -75,11 +74,11 @@ def _group(config: ModelConfig, num_prompt_tokens: int, response_lengths: tuple[
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a job is divided among GPUs."""
+    """How a job is split across GPUs."""
 
     tensor: int = 1
     pipeline: int = 1
-    copies: int = 1
+    replicas: int = 1
     sequence_parallel: bool = False
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
@@ -88,7 +87,11 @@ class Layout:
 
     @property
     def num_gpus(self) -> int:
-        return self.tensor * self.pipeline * self.copies
+        return self.tensor * self.pipeline * self.replicas
+
+    @property
+    def name(self) -> str:
+        return f"{self.tensor} x {self.pipeline} x {self.replicas}"
 
     @property
     def parallel(self) -> ParallelSection:
@@ -107,12 +110,16 @@ class Layout:
         return RecomputeSection.model_validate({"granularity": self.recompute})
 
     def stages(self, config: ModelConfig) -> tuple[int, ...]:
-        """Language-model layers of each stage. Raises UserError if they do not divide."""
+        """Return the number of language-model layers of each stage.
+
+        Raises:
+            UserError: the layers cannot be distributed evenly.
+        """
         return _stages(config.text.num_layers, self)
 
-    def microbatches(self, job: Job) -> int:
-        """Of a step, on one copy of the model."""
-        return math.ceil(job.prompts_per_step / self.copies / self.groups_per_microbatch)
+    def num_microbatches(self, job: Job) -> int:
+        """Return the microbatches that each replica computes per step."""
+        return math.ceil(job.prompts_per_step / self.replicas / self.groups_per_microbatch)
 
 
 @cache

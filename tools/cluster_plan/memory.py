@@ -1,16 +1,16 @@
-"""Bytes that a GPU holds while it trains, by part and pipeline stage.
+"""Predicts the memory of a GPU during training, by part and pipeline stage.
 
-Activations are counted from the code: what each module keeps for its backward pass, in numbers a row, with h the hidden
-size, q and k the sizes of all query and of all key heads on the rank, f the FFN's on the rank:
+Activation memory is counted from the code: the values per token that each module saves for its backward pass. With h
+the hidden size, q and k the sizes of all query heads and all key heads of the rank, and f the FFN size of the rank:
 
-    two norms       2 x input: 2h; TransformerEngine's also keep their output: 4h
-    attention       q and k rotated, v, the output: 2q + 2k
-    gated MLP       gate and up: 2f; their product is computed again
+    two norms       their input: 2h; TransformerEngine also saves their output: 4h
+    attention       rotated queries and keys, values, output: 2q + 2k
+    gated MLP       gate and up projection: 2f; their product is recomputed
 
-GPUs are taken to have TransformerEngine. h stands on every rank, or is divided under sequence parallelism; without
-that, the last layer keeps only the rows that predict something behind its attention. Full recomputation keeps h a layer
-and one layer whole; recomputation of the MLP drops its 2f. Stage s of p holds min(microbatches, p - s) microbatches
-(1F1B).
+GPUs are assumed to run TransformerEngine layers. h is replicated on all tensor-parallel ranks, or sharded with sequence
+parallelism. Without sequence parallelism, the last layer keeps only the tokens that predict a target after its
+attention. Full recomputation keeps h per layer, and one whole layer while it is recomputed; MLP recomputation drops the
+2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule).
 """
 
 from __future__ import annotations
@@ -20,78 +20,81 @@ from dataclasses import dataclass, fields
 from cluster_plan.devices import Device
 from cluster_plan.job import Job, Layout
 from cluster_plan.parameters import StageParameters, num_parameters, stage_parameters
-from megatron_vcr1.model.config import ModelConfig, VisionConfig
 
-GRADIENT_BYTES = 4  # float32 buffers, whatever the parameters' type
-GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 1280 * 2**20, 16 * 2**20  # of logits, in vcr1_kernels' head
+GRADIENT_BYTES = 4  # gradient buffers are float32 for all parameter dtypes
+GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 1280 * 2**20, 16 * 2**20  # of logits, in the fused head of vcr1_kernels
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one rank at the moment that needs most."""
+    """Bytes on one rank at the peak of a training step."""
 
     parameters: float
     gradients: float
     optimizer: float
     reference: float
-    activations: float  # kept for the backward pass, both towers
-    working: float  # of the head or of the layer that is being computed, whichever needs more
-    fixed: float  # context, libraries, fragmentation
+    activations: float  # saved for the backward pass, language model and vision tower
+    working: float  # temporary memory of the head or of the layer being computed, whichever is larger
+    fixed: float  # CUDA context, libraries, fragmentation
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, one.name) for one in fields(self))
+        return sum(getattr(self, part.name) for part in fields(self))
 
     @property
     def resident(self) -> float:
-        """What stays while the engine samples."""
+        """Return the bytes that training keeps while the engine samples."""
         return self.parameters + self.gradients + self.optimizer + self.reference + self.fixed
 
     @property
     def largest_part(self) -> str:
-        return max((one.name for one in fields(self)), key=lambda name: getattr(self, name))
+        return max((part.name for part in fields(self)), key=lambda name: getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
-class LayerNumbers:
-    """What one layer keeps for a row, and needs while its backward pass runs."""
+class LayerActivations:
+    """Values per token in one layer."""
 
-    kept: float
-    behind: float  # of it, behind the attention
-    working: float
+    saved: float  # for the backward pass
+    saved_after_attention: float  # the part of `saved` that comes after the attention
+    working: float  # temporary values during the backward pass
 
 
-def text_layer_numbers(config: ModelConfig, layout: Layout, device: Device) -> LayerNumbers:
-    text, ranks = config.text, layout.tensor
+def text_layer_activations(job: Job, layout: Layout, device: Device) -> LayerActivations:
+    """Count the values per token in a layer of the language model."""
+    text, ranks = job.config.text, layout.tensor
     key = max(text.num_kv_heads / ranks, 1) * text.head_dim
     query = text.num_heads / ranks * text.head_dim
-    hidden = text.hidden_size / (ranks if layout.sequence_parallel else 1)
-    norm = hidden if device.is_cpu else 2 * hidden
-    return _layer_numbers(hidden, norm, query, key, text.ffn_hidden_size / ranks, layout)
+    return _layer_activations(text.hidden_size, query, key, text.ffn_hidden_size / ranks, layout, device)
 
 
-def vision_layer_numbers(vision: VisionConfig, layout: Layout, device: Device) -> LayerNumbers:
-    """Of a patch. Without a gate the MLP keeps its inner state and QuickGELU's sigmoid: 2f too."""
-    ranks = layout.tensor
+def vision_layer_activations(job: Job, layout: Layout, device: Device) -> LayerActivations:
+    """Count the values per patch in a layer of the vision tower.
+
+    An MLP without a gate saves its inner state and the sigmoid of QuickGELU, which is 2f like a gated MLP.
+    """
+    vision, ranks = job.config.vision, layout.tensor
     heads = vision.hidden_size / ranks
-    hidden = vision.hidden_size / (ranks if layout.sequence_parallel else 1)
+    return _layer_activations(vision.hidden_size, heads, heads, vision.ffn_hidden_size / ranks, layout, device)
+
+
+def _layer_activations(
+    hidden_size: int, query: float, key: float, ffn: float, layout: Layout, device: Device
+) -> LayerActivations:
+    hidden = hidden_size / (layout.tensor if layout.sequence_parallel else 1)
     norm = hidden if device.is_cpu else 2 * hidden
-    return _layer_numbers(hidden, norm, heads, heads, vision.ffn_hidden_size / ranks, layout)
-
-
-def _layer_numbers(hidden: float, norm: float, query: float, key: float, ffn: float, layout: Layout) -> LayerNumbers:
     mlp = 2 * ffn
     whole = 2 * norm + 2 * query + 2 * key + mlp
-    backward = 2 * hidden + 4 * ffn  # gradients of the residual stream and inside the MLP, and the product again
+    backward = 2 * hidden + 4 * ffn  # gradients of the residual stream and inside the MLP, and the recomputed product
     if layout.recompute == "full":
-        return LayerNumbers(hidden, 0.0, whole + backward)
+        return LayerActivations(hidden, 0.0, whole + backward)
     if layout.recompute == "mlp":
-        return LayerNumbers(whole - mlp, norm, mlp + backward)
-    return LayerNumbers(whole, norm + mlp, backward)
+        return LayerActivations(whole - mlp, norm, mlp + backward)
+    return LayerActivations(whole, norm + mlp, backward)
 
 
 def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, ...]:
-    """What a rank of each stage holds, first to last."""
+    """Predict the memory on a rank of each stage, first to last."""
     return tuple(
         _stage_memory(job, layout, device, stage, parameters)
         for stage, parameters in enumerate(stage_parameters(job.config, layout))
@@ -99,85 +102,92 @@ def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, .
 
 
 def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, parameters: StageParameters) -> Memory:
-    learning = _learning(job, parameters)
-    whole_state = 8 if job.dtype_bytes == 4 else 12  # Adam's moments, and float32 weights beside bfloat16 ones
-    in_flight = min(layout.microbatches(job), layout.pipeline - stage)
+    trained = _num_trained(job, parameters)
+    state_bytes = 8 if job.dtype_bytes == 4 else 12  # Adam's moments; float32 master weights if the model is bfloat16
+    in_flight = min(layout.num_microbatches(job), layout.pipeline - stage)
     text_bytes, text_working = _text_activations(job, layout, device, stage)
     vision_bytes, vision_working = _vision_activations(job, layout, device) if stage == 0 else (0.0, 0.0)
-    # The text's part is gone when the vision tower's backward pass runs, for one of the microbatches in flight.
+    # When the backward pass reaches the vision tower, the text activations of that microbatch are free already.
     working = max(text_working, vision_working - text_bytes)
     if stage == layout.pipeline - 1:
         working = max(working, _head_bytes(job, layout, device))
+    working = max(working, 0.0)
     activations = in_flight * (text_bytes + vision_bytes)
     weights = parameters.total * job.dtype_bytes
-    dynamic = activations + max(working, 0.0)
     return Memory(
         parameters=weights,
-        gradients=learning * GRADIENT_BYTES,
-        optimizer=learning * whole_state / layout.copies,
+        gradients=trained * GRADIENT_BYTES,
+        optimizer=trained * state_bytes / layout.replicas,  # the distributed optimizer shards its state over replicas
         reference=weights if job.with_reference and (job.reference_resident or device.is_cpu) else 0.0,
         activations=activations,
-        working=max(working, 0.0),
-        fixed=device.fixed_bytes + device.fragmentation * dynamic,
+        working=working,
+        fixed=device.fixed_bytes + device.fragmentation * (activations + working),
     )
 
 
-def _learning(job: Job, parameters: StageParameters) -> int:
-    """Numbers that have gradients. (The merger, under 1 % of the model, counts with the tower.)"""
-    frozen_text = "language_model" in job.freeze
+def _num_trained(job: Job, parameters: StageParameters) -> int:
+    """Return the parameters with gradients. The merger, below 1 % of the model, counts as part of the vision tower."""
     vision = 0 if "vision_tower" in job.freeze else parameters.vision
-    return vision + (0 if frozen_text else parameters.text + parameters.embedding)
+    return vision + (0 if "language_model" in job.freeze else parameters.text + parameters.embedding)
 
 
 def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
-    """Kept bytes of one microbatch on a stage, and one layer's working bytes."""
-    numbers = text_layer_numbers(job.config, layout, device)
-    rows = job.group_rows * layout.groups_per_microbatch
-    kept = rows * layout.stages(job.config)[stage] * numbers.kept
+    """Return the saved bytes of one microbatch on a stage, and the temporary bytes of one layer."""
+    layer = text_layer_activations(job, layout, device)
+    tokens = job.group_tokens * layout.groups_per_microbatch
+    saved = tokens * layout.stages(job.config)[stage] * layer.saved
     if stage == layout.pipeline - 1 and not layout.sequence_parallel:
-        kept -= (rows - job.groups(layout.groups_per_microbatch).targets) * numbers.behind
-    return kept * job.dtype_bytes, rows * numbers.working * job.dtype_bytes
+        saved -= (tokens - job.groups(layout.groups_per_microbatch).targets) * layer.saved_after_attention
+    return saved * job.dtype_bytes, tokens * layer.working * job.dtype_bytes
 
 
 def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float, float]:
-    vision = job.config.vision
-    patches = job.groups(layout.groups_per_microbatch).patches
+    """Return the saved bytes of one microbatch in the vision tower and merger, and the temporary bytes of one layer."""
     if {"vision_tower", "merger"} <= set(job.freeze):
         return 0.0, 0.0
-    numbers = vision_layer_numbers(vision, layout, device)
-    # The merger keeps its norm's input and output and two inner states. The embedding's pixels are computed again.
+    vision = job.config.vision
+    patches = job.groups(layout.groups_per_microbatch).patches
+    layer = vision_layer_activations(job, layout, device)
+    # The merger saves the input and output of its norm and two inner states. The patch embedding's pixels are
+    # recomputed.
     merger = (2 + 2 / layout.tensor) * vision.hidden_size
-    kept = vision.num_layers * numbers.kept + merger
-    return patches * kept * job.dtype_bytes, patches * numbers.working * job.dtype_bytes
+    saved = vision.num_layers * layer.saved + merger
+    return patches * saved * job.dtype_bytes, patches * layer.working * job.dtype_bytes
 
 
 def _head_bytes(job: Job, layout: Layout, device: Device) -> float:
-    """A chunk of logits, and gradients of the hidden states; the weight's goes straight to its buffer."""
+    """Return the bytes of a chunk of logits and of the hidden states' gradients.
+
+    The gradient of the head's weight is accumulated into its gradient buffer and needs no temporary memory.
+    """
     text = job.config.text
     targets = job.group_size * job.response_tokens * layout.groups_per_microbatch
-    shard = text.vocab_size / layout.tensor
-    chunk = min(CPU_CHUNK_BYTES if device.is_cpu else GPU_CHUNK_BYTES, targets * shard * job.dtype_bytes)
+    vocab_shard = text.vocab_size / layout.tensor
+    chunk = min(CPU_CHUNK_BYTES if device.is_cpu else GPU_CHUNK_BYTES, targets * vocab_shard * job.dtype_bytes)
     return chunk + targets * text.hidden_size * (4 + job.dtype_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """A colocated engine on one GPU, beside what training leaves there."""
+    """Memory of a colocated engine on one GPU."""
 
-    ranks: int  # GPUs that share one engine
+    ranks: int  # GPUs of one engine
     weights: float
-    cache: float  # room for keys and values
-    tokens: int  # that the cache of an engine holds
+    cache: float  # bytes for keys and values
+    tokens: int  # capacity of the KV cache of one engine
 
 
 def engine_memory(job: Job, device: Device, resident: float, ranks: int) -> EngineMemory:
-    """What an engine of so many GPUs has for its cache; negative if its weights alone do not fit."""
+    """Return the memory of an engine next to the resident memory of training.
+
+    The cache size is negative if not even the engine's weights fit.
+    """
     weights = num_parameters(job.config) * job.dtype_bytes / ranks
     cache = device.memory_bytes - resident - weights - device.fragmentation * device.memory_bytes
     return EngineMemory(ranks, weights, cache, max(int(cache / cache_bytes_per_token(job, ranks)), 0))
 
 
 def cache_bytes_per_token(job: Job, ranks: int) -> float:
-    """Keys and values of a token on one of an engine's ranks."""
+    """Return the bytes of one token's keys and values on one rank of an engine."""
     text = job.config.text
     return 2 * text.num_layers * max(text.num_kv_heads / ranks, 1) * text.head_dim * job.dtype_bytes

@@ -1,1 +1,1 @@
-"""The subcommands of benchmark_throughput.py, one module each with `add_parser(subparsers)` and `run(args)`."""
+"""The commands of benchmark_throughput.py: one module each, with `HELP`, `add_arguments(parser)` and `run(args)`."""

@@ -1,4 +1,4 @@
-"""A Hugging Face directory of any model with random weights: real sizes without a download."""
+"""Writes a Hugging Face directory of any model with random weights: real sizes without a download."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import hf_shapes, model_layout
 
 FILE_BYTES = 500_000_000
-DEVIATION = 0.02  # what the published models were initialized with
+STANDARD_DEVIATION = 0.02  # the published models were initialized with it
 
 
 def write_random_model(
     directory: Path, raw_config: Mapping[str, Any], *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> int:
-    """Write config.json and weights into a new directory, a file at a time; returns the size of the tensors in bytes.
+    """Write config.json and random weights into a new directory, one file at a time.
 
-    Scales of norms are about 1, everything else about 0.
+    The weights of norms are centred at 1, all others at 0.
+
+    Returns:
+        The size of all tensors in bytes.
     """
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(raw_config, indent=1))
@@ -49,7 +52,7 @@ def num_weight_bytes(raw_config: Mapping[str, Any], dtype: torch.dtype = torch.b
 
 
 def _files(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str]]:
-    """Names of the tensors in each file; a file is closed by the tensor that makes it large enough."""
+    """Distribute tensor names over files; a file is full once its tensors exceed `FILE_BYTES`."""
     files: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
@@ -62,6 +65,6 @@ def _files(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[st
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    noise = torch.randn(shape, generator=generator) * DEVIATION
-    is_scale = name.endswith("weight") and len(shape) == 1
-    return noise + 1 if is_scale else noise
+    noise = torch.randn(shape, generator=generator) * STANDARD_DEVIATION
+    is_norm = name.endswith("weight") and len(shape) == 1
+    return noise + 1 if is_norm else noise

@@ -1,7 +1,7 @@
-"""step: whole GRPO steps by phase, by `vcr1 train` on real video files.
+"""Measure whole GRPO steps by phase: `vcr1 train` on real video files.
 
-Without --model and --data, the demo's tiny model on synthesized videos: what the parts around the model cost. With
-them, a run's own model and manifest. Other settings are those of a run: `--set grpo.group_size=16 parallel.tensor=2`.
+Without --model and --data, the demo's tiny model trains on synthetic videos, which shows the cost of everything around
+the model. Other settings of the run can be given with --set, for example --set grpo.group_size=16 parallel.tensor=2.
 """
 
 from __future__ import annotations
@@ -16,34 +16,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from command_line import positive, write_json
+
 from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import Task
-from throughput.measure import Spread, add_json_argument, command_line, machine, print_table, write_json
+from throughput.measure import Spread, command_line, machine, print_table
 
+HELP = "whole GRPO steps by phase"
 DEMO_MODEL = Path(__file__).parents[2] / "examples/demo/tiny_model.py"
 PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "total")
-FIGURES = ("tokens_per_s", "tflops_per_s", "mfu", "memory/peak_gb", "response_tokens/mean")
+METRICS = ("tokens_per_s", "tflops_per_s", "mfu", "memory/peak_gb", "response_tokens/mean")
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "step",
-        help="whole GRPO steps by phase",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="DIR", help="directory with weights and tokenizer")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="manifest")
+    parser.add_argument(
+        "--steps", type=positive, default=6, metavar="N", help="measured steps, after a warm-up step (default: 6)"
     )
-    parser.add_argument("--model", type=Path, help="a directory with weights and a tokenizer")
-    parser.add_argument("--data", type=Path, help="a manifest")
-    parser.add_argument("--steps", type=int, default=6, help="after one that warms up (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=8, help="of a step (default: %(default)s)")
-    parser.add_argument("--response-tokens", type=int, default=64, help="most of a response (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="of this machine (default: %(default)s)")
+    parser.add_argument("--prompts", type=positive, default=8, metavar="N", help="prompts per step (default: 8)")
+    parser.add_argument(
+        "--response-tokens", type=positive, default=64, metavar="N", help="longest response (default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=positive, default=1, metavar="N", help="ranks on this machine (default: 1)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the run")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="also write a trace and a summary of two steps")
-    add_json_argument(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,15 +49,15 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(name)
         model = args.model or _tiny_model(folder / "model")
         manifest = args.data or _videos(folder / "data", args.prompts)
-        rows = _train(args, folder, model, manifest)
-    timed = rows[1:]
-    seconds = {phase: [row[f"time/{phase}_s"] for row in timed] for phase in PHASES}
-    figures = {key: [row[key] for row in timed] for key in FIGURES if all(key in row for row in timed)}
+        rows = _train(args, folder, model, manifest)[1:]
+    seconds = {phase: [row[f"time/{phase}_s"] for row in rows] for phase in PHASES}
+    metrics = {key: [row[key] for row in rows] for key in METRICS if all(key in row for row in rows)}
+    model_name = str(args.model or "the demo's model")
     result = machine() | {
         "command": command_line(args),
-        "model": str(args.model or "the demo's"),
+        "model": model_name,
         "seconds": seconds,
-        "figures": figures,
+        "metrics": metrics,
     }
     write_json(args.json, result)
     total = Spread.of(seconds["total"]).median
@@ -68,11 +66,9 @@ def run(args: argparse.Namespace) -> int:
         for phase, values in seconds.items()
         if any(values)
     ]
-    more = ", ".join(f"{key} {Spread.of(values).median:.4g}" for key, values in figures.items())
-    title = (
-        f"GRPO step, {args.prompts} prompts, {result['model']} model, {args.processes} process(es), {result['device']}"
-    )
-    print_table(title, ("", "seconds", "of the step"), table, f"Median (range) of {len(timed)} steps. {more}")
+    medians = ", ".join(f"{key} {Spread.of(values).median:.4g}" for key, values in metrics.items())
+    title = f"GRPO step of {model_name}: {args.prompts} prompts, {args.processes} rank(s), {result['device']}"
+    print_table(title, ("", "seconds", "of the step"), table, f"Median (range) of {len(rows)} steps. {medians}")
     return 0
 
 
@@ -82,14 +78,14 @@ def _tiny_model(folder: Path) -> Path:
 
 
 def _videos(folder: Path, num_videos: int) -> Path:
-    """The manifest of temporal grounding on videos of moving shapes."""
+    """Write videos of moving shapes and return the manifest for temporal grounding."""
     for _ in synthesize(folder, num_videos=num_videos, num_test_videos=1, seed=0, tasks=(Task.TEMPORAL_GROUNDING,)):
         pass
     return folder / "train.jsonl"
 
 
 def _train(args: argparse.Namespace, folder: Path, model: Path, manifest: Path) -> list[dict[str, Any]]:
-    """Rows of the run's metrics."""
+    """Run the training and return the rows of its metrics.jsonl."""
     run_dir = folder / "run"
     settings = {
         "model.path": str(model),
@@ -103,14 +99,14 @@ def _train(args: argparse.Namespace, folder: Path, model: Path, manifest: Path) 
     }
     if args.profile:
         settings |= {"profile.enabled": "true"}
-    settings |= dict(one.partition("=")[::2] for one in args.set)
+    settings |= dict(setting.partition("=")[::2] for setting in args.set)
     config = folder / "run.toml"
     config.write_text(f"[[data.sources]]\nmanifest = {json.dumps(str(manifest))}\n")
     command = [sys.executable]
     if args.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
     command += ["-m", "megatron_vcr1", "train", str(config)]
-    command += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise UserError("vcr1 train failed; its message is above")
     if args.profile:

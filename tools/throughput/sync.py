@@ -1,7 +1,7 @@
-"""sync: a sharded model's weights as whole Hugging Face tensors, and to engines that sample from them.
+"""Measure the weight sync: a sharded model's weights as whole Hugging Face tensors, and their transfer to engines.
 
-Without servers, the stream alone: gathered from tensor- and pipeline-parallel ranks, tensor by tensor. With --urls, the
-trainer's own update of running SGLang servers; the model must then be the directory that they serve.
+Without servers, only the stream is measured: tensors are gathered from tensor- and pipeline-parallel ranks, one by one.
+With --urls, the trainer's weight sync to running SGLang servers is measured; --model must be the directory they serve.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from command_line import write_json
 from model_presets import PRESETS, add_model_argument, raw_config
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
@@ -26,37 +26,30 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import collectives, mesh
-from throughput.measure import Spread, add_json_argument, machine, print_table, run_again, seconds, write_json
-from throughput.train import add_layout_arguments
+from throughput.arguments import add_layout_arguments, add_repetition_arguments, default_model
+from throughput.measure import Spread, machine, print_table, run_again, seconds
+
+HELP = "weights from the trainer to engines"
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "sync",
-        help="weights from the trainer to engines",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_model_argument(parser, default="qwen2.5-vl-3b" if torch.cuda.is_available() else "small")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser, default=default_model())
     add_layout_arguments(parser)
-    parser.add_argument("--urls", nargs="+", default=[], help="SGLang servers that are running")
+    parser.add_argument("--urls", nargs="+", default=[], metavar="URL", help="running SGLang servers")
     parser.add_argument(
         "--method",
         choices=("broadcast", "tensor", "disk"),
         default="broadcast",
-        help="as sglang.weight_sync (default: %(default)s)",
+        help="see sglang.weight_sync (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    add_json_argument(parser)
+    add_repetition_arguments(parser, rounds=5, threads=False)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.urls and args.model in PRESETS:
-        raise UserError("--urls: give --model the directory that the servers serve")
-    num_processes = args.tensor * args.pipeline * args.copies
+        raise UserError("--urls: --model must be the directory that the servers serve")
+    num_processes = args.tensor * args.pipeline * args.replicas
     if args.worker is None and mesh.launched_world_size() == 1 and num_processes > 1:
         with tempfile.TemporaryDirectory(prefix="benchmark-sync-") as folder:
             file = Path(folder) / "result.json"
@@ -64,24 +57,24 @@ def run(args: argparse.Namespace) -> int:
             result: dict[str, Any] | None = json.loads(file.read_text())
     else:
         result = measure(args)
-    if result is None:  # another rank reports
+    if result is None:  # the first rank reports
         return 0
     if args.worker is not None:
         args.worker.write_text(json.dumps(result))
         return 0
     write_json(args.json, result)
-    rates = Spread.of([result["bytes"] / one / 1e9 for one in result["seconds"]])
+    rates = Spread.of([result["bytes"] / each / 1e9 for each in result["seconds"]])
     print_table(
         f"Weights of {args.model}, {result['bytes'] / 1e9:.2f} GB, {result['num_tensors']} tensors, {result['device']}",
         ("", "seconds", "GB/s"),
         [("to the servers" if args.urls else "stream", Spread.of(result["seconds"]).text(3), rates.text())],
-        f"Median (range) of {args.rounds}; {args.tensor} tensor-parallel ranks x {args.pipeline} stages.",
+        f"Median (range) of {args.rounds} rounds; {args.tensor} tensor-parallel ranks x {args.pipeline} stages.",
     )
     return 0
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Seconds of each round; on the first rank."""
+    """Measure the seconds of each round. Call on all ranks; the first rank returns the result, the others None."""
     with _model_directory(args.model) as folder:
         run_config = _run_config(args, folder)
         config = ModelConfig.from_pretrained(folder)
@@ -90,12 +83,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
             model = build_model(config, run_config, initialize_weights=True).to(mesh.device())
             send = _engine_update(run_config, model, folder) if args.urls else _stream_alone(model)
             sizes = [tensor.nbytes for _, tensor in stream_hf_tensors(model)]
-            send()
-            took = [seconds(send) for _ in range(args.rounds)]
-            slowest = [max(values) for values in zip(*collectives.gather_objects(took), strict=True)]
+            send()  # warm up
+            times = [seconds(send) for _ in range(args.rounds)]
+            slowest = [max(values) for values in zip(*collectives.gather_objects(times), strict=True)]
             if not mesh.is_first_rank():
                 return None
-    layout = {key: getattr(args, key) for key in ("tensor", "pipeline", "copies", "dtype")}
+    layout = {key: getattr(args, key) for key in ("tensor", "pipeline", "replicas", "dtype")}
     return machine() | {
         "model": args.model,
         "layout": layout,
@@ -108,7 +101,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
 
 @contextmanager
 def _model_directory(model: str) -> Iterator[Path]:
-    """The model's directory; a preset's has a config.json alone."""
+    """Yield the model's directory; for a preset, a temporary one with only a config.json."""
     if model not in PRESETS:
         yield Path(model)
         return
@@ -125,7 +118,7 @@ def _run_config(args: argparse.Namespace, folder: Path) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
-def _stream_alone(model: QwenVLModel) -> Any:
+def _stream_alone(model: QwenVLModel) -> Callable[[], None]:
     def send() -> None:
         for _ in stream_hf_tensors(model):
             pass
@@ -133,7 +126,7 @@ def _stream_alone(model: QwenVLModel) -> Any:
     return send
 
 
-def _engine_update(run_config: RunConfig, model: QwenVLModel, folder: Path) -> Any:
+def _engine_update(run_config: RunConfig, model: QwenVLModel, folder: Path) -> Callable[[], None]:
     from megatron_vcr1.rollout.build import build_engine
 
     load_model_weights(model, folder)

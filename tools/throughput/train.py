@@ -1,15 +1,15 @@
-"""train: one GRPO update of this package against the plain transformers computation.
+"""Compare one GRPO update of this package with the plain transformers computation.
 
-Both sides take the same weights, videos, tokens and advantages, compute the reference's log-probs, the loss with KL,
-every gradient, their norm, and a step of Adam. Each runs in processes of its own: once for its memory and gradients,
-which are compared, then in turns for its time.
+All sides use the same weights, videos, tokens and advantages. They compute the log-probs of the reference, the loss
+with KL, all gradients, their norm, and a step of Adam. Each side runs in processes of its own: once to measure its
+memory and to compare gradients, then in turns to measure its time.
 
-"ours" packs a prompt once with its responses. "plain" is what the paper's and many public trainers do: a copy of prompt
-and video for every response, logits for the whole sequence, log_softmax and gather. "plain, response logits" spares
-logits behind the prompt, as newer ones do (`logits_to_keep`). "trl" is GRPOTrainer of TRL, where that is installed,
-from the reference's pass on: it carries a video as a picture of several frames, and the model gets it as a video.
+"ours" packs a prompt once with its responses. "plain" is what the paper's and many public trainers do: every response
+repeats the prompt and the video, logits are computed for the whole sequence, then log_softmax and gather. "plain,
+response logits" skips the logits of the prompt, as newer trainers do (`logits_to_keep`). "trl" is TRL's GRPOTrainer, if
+it is installed, from the reference's forward pass on.
 
-Under torchrun every rank computes its share of our update, and nothing is compared.
+Under torchrun, every rank computes its part of our update, and nothing is compared.
 """
 
 from __future__ import annotations
@@ -24,64 +24,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from cluster_plan.job import RECOMPUTES
-from model_presets import add_model_argument, model_config, raw_config
+from command_line import positive, write_json
+from model_presets import model_config, raw_config
 from safetensors import safe_open
 from tqdm import tqdm
 
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import Workload, bf16_peak, forward_flops, recomputed_flops, training_flops
-from megatron_vcr1.parallel import collectives, mesh
-from megatron_vcr1.training.profiling import profiled
-from throughput.measure import (
-    Spread,
-    add_json_argument,
-    command_line,
-    machine,
-    matrix_product_rate,
-    memory_bytes,
-    peak_memory_bytes,
-    print_table,
-    prompt_tokens,
-    reset_peak_memory,
-    run_again,
-    timed,
-    write_json,
-)
+from megatron_vcr1.parallel import mesh
+from throughput.arguments import add_layout_arguments, add_repetition_arguments, add_size_arguments
+from throughput.measure import Spread, command_line, machine, print_table, run_again
 from throughput.random_weights import write_random_model
+from throughput.train_worker import OURS, PLAIN, PLAIN_KEPT, TRL, run_side
 from throughput.update_case import UpdateCase
 
-OURS, PLAIN, PLAIN_KEPT, TRL = "ours", "plain", "plain, response logits", "trl"
+HELP = "a GRPO update, compared with the plain transformers computation"
 SIDES = (OURS, PLAIN, PLAIN_KEPT, TRL)
 TOLERANCE = 1e-5  # of gradients in float32
-# On the CPU freed tensors go back to the system at once, so that the process's peak is what was held at one time.
+# Makes glibc return freed tensors to the system at once: then the peak of the process is the peak of live memory.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "train",
-        help="a GRPO update against the plain transformers computation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_size_arguments(parser, prompts=1, response_tokens=64)
+    parser.add_argument(
+        "--microbatch-tokens", type=positive, default=16384, metavar="N", help="of our side (default: %(default)s)"
     )
-    add_model_argument(parser, default="qwen2.5-vl-3b" if torch.cuda.is_available() else "small")
-    sizes = parser.add_argument_group("the update")
-    sizes.add_argument("--prompts", type=int, default=1, help="groups of an update (default: %(default)s)")
-    sizes.add_argument(
-        "--prompt-tokens", type=prompt_tokens, default=1024, help="text and video (default: %(default)s)"
-    )
-    sizes.add_argument("--group-size", type=int, default=8, help="responses a prompt (default: %(default)s)")
-    sizes.add_argument("--response-tokens", type=int, default=64, help="of each response (default: %(default)s)")
-    sizes.add_argument("--microbatch-tokens", type=int, default=16384, help="ours (default: %(default)s)")
-    sizes.add_argument(
+    parser.add_argument(
         "--reference",
         choices=("swap", "resident", "none"),
         default="swap",
-        help="ours, as grpo.reference; none: no KL on either side (default: %(default)s)",
+        help="of our side, see grpo.reference; none: no KL on any side (default: %(default)s)",
     )
     add_layout_arguments(parser)
     parser.add_argument(
@@ -91,40 +65,17 @@ def add_parser(subparsers: Any) -> None:
         metavar="SIDE",
         help=f"any of {', '.join(map(repr, SIDES))} (default: all that are installed)",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every side (default: %(default)s)")
+    add_repetition_arguments(parser, rounds=3)
     parser.add_argument(
-        "--updates", type=int, default=1, help="timed a turn, after one that warms up (default: %(default)s)"
+        "--updates",
+        type=positive,
+        default=1,
+        dest="num_updates",
+        metavar="N",
+        help="measured updates per round and side, after a warm-up update (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU's operators (default: %(default)s)")
-    parser.add_argument("--directory", type=Path, help="for weights and gradients (default: for temporary files)")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="one more update of ours, for a trace and a table")
-    add_json_argument(parser)
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="also profile one more update of our side")
     parser.add_argument("--worker", nargs=4, metavar=("SIDE", "CASE", "RESULT", "GRADIENTS"), help=argparse.SUPPRESS)
-    parser.set_defaults(run=run)
-
-
-def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
-    layout = parser.add_argument_group("our layout")
-    on_gpu = torch.cuda.is_available()
-    layout.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="bfloat16" if on_gpu else "float32",
-        help="(default: bfloat16 with a GPU, float32 without)",
-    )
-    layout.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks (default: %(default)s)")
-    layout.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: %(default)s)")
-    layout.add_argument("--copies", type=int, default=1, help="data-parallel copies (default: %(default)s)")
-    layout.add_argument("--sequence-parallel", action="store_true", help="as parallel.sequence_parallel")
-    layout.add_argument("--first-stage-layers", type=int, help="language-model layers (default: an even share)")
-    layout.add_argument("--recompute", choices=RECOMPUTES, default="none", help="(default: %(default)s)")
-    layout.add_argument(
-        "--layer-spec",
-        choices=("auto", "local", "transformer_engine"),
-        default="auto",
-        help="as model.layer_spec (default: auto)",
-    )
-    layout.add_argument("--fp8", choices=("tensorwise", "blockwise"), help="as model.fp8 (default: none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,44 +83,48 @@ def run(args: argparse.Namespace) -> int:
     if args.worker:
         side, case, result_file, gradients = args.worker
         update = UpdateCase.from_json(Path(case).read_text())
-        result = work(side, update, Path(gradients) if gradients else None, args.profile)
+        result = run_side(side, update, Path(gradients) if gradients else None, args.profile)
         if result is not None:
             Path(result_file).write_text(json.dumps(result))
         return 0
     args.sides = sides_to_compare(args.sides)
-    with tempfile.TemporaryDirectory(dir=args.directory, prefix="benchmark-train-") as folder:
-        result = (measure if mesh.launched_world_size() == 1 else measure_in_world)(args, Path(folder))
-    if result is None:  # another rank reports
+    with tempfile.TemporaryDirectory(prefix="benchmark-train-") as folder:
+        result = (measure if mesh.launched_world_size() == 1 else measure_in_job)(args, Path(folder))
+    if result is None:  # the first rank reports
         return 0
     write_json(args.json, result)
     report(result)
-    differences = [one.get("gradient_difference", 0.0) for one in result["sides"].values()]
+    differences = [side.get("gradient_difference", 0.0) for side in result["sides"].values()]
     return 1 if result["tolerance"] is not None and max(differences) > result["tolerance"] else 0
 
 
-def sides_to_compare(asked: Sequence[str] | None) -> list[str]:
-    """Our side, then the others that were asked for, or all that can be had here: one process compares, many do not."""
-    in_world = mesh.launched_world_size() > 1
-    if asked is not None and in_world and set(asked) != {OURS}:
-        raise UserError("--sides: the other sides run in one process; start this without torchrun to compare")
+def sides_to_compare(chosen: Sequence[str] | None) -> list[str]:
+    """Return our side, then the chosen sides or all that are available; under torchrun only ours is available.
+
+    Raises:
+        UserError: a chosen side is not available.
+    """
+    in_job = mesh.launched_world_size() > 1
+    if chosen is not None and in_job and set(chosen) != {OURS}:
+        raise UserError("--sides: the other sides run in one process; start this without torchrun to compare them")
     has_trl = importlib.util.find_spec("trl") is not None
-    if asked is not None and TRL in asked and not has_trl:
+    if chosen is not None and TRL in chosen and not has_trl:
         raise UserError("--sides trl: TRL is not installed; pip install -e '.[peers]'")
-    every = [OURS] if in_world else [side for side in SIDES if side != TRL or has_trl]
-    return list(dict.fromkeys([OURS, *(every if asked is None else asked)]))
+    available = [OURS] if in_job else [side for side in SIDES if side != TRL or has_trl]
+    return list(dict.fromkeys([OURS, *(available if chosen is None else chosen)]))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every side's memory and gradients in a turn of its own, then its seconds, in turns."""
+    """Measure memory and gradients of every side first, then their seconds in turns; each run is a new process."""
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
-    num_processes = args.tensor * args.pipeline * args.copies
+    num_processes = args.tensor * args.pipeline * args.replicas
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, num_processes)
     (folder / "case.json").write_text(case.to_json())
     result_file = folder / "result.json"
-    with tqdm(total=(1 + args.rounds) * len(args.sides) + bool(args.profile), desc="turns") as bar:
+    with tqdm(total=(1 + args.rounds) * len(args.sides) + bool(args.profile), desc="runs") as bar:
 
-        def turn(side: str, environment: Mapping[str, str], gradients: str, *options: str) -> dict[str, Any]:
+        def run_process(side: str, environment: Mapping[str, str], gradients: str, *options: str) -> dict[str, Any]:
             worker = ["--worker", side, str(folder / "case.json"), str(result_file), gradients, *options]
             run_again(
                 ["train", "--threads", str(args.threads), *worker],
@@ -180,28 +135,29 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             bar.update()
             return json.loads(result_file.read_text())
 
-        compared = len(args.sides) > 1
-        memory = {side: turn(side, EXACT_MEMORY, str(folder / side) if compared else "") for side in args.sides}
+        compares = len(args.sides) > 1
+        memory = {side: run_process(side, EXACT_MEMORY, str(folder / side) if compares else "") for side in args.sides}
         timed: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
         for _ in range(args.rounds):
             for side in args.sides:
-                timed[side].append(turn(side, {}, ""))
+                timed[side].append(run_process(side, {}, ""))
         if args.profile:
-            turn(OURS, {}, "", "--profile", str(args.profile))
+            run_process(OURS, {}, "", "--profile", str(args.profile))
     summaries = {side: _summary(memory[side], timed[side]) for side in args.sides}
     for side in args.sides[1:]:
-        summaries[side] |= _compare(folder / OURS, folder / side)
+        summaries[side] |= compare_gradients(folder / OURS, folder / side)
         summaries[side]["loss_difference"] = abs(summaries[side]["loss"] - summaries[OURS]["loss"])
     return _document(args, case, summaries)
 
 
-def measure_in_world(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """Our side alone, on the ranks that torchrun or srun started; the result is the first rank's."""
-    args.copies = mesh.launched_world_size() // (args.tensor * args.pipeline)  # check_layout refuses a rest
+def measure_in_job(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+    """Measure our side on the ranks of torchrun or srun. The first rank returns the result, the others None."""
+    args.replicas = mesh.launched_world_size() // (args.tensor * args.pipeline)  # check_layout rejects a remainder
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, mesh.launched_world_size())
-    result = work(OURS, dataclasses.replace(case, num_updates=args.rounds * args.updates), None, args.profile)
+    case = dataclasses.replace(case, num_updates=args.rounds * args.num_updates)
+    result = run_side(OURS, case, None, args.profile)
     return None if result is None else _document(args, case, {OURS: _summary(result, [result])})
 
 
@@ -211,7 +167,7 @@ def _document(args: argparse.Namespace, case: UpdateCase, sides: dict[str, Any])
         "command": command_line(args),
         "model": args.model,
         "case": dataclasses.asdict(case) | {"model_dir": args.model, "reference_dir": bool(case.reference_dir)},
-        "copies": args.copies,
+        "replicas": args.replicas,
         "tolerance": TOLERANCE if args.dtype == "float32" else None,
         "flops": {
             "ours": _flops(case, case.workload(config)),
@@ -222,106 +178,49 @@ def _document(args: argparse.Namespace, case: UpdateCase, sides: dict[str, Any])
 
 
 def _write_case(args: argparse.Namespace, folder: Path) -> UpdateCase:
-    """The case, with the weights of the policy and the reference written where sides are compared."""
-    dtype = getattr(torch, args.dtype)
+    """Write the models of the policy and the reference, and return the case.
+
+    Weights are written only if sides are compared. Otherwise the ranks of our side initialize their own shards.
+    """
+    with_reference = args.reference != "none"
     raw = {**raw_config(args.model), "torch_dtype": args.dtype}
-    model_dirs = [folder / "policy"] if args.reference == "none" else [folder / "policy", folder / "reference"]
-    for seed, model_dir in enumerate(model_dirs):
-        if args.sides == [OURS]:  # nothing to agree with: ranks fill their own shards
-            model_dir.mkdir()
-            (model_dir / "config.json").write_text(json.dumps(raw))
+    for seed, name in enumerate(("policy", "reference")[: 1 + with_reference]):
+        if args.sides == [OURS]:
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text(json.dumps(raw))
         else:
-            write_random_model(model_dir, raw, dtype=dtype, seed=seed)
+            write_random_model(folder / name, raw, dtype=getattr(torch, args.dtype), seed=seed)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(UpdateCase) if field.name in args}
     return UpdateCase(
-        model_dir=str(folder / "policy"),
-        reference_dir=None if args.reference == "none" else str(folder / "reference"),
-        dtype=args.dtype,
-        num_prompts=args.prompts,
-        prompt_tokens=args.prompt_tokens,
-        group_size=args.group_size,
-        response_tokens=args.response_tokens,
-        reference="resident" if args.reference == "resident" else "swap",
-        microbatch_tokens=args.microbatch_tokens,
-        tensor=args.tensor,
-        pipeline=args.pipeline,
-        sequence_parallel=args.sequence_parallel,
-        first_stage_layers=args.first_stage_layers,
-        recompute=args.recompute,
-        layer_spec=args.layer_spec,
-        fp8=args.fp8,
-        num_updates=args.updates,
+        **given
+        | {
+            "model_dir": str(folder / "policy"),
+            "reference_dir": str(folder / "reference") if with_reference else None,
+            "reference": "resident" if args.reference == "resident" else "swap",
+        }
     )
 
 
-def work(side: str, case: UpdateCase, gradients: Path | None, profile: Path | None) -> dict[str, Any] | None:
-    """Build one side, warm it up and time it; with `profile`, profile another update of ours into that folder.
-
-    Returns:
-        On the first rank, of every rank's memory and seconds the highest; None on the others.
-    """
-    libraries = memory_bytes()
-    reset_peak_memory()
-    if side == TRL:
-        from throughput.update_trl import TrlUpdate
-
-        update = TrlUpdate(case)
-        return _time(update, case, libraries, gradients) | {"notes": update.notes}
-    if side != OURS:
-        from throughput.update_plain import PlainUpdate
-
-        return _time(PlainUpdate(case, full_logits=side == PLAIN), case, libraries, gradients)
-    from throughput.update_ours import OurUpdate
-
-    with mesh.world(case.run_config.parallel, seed=case.seed):
-        ours = OurUpdate(case)
-        every = collectives.gather_objects(_time(ours, case, libraries, gradients))
-        if profile is not None:
-            with profiled(profile, f"rank_{dist.get_rank()}"):
-                ours.run()
-        if not mesh.is_first_rank():
-            return None
-    return every[0] | {
-        "seconds": [max(values) for values in zip(*(one["seconds"] for one in every), strict=True)],
-        "cpu_seconds": [max(values) for values in zip(*(one["cpu_seconds"] for one in every), strict=True)],
-        "peak_bytes": max(one["peak_bytes"] for one in every),
-        "peak_bytes_by_rank": [one["peak_bytes"] for one in every],
-    }
-
-
-def _time(update: Any, case: UpdateCase, libraries_bytes: int, gradients: Path | None) -> dict[str, Any]:
-    """One update that warms up, of which loss and gradients are, then the timed ones."""
-    at_rest = memory_bytes()
-    loss = update.run()
-    if gradients is not None:
-        update.save_gradients(gradients)
-    took = [timed(update.run) for _ in range(case.num_updates)]
-    peak = peak_memory_bytes()  # with the optimizer's state, which the first update made
-    return {
-        "seconds": [wall for wall, _ in took],
-        "cpu_seconds": [cpu for _, cpu in took],
-        "peak_bytes": peak,
-        "at_rest_bytes": at_rest,  # weights, and gradients and optimizer as far as they are there from the start
-        "libraries_bytes": libraries_bytes,
-        "loss": loss,
-        "product_flops_per_s": matrix_product_rate(getattr(torch, case.dtype)),
-    }
-
-
-def _summary(memory: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Memory of the turn that measures it; every timed second of all turns, and their fastest matrix product."""
+def _summary(memory: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Combine the memory of the run that measured it, the seconds of all timed runs, and their fastest matmul."""
     kept = ("peak_bytes", "peak_bytes_by_rank", "at_rest_bytes", "libraries_bytes", "loss", "notes")
-    took = {key: [value for one in turns for value in one[key]] for key in ("seconds", "cpu_seconds")}
-    rate = max(one["product_flops_per_s"] for one in turns)
-    return {**took, **{key: memory[key] for key in kept if key in memory}, "product_flops_per_s": rate}
+    times = {key: [value for run in runs for value in run[key]] for key in ("seconds", "cpu_seconds")}
+    rate = max(run["matmul_flops_per_s"] for run in runs)
+    return {**times, **{key: memory[key] for key in kept if key in memory}, "matmul_flops_per_s": rate}
 
 
-def _compare(ours: Path, other: Path) -> dict[str, float]:
-    """The largest difference of any gradient, and the largest gradient."""
+def compare_gradients(ours: Path, other: Path) -> dict[str, float]:
+    """Return the largest difference of any gradient, and the largest gradient.
+
+    Raises:
+        RuntimeError: the files have gradients of different names.
+    """
     difference, largest = 0.0, 0.0
     with safe_open(ours, "pt") as mine, safe_open(other, "pt") as theirs:
         if sorted(mine.keys()) != sorted(theirs.keys()):
-            raise RuntimeError(f"the sides differ in their gradients' names: {set(mine.keys()) ^ set(theirs.keys())}")
-        for name in mine.keys():  # noqa: SIM118  # no mapping
+            names = set(mine.keys()) ^ set(theirs.keys())
+            raise RuntimeError(f"only one of the sides has gradients of these names: {names}")
+        for name in mine.keys():  # noqa: SIM118  # not a mapping
             expected = theirs.get_tensor(name).float()
             difference = max(difference, float((mine.get_tensor(name).float() - expected).abs().max()))
             largest = max(largest, float(expected.abs().max()))
@@ -329,42 +228,47 @@ def _compare(ours: Path, other: Path) -> dict[str, float]:
 
 
 def _flops(case: UpdateCase, work: Workload) -> dict[str, float]:
-    """Operations of an update by part: the policy's forward and backward, the reference's forward; and recomputed."""
+    """Return FLOPs of an update by part (policy forward and backward, reference forward), and recomputed FLOPs."""
     config = model_config(case.model_dir)
     total = training_flops(config, work)
     if case.reference_dir:
         total += forward_flops(config, work)
-    again = recomputed_flops(config, work, case.run_config.recompute)
-    return {**dataclasses.asdict(total), "total": total.total, "recomputed": again.total}
+    recomputed = recomputed_flops(config, work, case.run_config.recompute)
+    return {**dataclasses.asdict(total), "total": total.total, "recomputed": recomputed.total}
 
 
 def report(result: dict[str, Any]) -> None:
-    """Print the table and what the columns mean."""
     ours, case = result["sides"][OURS], result["case"]
-    num_devices = case["tensor"] * case["pipeline"] * result["copies"]
+    num_devices = case["tensor"] * case["pipeline"] * result["replicas"]
     useful, peak = result["flops"]["ours"]["total"], bf16_peak(result["device"])
-    # Others may use the same processor: its time says more than the clock.
+    # On a CPU that other programs use too, compare CPU time.
     clock = "seconds" if peak else "cpu_seconds"
     rows = []
-    for side, one in result["sides"].items():
-        spread = Spread.of(one[clock])
-        devices = num_devices if side == OURS else 1
-        rate = useful / spread.median / devices / (peak or one["product_flops_per_s"])
-        row = [side, Spread.of(one["seconds"]).text(), spread.text()]
-        row += [f"{spread.median / Spread.of(ours[clock]).median:.1f}", f"{one['peak_bytes'] / 1e9:.2f}"]
-        above, ours_above = (each["peak_bytes"] - each["libraries_bytes"] for each in (one, ours))
-        row += [f"{one['peak_bytes'] / ours['peak_bytes']:.1f} ({above / ours_above:.1f})", f"{100 * rate:.1f} %"]
-        row += ["-" if side == OURS else f"{one['gradient_difference']:.1e}"]
-        rows.append(row)
+    for name, side in result["sides"].items():
+        spread = Spread.of(side[clock])
+        devices = num_devices if name == OURS else 1
+        mfu = useful / spread.median / devices / (peak or side["matmul_flops_per_s"])
+        above, ours_above = (each["peak_bytes"] - each["libraries_bytes"] for each in (side, ours))
+        rows.append(
+            (
+                name,
+                Spread.of(side["seconds"]).text(),
+                Spread.of(side["cpu_seconds"]).text(),
+                f"{spread.median / Spread.of(ours[clock]).median:.1f}",
+                f"{side['peak_bytes'] / 1e9:.2f}",
+                f"{side['peak_bytes'] / ours['peak_bytes']:.1f} ({above / ours_above:.1f})",
+                f"{100 * mfu:.1f} %",
+                "-" if name == OURS else f"{side['gradient_difference']:.1e}",
+            )
+        )
     sizes = f"{case['num_prompts']} x ({case['prompt_tokens']} + {case['group_size']} x {case['response_tokens']})"
-    libraries = f"{ours['libraries_bytes'] / 1e9:.2f} GB"
-    measured_on = "the published bfloat16 peak" if peak else "the rate of a matrix product"
     print_table(
         f"GRPO update, {result['model']}, {case['dtype']}, {sizes} tokens, {result['device']}, {result['date']}",
-        ("", "seconds", "processor s", "of ours", "peak GB", "of ours", "MFU", "gradient difference"),
+        ("", "seconds", "CPU seconds", "x ours", "peak GB", "x ours", "MFU", "gradients"),
         rows,
-        f"Median (range) of {len(ours['seconds'])}. Peak of the {'allocator' if peak else 'process'}, in brackets "
-        f"without libraries, {libraries}. MFU: {useful / 1e12:.3f} TFLOP, prompts counted once, of {measured_on}; "
-        f"plain computes {result['flops']['plain']['total'] / useful:.1f} times as many. Gradients: largest difference "
+        f"Median (range) of {len(ours['seconds'])} updates. Peak memory of the {'allocator' if peak else 'process'}; "
+        f"in brackets, the ratio without {ours['libraries_bytes'] / 1e9:.2f} GB of libraries. MFU: {useful / 1e12:.3f} "
+        f"TFLOP, with each prompt counted once, at the {'published bfloat16' if peak else 'measured matmul'} rate; "
+        f"plain computes {result['flops']['plain']['total'] / useful:.1f} times as many. gradients: largest difference "
         "from ours.",
     )

@@ -1,4 +1,4 @@
-"""One GRPO update on synthetic groups: the same videos, tokens and advantages for every side that computes it."""
+"""One GRPO update on synthetic groups: all sides compute the same videos, tokens and advantages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload
 
-SECONDS_PER_STEP = 1.0  # two frames at 2 a second
+SECONDS_PER_STEP = 1.0  # a temporal patch has two frames, at 2 frames per second
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateCase:
-    """What an update computes, and how it is divided among ranks."""
+    """The sizes of an update and the layout of our model."""
 
     model_dir: str  # config.json and weights of the policy
     reference_dir: str | None  # weights of the reference; None: no KL
@@ -31,7 +31,7 @@ class UpdateCase:
     group_size: int = 8
     response_tokens: int = 64
     kl_coef: float = 0.04
-    reference: str = "swap"  # or "resident"; where reference_dir is set
+    reference: str = "swap"  # or "resident"; used if reference_dir is set
     learning_rate: float = 1e-6
     max_grad_norm: float = 1.0
     microbatch_tokens: int = 16384
@@ -40,14 +40,14 @@ class UpdateCase:
     sequence_parallel: bool = False
     first_stage_layers: int | None = None
     recompute: str = "none"
-    layer_spec: str = "auto"  # as model.layer_spec, and model.fp8
-    fp8: str | None = None
-    num_updates: int = 1  # timed ones, after one that warms up
+    layer_spec: str = "auto"  # see model.layer_spec
+    fp8: str | None = None  # see model.fp8
+    num_updates: int = 1  # measured ones, after a warm-up update
     seed: int = 0
 
     @property
     def layout(self) -> Layout:
-        """Of one copy of the model."""
+        """Return the layout of one replica."""
         return Layout(
             tensor=self.tensor,
             pipeline=self.pipeline,
@@ -58,7 +58,7 @@ class UpdateCase:
 
     @property
     def run_config(self) -> RunConfig:
-        """The settings that a training run of this layout would have."""
+        """Return the configuration of a training run with these sizes and this layout."""
         return RunConfig.model_validate(
             {
                 "model": {
@@ -80,23 +80,23 @@ class UpdateCase:
         )
 
     def workload(self, config: ModelConfig) -> Workload:
-        """Of one forward pass over all groups, prompts counted once."""
+        """Return the workload of one forward pass over all groups; each prompt counts once."""
         grid = square_video(config, self.prompt_tokens)
-        a_group = Workload.of_group(config, self.prompt_tokens, [self.response_tokens] * self.group_size, [grid])
-        return sum([a_group] * self.num_prompts, Workload())
+        group = Workload.of_group(config, self.prompt_tokens, [self.response_tokens] * self.group_size, [grid])
+        return sum([group] * self.num_prompts, Workload())
 
     def plain_workload(self, config: ModelConfig) -> Workload:
-        """The same with a copy of the prompt for every response, and logits everywhere."""
+        """Return the workload if every response repeats the prompt and logits are computed for all tokens."""
         num_tokens = self.prompt_tokens + self.response_tokens
-        a_copy = Workload.of_group(config, num_tokens, (), [square_video(config, self.prompt_tokens)])
-        a_copy = dataclasses.replace(a_copy, targets=num_tokens)
-        return sum([a_copy] * self.group_size * self.num_prompts, Workload())
+        sequence = Workload.of_group(config, num_tokens, (), [square_video(config, self.prompt_tokens)])
+        sequence = dataclasses.replace(sequence, targets=num_tokens)
+        return sum([sequence] * self.group_size * self.num_prompts, Workload())
 
     def groups(self, config: ModelConfig) -> list[Group]:
         return [self._group(config, index) for index in range(self.num_prompts)]
 
     def advantages(self) -> Tensor:
-        """float32 [num_prompts, group_size], mean 0 and deviation 1 in each row."""
+        """Return advantages with mean 0 and standard deviation 1 in each group, float32 [num_prompts, group_size]."""
         values = torch.randn(self.num_prompts, self.group_size, generator=self._generator(10_000))
         return (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True)
 
@@ -117,10 +117,10 @@ class UpdateCase:
         size = (steps * config.vision.temporal_patch_size, height * patch, width * patch, 3)
         frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
         video = VisionInput(frames, grid, SECONDS_PER_STEP)
-        # Text is above the special tokens of the small models, and below those of the published ones.
-        vocabulary = (20, min(config.text.vocab_size, 150_000))
+        # Above the special tokens of the small models, and below those of the published models.
+        token_range = (20, min(config.text.vocab_size, 150_000))
         num_video_tokens = video.num_tokens(config.vision.merge_size)
-        text = torch.randint(*vocabulary, (self.prompt_tokens - num_video_tokens,), generator=generator)
+        text = torch.randint(*token_range, (self.prompt_tokens - num_video_tokens,), generator=generator)
         token_ids = torch.cat((text[:4], torch.full((num_video_tokens,), config.video_token_id), text[4:]))
-        responses = torch.randint(*vocabulary, (self.group_size, self.response_tokens), generator=generator)
+        responses = torch.randint(*token_range, (self.group_size, self.response_tokens), generator=generator)
         return Group(f"synthetic-{index}", EncodedPrompt(token_ids, (video,)), tuple(responses))

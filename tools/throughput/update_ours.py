@@ -1,5 +1,6 @@
-"""The GRPO update by this package, as its trainer makes it from a rollout on: packed groups, shared prompts, the head
-fused with the loss, at any layout.
+"""The GRPO update of this package, as its trainer computes it after a rollout, at any layout.
+
+Groups are packed with a shared prompt, and the head is fused with the loss.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from throughput.update_case import UpdateCase
 
 
 class OurUpdate:
-    """This rank's share of the update, inside `mesh.world`."""
+    """This rank's part of the update. Use it inside `mesh.world`, and call its methods on all ranks."""
 
     def __init__(self, case: UpdateCase) -> None:
         self.case = case
@@ -49,29 +50,29 @@ class OurUpdate:
         self.batches = self._batches(config)
 
     def _batches(self, config: ModelConfig) -> list[PolicyBatch]:
-        """This copy's microbatches, as the trainer makes them of a rollout."""
+        """Create the microbatches of this replica, as the trainer does after a rollout."""
         case = self.case
-        every = case.groups(config)
-        advantages = {group.id: row for group, row in zip(every, case.advantages(), strict=True)}
-        mine = every[mesh.replica_index() :: mesh.num_replicas()]
+        groups = case.groups(config)
+        advantages = {group.id: row for group, row in zip(groups, case.advantages(), strict=True)}
+        mine = groups[mesh.replica_index() :: mesh.num_replicas()]
         num_responses = case.num_prompts * case.group_size
         counts = Counts(num_responses, num_responses * case.response_tokens)
         batches = []
-        for one in make_microbatches(mine, self.model, case.microbatch_tokens):
-            lengths = torch.tensor(one.packed.response_lengths)
-            of_responses = torch.cat([advantages[group.id] for group in one.groups])
+        for microbatch in make_microbatches(mine, self.model, case.microbatch_tokens):
+            lengths = torch.tensor(microbatch.packed.response_lengths)
+            response_advantages = torch.cat([advantages[group.id] for group in microbatch.groups])
             data = TokenData(
-                advantages=of_responses.repeat_interleave(lengths),
+                advantages=response_advantages.repeat_interleave(lengths),
                 rollout_log_probs=torch.zeros(int(lengths.sum())),
                 segment_ids=torch.arange(len(lengths)).repeat_interleave(lengths),
             )
-            weights = token_weights(one.packed.response_lengths, counts, "sequence", case.response_tokens)
-            batches.append(PolicyBatch(one.packed, data.to(mesh.device()), weights.to(mesh.device())))
+            weights = token_weights(microbatch.packed.response_lengths, counts, "sequence", case.response_tokens)
+            batches.append(PolicyBatch(microbatch.packed, data.to(mesh.device()), weights.to(mesh.device())))
         return batches
 
     def run(self) -> float:
-        """The reference's log-probs, forward, backward, clipping and optimizer. Returns the loss over all ranks."""
-        by_packed = {id(one.packed): one for one in self._with_reference()}
+        """Run one update, including the log-probs of the reference. Return the loss over all ranks."""
+        by_packed = {id(batch.packed): batch for batch in self._with_reference()}
 
         def loss(packed: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
             batch = by_packed[id(packed)]
@@ -79,9 +80,10 @@ class OurUpdate:
             result = grpo_loss(self.model, hidden, packed, batch.data, batch.weights, settings, temperature=1.0)
             return result.loss, {}
 
-        return self.learner.update([one.packed for one in self.batches], loss).loss
+        return self.learner.update([batch.packed for batch in self.batches], loss).loss
 
     def _with_reference(self) -> list[PolicyBatch]:
+        """Add the reference's log-probs to the microbatches."""
         if self.reference is None:
             return self.batches
 
@@ -89,7 +91,7 @@ class OurUpdate:
             return self.model.log_probs(hidden, batch.target_ids)
 
         with self.reference.in_place():
-            log_probs = schedule.forward_only(self.model, [one.packed for one in self.batches], collect)
+            log_probs = schedule.forward_only(self.model, [batch.packed for batch in self.batches], collect)
         if not log_probs:  # not the last stage
             return self.batches
         return [
@@ -98,7 +100,7 @@ class OurUpdate:
         ]
 
     def save_gradients(self, path: Path) -> None:
-        """Of the last update, clipped, by published names; all ranks of a copy call it, the first one writes."""
+        """Save the clipped gradients of the last update by published names; the first rank writes the file."""
         with self._gradients_as_weights():
             gradients = {name: tensor.float().cpu().clone() for name, tensor in stream_hf_tensors(self.model)}
         if mesh.is_first_rank():
@@ -106,7 +108,7 @@ class OurUpdate:
 
     @contextmanager
     def _gradients_as_weights(self) -> Iterator[None]:
-        """The model's parameters are its gradients within the with-block: what gathers weights then gathers these."""
+        """Swap the gradients into the parameters within the with-block, so that gathering weights gathers gradients."""
         parameters = list(self.model.parameters())
         weights = [parameter.data for parameter in parameters]
         try:

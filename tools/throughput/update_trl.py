@@ -1,4 +1,4 @@
-"""The GRPO update by TRL's GRPOTrainer: its reference pass, loss, gradient accumulation, backward and clipping."""
+"""The GRPO update of TRL's GRPOTrainer: its reference pass, loss, gradient accumulation, backward pass and clipping."""
 
 from __future__ import annotations
 
@@ -20,53 +20,54 @@ from megatron_vcr1.model.config import ModelConfig
 from throughput.update_case import UpdateCase
 from throughput.update_plain import pixel_values, save_gradients, sequence_positions
 
-MAX_BATCH = 8  # TRL's per_device_train_batch_size where none is given
+MAX_BATCH = 8  # TRL's default per_device_train_batch_size
 _VIDEO_NAMES = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
 
 
 class TrlUpdate:
-    """GRPOTrainer on one device, with the options that the case names and TRL's own elsewhere.
+    """GRPOTrainer on one device, with the options of the case and TRL's defaults elsewhere.
 
-    A rollout becomes microbatches of 8 responses, or of the most below that which divide it, each response with a copy
-    of its prompt. TRL knows no videos: it carries one as a picture of several frames, and just before the model's
-    forward pass that picture is given a video's names. So tokens, positions and gradients are a video's.
+    The rollout is split into microbatches of 8 responses, or of the largest smaller number that divides it, and every
+    response repeats its prompt. TRL does not support videos: it receives each video as an image with several frames,
+    and just before the model's forward pass the inputs are renamed to those of a video. Tokens, positions and gradients
+    are therefore those of a video.
 
-    Log-probs and entropies are TRL's, whose head computes the rows of responses where its Triton kernels run, and those
-    of whole sequences on the CPU. Recomputation is as the case says (TRL's default is to recompute), weights have the
-    case's type, and there is no autocast. What remains of TRL's training loop is logging and data loading.
+    Log-probs and entropies are computed by TRL: for the responses where its Triton kernels run, and for whole sequences
+    on the CPU. Recomputation follows the case (TRL's default is to recompute), the weights have the case's dtype, and
+    there is no autocast. Only logging and data loading of TRL's training loop are left out.
     """
 
     def __init__(self, case: UpdateCase) -> None:
         self.case = case
         config = ModelConfig.from_pretrained(case.model_dir)
         groups = case.groups(config)
-        positions = sequence_positions(groups[0], config)  # which all groups have: their videos are of one size
+        positions = sequence_positions(groups[0], config)  # the same for all groups, whose videos have the same size
         model = AutoModelForImageTextToText.from_pretrained(
             case.model_dir, dtype=getattr(torch, case.dtype), attn_implementation="sdpa"
         )
         if case.recompute != "none":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if case.reference_dir is not None:
-            model.config._name_or_path = case.reference_dir  # from where the trainer loads its reference
+            model.config._name_or_path = case.reference_dir  # the trainer loads its reference from there
         with tempfile.TemporaryDirectory(prefix="benchmark-trl-") as folder:
             self.trainer = _Trainer(_rollout(case, groups, config), positions, model=model, args=_options(case, folder))
         self.trainer.create_optimizer()
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What a reader of the figures should know."""
+        """Return the options that matter for interpreting the measurements."""
         options = self.trainer.args
         return {
-            "responses_a_microbatch": options.per_device_train_batch_size,
+            "responses_per_microbatch": options.per_device_train_batch_size,
             "gradient_accumulation_steps": options.gradient_accumulation_steps,
             "gradient_checkpointing": options.gradient_checkpointing,
             "use_bias_correction_kl": options.use_bias_correction_kl,
-            "head_rows": "responses" if torch.cuda.is_available() else "whole sequences",
-            "video": "carried as a picture of several frames; the model gets it as a video, with a video's positions",
+            "head_tokens": "responses" if torch.cuda.is_available() else "whole sequences",
+            "video": "passed to TRL as an image with several frames, and to the model as a video with its positions",
         }
 
     def run(self) -> float:
-        """The reference's log-probs, forward and backward by microbatches, clipping, optimizer. Returns the loss."""
+        """Run one update and return the loss."""
         trainer = self.trainer
         trainer.model.zero_grad()
         losses = [
@@ -77,23 +78,22 @@ class TrlUpdate:
         return float(torch.stack(losses).sum())
 
     def save_gradients(self, path: Path) -> None:
-        """Of the last update, clipped, by published names."""
+        """Save the clipped gradients of the last update by published names."""
         save_gradients(self.trainer.model, path)
 
 
 class _Trainer(GRPOTrainer):
-    """GRPOTrainer whose rollout is given: it starts where responses have been sampled and rewarded.
+    """A GRPOTrainer with a given rollout: it starts after responses have been sampled and rewarded.
 
     Args:
         rollout: what GRPOTrainer keeps of a rollout, without the reference's log-probs.
-        positions: of every sequence, [3, tokens].
+        positions: mRoPE positions of every sequence, [3, num_tokens].
     """
 
     def __init__(self, rollout: dict[str, Any], positions: Tensor, **options: Any) -> None:
-        nothing_to_sample = Dataset.from_dict({"prompt": [""] * options["args"].generation_batch_size})
-        super().__init__(
-            reward_funcs=_rewarded, train_dataset=nothing_to_sample, processing_class=_tokenizer(), **options
-        )
+        # The trainer requires a data set, a reward function and a tokenizer, but uses none of them here.
+        dataset = Dataset.from_dict({"prompt": [""] * options["args"].generation_batch_size})
+        super().__init__(reward_funcs=_unused_reward, train_dataset=dataset, processing_class=_tokenizer(), **options)
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.positions = positions.to(self.args.device)
         self.rollout = {key: self._prepare_input(value) for key, value in rollout.items()}
@@ -102,13 +102,13 @@ class _Trainer(GRPOTrainer):
                 model.register_forward_pre_hook(self._as_video, with_kwargs=True)
 
     def _as_video(self, model: Any, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        """Of a forward pass: its pictures are videos, and the sequences have the case's positions."""
-        num_rows = len(kwargs["input_ids"])
+        """Rename the images of a forward pass to videos, and add the positions of the case."""
+        num_sequences = len(kwargs["input_ids"])
         named = {_VIDEO_NAMES.get(name, name): value for name, value in kwargs.items()}
-        return args, {**named, "position_ids": self.positions[:, None].expand(3, num_rows, -1)}
+        return args, {**named, "position_ids": self.positions[:, None].expand(3, num_sequences, -1)}
 
     def _generate_and_score_completions(self, inputs: list[Any]) -> dict[str, Any]:
-        """In place of TRL's: the rollout, and the reference's log-probs as TRL computes them."""
+        """Replace TRL's method: return the given rollout with the reference's log-probs as TRL computes them."""
         rollout = self.rollout
         if self.ref_model is None:
             return rollout
@@ -125,7 +125,7 @@ class _Trainer(GRPOTrainer):
         return {**rollout, "ref_per_token_logps": log_probs}
 
     def _send_telemetry(self) -> None:
-        """A measurement is nobody else's business."""
+        """Send nothing."""
 
 
 def _options(case: UpdateCase, folder: str) -> GRPOConfig:
@@ -137,9 +137,9 @@ def _options(case: UpdateCase, folder: str) -> GRPOConfig:
         gradient_accumulation_steps=num_responses // batch,
         num_generations=case.group_size,
         max_completion_length=case.response_tokens,
-        loss_type="grpo",  # the paper's mean over a response's tokens
+        loss_type="grpo",  # the paper's mean over the tokens of a response
         beta=case.kl_coef if case.reference_dir else 0.0,
-        use_bias_correction_kl=False,  # the KL as the paper has it, not weighted by the ratio
+        use_bias_correction_kl=False,  # the paper's KL is not weighted by the ratio
         learning_rate=case.learning_rate,
         max_grad_norm=case.max_grad_norm,
         gradient_checkpointing=case.recompute != "none",
@@ -150,7 +150,7 @@ def _options(case: UpdateCase, folder: str) -> GRPOConfig:
 
 
 def _rollout(case: UpdateCase, groups: Sequence[Group], config: ModelConfig) -> dict[str, Any]:
-    """The groups of the case, a row a response, under the names that GRPOTrainer gives them."""
+    """Return the groups of the case under GRPOTrainer's names, one row per response."""
     prompt_ids = torch.stack([group.prompt.token_ids for group in groups for _ in group.responses])
     completion_ids = torch.stack([response for group in groups for response in group.responses])
     videos = [video for group in groups for video in group.prompt.vision for _ in group.responses]
@@ -168,12 +168,10 @@ def _rollout(case: UpdateCase, groups: Sequence[Group], config: ModelConfig) -> 
     }
 
 
-def _rewarded(**columns: Any) -> list[float]:
-    """The trainer asks for a reward; it is not called, the rollout brings advantages."""
-    raise NotImplementedError
+def _unused_reward(**columns: Any) -> list[float]:
+    raise NotImplementedError("the rollout is given, so no reward is computed")
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """The trainer asks for one; it is not used, the rollout brings tokens."""
     words = Tokenizer(WordLevel({"<end>": 0}, unk_token="<end>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<end>", eos_token="<end>")

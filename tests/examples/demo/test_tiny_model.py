@@ -1,4 +1,4 @@
-"""The demo's tiny model: its words, and whether the project and transformers take it for a Qwen2.5-VL."""
+"""The demo's tiny model: its vocabulary, and its directory as a Qwen2.5-VL model."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _samples() -> list[VideoSample]:
         for task in TASKS
         for index in range(20)
     ]
-    return tasks + [sample for some in base_samples(Path("data"), QUICK_SIZES).values() for sample in some]
+    return tasks + [sample for samples in base_samples(Path("data"), QUICK_SIZES).values() for sample in samples]
 
 
-def test_prompts_and_answers_are_made_of_known_words(processor: PromptProcessor, templates: PromptTemplates) -> None:
+def test_prompts_and_responses_contain_no_unknown_words(processor: PromptProcessor, templates: PromptTemplates) -> None:
     for sample in _samples():
         texts = [target_text(sample, templates), completion_text(sample, templates, thinking=bool(sample.thinking))]
         thinkings = (False, True) if sample.task is Task.TEMPORAL_GROUNDING else (False,)
@@ -64,22 +64,20 @@ def test_prompts_and_answers_are_made_of_known_words(processor: PromptProcessor,
         ("<think>--9.510.010.5-</think>\n<answer>9.5 to 11.0</answer>", 12),
     ],
 )
-def test_moments_and_corners_are_single_tokens(processor: PromptProcessor, text: str, num_tokens: int) -> None:
+def test_times_and_box_corners_are_single_tokens(processor: PromptProcessor, text: str, num_tokens: int) -> None:
     assert len(processor.tokenize(text)) == num_tokens
 
 
-def test_other_words_are_unknown_and_not_lost(processor: PromptProcessor) -> None:
+def test_other_words_become_the_unknown_token(processor: PromptProcessor) -> None:
     token_ids = processor.tokenize("When is it true that the purple dog is visible?")
     assert UNKNOWN in processor.tokenizer.convert_ids_to_tokens(token_ids.tolist())
 
 
-def test_no_word_comes_twice() -> None:
+def test_the_vocabulary_has_no_duplicates() -> None:
     assert len(set(vocabulary())) == len(vocabulary())
 
 
-def test_the_directory_describes_a_qwen_model_of_one_token_for_two_frames(
-    folder: Path, processor: PromptProcessor
-) -> None:
+def test_the_directory_is_a_qwen2_5_vl_with_one_token_per_two_frames(folder: Path, processor: PromptProcessor) -> None:
     config = ModelConfig.from_pretrained(folder)
     assert config.family == "qwen2_5_vl"
     assert config.text.vocab_size == len(vocabulary())

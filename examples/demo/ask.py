@@ -1,4 +1,4 @@
-"""`bash tools/demo.sh --real VIDEO.mp4`: the trained tiny model on a clip of the user's own."""
+"""`bash tools/demo.sh --real VIDEO.mp4`: asks the trained tiny model about a video of the user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from demo.plan import Demo
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.loading import load_config
-from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.config.schema import DataSection
 from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video import VideoFrames, read_frames
@@ -23,52 +23,53 @@ from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 
 NUM_FRAMES = 24
-_SHOWN_SIDE = 96  # pixels of a frame in the picture
+_FRAMES_PER_ROW = 8
+_SHOWN_SIDE = 96  # pixels of a frame in the contact sheet
 
 
 def ask(demo: Demo, video: Path, thing: str, console: Console) -> None:
-    """Ask the joint model of the first seed when a thing is visible, where it goes and in which corner it is.
+    """Ask the joint GRPO model of the first seed when an object is visible, where it moves and in which corner it is.
 
-    Writes what the model saw to real.png.
+    Writes the frames that the model sees to real.png.
 
     Raises:
         UserError: the demo has not trained the model yet.
-        VideoError: the clip cannot be read; names the file and the reason.
+        VideoError: the video cannot be read; the message names the file and the reason.
     """
     model_dir = demo.run_dir("grpo_joint", demo.seeds[0]) / "export"
     if not model_dir.is_dir():
-        raise UserError(f"{model_dir} is not there yet: run `bash tools/demo.sh` first")
+        raise UserError(f"{model_dir} does not exist yet: run `bash tools/demo.sh` first")
     config = load_config(demo.config("test_others"), ("--model.path", str(model_dir)))
     processor = PromptProcessor.from_pretrained(model_dir)
-    options = _video_options(config)
+    options = _video_options(config.data)
     start_s = time.perf_counter()
     frames = read_frames(video, factor=processor.factor, **options)  # type: ignore[arg-type]
     decode_s = time.perf_counter() - start_s
     picture = demo.out / "real.png"
     _contact_sheet(frames).save(picture)
     console.print(
-        f"{video}: {frames.duration_s:.1f} s; {len(frames.frames)} frames of 16 x 16 pixels, which is what this model "
-        f"sees of it ({picture}), read by {frames.backend} in {decode_s:.2f} s",
+        f"{video}: {frames.duration_s:.1f} s. The model sees {len(frames.frames)} frames of 16 x 16 pixels "
+        f"({picture}), decoded by {frames.backend} in {decode_s:.2f} s",
         markup=False,
     )
-    shown = {"type": "video", "video": str(video), **options}
+    video_part = {"type": "video", "video": str(video), **options}
     with mesh.world(config.parallel):
         model = build_model(ModelConfig.from_pretrained(model_dir), config).eval()
         load_model_weights(model, model_dir)
         engine = build_engine(config, model, processor)
-        for question in _questions(thing):
-            console.print(f"\n{question.splitlines()[0]}", style="bold", markup=False, highlight=False)
-            parts = [shown, {"type": "text", "text": question}]
-            prompt = encode_messages([{"role": "user", "content": parts}], processor)
-            _answer(prompt, engine, processor, config.evaluate.max_new_tokens, console)
+        for text in _prompts(thing):
+            console.print(f"\n{text.splitlines()[0]}", style="bold", markup=False, highlight=False)
+            content = [video_part, {"type": "text", "text": text}]
+            prompt = encode_messages([{"role": "user", "content": content}], processor)
+            _print_response(prompt, engine, processor, config.evaluate.max_new_tokens, console)
         engine.close()
     console.print(
-        "\nThe model has 0.4 million parameters and has seen nothing but coloured shapes: on other clips its answers "
-        "show that the pipeline runs, not what is in the video."
+        "\nThe model has 0.4 million parameters and was trained on coloured shapes only. On other videos its answers "
+        "show that the pipeline runs, not what the video contains."
     )
 
 
-def _questions(thing: str) -> tuple[str, ...]:
+def _prompts(thing: str) -> tuple[str, ...]:
     corners = "(A) top left\n(B) top right\n(C) bottom left\n(D) bottom right"
     return (
         f"Draw the time line, then say: when is it true that the {thing} is visible?",
@@ -77,8 +78,7 @@ def _questions(thing: str) -> tuple[str, ...]:
     )
 
 
-def _video_options(config: RunConfig) -> dict[str, float]:
-    data = config.data
+def _video_options(data: DataSection) -> dict[str, float]:
     return {
         "fps": data.fps,
         "max_frames": NUM_FRAMES,
@@ -88,29 +88,29 @@ def _video_options(config: RunConfig) -> dict[str, float]:
     }
 
 
-def _answer(
+def _print_response(
     prompt: EncodedPrompt, engine: RolloutEngine, processor: PromptProcessor, max_new_tokens: int, console: Console
 ) -> None:
-    """The most probable answer, and the time that it took."""
+    """Print the greedy response and the time that it took."""
     if num_unknown := int((prompt.token_ids == processor.tokenizer.unk_token_id).sum()):
-        console.print(f"{num_unknown} words or signs of the question are not among the few that it knows")
+        console.print(f"{num_unknown} words or characters of the prompt are not in the tiny vocabulary")
     start_s = time.perf_counter()
     request, params = GenerationRequest("real", prompt, num_responses=1), SamplingParams(max_new_tokens, temperature=0)
-    (answered,) = engine.generate([request], params)
+    (group,) = engine.generate([request], params)
     seconds = time.perf_counter() - start_s
-    (rollout,) = answered.rollouts
+    (rollout,) = group.rollouts
     console.print(processor.decode(rollout.token_ids), highlight=False, markup=False)
     console.print(
-        f"[dim]{len(prompt.token_ids)} prompt tokens, {len(rollout.token_ids)} answered in {seconds:.2f} s[/]"
+        f"[dim]{len(prompt.token_ids)} prompt tokens, {len(rollout.token_ids)} response tokens in {seconds:.2f} s[/]"
     )
 
 
 def _contact_sheet(video: VideoFrames) -> Image.Image:
-    """The frames side by side, eight a row, enlarged."""
+    """Tile the frames, eight per row, enlarged."""
     num_frames, height, width, _ = video.frames.shape
-    shown = (_SHOWN_SIDE * width // max(height, width), _SHOWN_SIDE * height // max(height, width))
-    sheet = Image.new("RGB", (8 * shown[0], -(-num_frames // 8) * shown[1]))
+    size = (_SHOWN_SIDE * width // max(height, width), _SHOWN_SIDE * height // max(height, width))
+    sheet = Image.new("RGB", (_FRAMES_PER_ROW * size[0], -(-num_frames // _FRAMES_PER_ROW) * size[1]))
     for index, frame in enumerate(video.frames):
-        enlarged = Image.fromarray(frame.numpy()).resize(shown, Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (index % 8 * shown[0], index // 8 * shown[1]))
+        enlarged = Image.fromarray(frame.numpy()).resize(size, Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (index % _FRAMES_PER_ROW * size[0], index // _FRAMES_PER_ROW * size[1]))
     return sheet

@@ -1,4 +1,4 @@
-"""The benchmark's two sides answer alike."""
+"""The rollout benchmark's engines give the same greedy responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_vcr1.parallel import mesh
 pytestmark = pytest.mark.xdist_group("gloo")
 
 
-def test_greedy_answers_agree_and_every_side_is_timed(tmp_path: Path) -> None:
+def test_greedy_responses_agree_and_every_side_is_timed(tmp_path: Path) -> None:
     write_random_model(tmp_path / "model", PRESETS["tiny"], dtype=torch.float32)
     case = UpdateCase(str(tmp_path / "model"), None, num_prompts=2, prompt_tokens=130, group_size=3, response_tokens=5)
     with mesh.world(case.run_config.parallel):
@@ -25,4 +25,4 @@ def test_greedy_answers_agree_and_every_side_is_timed(tmp_path: Path) -> None:
     assert list(result["sides"]) == [OURS, UNSHARED, TRANSFORMERS]
     for side in result["sides"].values():
         assert len(side["seconds"]) == 2
-        assert side["tokens_per_second"] == pytest.approx(2 * 3 * 5 / (2 * side["seconds_a_group"]))
+        assert side["tokens_per_second"] == pytest.approx(2 * 3 * 5 / (2 * side["seconds_per_group"]))

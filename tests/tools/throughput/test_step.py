@@ -1,0 +1,18 @@
+"""The benchmark of whole GRPO steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import benchmark_throughput
+import pytest
+
+
+def test_a_step_of_the_tiny_model_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "step.json"
+    sizes = ["--steps", "1", "--prompts", "2", "--response-tokens", "4", "--set", "grpo.group_size=2"]
+    assert benchmark_throughput.main(["step", *sizes, "--json", str(out)]) == 0
+    assert "GRPO step of the demo's model" in capsys.readouterr().out
+    seconds = json.loads(out.read_text())["seconds"]
+    assert len(seconds["total"]) == 1 and 0 < seconds["update"][0] < seconds["total"][0]
