@@ -9,10 +9,11 @@ import benchmark_throughput
 import pytest
 
 
-def test_a_step_of_the_tiny_model_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_of_the_tiny_model_is_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # capfd, not capsys: the training process inherits a real stderr.
     out = tmp_path / "step.json"
     sizes = ["--steps", "1", "--prompts", "2", "--response-tokens", "4", "--set", "grpo.group_size=2"]
     assert benchmark_throughput.main(["step", *sizes, "--json", str(out)]) == 0
-    assert "GRPO step of the demo's model" in capsys.readouterr().out
+    assert "GRPO step of the demo's model" in capfd.readouterr().out
     seconds = json.loads(out.read_text())["seconds"]
     assert len(seconds["total"]) == 1 and 0 < seconds["update"][0] < seconds["total"][0]
