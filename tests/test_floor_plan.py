@@ -1,4 +1,4 @@
-"""The floor plan holds: imports go down, optional packages have one door each, and every package used is declared."""
+"""The floor plan: imports go down only, one file imports each optional package, and dependencies are declared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A part may import the parts of lower floors, and itself.
+# A package may import packages on lower floors, and itself.
 FLOORS = {
     "__main__": 9,
     "cli": 8,
@@ -40,18 +40,18 @@ OPTIONAL_PACKAGES = ("apex", "flash_attn", "nvidia", "openai", "sglang", "transf
 TEXTS = (".md", ".sbatch", ".sh", ".toml", ".txt")
 KERNEL_PACKAGES = {"flash_attn", "torch", "triton", "vcr1_kernels"}
 
-# Where the distribution has another name than what is imported.
+# Import names whose distribution has a different name.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "megatron": "megatron-core",
     "nvidia": "nvidia-dali-cuda130",
     "transformer_engine": "transformer-engine",
-    "triton": "torch",  # comes with it
+    "triton": "torch",  # a dependency of torch
 }
 UNDECLARED = {
-    "apex",  # this and the next are built against one torch and CUDA: containers and users bring them
+    "apex",  # apex and flash_attn are built for one version of torch and CUDA, by containers and users
     "flash_attn",
-    "sglang",  # in an environment of its own
+    "sglang",  # has an environment of its own
 }
 
 PACKAGE_FILES = sorted(chain((ROOT / "megatron_vcr1").rglob("*.py"), (ROOT / "kernels/vcr1_kernels").rglob("*.py")))
@@ -78,7 +78,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Dotted names of everything that a file of `package` imports, in functions and by importlib too."""
+    """Yield the dotted names of all imports of a file of `package`, including those in functions and by importlib."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
@@ -102,7 +102,7 @@ def top_level(path: Path) -> set[str]:
 
 
 def part(module: str) -> str | None:
-    """The room of the floor plan that a module is in; None for the package's root and for third parties."""
+    """Return the package of the floor plan that a module is in; None for the root package and third parties."""
     top, *rest = module.split(".")
     if top == "vcr1_kernels":
         return top
@@ -119,7 +119,7 @@ def part(module: str) -> str | None:
         ("importlib.import_module('a.b'); find_spec('c')", {"a.b", "c"}),
     ],
 )
-def test_imports_are_found_wherever_they_stand(source, expected):
+def test_all_forms_of_imports_are_found(source, expected):
     assert set(imports(ast.parse(source), package="m.n")) == expected
 
 
@@ -127,28 +127,28 @@ def test_imports_are_found_wherever_they_stand(source, expected):
 def test_imports_go_down(path):
     home = part(module_name(path))
     if home == "__init__":
-        assert not imported(path), "the package's root imports nothing"
+        assert not imported(path), "the root package must import nothing"
         return
-    assert home in FLOORS, f"megatron_vcr1/{home} is not on the floor plan: give it a floor"
+    assert home in FLOORS, f"megatron_vcr1/{home} is not in FLOORS: give it a floor"
     climbing = {
-        name for name in imported(path) if (room := part(name)) not in (None, home) and FLOORS[room] >= FLOORS[home]
+        name for name in imported(path) if (other := part(name)) not in (None, home) and FLOORS[other] >= FLOORS[home]
     }
-    assert not climbing, f"{home} (floor {FLOORS[home]}) may import lower floors only"
+    assert not climbing, f"{home} (floor {FLOORS[home]}) may import from lower floors only"
 
 
 @in_package("kernels/")
-def test_kernels_stand_alone(path):
+def test_kernels_import_only_torch_and_triton(path):
     assert top_level(path) <= KERNEL_PACKAGES | sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("package", OPTIONAL_PACKAGES)
-def test_an_optional_package_has_one_door(package):
-    doors = [relative(path) for path in PACKAGE_FILES if package in top_level(path)]
-    assert len(doors) <= 1, f"{package} is imported by more than one file"
+def test_an_optional_package_is_imported_by_one_file(package):
+    importers = [relative(path) for path in PACKAGE_FILES if package in top_level(path)]
+    assert len(importers) <= 1, f"{package} is imported by more than one file"
 
 
 def declared_packages() -> set[str]:
-    """Names of the distributions that setup.py asks for, extras included."""
+    """Return the names of the distributions that setup.py requires, including extras."""
     lists = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse((ROOT / "setup.py").read_text()).body
@@ -158,13 +158,13 @@ def declared_packages() -> set[str]:
     return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
 
 
-def test_every_package_used_is_declared():
+def test_every_imported_package_is_declared():
     used = set().union(*map(top_level, PACKAGE_FILES)) - sys.stdlib_module_names - {"megatron_vcr1", "vcr1_kernels"}
     undeclared = {DISTRIBUTIONS.get(name, name) for name in used - UNDECLARED} - declared_packages()
     assert not undeclared, "add them to setup.py"
 
 
-def test_the_kernels_folder_is_no_package():
+def test_the_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels/__init__.py").exists(), "it would hide Hugging Face's package `kernels`"
 
 
@@ -173,13 +173,13 @@ def test_every_folder_is_packaged():
     assert not missing, "add an __init__.py: setup.py leaves these folders out of an installation"
 
 
-def test_files_stay_readable():
+def test_files_are_short():
     long = {relative(path): lines for path in PYTHON_FILES if (lines := len(path.read_text().splitlines())) > 500}
-    assert not long, "would two rooms be clearer?"
+    assert not long, "split these files"
 
 
-def test_no_machine_leaves_its_traces():
-    """Paths of a developer's machine have no place in the project; .ci/run alone knows what lies beside the tree."""
+def test_no_file_contains_a_developers_paths():
+    """Only .ci/run may refer to folders outside of the project."""
     trace = re.compile(r"/[w]ork/|/[r]oot/|\.\.[/]shared|\.[l]ibrary")
     texts = chain(
         PYTHON_FILES,

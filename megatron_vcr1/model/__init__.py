@@ -1,0 +1,1 @@
+"""The model families on megatron-core: configuration, layers, packed batches, KV cache and conversion of weights."""

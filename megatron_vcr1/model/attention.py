@@ -1,4 +1,7 @@
-"""The one attention of both towers: packed rows in, `vcr1_kernels.shared_prefix_attention` inside."""
+"""The attention of both towers: packed tokens or patches in, `vcr1_kernels.shared_prefix_attention` inside.
+
+The vision tower packs patches, the language model tokens. This module calls both tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,49 +15,65 @@ from vcr1_kernels import SegmentLayout, mrope, shared_prefix_attention
 
 
 class CachedAttention(Protocol):
-    """Attention that remembers keys and values from pass to pass (model.kv_cache)."""
+    """Attention of generation, which stores keys and values between forward passes (`model.kv_cache`)."""
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """query [rows, heads, head_dim]; key, value [rows, kv_heads, head_dim]; returns query's shape."""
+        """Store the keys and values of one layer and return the attention output.
+
+        Args:
+            layer_number: megatron-core's, 1-based, over all pipeline stages.
+            query: [tokens, heads, head_dim], with rotary positions.
+            key: [tokens, kv_heads, head_dim], with rotary positions.
+            value: [tokens, kv_heads, head_dim].
+            scale: factor of the scores; None for head_dim ** -0.5.
+
+        Returns:
+            [tokens, heads, head_dim].
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RotaryTables:
-    """Of queries and keys by their rows' positions; taken once for all layers."""
+    """RoPE tables: cosine and sine of the rotary angles, computed once and shared by all layers."""
 
-    cos: Tensor  # [rows, head_dim]
-    sin: Tensor  # [rows, head_dim]
+    cos: Tensor  # float32 [tokens, head_dim]
+    sin: Tensor  # float32 [tokens, head_dim]
 
     @classmethod
     def from_angles(cls, angles: Tensor) -> RotaryTables:
-        """Of rotary angles, [rows, head_dim]."""
+        """Compute the tables of rotary angles, [tokens, head_dim]."""
         return cls(angles.cos(), angles.sin())
 
 
 @dataclass
 class AttentionLayout(PackedSeqParams):
-    """What megatron-core hands down to every layer as ``packed_seq_params``.
+    """The arguments of attention that megatron-core passes to every layer as ``packed_seq_params``.
 
-    A layer reads `windows` if it was built with windowed attention, else `full`. Text has no windows. In generation
-    `cached` takes the place of both. A layer that was built to select rows goes on with `selected` ones behind the
-    attention.
+    A layer that was built with windowed attention attends within `windows`, any other layer within `full`. Only the
+    vision tower of Qwen2.5-VL has windows. In generation, `cached` replaces both.
+
+    `selected` is read by the last layer of the language model (`layer_specs.TokenSelectingLayer`): after its attention,
+    only these tokens are computed further.
     """
 
-    qkv_format: str = "sbhd"  # rows stay [rows, 1, heads, head_dim]: one packed sequence is one batch entry
+    qkv_format: str = "sbhd"  # hidden states are [tokens, 1, hidden_size]: one packed sequence is a batch of one
     rope: RotaryTables | None = None
     full: SegmentLayout | None = None
     windows: SegmentLayout | None = None
     cached: CachedAttention | None = None
-    selected: Tensor | None = None  # int64 [selected rows]; None: all
+    selected: Tensor | None = None  # int64 [selected tokens]; None selects all
 
-    def select(self, rows: Tensor) -> Tensor:
-        """[rows, ...] -> [selected rows, ...]."""
-        return rows if self.selected is None else rows.index_select(0, self.selected)
+    def select(self, x: Tensor) -> Tensor:
+        """Return the selected tokens of x: [tokens, ...] -> [selected tokens, ...]."""
+        return x if self.selected is None else x.index_select(0, self.selected)
 
 
 class PackedAttention(MegatronModule):
-    """Core attention of a megatron-core SelfAttention, over the segments of an `AttentionLayout`."""
+    """The core attention of a megatron-core SelfAttention, over the segments of an `AttentionLayout`.
+
+    It applies the rotary positions itself, so SelfAttention is built without a position embedding.
+    """
 
     def __init__(
         self,
@@ -66,7 +85,15 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
-        """As megatron-core's DotProductAttention; `windowed_layers` are the 1-based numbers of those with windows."""
+        """Take the arguments of megatron-core's DotProductAttention, and two more.
+
+        Args:
+            config: the tower's configuration.
+            layer_number: 1-based.
+            windowed_layers: 1-based numbers of the layers with windowed attention.
+            selects_tokens: whether to return the selected tokens only.
+            softmax_scale: factor of the scores; None for head_dim ** -0.5.
+        """
         super().__init__(config=config)
         self.selects_tokens = selects_tokens
         self.layer_number = layer_number
@@ -83,23 +110,31 @@ class PackedAttention(MegatronModule):
         packed_seq_params: AttentionLayout | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """query [rows, 1, heads, head_dim]; key, value [rows, 1, kv_heads, head_dim]; [rows, 1, heads * head_dim],
-        of the selected rows if it selects them.
+        """Apply the rotary positions and attend.
 
-        Query and key come without their positions.
+        Args:
+            query: [tokens, 1, heads, head_dim], without positions.
+            key: [tokens, 1, kv_heads, head_dim], without positions.
+            value: [tokens, 1, kv_heads, head_dim].
+            attention_mask: ignored; the layout replaces it.
+            packed_seq_params: the layout, with RoPE tables.
+
+        Returns:
+            [tokens, 1, heads * head_dim]; of the selected tokens only, if this layer selects tokens.
         """
         if packed_seq_params is None or packed_seq_params.rope is None:
-            raise ValueError("PackedAttention needs an AttentionLayout with a rope as packed_seq_params")
+            raise ValueError("PackedAttention needs an AttentionLayout with RoPE tables as packed_seq_params")
         rope = packed_seq_params.rope
         query, key = mrope(query.squeeze(1), key.squeeze(1), rope.cos, rope.sin, inplace=False)
-        # A view would keep the joint projection of query, key and value until the backward pass.
-        rows = (query, key, value.squeeze(1).contiguous())
+        # `value` is a view of the joint query-key-value projection. Saving the view for backward would keep the whole
+        # projection in memory, so a copy is saved instead.
+        value = value.squeeze(1).contiguous()
         if packed_seq_params.cached is not None:
-            output = packed_seq_params.cached.attend(self.layer_number, *rows, self.softmax_scale)
+            output = packed_seq_params.cached.attend(self.layer_number, query, key, value, self.softmax_scale)
         else:
             layout = packed_seq_params.windows if self.windowed else packed_seq_params.full
-            assert layout is not None, "the layout lacks what this layer reads"
-            output = shared_prefix_attention(*rows, layout, scale=self.softmax_scale)
+            assert layout is not None, "the AttentionLayout has no segments for this layer"
+            output = shared_prefix_attention(query, key, value, layout, scale=self.softmax_scale)
         if self.selects_tokens:
             output = packed_seq_params.select(output)
         return output.flatten(1).unsqueeze(1)

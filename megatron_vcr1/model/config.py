@@ -1,7 +1,12 @@
-"""The shape of a Qwen2-VL or Qwen2.5-VL model, read from a Hugging Face ``config.json``.
+"""The configuration of a Qwen2-VL or Qwen2.5-VL model, read from a Hugging Face ``config.json``.
 
-Both layouts of that file are understood: the published one, whose language-model keys stand at the top level, and the
-one that transformers 5 writes, with a nested ``text_config``.
+Both layouts of that file are supported: the published one, with the language model's keys at the top level, and the one
+that transformers 5 writes, with a nested ``text_config``.
+
+transformers.AutoConfig is not used, although it reads the published files in the same way (a test compares the two). It
+replaces missing keys by its own defaults (80 layers, a hidden size of 8192, a whole vision tower) and accepts a number
+of heads that does not divide the hidden size, so every key would have to be checked in the JSON as well. Its import
+takes seconds, and more memory than the conversion of a checkpoint needs.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ Family = Literal["qwen2_vl", "qwen2_5_vl"]
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The language model: Qwen2 with three-axis rotary positions (mRoPE)."""
+    """The language model: Qwen2 with mRoPE."""
 
     num_layers: int
     hidden_size: int
@@ -30,7 +35,7 @@ class TextConfig:
     vocab_size: int
     norm_epsilon: float
     rope_theta: float
-    mrope_section: tuple[int, int, int]  # rotary frequencies of the time, height and width axes; sum = head_dim / 2
+    mrope_section: tuple[int, int, int]  # frequencies of time, height and width; they sum to head_dim / 2
     tied_embeddings: bool
 
     @property
@@ -49,13 +54,13 @@ class VisionConfig:
     out_hidden_size: int
     patch_size: int  # pixels
     temporal_patch_size: int  # frames
-    merge_size: int  # patches a side that become one token
-    window_size: int | None  # pixels a side; None: every layer attends to the whole temporal step
-    full_attention_layers: tuple[int, ...]  # 0-based
-    tokens_per_second: int | None  # time positions a second; None: one a temporal patch, whatever it lasts
-    gated: bool  # SwiGLU with RMSNorm (2.5), or QuickGELU with LayerNorm (2)
+    merge_size: int  # merge_size x merge_size patches become one token
+    window_size: int | None  # side of an attention window, in pixels; None: full attention in every layer
+    full_attention_layers: tuple[int, ...]  # 0-based; the other layers attend within windows
+    tokens_per_second: int | None  # time positions per second; None: one per temporal patch, whatever its duration
+    gated: bool  # True: SwiGLU and RMSNorm (Qwen2.5-VL); False: QuickGELU and LayerNorm (Qwen2-VL)
     in_channels: int = 3
-    # Normalisation of pixels in [0, 1], by channel; the preprocessor's file may say otherwise.
+    # Mean and standard deviation of pixels in [0, 1], by channel; the processor's file may have other values.
     pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -65,7 +70,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one flattened patch."""
+        """Number of values in a flattened patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -75,7 +80,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A whole vision-language model."""
+    """A vision-language model: language model, vision tower and the ids of the pads."""
 
     family: Family
     text: TextConfig
@@ -85,7 +90,7 @@ class ModelConfig:
 
     @property
     def shape(self) -> ModelShape:
-        """The numbers that config.layout.check_layout compares with a division among ranks."""
+        """The sizes that config.layout.check_layout compares with a layout."""
         return ModelShape(
             num_layers=self.text.num_layers,
             num_heads=self.text.num_heads,
@@ -98,18 +103,19 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
-        """Read ``config.json`` of a Hugging Face (or imported) directory.
+        """Read ``config.json``, and the processor's pixel statistics, of a Hugging Face or imported directory.
 
         Raises:
-            UserError: the file is missing, is not JSON, lacks a key, or describes a model of another kind.
+            UserError: the file is missing, is not JSON, lacks a key, or describes a model of another kind; the message
+                names the file and the key.
         """
         path = Path(model_dir) / "config.json"
         try:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
-            raise UserError(f"{path}: not found; {_what_to_name(path.parent)}") from None
+            raise UserError(f"{path}: not found; {_advice_without_config(path.parent)}") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable as JSON: {error}") from error
+            raise UserError(f"{path}: cannot be read as JSON: {error}") from error
         try:
             config = cls.from_dict(raw)
         except UserError as error:
@@ -119,16 +125,20 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Build from the parsed JSON object. Raises UserError naming the key."""
+        """Build the configuration from the parsed JSON object.
+
+        Raises:
+            UserError: a key is missing or has a value that is not supported; the message names the key.
+        """
         family = raw.get("model_type")
         if family not in ("qwen2_vl", "qwen2_5_vl"):
-            raise UserError(f"model_type is {family!r}; this package builds qwen2_vl and qwen2_5_vl")
+            raise UserError(f"model_type is {family!r}; the supported types are qwen2_vl and qwen2_5_vl")
         if raw.get("quantization_config"):
             raise UserError("quantization_config is set; convert the unquantized checkpoint instead")
         text_raw = {**raw, **raw.get("text_config", {})}
         if not raw.get("vision_config"):
             raise UserError("vision_config is missing")
-        # transformers 4.52 to 4.57 saved this key of the whole model in text_config alone.
+        # transformers 4.52 to 4.57 wrote this key, which concerns the whole model, to text_config only.
         tied = any(part.get("tie_word_embeddings") for part in (raw, raw.get("text_config", {})))
         text = _text_config(text_raw, tied=tied)
         vision = _vision_config(family, raw["vision_config"], text.hidden_size)
@@ -143,10 +153,10 @@ class ModelConfig:
         return config
 
 
-def _what_to_name(model_dir: Path) -> str:
-    """For who named a directory without a model."""
+def _advice_without_config(model_dir: Path) -> str:
+    """Return advice for a user who named a directory without a config.json."""
     if (model_dir / "checkpoints").is_dir():
-        return f"{model_dir} is a run's folder: name its export, or one of its checkpoints/step_N"
+        return f"{model_dir} is a run directory: name its export, or one of its checkpoints/step_N"
     return (
         "name a directory that holds a Qwen2-VL or Qwen2.5-VL model; `hf download Qwen/Qwen2.5-VL-7B-Instruct "
         "--local-dir DIR` fetches one"
@@ -154,6 +164,7 @@ def _what_to_name(model_dir: Path) -> str:
 
 
 def _require(raw: Mapping[str, Any], key: str, where: str) -> Any:
+    """Return the value of a key that has no default."""
     if raw.get(key) is None:
         raise UserError(f"{where} lacks {key!r}")
     return raw[key]
@@ -163,11 +174,11 @@ def _text_config(raw: Mapping[str, Any], *, tied: bool) -> TextConfig:
     where = "the language model's configuration"
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if (kind := rope.get("rope_type") or rope.get("type")) not in (None, "default", "mrope"):
-        raise UserError(
-            f"rope type {kind!r} is set; this package builds the published models' positions, 'mrope', alone"
-        )
+        raise UserError(f"rope type {kind!r} is set; only 'mrope', the published models' type, is supported")
     if raw.get("use_sliding_window"):
-        raise UserError("use_sliding_window is true; no published Qwen2-VL or Qwen2.5-VL model uses it")
+        raise UserError(
+            "use_sliding_window is true; it is not supported, and no published Qwen2-VL or Qwen2.5-VL model uses it"
+        )
     return TextConfig(
         num_layers=_require(raw, "num_hidden_layers", where),
         hidden_size=_require(raw, "hidden_size", where),
@@ -183,12 +194,12 @@ def _text_config(raw: Mapping[str, Any], *, tied: bool) -> TextConfig:
 
 
 def _vision_config(family: Family, raw: Mapping[str, Any], text_hidden_size: int) -> VisionConfig:
-    # Published files leave out what equals the families' defaults (depth 32, 16 heads, patches of 2 x 14 x 14).
+    # Published files omit keys that have the family's default values (depth 32, 16 heads, patches of 2 x 14 x 14).
     if family == "qwen2_5_vl":
         hidden_size = _require(raw, "hidden_size", "vision_config")
         ffn_hidden_size = _require(raw, "intermediate_size", "vision_config")
         out_hidden_size = raw.get("out_hidden_size", text_hidden_size)
-    else:  # Qwen2-VL's "hidden_size" is the width that the merger puts out
+    else:  # in Qwen2-VL's file, "hidden_size" is the size of the merger's output
         hidden_size = raw.get("embed_dim", 1280)
         ffn_hidden_size = int(hidden_size * raw.get("mlp_ratio", 4))
         out_hidden_size = raw.get("hidden_size", text_hidden_size)
@@ -212,7 +223,10 @@ def _vision_config(family: Family, raw: Mapping[str, Any], text_hidden_size: int
 
 
 def _pixel_statistics(model_dir: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation, if the processor's file names them: transformers 5 nests them, earlier versions do not."""
+    """Return the mean and standard deviation of pixels from the processor's file; None if it has none.
+
+    transformers 5 nests them in processor_config.json; earlier versions wrote preprocessor_config.json.
+    """
     for name, read in (
         ("processor_config.json", lambda raw: raw.get("image_processor", {})),
         ("preprocessor_config.json", lambda raw: raw),
@@ -222,30 +236,32 @@ def _pixel_statistics(model_dir: Path) -> tuple[tuple[float, ...], tuple[float, 
             try:
                 settings = read(json.loads(path.read_text()))
             except ValueError as error:
-                raise UserError(f"{path}: not readable as JSON: {error}") from None
+                raise UserError(f"{path}: cannot be read as JSON: {error}") from None
             if "image_mean" in settings and "image_std" in settings:
                 return tuple(settings["image_mean"]), tuple(settings["image_std"])
     return None
 
 
 def _check(config: ModelConfig) -> None:
+    """Raise UserError if sizes do not fit together."""
     text, vision = config.text, config.vision
     for name, part in (("the language model", text), ("vision_config", vision)):
         if part.hidden_size % part.num_heads:
-            raise UserError(f"{name}: hidden size {part.hidden_size} is no multiple of {part.num_heads} heads")
+            raise UserError(f"{name}: hidden size {part.hidden_size} is not a multiple of {part.num_heads} heads")
     if text.num_heads % text.num_kv_heads:
-        raise UserError(f"{text.num_heads} heads do not divide among {text.num_kv_heads} key-value heads")
+        raise UserError(f"{text.num_heads} heads are not a multiple of {text.num_kv_heads} key-value heads")
     if 2 * sum(text.mrope_section) != text.head_dim:
         raise UserError(
-            f"mrope_section {list(text.mrope_section)} must sum to half the head size, {text.head_dim // 2}"
+            f"mrope_section {list(text.mrope_section)} must sum to half the head dimension, {text.head_dim // 2}"
         )
     if vision.head_dim % 4:
         raise UserError(
-            f"vision_config: head size {vision.head_dim} must be a multiple of 4 for two-axis rotary positions"
+            f"vision_config: head dimension {vision.head_dim} must be a multiple of 4 for two-axis rotary positions"
         )
     if vision.out_hidden_size != text.hidden_size:
         raise UserError(
-            f"the merger puts out {vision.out_hidden_size} features, the language model takes {text.hidden_size}"
+            f"the merger's output has {vision.out_hidden_size} features, but the language model's hidden size is "
+            f"{text.hidden_size}"
         )
     if vision.window_size is not None and vision.window_size < vision.merge_size * vision.patch_size:
         raise UserError(f"vision_config: window_size {vision.window_size} is smaller than one merged token")

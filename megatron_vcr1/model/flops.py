@@ -1,13 +1,13 @@
-"""Floating-point operations of the model, counted by part: for model FLOPs utilisation and for planning.
+"""The model's floating-point operations by part, for model FLOPs utilization (MFU) and for planning.
 
-A multiplication and an addition are two operations. Matrix products and attention are counted; norms, activations and
-rotary positions, well under 1 %, are not. Attention counts the pairs of rows that the mask lets through: causal
-attention is half a square, and a prompt that G responses share is counted once. Behind the last layer's attention only
-the rows of targets count.
+A multiplication and an addition count as two operations. Matmuls and attention are counted. Norms, activations and
+rotary positions are well under 1 % and are not. Attention counts the query-key pairs that the mask allows: causal
+attention is half a square, and a prompt that G responses share is counted once. After the last layer's attention, only
+the tokens that predict targets are counted, since no others are computed.
 
-Backward costs a product for each gradient: of the weights, unless frozen, and of the input, if anything before it
-learns. Model FLOPs are forward and backward, whatever is computed again; utilisation is model FLOPs over the time and
-the device's peak (PaLM, arXiv 2204.02311, appendix B, with half-squares where attention is causal).
+Backward has one matmul per gradient: the weight's, unless it is frozen, and the input's, if anything before it is
+trained. Model FLOPs are those of forward and backward without recomputation. MFU is model FLOPs divided by the time and
+by the device's peak (PaLM, arXiv 2204.02311, appendix B, but with half squares for causal attention).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron_vcr1.model.packed_batch import PackedBatch
 
 Grid = tuple[int, int, int]  # patches in time, height, width
 
-# Published dense peaks of matrix products in bfloat16 with float32 accumulation, without sparsity, FLOP/s. The first
-# whose words are in a device's name counts.
+# Published peaks of dense bfloat16 matmuls with float32 accumulation, in FLOP/s. The first entry whose words are all in
+# the device's name is used, so longer names come before the names that they contain.
 BF16_PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -37,40 +37,41 @@ BF16_PEAKS = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How much a forward pass computes on; workloads add up."""
+    """The size of a forward pass. Workloads can be added."""
 
-    patches: int = 0
-    window_pairs: int = 0  # pairs of patches that see each other in a layer with windows
+    patches: int = 0  # patches of the vision tower
+    window_pairs: int = 0  # pairs of query and key patches in a layer with windowed attention
     full_pairs: int = 0  # the same in a layer that attends to whole temporal steps
-    tokens: int = 0  # of the language model
-    text_pairs: int = 0  # pairs of rows, query and key, that the language model's mask lets through
-    targets: int = 0  # rows of the head
+    tokens: int = 0  # tokens of the language model
+    text_pairs: int = 0  # pairs of query and key tokens that the language model's mask allows
+    targets: int = 0  # tokens that the head scores
 
     def __add__(self, other: Workload) -> Workload:
-        return Workload(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return Workload(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @classmethod
     def of_group(
         cls, config: ModelConfig, num_prompt_tokens: int, response_lengths: Sequence[int], grids: Iterable[Grid] = ()
     ) -> Workload:
-        """A prompt and the responses that share it, as `pack` lays them out: the last token of each is not fed.
+        """Return the workload of a prompt and the responses that share it, packed as `packed_batch.pack` packs them.
 
         Args:
-            num_prompt_tokens: text and vision tokens.
-            response_lengths: tokens of each response, at least 1.
-            grids: of the prompt's images and videos.
+            config: the model.
+            num_prompt_tokens: number of text and vision tokens of the prompt.
+            response_lengths: number of tokens of each response, at least 1.
+            grids: patches of each of the prompt's images and videos.
         """
-        fed = [length - 1 for length in response_lengths]
-        lengths = (num_prompt_tokens, *fed)
+        input_lengths = [length - 1 for length in response_lengths]  # a response's last token is not an input
+        lengths = (num_prompt_tokens, *input_lengths)
         return _vision_workload(config.vision, grids) + cls(
             tokens=sum(lengths),
-            text_pairs=sum(map(_half_square, lengths)) + num_prompt_tokens * sum(fed),
+            text_pairs=sum(map(_half_square, lengths)) + num_prompt_tokens * sum(input_lengths),
             targets=sum(response_lengths),
         )
 
     @classmethod
     def of_batch(cls, config: ModelConfig, batch: PackedBatch) -> Workload:
-        """A packed microbatch."""
+        """Return the workload of a packed microbatch."""
         layout = batch.layout
         prefixes = (0 if prefix < 0 else layout.lengths[prefix] for prefix in layout.prefixes)
         return _vision_workload(config.vision, (item.grid_thw for item in batch.vision)) + cls(
@@ -84,14 +85,14 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Operations by part; they add up, part by part."""
+    """Floating-point operations by part of the model. They can be added, part by part."""
 
     patch_embed: float = 0
     vision_layers: float = 0  # linear layers of the vision tower
-    vision_attention: float = 0
+    vision_attention: float = 0  # scores and weighted values, without the projections
     merger: float = 0
-    text_layers: float = 0
-    text_attention: float = 0
+    text_layers: float = 0  # linear layers of the language model
+    text_attention: float = 0  # scores and weighted values, without the projections
     head: float = 0
 
     @property
@@ -103,11 +104,11 @@ class Flops:
         return self.vision + self.text_layers + self.text_attention + self.head
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return Flops(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 def forward_flops(config: ModelConfig, work: Workload) -> Flops:
-    """One forward pass, head included."""
+    """Count one forward pass, including the head."""
     text, vision = config.text, config.vision
     num_full = len(vision.full_attention_layers) if vision.window_size is not None else vision.num_layers
     vision_pairs = num_full * work.full_pairs + (vision.num_layers - num_full) * work.window_pairs
@@ -124,58 +125,67 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
 
 
 def training_flops(config: ModelConfig, work: Workload, *, freeze: Collection[str] = ()) -> Flops:
-    """Model FLOPs of a forward and a backward pass.
+    """Count the model FLOPs of a forward and a backward pass.
 
     Args:
-        freeze: parts that do not learn, as `model.freeze` names them.
+        config: the model.
+        work: size of the forward pass.
+        freeze: frozen parts, by their names in the setting `model.freeze`.
     """
-    once = forward_flops(config, work)
-    text_learns, merger_learns, tower_learns = (
+    forward = forward_flops(config, work)
+    trains_text, trains_merger, trains_tower = (
         part not in freeze for part in ("language_model", "merger", "vision_tower")
     )
-    text = 1 + text_learns  # products of a backward pass; the input's gradient goes on to the embeddings or the merger
-    merger = merger_learns + (merger_learns or tower_learns)
-    tower = 2 * tower_learns
+    # Matmuls of the backward pass for each matmul of the forward pass: one for the weight's gradient, one for the
+    # input's. The language model always computes the input's gradient, for the embeddings or the merger.
+    text = 1 + trains_text
+    merger = trains_merger + (trains_merger or trains_tower)
+    tower = 2 * trains_tower
     return Flops(
-        patch_embed=once.patch_embed * (1 + tower_learns),  # pixels need no gradient
-        vision_layers=once.vision_layers * (1 + tower),
-        vision_attention=once.vision_attention * (1 + tower),
-        merger=once.merger * (1 + merger),
-        text_layers=once.text_layers * (1 + text),
-        text_attention=once.text_attention * 3,  # two inputs in each of its two products, and no weights
-        head=once.head * (1 + text),
+        patch_embed=forward.patch_embed * (1 + trains_tower),  # pixels need no gradient
+        vision_layers=forward.vision_layers * (1 + tower),
+        vision_attention=forward.vision_attention * (1 + tower),
+        merger=forward.merger * (1 + merger),
+        text_layers=forward.text_layers * (1 + text),
+        text_attention=forward.text_attention * 3,  # both matmuls have two activations as inputs, and no weight
+        head=forward.head * (1 + text),
     )
 
 
 def recomputed_flops(
     config: ModelConfig, work: Workload, recompute: RecomputeSection, *, freeze: Collection[str] = ()
 ) -> Flops:
-    """What the backward pass computes again by choice; what attention kernels recompute inside is not in it."""
-    once = forward_flops(config, work)
+    """Count what the backward pass recomputes because of the [recompute] settings.
+
+    The recomputation inside attention kernels is not included.
+    """
+    forward = forward_flops(config, work)
     if "vision_tower" in freeze:  # it has no backward pass
-        once = replace(once, vision_layers=0, vision_attention=0)
+        forward = replace(forward, vision_layers=0, vision_attention=0)
     if recompute.granularity == "none":
         return Flops()
     if recompute.granularity == "full":
-        return replace(once, patch_embed=0, merger=0, head=0)
-    again = Flops()
+        return replace(forward, patch_embed=0, merger=0, head=0)
+    recomputed = Flops()
     if "core_attn" in recompute.modules:
-        again += Flops(vision_attention=once.vision_attention, text_attention=once.text_attention)
+        recomputed += Flops(vision_attention=forward.vision_attention, text_attention=forward.text_attention)
     if "mlp" in recompute.modules:
-        again += Flops(
-            vision_layers=once.vision_layers * vision_mlp_weights(config.vision) / vision_layer_weights(config.vision),
+        recomputed += Flops(
+            vision_layers=forward.vision_layers
+            * vision_mlp_weights(config.vision)
+            / vision_layer_weights(config.vision),
             text_layers=2 * _tokens_after_attention(config, work) * text_mlp_weights(config.text),
         )
-    return again
+    return recomputed
 
 
 def bf16_peak(device_name: str) -> float | None:
-    """FLOP/s of a GPU by the name that CUDA gives it; None if it is not in `BF16_PEAKS`."""
+    """Return the peak FLOP/s of a GPU, by the name that CUDA reports; None if it is not in `BF16_PEAKS`."""
     return next((peak for name, peak in BF16_PEAKS.items() if all(word in device_name for word in name.split())), None)
 
 
 def text_layer_weights(text: TextConfig) -> int:
-    """Numbers in the matrices of one language-model layer."""
+    """Return the number of weights in the matrices of one language-model layer."""
     return _text_qkv_weights(text) + text.hidden_size * text.num_heads * text.head_dim + text_mlp_weights(text)
 
 
@@ -184,48 +194,60 @@ def _text_qkv_weights(text: TextConfig) -> int:
 
 
 def _tokens_after_attention(config: ModelConfig, work: Workload) -> int:
-    """Of the output projections and MLPs, over all layers."""
+    """Return the number of tokens that output projections and MLPs compute, summed over all layers.
+
+    The last layer computes only the tokens that predict targets (`layer_specs.TokenSelectingLayer`).
+    """
     return work.tokens * (config.text.num_layers - 1) + work.targets
 
 
 def text_mlp_weights(text: TextConfig) -> int:
+    """Return the number of weights in the gate, up and down projections of one language-model layer."""
     return 3 * text.hidden_size * text.ffn_hidden_size
 
 
 def vision_layer_weights(vision: VisionConfig) -> int:
-    """Numbers in the matrices of one layer of the vision tower."""
+    """Return the number of weights in the matrices of one layer of the vision tower."""
     return 4 * vision.hidden_size**2 + vision_mlp_weights(vision)
 
 
 def vision_mlp_weights(vision: VisionConfig) -> int:
+    """Return the number of weights in the MLP matrices of one layer of the vision tower."""
     return (3 if vision.gated else 2) * vision.hidden_size * vision.ffn_hidden_size
 
 
 def merger_weights(vision: VisionConfig) -> int:
-    """Numbers in the matrices of the patch merger."""
+    """Return the number of weights in the matrices of the patch merger."""
     unit_size = vision.hidden_size * vision.patches_per_token
     return unit_size * (unit_size + vision.out_hidden_size)
 
 
 def _vision_workload(vision: VisionConfig, grids: Iterable[Grid]) -> Workload:
     total = Workload()
-    for steps, height, width in grids:
-        a_step = height * width
-        windows = a_step**2
+    for num_steps, height, width in grids:
+        step_patches = height * width  # attention never crosses temporal steps
+        window_pairs = step_patches**2
         if vision.window_size is not None:
-            side = vision.window_size // vision.merge_size // vision.patch_size  # merge units
-            windows = _squares(height // vision.merge_size, side) * _squares(width // vision.merge_size, side)
-            windows *= vision.patches_per_token**2
-        total += Workload(patches=steps * a_step, window_pairs=steps * windows, full_pairs=steps * a_step**2)
+            side = (
+                vision.window_size // vision.merge_size // vision.patch_size
+            )  # in merge units (blocks of patches that become one token)
+            # The sum over windows of (rows * columns)^2 is a product of two sums, over rows and over columns.
+            window_pairs = _sum_of_squares(height // vision.merge_size, side)
+            window_pairs *= _sum_of_squares(width // vision.merge_size, side) * vision.patches_per_token**2
+        total += Workload(
+            patches=num_steps * step_patches,
+            window_pairs=num_steps * window_pairs,
+            full_pairs=num_steps * step_patches**2,
+        )
     return total
 
 
-def _squares(length: int, side: int) -> int:
-    """Sum of the squares of the pieces that `length` is cut into, `side` long but for the last."""
-    whole, rest = divmod(length, side)
-    return whole * side**2 + rest**2
+def _sum_of_squares(length: int, side: int) -> int:
+    """Split `length` into parts of `side` and a shorter last one; return the sum of the squares of the parts."""
+    num_whole, rest = divmod(length, side)
+    return num_whole * side**2 + rest**2
 
 
 def _half_square(length: int) -> int:
-    """Pairs (i, j) with 0 <= j <= i < length."""
+    """Return the number of pairs (i, j) with 0 <= j <= i < length: the pairs of causal attention."""
     return length * (length + 1) // 2

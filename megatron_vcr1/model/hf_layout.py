@@ -1,9 +1,9 @@
-"""Where the rows of every Megatron tensor stand in the Hugging Face tensors: one description for every conversion.
+"""The mapping between the rows of Megatron tensors and Hugging Face tensors, which all conversions share.
 
-A Megatron tensor is a stack of row blocks of Hugging Face tensors: the attention input projection interleaves query,
-key and value rows by key-value group, the gated MLP stacks gate on up, everything else is one block. Rows are the first
-dimension; the dimensions behind it are flattened into columns and never cut. Every Hugging Face tensor belongs to
-exactly one Megatron tensor.
+A Megatron tensor is a stack of row blocks of Hugging Face tensors. The query-key-value projection interleaves its
+rows by key-value group, the gated MLP stacks the gate on top of the up projection, and every other tensor is
+one block. Rows are the first dimension; the remaining dimensions are flattened into columns and never split. Every
+Hugging Face tensor belongs to exactly one Megatron tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_vcr1.model.config import ModelConfig, TextConfig, VisionConfig
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Consecutive rows of a Hugging Face tensor that are consecutive rows of a Megatron tensor."""
+    """A range of rows that is contiguous both in a Hugging Face tensor and in a Megatron tensor."""
 
     hf_name: str
     hf_row: int  # first row in the Hugging Face tensor
@@ -30,19 +30,20 @@ class RowBlock:
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
-    """One Megatron tensor: its checkpoint key, its global shape, and the blocks that fill its rows without a gap."""
+    """A Megatron tensor: its checkpoint key, its global shape, and the blocks that cover its rows without gaps."""
 
     key: str
     shape: tuple[int, ...]
     blocks: tuple[RowBlock, ...]
-    hf_shapes: Mapping[str, tuple[int, ...]]  # of the Hugging Face tensors, by their published names
+    hf_shapes: Mapping[str, tuple[int, ...]]  # shapes of the Hugging Face tensors, by published name
 
     @property
     def num_columns(self) -> int:
+        """Number of columns: the product of all dimensions after the first."""
         return math.prod(self.shape[1:])
 
     def blocks_in(self, start: int, stop: int) -> Iterator[RowBlock]:
-        """The blocks, cut to Megatron rows [start, stop); their ``row`` counts from ``start``."""
+        """Yield the parts of the blocks in Megatron rows [start, stop); their ``row`` is relative to ``start``."""
         for block in self.blocks:
             first = max(start, block.row)
             last = min(stop, block.row + block.num_rows)
@@ -51,18 +52,18 @@ class TensorLayout:
 
 
 def model_layout(config: ModelConfig) -> dict[str, TensorLayout]:
-    """Every tensor of the model, by Megatron key, in the order of the forward pass."""
+    """Return the layout of every tensor of the model by Megatron key, in the order of the forward pass."""
     layouts = [*_vision_tower(config.vision), *_language_model(config.text)]
     return {layout.key: layout for layout in layouts}
 
 
 def hf_shapes(layouts: Mapping[str, TensorLayout]) -> dict[str, tuple[int, ...]]:
-    """The shape of every Hugging Face tensor, by published name."""
+    """Return the shape of every Hugging Face tensor by published name."""
     return {name: shape for layout in layouts.values() for name, shape in layout.hf_shapes.items()}
 
 
 def published_name(hf_name: str) -> str:
-    """The published name (``visual.*``, ``model.layers.*``) of a tensor that a transformers version may have renamed.
+    """Return the published name (``visual.*``, ``model.layers.*``) of a tensor, which transformers may have renamed.
 
     >>> published_name("model.language_model.norm.weight"), published_name("model.visual.merger.ln_q.weight")
     ('model.norm.weight', 'visual.merger.ln_q.weight')
@@ -75,10 +76,17 @@ def published_name(hf_name: str) -> str:
 
 
 def to_megatron(layout: TensorLayout, hf_tensors: Mapping[str, Tensor]) -> Tensor:
-    """Build a whole Megatron tensor, of shape ``layout.shape``, from Hugging Face tensors by published name.
+    """Build a whole Megatron tensor from Hugging Face tensors.
+
+    Args:
+        layout: the tensor to build.
+        hf_tensors: Hugging Face tensors by published name.
+
+    Returns:
+        A tensor of shape ``layout.shape``.
 
     Raises:
-        KeyError: a tensor is missing.
+        KeyError: a Hugging Face tensor is missing.
     """
     rows = [
         hf_tensors[block.hf_name].reshape(-1, layout.num_columns)[block.hf_row : block.hf_row + block.num_rows]
@@ -88,9 +96,9 @@ def to_megatron(layout: TensorLayout, hf_tensors: Mapping[str, Tensor]) -> Tenso
 
 
 def to_hf(layout: TensorLayout, tensor: Tensor) -> dict[str, Tensor]:
-    """Take a whole Megatron tensor apart; the inverse of `to_megatron`.
+    """Split a whole Megatron tensor into its Hugging Face tensors, by published name; the inverse of `to_megatron`.
 
-    Rows beyond ``layout.shape`` (a padded vocabulary) are left out.
+    Rows beyond ``layout.shape``, which pad the vocabulary, are dropped.
     """
     rows = tensor.reshape(tensor.shape[0], layout.num_columns)
     hf_tensors = {}
@@ -115,7 +123,7 @@ def _language_model(config: TextConfig) -> Iterator[TensorLayout]:
 
 def _language_layer(config: TextConfig, key: str, hf_name: str) -> Iterator[TensorLayout]:
     hidden, ffn_hidden = config.hidden_size, config.ffn_hidden_size
-    query_rows = config.num_heads // config.num_kv_heads * config.head_dim  # of one key-value group
+    query_rows = config.num_heads // config.num_kv_heads * config.head_dim  # query rows of one key-value group
     attention, hf_attention = f"{key}.self_attention", f"{hf_name}.self_attn"
     yield _whole(f"{attention}.linear_qkv.layer_norm_weight", f"{hf_name}.input_layernorm.weight", hidden)
     for part, columns in (("weight", (hidden,)), ("bias", ())):
@@ -179,10 +187,12 @@ def _merger(config: VisionConfig) -> Iterator[TensorLayout]:
 
 
 def _whole(key: str, hf_name: str, *shape: int) -> TensorLayout:
+    """Describe a Megatron tensor that equals a Hugging Face tensor."""
     return TensorLayout(key, shape, (RowBlock(hf_name, 0, 0, shape[0]),), {hf_name: shape})
 
 
 def _gate_on_up(key: str, hf_mlp: str, part: str, ffn_hidden: int, columns: tuple[int, ...]) -> TensorLayout:
+    """Describe the first layer of a gated MLP: all rows of the gate projection, then all rows of the up projection."""
     sources = [(f"{hf_mlp}.{name}.{part}", 0, ffn_hidden) for name in ("gate_proj", "up_proj")]
     return _interleaved(f"{key}.{part}", sources, 1, columns)
 
@@ -190,7 +200,15 @@ def _gate_on_up(key: str, hf_mlp: str, part: str, ffn_hidden: int, columns: tupl
 def _interleaved(
     key: str, sources: list[tuple[str, int, int]], num_groups: int, columns: tuple[int, ...]
 ) -> TensorLayout:
-    """Groups one after another, each with its rows of every source ``(name, first row of group 0, rows a group)``."""
+    """Describe a tensor that is a sequence of groups, each with rows of every source.
+
+    Args:
+        key: checkpoint key of the Megatron tensor.
+        sources: for each Hugging Face source ``(name, first row of group 0, rows per group)``, in the order within a
+            group. One name may occur several times.
+        num_groups: number of groups.
+        columns: the dimensions after the first.
+    """
     blocks: list[RowBlock] = []
     hf_rows: dict[str, int] = {}
     row = 0

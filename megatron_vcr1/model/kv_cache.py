@@ -1,8 +1,13 @@
-"""Keys and values of generation: each prompt's once, and behind it those of every response.
+"""The KV cache of generation: the keys and values of each prompt once, and those of every response after it.
 
-The responses of a group read the same prompt keys. Their queries are laid side by side and meet the prompt in one
-product, as one query of many rows; their own tokens are few, and equally many in all responses, which decode in step.
-The softmax over both parts is joined by the parts' log-sum-exps, as in vcr1_kernels' shared-prefix attention.
+All responses of a group read the same prompt keys. `KVCache.attend` therefore computes attention in two parts:
+
+1. Prompt part: the queries of a group's responses are stacked and attend to the prompt in one matmul, as if they were
+   one sequence of many queries.
+2. Response part: each response attends to its own few tokens. All responses decode in step, so they have the same
+   number of tokens and one batched matmul serves them all.
+
+The two outputs are combined with their log-sum-exps, as in vcr1_kernels' shared-prefix attention.
 """
 
 from __future__ import annotations
@@ -14,171 +19,213 @@ import torch
 from torch import Tensor
 from vcr1_kernels import SegmentLayout, shared_prefix_attention
 
-# Room for a response's own tokens grows by doubling: most responses end long before the limit.
+# The capacity for response tokens starts here and doubles when it is full: most responses end long before the limit.
 _FIRST_CAPACITY = 64
-# Keys of a prompt are padded to a multiple of this, as GPU attention with a mask asks for.
+# Prompt keys are padded to a multiple of this, as GPU attention with a mask requires.
 _LENGTH_MULTIPLE = 16
 
 
 @dataclass
 class _Layer:
-    """One layer's memory; heads before lengths, as products want them."""
+    """The cached keys and values of one layer; heads come before tokens, as batched matmuls need them."""
 
-    prompt_keys: Tensor  # [groups, kv_heads, longest_prompt, head_dim], zero behind a prompt's end
+    prompt_keys: Tensor  # [groups, kv_heads, longest_prompt, head_dim], zero after a prompt's end
     prompt_values: Tensor
-    own_keys: Tensor  # [rows, kv_heads, capacity, head_dim]
-    own_values: Tensor
+    response_keys: Tensor  # [responses, kv_heads, capacity, head_dim]
+    response_values: Tensor
 
 
 class KVCache:
-    """Memory of the responses that decode together, one row each, and of their groups' prompts, for this rank's layers.
+    """Keys and values of the responses that decode together and of their groups' prompts, for this rank's layers.
 
-    Fill it with a `PrefillAttention` for the prompts, then decode with `attend`, a token a row and pass.
+    Fill it by running the model on the prompts with a `PrefillAttention`. Then run the model on one new token per
+    response and pass with the cache itself as the attention, and call `advance` after each pass.
     """
 
     def __init__(
-        self, prompt_lengths: Sequence[int], response_groups: Sequence[int], max_own_tokens: int, device: torch.device
+        self,
+        prompt_lengths: Sequence[int],
+        response_groups: Sequence[int],
+        max_response_tokens: int,
+        device: torch.device,
     ) -> None:
-        """
+        """Prepare an empty cache; memory is allocated as layers store into it.
+
         Args:
-            prompt_lengths: tokens of each group's prompt.
-            response_groups: each row's group; ascending.
-            max_own_tokens: most tokens that a row will ever hold.
+            prompt_lengths: number of tokens of each group's prompt.
+            response_groups: group index of each response, ascending.
+            max_response_tokens: the most tokens that a response will ever have in the cache.
+            device: device of the keys and values.
         """
-        self.num_own = 0
-        self._max_own_tokens = max_own_tokens
+        self.num_response_tokens = 0  # tokens of each response that all layers have stored
+        self._max_response_tokens = max_response_tokens
         self.device = device
         self._layers: dict[int, _Layer] = {}
-        self._lay_out(list(prompt_lengths), list(response_groups))
+        self._index_responses(list(prompt_lengths), list(response_groups))
 
-    def _lay_out(self, prompt_lengths: list[int], response_groups: list[int]) -> None:
-        """Where each row's query stands in a table [groups, width], whose spare cells repeat row 0."""
+    def _index_responses(self, prompt_lengths: list[int], response_groups: list[int]) -> None:
+        """Compute where each response's query is in the padded table [groups, width] of the prompt part.
+
+        Width is the size of the largest group. Unused cells of smaller groups repeat response 0, and their results are
+        dropped.
+        """
         self.prompt_lengths, self.response_groups = prompt_lengths, response_groups
         self.longest_prompt = -(-max(prompt_lengths) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        rows_of_groups: list[list[int]] = [[] for _ in prompt_lengths]
-        for row, group in enumerate(response_groups):
-            rows_of_groups[group].append(row)
-        self._width = max(map(len, rows_of_groups))
-        self._table: Tensor | None = None
-        self._cells: Tensor | None = None
-        if any(len(rows) < self._width for rows in rows_of_groups):
-            table = [rows + [0] * (self._width - len(rows)) for rows in rows_of_groups]
+        members: list[list[int]] = [[] for _ in prompt_lengths]
+        for response, group in enumerate(response_groups):
+            members[group].append(response)
+        self._width = max(map(len, members))
+        self._response_of_cell: Tensor | None = None  # [groups * width]; None: the table is the responses in order
+        self._cell_of_response: Tensor | None = None  # [responses]
+        if any(len(responses) < self._width for responses in members):
+            table = [responses + [0] * (self._width - len(responses)) for responses in members]
             cells = [
-                group * self._width + place for group, rows in enumerate(rows_of_groups) for place in range(len(rows))
+                group * self._width + place
+                for group, responses in enumerate(members)
+                for place in range(len(responses))
             ]
-            self._table = torch.tensor(table, device=self.device).flatten()
-            self._cells = torch.tensor(cells, device=self.device)
+            self._response_of_cell = torch.tensor(table, device=self.device).flatten()
+            self._cell_of_response = torch.tensor(cells, device=self.device)
         self._mask: Tensor | None = None  # 0 or -inf, [groups, 1, 1, longest_prompt]
         if min(prompt_lengths) < self.longest_prompt:
-            is_behind = torch.arange(self.longest_prompt) >= torch.tensor(prompt_lengths)[:, None]
-            mask = torch.zeros(is_behind.shape).masked_fill(is_behind, -torch.inf)
+            is_padding = torch.arange(self.longest_prompt) >= torch.tensor(prompt_lengths)[:, None]
+            mask = torch.zeros(is_padding.shape).masked_fill(is_padding, -torch.inf)
             self._mask = mask[:, None, None].to(self.device)
 
-    def store_prompt(self, layer_number: int, key: Tensor, value: Tensor, groups: Tensor, places: Tensor) -> None:
-        """Keep a layer's keys and values of prompt tokens, [tokens, kv_heads, head_dim]."""
+    def store_prompt(self, layer_number: int, key: Tensor, value: Tensor, groups: Tensor, positions: Tensor) -> None:
+        """Store a layer's keys and values of prompt tokens.
+
+        Args:
+            layer_number: the layer.
+            key, value: [tokens, kv_heads, head_dim].
+            groups: int64 [tokens], the group of each token.
+            positions: int64 [tokens], the index of each token in its prompt.
+        """
         if layer_number not in self._layers:
             _, num_kv_heads, head_dim = key.shape
             prompt_shape = (len(self.prompt_lengths), num_kv_heads, self.longest_prompt, head_dim)
-            own_shape = (len(self.response_groups), num_kv_heads, 0, head_dim)
+            response_shape = (len(self.response_groups), num_kv_heads, 0, head_dim)
             self._layers[layer_number] = _Layer(
                 key.new_zeros(prompt_shape),
                 key.new_zeros(prompt_shape),
-                key.new_empty(own_shape),
-                key.new_empty(own_shape),
+                key.new_empty(response_shape),
+                key.new_empty(response_shape),
             )
         layer = self._layers[layer_number]
-        layer.prompt_keys[groups, :, places] = key
-        layer.prompt_values[groups, :, places] = value
+        layer.prompt_keys[groups, :, positions] = key
+        layer.prompt_values[groups, :, positions] = value
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention of one new token a row, whose key and value are kept; `advance` after the last layer.
+        """Store the key and value of one new token per response, and attend to the prompt and the response.
+
+        Call `advance` after the last layer.
 
         Args:
-            query: [rows, heads, head_dim].
-            key, value: [rows, kv_heads, head_dim].
+            layer_number: the layer.
+            query: [responses, heads, head_dim].
+            key, value: [responses, kv_heads, head_dim].
+            scale: factor of the scores; None for head_dim ** -0.5.
 
         Returns:
-            [rows, heads, head_dim].
+            [responses, heads, head_dim].
         """
-        num_rows, num_heads, head_dim = query.shape
+        num_responses, num_heads, head_dim = query.shape
         num_kv_heads = key.shape[1]
         layer = self._layers[layer_number]
-        self._keep_own(layer, key, value)
-        num_own = self.num_own + 1
-        # The query heads that share a key head are rows of one product.
-        by_key_head = query.reshape(num_rows, num_kv_heads, -1, head_dim)
-        own, own_lse = _partial_attention(
-            by_key_head, layer.own_keys[:, :, :num_own], layer.own_values[:, :, :num_own], None, scale
+        self._store_response_tokens(layer, key, value)
+        num_tokens = self.num_response_tokens + 1  # `advance` counts the new token only after the last layer
+        # Grouped-query attention: the query heads that share a key-value head become rows of one matmul.
+        grouped = query.reshape(num_responses, num_kv_heads, -1, head_dim)
+        response_output, response_lse = _partial_attention(
+            grouped, layer.response_keys[:, :, :num_tokens], layer.response_values[:, :, :num_tokens], None, scale
         )
-        table = by_key_head if self._table is None else by_key_head[self._table]
+        table = grouped if self._response_of_cell is None else grouped[self._response_of_cell]
+        # [groups * width, kv_heads, queries, head_dim] -> [groups, kv_heads, width * queries, head_dim]
         table = table.unflatten(0, (-1, self._width)).transpose(1, 2).flatten(2, 3)
         mask = None if self._mask is None else self._mask.to(query.dtype)
-        prompt, prompt_lse = _partial_attention(table, layer.prompt_keys, layer.prompt_values, mask, scale)
-        prompt = prompt.unflatten(2, (self._width, -1)).transpose(1, 2).flatten(0, 1)
-        prompt_lse = prompt_lse.unflatten(2, (self._width, -1)).transpose(1, 2).flatten(0, 1)
-        if self._cells is not None:
-            prompt, prompt_lse = prompt[self._cells], prompt_lse[self._cells]
-        weight = (prompt_lse - own_lse).sigmoid()[..., None]
-        output = own.float().lerp(prompt.float(), weight)  # in float32: half precision would round a second time
-        return output.to(query.dtype).reshape(num_rows, num_heads, head_dim)
+        output, lse = _partial_attention(table, layer.prompt_keys, layer.prompt_values, mask, scale)
+        output = output.unflatten(2, (self._width, -1)).transpose(1, 2).flatten(0, 1)
+        lse = lse.unflatten(2, (self._width, -1)).transpose(1, 2).flatten(0, 1)
+        if self._cell_of_response is not None:
+            output, lse = output[self._cell_of_response], lse[self._cell_of_response]
+        # exp(lse) is the softmax denominator of a part, so the prompt part's weight is the sigmoid of the difference.
+        weight = (lse - response_lse).sigmoid()[..., None]
+        # In float32: half precision would round twice.
+        combined = response_output.float().lerp(output.float(), weight)
+        return combined.to(query.dtype).reshape(num_responses, num_heads, head_dim)
 
-    def _keep_own(self, layer: _Layer, key: Tensor, value: Tensor) -> None:
-        capacity = layer.own_keys.shape[2]
-        if self.num_own == capacity:
-            room = min(max(2 * capacity, _FIRST_CAPACITY), self._max_own_tokens) - capacity
-            layer.own_keys, layer.own_values = (
-                torch.cat((kept, kept.new_empty(*kept.shape[:2], room, kept.shape[3])), dim=2)
-                for kept in (layer.own_keys, layer.own_values)
+    def _store_response_tokens(self, layer: _Layer, key: Tensor, value: Tensor) -> None:
+        capacity = layer.response_keys.shape[2]
+        if self.num_response_tokens == capacity:
+            extra = min(max(2 * capacity, _FIRST_CAPACITY), self._max_response_tokens) - capacity
+            layer.response_keys, layer.response_values = (
+                torch.cat((cached, cached.new_empty(*cached.shape[:2], extra, cached.shape[3])), dim=2)
+                for cached in (layer.response_keys, layer.response_values)
             )
-        layer.own_keys[:, :, self.num_own] = key
-        layer.own_values[:, :, self.num_own] = value
+        layer.response_keys[:, :, self.num_response_tokens] = key
+        layer.response_values[:, :, self.num_response_tokens] = value
 
     def advance(self) -> None:
-        """Every layer has kept its token of this pass."""
-        self.num_own += 1
+        """Count the new token of each response, after every layer has stored it."""
+        self.num_response_tokens += 1
 
-    def keep_responses(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these (ascending), and the prompts that no row is left of."""
-        groups = sorted({self.response_groups[row] for row in rows})
-        row_index = torch.tensor(rows, device=self.device)
+    def keep_responses(self, responses: Sequence[int]) -> None:
+        """Drop all other responses, and the prompts that have no response left.
+
+        Args:
+            responses: indices of the responses to keep, ascending; they are renumbered from 0.
+        """
+        groups = sorted({self.response_groups[response] for response in responses})
+        response_index = torch.tensor(responses, device=self.device)
         group_index = torch.tensor(groups, device=self.device)
         lengths = [self.prompt_lengths[group] for group in groups]
-        loses_prompts = len(groups) < len(self.prompt_lengths)
-        self._lay_out(lengths, [groups.index(self.response_groups[row]) for row in rows])
+        drops_prompts = len(groups) < len(self.prompt_lengths)
+        self._index_responses(lengths, [groups.index(self.response_groups[response]) for response in responses])
         for layer in self._layers.values():
-            layer.own_keys, layer.own_values = layer.own_keys[row_index], layer.own_values[row_index]
-            if loses_prompts:
+            layer.response_keys = layer.response_keys[response_index]
+            layer.response_values = layer.response_values[response_index]
+            if drops_prompts:  # the longest prompt may be gone, so the padding is cut too
                 layer.prompt_keys = layer.prompt_keys[group_index, :, : self.longest_prompt]
                 layer.prompt_values = layer.prompt_values[group_index, :, : self.longest_prompt]
 
 
 class PrefillAttention:
-    """Attention of a pass over whole prompts, packed one behind the other, that leaves their keys in a cache."""
+    """The attention of a forward pass over whole packed prompts, which stores their keys and values in a cache."""
 
     def __init__(self, cache: KVCache, groups: range) -> None:
+        """Prepare a pass.
+
+        Args:
+            cache: receives the keys and values.
+            groups: the groups whose prompts the pass computes, in packing order.
+        """
         self._cache = cache
         lengths = [cache.prompt_lengths[group] for group in groups]
         self._layout = SegmentLayout.packed(lengths)
         self._groups = torch.repeat_interleave(torch.tensor(groups), torch.tensor(lengths)).to(cache.device)
-        self._places = torch.cat([torch.arange(length) for length in lengths]).to(cache.device)
+        self._positions = torch.cat([torch.arange(length) for length in lengths]).to(cache.device)
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """As `KVCache.attend`, of all the prompts' tokens."""
-        self._cache.store_prompt(layer_number, key, value, self._groups, self._places)
+        """Store the prompts' keys and values and return causal attention within each prompt; see CachedAttention."""
+        self._cache.store_prompt(layer_number, key, value, self._groups, self._positions)
         return shared_prefix_attention(query, key, value, self._layout, scale=scale)
 
 
 def _partial_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a part of the keys, and the log-sum-exp by which parts are joined.
+    """Attend to a part of the keys, and return the log-sum-exp with which parts are combined.
+
+    It calls torch's operators directly, since F.scaled_dot_product_attention does not return the log-sum-exp.
 
     Args:
-        query: [batch, heads, queries, head_dim]; key and value [batch, heads, keys, head_dim].
+        query: [batch, heads, queries, head_dim].
+        key, value: [batch, heads, keys, head_dim].
         mask: added to the scores, [batch, 1, 1, keys].
+        scale: factor of the scores; None for head_dim ** -0.5.
 
     Returns:
-        [batch, heads, queries, head_dim] and float32 [batch, heads, queries].
+        The output, [batch, heads, queries, head_dim], and the log-sum-exp, float32 [batch, heads, queries].
     """
     shape = (*query.shape[:3], key.shape[2])
     if query.device.type == "cpu":

@@ -1,6 +1,6 @@
-"""Which modules the layers are made of: TransformerEngine's where it is installed, megatron-core's own otherwise.
+"""The modules that layers are built of: TransformerEngine's where it is installed, otherwise the local ones here.
 
-Both give the same checkpoint keys (TransformerEngine's fused names), so a checkpoint does not tell which one wrote it.
+The local modules use TransformerEngine's fused parameter names, so both backends read and write the same checkpoints.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ logger = logging.getLogger(__name__)
 
 
 class RMSNorm(nn.RMSNorm):
-    """vcr1_kernels' RMSNorm, marked so that its gradient is summed over the ranks of a sequence-parallel group."""
+    """RMSNorm of vcr1_kernels, with the attribute that sequence parallelism needs."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(config))
         set_sequence_parallel_attribute(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] to the same shape."""
+        """Normalise the last dimension; [..., hidden_size] to the same shape."""
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, marked in the same way."""
+    """torch's LayerNorm, with the attribute that sequence parallelism needs."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(config))
@@ -56,6 +56,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def set_sequence_parallel_attribute(module: nn.Module, config: TransformerConfig) -> None:
+    """Mark the parameters of a norm, so that megatron-core sums their gradients over the tensor-parallel ranks.
+
+    Under sequence parallelism each rank normalises only its part of the tokens, so each has a partial gradient.
+    """
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -65,11 +69,11 @@ def _parameter_device(config: TransformerConfig) -> torch.device:
 
 
 class PackedMLP(MLP):
-    """megatron-core's MLP with vcr1_kernels' SwiGLU inside, which adds its output bias itself.
+    """megatron-core's MLP with vcr1_kernels' SwiGLU, which adds its output bias itself.
 
-    megatron-core's own hands the bias parameter out, to be added by the layer. Under ``recompute_modules=["mlp"]`` it
-    becomes an output of the checkpointed function and gets a history of its own: backward then recurses through all
-    layers and microbatches.
+    megatron-core's MLP returns the bias parameter for the layer to add. Under ``recompute_modules=["mlp"]``, the bias
+    becomes an output of the checkpointed function and gets an autograd history of its own, and backward then recurses
+    through all layers and microbatches.
     """
 
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules) -> None:
@@ -77,12 +81,13 @@ class PackedMLP(MLP):
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        """[rows, 1, hidden_size] to the same shape."""
+        """Apply the MLP; [tokens, 1, hidden_size] to the same shape, and None for a bias."""
         inner, bias = self.linear_fc1(hidden_states)
         if bias is not None:
             inner = inner + bias
         activation = swiglu if self.config.gated_linear_unit else self.activation_func
         activated = activation(inner)
+        # linear_fc2 saves its input for backward; the activation saves `inner`, from which it is recomputed.
         with recompute_in_backward(activated, lambda: activation(inner.detach())):
             output, bias = self.linear_fc2(activated)
         return (output if bias is None else output + bias), None
@@ -90,28 +95,34 @@ class PackedMLP(MLP):
 
 @contextmanager
 def recompute_in_backward(result: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
-    """Within, autograd keeps nothing of a result for the backward pass, which computes it again.
+    """Stop autograd from saving a tensor in the with-block; backward recomputes it instead.
 
-    For results that cost next to nothing, of inputs that are kept anyhow. A weight that is saved within comes back
-    without its Python attributes: the layers hold on to its `main_grad` themselves, and return no gradient of it where
-    they would have returned an empty one.
+    Use it for tensors that are cheap to compute from inputs that are saved anyway.
+
+    A weight that is saved in the with-block is restored without its Python attributes. The layers keep a reference to
+    its `main_grad` themselves; where they would return an empty gradient for the weight, they return none.
+
+    Args:
+        result: the tensor; it may be saved under any shape.
+        compute: recomputes it, from detached inputs.
     """
     start, size = result.data_ptr(), result.numel()
 
+    # Tensors are compared by address and size, since layers may save a view of `result`.
     def pack(tensor: Tensor) -> Tensor | torch.Size:
         return tensor.shape if tensor.data_ptr() == start and tensor.numel() == size else tensor
 
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else compute().view(kept)
+    def unpack(saved: Tensor | torch.Size) -> Tensor:
+        return saved if isinstance(saved, Tensor) else compute().view(saved)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
 class TokenSelectingLayer(TransformerLayer):
-    """The last layer: behind its attention it computes nothing but the rows that the layout selects.
+    """The last layer of the language model. After its attention it computes only the tokens that the layout selects.
 
-    Nothing reads the other rows but as keys and values of this attention.
+    The other tokens are needed only as keys and values of this attention.
     """
 
     def _forward_attention(
@@ -124,19 +135,25 @@ class TokenSelectingLayer(TransformerLayer):
 
 
 class InPlaceBiasColumnParallelLinear(ColumnParallelLinear):
-    """megatron-core's, which would write the sum with its bias, or have it written, to a new tensor."""
+    """A ColumnParallelLinear that adds its bias in place.
+
+    megatron-core's writes the sum with the bias to a new tensor, or returns the bias for the caller to do so.
+    """
 
     def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, skip_bias_add=True, **kwargs)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """[rows, 1, input_size] to [rows, 1, this rank's output_size]; never leaves the bias to the caller."""
+        """Apply the layer: [tokens, 1, input_size] -> [tokens, 1, output_size / ranks], and None for a bias."""
         output, bias = super().forward(input_, *args, **kwargs)
         return (output if bias is None else output.add_(bias)), None
 
 
 class LayerNormColumnParallelLinear(InPlaceBiasColumnParallelLinear):
-    """A norm and the linear layer behind it, under the names of TransformerEngine's; keeps the norm's input alone."""
+    """A norm followed by a column-parallel linear layer, with TransformerEngine's parameter names.
+
+    It saves only the norm's input for backward, and recomputes the norm's output.
+    """
 
     layer_norm_bias: Tensor | None
 
@@ -147,21 +164,21 @@ class LayerNormColumnParallelLinear(InPlaceBiasColumnParallelLinear):
         self.register_parameter("layer_norm_bias", getattr(norm, "bias", None))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """[..., input_size] to the same shape."""
+        """Apply the norm; [..., input_size] to the same shape."""
         epsilon = self.config.layernorm_epsilon
         if self.layer_norm_bias is None:
             return rms_norm(x, self.layer_norm_weight, epsilon)
         return F.layer_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.layer_norm_bias, epsilon)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """As InPlaceBiasColumnParallelLinear."""
-        normed = self.normalize(input_)
-        with recompute_in_backward(normed, lambda: self.normalize(input_.detach())):
-            return super().forward(normed, *args, **kwargs)
+        """Apply the norm and the linear layer; shapes as in InPlaceBiasColumnParallelLinear."""
+        normalized = self.normalize(input_)
+        with recompute_in_backward(normalized, lambda: self.normalize(input_.detach())):
+            return super().forward(normalized, *args, **kwargs)
 
 
 class LocalBackend(LocalSpecProvider):
-    """megatron-core's parallel linears, torch's norms."""
+    """The local backend: megatron-core's parallel linear layers, and norms of torch and vcr1_kernels."""
 
     def column_parallel_linear(self) -> type:
         return InPlaceBiasColumnParallelLinear
@@ -177,37 +194,46 @@ class LocalBackend(LocalSpecProvider):
 
 
 def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) -> BackendSpecProvider:
-    """The layers' backend, named in the log.
+    """Choose the backend of the layers, and log it.
+
+    Args:
+        requested: the setting model.layer_spec. "auto" chooses TransformerEngine if it is installed and there is a GPU.
 
     Raises:
-        UserError: TransformerEngine was asked for by name and there is none, or no GPU; or it is there and broken.
+        UserError: TransformerEngine is requested by name but not installed or without a GPU, or it does not load.
     """
-    missing = "as asked" if requested == "local" else _missing_for_transformer_engine()
-    if missing is None:
+    reason = "as requested" if requested == "local" else _missing_for_transformer_engine()
+    if reason is None:
         return transformer_engine_backend()
     if requested == "transformer_engine":
         raise UserError(
-            f"model.layer_spec is 'transformer_engine', but {missing}; examples/README.md has its installation on a "
-            "machine with GPUs; or use 'local'"
+            f"model.layer_spec is 'transformer_engine', but {reason}; install it on a machine with GPUs as "
+            "examples/README.md describes, or set model.layer_spec = 'local'"
         )
-    logger.info("layers: local (%s)", missing)
+    logger.info("layers: local (%s)", reason)
     return LocalBackend()
 
 
 def _missing_for_transformer_engine() -> str | None:
+    """Return why TransformerEngine cannot be used here; None if it can."""
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer_engine is not installed"
     return None if torch.cuda.is_available() else "transformer_engine needs a GPU"
 
 
 def transformer_engine_backend() -> BackendSpecProvider:
-    """The one door to TransformerEngine. Raises UserError if it does not load."""
+    """Load TransformerEngine's modules; no other module of the package imports it.
+
+    Raises:
+        UserError: TransformerEngine does not load.
+    """
     try:
-        import transformer_engine.pytorch  # megatron-core would take a broken one for none, and fail later
+        # Imported here, since megatron-core treats one that fails to load as not installed, and would fail later.
+        import transformer_engine.pytorch
     except (AssertionError, ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"transformer_engine is installed and does not load: {error}; install one for this torch and CUDA, or set "
-            "model.layer_spec = 'local'"
+            f"transformer_engine is installed but does not load: {error}; install a build for this torch and CUDA, or "
+            "set model.layer_spec = 'local'"
         ) from error
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -224,12 +250,15 @@ def block_spec(
     windowed_layers: frozenset[int] = frozenset(),
     selects_tokens: bool = False,
 ) -> TransformerBlockSubmodules:
-    """Layers of one tower's share on this stage.
+    """Describe the layers of one tower on this pipeline stage.
 
     Args:
-        num_layers: on this pipeline stage.
-        windowed_layers: 1-based numbers of the layers that attend within windows.
-        selects_tokens: the last of them is a `TokenSelectingLayer`.
+        backend: provides the linear layers and norms.
+        num_layers: number of layers on this stage.
+        causal: whether attention is causal.
+        final_norm: whether an RMSNorm follows the tower's last layer.
+        windowed_layers: 1-based numbers of the layers with windowed attention.
+        selects_tokens: whether the last of these layers is a `TokenSelectingLayer`.
     """
     layer_spec = partial(_layer_spec, backend, causal=causal)
     layers = [layer_spec(attention=partial(PackedAttention, windowed_layers=windowed_layers))] * num_layers

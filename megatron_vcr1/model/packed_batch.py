@@ -1,4 +1,4 @@
-"""A microbatch: groups of one prompt and its responses, packed one behind the other."""
+"""A microbatch: groups of a prompt and its responses in one packed sequence without padding between them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from megatron_vcr1.model.mrope import prompt_positions, vision_token_mask
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """The rows that the model computes, and which of them predict what.
+    """The tokens of a packed sequence, and the targets that some of them predict.
 
-    A prompt stands once, whatever the number of its responses. The last token of a response is predicted but never fed,
-    so a response of R tokens takes R - 1 rows, and a group takes P + sum(R_i - 1).
+    A prompt is in the sequence once, however many responses it has. The last token of a response is a target but not an
+    input, so a response of R tokens adds R - 1 tokens, and a group has P + sum(R_i - 1) tokens.
     """
 
-    token_ids: Tensor  # int64 [rows]
-    position_ids: Tensor  # int64 [3, rows]
-    layout: SegmentLayout  # prompts, and responses behind them
-    vision: tuple[VisionInput, ...]  # of all prompts, in row order
-    vision_token_indices: Tensor  # int64 [vision tokens]: rows whose embedding is replaced by a vision feature
-    predicting_token_indices: Tensor  # int64 [targets]: the row whose hidden state predicts each response token
-    target_ids: Tensor  # int64 [targets]
-    response_lengths: tuple[int, ...]  # targets of each response, in order; sum = targets
+    token_ids: Tensor  # int64 [tokens]
+    position_ids: Tensor  # int64 [3, tokens]
+    layout: SegmentLayout  # the segments: each prompt, followed by its responses
+    vision: tuple[VisionInput, ...]  # images and videos of all prompts, in packing order
+    vision_token_indices: Tensor  # int64 [vision tokens]: tokens whose embedding is replaced by a vision feature
+    predicting_token_indices: Tensor  # int64 [targets]: the token whose hidden state predicts each target
+    target_ids: Tensor  # int64 [targets]: the response tokens
+    response_lengths: tuple[int, ...]  # targets of each response, in order; they sum to the number of targets
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its index tensors on a device; frames stay until the vision tower reads them."""
+        """Return the batch with its index tensors on a device. Frames move when the vision tower reads them."""
         return PackedBatch(
             token_ids=self.token_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
@@ -51,13 +51,13 @@ def pack(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: in
 
     Args:
         groups: prompts and their responses, of at least one token each.
-        config: for the vision pads and the positions' time scale.
-        pad_to_multiple_of: the rows are padded to a multiple of this (`QwenVLModel.token_multiple`) by a segment that
-            nothing attends to and that predicts nothing.
+        config: the model's; its vision pads and the time scale of its positions are used.
+        pad_to_multiple_of: the number of tokens is padded to a multiple of this (`QwenVLModel.token_multiple`). The
+            padding is a segment that nothing attends to and that predicts nothing.
 
     Raises:
-        ValueError: a prompt or a response without tokens, or pads that do not fit the prompt's images and videos; names
-            the group.
+        ValueError: a prompt or a response has no tokens, or the vision pads do not match the prompt's images and
+            videos; the message names the sample.
     """
     packer = _Packer(config)
     for group in groups:
@@ -70,7 +70,7 @@ def pack(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: in
 
 
 class _Packer:
-    """Rows gathered so far; `num_tokens` is where the next segment starts."""
+    """A packed sequence under construction. `num_tokens` is the index at which the next segment starts."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -85,7 +85,8 @@ class _Packer:
         self.predicting_token_indices: list[Tensor] = []
         self.target_ids: list[Tensor] = []
 
-    def _segment(self, token_ids: Tensor, position_ids: Tensor, prefix: int) -> None:
+    def _add_segment(self, token_ids: Tensor, position_ids: Tensor, prefix: int) -> None:
+        """Append a segment; `prefix` is the index of the segment that it attends to as well, or -1."""
         self.token_ids.append(token_ids)
         self.position_ids.append(position_ids)
         self.lengths.append(len(token_ids))
@@ -103,27 +104,30 @@ class _Packer:
             tokens_per_second=self.config.vision.tokens_per_second,
         )
         self.vision.extend(prompt.vision)
-        self.vision_token_indices.append(
-            vision_token_mask(prompt.token_ids, self.pad_ids).nonzero()[:, 0] + self.num_tokens
-        )
-        prompt_index = len(self.lengths)
-        self._segment(prompt.token_ids, positions, prefix=-1)
-        last_prompt_row = self.num_tokens - 1
+        # Only the prompt's pads: a response may contain the same ids as ordinary tokens.
+        is_vision = vision_token_mask(prompt.token_ids, self.pad_ids)
+        self.vision_token_indices.append(is_vision.nonzero()[:, 0] + self.num_tokens)
+        prompt_segment = len(self.lengths)
+        self._add_segment(prompt.token_ids, positions, prefix=-1)
+        last_prompt_token = self.num_tokens - 1
         next_position = int(positions.max()) + 1
         for response in responses:
-            fed = response[:-1]
-            rows = torch.arange(self.num_tokens, self.num_tokens + len(fed))
-            self.predicting_token_indices.append(torch.cat((torch.tensor([last_prompt_row]), rows)))
+            inputs = response[:-1]
+            indices = torch.arange(self.num_tokens, self.num_tokens + len(inputs))
+            # The prompt's last token predicts the first token of every response.
+            self.predicting_token_indices.append(torch.cat((torch.tensor([last_prompt_token]), indices)))
             self.target_ids.append(response)
-            self._segment(fed, (torch.arange(len(fed)) + next_position).expand(3, -1), prefix=prompt_index)
+            response_positions = (torch.arange(len(inputs)) + next_position).expand(3, -1)
+            self._add_segment(inputs, response_positions, prefix=prompt_segment)
 
     def pad(self, multiple: int) -> None:
         padding = -self.num_tokens % multiple
         if padding:
-            self._segment(torch.zeros(padding, dtype=torch.long), torch.zeros(3, padding, dtype=torch.long), prefix=-1)
+            token_ids = torch.zeros(padding, dtype=torch.long)
+            self._add_segment(token_ids, torch.zeros(3, padding, dtype=torch.long), prefix=-1)
 
     def finish(self) -> PackedBatch:
-        empty = torch.empty(0, dtype=torch.long)
+        empty = torch.empty(0, dtype=torch.long)  # torch.cat refuses an empty list
         return PackedBatch(
             token_ids=torch.cat(self.token_ids),
             position_ids=torch.cat(self.position_ids, dim=1),

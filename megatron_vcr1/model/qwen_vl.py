@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL over pipeline stages."""
+"""Qwen2-VL and Qwen2.5-VL on megatron-core, sharded across tensor- and pipeline-parallel ranks."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ from megatron_vcr1.model.vision import VisionTower
 
 logger = logging.getLogger(__name__)
 
-# One checkpoint key a layer, the same for every pipeline layout.
+# One checkpoint key per layer, so that keys do not depend on the pipeline layout.
 SHARDING_METADATA = {"non_homogeneous_layers": True}
 
 
 class QwenVLModel(MegatronModule):
-    """This rank's share of the model: on the first stage also the vision tower, on the last also the head.
+    """This rank's part of the model. The first stage also has the vision tower, the last stage the head.
 
-    Calling it with a `PackedBatch` gives, on the last stage, the hidden state behind every target, [targets,
-    hidden_size]; on the others, what the pipeline hands on. The head is left to the caller, who fuses it with the loss
-    (`head_weight`, `tensor_group`), or takes `log_probs` or `logits`.
+    Calling it with a `PackedBatch` returns, on the last stage, the hidden state that predicts each target, [targets,
+    hidden_size]; on other stages, the hidden states for the next stage. It does not apply the head: callers fuse the
+    head with their loss (`head_weight`, `tensor_group`), or call `log_probs` or `logits`.
     """
 
     def __init__(
@@ -85,49 +85,55 @@ class QwenVLModel(MegatronModule):
             text_config,
             spec,
             vocab_size=config.text.vocab_size,
-            max_sequence_length=0,  # only learned positions have a length, and these are rotary
+            max_sequence_length=0,  # used by learned positions only
             pre_process=self.pre_process,
             post_process=self.post_process,
             share_embeddings_and_output_weights=config.text.tied_embeddings,
-            position_embedding_type="none",  # the attention turns queries and keys itself
-            scatter_embedding_sequence_parallel=False,  # vision features are put in first
+            position_embedding_type="none",  # PackedAttention applies the rotary positions
+            scatter_embedding_sequence_parallel=False,  # `_embed` scatters after it has inserted vision features
         )
 
     @property
     def tensor_group(self) -> torch.distributed.ProcessGroup | None:
-        """The ranks that share the vocabulary; None when there is one."""
+        """The tensor-parallel group, across which the vocabulary is sharded; None if it has one rank."""
         group = parallel_state.get_tensor_model_parallel_group()
         return group if group.size() > 1 else None
 
     @property
     def token_multiple(self) -> int:
-        """What the rows of a training batch must divide by."""
+        """The number of tokens of a training batch must be a multiple of this."""
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return ranks * (1 if self.config.fp8 is None else FP8_TOKEN_MULTIPLE[self.config.fp8_recipe])
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """megatron-core's schedules put the previous stage's output here."""
+        """Receive the previous stage's output; called by megatron-core's schedules."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight. The first and the last stage hold a copy each; megatron-core sums their gradients."""
+        """Return the tied weight. The first and the last stage have one each; megatron-core sums their gradients."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def forward(self, batch: PackedBatch, cached: CachedAttention | None = None) -> Tensor:
-        """
+        """Run this stage.
+
         Args:
-            batch: the rows to compute.
-            cached: in generation, what takes the place of the attention over the batch's own layout.
+            batch: the tokens to compute.
+            cached: in generation, the attention that replaces attention over `batch.layout`.
+
+        Returns:
+            [targets, hidden_size] on the last stage, [tokens, 1, hidden_size] on others (of this rank's tokens only,
+            under sequence parallelism).
         """
-        # Elsewhere ranks divide all rows, or products want them by multiples.
+        # The last layer can drop tokens after its attention unless its tokens are sharded across ranks or FP8 needs
+        # their number to be a multiple; then they are dropped after the layer.
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
         text = self.model_config.text
         rope = RotaryTables.from_angles(rotary_angles(batch.position_ids, text.mrope_section, text.rope_theta))
         decoder = self.language_model.decoder
         if isinstance(cached, KVCache) and decode.supports(decoder):
-            rows = decoder.input_tensor if embeddings is None else embeddings
-            hidden = decode.run_layers(decoder, rows[:, 0], rope, cached)[:, None]
+            stage_input = decoder.input_tensor if embeddings is None else embeddings
+            hidden = decode.run_layers(decoder, stage_input[:, 0], rope, cached)[:, None]
         else:
             hidden = decoder(
                 hidden_states=embeddings,
@@ -144,13 +150,17 @@ class QwenVLModel(MegatronModule):
         if selects:
             return hidden[:, 0]
         if self.config.sequence_parallel:
-            # The head's gradient comes back whole (it is summed over the vocabulary's shards there), so it is only
-            # sliced here.
+            # The head sums its input's gradient over the vocabulary's shards, so each rank receives the full gradient.
+            # In backward it is only sliced here, not reduced (tensor_parallel_output_grad=False).
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden[:, 0].index_select(0, batch.predicting_token_indices)
 
     def _embed(self, batch: PackedBatch) -> Tensor:
-        """Token embeddings with vision features in place of the pads, [rows (of this rank), 1, hidden_size]."""
+        """Embed the tokens, with vision features in place of the pads.
+
+        Returns:
+            [tokens, 1, hidden_size]; under sequence parallelism, this rank's part of the tokens.
+        """
         assert self.vision_tower is not None
         embeddings = self.language_model.embedding(batch.token_ids[None], position_ids=None)
         if batch.vision:
@@ -161,7 +171,7 @@ class QwenVLModel(MegatronModule):
         return embeddings
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the language-model head, [vocab_shard, hidden_size]; on the last stage."""
+        """Return this rank's shard of the language-model head, [vocab_shard, hidden_size]; on the last stage."""
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
             assert weight is not None
@@ -169,7 +179,16 @@ class QwenVLModel(MegatronModule):
         return self.language_model.output_layer.weight
 
     def log_probs(self, hidden: Tensor, target_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """Log-probability of each target; float32 [targets], the same on every tensor-parallel rank."""
+        """Compute the log-probability of each target, with the head's logits never stored whole.
+
+        Args:
+            hidden: [targets, hidden_size], from `forward` on the last stage.
+            target_ids: int64 [targets].
+            temperature: divides the logits.
+
+        Returns:
+            float32 [targets], the same on every tensor-parallel rank.
+        """
         weight = self.head_weight()
         return linear_log_probs(
             hidden,
@@ -177,11 +196,18 @@ class QwenVLModel(MegatronModule):
             target_ids,
             temperature=temperature,
             group=self.tensor_group,
-            weight_grad=getattr(weight, "main_grad", None),  # megatron-core's gradient buffer
+            weight_grad=getattr(weight, "main_grad", None),  # accumulate into megatron-core's gradient buffer
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the whole vocabulary, [targets, vocab_size]; for generation and comparison, never for a loss."""
+        """Compute the logits over the whole vocabulary, for generation and for comparisons, never for a loss.
+
+        Args:
+            hidden: [targets, hidden_size], from `forward` on the last stage.
+
+        Returns:
+            [targets, vocab_size], gathered from the tensor-parallel ranks.
+        """
         if self.tensor_group is not None:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         logits = skinny_linear(hidden, self.head_weight())
@@ -190,19 +216,25 @@ class QwenVLModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's, one key a layer, without TransformerEngine's extra states, which only FP8 fills."""
+        """Return megatron-core's sharded state dict, with one key per layer.
+
+        TransformerEngine's extra states are left out: only delayed FP8 scaling fills them, and it is not offered.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), **SHARDING_METADATA})
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
 def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool = False) -> QwenVLModel:
-    """This rank's share of a model, after parallel.mesh.initialize.
+    """Build this rank's part of a model. Call it after `parallel.mesh.initialize`.
 
     Args:
-        initialize_weights: fill the parameters with random numbers; otherwise they are undefined until loaded.
+        config: the model's configuration.
+        run: the run's settings; [model], [parallel] and [recompute] are used.
+        initialize_weights: fill the parameters with random numbers. Otherwise they are undefined until they are loaded.
 
     Raises:
-        UserError: a setting needs TransformerEngine, which is not there, or FP8, which the GPU or the model cannot do.
+        UserError: a setting needs TransformerEngine, which is not installed, or FP8, which the GPU or the model does
+            not support.
     """
     # megatron-core compares MLP classes by identity, and would warn about ours in every layer.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
@@ -210,9 +242,9 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
     fp8 = run.model.fp8
     if fp8 is not None:
         if isinstance(backend, LocalBackend):
-            raise UserError(f"model.fp8 = '{fp8}' needs TransformerEngine and a GPU; unset it")
+            raise UserError(f"model.fp8 = '{fp8}' needs TransformerEngine and a GPU; unset model.fp8")
         check_fp8(fp8, config.text, run.parallel, torch.cuda.get_device_capability(), torch.version.cuda or "")
-        logger.info("products of the language model's layers: FP8, %s", fp8)
+        logger.info("matmuls of the language model's layers: FP8, %s", fp8)
     logger.info("attention: %s", _attention_name())
     dtype = getattr(torch, run.model.dtype)
     settings = (run.parallel, run.recompute)
@@ -228,8 +260,10 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
 
 
 def _set_sharding_attributes(model: QwenVLModel) -> None:
-    """Note on each weight that the tensor-parallel ranks divide that they do: a gradient norm takes any other weight
-    from one of them only. megatron-core's layers do so where they initialize their weights, and ours are loaded.
+    """Mark the weights that are sharded across tensor-parallel ranks.
+
+    The gradient norm counts a weight without this mark on one tensor-parallel rank only. megatron-core's layers set it
+    when they initialise their weights, which are loaded here instead.
     """
     for module in model.modules():
         if not isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
@@ -241,14 +275,19 @@ def _set_sharding_attributes(model: QwenVLModel) -> None:
 
 
 def _attention_name() -> str:
-    """What `vcr1_kernels.shared_prefix_attention` runs on this machine."""
+    """Return the name of the implementation that `vcr1_kernels.shared_prefix_attention` uses on this machine."""
     if not torch.cuda.is_available():
-        return "torch SDPA (there is no GPU)"
+        return "torch SDPA (no GPU)"
     return "Triton, and flash-attn where no prefix is shared" if flash_attn_is_installed() else "Triton"
 
 
 def freeze(model: QwenVLModel, parts: tuple[str, ...]) -> None:
-    """Stop "vision_tower" (patch embedding and layers), "merger" or "language_model" from learning."""
+    """Freeze parts of the model.
+
+    Args:
+        model: this rank's part of the model.
+        parts: any of "vision_tower" (patch embedding and layers), "merger" and "language_model".
+    """
     if "language_model" in parts:
         model.language_model.requires_grad_(False)
     if model.vision_tower is None:

@@ -1,4 +1,4 @@
-"""megatron-core's TransformerConfig for each tower, from the model's shape and the run's settings."""
+"""megatron-core's TransformerConfig of each tower, from the model's configuration and the run's settings."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import TextConfig, VisionConfig
 
 Fp8Recipe = Literal["tensorwise", "blockwise"]
-# Gradients have a wider range than E4M3 reaches with one scale a tensor; a scale a block is enough. Delayed scaling is
-# left out: its history of maxima would have to be part of a checkpoint.
+# Per-tensor scaling needs E5M2 for gradients, for its range ("hybrid": E4M3 forward, E5M2 backward). With per-block
+# scaling E4M3 is enough. Delayed scaling is not offered: its history of maxima would have to be saved in checkpoints.
 FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
 FP8_CAPABILITIES = {"tensorwise": (8, 9), "blockwise": (9, 0)}
-FP8_FEATURE_MULTIPLE = 16  # of the features of an FP8 product: a GPU reads 16 bytes at a time
+FP8_FEATURE_MULTIPLE = 16  # of the features of an FP8 GEMM: the GPU loads 16 bytes at a time
 FP8_TOKEN_MULTIPLE = {"tensorwise": FP8_FEATURE_MULTIPLE, "blockwise": 128}
-"""What a rank's rows are multiples of; sequence-parallel ranks hand on whole blocks only."""
+"""Each rank's number of tokens must be a multiple of this; sequence-parallel ranks exchange whole scaling blocks."""
 
 
 def check_fp8(
     recipe: Fp8Recipe, text: TextConfig, parallel: ParallelSection, capability: tuple[int, int], cuda: str
 ) -> None:
-    """Refuse FP8 where the GPU, CUDA or the model cannot do it.
+    """Check that the GPU, CUDA and the model support an FP8 recipe.
 
     Args:
-        capability: the GPU's compute capability.
-        cuda: the version of CUDA that torch is built for.
+        recipe: model.fp8.
+        text: the language model, whose layers use FP8.
+        parallel: the layout.
+        capability: compute capability of the GPU.
+        cuda: the CUDA version that torch is built for, such as "12.9".
 
     Raises:
-        UserError: names what is missing.
+        UserError: FP8 is not supported; the message says what is missing.
     """
     if capability < (needed := FP8_CAPABILITIES[recipe]):
         raise UserError(
@@ -46,8 +49,8 @@ def check_fp8(
         )
     if parallel.sequence_parallel and text.hidden_size % FP8_TOKEN_MULTIPLE[recipe]:
         raise UserError(
-            f"model.fp8 = '{recipe}' with parallel.sequence_parallel needs hidden features by multiples of "
-            f"{FP8_TOKEN_MULTIPLE[recipe]}, these are {text.hidden_size}; unset one of the two"
+            f"model.fp8 = '{recipe}' with parallel.sequence_parallel needs a hidden size that is a multiple of "
+            f"{FP8_TOKEN_MULTIPLE[recipe]}, and the model's is {text.hidden_size}; unset one of the two"
         )
     tensor = parallel.tensor
     sizes = {
@@ -58,14 +61,15 @@ def check_fp8(
     }
     if odd := [f"{size} {name}" for name, size in sizes.items() if size % FP8_FEATURE_MULTIPLE]:
         raise UserError(
-            f"model.fp8: {' and '.join(odd)} features on a rank are no multiple of {FP8_FEATURE_MULTIPLE}; lower "
-            "parallel.tensor, or unset it"
+            f"model.fp8: {' and '.join(odd)} features per rank are not a multiple of {FP8_FEATURE_MULTIPLE}; "
+            "lower parallel.tensor, or unset model.fp8"
         )
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU that Qwen2-VL's vision tower was trained with (megatron-core's is compiled on
-    first use).
+    """Compute the sigmoid approximation of GELU that Qwen2-VL's vision tower was trained with.
+
+    megatron-core has the same function, but compiles it on first use.
     """
     return x * torch.sigmoid(1.702 * x)
 
@@ -79,7 +83,7 @@ def text_transformer_config(
     fp8: Fp8Recipe | None,
     initialize_weights: bool,
 ) -> TransformerConfig:
-    """The language model, divided over pipeline stages."""
+    """Build the configuration of the language model, whose layers are split into pipeline stages."""
     return TransformerConfig(
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,
@@ -110,7 +114,11 @@ def vision_transformer_config(
     dtype: torch.dtype,
     initialize_weights: bool,
 ) -> TransformerConfig:
-    """The vision tower, whole on the first pipeline stage, divided over the same tensor-parallel ranks."""
+    """Build the configuration of the vision tower.
+
+    All of its layers are on the first pipeline stage, sharded across the same tensor-parallel ranks as the language
+    model.
+    """
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
@@ -125,7 +133,8 @@ def vision_transformer_config(
         add_qkv_bias=True,
         pipeline_model_parallel_size=1,
         **_common(parallel, recompute, dtype, initialize_weights),
-        **_recompute(recompute, 1),  # num_layers divides the language model's stages, not necessarily this tower
+        # Layer by layer: recompute.num_layers is checked against the language model's stages, not against this tower.
+        **_recompute(recompute, 1),
     )
 
 
@@ -142,14 +151,12 @@ def _common(
         hidden_dropout=0.0,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=initialize_weights,
-        # Packed microbatches differ in length; megatron-core asks for this dispatcher with it, though there are no
-        # experts.
-        variable_seq_lengths=True,
-        calculate_per_token_loss=True,  # gradients add up over microbatches and copies of the model: no means
-        moe_token_dispatcher_type="alltoall",
+        variable_seq_lengths=True,  # packed microbatches differ in length
+        moe_token_dispatcher_type="alltoall",  # required with variable_seq_lengths, although there are no experts
+        calculate_per_token_loss=True,  # sum gradients over microbatches and replicas, without averaging
         batch_p2p_comm=False,
         cuda_graph_scope=[],
-        # Fusions that need Apex or a compiler are left to the TransformerEngine layers and to vcr1_kernels.
+        # These fusions need Apex or a compiler. TransformerEngine's layers and vcr1_kernels have their own.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,

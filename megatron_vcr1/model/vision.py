@@ -1,4 +1,8 @@
-"""The vision tower of Qwen2-VL and Qwen2.5-VL on megatron-core layers: frames in, one feature a language token out."""
+"""The vision tower of Qwen2-VL and Qwen2.5-VL on megatron-core layers: frames in, one feature per vision token out.
+
+A merge unit is a square of merge_size x merge_size patches, which the merger turns into one vision token. Patches are
+always ordered by merge unit: the patches of a unit are neighbours in the packed sequence.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +30,17 @@ ROTARY_BASE = 10_000.0
 
 
 def window_order(grid: Grid, config: VisionConfig) -> tuple[Tensor, tuple[int, ...]]:
-    """Merge units (blocks of merge_size x merge_size patches) of an image or video, sorted by attention window.
+    """Sort the merge units of an image or video by attention window.
 
-    Windows tile each temporal step from its top left corner; those at the right and lower edge may be smaller.
+    Windows tile each temporal step from its top left corner; those at the right and lower edges may be smaller.
 
     Returns:
-        order: int64 [units], the unit that comes i-th.
-        lengths: patches of each window, in that order.
+        order: int64 [units]; order[i] is the index of the unit at place i.
+        lengths: number of patches of each window, in that order.
     """
     assert config.window_size is not None
     num_steps, rows, columns = grid[0], grid[1] // config.merge_size, grid[2] // config.merge_size
-    side = config.window_size // config.merge_size // config.patch_size  # units
+    side = config.window_size // config.merge_size // config.patch_size  # in merge units
     windows_down, windows_across = -(-rows // side), -(-columns // side)
     step, row, column = torch.meshgrid(
         torch.arange(num_steps), torch.arange(rows), torch.arange(columns), indexing="ij"
@@ -46,7 +50,7 @@ def window_order(grid: Grid, config: VisionConfig) -> tuple[Tensor, tuple[int, .
 
 
 def patch_coordinates(grid: Grid, merge_size: int) -> Tensor:
-    """Row and column of every patch in its frame, int64 [units, merge_size ** 2, 2]."""
+    """Return the row and column of every patch in its frame, int64 [units, merge_size ** 2, 2]."""
     num_steps, height, width = grid
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     units = torch.stack((row, column), dim=-1).unfold(0, merge_size, merge_size).unfold(1, merge_size, merge_size)
@@ -54,41 +58,47 @@ def patch_coordinates(grid: Grid, merge_size: int) -> Tensor:
 
 
 def rotary_angles(coordinates: Tensor, head_dim: int) -> Tensor:
-    """Two-axis rotary angles, float32 [patches, head_dim]: half of the frequencies turn with the row, half with the
-    column.
+    """Compute two-axis rotary angles: half of the frequencies belong to the row, half to the column.
+
+    Args:
+        coordinates: row and column of each patch, int64 [patches, 2].
+        head_dim: a multiple of 4.
+
+    Returns:
+        float32 [patches, head_dim]: the angles of all frequencies, repeated twice.
     """
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=coordinates.device) / (head_dim // 2)
     angles = (coordinates[:, :, None].float() / ROTARY_BASE**exponents).flatten(1)
     return torch.cat((angles, angles), dim=-1)
 
 
-def joined(inputs: Sequence[VisionInput], temporal_patch_size: int) -> list[VisionInput]:
-    """The same pictures in fewer inputs: neighbours of one frame size, of whole temporal patches, become one video.
+def join_inputs(inputs: Sequence[VisionInput], temporal_patch_size: int) -> list[VisionInput]:
+    """Join neighbouring inputs of the same frame size into one video.
 
-    Every step of time is encoded by itself, so the features do not change, and many small videos cost one pass of
-    Python.
+    Temporal steps do not attend to each other, so the features do not change, and many small videos cost the Python
+    overhead of one. Inputs with an incomplete temporal patch are not joined, since their last frame is repeated.
     """
     runs: list[list[VisionInput]] = []
     key_before: object = None
     for item in inputs:
         is_whole = len(item.frames) % temporal_patch_size == 0
-        key = (item.frames.shape[1:], item.frames.device) if is_whole else object()  # equal to nothing
+        key = (item.frames.shape[1:], item.frames.device) if is_whole else object()  # an object() equals nothing else
         if key == key_before:
             runs[-1].append(item)
         else:
             runs.append([item])
         key_before = key
-    return [run[0] if len(run) == 1 else _one_video(run) for run in runs]
+    return [run[0] if len(run) == 1 else _join_run(run) for run in runs]
 
 
-def _one_video(run: Sequence[VisionInput]) -> VisionInput:
+def _join_run(run: Sequence[VisionInput]) -> VisionInput:
     _, height, width = run[0].grid_thw
     num_steps = sum(item.grid_thw[0] for item in run)
     return VisionInput(torch.cat([item.frames for item in run]), (num_steps, height, width), None)
 
 
 class PatchEmbed(nn.Module):
-    """Flattened patches to hidden states: what the published 3-D convolution does, as its stride is its kernel."""
+    """The linear patch embedding. It equals the published 3-D convolution, whose stride is its kernel size."""
 
     def __init__(self, vision: VisionConfig, config: TransformerConfig) -> None:
         super().__init__()
@@ -100,12 +110,12 @@ class PatchEmbed(nn.Module):
             config.init_method(self.weight)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Args: patches [patches, patch_dim]. Returns [patches, hidden_size]."""
+        """Embed flattened patches: [patches, patch_dim] -> [patches, hidden_size]."""
         return F.linear(patches, self.weight)
 
 
 class PatchMerger(MegatronModule):
-    """Every merge unit of patches becomes one language token."""
+    """The merger: turns each merge unit of patches into one vision feature."""
 
     def __init__(
         self,
@@ -147,7 +157,7 @@ class PatchMerger(MegatronModule):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Args: hidden [patches, hidden_size]. Returns [tokens, out_hidden_size]."""
+        """Merge patches, which are ordered by merge unit: [patches, hidden_size] -> [tokens, out_hidden_size]."""
         units = self.norm(hidden).view(-1, 1, self.unit_size)
         inner, _ = self.linear_fc1(units)
         output, _ = self.linear_fc2(F.gelu(inner))
@@ -155,7 +165,7 @@ class PatchMerger(MegatronModule):
 
 
 class VisionTower(MegatronModule):
-    """Patch embedding, transformer layers with windowed and full attention, patch merger."""
+    """Patch embedding, transformer layers with windowed and full attention, and patch merger."""
 
     def __init__(
         self,
@@ -185,16 +195,16 @@ class VisionTower(MegatronModule):
         self.merger = PatchMerger(vision, merger_config, backend, groups)
 
     def forward(self, inputs: Sequence[VisionInput]) -> Tensor:
-        """Encode images and videos, all in one packed pass.
+        """Encode images and videos in one packed pass.
 
         Args:
-            inputs: at least one; their frames may lie on another device.
+            inputs: at least one image or video; the frames may be on another device.
 
         Returns:
-            [tokens, out_hidden_size]: the features of every input, in order.
+            [tokens, out_hidden_size]: the vision features of all inputs, in order.
         """
         vision = self.vision
-        inputs = joined(inputs, vision.temporal_patch_size)
+        inputs = join_inputs(inputs, vision.temporal_patch_size)
         grids = [item.grid_thw for item in inputs]
         steps = tuple(height * width for num_steps, height, width in grids for _ in range(num_steps))
         if vision.window_size is None:
@@ -207,7 +217,8 @@ class VisionTower(MegatronModule):
 
         starts = accumulate(map(len, orders), initial=0)
         units = torch.cat([order + start for order, start in zip(orders, starts, strict=False)])
-        places = units.argsort().to(self.patch_embed.weight.device, non_blocking=True)  # of each unit in that order
+        # The inverse permutation: where each unit is in window order.
+        places = units.argsort().to(self.patch_embed.weight.device, non_blocking=True)
 
         def all_patches() -> Tensor:
             return torch.cat([self._patches(item, order) for item, order in zip(inputs, orders, strict=True)])
@@ -223,23 +234,35 @@ class VisionTower(MegatronModule):
         return self.merger(hidden).index_select(0, places)
 
     def _patches(self, item: VisionInput, order: Tensor) -> Tensor:
-        """Normalised patches, [patches, patch_dim], merge units in the given order."""
-        like = self.patch_embed.weight
+        """Return the normalised patches of an input, [patches, patch_dim], with its merge units in the given order."""
+        weight = self.patch_embed.weight
         return frames_to_patches(
-            item.frames.to(like.device, non_blocking=True),
+            item.frames.to(weight.device, non_blocking=True),
             patch_size=self.vision.patch_size,
             temporal_patch_size=self.vision.temporal_patch_size,
             merge_size=self.vision.merge_size,
             mean=self.vision.pixel_mean,
             std=self.vision.pixel_std,
-            unit_order=order.to(like.device, non_blocking=True),
-            dtype=like.dtype,
+            unit_order=order.to(weight.device, non_blocking=True),
+            dtype=weight.dtype,
         )
 
     def _encode(
         self, hidden: Tensor, coordinates: Tensor, steps: tuple[int, ...], windows: tuple[int, ...] | None
     ) -> Tensor:
-        """Run the layers on [patches, hidden_size]; under sequence parallelism, padded to a multiple of the ranks."""
+        """Run the transformer layers.
+
+        Under sequence parallelism, the patches are padded to a multiple of the tensor-parallel ranks.
+
+        Args:
+            hidden: [patches, hidden_size].
+            coordinates: row and column of each patch, int64 [patches, 2].
+            steps: number of patches of each temporal step, the segments of full attention.
+            windows: number of patches of each attention window; None without windowed attention.
+
+        Returns:
+            [patches, hidden_size].
+        """
         num_patches = len(hidden)
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         padding = -num_patches % ranks
@@ -258,8 +281,8 @@ class VisionTower(MegatronModule):
             ),
         )
         if self.config.sequence_parallel:
-            # Every rank goes on with all rows and computes the same, so the gradient comes back whole and is only
-            # sliced.
+            # Every rank continues with all patches and computes the same, so each receives the full gradient. In
+            # backward it is only sliced, not reduced (tensor_parallel_output_grad=False).
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)[:num_patches]
 

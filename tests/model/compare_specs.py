@@ -1,6 +1,6 @@
-"""How the model of TransformerEngine's layers differs from that of the local ones, both with the same weights.
+"""Differences between the model with TransformerEngine's layers and with local layers, with the same weights.
 
-As a program it prints that as JSON: a process of its own may find the stand-in for TransformerEngine on its path.
+As a program it prints them as JSON: a subprocess can have the stand-in for TransformerEngine on its path.
 
     python -m tests.model.compare_specs MODEL_DIR...
 """
@@ -54,7 +54,7 @@ def build(
 
 
 def group() -> Group:
-    """What the models compute: an image, a video and text, and two responses."""
+    """Return the models' input: an image, a video and text, and two responses."""
     return Group("0", tiny.prompt("iv", seed=3), tiny.responses((4, 6), seed=4))
 
 
@@ -68,7 +68,7 @@ def logits(model: QwenVLModel) -> Tensor:
 
 
 def run(model: QwenVLModel) -> dict[str, Tensor]:
-    """Logits, and gradients by the keys of the checkpoint (a gated weight's whole gradient under its first key)."""
+    """Return logits, and gradients by checkpoint key (the whole gradient of a gated weight has its first key)."""
     batch = _batch(model)
     hidden = model(batch)
     model.log_probs(hidden, batch.target_ids).mean().backward()
@@ -80,7 +80,7 @@ def run(model: QwenVLModel) -> dict[str, Tensor]:
 
 
 def learn(model: QwenVLModel) -> dict[str, Tensor]:
-    """Gradient norms of two updates of two microbatches each, and the weights behind them by the checkpoint's keys."""
+    """Return the gradient norms of two updates of two microbatches each, and the updated weights by checkpoint key."""
     learner = Learner(model, OptimizerSection(learning_rate=1e-2, epsilon=1.0, max_grad_norm=0.0), num_steps=2)
     assert all(getattr(module, "fuse_wgrad_accumulation", True) for module in model.modules())
 
@@ -93,7 +93,7 @@ def learn(model: QwenVLModel) -> dict[str, Tensor]:
 
 
 def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Of the logits and of the gradients: the largest difference, and the norm of all relative to the expected norm."""
+    """Return the largest difference and the relative error in norm, of the logits and of the gradients."""
     assert ours.keys() == expected.keys()
     found = {}
     for name, keys in (("logits", ["logits"]), ("gradient", [key for key in ours if key != "logits"])):

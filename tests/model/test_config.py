@@ -1,4 +1,4 @@
-"""config.json in both of its layouts, and what is refused."""
+"""Reading of config.json in both of its layouts, and the errors for models that are not supported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.config import ModelConfig, TextConfig
 from tests.model import tiny
 
 
@@ -25,7 +26,54 @@ def test_published_qwen2_5_vl_7b(realdata: Path) -> None:
     assert (config.image_token_id, config.video_token_id) == (151655, 151656)
 
 
-def test_published_qwen2_vl_leaves_defaults_out() -> None:
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen2-VL-7B-Instruct"])
+def test_published_files_are_read_as_transformers_reads_them(realdata: Path, tmp_path: Path, name: str) -> None:
+    raw = json.loads((realdata / "qwen" / name / "config.json").read_text())
+    raw.pop("quantization_config", None)  # one of the files is a quantized model's
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    _assert_equals_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_files_of_transformers_5_are_read_as_transformers_reads_them(tmp_path: Path, family: str) -> None:
+    tiny.hf_config(family).save_pretrained(tmp_path)
+    _assert_equals_transformers(tmp_path)
+
+
+def _assert_equals_transformers(model_dir: Path) -> None:
+    ours, theirs = ModelConfig.from_pretrained(model_dir), transformers.AutoConfig.from_pretrained(model_dir)
+    text, vision = theirs.get_text_config(), theirs.vision_config
+    assert (ours.family, ours.image_token_id, ours.video_token_id) == (
+        theirs.model_type,
+        theirs.image_token_id,
+        theirs.video_token_id,
+    )
+    assert ours.text == TextConfig(
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        vocab_size=text.vocab_size,
+        norm_epsilon=text.rms_norm_eps,
+        rope_theta=text.rope_parameters["rope_theta"],
+        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        tied_embeddings=theirs.tie_word_embeddings,
+    )
+    assert (ours.vision.num_layers, ours.vision.num_heads) == (vision.depth, vision.num_heads)
+    assert (ours.vision.patch_size, ours.vision.temporal_patch_size) == (vision.patch_size, vision.temporal_patch_size)
+    assert ours.vision.merge_size == vision.spatial_merge_size
+    if theirs.model_type == "qwen2_5_vl":
+        assert (ours.vision.hidden_size, ours.vision.out_hidden_size) == (vision.hidden_size, vision.out_hidden_size)
+        assert (ours.vision.ffn_hidden_size, ours.vision.window_size) == (vision.intermediate_size, vision.window_size)
+        assert ours.vision.full_attention_layers == tuple(vision.fullatt_block_indexes)
+        assert ours.vision.tokens_per_second == vision.tokens_per_second
+    else:
+        assert (ours.vision.hidden_size, ours.vision.out_hidden_size) == (vision.embed_dim, vision.hidden_size)
+        assert ours.vision.ffn_hidden_size == vision.embed_dim * vision.mlp_ratio
+
+
+def test_keys_that_published_qwen2_vl_omits_have_defaults() -> None:
     raw = {
         "model_type": "qwen2_vl",
         "hidden_size": 1536,
@@ -56,7 +104,7 @@ def test_nested_layout_of_transformers_5(family: str) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("whole", [{}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize("text", [{}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}])
-def test_tied_embeddings_are_found_where_any_transformers_saved_them(
+def test_tied_embeddings_are_found_wherever_a_transformers_version_wrote_them(
     family: str, whole: dict[str, bool], text: dict[str, bool]
 ) -> None:
     theirs = tiny.hf_config(family)
@@ -75,16 +123,19 @@ def test_tied_embeddings_are_found_where_any_transformers_saved_them(
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ({"vision_config": None}, "vision_config is missing"),
         ({"text_config": {"num_hidden_layers": None}}, "lacks 'num_hidden_layers'"),
-        ({"text_config": {"num_attention_heads": 7}}, "hidden size 96 is no multiple of 7 heads"),
-        ({"text_config": {"num_key_value_heads": 5}}, "12 heads do not divide among 5"),
+        ({"text_config": {"num_attention_heads": 7}}, "hidden size 96 is not a multiple of 7 heads"),
+        ({"text_config": {"num_key_value_heads": 5}}, "12 heads are not a multiple of 5 key-value heads"),
         ({"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1]}}}, "mrope_section [1, 1, 1] must sum to"),
         ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}}, "rope type 'yarn' is set"),
         ({"text_config": {"use_sliding_window": True}}, "use_sliding_window"),
-        ({"vision_config": {"out_hidden_size": 64}}, "the merger puts out 64 features, the language model takes 96"),
+        (
+            {"vision_config": {"out_hidden_size": 64}},
+            "the merger's output has 64 features, but the language model's hidden size is 96",
+        ),
         ({"vision_config": {"window_size": 14}}, "window_size 14 is smaller than one merged token"),
     ],
 )
-def test_impossible_models_are_refused_by_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_unsupported_models_are_errors_that_name_the_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     raw = tiny.hf_config("qwen2_5_vl").to_dict()
     for key, value in change.items():
         raw[key] = {**raw[key], **value} if isinstance(value, dict) and key in raw else value
@@ -99,7 +150,7 @@ def test_impossible_models_are_refused_by_key(tmp_path: Path, change: dict[str, 
     "name, nest",
     [("preprocessor_config.json", lambda x: x), ("processor_config.json", lambda x: {"image_processor": x})],
 )
-def test_normalisation_comes_from_the_processors_file(tmp_path: Path, name: str, nest: Any) -> None:
+def test_pixel_statistics_come_from_the_processor_file(tmp_path: Path, name: str, nest: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny.hf_config("qwen2_5_vl").to_dict()))
     assert ModelConfig.from_pretrained(tmp_path).vision.pixel_mean[0] == 0.48145466
     (tmp_path / name).write_text(json.dumps(nest({"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 2, 3]})))
@@ -107,18 +158,20 @@ def test_normalisation_comes_from_the_processors_file(tmp_path: Path, name: str,
     assert (vision.pixel_mean, vision.pixel_std) == ((0.5, 0.4, 0.3), (1, 2, 3))
 
 
-@pytest.mark.parametrize("content, message", [(None, "not found"), ("{", "not readable as JSON")])
-def test_missing_and_damaged_files(tmp_path: Path, content: str | None, message: str) -> None:
+@pytest.mark.parametrize("content, message", [(None, "not found"), ("{", "cannot be read as JSON")])
+def test_missing_and_damaged_files_are_errors(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
         ModelConfig.from_pretrained(tmp_path)
 
 
-def test_a_directory_without_a_model_says_what_to_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_directory_without_a_model_gives_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"run is a run's folder: name its export"):
+    with pytest.raises(UserError, match=r"run is a run directory: name its export"):
         ModelConfig.from_pretrained("run")
     with pytest.raises(UserError, match=r"hf download Qwen/Qwen2\.5-VL-7B-Instruct --local-dir DIR"):
         ModelConfig.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")

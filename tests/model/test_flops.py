@@ -1,7 +1,8 @@
-"""Counted operations against PyTorch's counter, on our model and on transformers'."""
+"""Our FLOP counts against PyTorch's counter, on our model and on transformers'."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ aten = torch.ops.aten
 
 
 def _pairs(query: torch.Size, key: torch.Size, is_causal: bool) -> int:
-    """What one block of attention computes, [batch, heads, length, head_dim]; causal blocks are square."""
+    """Multiplications of one of the two matmuls of attention, [batch, heads, length, head_dim]; causal is square."""
     batch, heads, length, head_dim = query
     pairs = length * (length + 1) // 2 if is_causal else length * key[2]
     return batch * heads * head_dim * pairs
@@ -47,15 +48,15 @@ def _attention_backward(grad, query, key, value, out, lse, dropout, is_causal, *
     return 8 * _pairs(query, key, is_causal)
 
 
-COUNTED = {  # PyTorch's counter has no entry for the CPU's attention
+COUNTED = {  # PyTorch's counter has no entries for the CPU's attention
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
-def _rotary(config: ModelConfig, rows: int) -> int:
-    """transformers' three axes of rotary angles are products of positions and frequencies, which we do not count."""
-    return 2 * 3 * rows * config.text.head_dim // 2
+def _rotary(config: ModelConfig, num_tokens: int) -> int:
+    """transformers computes the rotary angles of the three axes by matmuls, which we do not count."""
+    return 2 * 3 * num_tokens * config.text.head_dim // 2
 
 
 def _counter() -> FlopCounterMode:
@@ -78,7 +79,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def _counted(folder: Path, **settings: object) -> tuple[int, int, ModelConfig, PackedBatch]:
-    """Operations that our model's forward and backward pass really start."""
+    """Count the operations of our model's forward and backward passes with PyTorch's counter."""
     run = RunConfig.model_validate(
         {"model": {"path": folder, "dtype": "float32", **settings.pop("model", {})}, **settings}
     )
@@ -97,7 +98,7 @@ def _counted(folder: Path, **settings: object) -> tuple[int, int, ModelConfig, P
 @pytest.mark.parametrize(
     "freeze", [(), ("vision_tower",), ("merger",), ("vision_tower", "merger"), ("language_model",)], ids=" ".join
 )
-def test_forward_and_backward_are_what_pytorch_counts(model_dir: Path, freeze: tuple[str, ...]) -> None:
+def test_forward_and_training_flops_equal_pytorchs_count(model_dir: Path, freeze: tuple[str, ...]) -> None:
     forward, backward, config, batch = _counted(model_dir, model={"freeze": freeze})
     work = Workload.of_batch(config, batch)
     assert forward_flops(config, work).total == forward
@@ -113,15 +114,15 @@ def test_forward_and_backward_are_what_pytorch_counts(model_dir: Path, freeze: t
     ],
     ids=str,
 )
-def test_recomputation_is_what_pytorch_counts_on_top(model_dir: Path, recompute: dict[str, object]) -> None:
+def test_recomputed_flops_equal_pytorchs_additional_count(model_dir: Path, recompute: dict[str, object]) -> None:
     forward, backward, config, batch = _counted(model_dir, recompute=recompute)
     work = Workload.of_batch(config, batch)
-    again = recomputed_flops(config, work, RecomputeSection.model_validate(recompute))
-    assert training_flops(config, work).total + again.total == forward + backward
+    recomputed = recomputed_flops(config, work, RecomputeSection.model_validate(recompute))
+    assert training_flops(config, work).total + recomputed.total == forward + backward
 
 
-def test_plain_attention_in_transformers(model_dir: Path) -> None:
-    """Its eager attention computes whole squares; all else is the same."""
+def test_forward_flops_equal_those_of_transformers_with_full_squares(model_dir: Path) -> None:
+    """transformers' eager attention computes the masked pairs too; everything else is the same."""
     import transformers
 
     kind = transformers.AutoModelForImageTextToText
@@ -131,14 +132,13 @@ def test_plain_attention_in_transformers(model_dir: Path) -> None:
     with torch.no_grad(), _counter() as counter:
         tiny.transformers_logits(model, config, prompt, response)
     (item,) = prompt.vision
-    rows = len(prompt.token_ids) + len(response)
-    one = Workload.of_group(config, rows, [], [item.grid_thw])
-    num_patches = one.patches
-    square = Workload(num_patches, one.window_pairs, one.full_pairs, rows, rows**2, rows)
-    assert forward_flops(config, square).total + _rotary(config, rows) == counter.get_total_flops()
+    num_tokens = len(prompt.token_ids) + len(response)
+    work = Workload.of_group(config, num_tokens, [], [item.grid_thw])
+    square = replace(work, text_pairs=num_tokens**2, targets=num_tokens)
+    assert forward_flops(config, square).total + _rotary(config, num_tokens) == counter.get_total_flops()
 
 
-def test_window_pairs_are_the_windows_squares() -> None:
+def test_window_pairs_are_the_sum_of_the_windows_squares() -> None:
     config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
     for grid in ((1, 4, 4), (3, 6, 10), (2, 14, 2)):
         _, lengths = window_order(grid, config.vision)
@@ -148,8 +148,8 @@ def test_window_pairs_are_the_windows_squares() -> None:
 def test_a_group_is_counted_as_it_is_packed() -> None:
     config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
     prompt, responses = tiny.prompt("iv", seed=1), tiny.responses((5, 1, 3, 8), seed=2)
-    lengths = [len(one) for one in responses]
-    grids = [one.grid_thw for one in prompt.vision]
+    lengths = [len(response) for response in responses]
+    grids = [item.grid_thw for item in prompt.vision]
     of_group = Workload.of_group(config, len(prompt.token_ids), lengths, grids)
     assert of_group == Workload.of_batch(config, pack([Group("a", prompt, responses)], config))
     apart = sum((Workload.of_group(config, len(prompt.token_ids), [n], grids) for n in lengths), Workload())

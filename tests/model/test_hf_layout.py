@@ -99,7 +99,7 @@ def _small_layouts(family: str = "qwen2_5_vl") -> dict[str, TensorLayout]:
 
 
 def _numbered(layout: TensorLayout) -> dict[str, torch.Tensor]:
-    """Hugging Face tensors of which no two numbers are equal."""
+    """Return Hugging Face tensors in which all numbers differ."""
     tensors, start = {}, 0
     for name, shape in layout.hf_shapes.items():
         tensors[name] = torch.arange(start, start + math.prod(shape)).reshape(shape)
@@ -108,7 +108,7 @@ def _numbered(layout: TensorLayout) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_every_tensor_of_transformers_is_placed_and_none_is_left_over(size: str) -> None:
+def test_layouts_cover_exactly_the_tensors_of_transformers(size: str) -> None:
     family, text, vision, num_parameters = PUBLISHED[size]
     config_class, model_class = TRANSFORMERS[family]
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def test_the_published_index_of_qwen2_vl_7b(realdata: Path) -> None:
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_blocks_fill_every_megatron_row_and_use_every_hf_row_once(size: str) -> None:
+def test_blocks_cover_every_row_of_both_formats_once(size: str) -> None:
     family, text, vision, _ = PUBLISHED[size]
     for layout in _layouts(family, text, vision).values():
         used: Counter[str] = Counter()
@@ -195,14 +195,14 @@ def test_to_hf_inverts_to_megatron(family: str) -> None:
         assert all(torch.equal(back[name], hf[name]) for name in hf)
 
 
-def test_to_hf_leaves_the_padding_of_the_vocabulary_out() -> None:
+def test_to_hf_drops_the_padding_of_the_vocabulary() -> None:
     layout = _small_layouts()["language_model.output_layer.weight"]
     padded = torch.cat((torch.arange(50 * 96).view(50, 96), torch.full((14, 96), -1)))
     assert torch.equal(to_hf(layout, padded)["lm_head.weight"], padded[:50])
 
 
 @given(st.data())
-def test_blocks_in_a_range_are_that_slice(data: st.DataObject) -> None:
+def test_blocks_in_returns_the_blocks_of_a_range_of_rows(data: st.DataObject) -> None:
     layouts = _small_layouts()
     layout = layouts[data.draw(st.sampled_from(sorted(layouts)))]
     start = data.draw(st.integers(0, layout.shape[0] - 1))

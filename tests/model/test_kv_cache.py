@@ -1,4 +1,4 @@
-"""The cache against attention over whole sequences, written out."""
+"""The KV cache against attention over whole sequences, computed token by token."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from megatron_vcr1.model.kv_cache import KVCache, PrefillAttention
 
 HEADS, KV_HEADS, HEAD_DIM, SCALE = 6, 2, 8, 0.3
-LAYERS = (3, 4)  # of a stage that begins with the third
+LAYERS = (3, 4)  # a pipeline stage that starts with the third layer
 
 
-def _rows(num_rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = ((num_rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+def _random_inputs(num_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((num_tokens, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     return query, key, value
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One query [heads, head_dim] over all keys [tokens, kv_heads, head_dim]."""
-    keys, values = (one.repeat_interleave(HEADS // KV_HEADS, dim=1) for one in (keys, values))
+    """Attend with one query [heads, head_dim] to keys and values [tokens, kv_heads, head_dim]."""
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (keys, values))
     weights = (SCALE * torch.einsum("hd,thd->ht", query, keys)).softmax(-1)
     return torch.einsum("ht,thd->hd", weights, values)
 
@@ -34,10 +34,10 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         ((1, 2), (0, 1), {66: [1]}),
     ],
 )
-def test_rows_see_their_prompt_and_their_own_tokens(
+def test_each_response_attends_to_its_prompt_and_its_own_tokens(
     prompt_lengths: tuple[int, ...], response_groups: tuple[int, ...], keeps: dict[int, list[int]]
 ) -> None:
-    """Prompts in one pass and in one pass each, rows that leave between steps, and more steps than the first room."""
+    """Prompts are computed in one and in several passes, responses leave between steps, and the capacity grows."""
     num_steps = 3 if not keeps else max(keeps) + 3
     generator = torch.Generator().manual_seed(0)
     cache = KVCache(prompt_lengths, response_groups, num_steps, torch.device("cpu"))
@@ -45,26 +45,28 @@ def test_rows_see_their_prompt_and_their_own_tokens(
     prompts = {}
     for layer in LAYERS:
         for groups in passes:
-            query, key, value = _rows(sum(prompt_lengths[group] for group in groups), generator)
+            query, key, value = _random_inputs(sum(prompt_lengths[group] for group in groups), generator)
             output = PrefillAttention(cache, groups).attend(layer, query, key, value, SCALE)
             torch.testing.assert_close(output[0], _attention(query[0], key[:1], value[:1]))
             lengths = [prompt_lengths[group] for group in groups]
             for group, keys, values in zip(groups, key.split(lengths), value.split(lengths), strict=True):
                 prompts[layer, group] = (keys, values)
-    histories = {(layer, row): prompts[layer, group] for layer in LAYERS for row, group in enumerate(response_groups)}
+    histories = {
+        (layer, response): prompts[layer, group] for layer in LAYERS for response, group in enumerate(response_groups)
+    }
     live = list(range(len(response_groups)))
     for step in range(num_steps):
         for layer in LAYERS:
-            query, key, value = _rows(len(live), generator)
+            query, key, value = _random_inputs(len(live), generator)
             output = cache.attend(layer, query, key, value, SCALE)
-            for place, row in enumerate(live):
-                keys, values = histories[layer, row]
-                histories[layer, row] = (
+            for place, response in enumerate(live):
+                keys, values = histories[layer, response]
+                histories[layer, response] = (
                     torch.cat((keys, key[place : place + 1])),
                     torch.cat((values, value[place : place + 1])),
                 )
                 torch.testing.assert_close(
-                    output[place], _attention(query[place], *histories[layer, row]), atol=1e-5, rtol=1e-5
+                    output[place], _attention(query[place], *histories[layer, response]), atol=1e-5, rtol=1e-5
                 )
         cache.advance()
         if step in keeps:

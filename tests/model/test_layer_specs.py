@@ -38,7 +38,7 @@ def world() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
-def test_a_norm_is_computed_again_behind_its_linear_layer(
+def test_the_norm_before_a_linear_layer_is_recomputed_in_backward(
     monkeypatch: pytest.MonkeyPatch, world: None, normalization: str
 ) -> None:
     config = TransformerConfig(
@@ -55,21 +55,21 @@ def test_a_norm_is_computed_again_behind_its_linear_layer(
         parameter.data += torch.linspace(-0.5, 1, parameter.numel()).view(parameter.shape)
     x = torch.randn(5, 1, 8, requires_grad=True)
 
-    def plainly(x: Tensor) -> Tensor:
+    def reference(x: Tensor) -> Tensor:
         if normalization == "RMSNorm":
-            normed = F.rms_norm(x, (8,), linear.layer_norm_weight, 1e-3)
+            normalized = F.rms_norm(x, (8,), linear.layer_norm_weight, 1e-3)
         else:
-            normed = F.layer_norm(x, (8,), linear.layer_norm_weight, linear.layer_norm_bias, 1e-3)
-        return F.linear(normed, linear.weight, linear.bias)
+            normalized = F.layer_norm(x, (8,), linear.layer_norm_weight, linear.layer_norm_bias, 1e-3)
+        return F.linear(normalized, linear.weight, linear.bias)
 
     leaves = [x, *linear.parameters()]
-    expected = torch.autograd.grad(plainly(x).square().sum(), leaves)
+    expected = torch.autograd.grad(reference(x).square().sum(), leaves)
     inputs: list[Tensor] = []
-    normed = LayerNormColumnParallelLinear.normalize
+    normalize = LayerNormColumnParallelLinear.normalize
 
     def counted(self: LayerNormColumnParallelLinear, x: Tensor) -> Tensor:
         inputs.append(x)
-        return normed(self, x)
+        return normalize(self, x)
 
     monkeypatch.setattr(LayerNormColumnParallelLinear, "normalize", counted)
     output, bias = linear(x)

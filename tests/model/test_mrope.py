@@ -1,5 +1,5 @@
-"""mRoPE positions against the rule written out by hand and against transformers, where its rule is the same; angles
-against float64.
+"""mRoPE positions against examples by hand, and against transformers where its rule is the same; angles against
+float64.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def test_text_advances_all_axes_together() -> None:
     assert _positions([], []).shape == (3, 0)
 
 
-def test_video_moves_with_time_and_text_goes_on_past_its_largest_position() -> None:
-    # Two steps 2.5 s apart of 1 x 2 tokens, behind two tokens of text: time 2 and 2 + 5, text from 8 on.
+def test_video_time_follows_seconds_and_text_continues_after_the_largest_position() -> None:
+    # Two steps of 1 x 2 tokens, 2.5 s apart, after two tokens of text: time is 2 and 2 + 5, and text continues at 8.
     token_ids = [7, VISION_START, *[VIDEO_PAD] * 4, VISION_END, 8]
     assert _positions(token_ids, [((2, 2, 4), 2.5)]).tolist() == [
         [0, 1, 2, 2, 7, 7, 8, 9],
@@ -44,7 +44,7 @@ def test_time_is_multiplied_before_it_is_truncated() -> None:
     assert time.tolist() == [0, 0, 1, 2]  # 0, 0.8, 1.6, 2.4 and not multiples of a truncated 0.8
 
 
-def test_qwen2_counts_temporal_patches_whatever_they_last() -> None:
+def test_qwen2_vl_counts_temporal_patches_regardless_of_their_duration() -> None:
     time = vision_positions((3, 2, 2), 2.5, merge_size=2, tokens_per_second=None)[0]
     assert time.tolist() == [0, 1, 2]
 
@@ -56,7 +56,7 @@ def test_long_video_with_real_float_steps_matches_float32_arithmetic() -> None:
 
 
 def _transformers_positions(token_ids: Tensor, grids: list[tuple[int, int, int]], seconds: list[float]) -> Tensor:
-    stand_in = type("Model", (), {})()  # get_rope_index reads nothing of a model but its configuration
+    stand_in = type("Model", (), {})()  # get_rope_index uses only the model's configuration
     stand_in.config = tiny.hf_config("qwen2_5_vl")
     stand_in.get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids.__get__(stand_in)
     types = torch.zeros_like(token_ids)
@@ -73,7 +73,7 @@ def _transformers_positions(token_ids: Tensor, grids: list[tuple[int, int, int]]
 
 @pytest.mark.parametrize("num_steps, same", [(2, True), (9, False)])
 def test_transformers_5_agrees_until_time_outgrows_space(num_steps: int, same: bool) -> None:
-    """Pins transformers' deviation from the published models: when a release mends it, this fails and can go."""
+    """Pins a deviation of transformers from the published models; delete this test when a release fixes it."""
     grid, seconds = (num_steps, 4, 10), 1.0
     token_ids = torch.tensor([3, VISION_START, *[VIDEO_PAD] * (num_steps * 10), VISION_END, 4, 5])
     ours = _positions(token_ids.tolist(), [(grid, seconds)])
@@ -92,18 +92,18 @@ def test_transformers_5_agrees_until_time_outgrows_space(num_steps: int, same: b
         ([1, IMAGE_PAD, 2], [], "belong to no image or video"),
     ],
 )
-def test_pads_that_do_not_fit_the_grids_are_refused(token_ids: list[int], vision: list, message: str) -> None:
+def test_pads_that_do_not_match_the_grids_are_errors(token_ids: list[int], vision: list, message: str) -> None:
     with pytest.raises(ValueError) as error:
         _positions(token_ids, vision)
     assert message in str(error.value)
 
 
-class _Tf32Products(TorchDispatchMode):
-    """Matrix products read 11 bits of a float32 number, as a GPU's do where that is allowed."""
+class _Tf32Matmuls(TorchDispatchMode):
+    """Emulates TF32: matmuls round their float32 inputs to 11 bits of mantissa, as a GPU does where TF32 is allowed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
-            args = tuple(self._rounded(one) for one in args)
+            args = tuple(self._rounded(x) for x in args)
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -112,9 +112,9 @@ class _Tf32Products(TorchDispatchMode):
         return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
 
-def test_angles_of_long_videos_keep_their_digits_where_products_do_not() -> None:
+def test_angles_of_long_videos_are_exact_where_matmuls_use_tf32() -> None:
     positions = torch.tensor([[4099, 30_001], [2049, 7], [5001, 12_345]])
-    with _Tf32Products():
+    with _Tf32Matmuls():
         assert float(torch.tensor([[4099.0]]) @ torch.ones(1, 1)) == 4100
         angles = rotary_angles(positions, (16, 24, 24), 1e6)  # the published models'
     axes = torch.tensor([0] * 16 + [1] * 24 + [2] * 24)

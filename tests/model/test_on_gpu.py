@@ -1,4 +1,4 @@
-"""What the CPU's tests prove, once more where a GPU is: the Triton kernels inside the model, and the local engine."""
+"""The model with Triton kernels and the in-process engine on a GPU; the other tests cover them on the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.model import compare_specs, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# Of norms, relative: Triton multiplies float32 in TF32, and bfloat16 keeps 8 bits of each activation.
+# Relative to the norm: Triton computes float32 matmuls in TF32, and bfloat16 has 8 bits of mantissa.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
 
 
@@ -33,12 +33,14 @@ def world() -> Iterator[None]:
         yield
 
 
-def _by_transformers(folder: Path, family: str) -> dict[str, Tensor]:
-    """What `compare_specs.run` computes, in float32 on the CPU."""
+def _transformers_results(folder: Path, family: str) -> dict[str, Tensor]:
+    """Compute the results of `compare_specs.run` with transformers, in float32 on the CPU."""
     model = tiny.create(family, folder / "model")
     config = ModelConfig.from_pretrained(folder / "model")
     group = compare_specs.group()
-    logits = torch.cat([tiny.transformers_logits(model, config, group.prompt, one) for one in group.responses])
+    logits = torch.cat(
+        [tiny.transformers_logits(model, config, group.prompt, response) for response in group.responses]
+    )
     logits.log_softmax(-1).gather(1, torch.cat(group.responses)[:, None]).mean().backward()
     tiny.save_gradients(model, folder / "gradients", folder / "model")
     gradients = compare_specs.build(folder / "gradients", LocalBackend(), torch.float32)
@@ -50,7 +52,7 @@ def _by_transformers(folder: Path, family: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_logits_and_gradients_equal_transformers(tmp_path: Path, family: str) -> None:
-    expected = _by_transformers(tmp_path, family)
+    expected = _transformers_results(tmp_path, family)
     for dtype, tolerance in TOLERANCES.items():
         model = compare_specs.build(tmp_path / "model", LocalBackend(), dtype)
         found = compare_specs.differences(compare_specs.run(model), expected)
@@ -59,21 +61,21 @@ def test_logits_and_gradients_equal_transformers(tmp_path: Path, family: str) ->
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_the_local_engine_gives_the_log_probs_of_training(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_log_probs_of_the_in_process_engine_equal_those_of_training(tmp_path: Path, dtype: torch.dtype) -> None:
     tiny.create("qwen2_5_vl", tmp_path / "model")
     model = compare_specs.build(tmp_path / "model", LocalBackend(), dtype)
     tokens = SpecialTokens(frozenset(range(5, 25)), (tiny.IMAGE_PAD, tiny.VIDEO_PAD))
     engine = LocalEngine(model, tokens, str, max_batch_responses=256)
     kinds = enumerate(("", "i", "v", "ivv"))
     requests = [GenerationRequest(kind, tiny.prompt(kind, seed=3), 1 + index, index) for index, kind in kinds]
-    generated = engine.generate(requests, SamplingParams(max_new_tokens=80))  # the cache grows, rows leave early
+    generated = engine.generate(requests, SamplingParams(max_new_tokens=80))  # the cache grows, and responses end early
     worst = 0.0
     for request, group in zip(requests, generated, strict=True):
-        responses = tuple(torch.tensor(one.token_ids) for one in group.rollouts)
+        responses = tuple(torch.tensor(rollout.token_ids) for rollout in group.rollouts)
         batch = pack([Group(request.id, request.prompt, responses)], model.model_config).to(mesh.device())
         with torch.no_grad():
             scored = model.log_probs(model(batch), batch.target_ids).cpu()
-        sampled = torch.tensor([value for one in group.rollouts for value in one.log_probs])
+        sampled = torch.tensor([value for rollout in group.rollouts for value in rollout.log_probs])
         worst = max(worst, float((scored - sampled).abs().max()))
     print(f"log-probs of the local engine and of training, {dtype}: largest difference {worst:.2e}")
     assert worst < 5 * TOLERANCES[dtype]

@@ -1,4 +1,4 @@
-"""What a microbatch holds, row by row."""
+"""Contents of a packed microbatch, token by token."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CONFIG = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
 
 
 def _text_group(name: str, prompt: list[int], *responses: list[int]) -> Group:
-    return Group(name, EncodedPrompt(torch.tensor(prompt), ()), tuple(torch.tensor(one) for one in responses))
+    return Group(name, EncodedPrompt(torch.tensor(prompt), ()), tuple(torch.tensor(response) for response in responses))
 
 
-def test_a_prompt_stands_once_and_last_tokens_are_not_fed() -> None:
+def test_the_prompt_is_packed_once_and_last_response_tokens_are_not_inputs() -> None:
     batch = pack([_text_group("a", [5, 6, 7], [10, 11, 12], [20])], CONFIG)
     assert batch.token_ids.tolist() == [5, 6, 7, 10, 11]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
@@ -29,17 +29,17 @@ def test_a_prompt_stands_once_and_last_tokens_are_not_fed() -> None:
     assert batch.response_lengths == (3, 1)
 
 
-def test_groups_stand_behind_each_other_and_each_starts_at_position_zero() -> None:
+def test_groups_follow_each_other_and_each_starts_at_position_zero() -> None:
     batch = pack(
         [_text_group("a", [5, 6], [7, 8]), _text_group("b", [9], [3, 4], [2, 1])], CONFIG, pad_to_multiple_of=4
     )
-    assert batch.token_ids.tolist() == [5, 6, 7, 9, 3, 2, 0, 0]  # two rows of padding
+    assert batch.token_ids.tolist() == [5, 6, 7, 9, 3, 2, 0, 0]  # two tokens of padding
     assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1, 1, 0, 0]
     assert batch.layout == SegmentLayout((2, 1, 1, 1, 1, 2), (-1, 0, -1, 2, 2, -1))
     assert batch.predicting_token_indices.tolist() == [1, 2, 3, 4, 3, 5]
 
 
-def test_responses_go_on_from_the_prompts_last_position() -> None:
+def test_response_positions_continue_from_the_prompts_largest_position() -> None:
     prompt = tiny.prompt("v", seed=0)
     batch = pack([Group("v", prompt, tiny.responses((4, 3), seed=1))], CONFIG)
     last = int(batch.position_ids[:, : len(prompt.token_ids)].max())
@@ -49,7 +49,7 @@ def test_responses_go_on_from_the_prompts_last_position() -> None:
     )
 
 
-def test_vision_rows_are_the_prompts_pads_whatever_a_response_holds() -> None:
+def test_pad_ids_in_a_response_are_ordinary_tokens() -> None:
     prompt = tiny.prompt("iv", seed=0)
     response = torch.tensor([tiny.VIDEO_PAD, tiny.IMAGE_PAD, 3])
     batch = pack([_text_group("t", [1], [2, 3]), Group("iv", prompt, (response,))], CONFIG)
@@ -66,7 +66,7 @@ def test_vision_rows_are_the_prompts_pads_whatever_a_response_holds() -> None:
         (_text_group("stray-pad", [1, tiny.VIDEO_PAD], [2]), "sample stray-pad: 1 vision pad tokens from token 1"),
     ],
 )
-def test_what_cannot_be_packed_is_refused_by_name(group: Group, message: str) -> None:
+def test_errors_name_the_sample(group: Group, message: str) -> None:
     with pytest.raises(ValueError) as error:
         pack([group], CONFIG)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""The model against transformers' own: logits and every gradient, at every layout, in fp32."""
+"""The model against transformers: logits and every gradient, in every layout, in float32."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.model import tiny
 pytestmark = pytest.mark.xdist_group("gloo")
 
 TOLERANCE = 1e-5
-# What stands in the prompt (i: image, v: video), and the lengths of its responses.
+# The images (i) and videos (v) of a prompt, and the lengths of its responses.
 CASES = (("", (3, 5)), ("i", (4, 1, 2)), ("v", (6,)), ("ivv", (2, 7)))
-# Cases that share a microbatch: alone, with another one, and without any vision input.
+# Cases that share a microbatch: two together, one alone, and one without vision input.
 MICROBATCHES = ((1, 2), (3,), (0,))
 
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -58,7 +58,7 @@ def _group(case: int) -> Group:
 
 
 def _coefficients(num_targets: int) -> Tensor:
-    """Weights of the log-probs in the loss, of both signs."""
+    """Return coefficients of the log-probs in the loss, of both signs."""
     return torch.linspace(-1.0, 1.5, num_targets)
 
 
@@ -67,14 +67,16 @@ NUM_TARGETS = sum(sum(lengths) for _, lengths in CASES)
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, its gradients in the form of weights, and its logits for every case, by transformers."""
+    """A folder with a model, and its gradients (stored as weights), logits and loss as transformers computes them."""
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny.create(request.param, folder / "model")
     config = ModelConfig.from_pretrained(folder / "model")
     logits, loss = {}, torch.zeros(())
     for case in range(len(CASES)):
         group = _group(case)
-        answers = torch.cat([tiny.transformers_logits(model, config, group.prompt, one) for one in group.responses])
+        answers = torch.cat(
+            [tiny.transformers_logits(model, config, group.prompt, response) for response in group.responses]
+        )
         log_probs = answers.log_softmax(-1).gather(1, torch.cat(group.responses)[:, None])[:, 0]
         loss = loss + (log_probs * _coefficients(len(log_probs))).sum() / NUM_TARGETS
         logits[str(case)] = answers.detach()
@@ -92,30 +94,29 @@ def _build(folder: Path, settings: dict[str, Any], weights: str) -> QwenVLModel:
 
 
 def _forward_backward(model: QwenVLModel) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """The loss over all cases through the pipeline schedule; metrics of the last stage, and this rank's gradients."""
+    """Run all cases through the pipeline schedule; return the last stage's metrics and this rank's gradients."""
     model.config.finalize_model_grads_func = finalize_model_grads
     parallel = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     parallel.zero_grad_buffer()
-    rows_multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     batches = [
-        pack([_group(case) for case in cases], model.model_config, pad_to_multiple_of=rows_multiple)
+        pack([_group(case) for case in cases], model.model_config, pad_to_multiple_of=model.token_multiple)
         for cases in MICROBATCHES
     ]
     coefficients = [torch.cat([_coefficients(sum(CASES[case][1])) for case in cases]) for cases in MICROBATCHES]
 
     def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        index = next(i for i, one in enumerate(batches) if one is batch)
+        index = next(i for i, other in enumerate(batches) if other is batch)
         log_probs = model.log_probs(hidden, batch.target_ids)
         value = (log_probs * coefficients[index]).sum() / NUM_TARGETS
         metrics = {"loss": value.item(), "logits": model.logits(hidden.detach())}
-        return value / mesh.num_replicas(), metrics  # every copy computes all, and gradients add up
+        return value / mesh.num_replicas(), metrics  # every replica computes all cases, and gradients are summed
 
     metrics = schedule.forward_backward(parallel, batches, loss)
     return metrics, {name: parameter.main_grad for name, parameter in model.named_parameters()}
 
 
 def _compare(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Largest differences on this rank."""
+    """Return the largest differences from transformers on this rank."""
     mesh.initialize(RunConfig.model_validate({"model": {"path": folder}, **settings}).parallel)
     model = _build(folder, settings, "model").train()
     answers = load_file(folder / "answers.safetensors")
@@ -124,44 +125,44 @@ def _compare(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
     assert gradients.keys() == expected.keys()
     worst = {"gradient": max(float((gradients[name] - expected[name]).abs().max()) for name in expected)}
     if mesh.is_last_stage():
-        wanted = torch.cat([answers[str(case)] for cases in MICROBATCHES for case in cases])
-        worst["logits"] = float((torch.cat([one["logits"] for one in metrics]) - wanted).abs().max())
-        worst["loss"] = abs(sum(one["loss"] for one in metrics) - float(answers["loss"]))
+        expected_logits = torch.cat([answers[str(case)] for cases in MICROBATCHES for case in cases])
+        logits = torch.cat([results["logits"] for results in metrics])
+        worst["logits"] = float((logits - expected_logits).abs().max())
+        worst["loss"] = abs(sum(results["loss"] for results in metrics) - float(answers["loss"]))
     return worst
 
 
 def _loss_and_gradients(model: QwenVLModel, batches: list[PackedBatch]) -> tuple[float, dict[str, Tensor]]:
-    """Mean log-prob of all targets, and its gradients, in one process."""
+    """Return the mean log-prob of all targets and its gradients, without the pipeline schedule."""
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
         total = total + model.log_probs(model(batch), batch.target_ids).sum()
     loss = total / sum(len(batch.target_ids) for batch in batches)
     loss.backward()
-    return loss.item(), {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _shared_against_separate(folder: Path) -> dict[str, float]:
     mesh.initialize(RunConfig.model_validate({"model": {"path": folder}}).parallel)
     model = _build(folder, {}, "model").train()
-    whole = [Group("g", tiny.prompt("iv", seed=7), tiny.responses((5, 1, 3, 8), seed=8)), _group(0)]
-    apart = [Group(one.id, one.prompt, (response,)) for one in whole for response in one.responses]
-    loss, gradients = _loss_and_gradients(model, [pack(whole, model.model_config)])
-    wanted_loss, wanted = _loss_and_gradients(model, [pack([one], model.model_config) for one in apart])
-    assert gradients.keys() == wanted.keys()
+    shared = [Group("g", tiny.prompt("iv", seed=7), tiny.responses((5, 1, 3, 8), seed=8)), _group(0)]
+    separate = [Group(group.id, group.prompt, (response,)) for group in shared for response in group.responses]
+    loss, gradients = _loss_and_gradients(model, [pack(shared, model.model_config)])
+    expected_loss, expected = _loss_and_gradients(model, [pack([group], model.model_config) for group in separate])
+    assert gradients.keys() == expected.keys()
     return {
-        "loss": abs(loss - wanted_loss),
-        "gradient": max(float((gradients[name] - wanted[name]).abs().max()) for name in wanted),
+        "loss": abs(loss - expected_loss),
+        "gradient": max(float((gradients[name] - expected[name]).abs().max()) for name in expected),
     }
 
 
-def test_a_group_equals_its_responses_one_by_one(reference: Path, gloo_pool: GlooPool) -> None:
-    """One pass over the prompt, as many responses behind it: the same loss and gradient as prompts copied for each."""
+def test_a_shared_prefix_gives_the_loss_and_gradient_of_separate_prompts(reference: Path, gloo_pool: GlooPool) -> None:
     for worst in gloo_pool.run(_shared_against_separate, reference):
         assert all(value <= TOLERANCE for value in worst.values()), worst
 
 
-def _what_learns(folder: Path, frozen: str) -> dict[str, bool]:
+def _has_gradient(folder: Path, frozen: str) -> dict[str, bool]:
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32", "freeze": [frozen]}})
     mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(folder / "model"), run, initialize_weights=True).train()
@@ -180,15 +181,14 @@ def _what_learns(folder: Path, frozen: str) -> dict[str, bool]:
 def test_frozen_parts_get_no_gradient(
     reference: Path, gloo_pool: GlooPool, part: str, prefixes: tuple[str, ...]
 ) -> None:
-    for learns in gloo_pool.run(_what_learns, reference, part):
-        assert {name for name, one in learns.items() if not one} == {
-            name for name in learns if name.startswith(prefixes)
-        }
+    for has_gradient in gloo_pool.run(_has_gradient, reference, part):
+        without = {name for name, value in has_gradient.items() if not value}
+        assert without == {name for name in has_gradient if name.startswith(prefixes)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_loss_and_every_gradient_equal_transformers(reference: Path, gloo_pool: GlooPool, layout: str) -> None:
     differences = gloo_pool.run(_compare, reference, LAYOUTS[layout])
-    assert any("logits" in one for one in differences)
+    assert any("logits" in worst for worst in differences)
     for rank, worst in enumerate(differences):
         assert all(value <= TOLERANCE for value in worst.values()), f"rank {rank}: {worst}"

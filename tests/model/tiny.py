@@ -1,4 +1,4 @@
-"""Small random models of both families with awkward sizes, and transformers' answers for them."""
+"""Small random models of both families with awkward sizes, and transformers' results for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ FAMILIES = ("qwen2_5_vl", "qwen2_vl")
 
 
 def hf_config(family: str, **overrides: int) -> transformers.PretrainedConfig:
-    """12 heads and 2 key-value heads of 8 features, windows of 2 x 2 merge units; Qwen2-VL with tied embeddings."""
+    """Return a configuration: 12 heads and 2 key-value heads of 8 features, windows of 2 x 2 merge units.
+
+    Qwen2-VL has tied embeddings.
+    """
     tokens = dict(image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD)
     tokens |= dict(vision_start_token_id=VISION_START, vision_end_token_id=VISION_END)
     text: dict[str, Any] = dict(
@@ -52,7 +55,7 @@ def hf_config(family: str, **overrides: int) -> transformers.PretrainedConfig:
 
 
 def create(family: str, folder: Path, seed: int = 0, **overrides: int) -> torch.nn.Module:
-    """A random model, saved in Hugging Face format."""
+    """Create a random model and save it in Hugging Face format."""
     kinds = {
         "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
         "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
@@ -77,7 +80,12 @@ def vision_input(
 
 
 def prompt(kinds: str, seed: int) -> EncodedPrompt:
-    """A prompt with random text between the inputs that `kinds` names: i(mage), v(ideo)."""
+    """Return a prompt with random text between images and videos.
+
+    Args:
+        kinds: one letter for each: i(mage) or v(ideo).
+        seed: of the text and the pixels.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def text(num_tokens: int) -> Tensor:
@@ -87,7 +95,7 @@ def prompt(kinds: str, seed: int) -> EncodedPrompt:
     for index, kind in enumerate(kinds):
         if kind == "i":
             item, pad = vision_input(generator, 1, 6 + 4 * index, 10, None), IMAGE_PAD
-        else:  # an odd grid, and time steps that are no whole seconds
+        else:  # an odd grid, and time steps that are not whole seconds
             item, pad = vision_input(generator, 6, 4, 10 - 4 * index, 0.8 + index), VIDEO_PAD
         inputs.append(item)
         num_pads = item.num_tokens(2)
@@ -101,8 +109,8 @@ def responses(lengths: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
 
 
 def _pixel_values(item: VisionInput) -> Tensor:
-    """Flattened patches as the published processors lay them out: (t, h/2, w/2, 2, 2) rows, (channel, frame, y, x)
-    columns.
+    """Return flattened patches as the published processors order them: rows (t, h/2, w/2, 2, 2), columns (channel,
+    frame, y, x).
     """
     frames = item.frames if len(item.frames) > 1 else item.frames.repeat(2, 1, 1, 1)
     pixels = (frames.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
@@ -112,25 +120,25 @@ def _pixel_values(item: VisionInput) -> Tensor:
 
 
 def transformers_inputs(item: EncodedPrompt, response: Tensor | None = None) -> dict[str, Any]:
-    """A prompt, and a response behind it, as transformers' models take them; without positions."""
+    """Return the inputs of transformers' models for a prompt and a response after it, without positions."""
     ids = (item.token_ids if response is None else torch.cat((item.token_ids, response)))[None]
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    images = [one for one in item.vision if one.seconds_per_grid is None]
-    videos = [one for one in item.vision if one.seconds_per_grid is not None]
+    images = [vision for vision in item.vision if vision.seconds_per_grid is None]
+    videos = [vision for vision in item.vision if vision.seconds_per_grid is not None]
     if images:
-        inputs["pixel_values"] = torch.cat([_pixel_values(one) for one in images])
-        inputs["image_grid_thw"] = torch.tensor([one.grid_thw for one in images])
+        inputs["pixel_values"] = torch.cat([_pixel_values(vision) for vision in images])
+        inputs["image_grid_thw"] = torch.tensor([vision.grid_thw for vision in images])
     if videos:
-        inputs["pixel_values_videos"] = torch.cat([_pixel_values(one) for one in videos])
-        inputs["video_grid_thw"] = torch.tensor([one.grid_thw for one in videos])
+        inputs["pixel_values_videos"] = torch.cat([_pixel_values(vision) for vision in videos])
+        inputs["video_grid_thw"] = torch.tensor([vision.grid_thw for vision in videos])
     return inputs
 
 
 def transformers_logits(model: torch.nn.Module, config: ModelConfig, item: EncodedPrompt, response: Tensor) -> Tensor:
-    """transformers' logits for each token of one response behind one prompt, [tokens, vocab_size]."""
+    """Return transformers' logits for each token of a response after a prompt, [tokens, vocab_size]."""
     positions = prompt_positions(
         item.token_ids,
-        [(one.grid_thw, one.seconds_per_grid) for one in item.vision],
+        [(vision.grid_thw, vision.seconds_per_grid) for vision in item.vision],
         vision_token_ids=frozenset((config.image_token_id, config.video_token_id)),
         merge_size=2,
         tokens_per_second=config.vision.tokens_per_second,
@@ -146,9 +154,7 @@ def transformers_logits(model: torch.nn.Module, config: ModelConfig, item: Encod
 
 
 def save_gradients(model: torch.nn.Module, folder: Path, source: Path) -> None:
-    """Write a model's gradients as if they were its weights: what loads weights at any layout then loads the expected
-    gradients.
-    """
+    """Save a model's gradients as if they were weights, so that the expected gradients can be loaded in any layout."""
     folder.mkdir()
     (folder / "config.json").write_text((source / "config.json").read_text())
     model = _clone_with_gradients(model)

@@ -6,7 +6,6 @@ import gzip
 import json
 import logging
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -107,28 +106,6 @@ def test_a_run_that_ends_before_its_profile_says_so(
     with caplog.at_level(logging.WARNING):
         assert train(workspace.config(folder, "sft", train=run, profile={"enabled": True})) == 0
     assert "no profile: the run ended before profile.first_step = 2" in caplog.text
-
-
-def test_threads_record_for_themselves_and_what_is_under_way_at_the_end_is_cut() -> None:
-    begun, ended = threading.Event(), threading.Event()
-
-    def sample() -> None:
-        with timeline.span("rollout"):
-            begun.set()
-            ended.wait()
-
-    thread = threading.Thread(target=sample, name="rollout_0")
-    with timeline.recording() as spans:
-        thread.start()
-        begun.wait()
-        with timeline.span("update"):
-            pass
-    ended.set()
-    thread.join()
-    update, rollout = spans
-    assert (update.name, update.track) == ("update", "MainThread")
-    assert (rollout.name, rollout.track) == ("rollout", "rollout_0")
-    assert rollout.start_ns <= update.start_ns and rollout.end_ns >= update.end_ns
 
 
 S = 10**9

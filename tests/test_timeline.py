@@ -1,0 +1,46 @@
+"""Spans of threads and worker processes, and the recordings that collect them."""
+
+from __future__ import annotations
+
+import threading
+
+from megatron_vcr1 import timeline
+from megatron_vcr1.timeline import Span
+
+
+def test_spans_have_their_threads_name_and_open_ones_are_cut_at_the_end() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def sample() -> None:
+        with timeline.span("rollout"):
+            begun.set()
+            ended.wait()
+
+    thread = threading.Thread(target=sample, name="rollout_0")
+    with timeline.recording() as spans:
+        thread.start()
+        begun.wait()
+        with timeline.span("update"):
+            pass
+    ended.set()
+    thread.join()
+    update, rollout = spans
+    assert (update.name, update.track) == ("update", "MainThread")
+    assert (rollout.name, rollout.track) == ("rollout", "rollout_0")
+    assert rollout.start_ns <= update.start_ns <= update.end_ns <= rollout.end_ns
+
+
+def test_nothing_is_kept_without_a_recording() -> None:
+    with timeline.span("update"):
+        pass
+    timeline.add(Span("decode", "worker 0", 1, 2))
+    with timeline.recording() as spans:
+        pass
+    assert spans == []
+
+
+def test_every_active_recording_receives_a_workers_span() -> None:
+    decode = Span("decode", "worker 0", 1, 2)
+    with timeline.recording() as outer, timeline.recording() as inner:
+        timeline.add(decode)
+    assert outer == inner == [decode]
