@@ -34,7 +34,8 @@ FLOORS = {
     "types": 0,
     "timeline": 0,
     "vcr1_kernels": 0,
-    "errors": -1,
+    "text_files": -1,
+    "errors": -2,
 }
 OPTIONAL_PACKAGES = ("apex", "flash_attn", "nvidia", "openai", "sglang", "transformer_engine")
 TEXTS = (".md", ".sbatch", ".sh", ".toml", ".txt")

@@ -1,0 +1,128 @@
+"""Reading JSON, TOML and text files that may be damaged or hostile.
+
+Every file that a user, a download or another program may have written is read through these functions. They refuse,
+with an error that names the file:
+
+- what is not a regular file (opening a FIFO would block for ever, a device may never end);
+- text that is not UTF-8 (a byte order mark is accepted), or larger than `MAX_BYTES`;
+- JSON and TOML that is nested too deeply, or holds a number of more digits than Python converts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from megatron_vcr1.errors import UserError
+
+MAX_BYTES = 2**30
+"""Largest text file that is read into memory as a whole. Manifests and rollouts are read line by line instead."""
+
+
+def open_regular(path: str | Path) -> int:
+    """Open a regular file for reading and return its file descriptor; never block on a FIFO or a device.
+
+    Raises:
+        UserError: the path is not a regular file.
+        OSError: the file cannot be opened.
+    """
+    # O_NONBLOCK: without it, opening a FIFO waits for a writer. It has no effect on regular files.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file; name a file")
+    return descriptor
+
+
+def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a whole regular file.
+
+    Raises:
+        UserError: the path is not a regular file, or the file is larger than `max_bytes`.
+        OSError: the file cannot be read.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UserError(f"{path}: larger than {max_bytes} bytes, which is no size for this kind of file")
+    return content
+
+
+def read_text(path: str | Path, *, max_bytes: int = MAX_BYTES) -> str:
+    """Read a whole UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        UserError: the file is missing, not a regular file, too large or not UTF-8 text.
+    """
+    try:
+        return read_bytes(path, max_bytes=max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_json(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Decode a whole JSON file.
+
+    Raises:
+        UserError: as `read_text`, or the text is not JSON.
+    """
+    return parse_json(read_text(path, max_bytes=max_bytes), path)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Decode a whole TOML file.
+
+    Raises:
+        UserError: as `read_text`, or the text is not TOML.
+    """
+    return parse_toml(read_text(path), path)
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """Decode a JSON text; `where` names it in errors: a file, or a file and line.
+
+    Raises:
+        UserError: the text is not JSON, is nested too deeply, or holds a number with thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not JSON that can be read: nested too deeply") from None
+    except ValueError as error:  # an integer of more digits than Python converts; bytes that are not UTF-8
+        raise UserError(f"{where}: not JSON that can be read: {error}") from None
+
+
+def parse_toml(text: str, where: object) -> dict[str, Any]:
+    """Decode a TOML text; `where` names it in errors.
+
+    Raises:
+        UserError: the text is not TOML, is nested too deeply, or holds a number with thousands of digits.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not TOML that can be read: nested too deeply") from None
+    except ValueError as error:  # an integer of more digits than Python converts, an impossible date
+        raise UserError(f"{where}: not TOML that can be read: {error}") from None
+
+
+def require_object(value: Any, where: object) -> dict[str, Any]:
+    """Return a decoded JSON value that must be an object.
+
+    Raises:
+        UserError: it is a list, a text, a number or null.
+    """
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number or boolean")
+        raise UserError(f"{where}: expected a JSON object, got {kind}")
+    return value
