@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv/sglang, in which the tests run a real SGLang server on the CPU; a minute or two and 620 MB the first time.
+# Creates .venv/sglang, in which the tests run a real SGLang server on the CPU. The first time takes one or two minutes
+# and 620 MB of disk space.
 #
-# SGLang's own requirements are for CUDA, several gigabytes of them. What its Qwen-VL path imports on a CPU is listed in
-# sglang_requirements.txt, without dependencies; torch, transformers and the rest it takes from .venv, which
-# tools/venv.sh makes. sglang_cpu/ holds two stand-ins for what is compiled for CUDA (they say what they do).
+# SGLang's own requirements are several gigabytes of CUDA packages. sglang_requirements.txt lists only the packages that
+# its Qwen-VL path imports on a CPU, and they are installed without dependencies. torch, transformers and the others come
+# from .venv, which tools/venv.sh creates. sglang_cpu/ replaces two packages that are compiled for CUDA.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=.venv/sglang
-# The place of .venv is written into it.
+# The hash of everything that determines the environment. An environment contains its own path, so it cannot be moved.
 fingerprint() {
     { pwd; .venv/bin/python --version; cat tools/sglang_venv.sh tools/sglang_requirements.txt; find tools/sglang_cpu -name '*.py' -exec cat {} +; } |
         sha256sum | cut -d ' ' -f 1
@@ -20,7 +21,7 @@ fi
 echo "installing SGLang into $venv"
 .venv/bin/python -m venv --clear $venv
 site=$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-# After its own packages on sys.path, the tests' environment: the same torch and transformers on both sides.
+# Append the packages of .venv to sys.path, so that trainer and server use the same torch and transformers.
 .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/tests_environment.pth"
 $venv/bin/python -m pip -qq --disable-pip-version-check install --no-deps --requirement tools/sglang_requirements.txt
 cp -r tools/sglang_cpu/. "$site"

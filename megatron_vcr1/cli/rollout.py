@@ -1,4 +1,4 @@
-"""`vcr1 rollout`: servers that sample responses."""
+"""`vcr1 rollout`: runs the servers that sample responses."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from pathlib import Path
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `rollout` to the `vcr1` command."""
-    parser = subparsers.add_parser("rollout", help="servers that sample responses", description=__doc__)
+    parser = subparsers.add_parser("rollout", help="run servers that sample responses", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     serve = actions.add_parser(
         "serve",
-        help="start this node's SGLang servers and watch them",
-        description="Start the servers that the section [sglang] of FILE asks for, and start again those that die, "
-        "until interrupted. A training run on this node finds them when its sglang.urls names them. Logs: "
+        help="start and supervise this node's SGLang servers",
+        description="Start the servers that the section [sglang] of FILE describes, and restart those that fail, until "
+        "interrupted. A training run uses them if its sglang.urls names them. Their logs are in "
         "train.run_dir/sglang/logs.",
-        epilog="Any key can be overridden: vcr1 rollout serve run.toml --sglang.num_servers 2",
+        epilog="Any setting can be overridden: vcr1 rollout serve run.toml --sglang.num_servers 2",
     )
     serve.add_argument("config", type=Path, metavar="FILE", help="the run's TOML file")
     serve.add_argument(
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen on (default: 127.0.0.1, which other hosts cannot reach; 0.0.0.0: all of this host's, "
-        "only in a network that you trust: servers ask nobody for a password)",
+        help="address to listen on (default: 127.0.0.1, which other hosts cannot reach; 0.0.0.0 is all addresses of "
+        "this host: use it only in a network that you trust, because servers do not authenticate clients)",
     )
     serve.set_defaults(run=run_serve, takes_overrides=True)
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Returns 1 when a server has no restart left; Ctrl-C and SIGTERM end it and all servers, with 0.
+    """Run the servers until Ctrl-C or SIGTERM (exit code 0), or until a server has no restart left (exit code 1).
 
     Raises:
-        UserError: the configuration is wrong, or sglang is not installed.
+        UserError: the settings are wrong, or sglang is not installed.
     """
     from megatron_vcr1.config.loading import load_config
     from megatron_vcr1.rollout.sglang.serving import serve
 
-    return serve(load_config(args.config, args.overrides), args.host)
+    config = load_config(args.config, args.overrides)
+    return serve(config.sglang, config.model, run_dir=config.train.run_dir, seed=config.train.seed, host=args.host)

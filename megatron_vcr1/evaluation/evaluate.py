@@ -70,7 +70,7 @@ def evaluate_model(config: RunConfig) -> list[Evaluation]:
     check_layout(model_config.shape, config.parallel, config.recompute, mesh.launched_world_size())
     templates = load_templates(config.data.templates)
     processor = read_processor(config.model.path)
-    disable_nccl_cumem(config)
+    disable_nccl_cumem(config.rollout, config.sglang)
     with mesh.world(config.parallel, seed=config.train.seed):
         logs: dict[str, PredictionLog] = {}  # on the first rank
 

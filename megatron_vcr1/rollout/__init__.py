@@ -1,1 +1,1 @@
-"""Responses from the policy: the embedded engine and SGLang servers behind one interface, and weight sync."""
+"""Rollouts: one engine interface, the in-process engine, SGLang servers, and the weight sync between them."""

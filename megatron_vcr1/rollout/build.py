@@ -1,24 +1,27 @@
-"""The engine that the settings ask for."""
+"""Builds the rollout engine that the settings select, and prepares the process for it."""
 
 from __future__ import annotations
 
 import os
 from functools import partial
 
+from megatron_vcr1.config.rollout_sections import RolloutSection, SglangSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.rollout.local.engine import LocalEngine
+from megatron_vcr1.rollout.placement import Placement
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 
 
 def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcessor) -> RolloutEngine:
-    """Every rank calls it, once the model's weights are loaded.
+    """Build the engine that `rollout.engine` selects. Every rank calls it, after the model's weights are loaded.
 
     Args:
-        config: `rollout.engine` decides; `model.path` names the end tokens.
-        model: this rank's share of the policy.
+        config: all settings; `model.path` names the directory with the end tokens.
+        model: this rank's shard of the policy.
+        processor: tokenizer, image and video settings of the model.
 
     Raises:
         UserError: no end token is known, or a setting of the servers cannot work.
@@ -28,17 +31,26 @@ def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcess
     if config.rollout.engine == "sglang":
         from megatron_vcr1.rollout.sglang.engine import SglangEngine
 
-        return SglangEngine.start(config, model.model_config, tokens)
+        return SglangEngine.start(
+            config.sglang,
+            config.model,
+            model.model_config,
+            tokens,
+            run_dir=config.train.run_dir,
+            seed=config.train.seed,
+            weights_change_while_sampling=config.grpo.one_step_off,
+        )
     decode = partial(processor.decode, skip_special_tokens=False)
     return LocalEngine(model, tokens, decode, max_batch_responses=config.rollout.max_batch_responses)
 
 
-def disable_nccl_cumem(config: RunConfig) -> None:
-    """Before the world is made, where NCCL brings weights to servers: its memory is of one kind on both sides.
+def disable_nccl_cumem(rollout: RolloutSection, sglang: SglangSection) -> None:
+    """Set NCCL_CUMEM_ENABLE=0 in this process if weights may reach SGLang servers by an NCCL broadcast.
 
-    SGLang turns CUDA's virtual memory off for NCCL. A broadcast between processes of both kinds hangs or crashes.
+    SGLang disables NCCL's cuMem allocations (CUDA virtual memory management) in its servers. A broadcast between
+    processes with different values of this variable hangs or crashes. NCCL reads the variable when it creates its first
+    communicator, so call this once at start-up, before torch.distributed is initialized. A value that the user has set
+    is kept.
     """
-    section = config.sglang
-    lends_memory = section.colocated and not section.urls  # shared memory brings these their weights
-    if config.rollout.engine == "sglang" and section.weight_sync == "broadcast" and not lends_memory:
+    if rollout.engine == "sglang" and Placement.from_section(sglang).may_broadcast_weights:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")

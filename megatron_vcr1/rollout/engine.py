@@ -1,4 +1,4 @@
-"""What training, evaluation and `vcr1 generate` ask of an engine, whichever it is."""
+"""The interface of rollout engines, which training, evaluation and `vcr1 generate` use."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_vcr1.types import RolloutGroup
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """Sampling parameters, shared by all requests of a call.
 
     Attributes:
-        max_new_tokens: a response that has so many is cut, and marked.
-        temperature: 0 is greedy.
-        top_p: the smallest set of tokens with at least this probability.
-        top_k: the most probable tokens; 0: all.
-        stop: texts that end a response, besides the model's end tokens.
-        repetition_penalty: tokens of the prompt and of the response so far become less likely by it; 1: none. For
-            answers to people, by the in-process engine; the log-probs of responses are without it, and training, whose
-            own log-probs are too, never sets it.
+        max_new_tokens: maximum length of a response; a response that reaches it is truncated and marked.
+        temperature: sampling temperature; 0 means greedy decoding.
+        top_p: sample from the smallest set of tokens with at least this total probability.
+        top_k: sample from the k most probable tokens; 0 means all tokens.
+        stop: strings that end a response, in addition to the model's end tokens.
+        repetition_penalty: makes the tokens of the prompt and of the response so far less likely; 1 means no penalty.
+            Only the in-process engine applies it, when it answers users. The log-probs of the responses are computed
+            without the penalty. Training never sets it, because it recomputes log-probs without a penalty.
     """
 
     max_new_tokens: int
@@ -43,22 +43,25 @@ class SamplingParams:
                 "need a finite temperature >= 0, 0 < top_p <= 1, top_k >= 0; "
                 f"got {self.temperature}, {self.top_p}, {self.top_k}"
             )
-        if 0 < self.temperature < 1e-6:  # logits that are divided by less may leave float32's range
-            raise ValueError(f"temperature {self.temperature} is too small; 0 takes the most probable token")
+        # Logits are divided by the temperature. A smaller divisor could overflow float32.
+        if 0 < self.temperature < 1e-6:
+            raise ValueError(f"temperature {self.temperature} is too small; use 0 for greedy decoding")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0 and finite, got {self.repetition_penalty}")
         if "" in self.stop:
-            raise ValueError("a stop text is empty, and every response would end at once; leave it out")
+            raise ValueError("a stop string is empty, so every response would end at once; remove it")
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A prompt and how many responses it wants.
+    """One prompt and the number of responses to sample for it.
 
     Attributes:
-        id: the sample's; unique within a call.
-        seed: of the sampling of this group. The local engine's responses depend on it alone, not on what else is
-            decoded at the time.
+        id: id of the sample; unique within a call.
+        prompt: token ids, images and videos.
+        num_responses: number of responses (the group size).
+        seed: random seed of this group. In the in-process engine, the responses depend only on the request and its
+            seed, not on the other requests that are decoded at the same time. SGLang servers ignore it.
     """
 
     id: str
@@ -68,42 +71,44 @@ class GenerationRequest:
 
 
 class RolloutEngine(Protocol):
-    """Samples responses. Image and video pads are never sampled.
+    """An engine that samples responses from the policy. It never samples image and video pads.
 
-    The ranks of one copy of the model call the methods together, with the same arguments, and get the same results.
+    All ranks of a replica call the methods together, with the same arguments, and get the same results: every method
+    may run collectives.
     """
 
     @property
     def policy_version(self) -> int:
-        """How many weight updates the policy has seen that `generate` samples from now."""
+        """Number of weight updates that the policy had seen when `generate` got its current weights."""
         ...
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
-        """The groups of the requests, in their order.
+        """Sample the responses of all requests and return one group per request, in order.
 
         Raises:
-            EngineError: the engine could not answer, after all that it can do about it.
+            EngineError: the engine could not produce all responses, in spite of its retries.
         """
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over the policy's weights. All ranks of the job call it: copies of the model may share servers.
+        """Take over the policy's weights. All ranks of the job must call it, because replicas may share servers.
 
         Args:
-            tensors: all weights, whole, under their Hugging Face names, each made when it is asked for (by a collective
-                of all ranks of the copy). An engine that shares the trained model's memory does not ask.
-            version: what `policy_version` is from now on.
+            tensors: all weights, unsharded, under their Hugging Face names. Each tensor is gathered when the iterator
+                reaches it, by a collective of all ranks of the replica, so all of them must iterate to the end. An
+                engine that shares the memory of the trained model does not iterate.
+            version: the value of `policy_version` from now on.
         """
         ...
 
     def close(self) -> None:
-        """Give back servers, processes and memory."""
+        """Release servers, processes and memory."""
         ...
 
 
 class EngineError(RuntimeError):
-    """An engine cannot go on; the message says what was tried and where its logs are."""
+    """An engine cannot continue. The message says what was tried and where the logs are."""
 
 
 class WeightsNeeded(EngineError):
-    """Nothing that samples has the policy's weights, though something could take them: `update_weights` helps."""
+    """Servers are running, but none of them has the policy's weights; `update_weights` solves it."""

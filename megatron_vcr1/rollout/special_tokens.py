@@ -1,4 +1,4 @@
-"""What a model directory says of generation: which tokens end a response, and how repetition is discouraged."""
+"""Generation settings of a model directory: end tokens, tokens that are never sampled, and the repetition penalty."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FILE = "generation_config.json"
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Token ids with a meaning of their own in generation.
+    """Token ids that generation treats specially.
 
     Attributes:
-        end: a response ends with any of these.
-        never_sampled: what stands for pictures. The model was not trained to write them, and a response that held them
-            could not be scored.
+        end: end tokens; a response ends with any of them.
+        never_sampled: placeholders of images and videos. The model was not trained to write them, and a response that
+            contained them could not be scored.
     """
 
     end: frozenset[int]
@@ -29,10 +29,10 @@ class SpecialTokens:
 
     @classmethod
     def from_pretrained(cls, model_dir: Path, processor: PromptProcessor) -> SpecialTokens:
-        """End tokens of generation_config.json; where it has none, the tokenizer's.
+        """Read the end tokens from generation_config.json, or from the tokenizer if the file names none.
 
         Raises:
-            UserError: the file is damaged, or neither names an end token.
+            UserError: the file is not valid, or neither of the two names an end token.
         """
         vocabulary = processor.tokenizer.get_vocab()
         vision = {vocabulary[token] for token in processor.vision_tokens if token in vocabulary}
@@ -51,16 +51,16 @@ class SpecialTokens:
 def _configured_end_tokens(model_dir: Path) -> frozenset[int]:
     value = _generation_config(model_dir).get("eos_token_id")
     token_ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(one) is int for one in token_ids):
+    if not all(type(token_id) is int for token_id in token_ids):  # `isinstance` would accept true and false
         raise UserError(f"{model_dir / _FILE}: eos_token_id is {value!r}; it must be a token id or a list of them")
     return frozenset(token_ids)
 
 
 def read_repetition_penalty(model_dir: Path) -> float:
-    """The model's own, from generation_config.json; 1, which is none, where that has none.
+    """Read the repetition penalty from generation_config.json; 1 (no penalty) if the file does not set one.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is not valid.
     """
     value = _generation_config(model_dir).get("repetition_penalty")
     if value is None:

@@ -39,7 +39,7 @@ def train(config: RunConfig) -> int:
     """
     shape = ModelConfig.from_pretrained(config.model.path).shape
     check_layout(shape, config.parallel, config.recompute, mesh.launched_world_size())
-    disable_nccl_cumem(config)
+    disable_nccl_cumem(config.rollout, config.sglang)
     # The step's own clock runs out first: it tells where every rank is.
     timeout_s = config.train.step_timeout_s + mesh.COLLECTIVE_TIMEOUT_S
     with mesh.world(config.parallel, seed=config.train.seed, timeout_s=timeout_s):

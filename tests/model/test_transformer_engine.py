@@ -30,7 +30,7 @@ from megatron_vcr1.model.layer_specs import LocalBackend, choose_backend, transf
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.model.transformer_config import FP8_CAPABILITIES
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.rollout.local.stages import generating
+from megatron_vcr1.rollout.local.stages import generation_mode
 from tests.model import compare_specs, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_fp8_pads_tokens_and_is_off_in_generation(world: None, recipe: str, mult
     model.config.fp8, model.config.fp8_recipe = "hybrid", recipe
     assert model.language_model.decoder.config.fp8 == "hybrid"  # megatron-core reads this before each layer
     assert model.token_multiple == multiple
-    with generating(model):
+    with generation_mode(model):
         assert model.language_model.decoder.config.fp8 is None
     assert model.config.fp8 == "hybrid"
 
@@ -174,7 +174,7 @@ def test_on_a_gpu_generation_with_fp8_equals_bf16(world: None, model_dir: Path) 
     run = RunConfig.model_validate({"model": {"path": model_dir, "fp8": "tensorwise"}})
     model = build_model(ModelConfig.from_pretrained(model_dir), run).to(mesh.device())
     load_model_weights(model, model_dir)
-    with generating(model):  # the number of tokens is not a multiple of 16
+    with generation_mode(model):  # the number of tokens is not a multiple of 16
         found = compare_specs.logits(model)
     expected = compare_specs.logits(compare_specs.build(model_dir, transformer_engine_backend(), torch.bfloat16))
     assert torch.equal(found, expected)

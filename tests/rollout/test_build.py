@@ -1,3 +1,5 @@
+"""Tests of what `disable_nccl_cumem` does to the environment; local/test_engine.py builds an engine."""
+
 from __future__ import annotations
 
 import os
@@ -17,20 +19,20 @@ NAME = "NCCL_CUMEM_ENABLE"
     [
         ("sglang", {"colocated": False}, "0"),
         ("sglang", {"urls": ["http://other:30000"]}, "0"),
-        ("sglang", {}, None),  # servers on the training's GPUs: shared memory brings the weights
+        ("sglang", {}, None),  # weights reach colocated servers by shared memory
         ("sglang", {"colocated": False, "weight_sync": "disk"}, None),
         ("local", {"colocated": False}, None),
     ],
 )
-def test_nccl_agrees_with_the_servers_that_it_brings_weights_to(
+def test_nccl_cumem_is_disabled_if_weights_may_be_broadcast_to_servers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, sglang: dict[str, Any], expected: str | None
 ) -> None:
-    monkeypatch.setenv(NAME, "taken back at the end")
+    monkeypatch.setenv(NAME, "restored at the end")
     monkeypatch.delenv(NAME)
     run = {"model": {"path": tmp_path}, "train": {"run_dir": tmp_path}, "rollout": {"engine": engine}, "sglang": sglang}
     config = RunConfig.model_validate(run)
-    disable_nccl_cumem(config)
+    disable_nccl_cumem(config.rollout, config.sglang)
     assert os.environ.get(NAME) == expected
     monkeypatch.setenv(NAME, "1")
-    disable_nccl_cumem(config)
-    assert os.environ[NAME] == "1"  # what a user says counts
+    disable_nccl_cumem(config.rollout, config.sglang)
+    assert os.environ[NAME] == "1"  # a value of the user is kept

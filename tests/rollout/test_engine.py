@@ -1,4 +1,4 @@
-"""What may be asked of an engine."""
+"""Tests of the sampling parameters that an engine accepts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron_vcr1.rollout.engine import SamplingParams
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"top_p": 1.1}, "0 < top_p <= 1"),
         ({"top_k": -1}, "top_k >= 0"),
-        ({"stop": ("</answer>", "")}, "a stop text is empty"),
+        ({"stop": ("</answer>", "")}, "a stop string is empty"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty must be above 0"),
     ],
 )
-def test_impossible_sampling_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_sampling_parameters_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**{"max_new_tokens": 5, **settings})

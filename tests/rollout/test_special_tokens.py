@@ -1,4 +1,4 @@
-"""Which tokens end a response, and which are never sampled."""
+"""Tests of end tokens, of tokens that are never sampled, and of the repetition penalty."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.data.tiny_processor import tiny_processor
 
 
 @pytest.mark.parametrize("value, expected", [(7, {7}), ([7, 9], {7, 9})])
-def test_the_generation_config_names_end_tokens(tmp_path: Path, value: object, expected: set[int]) -> None:
+def test_end_tokens_come_from_the_generation_config(tmp_path: Path, value: object, expected: set[int]) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value, "top_k": 1}))
     assert SpecialTokens.from_pretrained(tmp_path, tiny_processor()).end == expected
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"eos_token_id": null}', '{"eos_token_id": []}'])
-def test_without_it_the_tokenizer_does(tmp_path: Path, content: str | None) -> None:
+def test_end_tokens_default_to_those_of_the_tokenizer(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "generation_config.json").write_text(content)
     processor = tiny_processor()
@@ -32,13 +32,13 @@ def test_without_it_the_tokenizer_does(tmp_path: Path, content: str | None) -> N
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [true]}'])
-def test_a_damaged_generation_config_is_named(tmp_path: Path, content: str) -> None:
+def test_an_invalid_generation_config_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match=r"generation_config\.json"):
         SpecialTokens.from_pretrained(tmp_path, tiny_processor())
 
 
-def test_the_generation_config_names_a_repetition_penalty(tmp_path: Path) -> None:
+def test_the_repetition_penalty_comes_from_the_generation_config(tmp_path: Path) -> None:
     assert read_repetition_penalty(tmp_path) == 1
     config = tmp_path / "generation_config.json"
     for content, expected in (('{"repetition_penalty": 1.05}', 1.05), ('{"repetition_penalty": null}', 1), ("{}", 1)):

@@ -1,7 +1,9 @@
-"""Lets torchvision be imported beside a CPU build of torch, in the environment where tests run SGLang.
+"""Makes torchvision importable with a CPU build of torch, in the environment in which tests run SGLang.
 
-torchvision's wheels are built for CUDA. Their compiled operators do not load here, and declaring fake versions of two
-of them (nms, qnms) then fails the import. Nothing in SGLang's Qwen-VL path calls them, so they are declared beforehand.
+torchvision's wheels are built for CUDA, so their compiled operators do not load here. torchvision then fails to import,
+because it registers fake implementations of two of these operators (nms, qnms), which do not exist. Nothing in SGLang's
+Qwen-VL path calls them, so this file declares both before torchvision is imported. Python imports a module of this name
+at start-up.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any
 
 
 class _DeclareOperatorsFirst(MetaPathFinder):
+    """An import hook that declares the operators when torchvision is imported, and finds no module itself."""
+
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "torchvision":
             sys.meta_path.remove(self)
@@ -22,5 +26,5 @@ class _DeclareOperatorsFirst(MetaPathFinder):
                 _kept[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-_kept: list[Any] = []  # a declaration lives as long as its object
+_kept: list[Any] = []  # an operator is declared as long as its library object lives
 sys.meta_path.insert(0, _DeclareOperatorsFirst())

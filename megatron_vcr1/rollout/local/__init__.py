@@ -1,1 +1,1 @@
-"""The in-process engine: the trained model samples its own responses."""
+"""The in-process engine: the trained model samples responses itself, with a KV cache."""

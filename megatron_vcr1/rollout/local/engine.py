@@ -1,4 +1,4 @@
-"""The in-process engine: the trained model itself samples, with a KV cache, a group's prompt computed once."""
+"""The in-process engine: the trained model samples responses, and computes the prompt of a group only once."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.sampling import EndOfResponse
-from megatron_vcr1.rollout.local.stages import generating
-from megatron_vcr1.rollout.local.wave import OnToken, Part, Wave, plan_waves
+from megatron_vcr1.rollout.local.stages import generation_mode
+from megatron_vcr1.rollout.local.wave import OnToken, Wave, WaveEntry, plan_waves
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import Rollout, RolloutGroup
 
 
 class LocalEngine:
-    """A `RolloutEngine` on the model that is trained, at any tensor- and pipeline-parallel size.
+    """A `RolloutEngine` that uses the trained model itself, at any tensor- and pipeline-parallel size.
 
-    Responses decode in waves of at most `max_batch_responses`. What is sampled for a request depends on it alone (up to
-    rounding in products of other sizes), neither on the wave nor on the layout.
+    Responses are decoded in waves of at most `max_batch_responses`. The responses to a request depend only on the
+    request, not on the wave and not on the parallel layout, up to rounding in matmuls of other shapes.
     """
 
     def __init__(
@@ -32,13 +32,15 @@ class LocalEngine:
     ) -> None:
         """
         Args:
-            model: this rank's share of the policy; `parallel.mesh` is initialized for its layout.
-            decode: token ids to text, special tokens included; asked where stop texts are given.
+            model: this rank's shard of the policy; `parallel.mesh` must be initialized for its layout.
+            tokens: end tokens, and tokens that are never sampled.
+            decode: converts token ids to text, special tokens included; only called if there are stop strings.
+            max_batch_responses: maximum number of responses of a wave.
         """
         self._model = model
         self._tokens = tokens
         self._decode = decode
-        self._batch_responses = max_batch_responses
+        self._max_batch_responses = max_batch_responses
         self._version = 0
 
     @property
@@ -46,38 +48,40 @@ class LocalEngine:
         return self._version
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Only notes the version: the weights are the trained model's own."""
+        """Record the version. The weights are those of the trained model already, so `tensors` is not iterated."""
         self._version = version
 
     def close(self) -> None:
-        """Nothing to give back: memory lives for one call of `generate`."""
+        """Do nothing: the KV cache only lives during a call of `generate`."""
 
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, *, on_token: OnToken | None = None
     ) -> list[RolloutGroup]:
-        """As `RolloutEngine.generate`.
+        """Sample the responses, as `RolloutEngine.generate` does.
 
         Args:
-            on_token: told of every token as it comes, on every rank.
+            requests: prompts and numbers of responses.
+            params: sampling parameters.
+            on_token: called for every token as soon as it is sampled, on every rank.
 
         Raises:
-            ValueError: a prompt is empty, or its pads are not those of its images and videos; names the request.
+            ValueError: a prompt is empty, or its pads do not match its images and videos; names the request.
         """
         end = EndOfResponse(self._tokens.end, params.stop, self._decode)
         rollouts: list[list[Rollout]] = [[] for _ in requests]
         cached_tokens: list[list[int]] = [[] for _ in requests]
-        with generating(self._model):
-            for parts in plan_waves(requests, self._batch_responses):
-                wave = Wave(self._model, requests, parts, params, self._tokens.never_sampled)
-                for part, answers in zip(parts, wave.run(end, on_token), strict=True):
-                    rollouts[part.request] += (one.rollout(self._version) for one in answers)
-                    cached_tokens[part.request] += self._cached_tokens(part, requests[part.request])
+        with generation_mode(self._model):
+            for entries in plan_waves(requests, self._max_batch_responses):
+                wave = Wave(self._model, requests, entries, params, self._tokens.never_sampled)
+                for entry, responses in zip(entries, wave.run(end, on_token), strict=True):
+                    rollouts[entry.request] += (response.rollout(self._version) for response in responses)
+                    cached_tokens[entry.request] += self._cached_tokens(entry, requests[entry.request])
         return [
-            RolloutGroup(request.id, tuple(answers), tuple(cached))
-            for request, answers, cached in zip(requests, rollouts, cached_tokens, strict=True)
+            RolloutGroup(request.id, tuple(group), tuple(cached))
+            for request, group, cached in zip(requests, rollouts, cached_tokens, strict=True)
         ]
 
     @staticmethod
-    def _cached_tokens(part: Part, request: GenerationRequest) -> list[int]:
-        """The first response computes the prompt, the others find it."""
-        return [0] + [len(request.prompt.token_ids)] * (len(part.responses) - 1)
+    def _cached_tokens(entry: WaveEntry, request: GenerationRequest) -> list[int]:
+        """Return the prompt tokens that each response found in the cache: none for the first, all for the others."""
+        return [0] + [len(request.prompt.token_ids)] * (len(entry.responses) - 1)

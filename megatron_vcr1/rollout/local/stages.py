@@ -1,4 +1,4 @@
-"""The trained model as a generator's forward pass: over its pipeline stages, with whole rows on every rank."""
+"""Forward passes of generation through the pipeline stages, in which every rank computes whole sequences."""
 
 from __future__ import annotations
 
@@ -18,34 +18,44 @@ from megatron_vcr1.parallel import mesh
 
 
 @contextmanager
-def generating(model: QwenVLModel) -> Iterator[None]:
-    """Set the model to evaluation, without gradients, sequence parallelism and FP8, and back afterwards.
+def generation_mode(model: QwenVLModel) -> Iterator[None]:
+    """Put the model into evaluation mode, without gradients, sequence parallelism and FP8, and restore it afterwards.
 
-    Both ask for numbers of rows that decoding does not have; the one saves activations that only training keeps, the
-    other speeds up products of many rows.
+    Sequence parallelism and FP8 both require token counts with certain divisors, which a decoding batch does not have.
+    Neither helps here: the first saves activation memory, the second speeds up matmuls with many rows.
     """
-    holders: list[Any] = [one for module in model.modules() for one in (module, getattr(module, "config", None))]
-    divided = [one for one in holders if getattr(one, "sequence_parallel", False)]
+    # Modules copy the setting when they are built, so it must be changed on every module and every config.
+    holders: list[Any] = [holder for module in model.modules() for holder in (module, getattr(module, "config", None))]
+    sequence_parallel = [holder for holder in holders if getattr(holder, "sequence_parallel", False)]
     was_training, fp8 = model.training, model.config.fp8
     model.eval()
     model.config.fp8 = None
-    for one in divided:
-        one.sequence_parallel = False
+    for holder in sequence_parallel:
+        holder.sequence_parallel = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for one in divided:
-            one.sequence_parallel = True
+        for holder in sequence_parallel:
+            holder.sequence_parallel = True
         model.config.fp8 = fp8
         model.train(was_training)
         model.language_model.decoder.input_tensor = None
 
 
-def forward_over_stages(model: QwenVLModel, batch: PackedBatch, cached: CachedAttention) -> Tensor | None:
-    """The model's output for a batch on the last stage, None on the others; each hands on what it computes.
+def forward_through_stages(model: QwenVLModel, batch: PackedBatch, cached: CachedAttention) -> Tensor | None:
+    """Compute this rank's stage: receive hidden states from the previous stage, and send them to the next one.
 
-    While a stage waits, the next batch may already be under way behind it.
+    All ranks of the replica must call it, for the same batches in the same order. A stage only waits for the previous
+    one, so an earlier stage may already compute the next batch.
+
+    Args:
+        model: this rank's shard.
+        batch: the tokens to compute; the same on all ranks of the replica.
+        cached: the attention that reads and writes the KV cache of this rank's layers.
+
+    Returns:
+        The hidden states of the model on the last stage, None on the others.
     """
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
@@ -61,13 +71,14 @@ def forward_over_stages(model: QwenVLModel, batch: PackedBatch, cached: CachedAt
 
 
 def broadcast_from_last_stage(values: Tensor) -> None:
-    """Overwrite a tensor with that of the rank that speaks for the copy, on every rank of the copy.
+    """Broadcast a tensor in place from the output rank to all ranks of the replica, all of which must call this.
 
-    Ranks that share the vocabulary could choose tokens each by itself, from equal logits; one chooses for all, since on
-    a GPU cumulative sums are not the same from rank to rank.
+    The tensor-parallel ranks of the last stage hold equal logits, but they must not sample independently: on a GPU, the
+    cumulative sums of two ranks can differ, and the ranks would continue with different tokens.
     """
-    copy = parallel_state.get_model_parallel_group()
-    if copy.size() > 1:
-        speaker = dist.get_process_group_ranks(copy)[-parallel_state.get_tensor_model_parallel_world_size()]
-        assert (dist.get_rank() == speaker) == mesh.is_output_rank()
-        dist.broadcast(values, speaker, group=copy)
+    replica = parallel_state.get_model_parallel_group()
+    if replica.size() > 1:
+        # Ranks are ordered by stage, then by tensor-parallel rank: this is the first rank of the last stage.
+        output_rank = dist.get_process_group_ranks(replica)[-parallel_state.get_tensor_model_parallel_world_size()]
+        assert (dist.get_rank() == output_rank) == mesh.is_output_rank()
+        dist.broadcast(values, output_rank, group=replica)

@@ -1,4 +1,4 @@
-"""Responses that decode together: prompts in passes of bounded size, then a token a response and pass."""
+"""Waves: responses that are decoded together. Their prompts are prefilled in passes of bounded size."""
 
 from __future__ import annotations
 
@@ -16,70 +16,86 @@ from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.sampling import EndOfResponse, choose_tokens, response_uniforms
-from megatron_vcr1.rollout.local.stages import broadcast_from_last_stage, forward_over_stages
+from megatron_vcr1.rollout.local.stages import broadcast_from_last_stage, forward_through_stages
 from megatron_vcr1.types import FinishReason, Rollout
 
 OnToken = Callable[[int, int, int], None]
-"""Called with the index of a request, the index of its response, and a token, as soon as it is sampled."""
+"""Called with the index of a request, the index of its response, and a token, as soon as the token is sampled."""
 
-# Prompt tokens of one pass: enough to fill a GPU. A longer prompt has a pass of its own.
-PROMPT_PASS_TOKENS = 16384
-# Finished rows leave once they are this share of all: whenever some leave, the memory of the others is copied.
-LEAVING_SHARE = 1 / 4
+# Maximum number of prompt tokens of one prefill pass: enough to fill a GPU. A longer prompt gets a pass of its own.
+PREFILL_TOKENS = 16384
+# Finished responses leave the batch once they are this share of it, and not earlier: removing responses copies the KV
+# cache of all the others.
+COMPACTION_SHARE = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Responses to one request that share a wave, and its prompt there: all of them, if a wave has room."""
+class WaveEntry:
+    """Responses to one request that are in the same wave: the whole group, unless the group exceeds a wave.
 
-    request: int  # its index
-    responses: range  # their indices within the group
-
-
-def plan_waves(requests: Sequence[GenerationRequest], max_batch_responses: int) -> list[list[Part]]:
-    """Divide the responses into waves of at most `max_batch_responses`, prompts of similar length together.
-
-    A group is divided only where it is larger than a wave.
+    Attributes:
+        request: index of the request.
+        responses: indices of the responses within the group.
     """
-    by_length = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt.token_ids))
-    waves: list[list[Part]] = []
+
+    request: int
+    responses: range
+
+
+def plan_waves(requests: Sequence[GenerationRequest], max_batch_responses: int) -> list[list[WaveEntry]]:
+    """Distribute the responses over waves of at most `max_batch_responses`, with prompts of similar length together.
+
+    The cache pads all prompts of a wave to the longest of them, so similar lengths save memory. A group is split only
+    if it is larger than a wave.
+    """
+    longest_first = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt.token_ids))
+    waves: list[list[WaveEntry]] = []
     room = 0
-    for index in by_length:
+    for index in longest_first:
         num_responses = requests[index].num_responses
         for first in range(0, num_responses, max_batch_responses):
-            part = Part(index, range(first, min(first + max_batch_responses, num_responses)))
-            if len(part.responses) > room:
+            entry = WaveEntry(index, range(first, min(first + max_batch_responses, num_responses)))
+            if len(entry.responses) > room:
                 waves.append([])
                 room = max_batch_responses
-            waves[-1].append(part)
-            room -= len(part.responses)
+            waves[-1].append(entry)
+            room -= len(entry.responses)
     return waves
 
 
 @dataclass
 class Response:
-    """One response under way."""
+    """One response while it is decoded.
 
-    part: int  # index of its part in the wave
+    Attributes:
+        entry: index of its entry in the wave, and of its prompt in the KV cache.
+        request: index of its request.
+        index: its index within the group.
+        token_ids, log_probs: the tokens that have been sampled so far.
+        finish_reason: None while it is unfinished.
+    """
+
+    entry: int
     request: int
-    index: int  # among the request's responses
+    index: int
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def rollout(self, policy_version: int) -> Rollout:
+        """Return the finished response, tagged with the version of the weights that sampled it."""
         assert self.finish_reason is not None
         return Rollout(tuple(self.token_ids), tuple(self.log_probs), self.finish_reason, policy_version)
 
 
 class Wave:
-    """The parts of a wave and their memory; the ranks of a copy of the model run it together."""
+    """The entries of a wave with their KV cache. All ranks of the replica run it together."""
 
     def __init__(
         self,
         model: QwenVLModel,
         requests: Sequence[GenerationRequest],
-        parts: Sequence[Part],
+        entries: Sequence[WaveEntry],
         params: SamplingParams,
         never_sampled: Sequence[int],
     ) -> None:
@@ -87,100 +103,111 @@ class Wave:
         self._params = params
         self._device = mesh.device()
         self._never_sampled = torch.tensor(never_sampled, device=self._device)
-        self._requests = [requests[part.request] for part in parts]
-        self._responses = [Response(p, part.request, i) for p, part in enumerate(parts) for i in part.responses]
-        self._rows = list(self._responses)  # those that a pass computes; some may have finished
+        self._requests = [requests[entry.request] for entry in entries]
+        self._responses = [
+            Response(number, entry.request, index) for number, entry in enumerate(entries) for index in entry.responses
+        ]
+        # The batch: the responses that a decoding step computes, one row each. Some of them may have finished.
+        self._rows = list(self._responses)
         self._uniforms = torch.stack(
-            [response_uniforms(requests[one.request].seed, one.index, params.max_new_tokens) for one in self._rows]
+            [response_uniforms(requests[row.request].seed, row.index, params.max_new_tokens) for row in self._rows]
         ).to(self._device)
         self._seen = self._prompt_tokens() if params.repetition_penalty != 1 else None
         self._cache = KVCache(
-            [len(one.prompt.token_ids) for one in self._requests],
-            [one.part for one in self._rows],
-            params.max_new_tokens - 1,
+            [len(request.prompt.token_ids) for request in self._requests],
+            [row.entry for row in self._rows],
+            params.max_new_tokens - 1,  # the last token of a response is sampled, but never computed
             self._device,
         )
 
     def run(self, end: EndOfResponse, on_token: OnToken | None = None) -> list[list[Response]]:
-        """Decode to the end.
+        """Prefill the prompts, then decode until every response is finished.
+
+        Every rank sees the same tokens, so all ranks leave the loop after the same step.
 
         Args:
-            end: recognises a finished response.
-            on_token: told of every token as it comes.
+            end: the test of whether a response is complete.
+            on_token: called for every token as soon as it is sampled.
 
         Returns:
-            The responses of each part.
+            The responses of each entry.
         """
-        hidden = self._read_prompts()
+        hidden = self._prefill()
         for step in range(self._params.max_new_tokens):
             sampled = self._sample(hidden, step)
             self._record(sampled, end, on_token)
-            live = [row for row, one in enumerate(self._rows) if one.finish_reason is None]
-            if not live:
+            unfinished = [row for row, response in enumerate(self._rows) if response.finish_reason is None]
+            if not unfinished:
                 break
-            fed = sampled[0].long()
-            if len(self._rows) - len(live) >= LEAVING_SHARE * len(self._rows):
-                fed = self._let_go(live, fed)
-            hidden = self._read_tokens(fed, step)
-        answers: list[list[Response]] = [[] for _ in self._requests]
+            token_ids = sampled[0].long()
+            if len(self._rows) - len(unfinished) >= COMPACTION_SHARE * len(self._rows):
+                token_ids = self._remove_finished(unfinished, token_ids)
+            hidden = self._decode(token_ids, step)
+        responses: list[list[Response]] = [[] for _ in self._requests]
         for response in self._responses:
-            answers[response.part].append(response)
-        return answers
+            responses[response.entry].append(response)
+        return responses
 
     def _prompt_tokens(self) -> Tensor:
-        """Which tokens stand in each row's prompt; bool [rows, vocab_size]."""
+        """Return which tokens occur in the prompt of each row; bool [rows, vocab_size]."""
         seen = torch.zeros(len(self._rows), self._model.model_config.text.vocab_size, dtype=torch.bool)
         for row, response in zip(seen, self._rows, strict=True):
-            row[self._requests[response.part].prompt.token_ids] = True
+            row[self._requests[response.entry].prompt.token_ids] = True
         return seen.to(self._device)
 
-    def _read_prompts(self) -> Tensor | None:
-        """Compute every prompt once; the hidden state behind each row's prompt on the last stage."""
+    def _prefill(self) -> Tensor | None:
+        """Compute every prompt once; return the hidden state of each row's last prompt token, on the last stage."""
         hidden, positions = [], []
-        for parts in self._prompt_passes():
-            # A token behind each prompt: packed, it adds no row, and has its prompt's last row predict it.
+        for entries in self._prefill_passes():
+            # `pack` expects at least one response token per prompt. A single token adds nothing to the computation (the
+            # last token of a response is not computed), and makes the prompt's last token a predicting position.
             one_token = torch.zeros(1, dtype=torch.long)
-            packed = [Group(self._requests[p].id, self._requests[p].prompt, (one_token,)) for p in parts]
-            batch = pack(packed, self._model.model_config).to(self._device)
+            groups = [Group(self._requests[e].id, self._requests[e].prompt, (one_token,)) for e in entries]
+            batch = pack(groups, self._model.model_config).to(self._device)
+            # All three mRoPE axes continue from the largest position of the last prompt token.
             positions.append(batch.position_ids[:, batch.predicting_token_indices].amax(0) + 1)
-            output = forward_over_stages(self._model, batch, PrefillAttention(self._cache, parts))
+            output = forward_through_stages(self._model, batch, PrefillAttention(self._cache, entries))
             if output is not None:
                 hidden.append(output)
-        part_of_row = torch.tensor([one.part for one in self._rows], device=self._device)
-        self._positions = torch.cat(positions)[part_of_row]
-        return torch.cat(hidden)[part_of_row] if hidden else None
+        entry_of_row = torch.tensor([row.entry for row in self._rows], device=self._device)
+        self._positions = torch.cat(positions)[entry_of_row]
+        return torch.cat(hidden)[entry_of_row] if hidden else None
 
-    def _prompt_passes(self) -> Iterator[range]:
-        """Parts whose prompts are computed in one pass."""
+    def _prefill_passes(self) -> Iterator[range]:
+        """Yield the entries whose prompts are computed in the same pass."""
         first, num_tokens = 0, 0
-        for part, request in enumerate(self._requests):
+        for entry, request in enumerate(self._requests):
             length = len(request.prompt.token_ids)
-            if part > first and num_tokens + length > PROMPT_PASS_TOKENS:
-                yield range(first, part)
-                first, num_tokens = part, 0
+            if entry > first and num_tokens + length > PREFILL_TOKENS:
+                yield range(first, entry)
+                first, num_tokens = entry, 0
             num_tokens += length
         yield range(first, len(self._requests))
 
-    def _read_tokens(self, token_ids: Tensor, step: int) -> Tensor | None:
-        """Feed the rows their token of this step; the hidden state behind it on the last stage."""
+    def _decode(self, token_ids: Tensor, step: int) -> Tensor | None:
+        """Compute the token that each row sampled in this step; return its hidden state on the last stage."""
         num_rows = len(self._rows)
-        nothing = torch.empty(0, dtype=torch.long, device=self._device)
+        empty = torch.empty(0, dtype=torch.long, device=self._device)
         batch = PackedBatch(
             token_ids=token_ids,
             position_ids=(self._positions + step).expand(3, -1),
             layout=SegmentLayout.packed((1,) * num_rows),
             vision=(),
-            vision_token_indices=nothing,
+            vision_token_indices=empty,
             predicting_token_indices=torch.arange(num_rows, device=self._device),
-            target_ids=nothing,
+            target_ids=empty,
             response_lengths=(),
         )
-        hidden = forward_over_stages(self._model, batch, self._cache)
+        hidden = forward_through_stages(self._model, batch, self._cache)
         self._cache.advance()
         return hidden
 
     def _sample(self, hidden: Tensor | None, step: int) -> Tensor:
-        """Token ids and log-probs of the rows, float64 [2, rows] (both exact in it), the same on all ranks."""
+        """Sample the next token of each row on the output rank, and broadcast it to all ranks of the replica.
+
+        Returns:
+            Token ids and log-probs, float64 [2, rows]. Float64 represents both exactly, so one broadcast is enough.
+        """
         sampled = torch.empty(2, len(self._rows), dtype=torch.float64, device=self._device)
         if hidden is not None:
             logits = self._model.logits(hidden)
@@ -193,6 +220,7 @@ class Wave:
         return sampled
 
     def _record(self, sampled: Tensor, end: EndOfResponse, on_token: OnToken | None) -> None:
+        """Append the sampled tokens to the responses that are unfinished, and mark those that end with them."""
         for response, token_id, log_prob in zip(self._rows, *sampled.tolist(), strict=True):
             if response.finish_reason is not None:
                 continue
@@ -205,12 +233,12 @@ class Wave:
             if on_token is not None:
                 on_token(response.request, response.index, response.token_ids[-1])
 
-    def _let_go(self, live: Sequence[int], fed: Tensor) -> Tensor:
-        """Keep the live rows alone; returns what they are fed."""
-        index = torch.tensor(live, device=self._device)
-        self._rows = [self._rows[row] for row in live]
+    def _remove_finished(self, unfinished: Sequence[int], token_ids: Tensor) -> Tensor:
+        """Remove all rows but the unfinished ones from the batch and the cache; return the tokens of those rows."""
+        index = torch.tensor(unfinished, device=self._device)
+        self._rows = [self._rows[row] for row in unfinished]
         self._uniforms, self._positions = self._uniforms[index], self._positions[index]
         if self._seen is not None:
             self._seen = self._seen[index]
-        self._cache.keep_responses(live)
-        return fed[index]
+        self._cache.keep_responses(unfinished)
+        return token_ids[index]

@@ -1,13 +1,25 @@
-"""Rollouts from SGLang servers: processes, client, weight sync, and the plug-in that the servers load.
+"""Rollouts from SGLang servers: server processes, HTTP client, weight sync, and the plug-in that servers load.
 
-    engine       what training calls; one rank of each copy of the model does it, the others wait
-    fleet        which servers a copy asks and looks after; processes (guard) starts them, loan lends their memory
-    pool         which server answers a request, and what follows from faults; protocol and payload: what is said
-    delivery     when servers get weights, and from whom; weight_sync: one transfer, channels: its three ways
-    http         a call, and whose fault it is if it fails
-    serving      servers without a training: `vcr1 rollout serve`
-    plugin       runs in the servers, with payload and patches: pictures and positions as training has them
+    engine           the engine that training calls. The leader of each replica talks to servers; other ranks wait
+    fleet            the servers of a replica: checks running ones, or starts its own
+    launch           command line and environment of a server
+    processes        supervision of server processes: start, liveness, restart, end; guard ends them with their parent
+    memory           release and resume of the GPU memory of colocated servers
+    pool             routing of requests to servers, retries, and servers that drop out and return
+    protocol         the JSON of a request and of its response; payload: images, videos and positions in a request
+    weight_sync      which servers get new weights, when, and from which replica
+    weight_update    one transfer of all weights to some servers
+    channels         the three ways of sending weights: broadcast, shared memory, disk
+    http             HTTP calls, and the errors that they raise
+    serving          servers without training: `vcr1 rollout serve`
+    plugin           runs in the servers, with payload and patches: gives them the trainer's frames and positions
 
-A server is asked only while it reports the policy's version of the weights. While they change it reports
-`weight_sync.LOADING`, and while its memory is lent `loan.LENT` and the version.
+Every server reports a version of its weights, and gets requests only while that is the policy's version. Two kinds of
+markers replace the version in between, so that a server whose state is not known is never mistaken for a good one,
+whichever process dies when:
+
+    weight_update.LOADING                  while weights are loaded: some are new, others are old
+    memory.RELEASED and the version        while the server's memory is released
+
+The server stores the marker. So it outlives a trainer that is killed, and disappears with a server that is killed.
 """

@@ -7,216 +7,275 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import torch
 from torch import Tensor
 
+from megatron_vcr1.config.model_sections import ModelSection
 from megatron_vcr1.config.rollout_sections import SglangSection
-from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
+from megatron_vcr1.rollout.placement import Placement
 from megatron_vcr1.rollout.sglang import payload
-from megatron_vcr1.rollout.sglang.delivery import WeightDelivery
 from megatron_vcr1.rollout.sglang.fleet import Fleet, find_or_start_servers
-from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, acall, call
-from megatron_vcr1.rollout.sglang.loan import MemoryLoan
+from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, call, call_async
+from megatron_vcr1.rollout.sglang.memory import MemoryRelease
 from megatron_vcr1.rollout.sglang.pool import Server, ServerPool
 from megatron_vcr1.rollout.sglang.protocol import PromptEncoder, generate_body, read_group, version_name
-from megatron_vcr1.rollout.sglang.weight_sync import buckets
+from megatron_vcr1.rollout.sglang.weight_sync import WeightSync
+from megatron_vcr1.rollout.sglang.weight_update import split_into_buckets
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import RolloutGroup
 
 logger = logging.getLogger(__name__)
 
-MAX_PASSES = 3
-"""Of all weights to servers, before an update has failed."""
+MAX_SYNC_PASSES = 3
+"""Attempts to send all weights to the servers, after which an update fails."""
 
 
 class SglangEngine:
-    """A `RolloutEngine` on servers.
+    """A `RolloutEngine` on SGLang servers.
 
-    One rank of each copy of the model talks to them; the others wait for what it hears. Where a server fails, another
-    answers in its place, and it is started anew where this job started it. A server is asked only while it reports the
-    policy's weights, and an answer counts only if all of it was sampled from them.
+    The leader of each replica talks to the servers, and broadcasts their responses to the other ranks of the replica,
+    which wait in a collective meanwhile. If a server fails, another one takes over its requests, and it is restarted if
+    this job started it. A server gets requests only while it reports the policy's weight version, and a response counts
+    only if all of its tokens were sampled from those weights.
 
-    `GenerationRequest.seed` has no effect: SGLang's sampling follows seeds only in a mode (deterministic inference)
-    that is slower, and in which all responses of a group are the same.
+    Threads: without one step off, only the main thread calls the engine. With one step off, a second thread of the
+    leader calls `sample` while the main thread trains; the main thread then only calls `abort`, and calls
+    `update_weights` or `generate` after that thread has finished. No collectives run outside of the main thread.
+
+    `GenerationRequest.seed` has no effect. SGLang uses seeds only with deterministic inference, which is slower and
+    makes all responses of a group equal.
     """
 
-    def __init__(self, config: RunConfig, model_config: ModelConfig, tokens: SpecialTokens, fleet: Fleet) -> None:
-        """Use `start`, which musters the fleet. The engine closes what the fleet started."""
-        self._section = config.sglang
+    def __init__(
+        self,
+        section: SglangSection,
+        model_config: ModelConfig,
+        tokens: SpecialTokens,
+        fleet: Fleet,
+        weight_sync: WeightSync,
+        *,
+        weights_change_while_sampling: bool,
+    ) -> None:
+        """Use `start`, which finds or starts the servers. The engine closes the processes of the fleet."""
+        self._section = section
         self._encoder = PromptEncoder(model_config)
         self._tokens = tokens
         self._fleet = fleet
-        folder = config.train.run_dir.absolute() / "sglang" / "weights" / f"copy_{mesh.replica_index()}"
-        self._delivery = WeightDelivery(fleet, self._section, config.model.path, folder)
-        self._loan = MemoryLoan(fleet.lenders, fleet.processes, timeout_s=self._section.request_timeout_s)
+        self._weight_sync = weight_sync
+        self._memory = MemoryRelease(fleet.releasing, fleet.processes, timeout_s=section.request_timeout_s)
         self._version = self._num_updates = 0
-        self._weights = INITIAL_WEIGHTS
-        # What makes the policy's weights again. Not under one_step_off: there, training has changed them by then.
-        self._source: Iterable[tuple[str, Tensor]] | None = None
-        self._stopped = threading.Event()
-        self._keeps_source = not config.grpo.one_step_off
-        if fleet.talks and self._section.transport == "file":
+        self._weight_version = INITIAL_WEIGHTS
+        # The stream of the policy's weights, to bring a restarted server up to date between two updates. Not kept if
+        # training changes the weights while servers sample (one step off): the stream would give newer weights.
+        self._weight_stream: Iterable[tuple[str, Tensor]] | None = None
+        self._keeps_weight_stream = not weights_change_while_sampling
+        self._aborted = threading.Event()
+        if fleet.is_leader and section.transport == "file":
             payload.remove_orphans()
 
     @classmethod
-    def start(cls, config: RunConfig, model_config: ModelConfig, tokens: SpecialTokens) -> SglangEngine:
-        """Start the servers, or find those that the settings name; every rank of the job calls it.
+    def start(
+        cls,
+        section: SglangSection,
+        model: ModelSection,
+        model_config: ModelConfig,
+        tokens: SpecialTokens,
+        *,
+        run_dir: Path,
+        seed: int,
+        weights_change_while_sampling: bool = False,
+    ) -> SglangEngine:
+        """Start the servers, or find those that the settings name. Every rank of the job must call it.
+
+        Args:
+            section: settings of the servers.
+            model: path and dtype of the model.
+            model_config: configuration of the model.
+            tokens: end tokens, and tokens that are never sampled.
+            run_dir: run directory; servers' logs and weights that travel by disk go to its subfolder sglang.
+            seed: the run's seed, for servers that are started.
+            weights_change_while_sampling: training updates the weights while servers sample (one step off).
 
         Raises:
             UserError: a setting cannot work.
-            EngineError: a server does not start or does not answer; says where its log is.
+            EngineError: a server does not start or does not respond; the message says where its log is.
         """
-        _empty_cache(config.sglang)  # servers divide what is free
-        return cls(config, model_config, tokens, find_or_start_servers(config))
+        # A server sizes its memory by what is free on the GPU when it starts.
+        _empty_cuda_cache(Placement.from_section(section))
+        fleet = find_or_start_servers(section, model, run_dir=run_dir, seed=seed)
+        folder = run_dir.absolute() / "sglang" / "weights" / f"replica_{mesh.replica_index()}"
+        weight_sync = WeightSync(fleet, section, model.path, folder)
+        return cls(
+            section,
+            model_config,
+            tokens,
+            fleet,
+            weight_sync,
+            weights_change_while_sampling=weights_change_while_sampling,
+        )
 
     @property
     def policy_version(self) -> int:
         return self._version
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
-        """As `RolloutEngine.generate`."""
-        self._stopped.clear()
-        self._make_room()
-        for _ in range(MAX_PASSES):
+        """Sample responses, as `RolloutEngine.generate` does."""
+        self._aborted.clear()
+        self._free_gpu_memory()
+        for _ in range(MAX_SYNC_PASSES):
             try:
                 return collectives.broadcast_within_replica(lambda: self.sample(requests, params))
-            except WeightsNeeded as needed:
-                if self._source is None:
+            except WeightsNeeded as needed:  # raised on all ranks of the replica, so all of them call `_sync_weights`
+                if self._weight_stream is None:
                     raise EngineError(f"no server has the policy's weights before the next update: {needed}") from None
-                self._bring_up(self._source)
-        raise EngineError(f"the servers lost the policy's weights {MAX_PASSES} times in one call")
+                self._sync_weights(self._weight_stream)
+        raise EngineError(f"the servers lost the policy's weights {MAX_SYNC_PASSES} times in one call")
 
     def sample(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
-        """`generate` on the talking rank alone, without collectives: for a thread beside the training.
+        """Sample responses on the replica leader alone, without collectives, so that a second thread can call it.
 
         Raises:
-            EngineError: as `generate`, or `abort` was called, and neither `generate` nor `update_weights` since.
-            WeightsNeeded: no server has the policy's weights; `update_weights` brings them.
+            EngineError: as for `generate`; also if `abort` was called since the last `generate` or `update_weights`.
+            WeightsNeeded: no server has the policy's weights; `update_weights` solves it.
         """
-        self._loan.take_back()
+        self._memory.resume()
         try:
             return asyncio.run(self._sample(requests, params))
         except BaseException:
             self._abort_requests()
             raise
         finally:
-            self._loan.lend()
+            self._memory.release()
 
     def abort(self) -> None:
-        """Stop `sample` in another thread, even one that is only about to begin: nobody wants its answers any more."""
-        self._stopped.set()
+        """Stop `sample` in another thread, even if that thread has not reached it yet. Its responses are discarded."""
+        self._aborted.set()
         self._abort_requests()
 
     def _abort_requests(self) -> None:
-        """Have the servers sample nothing more, unless it may be for another copy: for that they see us hang up."""
+        """Make the servers drop all requests, unless they are shared with other replicas.
+
+        Shared servers drop only our requests, when our connections close.
+        """
         for url in self._fleet.urls if not self._fleet.shared else ():
             with suppress(ServerFault, RequestRefused):
                 call(url, "POST", "/abort_request", {"abort_all": True}, timeout_s=5)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """As `RolloutEngine.update_weights`; all ranks of the job call it, since copies may share servers.
+        """Send the policy's weights to the servers. All ranks of the job must call it: replicas may share servers.
+
+        The order of the collectives, on every rank: a barrier of the replica if servers share GPU memory, a gather of
+        all ranks, and then the collectives of `_sync_weights`.
 
         Args:
-            tensors: if it can be iterated more than once (`checkpoint.hf_stream`'s can), servers that are started anew
-                get the weights between updates, too.
+            tensors: the weights, as for `RolloutEngine.update_weights`. If they can be iterated more than once (as
+                the stream of `checkpoint.hf_stream` can), servers that restart get the weights between updates, too.
+            version: the new policy version.
 
         Raises:
-            EngineError: no server could be brought to the version.
+            EngineError: no server could take over the weights.
         """
-        self._source = tensors if self._keeps_source and iter(tensors) is not tensors else None
+        self._weight_stream = tensors if self._keeps_weight_stream and iter(tensors) is not tensors else None
         self._version, self._num_updates = version, self._num_updates + 1
-        self._weights = version_name(version, f"{self._fleet.run}.{self._num_updates}")
-        self._stopped.clear()
-        self._make_room()
-        collectives.gather_objects(
-            None
-        )  # no copy samples any more from servers that change, or holds memory that they take
-        self._bring_up(tensors)
+        # The number of the update makes the name unique: a run that loads a checkpoint may set a policy version again.
+        self._weight_version = version_name(version, f"{self._fleet.job_id}.{self._num_updates}")
+        self._aborted.clear()
+        self._free_gpu_memory()
+        # A barrier of the job. After it, no replica samples from servers that are about to change, and every rank has
+        # freed the GPU memory that the servers resume.
+        collectives.gather_objects(None)
+        self._sync_weights(tensors)
 
     def close(self) -> None:
-        """End the servers that this process started; others are left as they are."""
+        """End the servers that this process started; other servers keep running."""
         if self._fleet.processes is not None:
             self._fleet.processes.close()
 
-    def _make_room(self) -> None:
-        """Before colocated servers take memory back: this copy's ranks give up what torch keeps of it for later."""
-        if _empty_cache(self._section):
+    def _free_gpu_memory(self) -> None:
+        """Free torch's cached memory on all ranks of the replica, before colocated servers resume theirs."""
+        if _empty_cuda_cache(self._fleet.placement):
             collectives.barrier_within_replica()
 
-    def _bring_up(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Send weights until a server has them; all ranks of the copy call it."""
+    def _sync_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Send weights until at least one server has them. All ranks of the replica must call it.
+
+        Each pass runs: a broadcast of the outcome of `_begin_pass`; the collectives that gather the tensors, in which
+        the leader also sends them; a broadcast of whether a server has the weights.
+        """
         try:
-            for _ in range(MAX_PASSES):
-                collectives.broadcast_within_replica(self._open_pass)
-                for bucket in buckets(tensors, self._section.weight_sync_bucket_mb * 2**20):
-                    self._delivery.send(bucket)
-                if collectives.broadcast_within_replica(self._delivery.close):
+            for _ in range(MAX_SYNC_PASSES):
+                collectives.broadcast_within_replica(self._begin_pass)
+                for bucket in split_into_buckets(tensors, self._section.weight_sync_bucket_mb * 2**20):
+                    self._weight_sync.send(bucket)  # does nothing on other ranks than the leader
+                if collectives.broadcast_within_replica(self._weight_sync.end):
                     return
                 if iter(tensors) is tensors:
-                    break  # used up
+                    break  # an iterator, which is exhausted now
         finally:
-            self._loan.lend()
+            self._memory.release()
         raise EngineError(f"no SGLang server took over the weights of version {self._version}; the log says why")
 
-    def _open_pass(self) -> None:
-        self._loan.take_back()
-        self._delivery.await_servers()
-        self._delivery.open(self._weights)
+    def _begin_pass(self) -> None:
+        self._memory.resume()
+        self._weight_sync.wait_for_server()
+        self._weight_sync.begin(self._weight_version)
 
     async def _sample(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
         pool = ServerPool(
-            self._delivery.current,
-            self._delivery.absent,
-            self._weights,
+            self._weight_sync.current,
+            self._weight_sync.outdated,
+            self._weight_version,
             concurrency=self._section.concurrency,
             return_timeout_s=self._section.startup_timeout_s,
-            keeper=self._fleet.processes,
-            is_stopped=self._stopped.is_set,
+            supervisor=self._fleet.processes,
+            is_aborted=self._aborted.is_set,
         )
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         async with httpx.AsyncClient(limits=limits, trust_env=False) as client:
-            tasks = [asyncio.create_task(self._group(pool, client, request, params)) for request in requests]
+            tasks = [asyncio.create_task(self._sample_group(pool, client, request, params)) for request in requests]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:
+                # After an error, `gather` leaves the other requests running: cancel them, and close their connections.
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await pool.close()
 
-    async def _group(
+    async def _sample_group(
         self, pool: ServerPool, client: httpx.AsyncClient, request: GenerationRequest, params: SamplingParams
     ) -> RolloutGroup:
         timeout_s = self._section.request_timeout_s
 
-        async def ask(server: Server) -> RolloutGroup:
+        async def send(server: Server) -> RolloutGroup:
             packed = await asyncio.to_thread(self._pack, request)
             try:
                 body = generate_body(request, params, self._tokens, packed)
-                answer = await acall(client, "POST", f"{server.url}/generate", body, timeout_s=timeout_s)
+                response = await call_async(client, "POST", f"{server.url}/generate", body, timeout_s=timeout_s)
             finally:
                 if packed is not None:
                     payload.remove_file(packed)
-            return read_group(request, answer, self._weights, self._tokens)
+            return read_group(request, response, self._weight_version, self._tokens)
 
-        return await pool.ask(request.id, request.num_responses, ask)
+        return await pool.run(request.id, request.num_responses, send)
 
     def _pack(self, request: GenerationRequest) -> str | None:
-        pictures = self._encoder.payload(request.prompt, f"{self._weights} {self._fleet.run}")
+        """Pack the images and videos of a prompt for its request; None for a prompt of text alone."""
+        contents = self._encoder.payload(request.prompt, f"{self._weight_version} {self._fleet.job_id}")
         try:
-            return None if pictures is None else payload.pack(pictures, self._section.transport)
+            return None if contents is None else payload.pack(contents, self._section.transport)
         except OSError as error:
             raise EngineError(f"sglang.transport: {error}; free shared memory, or set it to 'inline'") from error
 
 
-def _empty_cache(section: SglangSection) -> bool:
-    """Have torch give up memory that it keeps for later, where servers need it; whether they do."""
-    if not (section.colocated and torch.cuda.is_available()):
-        return False
-    torch.cuda.empty_cache()
-    return True
+def _empty_cuda_cache(placement: Placement) -> bool:
+    """Free torch's cached GPU memory if the servers share it; return whether they do."""
+    if placement.shares_gpu_memory:
+        torch.cuda.empty_cache()
+    return placement.shares_gpu_memory

@@ -1,4 +1,4 @@
-"""Which servers a copy of the model works with: those of its node, or those that the settings name."""
+"""The servers of a replica: running servers that the settings name are checked, the run's own servers are started."""
 
 from __future__ import annotations
 
@@ -6,64 +6,85 @@ import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.config.model_sections import ModelSection
+from megatron_vcr1.config.rollout_sections import SglangSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import EngineError
-from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, is_here, server_info
-from megatron_vcr1.rollout.sglang.loan import take_back
-from megatron_vcr1.rollout.sglang.processes import ServerGroup, require_sglang, server_specs, server_url
+from megatron_vcr1.rollout.placement import Placement, assign_servers
+from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, is_on_this_host, server_info
+from megatron_vcr1.rollout.sglang.launch import require_sglang, server_specs, server_url
+from megatron_vcr1.rollout.sglang.memory import resume_memory
+from megatron_vcr1.rollout.sglang.processes import ServerGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The servers of one copy of the model, as the rank that talks to them sees them.
+    """The servers of one replica, as its leader sees them. On the other ranks, `urls` is empty.
 
     Attributes:
-        urls: that it asks, and brings weights to.
-        shared: other copies may do the same.
-        lenders: those that lend their memory to training.
-        processes: that this rank started and looks after, for the copies that share them, too.
-        talks: whether this rank is the one.
-        run: a name that all ranks of the job agree on, and no other job has.
+        urls: servers that the replica sends requests and weights to.
+        shared: other replicas may use the same servers.
+        releasing: servers that release their memory while training computes.
+        processes: the servers that this rank has started and supervises; None if there are none.
+        is_leader: whether this rank talks to the servers.
+        job_id: a random name that all ranks of the job have in common and no other job has.
+        placement: how servers and training share the machines.
     """
 
     urls: tuple[str, ...]
     shared: bool
-    lenders: tuple[str, ...]
+    releasing: tuple[str, ...]
     processes: ServerGroup | None
-    talks: bool
-    run: str
+    is_leader: bool
+    job_id: str
+    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
+    """A rank's part in the assignment of servers; every rank knows all of them."""
+
     rank: int
     host: str
-    copy: int
-    talks: bool
-    run: str
+    replica: int
+    is_leader: bool
+    job_id: str
 
 
-def find_or_start_servers(config: RunConfig) -> Fleet:
-    """Start or find the servers; every rank of the job calls it, and all of them get the first one's error.
+def find_or_start_servers(section: SglangSection, model: ModelSection, *, run_dir: Path, seed: int) -> Fleet:
+    """Check the servers of `sglang.urls`, or start the run's own if there are none.
+
+    Every rank of the job must call it: it runs two collectives of all ranks. The second one exchanges errors: an error
+    on any rank is raised on all of them, after the servers that have been started are closed again.
+
+    Args:
+        section: settings of the servers.
+        model: path and dtype of the model, for servers that are started.
+        run_dir: run directory, for logs.
+        seed: the run's seed.
 
     Raises:
         UserError: a setting cannot work.
-        EngineError: a server does not start or does not answer.
+        EngineError: a server does not start or does not respond.
     """
-    talks = collectives.broadcast_within_replica(dist.get_rank) == dist.get_rank()
-    me = _Rank(dist.get_rank(), socket.gethostname(), mesh.replica_index(), talks, uuid.uuid4().hex[:8])
+    placement = Placement.from_section(section)
+    is_leader = collectives.broadcast_within_replica(dist.get_rank) == dist.get_rank()
+    me = _Rank(dist.get_rank(), socket.gethostname(), mesh.replica_index(), is_leader, uuid.uuid4().hex[:8])
     ranks = collectives.gather_objects(me)
     fleet, failure = None, None
     try:
-        fleet = _name_servers(config, ranks) if config.sglang.urls else _start_servers(config, ranks)
+        if placement.starts_servers:
+            fleet = _start_servers(section, model, placement, ranks, run_dir=run_dir, seed=seed)
+        else:
+            fleet = _use_running_servers(section, placement, ranks)
     except (UserError, EngineError) as error:
         failure = error
-    failures = [one for one in collectives.gather_objects(failure) if one is not None]
+    failures = [error for error in collectives.gather_objects(failure) if error is not None]
     if failures:
         if fleet is not None and fleet.processes is not None:
             fleet.processes.close()
@@ -72,95 +93,89 @@ def find_or_start_servers(config: RunConfig) -> Fleet:
     return fleet
 
 
-def _name_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
-    """The servers of the settings, divided among all copies."""
-    urls = list(dict.fromkeys(url.rstrip("/") for url in config.sglang.urls))  # each once: two copies would own it
-    me, talkers = ranks[dist.get_rank()], [one.copy for one in ranks if one.talks]
-    asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
-    can_lend = {url for url in owned if check_server(url)}
-    needs_memory = config.sglang.weight_sync == "tensor" or config.sglang.transport == "file"
-    for url in asked:
-        if needs_memory and not is_here(url):
+def _use_running_servers(section: SglangSection, placement: Placement, ranks: Sequence[_Rank]) -> Fleet:
+    """Assign the servers of `sglang.urls` to all replicas, and check those that this rank owns."""
+    # Remove duplicates: a server that is listed twice would have two owners.
+    urls = list(dict.fromkeys(url.rstrip("/") for url in section.urls))
+    me, replicas = ranks[dist.get_rank()], [rank.replica for rank in ranks if rank.is_leader]
+    used, owned = assign_servers(urls, replicas, me.replica) if me.is_leader else ((), ())
+    # Only the owner checks a server: the check changes its state, which two replicas must not do at the same time.
+    can_release = {url for url in owned if check_server(url)}
+    for url in used:
+        # The server's process would end when it opens shared memory that does not exist on its host.
+        if placement.needs_shared_memory and not is_on_this_host(url):
             raise UserError(
                 f"sglang.urls: {url} is not on {me.host}, whose shared memory it would have to read; set "
                 "sglang.weight_sync = 'broadcast' or 'disk', and sglang.transport = 'inline'"
             )
-    lenders = tuple(url for url in owned if config.sglang.colocated and url in can_lend and is_here(url))
-    shared = len(talkers) > len(urls)
-    if lenders and shared:
-        raise _too_few(talkers, urls)
-    return Fleet(asked, shared, lenders, None, me.talks, ranks[0].run)
+    # Memory of another host is of no use to this one.
+    releasing = tuple(url for url in owned if placement.colocated and url in can_release and is_on_this_host(url))
+    if releasing:
+        placement.check_sharing(len(replicas), len(urls))
+    return Fleet(used, len(replicas) > len(urls), releasing, None, me.is_leader, ranks[0].job_id, placement)
 
 
-def _start_servers(config: RunConfig, ranks: Sequence[_Rank]) -> Fleet:
-    """A node's servers, divided among the copies that are talked for on the node; each of these starts its own."""
-    section, me = config.sglang, ranks[dist.get_rank()]
-    neighbours = [one for one in ranks if one.host == me.host]
-    talkers = [one.copy for one in neighbours if one.talks]
-    urls = [server_url(section.port + index) for index in range(section.num_servers)]
-    shared = len(talkers) > len(urls)
-    if section.colocated and shared:
-        raise _too_few(talkers, urls)
-    asked, owned = divide(urls, talkers, me.copy) if me.talks else ((), ())
+def _start_servers(
+    section: SglangSection,
+    model: ModelSection,
+    placement: Placement,
+    ranks: Sequence[_Rank],
+    *,
+    run_dir: Path,
+    seed: int,
+) -> Fleet:
+    """Assign the servers of this node to the replicas whose leaders are on it, and start those that this rank owns."""
+    me = ranks[dist.get_rank()]
+    ranks_here = [rank for rank in ranks if rank.host == me.host]
+    replicas = [rank.replica for rank in ranks_here if rank.is_leader]
+    urls = [server_url(section.port + index) for index in range(placement.num_servers)]
+    if placement.colocated:
+        placement.check_sharing(len(replicas), len(urls))
+    used, owned = assign_servers(urls, replicas, me.replica) if me.is_leader else ((), ())
     processes = None
     if owned:
         require_sglang(section.python)
-        # On the GPUs after the training's, unless they are shared.
-        specs = server_specs(config, first_gpu=0 if section.colocated else len(neighbours))
+        specs = server_specs(section, model, placement, run_dir=run_dir, seed=seed, num_training_ranks=len(ranks_here))
         processes = ServerGroup(
             [spec for spec in specs if spec.url in owned],
             startup_timeout_s=section.startup_timeout_s,
             max_restarts=section.max_restarts,
         )
+        # All servers of the node start at the same time; each owner waits for its own.
         try:
             processes.wait_until_ready()
         except BaseException:
             processes.close()
             raise
-    return Fleet(asked, shared, owned if section.colocated else (), processes, me.talks, ranks[0].run)
-
-
-def _too_few(copies: Sequence[int], urls: Sequence[str]) -> UserError:
-    return UserError(
-        f"sglang.num_servers: {len(copies)} copies of the model share {len(urls)} servers; servers that lend their "
-        "memory to training (sglang.colocated) need a copy each"
-    )
-
-
-def divide(urls: Sequence[str], copies: Sequence[int], copy: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The servers that a copy asks, and those of them that it owns, so that each is owned once and none is idle.
-
-    The owner starts a server, or finds it fit.
-
-    >>> divide(["a", "b", "c"], [0, 1], 0), divide(["a"], [0, 1], 1)
-    ((('a', 'c'), ('a', 'c')), (('a',), ()))
-    """
-    place = list(copies).index(copy)
-    owned = tuple(urls[place :: len(copies)])
-    return owned or (urls[place % len(urls)],), owned
+    releasing = owned if placement.colocated else ()
+    return Fleet(used, len(replicas) > len(urls), releasing, processes, me.is_leader, ranks[0].job_id, placement)
 
 
 def check_server(url: str) -> bool:
-    """Whether a server that the settings name can lend its memory, and keeps its weights meanwhile.
+    """Check a running server that the settings name, and undo what a killed run has left in it.
+
+    Returns:
+        Whether the server can release its memory and keeps a copy of its weights meanwhile.
 
     Raises:
-        EngineError: it is not there.
-        UserError: it would not do.
+        EngineError: the server does not respond.
+        UserError: the server runs with settings that cannot work.
     """
     try:
         info = server_info(url, timeout_s=30)
-        # A run that was killed has left it lent, or, within an update, paused.
-        take_back(url, timeout_s=30)
+        # A run that was killed may have left the memory released or, during a weight sync, generation paused.
+        resume_memory(url, timeout_s=30)
         call(url, "POST", "/continue_generation", {}, timeout_s=30)
     except (ServerFault, RequestRefused) as error:
         raise EngineError(f"sglang.urls: {error}; start it with `vcr1 rollout serve`, or correct the URL") from error
     if info.get("enable_deterministic_inference"):
         raise UserError(
-            f"{url} runs with --enable-deterministic-inference, which makes all responses of a group the same; start "
-            "it without"
+            f"{url} runs with --enable-deterministic-inference, which makes all responses of a group equal; start it "
+            "without that"
         )
     if info.get("dp_size", 1) > 1 or info.get("pp_size", 1) > 1:
         raise UserError(
-            f"{url} runs with --dp-size or --pp-size; new weights do not reach replicas and stages: start it without"
+            f"{url} runs with --dp-size or --pp-size; weight sync does not reach a server's replicas and stages: start "
+            "it without them"
         )
     return bool(info.get("enable_memory_saver") and info.get("enable_weights_cpu_backup"))

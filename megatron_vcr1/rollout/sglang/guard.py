@@ -1,10 +1,19 @@
-"""Runs a server so that it never outlives the process that asked for it, however that one ends.
+"""Runs a server and makes sure that it never outlives the process that asked for it, however that process ends.
 
     python -I guard.py PARENT_PID COMMAND...
 
-Python's own exit handlers do not run on SIGKILL, and a server has processes of its own. So a small process stands
-between: it looks whether its parent is still the same, adopts whatever the server leaves behind, and on its way out
-kills all of it. If it is killed itself, the kernel kills the server. Needs the standard library and psutil.
+Exit handlers do not run when a process is killed by SIGKILL, and a server has processes of its own. So this small
+process runs between the two and covers every case:
+
+    the parent ends (even by SIGKILL)   The kernel gives the guard another parent. The guard polls for that and ends.
+    the guard gets SIGTERM, SIGINT or   It raises SystemExit, and the `finally` block kills all descendants.
+    SIGHUP
+    the guard is killed by SIGKILL      The kernel kills the server (PR_SET_PDEATHSIG). Processes of the server are up
+                                        to the server: SGLang's end with it.
+    the server ends                     The guard kills what is left of its processes, and returns its exit code.
+
+Processes whose own parent has ended become children of the guard (PR_SET_CHILD_SUBREAPER), so it still finds them. This
+file is run by itself (-I: isolated mode) and only needs the standard library and psutil.
 """
 
 from __future__ import annotations
@@ -21,50 +30,62 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-POLL_S = 0.2
-GRACE_S = 5.0
+POLL_INTERVAL_S = 0.2
+KILL_TIMEOUT_S = 5.0
+"""Maximum time that `kill_descendants` keeps trying."""
 
 
 def main(parent_pid: int, command: list[str]) -> int:
-    """Run the command to its end, or to the parent's; returns its exit code."""
+    """Run the command until it ends or the parent ends, then kill everything that it has started.
+
+    Returns:
+        The exit code of the command, or 1 if the parent has ended.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-    def die_with_me() -> None:  # in the child, before the command; this process has one thread
+    def kill_with_guard() -> None:
+        # Runs in the child between fork and exec, which is safe because the guard has a single thread.
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     def stop(signum: int, frame: object) -> NoReturn:
         sys.exit(128 + signum)
 
+    # Before the server is started: a signal at any later moment finds the handler, and the `finally` block runs.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     try:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_me)
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=kill_with_guard)
+        # A comparison with the given id also detects a parent that had ended before the guard came this far.
         while os.getppid() == parent_pid:
             try:
-                return server.wait(POLL_S)
+                return server.wait(POLL_INTERVAL_S)
             except subprocess.TimeoutExpired:
                 continue
         return 1
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
         kill_descendants()
 
 
 def kill_descendants() -> None:
-    """SIGKILL: a server has nothing to save, and some of its processes ignore or outlast anything gentler."""
-    deadline = time.monotonic() + GRACE_S
+    """Send SIGKILL to all descendants until none is left. A server has no state to save, and may ignore SIGTERM.
+
+    The loop finds processes that were started, or that became children of the guard, after the last pass.
+    """
+    deadline = time.monotonic() + KILL_TIMEOUT_S
     while time.monotonic() < deadline:
-        left = [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
-        if not left:
+        descendants = psutil.Process().children(recursive=True)
+        running = [process for process in descendants if process.status() != psutil.STATUS_ZOMBIE]
+        if not running:
             return
-        for one in left:
+        for process in running:
             try:
-                one.kill()
+                process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(left, timeout=0.5)
+        psutil.wait_procs(running, timeout=0.5)
 
 
 if __name__ == "__main__":

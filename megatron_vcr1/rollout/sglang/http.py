@@ -1,4 +1,4 @@
-"""One server's HTTP interface: calls with a time-out, and errors that say whose fault they are."""
+"""The HTTP interface of a server: calls with a timeout, and errors that say whether a retry can help."""
 
 from __future__ import annotations
 
@@ -11,125 +11,136 @@ from urllib.parse import urlsplit
 import httpx
 
 INITIAL_WEIGHTS = "default"
-"""What SGLang calls the weights that a server was started with, unless told otherwise."""
+"""Weight version of a server that was started with weights, unless it is told another one (SGLang's own default)."""
 
-LOOK_S = 25.0
-"""Longest wait for a server to compute something, to show that it can; SGLang itself gives up after 20 s."""
+HEALTH_TIMEOUT_S = 25.0
+"""Maximum time of a health check, in which a server computes a token. SGLang itself gives up after 20 s."""
 
 
-# One for all threads: making it takes 18 ms (of certificates), a call 1 ms. It keeps no connections: a server that is
-# started anew would not know them.
+# One client for all threads: creating a client takes 18 ms (it loads certificates), a call takes 1 ms. It keeps no
+# connections open, because a restarted server would reset them.
 _client = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 class ServerFault(Exception):
-    """A server did not answer, or answered that it cannot: another one may, or the same one later.
+    """A server did not respond, or reported an error of its own. Another server, or a later request, may succeed.
 
     Attributes:
-        gone: it could not be reached, or went silent: whether it still lives is unknown.
+        unreachable: no connection, or no response in time: it is not known whether the server is still alive.
     """
 
-    def __init__(self, message: str, *, gone: bool) -> None:
+    def __init__(self, message: str, *, unreachable: bool) -> None:
         super().__init__(message)
-        self.gone = gone
+        self.unreachable = unreachable
 
 
 class RequestRefused(Exception):
-    """A server says that the request itself is wrong (status 4xx): it would refuse it again."""
+    """A server says that the request itself is wrong (status 4xx), so a retry would fail in the same way."""
 
 
 def call(url: str, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
-    """Call a server; gives the parsed JSON of the answer, or its text.
+    """Call a server and return the parsed JSON of its response, or the text if it is not JSON.
 
     Raises:
-        ServerFault, RequestRefused: see there.
+        ServerFault: no response in time, or status 5xx or 429.
+        RequestRefused: any other status from 400 on.
     """
     try:
-        answer = _client.request(method, url + path, json=body, timeout=timeout_s)
+        response = _client.request(method, url + path, json=body, timeout=timeout_s)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise fault(url + path, error) from error
-    return content(answer)
+        raise _connection_fault(url + path, error) from error
+    return _parse(response)
 
 
-async def acall(client: httpx.AsyncClient, method: str, url: str, body: Any = None, *, timeout_s: float) -> Any:
-    """As `call`, asynchronously, with the whole URL; cancelling it closes the connection."""
+async def call_async(client: httpx.AsyncClient, method: str, url: str, body: Any = None, *, timeout_s: float) -> Any:
+    """Call a server as `call` does, given the whole URL. Cancelling the call closes the connection.
+
+    SGLang aborts a request whose connection is closed.
+    """
     try:
-        async with asyncio.timeout(timeout_s):  # httpx's own limits one read, and an answer may trickle
-            answer = await client.request(method, url, json=body, timeout=None)
+        # httpx's timeout limits each read, so a response that arrives in small pieces could take for ever.
+        async with asyncio.timeout(timeout_s):
+            response = await client.request(method, url, json=body, timeout=None)
     except TimeoutError:
-        raise ServerFault(f"{url}: no answer within {timeout_s:.0f} s", gone=True) from None
+        raise ServerFault(f"{url}: no response within {timeout_s:.0f} s", unreachable=True) from None
     except httpx.HTTPError as error:
-        raise fault(url, error) from error
-    return content(answer)
+        raise _connection_fault(url, error) from error
+    return _parse(response)
 
 
-def fault(url: str, error: Exception) -> ServerFault:
-    return ServerFault(f"{url}: {type(error).__name__} {error}".rstrip(), gone=True)
+def _connection_fault(url: str, error: Exception) -> ServerFault:
+    return ServerFault(f"{url}: {type(error).__name__} {error}".rstrip(), unreachable=True)
 
 
-def content(answer: httpx.Response) -> Any:
-    """Raises ServerFault or RequestRefused for an answer that is none."""
-    if answer.status_code >= 500 or answer.status_code == 429:
-        raise ServerFault(f"{answer.url}: status {answer.status_code}: {_message(answer)}", gone=False)
-    if answer.status_code >= 400:
-        raise RequestRefused(f"{answer.url}: status {answer.status_code}: {_message(answer)}")
+def _parse(response: httpx.Response) -> Any:
+    """Return the content of a response. Raises ServerFault or RequestRefused for an error status."""
+    if response.status_code >= 500 or response.status_code == 429:
+        raise ServerFault(
+            f"{response.url}: status {response.status_code}: {_error_message(response)}", unreachable=False
+        )
+    if response.status_code >= 400:
+        raise RequestRefused(f"{response.url}: status {response.status_code}: {_error_message(response)}")
     try:
-        return answer.json()
+        return response.json()
     except ValueError:
-        return answer.text
+        return response.text
 
 
-def _message(answer: httpx.Response) -> str:
-    """The server's explanation, as short as it goes."""
+def _error_message(response: httpx.Response) -> str:
+    """Extract the explanation from an error response; SGLang's endpoints use different keys for it."""
     try:
-        parsed = answer.json()
+        parsed = response.json()
         message = parsed.get("message") or parsed.get("error") or parsed.get("detail") or parsed
         message = message.get("message", message) if isinstance(message, dict) else message
     except (ValueError, AttributeError):
-        message = answer.text
+        message = response.text
     return str(message)[:500]
 
 
 def addresses(url: str) -> tuple[str, str]:
-    """This host's address as a server sees it, and the server's own. Raises OSError for a host that is not known."""
+    """Return the IP address of this host as a server sees it, and the IP address of the server.
+
+    Raises:
+        OSError: the host name is unknown.
+    """
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends nothing
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # a UDP connect sends no packet
         return probe.getsockname()[0], probe.getpeername()[0]
 
 
-def is_here(url: str) -> bool:
-    """Whether a server's host is known to be this one."""
+def is_on_this_host(url: str) -> bool:
+    """Return whether a server is known to run on this host."""
     try:
-        mine, other = addresses(url)
+        own_address, server_address = addresses(url)
     except OSError:
         return False
-    return mine == other or ip_address(other).is_loopback
+    return own_address == server_address or ip_address(server_address).is_loopback
 
 
 def server_info(url: str, *, timeout_s: float) -> dict[str, Any]:
-    """A server's settings. Raises ServerFault, RequestRefused."""
-    return _expect("tp_size", call(url, "GET", "/server_info", timeout_s=timeout_s), f"{url}/server_info")
+    """Return the settings of a server. Raises ServerFault or RequestRefused."""
+    return _require_key("tp_size", call(url, "GET", "/server_info", timeout_s=timeout_s), f"{url}/server_info")
 
 
-def weights_of(url: str, *, timeout_s: float = 15.0) -> str:
-    """The version that a server gives its weights. Raises ServerFault, RequestRefused."""
-    return weights_in(call(url, "GET", "/model_info", timeout_s=timeout_s), url)
+def weight_version(url: str, *, timeout_s: float = 15.0) -> str:
+    """Return the version of a server's weights. Raises ServerFault or RequestRefused."""
+    return parse_weight_version(call(url, "GET", "/model_info", timeout_s=timeout_s), url)
 
 
-def weights_in(model_info: Any, url: str) -> str:
-    """The version in a server's answer to /model_info. Raises ServerFault."""
-    return str(_expect("weight_version", model_info, f"{url}/model_info")["weight_version"])
+def parse_weight_version(model_info: Any, url: str) -> str:
+    """Return the weight version from a server's response to /model_info. Raises ServerFault."""
+    return str(_require_key("weight_version", model_info, f"{url}/model_info")["weight_version"])
 
 
-def _expect(key: str, answer: Any, url: str) -> dict[str, Any]:
-    if not isinstance(answer, dict) or key not in answer:
-        raise ServerFault(f"{url}: an answer without {key!r}; is this an SGLang server?", gone=False)
-    return answer
+def _require_key(key: str, response: Any, url: str) -> dict[str, Any]:
+    if not isinstance(response, dict) or key not in response:
+        raise ServerFault(f"{url}: the response has no {key!r}; is this an SGLang server?", unreachable=False)
+    return response
 
 
-def is_ready(url: str, *, timeout_s: float = LOOK_S) -> bool:
-    """Whether a server takes requests now: it has just computed something."""
+def is_ready(url: str, *, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
+    """Return whether a server can take requests; it has to compute a token to prove it."""
     try:
         call(url, "GET", "/health_generate", timeout_s=timeout_s)
     except (ServerFault, RequestRefused):

@@ -1,4 +1,4 @@
-"""Which server answers what: least-loaded routing, retries, and servers that drop out and come back."""
+"""Routing of requests: least-loaded servers, retries, and servers that drop out and return."""
 
 from __future__ import annotations
 
@@ -14,42 +14,48 @@ from typing import Protocol, TypeVar
 import httpx
 
 from megatron_vcr1.rollout.engine import EngineError, WeightsNeeded
-from megatron_vcr1.rollout.sglang.http import LOOK_S, RequestRefused, ServerFault, acall, weights_in
+from megatron_vcr1.rollout.sglang.http import (
+    HEALTH_TIMEOUT_S,
+    RequestRefused,
+    ServerFault,
+    call_async,
+    parse_weight_version,
+)
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-MAX_TRIES = 5
-"""Of one request, before its failure is the engine's."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
-PROBE_S = 1.0
-"""Between two looks at a server that has dropped out."""
-MAX_FAILED_LOOKS = 5
-"""After so many its process is started anew (a process that is just starting is left alone)."""
-
-
-class UnusableAnswer(Exception):
-    """The server answered, but not with what was asked for; asking again may help."""
+MAX_ATTEMPTS = 5
+"""Attempts for one request, after which the engine fails."""
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
+PROBE_INTERVAL_S = 1.0
+"""Time between two health checks of a server that has dropped out."""
+MAX_FAILED_PROBES = 5
+"""Failed health checks after which the server's process is restarted (a process that is starting is left alone)."""
 
 
-class OtherWeights(UnusableAnswer):
-    """The server samples from other weights than the policy's."""
+class UnusableResponse(Exception):
+    """A server responded, but the content cannot be used. A retry may help."""
+
+
+class WrongWeights(UnusableResponse):
+    """A response was sampled from other weights than the policy's."""
 
 
 @dataclass(slots=True)
 class Server:
-    """One server, as its client knows it."""
+    """A server, as its client sees it."""
 
     url: str
     load: int = 0
-    """Responses under way."""
+    """Number of responses that it is sampling."""
     faults: int = 0
-    """In a row."""
+    """Number of consecutive faults."""
 
 
-class Keeper(Protocol):
-    """Who looks after the servers' processes (`ServerGroup`), where that is this process."""
+class Supervisor(Protocol):
+    """The part of `ServerGroup` that the pool uses, for servers that this process has started."""
 
     def failure(self, url: str) -> str | None: ...
 
@@ -57,164 +63,198 @@ class Keeper(Protocol):
 
 
 class ServerPool:
-    """The servers of one call of `generate`. Belongs to one event loop."""
+    """The servers of one call of `generate`.
+
+    A server is in one of four states:
+
+        usable        has the policy's weights and gets requests
+        returning     has dropped out; a task checks its health until it is back or the timeout expires
+        outdated      is back, but with other weights: a weight sync would help
+        lost          is not back in time, or its supervisor will not restart it
+
+    All methods run in one event loop. State changes are announced by the condition `_changed`, on which requests wait
+    while no server is free.
+    """
 
     def __init__(
         self,
         current: Sequence[str],
-        absent: Sequence[str],
-        weights: str,
+        unavailable: Sequence[str],
+        weight_version: str,
         *,
         concurrency: int,
         return_timeout_s: float,
-        keeper: Keeper | None = None,
-        is_stopped: Callable[[], bool] = lambda: False,
+        supervisor: Supervisor | None = None,
+        is_aborted: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
-            current: URLs of servers that have the policy's weights.
-            absent: of those that are restarting, or were left out; asked once they are back with these weights.
-            weights: the version that a server must report.
-            concurrency: requests under way at once on a server.
-            return_timeout_s: longest wait for a server that dropped out.
-            is_stopped: whether answers are still wanted; looked at before every try.
+            current: URLs of the servers that have the policy's weights.
+            unavailable: URLs of servers that are restarting or missed a weight sync; they get requests once they are
+                back with the policy's weights.
+            weight_version: the version that a server must report.
+            concurrency: maximum number of concurrent requests per server.
+            return_timeout_s: maximum time to wait for a server that has dropped out.
+            supervisor: supervises the servers' processes, if this process has started them.
+            is_aborted: returns whether sampling was aborted; checked before every attempt.
         """
-        self._weights = weights
+        self._weight_version = weight_version
         self._concurrency = concurrency
         self._return_timeout_s = return_timeout_s
-        self._keeper = keeper
-        self._is_stopped = is_stopped
+        self._supervisor = supervisor
+        self._is_aborted = is_aborted
         self._usable = {url: Server(url) for url in current}
         self._returning: dict[str, asyncio.Task[None]] = {}
-        self._requests: dict[str, int] = {}
+        self._num_requests: dict[str, int] = {}
         self._lost: dict[str, str] = {}
         self._outdated: dict[str, str] = {}
         self._changed = asyncio.Condition()
-        for url in absent:
-            self._expect(Server(url), f"{url} was left out")
+        for url in unavailable:
+            self._wait_for_return(Server(url), f"{url} did not have the policy's weights")
 
-    async def ask(self, name: str, num_responses: int, ask: Callable[[Server], Awaitable[Answer]]) -> Answer:
-        """Have one of the servers answer, and another, or the same again, where it fails.
+    async def run(self, name: str, num_responses: int, send: Callable[[Server], Awaitable[Result]]) -> Result:
+        """Send a request to one of the servers; if it fails, to another one, or to the same one again.
 
         Args:
-            name: of the request, for messages.
-            num_responses: its weight in routing.
+            name: name of the request, for messages.
+            num_responses: number of responses, which is the request's load in routing.
+            send: sends the request to a server and returns its result.
 
         Raises:
-            EngineError: a server refuses the request, or all tries failed, or no server is left.
-            WeightsNeeded: see there.
+            EngineError: a server refuses the request, all attempts failed, no server is left, or sampling was aborted.
+            WeightsNeeded: no server is usable or returning, but one is back with other weights.
         """
         failures: list[str] = []
         tried: set[str] = set()
-        for number in range(MAX_TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             if failures:
-                # Full jitter: requests that failed together do not come back together.
-                await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**number)))
-            if self._is_stopped():
-                raise EngineError("sampling was stopped")
-            async with self._server(num_responses, tried) as server:
+                # Exponential backoff with full jitter: requests that failed together must not return together.
+                await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt)))
+            if self._is_aborted():
+                raise EngineError("sampling was aborted")
+            # The slot is held for one attempt only: during the backoff, other requests can use the server.
+            async with self._acquire(num_responses, tried) as server:
                 tried.add(server.url)
                 try:
-                    answer = await ask(server)
+                    result = await send(server)
                 except RequestRefused as error:
                     raise EngineError(f"sample {name}: {error}") from error
-                except (ServerFault, UnusableAnswer) as error:
+                except (ServerFault, UnusableResponse) as error:
                     failures.append(f"{server.url}: {error}")
-                    logger.warning("sample %s, try %d of %d: %s", name, number + 1, MAX_TRIES, failures[-1])
+                    logger.warning("sample %s, attempt %d of %d: %s", name, attempt + 1, MAX_ATTEMPTS, failures[-1])
                     server.faults += 1
-                    if isinstance(error, OtherWeights) or (isinstance(error, ServerFault) and error.gone):
+                    # An error status leaves a server usable. Silence and wrong weights do not.
+                    if isinstance(error, WrongWeights) or (isinstance(error, ServerFault) and error.unreachable):
                         self._drop(server, str(error))
                 else:
                     server.faults = 0
-                    return answer
-        raise EngineError(f"sample {name}: {MAX_TRIES} tries failed: " + "; ".join(failures))
+                    return result
+        raise EngineError(f"sample {name}: {MAX_ATTEMPTS} attempts failed: " + "; ".join(failures))
 
     async def close(self) -> None:
-        """Stop looking after servers that dropped out."""
+        """Cancel the tasks that wait for servers."""
         for task in self._returning.values():
             task.cancel()
         await asyncio.gather(*self._returning.values(), return_exceptions=True)
 
     @asynccontextmanager
-    async def _server(self, num_responses: int, tried: Set[str]) -> AsyncIterator[Server]:
+    async def _acquire(self, num_responses: int, tried: Set[str]) -> AsyncIterator[Server]:
+        """Wait for a server with a free slot and occupy the slot for the length of the with-block."""
         async with self._changed:
             while (server := self._choose(tried)) is None:
                 await self._changed.wait()
+            # No `await` between the choice and these two lines, so no other request can take the slot in between.
             server.load += num_responses
-            self._requests[server.url] = self._requests.get(server.url, 0) + 1
+            self._num_requests[server.url] = self._num_requests.get(server.url, 0) + 1
         try:
             yield server
         finally:
             server.load -= num_responses
-            self._requests[server.url] -= 1
+            self._num_requests[server.url] -= 1
             async with self._changed:
                 self._changed.notify_all()
 
     def _choose(self, tried: Set[str]) -> Server | None:
-        """The least-loaded usable server with a free place; None to wait for one. Raises where none will come.
+        """Return the least-loaded usable server with a free slot, or None if the request has to wait for one.
 
-        One that fails at once is always the least loaded. So a server whose last answer was a fault gets one request at
-        a time, after the others, and none twice that another server could take.
+        A server that fails at once always has the smallest load and would attract all requests. So a server whose last
+        response was a fault gets one request at a time, and only if no other server is free. A request returns to a
+        server that it has tried only if there is no other usable one.
+
+        Raises:
+            WeightsNeeded, EngineError: no server will become free.
         """
         usable = list(self._usable.values())
-        others = [one for one in usable if one.url not in tried] or usable
-        free = [one for one in others if self._requests.get(one.url, 0) < (1 if one.faults else self._concurrency)]
+        candidates = [server for server in usable if server.url not in tried] or usable
+        free = [
+            server
+            for server in candidates
+            if self._num_requests.get(server.url, 0) < (1 if server.faults else self._concurrency)
+        ]
         if free:
-            return min(free, key=lambda one: (one.faults, one.load))
+            return min(free, key=lambda server: (server.faults, server.load))
         if self._usable or self._returning:
-            return None
+            return None  # a slot may become free, or a server may return: both notify `_changed`
         if self._outdated:
             raise WeightsNeeded("; ".join(self._outdated.values()))
         raise EngineError("no SGLang server is left: " + "; ".join(self._lost.values()))
 
     def _drop(self, server: Server, reason: str) -> None:
-        """Ask the server nothing more until it has shown that it lives and has the right weights."""
+        """Send no more requests to a server until it has shown that it is alive and has the right weights."""
+        # Several requests may fail on the same server; only the first of them finds it among the usable ones.
         if self._usable.pop(server.url, None) is not None:
-            self._expect(server, reason)
+            self._wait_for_return(server, reason)
 
-    def _expect(self, server: Server, reason: str) -> None:
+    def _wait_for_return(self, server: Server, reason: str) -> None:
         self._returning[server.url] = asyncio.create_task(self._await_return(server, reason))
 
     async def _await_return(self, server: Server, reason: str) -> None:
-        """Move a server to the usable, the outdated or the lost ones."""
+        """Wait for a server, and make it usable, outdated or lost."""
         url = server.url
         try:
-            found = await self._weights_on_return(url, reason)
-            if found == self._weights:
+            found = await self._version_on_return(url, reason)
+            if found == self._weight_version:
                 server.faults = 0
                 self._usable[url] = server
                 logger.info("SGLang server %s is back", url)
             else:
-                self._outdated[url] = f"{url} has weights {found!r} instead of {self._weights!r}"
+                self._outdated[url] = f"{url} has weights {found!r} instead of {self._weight_version!r}"
                 logger.warning("SGLang server %s", self._outdated[url])
         except EngineError as error:
             self._lost[url] = str(error)
         finally:
+            # In `finally`, so that requests that wait for this server wake up in any case and see that it is gone.
             async with self._changed:
                 del self._returning[url]
                 self._changed.notify_all()
 
-    async def _weights_on_return(self, url: str, reason: str) -> str:
-        """The version of a server that was dropped for a reason, once it answers. Raises EngineError if it does not."""
+    async def _version_on_return(self, url: str, reason: str) -> str:
+        """Wait until a server passes a health check, and return its weight version.
+
+        Raises:
+            EngineError: it is not back within `return_timeout_s`, or will not be restarted.
+        """
         deadline = time.monotonic() + self._return_timeout_s
         num_failed = 0
         while True:
-            if self._keeper and (lost := self._keeper.failure(url)):
-                raise EngineError(lost)
+            if self._supervisor and (failure := self._supervisor.failure(url)):
+                raise EngineError(failure)
             try:
-                return await _weights_when_ready(url)
+                return await _version_when_healthy(url)
             except (ServerFault, RequestRefused) as error:
                 num_failed += 1
                 if time.monotonic() > deadline:
-                    patience = f"{reason}, and was not back within {self._return_timeout_s:.0f} s"
-                    raise EngineError(f"{patience}: {error}") from error
-            if self._keeper and num_failed == MAX_FAILED_LOOKS:
-                self._keeper.restart(url, f"does not recover: {reason}")
-            await asyncio.sleep(PROBE_S)
+                    event = f"{reason}, and was not back within {self._return_timeout_s:.0f} s"
+                    raise EngineError(f"{event}: {error}") from error
+            # Only once: a server whose restart also fails is restarted by its supervisor.
+            if self._supervisor and num_failed == MAX_FAILED_PROBES:
+                self._supervisor.restart(url, f"does not recover: {reason}")
+            await asyncio.sleep(PROBE_INTERVAL_S)
 
 
-async def _weights_when_ready(url: str) -> str:
-    """The version of a server that has just computed something. Raises ServerFault, RequestRefused."""
+async def _version_when_healthy(url: str) -> str:
+    """Have a server compute a token, and return its weight version. Raises ServerFault, RequestRefused."""
     async with httpx.AsyncClient(trust_env=False) as client:
-        await acall(client, "GET", f"{url}/health_generate", timeout_s=LOOK_S)
-        return weights_in(await acall(client, "GET", f"{url}/model_info", timeout_s=LOOK_S), url)
+        await call_async(client, "GET", f"{url}/health_generate", timeout_s=HEALTH_TIMEOUT_S)
+        model_info = await call_async(client, "GET", f"{url}/model_info", timeout_s=HEALTH_TIMEOUT_S)
+        return parse_weight_version(model_info, url)

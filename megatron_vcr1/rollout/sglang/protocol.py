@@ -1,4 +1,4 @@
-"""A group's request and its answer: what SGLang's `/generate` takes, and what it gives back."""
+"""The JSON of a group's request to SGLang's `/generate`, and of the response to it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import prompt_positions, vision_token_mask
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS
-from megatron_vcr1.rollout.sglang.payload import PatchSettings, Payload, Picture
-from megatron_vcr1.rollout.sglang.pool import OtherWeights, UnusableAnswer
+from megatron_vcr1.rollout.sglang.payload import MediaItem, PatchSettings, Payload
+from megatron_vcr1.rollout.sglang.pool import UnusableResponse, WrongWeights
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
 
-# A ban lowers a token's logit by so much, after the division by the temperature: its probability falls by e^-40, which
-# no run lives to see, and is still a float32, from which the answer's log-probs are corrected.
 BAN = 40.0
+"""The value by which a ban lowers a token's logit, after the division by the temperature.
+
+It lowers the token's probability by a factor of e^-40, so a run will never sample it. The lowered probability is still
+a normal float32, so the log-probs of the response can be corrected for the ban. An infinite value would lose it.
+"""
 
 
 class PromptEncoder:
-    """Prompts of one model in the form that its servers take."""
+    """Converts the prompts of a model to the form that its servers take."""
 
     def __init__(self, config: ModelConfig) -> None:
         vision = config.vision
@@ -33,37 +36,44 @@ class PromptEncoder:
         )
 
     def payload(self, prompt: EncodedPrompt, salt: str) -> Payload | None:
-        """The prompt's pictures and positions; None for text alone.
+        """Collect the images, videos and positions of a prompt; None for a prompt of text alone.
+
+        Args:
+            prompt: the prompt, with its frames on any device.
+            salt: name of the weights, for the servers' cache of vision features.
 
         Raises:
-            ValueError: the pads are not those that the pictures fill.
+            ValueError: the pads of the prompt do not match its images and videos.
         """
         if not prompt.vision:
             return None
         vision = self.config.vision
         positions = prompt_positions(
             prompt.token_ids,
-            [(one.grid_thw, one.seconds_per_grid) for one in prompt.vision],
+            [(item.grid_thw, item.seconds_per_grid) for item in prompt.vision],
             vision_token_ids=self.pad_ids,
             merge_size=vision.merge_size,
             tokens_per_second=vision.tokens_per_second,
         )
         pads = iter(vision_token_mask(prompt.token_ids, self.pad_ids).nonzero()[:, 0].tolist())
-        pictures = []
-        for one in prompt.vision:
-            rows = [next(pads) for _ in range(one.num_tokens(vision.merge_size))]
-            pictures.append(Picture(one.frames.cpu(), one.seconds_per_grid is not None, rows[0]))  # from dali-gpu, too
-        return Payload(tuple(pictures), positions, self.patches, salt)
+        media = []
+        for item in prompt.vision:
+            tokens = [next(pads) for _ in range(item.num_tokens(vision.merge_size))]
+            # Frames that were decoded on a GPU (dali-gpu) are copied to the host.
+            media.append(MediaItem(item.frames.cpu(), item.seconds_per_grid is not None, tokens[0]))
+        return Payload(tuple(media), positions, self.patches, salt)
 
 
 def generate_body(
     request: GenerationRequest, params: SamplingParams, tokens: SpecialTokens, packed: str | None
 ) -> dict[str, Any]:
-    """The JSON object of a group's request.
+    """Build the JSON object of a group's request.
 
     Args:
-        tokens: what ends a response, and what must not be sampled.
-        packed: the prompt's payload, from `payload.pack`; None for text alone.
+        request: the prompt and the number of responses.
+        params: sampling parameters.
+        tokens: end tokens, and tokens that must not be sampled. The latter are banned with a logit bias.
+        packed: the prompt's payload, from `payload.pack`; None for a prompt of text alone.
     """
     temperature = params.temperature or 1.0
     body: dict[str, Any] = {
@@ -76,68 +86,81 @@ def generate_body(
             "top_k": params.top_k or -1,
             "stop": list(params.stop) or None,
             "stop_token_ids": sorted(tokens.end),
-            "logit_bias": {str(one): -BAN * temperature for one in tokens.never_sampled},
+            # SGLang adds the bias before it divides by the temperature.
+            "logit_bias": {str(token_id): -BAN * temperature for token_id in tokens.never_sampled},
         },
         "return_logprob": True,
-        "token_ids_logprob": list(tokens.never_sampled),
+        "token_ids_logprob": list(tokens.never_sampled),  # to correct the log-probs for the ban
     }
     if packed is not None:
         body["video_data"] = [packed]
     return body
 
 
-def read_group(request: GenerationRequest, answer: Any, policy_version: str, tokens: SpecialTokens) -> RolloutGroup:
-    """The group that a server answered with.
+def read_group(request: GenerationRequest, response: Any, weight_version: str, tokens: SpecialTokens) -> RolloutGroup:
+    """Read the group from a server's response.
 
     Args:
-        policy_version: what the server must have called its weights, from the first token to the last.
+        request: the request that was sent.
+        response: the parsed JSON of the response.
+        weight_version: the version that the server must have had from the first token to the last.
+        tokens: the tokens that were banned.
 
     Raises:
-        OtherWeights: part of it was sampled from other weights.
-        UnusableAnswer: it was cut off by the server, or is malformed.
+        WrongWeights: a part of the group was sampled from other weights.
+        UnusableResponse: the server cut a response off, or the JSON is not as expected.
     """
-    answers = answer if isinstance(answer, list) else [answer]
-    if len(answers) != request.num_responses:
-        raise UnusableAnswer(f"{len(answers)} responses instead of {request.num_responses}")
+    choices = response if isinstance(response, list) else [response]
+    if len(choices) != request.num_responses:
+        raise UnusableResponse(f"{len(choices)} responses instead of {request.num_responses}")
     try:
-        metas = [one["meta_info"] for one in answers]
-        rollouts = tuple(_read_rollout(meta, policy_version, tokens) for meta in metas)
+        metas = [choice["meta_info"] for choice in choices]
+        rollouts = tuple(_read_rollout(meta, weight_version, tokens) for meta in metas)
         return RolloutGroup(request.id, rollouts, tuple(int(meta["cached_tokens"]) for meta in metas))
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UnusableAnswer(f"not the answer that was expected ({error!r})") from error
+        raise UnusableResponse(f"the response is not in the expected format ({error!r})") from error
 
 
-def _read_rollout(meta: Mapping[str, Any], policy_version: str, tokens: SpecialTokens) -> Rollout:
-    spans = [one["version"] for one in meta.get("weight_versions") or ()]
-    versions = {str(one) for one in (*spans, meta["weight_version"])}
-    if versions != {policy_version}:
-        raise OtherWeights(f"sampled from weights {sorted(versions)} instead of {policy_version}")
+def _read_rollout(meta: Mapping[str, Any], weight_version: str, tokens: SpecialTokens) -> Rollout:
+    # `weight_versions` lists the versions of spans of tokens, if the weights changed while the response was sampled.
+    spans = [span["version"] for span in meta.get("weight_versions") or ()]
+    versions = {str(version) for version in (*spans, meta["weight_version"])}
+    if versions != {weight_version}:
+        raise WrongWeights(f"sampled from weights {sorted(versions)} instead of {weight_version}")
     reason = meta["finish_reason"]
     if reason["type"] not in ("stop", "length"):
-        raise UnusableAnswer(f"cut off: {reason.get('message') or reason['type']}")
-    sampled = meta["output_token_logprobs"]
-    token_ids = tuple(int(one[1]) for one in sampled)
+        raise UnusableResponse(f"cut off: {reason.get('message') or reason['type']}")
+    sampled = meta["output_token_logprobs"]  # (log-prob, token id, text) of each token
+    token_ids = tuple(int(token[1]) for token in sampled)
     if not set(tokens.never_sampled).isdisjoint(token_ids):
-        raise UnusableAnswer("a banned token was sampled")
+        raise UnusableResponse("a banned token was sampled")
     log_probs = [
-        _without_ban(float(one[0]), [float(other[0]) for other in banned])
-        for one, banned in zip(sampled, meta["output_token_ids_logprobs"], strict=True)
+        _correct_for_ban(float(token[0]), [float(banned[0]) for banned in banned_tokens])
+        for token, banned_tokens in zip(sampled, meta["output_token_ids_logprobs"], strict=True)
     ]
     finish = FinishReason.LENGTH if reason["type"] == "length" else FinishReason.STOP
-    return Rollout(token_ids, tuple(log_probs), finish, version_number(policy_version))
+    return Rollout(token_ids, tuple(log_probs), finish, version_number(weight_version))
 
 
-def _without_ban(log_prob: float, banned: Sequence[float]) -> float:
-    """A token's log-prob over the whole vocabulary, from what the server computed with the banned tokens held down."""
-    gained = sum(math.exp(one + BAN) - math.exp(one) for one in banned)
-    return log_prob - math.log1p(gained)
+def _correct_for_ban(log_prob: float, banned: Sequence[float]) -> float:
+    """Convert a log-prob to one over the whole vocabulary without the ban.
+
+    Without the ban, the partition sum Z would be larger: a banned token with log-prob b has probability e^b instead of
+    e^(b + BAN), in units of the server's Z. So Z grows by the factor 1 + sum(e^(b + BAN) - e^b).
+
+    Args:
+        log_prob: the server's log-prob of the sampled token.
+        banned: the server's log-probs of the banned tokens.
+    """
+    growth = sum(math.exp(value + BAN) - math.exp(value) for value in banned)
+    return log_prob - math.log1p(growth)
 
 
-def version_name(version: int, run: str) -> str:
-    """What a server's weights are called after a sync: version 3 of one run is not version 3 of another."""
-    return f"{version}@{run}"
+def version_name(version: int, update_id: str) -> str:
+    """Name the weights of a policy version. The id keeps version 3 of one run apart from version 3 of another."""
+    return f"{version}@{update_id}"
 
 
 def version_number(name: str) -> int:
-    """The inverse; what a server was started with is version 0."""
+    """Return the policy version of named weights; the weights that a server was started with are version 0."""
     return 0 if name == INITIAL_WEIGHTS else int(name.partition("@")[0])

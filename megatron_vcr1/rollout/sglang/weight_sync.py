@@ -1,143 +1,180 @@
-"""New weights into running servers: in buckets, each checked, and a server that fails is left out."""
+"""The weight sync of a replica: which servers need the policy's weights, and which replica sends them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Generic, Protocol, TypeVar
+import time
+import uuid
+from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from torch import Tensor
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, weights_of
+from megatron_vcr1.config.rollout_sections import SglangSection
+from megatron_vcr1.rollout.engine import EngineError
+from megatron_vcr1.rollout.sglang.channels.base import Channel, NamedTensors
+from megatron_vcr1.rollout.sglang.channels.broadcast import BroadcastChannel
+from megatron_vcr1.rollout.sglang.channels.disk import DiskChannel
+from megatron_vcr1.rollout.sglang.channels.shared_memory import SharedMemoryChannel
+from megatron_vcr1.rollout.sglang.fleet import Fleet
+from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, is_ready, weight_version
+from megatron_vcr1.rollout.sglang.weight_update import WeightUpdate
 
 logger = logging.getLogger(__name__)
 
-NamedTensors = list[tuple[str, Tensor]]
-Prepared = TypeVar("Prepared")
-LOADING = "loading"
-"""Version of a server whose weights are partly new."""
-LIVENESS_S = 15.0
-"""Longest wait for the first sign of life: a hung server does not get the patience that a transfer needs."""
+POLL_INTERVAL_S = 0.5
 
 
-class Channel(Protocol[Prepared]):
-    """How weights travel. Errors are ServerFault, RequestRefused, OSError or RuntimeError (torch.distributed's)."""
+class WeightSync:
+    """The sync of weights to the servers of a replica. Lives on the replica leader.
 
-    def begin(self, url: str) -> None:
-        """Make a server ready to receive."""
-        ...
+    The calls of one pass, in order: `wait_for_server`, `begin`, `send` for every bucket, `end`. The leader makes them
+    while all ranks of the replica gather the tensors together.
 
-    def prepare(self, bucket: NamedTensors) -> Prepared:
-        """What is done once for all servers; the result goes to `send`."""
-        ...
-
-    def send(self, url: str, prepared: Prepared) -> None:
-        """Load a bucket into a server."""
-        ...
-
-    def finish(self, url: str) -> None:
-        """Have the server put everything it got to use."""
-        ...
-
-    def abandon(self, url: str) -> None:
-        """Leave a server that failed, at once and without an error."""
-        ...
-
-
-def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[NamedTensors]:
-    """Groups of at most `max_bytes`; a larger tensor is one of its own."""
-    bucket: NamedTensors = []
-    num_bytes = 0
-    for name, tensor in tensors:
-        if bucket and num_bytes + tensor.nbytes > max_bytes:
-            yield bucket
-            bucket, num_bytes = [], 0
-        bucket.append((name, tensor))
-        num_bytes += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-class WeightUpdate(Generic[Prepared]):
-    """One transfer of all weights to some servers, side by side.
+    All replicas have the same weights. If they share a server, the first replica that needs it locks it and sends the
+    weights, and the others wait for that. This also works if a shared server dies while only some replicas sample: a
+    replica that needs it sends the weights, whoever owns the server and whatever the owner does at the time.
 
     Attributes:
-        urls: the servers.
-        failed: the servers that were left out on the way, and why; what they hold is undefined.
+        version: the weight version that servers must report.
+        current: the servers that reported it when they were last asked.
     """
 
-    def __init__(self, urls: Sequence[str], weights: str, channel: Channel[Prepared], *, timeout_s: float) -> None:
+    def __init__(self, fleet: Fleet, section: SglangSection, model_dir: Path, folder: Path) -> None:
         """
         Args:
-            weights: the version that the servers report at the end.
-            timeout_s: longest wait for an answer.
+            fleet: the replica's servers.
+            section: channel and timeouts.
+            model_dir: Hugging Face or imported directory of the model.
+            folder: parent folder of the weights that travel by disk.
         """
-        self.failed: dict[str, str] = {}
-        self.urls = list(urls)
-        self._weights = weights
-        self._channel = channel
-        self._timeout_s = timeout_s
-        self._on_each(self._begin)
+        self._fleet = fleet
+        self._section = section
+        self._model_dir = model_dir
+        self._folder = folder
+        self._channel_name = fleet.placement.weight_channel(fleet.releasing)
+        if self._channel_name != section.weight_sync:
+            logger.info("weights reach the servers by shared memory: NCCL cannot connect two processes of one GPU")
+        self._locks = UpdateLocks(fleet.job_id)
+        self._update: WeightUpdate[Any] | None = None
+        self._disk: DiskChannel | None = None
+        self.version = INITIAL_WEIGHTS
+        self.current = tuple(url for url in fleet.urls if _has_version(url, INITIAL_WEIGHTS))
 
     @property
-    def current(self) -> list[str]:
-        """Servers that have not failed; after `finish`, those with the new weights."""
-        return [url for url in self.urls if url not in self.failed]
+    def outdated(self) -> list[str]:
+        """The servers that have dropped out, or that have never had the weights."""
+        return [url for url in self._fleet.urls if url not in self.current]
+
+    def wait_for_server(self) -> None:
+        """Wait until one of the servers takes requests. A server that still has the last version counts as ready.
+
+        Raises:
+            EngineError: no server is ready within `sglang.startup_timeout_s`, or none will be restarted.
+        """
+        deadline = time.monotonic() + self._section.startup_timeout_s
+        processes, waiting = self._fleet.processes, list(self._fleet.urls)
+        if any(_has_version(url, self.version) for url in self.current):
+            return  # a health check, which computes a token, would take a second
+        while waiting and not any(is_ready(url) for url in waiting):
+            failures = {url: processes.failure(url) if processes else None for url in waiting}
+            waiting = [url for url in waiting if failures[url] is None]
+            if not waiting or time.monotonic() > deadline:
+                reasons = [reason or f"{url} does not respond" for url, reason in failures.items()]
+                raise EngineError("no SGLang server is left: " + "; ".join(reasons))
+            time.sleep(POLL_INTERVAL_S)
+
+    def begin(self, version: str) -> None:
+        """Begin to send a version to the servers that lack it and that no other replica is sending it to.
+
+        The locks are taken before the servers are asked for their versions: in the other order, another replica could
+        complete an update in between, and this one would repeat it.
+        """
+        self.version = version
+        locked = [url for url in self._fleet.urls if self._locks.acquire(url)]
+        self.current = tuple(url for url in self._fleet.urls if _has_version(url, version))
+        for url in {*locked} & {*self.current}:
+            self._locks.release(url)
+        urls = [url for url in locked if url not in self.current]
+        if urls:
+            timeout_s = self._section.request_timeout_s
+            self._update = WeightUpdate(urls, version, self._open_channel(timeout_s), timeout_s=timeout_s)
+
+    def _open_channel(self, timeout_s: float) -> Channel[Any]:
+        if self._channel_name == "disk":
+            self._disk = DiskChannel(self._model_dir, self._folder, self.version, timeout_s=timeout_s)
+            return self._disk
+        if self._channel_name == "tensor":
+            return SharedMemoryChannel(timeout_s=timeout_s)
+        return BroadcastChannel(self._fleet.placement.broadcast_backend, timeout_s=timeout_s)
 
     def send(self, bucket: NamedTensors) -> None:
-        """Never raises for what goes wrong: the caller goes on with the collective that makes the next tensors."""
+        """Send a bucket to the servers of this pass; does nothing if there are none."""
+        if self._update is not None:
+            self._update.send(bucket)
+
+    def end(self) -> bool:
+        """End the pass, and wait for the other replicas that send weights to shared servers if none is current yet.
+
+        Servers that have failed are restarted if this job started them.
+
+        Returns:
+            Whether at least one server has the weights.
+        """
+        if self._update is not None:
+            self._finish(self._update)
+            self._update = None
+        # Cannot wait for ever: a replica that dies with a lock ends the whole job.
+        while not self.current and any(self._locks.is_locked(url) for url in self._fleet.urls):
+            time.sleep(POLL_INTERVAL_S)
         if not self.current:
-            return
-        try:
-            prepared = self._channel.prepare(bucket)
-        except (OSError, RuntimeError, SafetensorError) as error:  # the disk, or shared memory, is full
-            for url in self.current:
-                self._leave_out(url, error)
-            return
-        self._on_each(lambda url: self._channel.send(url, prepared))
+            self.current = tuple(url for url in self._fleet.urls if _has_version(url, self.version))
+        return bool(self.current)
 
-    def finish(self) -> None:
-        """After the last bucket: the servers report the new version, which is checked, and serve again."""
-        self._on_each(self._finish)
-        for url in self.failed:
-            with suppress(ServerFault, RequestRefused):  # no one asks it while its weights are `LOADING`
-                call(url, "POST", "/continue_generation", {}, timeout_s=LIVENESS_S)
+    def _finish(self, update: WeightUpdate[Any]) -> None:
+        update.finish()
+        self.current += tuple(update.current)
+        processes = self._fleet.processes
+        if self._disk is not None and update.current:
+            # The new directory is complete and in use: restarts load it from now on, and the older ones can go.
+            self._disk.remove_other_versions()
+            for url in self._fleet.urls if processes is not None else ():
+                processes.set_restart_weights(url, self._disk.directory, self.version)  # type: ignore[union-attr]
+        if processes is not None:
+            for url, reason in update.failed.items():
+                processes.restart(url, f"did not take over new weights: {reason}")
+        # Last: a replica that gets the lock must find either the new version or a server that is restarting.
+        for url in update.urls:
+            self._locks.release(url)
 
-    def _begin(self, url: str) -> None:
-        weights_of(url, timeout_s=LIVENESS_S)
-        # Nothing may be sampled from weights that are half old and half new, nor be called old afterwards.
-        self._post(url, "/pause_generation", {"mode": "abort"})
-        self._post(url, "/update_weight_version", {"new_version": LOADING, "abort_all_requests": True})
-        self._channel.begin(url)
 
-    def _finish(self, url: str) -> None:
-        self._channel.finish(url)
-        self._post(url, "/flush_cache", None)
-        self._post(url, "/update_weight_version", {"new_version": self._weights, "abort_all_requests": False})
-        self._post(url, "/continue_generation", {})
-        found = weights_of(url)
-        if found != self._weights:
-            raise ServerFault(f"{url} reports weights {found!r} after an update to {self._weights!r}", gone=False)
+class UpdateLocks:
+    """One lock per server, so that only one replica sends weights to it at a time.
 
-    def _post(self, url: str, path: str, body: object) -> None:
-        call(url, "POST", path, body, timeout_s=self._timeout_s)
+    The locks are keys in the job's torch.distributed store, which all ranks can reach. `compare_set` is atomic there.
+    An empty value means unlocked. The keys contain the id of the job.
+    """
 
-    def _on_each(self, action: Callable[[str], None]) -> None:
-        def attempt(url: str) -> None:
-            try:
-                action(url)
-            except (ServerFault, RequestRefused, OSError, RuntimeError) as error:
-                self._leave_out(url, error)
+    def __init__(self, job_id: str) -> None:
+        self._store = dist.PrefixStore(f"sglang {job_id}", _get_default_store())
+        self._own_id = uuid.uuid4().hex
 
-        urls = self.current
-        if urls:
-            with ThreadPoolExecutor(len(urls)) as threads:
-                list(threads.map(attempt, urls))
+    def acquire(self, url: str) -> bool:
+        """Try to lock a server; return whether this replica holds the lock now. Does not wait."""
+        return self._store.compare_set(url, "", self._own_id).decode() == self._own_id
 
-    def _leave_out(self, url: str, error: Exception) -> None:
-        self.failed[url] = str(error)
-        logger.warning("SGLang server %s is left out of the update to weights %s: %s", url, self._weights, error)
-        self._channel.abandon(url)
+    def is_locked(self, url: str) -> bool:
+        """Return whether any replica holds the lock."""
+        return bool(self._store.compare_set(url, "", ""))
+
+    def release(self, url: str) -> None:
+        """Unlock a server. Only the holder may call it."""
+        self._store.set(url, "")
+
+
+def _has_version(url: str, version: str) -> bool:
+    try:
+        return weight_version(url) == version
+    except (ServerFault, RequestRefused):
+        return False

@@ -19,6 +19,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.rollout.build import build_engine
+from megatron_vcr1.rollout.placement import Placement
 from megatron_vcr1.training.grpo.objective import (
     Counts,
     TokenData,
@@ -261,7 +262,8 @@ class GrpoTrainer:
 
 def check_settings(config: RunConfig) -> None:
     """Raises UserError for settings that exclude each other."""
-    if config.grpo.one_step_off and config.rollout.engine == "sglang" and config.sglang.colocated:
+    uses_servers = config.rollout.engine == "sglang"
+    if config.grpo.one_step_off and uses_servers and not Placement.from_section(config.sglang).samples_while_training:
         raise UserError(
             "grpo.one_step_off samples while training computes, which colocated servers cannot: set "
             "sglang.colocated = false and give the servers GPUs of their own"

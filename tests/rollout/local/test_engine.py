@@ -1,4 +1,6 @@
-"""The in-process engine against transformers' generate, against scoring, and against itself at other layouts."""
+"""Compares the in-process engine with transformers' generate, with a forward pass over its responses, and with itself
+at other parallel layouts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,6 @@ from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local import wave as local_wave
 from megatron_vcr1.rollout.local.engine import LocalEngine
-from megatron_vcr1.rollout.local.wave import Part, plan_waves
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import FinishReason, RolloutGroup
 from tests.data.tiny_processor import tiny_processor
@@ -48,7 +49,7 @@ SAMPLING = SamplingParams(max_new_tokens=30, temperature=1.0, top_p=0.9, top_k=1
 
 
 def _requests() -> list[GenerationRequest]:
-    """Text, an image, a video, and all of them; 1, 2, 3 and 4 responses."""
+    """Requests with text, an image, a video, and all of them; 1, 2, 3 and 4 responses."""
     kinds = ("", "i", "v", "ivv")
     return [GenerationRequest(kind, tiny.prompt(kind, seed=3 + i), 1 + i, seed=i) for i, kind in enumerate(kinds)]
 
@@ -83,13 +84,13 @@ def _engine(
 
 
 def _tokens(generated: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
-    return [[one.token_ids for one in group.rollouts] for group in generated]
+    return [[rollout.token_ids for rollout in group.rollouts] for group in generated]
 
 
 def _transformers_greedy(
     model: Any, config: ModelConfig, request: GenerationRequest, params: SamplingParams
 ) -> list[int]:
-    """`generate` itself, at the published models' positions (its own differ for videos)."""
+    """Run transformers' `generate` with the positions of the published models (its own differ for videos)."""
     num_prompt_tokens = len(request.prompt.token_ids)
     one_token = (torch.zeros(1, dtype=torch.long),)
     positions = pack([Group(request.id, request.prompt, one_token)], config).position_ids
@@ -107,7 +108,7 @@ def _transformers_greedy(
 
 
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.3])
-def test_greedy_equals_transformers_generate(
+def test_greedy_responses_equal_transformers_generate(
     model_dir: Path, tmp_path: Path, one_process: None, repetition_penalty: float
 ) -> None:
     engine, model = _engine(model_dir, end=END)
@@ -117,31 +118,31 @@ def test_greedy_equals_transformers_generate(
     generated = engine.generate(_requests(), params)
     for request, group in zip(_requests(), generated, strict=True):
         expected = _transformers_greedy(theirs, config, request, params)
-        assert [list(one.token_ids) for one in group.rollouts] == [expected] * request.num_responses
+        assert [list(rollout.token_ids) for rollout in group.rollouts] == [expected] * request.num_responses
         reason = FinishReason.STOP if expected[-1] in END else FinishReason.LENGTH
-        assert {one.finish_reason for one in group.rollouts} == {reason}
+        assert {rollout.finish_reason for rollout in group.rollouts} == {reason}
 
 
 def _scored(model: QwenVLModel, request: GenerationRequest, group: RolloutGroup, temperature: float) -> Tensor:
-    responses = tuple(torch.tensor(one.token_ids) for one in group.rollouts)
+    responses = tuple(torch.tensor(rollout.token_ids) for rollout in group.rollouts)
     batch = pack([Group(request.id, request.prompt, responses)], model.model_config)
     with torch.no_grad():
         return model.log_probs(model(batch), batch.target_ids, temperature=temperature)
 
 
 @pytest.mark.parametrize("end", [END, ()])
-def test_log_probs_equal_scoring(model_dir: Path, one_process: None, end: tuple[int, ...]) -> None:
-    """Of rows that leave early, and of full-length ones, for which the cache grows."""
+def test_log_probs_equal_those_of_a_forward_pass(model_dir: Path, one_process: None, end: tuple[int, ...]) -> None:
+    """Checks responses that leave the batch early, and full-length ones, for which the cache grows."""
     engine, model = _engine(model_dir, end=end)
     generated = engine.generate(_requests(), SamplingParams(max_new_tokens=70, temperature=0.7))
-    lengths = {len(one.token_ids) for group in generated for one in group.rollouts}
+    lengths = {len(rollout.token_ids) for group in generated for rollout in group.rollouts}
     assert len(lengths) > 5 if end else lengths == {70}
     for request, group in zip(_requests(), generated, strict=True):
-        sampled = torch.tensor([one for rollout in group.rollouts for one in rollout.log_probs])
+        sampled = torch.tensor([log_prob for rollout in group.rollouts for log_prob in rollout.log_probs])
         torch.testing.assert_close(sampled, _scored(model, request, group, 0.7), atol=TOLERANCE, rtol=0)
 
 
-def test_a_step_on_the_weights_is_the_modules_step(
+def test_the_fast_token_step_equals_the_modules(
     model_dir: Path, one_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = _engine(model_dir, end=END)
@@ -151,8 +152,8 @@ def test_a_step_on_the_weights_is_the_modules_step(
     by_modules = engine.generate(_requests(), SAMPLING)
     assert _tokens(generated) == _tokens(by_modules)
     for group, other in zip(generated, by_modules, strict=True):
-        for one, same in zip(group.rollouts, other.rollouts, strict=True):
-            assert one.log_probs == pytest.approx(same.log_probs, abs=TOLERANCE)
+        for rollout, same in zip(group.rollouts, other.rollouts, strict=True):
+            assert rollout.log_probs == pytest.approx(same.log_probs, abs=TOLERANCE)
 
 
 def _sample(model_dir: Path, parallel: dict[str, Any]) -> list[RolloutGroup]:
@@ -169,27 +170,27 @@ def sampled(model_dir: Path, gloo_pool: GlooPool) -> list[RolloutGroup]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_samples_the_same(
+def test_every_layout_samples_the_same_tokens(
     model_dir: Path, sampled: list[RolloutGroup], gloo_pool: GlooPool, layout: str
 ) -> None:
-    """Token for token, on every rank."""
+    """Compares token by token, on every rank."""
     for generated in gloo_pool.run(_sample, model_dir, LAYOUTS[layout]):
         assert _tokens(generated) == _tokens(sampled)
         for group, expected in zip(generated, sampled, strict=True):
-            for one, other in zip(group.rollouts, expected.rollouts, strict=True):
-                assert one.log_probs == pytest.approx(other.log_probs, abs=TOLERANCE)
-                assert one.finish_reason == other.finish_reason
+            for rollout, other in zip(group.rollouts, expected.rollouts, strict=True):
+                assert rollout.log_probs == pytest.approx(other.log_probs, abs=TOLERANCE)
+                assert rollout.finish_reason == other.finish_reason
 
 
-def test_a_groups_responses_are_its_own(
+def test_responses_do_not_depend_on_other_requests(
     model_dir: Path, sampled: list[RolloutGroup], one_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever else is decoded at the time, in waves that divide groups, and with prompts in passes of their own."""
+    """Compares requests one by one with all at once, with waves that split groups, and with single-prompt prefills."""
     engine, _ = _engine(model_dir, end=END)
     alone = [engine.generate([request], SAMPLING)[0] for request in _requests()]
     assert _tokens(alone) == _tokens(sampled)
     narrow, _ = _engine(model_dir, end=END, max_batch_responses=3)
-    monkeypatch.setattr(local_wave, "PROMPT_PASS_TOKENS", 20)
+    monkeypatch.setattr(local_wave, "PREFILL_TOKENS", 20)
     divided = narrow.generate(_requests(), SAMPLING)
     assert _tokens(divided) == _tokens(sampled)
     num_prompt_tokens = len(_requests()[3].prompt.token_ids)
@@ -197,37 +198,37 @@ def test_a_groups_responses_are_its_own(
     assert divided[3].cached_tokens == (0, num_prompt_tokens, num_prompt_tokens, 0)
     again = [replace(request, seed=request.seed + 1) for request in _requests()]
     assert all(
-        one != other for one, other in zip(_tokens(engine.generate(again, SAMPLING)), _tokens(alone), strict=True)
+        tokens != other for tokens, other in zip(_tokens(engine.generate(again, SAMPLING)), _tokens(alone), strict=True)
     )
 
 
-def test_limits_stops_and_what_is_never_sampled(model_dir: Path, one_process: None) -> None:
+def test_max_new_tokens_stop_strings_and_banned_tokens(model_dir: Path, one_process: None) -> None:
     engine, _ = _engine(model_dir)
     request = GenerationRequest("many", tiny.prompt("i", seed=0), 32, seed=5)
-    flat = SamplingParams(max_new_tokens=40, temperature=1000.0)  # every token about as likely
+    flat = SamplingParams(max_new_tokens=40, temperature=1000.0)  # all tokens are about equally likely
     (group,) = engine.generate([request], flat)
-    token_ids = [token for one in group.rollouts for token in one.token_ids]
+    token_ids = [token for rollout in group.rollouts for token in rollout.token_ids]
     assert len(token_ids) == 32 * 40 and not set(token_ids) & set(PADS)
     assert len(set(token_ids)) == tiny.VOCAB_SIZE - len(PADS)
-    assert {one.finish_reason for one in group.rollouts} == {FinishReason.LENGTH}
+    assert {rollout.finish_reason for rollout in group.rollouts} == {FinishReason.LENGTH}
 
     processor = tiny_processor()
     stop = processor.decode(group.rollouts[0].token_ids[3:5], skip_special_tokens=False)
     (stopped,) = engine.generate([request], replace(flat, stop=(stop,)))
-    for one, whole in zip(stopped.rollouts, group.rollouts, strict=True):
-        assert one.token_ids == whole.token_ids[: len(one.token_ids)]
-        if one.finish_reason == FinishReason.STOP:
-            assert processor.decode(one.token_ids, skip_special_tokens=False).endswith(stop)
+    for rollout, whole in zip(stopped.rollouts, group.rollouts, strict=True):
+        assert rollout.token_ids == whole.token_ids[: len(rollout.token_ids)]
+        if rollout.finish_reason == FinishReason.STOP:
+            assert processor.decode(rollout.token_ids, skip_special_tokens=False).endswith(stop)
     assert len(stopped.rollouts[0].token_ids) <= 5
 
-    heard: list[tuple[int, int, int]] = []
+    received: list[tuple[int, int, int]] = []
     one_token = replace(flat, max_new_tokens=1)
-    (short,) = engine.generate([request], one_token, on_token=lambda *one: heard.append(one))
-    assert heard == [(0, index, group.rollouts[index].token_ids[0]) for index in range(32)]
-    assert [one.token_ids for one in short.rollouts] == [one.token_ids[:1] for one in group.rollouts]
+    (short,) = engine.generate([request], one_token, on_token=lambda *token: received.append(token))
+    assert received == [(0, index, group.rollouts[index].token_ids[0]) for index in range(32)]
+    assert [rollout.token_ids for rollout in short.rollouts] == [rollout.token_ids[:1] for rollout in group.rollouts]
 
 
-def test_the_settings_build_it_and_weights_are_shared(model_dir: Path, one_process: None) -> None:
+def test_build_engine_shares_the_trained_weights(model_dir: Path, one_process: None) -> None:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}})
     mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(model_dir), run)
@@ -240,29 +241,14 @@ def test_the_settings_build_it_and_weights_are_shared(model_dir: Path, one_proce
     assert engine.policy_version == before.rollouts[0].policy_version == 0
     with torch.no_grad():
         model.head_weight().neg_()
-    engine.update_weights((pytest.fail("asked for weights") for _ in range(1)), version=3)
+    engine.update_weights((pytest.fail("iterated the weights") for _ in range(1)), version=3)
     (after,) = engine.generate([request], greedy)
     assert engine.policy_version == after.rollouts[0].policy_version == 3
     assert before.rollouts[0].token_ids != after.rollouts[0].token_ids
     engine.close()
 
 
-def test_waves_hold_similar_prompts_and_divide_only_what_is_too_large() -> None:
-    lengths_and_sizes = ((10, 2), (50, 7), (40, 2), (60, 2))
-    requests = [
-        GenerationRequest(str(i), replace(tiny.prompt("", seed=0), token_ids=torch.zeros(length)), size)
-        for i, (length, size) in enumerate(lengths_and_sizes)
-    ]
-    assert plan_waves(requests, 4) == [
-        [Part(3, range(2))],
-        [Part(1, range(4))],
-        [Part(1, range(4, 7))],
-        [Part(2, range(2)), Part(0, range(2))],
-    ]
-    assert plan_waves([], 4) == []
-
-
-def test_an_impossible_prompt_is_named(model_dir: Path, one_process: None) -> None:
+def test_an_invalid_prompt_is_named(model_dir: Path, one_process: None) -> None:
     engine, model = _engine(model_dir)
     bad = GenerationRequest("bad", replace(tiny.prompt("i", seed=0), vision=()), 2)
     with pytest.raises(ValueError, match="sample bad: "):

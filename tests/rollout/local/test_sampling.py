@@ -1,4 +1,4 @@
-"""Sampling against transformers' filters, exact inversion, and a chi-square test of whole distributions."""
+"""Compares sampling with transformers' filters and with exact inversion, and tests distributions with chi-square."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _logits(num_rows: int, vocab_size: int, seed: int = 0) -> Tensor:
     return 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed))
 
 
-def test_uniforms_are_a_responses_own() -> None:
+def test_uniforms_depend_only_on_seed_and_response() -> None:
     row = response_uniforms(7, 2, 100)
     assert torch.equal(response_uniforms(7, 2, 10), row[:10]), "a longer limit must not change the tokens"
     assert not torch.equal(response_uniforms(7, 3, 100), row)
@@ -36,8 +36,8 @@ def test_uniforms_are_a_responses_own() -> None:
     assert row.dtype == torch.float64 and float(row.min()) >= 0 and float(row.max()) < 1
 
 
-def test_inversion_meets_every_share_exactly() -> None:
-    """Evenly spread uniforms fall on each token as often as its probability says, to one."""
+def test_inversion_reproduces_every_probability() -> None:
+    """Uniforms on a regular grid select each token as often as its probability says, within one."""
     probs = _logits(1, 40).softmax(-1)
     num = 100_000
     uniforms = (torch.arange(num, dtype=torch.float64) + 0.5) / num
@@ -54,8 +54,8 @@ def test_a_token_of_probability_zero_is_never_chosen(uniform: float) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [64, 1000])
-def test_inversion_is_the_cumulative_sums(vocab_size: int) -> None:
-    """With many tokens of probability zero, and a last one that is hardly ever chosen."""
+def test_inversion_equals_a_search_in_the_cumulative_sums(vocab_size: int) -> None:
+    """Includes many tokens of probability zero, and a last token that is hardly ever chosen."""
     probs = _logits(500, vocab_size, seed=5).softmax(-1)
     probs[_logits(500, vocab_size, seed=6) < 2] = 0
     probs[:, -1] = 1e-20
@@ -66,12 +66,12 @@ def test_inversion_is_the_cumulative_sums(vocab_size: int) -> None:
     expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
     assert torch.equal(token_ids[:1], expected[:1]) and torch.equal(token_ids[2:], expected[2:])
     assert bool((probs.gather(1, token_ids[:, None]) > 0).all())
-    no_numbers = invert_distribution(torch.full_like(probs, torch.nan), uniforms)
-    assert bool((no_numbers == vocab_size - 1).all())
+    of_nan = invert_distribution(torch.full_like(probs, torch.nan), uniforms)
+    assert bool((of_nan == vocab_size - 1).all())
 
 
 def test_sampled_distribution_is_the_softmax_at_the_temperature() -> None:
-    """Chi-square over 30 tokens and 60,000 draws, three of the tokens left out; 0.999 quantile of 26 degrees: 54.1."""
+    """Chi-square test: 30 tokens, three of them excluded, 60,000 draws; the 0.999 quantile at 26 degrees is 54.1."""
     logits, never, temperature = _logits(1, 30, seed=1) / 3, torch.tensor([3, 4, 29]), 0.8
     uniforms = torch.cat([response_uniforms(seed, index, 100) for seed in range(60) for index in range(10)])
     params = SamplingParams(max_new_tokens=1, temperature=temperature)
@@ -84,7 +84,7 @@ def test_sampled_distribution_is_the_softmax_at_the_temperature() -> None:
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (0, 1e-9), (5, 0.6), (1, 0.5), (900, 0.95)])
-def test_filters_keep_what_transformers_keep(top_k: int, top_p: float) -> None:
+def test_top_k_and_top_p_equal_transformers(top_k: int, top_p: float) -> None:
     logits = _logits(6, 300, seed=2)
     warped = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     expected = TopPLogitsWarper(top_p)(None, warped).softmax(-1)
@@ -93,19 +93,19 @@ def test_filters_keep_what_transformers_keep(top_k: int, top_p: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 4.0])
-def test_log_probs_are_the_whole_vocabularys(temperature: float) -> None:
-    """Before anything is left out; of a greedy choice, at temperature 1."""
+def test_log_probs_are_over_the_whole_vocabulary(temperature: float) -> None:
+    """Log-probs are those before any token is excluded; greedy decoding reports them at temperature 1."""
     logits, never = _logits(50, 80, seed=3), torch.tensor([0, 17])
     params = SamplingParams(max_new_tokens=1, temperature=temperature, top_k=4, top_p=0.8)
     token_ids, log_probs = choose_tokens(logits, response_uniforms(0, 0, 50), params, never)
-    wanted = reference.log_probs_from_logits(logits, token_ids, temperature=temperature or 1.0)
-    torch.testing.assert_close(log_probs, wanted, atol=1e-6, rtol=1e-6)
+    expected = reference.log_probs_from_logits(logits, token_ids, temperature=temperature or 1.0)
+    torch.testing.assert_close(log_probs, expected, atol=1e-6, rtol=1e-6)
     assert not torch.isin(token_ids, never).any()
     if temperature == 0:
         assert torch.equal(token_ids, logits.index_fill(-1, never, -torch.inf).argmax(-1))
 
 
-def test_the_repetition_penalty_is_transformers_and_leaves_the_log_probs_alone() -> None:
+def test_the_repetition_penalty_equals_transformers_and_does_not_change_log_probs() -> None:
     logits, nothing = _logits(20, 60, seed=4), torch.tensor([], dtype=torch.long)
     token_ids = torch.randint(0, 60, (20, 15), generator=torch.Generator().manual_seed(5))
     seen = torch.zeros(20, 60, dtype=torch.bool).scatter_(1, token_ids, True)
@@ -121,12 +121,12 @@ def test_the_repetition_penalty_is_transformers_and_leaves_the_log_probs_alone()
 
 
 def _decode(token_ids: object) -> str:
-    """Bytes are tokens."""
+    """Decode a vocabulary in which every byte is a token."""
     return bytes(token_ids).decode("utf-8", errors="replace")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("stop", [("</answer>",), ("nowhere", "é!"), ("中",)])
-def test_a_response_ends_with_the_token_that_completes_a_stop_text(stop: tuple[str, ...]) -> None:
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop: tuple[str, ...]) -> None:
     end = EndOfResponse(frozenset({0}), stop, _decode)
     token_ids = list(f"<answer>中 {stop[-1]} and more".encode())
     ended = [end.reached(token_ids[: n + 1]) for n in range(len(token_ids))]
@@ -136,5 +136,5 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_text(stop: tuple[s
 
 
 def test_end_tokens_end_a_response_without_decoding() -> None:
-    end = EndOfResponse(frozenset({5, 6}), (), lambda token_ids: pytest.fail("decoded without stop texts"))
+    end = EndOfResponse(frozenset({5, 6}), (), lambda token_ids: pytest.fail("decoded without stop strings"))
     assert [end.reached([1, token_id]) for token_id in (4, 5, 6)] == [False, True, True]

@@ -1,4 +1,4 @@
-"""One real SGLang server on the CPU for all tests that need one; `tools/test.sh --with-sglang` installs it."""
+"""A real SGLang server on the CPU, shared by all tests that need one; `tools/test.sh --with-sglang` installs SGLang."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from megatron_vcr1.types import RolloutGroup
 from tests.model import tiny
 from tests.rollout.sglang import model_dir
 
-SERVER_TIMEOUT_S = 300.0  # with a busy machine
+SERVER_TIMEOUT_S = 300.0  # enough on a busy machine
 TOKENS = SpecialTokens(frozenset([model_dir.END]), (tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VISION_START, tiny.VISION_END))
 SERVER_ARGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
     *("--disable-cuda-graph", "--max-total-tokens", "20000", "--max-running-requests", "64"),
 )
-# Compiling takes longer than it saves here.
+# Compilation would take longer than it saves.
 ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
 def sglang_python() -> Path:
-    """The interpreter of the environment that tools/sglang_venv.sh makes; without it, a skip."""
+    """Return the interpreter of the environment that tools/sglang_venv.sh creates; skip the test if there is none."""
     interpreter = os.environ.get("VCR1_SGLANG_PYTHON")
     if not interpreter:
         pytest.skip("SGLang is not installed: bash tools/test.sh --with-sglang")
@@ -56,7 +56,7 @@ def sglang_python() -> Path:
 
 
 def settings(folder: Path, model: Path, interpreter: Path, **sglang: Any) -> dict[str, Any]:
-    """Of a run with SGLang on the CPU."""
+    """Return the settings of a run with SGLang on the CPU."""
     section = {"python": interpreter, "server_args": SERVER_ARGS, "memory_fraction": 0.05, "colocated": False}
     return {
         "model": {"path": model, "dtype": "float32"},
@@ -79,10 +79,10 @@ class Serving:
     interpreter: Path
 
     def server(self) -> psutil.Process:
-        """The server's main process, of this moment."""
-        for one in psutil.Process(self.process.pid).children(recursive=True):
-            if "sglang.launch_server" in one.cmdline() and "-I" not in one.cmdline():
-                return one
+        """Return the main process of the server; a restart changes it."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if "sglang.launch_server" in process.cmdline() and "-I" not in process.cmdline():  # -I: the guard
+                return process
         raise AssertionError("no server")
 
     def config(self, **sglang: Any) -> RunConfig:
@@ -92,7 +92,7 @@ class Serving:
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + SERVER_TIMEOUT_S
         while not _answers(self.url):
-            assert time.monotonic() < deadline, "the server does not come back"
+            assert time.monotonic() < deadline, "the server is not back"
             time.sleep(0.5)
 
 
@@ -111,7 +111,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """The server of the session. It leaves on SIGINT and leaves nothing behind, which the end of the session shows."""
+    """Run one server for the whole session, and check at the end that SIGINT ends it with all of its processes."""
     folder, port = tmp_path_factory.mktemp("serving"), free_port()
     model = model_dir.create("qwen2_5_vl", folder / "model")
     config = RunConfig.model_validate(settings(folder, model, sglang_python, port=port, max_restarts=20))
@@ -126,13 +126,13 @@ def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         try:
             line = lines.get(timeout=SERVER_TIMEOUT_S)
         except queue.Empty:
-            pytest.fail(f"the server does not start: {log.read_text()[-3000:]}")
+            pytest.fail(f"the server is not ready: {log.read_text()[-3000:]}")
         assert line == f"ready: http://127.0.0.1:{port}\n"
         yield Serving(line.split()[1], process, model, folder, sglang_python)
-        family = psutil.Process(process.pid).children(recursive=True)
+        descendants = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-        assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        assert not [child for child in descendants if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     finally:
         process.kill()
 
@@ -145,7 +145,7 @@ def world() -> Iterator[None]:
 
 @pytest.fixture
 def model(world: None, serving: Serving) -> QwenVLModel:
-    """The policy, with the weights that the server was started with."""
+    """Return the policy, with the weights that the server was started with."""
     return load(serving.config())
 
 
@@ -156,21 +156,36 @@ def load(config: RunConfig) -> QwenVLModel:
 
 
 def change(model: QwenVLModel, seed: int) -> None:
-    """What an optimizer's step might do."""
+    """Change all weights, as an optimizer step might."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
+def start_with(
+    config: RunConfig, tokens: SpecialTokens = TOKENS, model_config: ModelConfig | None = None
+) -> SglangEngine:
+    """Start an engine with the settings of a run, as `build_engine` does."""
+    return SglangEngine.start(
+        config.sglang,
+        config.model,
+        model_config or ModelConfig.from_pretrained(config.model.path),
+        tokens,
+        run_dir=config.train.run_dir,
+        seed=config.train.seed,
+        weights_change_while_sampling=config.grpo.one_step_off,
+    )
+
+
 @pytest.fixture
 def start_engine(world: None, serving: Serving) -> Iterator[Callable[..., SglangEngine]]:
-    """Engines on the session's server, with settings of [sglang]."""
+    """Return a function that starts an engine on the session's server, with settings of [sglang]."""
     engines = []
 
     def start(**sglang: Any) -> SglangEngine:
         config = serving.config(**sglang)
-        engines.append(SglangEngine.start(config, ModelConfig.from_pretrained(config.model.path), TOKENS))
+        engines.append(start_with(config))
         return engines[-1]
 
     yield start
@@ -181,16 +196,16 @@ def start_engine(world: None, serving: Serving) -> Iterator[Callable[..., Sglang
 def requests(
     num_responses: int, kinds: Sequence[str] = ("", "i", "v", "ivv"), seed: int = 3
 ) -> list[GenerationRequest]:
-    """Prompts of text, an image, a video, and all of them."""
+    """Return requests with text, an image, a video, and all of them."""
     return [GenerationRequest(kind or "text", tiny.prompt(kind, seed=seed), num_responses) for kind in kinds]
 
 
 def largest_difference(
-    model: QwenVLModel, asked: Sequence[GenerationRequest], answered: Sequence[RolloutGroup], temperature: float = 1.0
+    model: QwenVLModel, sent: Sequence[GenerationRequest], groups: Sequence[RolloutGroup], temperature: float = 1.0
 ) -> float:
-    """Between the server's log-probs and the model's own, over all tokens."""
+    """Return the largest difference between the server's log-probs and the model's, over all tokens."""
     differences = []
-    for request, group in zip(asked, answered, strict=True):
+    for request, group in zip(sent, groups, strict=True):
         assert group.id == request.id
         responses = tuple(torch.tensor(rollout.token_ids) for rollout in group.rollouts)
         batch = pack([Group(request.id, request.prompt, responses)], model.model_config)

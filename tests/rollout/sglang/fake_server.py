@@ -1,4 +1,4 @@
-"""A small HTTP server that answers as it is told: for faults that a real SGLang server does not show on demand."""
+"""A small HTTP server with scripted responses, for faults that a real SGLang server does not show on demand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Reply = tuple[int, Any]  # status and JSON
 
 
 class FakeServer:
-    """Calls `reply(path, body)` for each request, in a thread of its own; `requests` lists what came."""
+    """An HTTP server that calls `reply(path, body)` in a thread for each request, and records the requests."""
 
     def __init__(self, reply: Callable[[str, Any], Reply]) -> None:
         self.requests: list[tuple[str, Any]] = []
@@ -47,7 +47,7 @@ class FakeServer:
             daemon_threads = True
 
             def handle_error(self, *args: Any) -> None:
-                """A client that did not wait for its answer is what some tests are about."""
+                """Ignore clients that hang up early: some tests do it on purpose."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -57,7 +57,7 @@ class FakeServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def count(self, path: str) -> int:
-        return sum(one == path for one, _ in self.requests)
+        return sum(requested == path for requested, _ in self.requests)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -71,7 +71,7 @@ class FakeServer:
 
 
 def proxy(upstream: str, intervene: Callable[[str, Any], Reply | None]) -> FakeServer:
-    """A server in front of a real one; `intervene` may answer in its place, or have something happen first."""
+    """Put a server in front of a real one; `intervene` may respond in its place, or do something first."""
 
     def reply(path: str, body: Any) -> Reply:
         answer = intervene(path, body)

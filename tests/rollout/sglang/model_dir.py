@@ -1,4 +1,4 @@
-"""A tiny random model that SGLang serves: with a tokenizer and a processor that agree with its token ids."""
+"""A tiny random model for SGLang, with a tokenizer and a processor that match its token ids."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ END = 1  # tiny's eos_token_id
 
 
 def create(family: str, folder: Path, seed: int = 0) -> Path:
-    """Every character is a token, and so is every number between `<` and `>`."""
+    """Create a model directory whose tokens are the printable characters and numbers between `<` and `>`."""
     tiny.create(family, folder, seed=seed)
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["in_chans"] = 3  # SGLang reads it, and published Qwen2-VL models have it
+    config["vision_config"]["in_chans"] = 3  # SGLang reads this key, which published Qwen2-VL models have
     (folder / "config.json").write_text(json.dumps(config))
     words = ["<unk>", "<|im_end|>", *map(chr, range(32, 127)), "\n"]
     special = {

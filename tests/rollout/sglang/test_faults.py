@@ -1,4 +1,4 @@
-"""Faults of a real server: sampling goes on or stops, no old response counts as new, and nothing waits for ever."""
+"""Tests of faults with a real server: sampling continues or fails, no response of old weights counts, nothing hangs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ import pytest
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.rollout.engine import EngineError, SamplingParams
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
-from megatron_vcr1.rollout.sglang.http import weights_of
+from megatron_vcr1.rollout.sglang.http import weight_version
 from tests.rollout.sglang import model_dir
 from tests.rollout.sglang.conftest import (
     ENVIRONMENT,
-    TOKENS,
     Serving,
     change,
     free_port,
@@ -30,6 +28,7 @@ from tests.rollout.sglang.conftest import (
     load,
     requests,
     settings,
+    start_with,
 )
 from tests.rollout.sglang.fake_server import Reply, proxy
 
@@ -43,7 +42,7 @@ def versions(groups: Any) -> set[int]:
     return {rollout.policy_version for group in groups for rollout in group.rollouts}
 
 
-def test_status_500_is_asked_again(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_status_500_is_retried(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
     failures = iter([(500, {"error": "broken"}), (503, {"error": "busy"})])
 
     def intervene(path: str, body: Any) -> Reply | None:
@@ -52,13 +51,13 @@ def test_status_500_is_asked_again(start_engine: Start, model: QwenVLModel, serv
     with proxy(serving.url, intervene) as front:
         engine = start_engine(urls=[front.url])
         engine.update_weights(stream_hf_tensors(model), 1)
-        asked = requests(2)
-        groups = engine.generate(asked, SamplingParams(8))
-        assert largest_difference(model, asked, groups) < TOLERANCE
-        assert front.count("/generate") == len(asked) + 2
+        sent = requests(2)
+        groups = engine.generate(sent, SamplingParams(8))
+        assert largest_difference(model, sent, groups) < TOLERANCE
+        assert front.count("/generate") == len(sent) + 2
 
 
-def test_a_refused_update_is_repeated(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_a_refused_weight_update_is_repeated(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
     refusals = iter([(400, {"success": False, "message": "no"})])
 
     def intervene(path: str, body: Any) -> Reply | None:
@@ -70,11 +69,11 @@ def test_a_refused_update_is_repeated(start_engine: Start, model: QwenVLModel, s
         assert engine.generate(requests(1, ("v",)), SamplingParams(4))[0].rollouts[0].policy_version == 1
 
 
-def test_a_server_that_refuses_every_update_is_not_used(
+def test_a_server_that_refuses_every_weight_update_gets_no_requests(
     start_engine: Start, model: QwenVLModel, serving: Serving
 ) -> None:
     def intervene(path: str, body: Any) -> Reply | None:
-        # After the first bucket of a pass: the weights are half new.
+        # After the first bucket of a pass: the weights are a mixture of old and new.
         refuses = path == "/update_weights_from_tensor" and front.count(path) > 1
         return (400, {"success": False, "message": "out of memory"}) if refuses else None
 
@@ -82,21 +81,19 @@ def test_a_server_that_refuses_every_update_is_not_used(
         engine = start_engine(urls=[front.url], weight_sync="tensor")
         with pytest.raises(EngineError, match="no SGLang server took over the weights of version 1"):
             engine.update_weights(stream_hf_tensors(model), 1)
-        assert weights_of(serving.url) == "loading"
+        assert weight_version(serving.url) == "loading"
         with pytest.raises(EngineError):
             engine.generate(requests(1, ("",)), SamplingParams(4))
         assert front.count("/generate") == 0
 
 
-def test_a_hung_server_costs_its_time_out_and_comes_back(
-    start_engine: Start, model: QwenVLModel, serving: Serving
-) -> None:
+def test_a_hung_server_times_out_and_returns(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
     engine = start_engine(request_timeout_s=20)
     engine.update_weights(stream_hf_tensors(model), 1)
     engine.generate(requests(1, ("v",)), SamplingParams(4))
     server = serving.server()
-    asked, groups = requests(2, ("", "v")), []
-    thread = threading.Thread(target=lambda: groups.extend(engine.sample(asked, SamplingParams(8))))
+    sent, groups = requests(2, ("", "v")), []
+    thread = threading.Thread(target=lambda: groups.extend(engine.sample(sent, SamplingParams(8))))
     os.kill(server.pid, signal.SIGSTOP)
     try:
         thread.start()
@@ -105,11 +102,11 @@ def test_a_hung_server_costs_its_time_out_and_comes_back(
     finally:
         os.kill(server.pid, signal.SIGCONT)
     thread.join(120)
-    assert largest_difference(model, asked, groups) < TOLERANCE
+    assert largest_difference(model, sent, groups) < TOLERANCE
     assert versions(groups) == {1}
 
 
-def test_a_server_that_dies_sampling_is_started_anew_and_brought_to_the_policys_weights(
+def test_a_server_that_dies_while_sampling_is_restarted_and_gets_the_policys_weights(
     start_engine: Start, model: QwenVLModel, serving: Serving
 ) -> None:
     engine = start_engine(weight_sync="broadcast")
@@ -117,14 +114,16 @@ def test_a_server_that_dies_sampling_is_started_anew_and_brought_to_the_policys_
     engine.update_weights(stream_hf_tensors(model), 1)
     server = serving.server()
     threading.Timer(1.0, server.kill).start()
-    asked = requests(32, ("", "v"))
-    groups = engine.generate(asked, SamplingParams(400, top_p=0.99))
+    sent = requests(32, ("", "v"))
+    groups = engine.generate(sent, SamplingParams(400, top_p=0.99))
     assert not psutil.pid_exists(server.pid) or not server.is_running()
-    assert versions(groups) == {1}  # the new server had version 0 at first
-    assert largest_difference(model, asked, groups) < TOLERANCE
+    assert versions(groups) == {1}  # the restarted server had version 0 at first
+    assert largest_difference(model, sent, groups) < TOLERANCE
 
 
-def test_a_server_that_dies_between_two_buckets(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_a_server_that_dies_between_two_buckets_of_an_update(
+    start_engine: Start, model: QwenVLModel, serving: Serving
+) -> None:
     killed: list[psutil.Process] = []
     update = "/update_weights_from_distributed"
 
@@ -139,23 +138,23 @@ def test_a_server_that_dies_between_two_buckets(start_engine: Start, model: Qwen
         change(model, seed=2)
         engine.update_weights(stream_hf_tensors(model), 1)
         assert killed
-        asked = requests(2)
-        groups = engine.generate(asked, SamplingParams(8))
+        sent = requests(2)
+        groups = engine.generate(sent, SamplingParams(8))
         assert versions(groups) == {1}
-        assert largest_difference(model, asked, groups) < TOLERANCE
+        assert largest_difference(model, sent, groups) < TOLERANCE
 
 
-def family_of(engine: SglangEngine) -> list[psutil.Process]:
-    """The server that the engine started, and the server's own processes."""
+def processes_of(engine: SglangEngine) -> list[psutil.Process]:
+    """Return the server that the engine started, followed by the server's own processes."""
     assert engine._fleet.processes is not None
-    [guard] = engine._fleet.processes.pids()
+    [guard] = engine._fleet.processes.guard_pids()
     return psutil.Process(guard).children(recursive=True)
 
 
-def test_servers_of_the_runs_own(
+def test_a_server_that_the_run_starts_itself(
     world: None, sglang_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two ranks, and a model without safetensors (as after an import), of the other family, with tied embeddings."""
+    """Uses two ranks, and a model of the other family with tied embeddings and without safetensors (as if imported)."""
     for key, value in (ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{(os.cpu_count() or 1) - 1}"}).items():
         monkeypatch.setenv(key, value)
     folder = model_dir.create("qwen2_vl", tmp_path / "model")
@@ -164,24 +163,24 @@ def test_servers_of_the_runs_own(
     config = RunConfig.model_validate(run)
     model = load(config)
     weights.rename(tmp_path / "elsewhere.safetensors")
-    engine = SglangEngine.start(config, ModelConfig.from_pretrained(folder), TOKENS)
+    engine = start_with(config)
     try:
-        asked = requests(4)
+        sent = requests(4)
         with pytest.raises(EngineError, match=r"'none' instead of 'default'"):
-            engine.generate(asked, SamplingParams(8))
+            engine.generate(sent, SamplingParams(8))
         engine.update_weights(iter(stream_hf_tensors(model)), 5)
-        assert largest_difference(model, asked, engine.generate(asked, SamplingParams(8))) < TOLERANCE
-        # Weights that came by disk are what a restart begins with: nothing has to be sent again.
-        family_of(engine)[0].kill()
-        groups = engine.generate(asked, SamplingParams(8))
+        assert largest_difference(model, sent, engine.generate(sent, SamplingParams(8))) < TOLERANCE
+        # A restart loads the weights of the last sync by disk: nothing has to be sent again.
+        processes_of(engine)[0].kill()
+        groups = engine.generate(sent, SamplingParams(8))
         assert versions(groups) == {5}
-        assert largest_difference(model, asked, groups) < TOLERANCE
-        for version, sync in enumerate(("broadcast", "tensor"), 6):
-            engine._delivery._weight_sync = sync
+        assert largest_difference(model, sent, groups) < TOLERANCE
+        for version, channel in enumerate(("broadcast", "tensor"), 6):
+            engine._weight_sync._channel_name = channel
             change(model, seed=version)
             engine.update_weights(iter(stream_hf_tensors(model)), version)
-            assert largest_difference(model, asked, engine.generate(asked, SamplingParams(8))) < TOLERANCE
-        family = family_of(engine)
+            assert largest_difference(model, sent, engine.generate(sent, SamplingParams(8))) < TOLERANCE
+        processes = processes_of(engine)
     finally:
         engine.close()
-    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in processes if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]

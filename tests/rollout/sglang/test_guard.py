@@ -1,4 +1,4 @@
-"""Real processes: whoever ends, nothing is left."""
+"""Tests with real processes: whichever process of the tree ends, no other one is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from megatron_vcr1.rollout.sglang import guard
 
-# A server that starts a process of its own, which leaves its session, writes down both ids, and ignores SIGTERM.
+# A server that ignores SIGTERM, starts a process in another session, and writes both process ids to a file.
 SERVER = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -33,15 +33,15 @@ time.sleep(600)
 def started(ids: Path) -> list[int]:
     deadline = time.monotonic() + 60
     while not ids.exists():
-        assert time.monotonic() < deadline, "the server does not start"
+        assert time.monotonic() < deadline, "the server has not started"
         time.sleep(0.05)
-    return [int(one) for one in ids.read_text().split()]
+    return [int(pid) for pid in ids.read_text().split()]
 
 
 def wait_until_gone(pids: list[int]) -> None:
     deadline = time.monotonic() + 60
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
-        assert time.monotonic() < deadline, "left behind"
+        assert time.monotonic() < deadline, "some processes are left"
         time.sleep(0.05)
 
 
@@ -49,7 +49,7 @@ def guarded(ids: Path, seconds: float = 600) -> list[str]:
     return [sys.executable, "-c", SERVER, str(ids), str(seconds)]
 
 
-def test_a_killed_parent_takes_the_server_with_it(tmp_path: Path) -> None:
+def test_the_server_ends_when_the_parent_is_killed(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, guard.__file__, *guarded(tmp_path / "ids")])
     pids = started(tmp_path / "ids")
     parent.kill()
@@ -58,20 +58,20 @@ def test_a_killed_parent_takes_the_server_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_ended_guard_takes_the_server_with_it(tmp_path: Path, number: signal.Signals) -> None:
+def test_the_server_ends_when_the_guard_ends(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *guarded(tmp_path / "ids")]
     process = subprocess.Popen(command)
     server, child = started(tmp_path / "ids")
     process.send_signal(number)
     process.wait()
-    if number == signal.SIGKILL:  # the server's own children are its own to end: SGLang's end with it
+    if number == signal.SIGKILL:  # children of the server are up to the server; SGLang's end with it
         wait_until_gone([server])
         os.kill(child, signal.SIGKILL)
     else:
         wait_until_gone([server, child])
 
 
-def test_the_servers_exit_code_comes_through_and_its_children_are_ended(tmp_path: Path) -> None:
+def test_the_guard_returns_the_servers_exit_code_and_kills_its_children(tmp_path: Path) -> None:
     command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *guarded(tmp_path / "ids", 0)]
     process = subprocess.Popen(command)
     pids = started(tmp_path / "ids")

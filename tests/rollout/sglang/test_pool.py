@@ -1,4 +1,4 @@
-"""Routing and retries against real HTTP servers that fail on demand."""
+"""Tests of routing and retries with real HTTP servers that fail on demand."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 
 from megatron_vcr1.rollout.engine import EngineError, WeightsNeeded
 from megatron_vcr1.rollout.sglang import pool as pool_module
-from megatron_vcr1.rollout.sglang.http import acall
-from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, UnusableAnswer
+from megatron_vcr1.rollout.sglang.http import call_async
+from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, UnusableResponse
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(pool_module, "PROBE_S", 0.01)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(pool_module, "PROBE_INTERVAL_S", 0.01)
 
 
 @pytest.fixture
@@ -35,28 +35,30 @@ def healthy(path: str, body: Any) -> Reply:
     return (200, {"weight_version": "1"}) if path == "/model_info" else (200, {"echo": body})
 
 
-def ask_all(
+def run_all(
     servers: Sequence[FakeServer],
     bodies: Sequence[Any],
     *,
-    absent: Sequence[str] = (),
+    unavailable: Sequence[str] = (),
     timeout_s: float = 5,
     **options: Any,
 ) -> list[Any]:
     async def run() -> list[Any]:
         settings = {"concurrency": 4, "return_timeout_s": 2.0} | options
-        pool = ServerPool([one.url for one in servers if one.url not in absent], absent, "1", **settings)
+        pool = ServerPool(
+            [server.url for server in servers if server.url not in unavailable], unavailable, "1", **settings
+        )
         async with httpx.AsyncClient() as client:
 
-            async def ask(server: Server, body: Any) -> Any:
-                answer = await acall(client, "POST", f"{server.url}/generate", body, timeout_s=timeout_s)
+            async def send(server: Server, body: Any) -> Any:
+                answer = await call_async(client, "POST", f"{server.url}/generate", body, timeout_s=timeout_s)
                 if answer.get("unusable"):
-                    raise UnusableAnswer("cut off")
+                    raise UnusableResponse("cut off")
                 return answer["echo"]
 
             try:
                 return await asyncio.gather(
-                    *(pool.ask(str(body), 1, lambda server, body=body: ask(server, body)) for body in bodies)
+                    *(pool.run(str(body), 1, lambda server, body=body: send(server, body)) for body in bodies)
                 )
             finally:
                 await pool.close()
@@ -64,45 +66,45 @@ def ask_all(
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("concurrency, num_requests", [(2, 8), (8, 4)], ids=["a free place", "least loaded"])
-def test_requests_go_to_the_least_loaded_server_with_a_free_place(
+@pytest.mark.parametrize("concurrency, num_requests", [(2, 8), (8, 4)], ids=["a free slot", "least loaded"])
+def test_requests_go_to_the_least_loaded_server_with_a_free_slot(
     start: Any, concurrency: int, num_requests: int
 ) -> None:
-    here, lock, most = {}, threading.Lock(), {}
+    running, lock, most = {}, threading.Lock(), {}
     barrier = threading.Barrier(4)
 
     def slow(name: str) -> Callable[[str, Any], Reply]:
         def reply(path: str, body: Any) -> Reply:
             with lock:
-                here[name] = here.get(name, 0) + 1
-                most[name] = max(most.get(name, 0), here[name])
-            barrier.wait(10)  # four at once: two on each
+                running[name] = running.get(name, 0) + 1
+                most[name] = max(most.get(name, 0), running[name])
+            barrier.wait(10)  # four at once: two on each server
             with lock:
-                here[name] -= 1
+                running[name] -= 1
             return 200, {"echo": body}
 
         return reply
 
     servers = [start(slow("a")), start(slow("b"))]
-    assert ask_all(servers, list(range(num_requests)), concurrency=concurrency) == list(range(num_requests))
+    assert run_all(servers, list(range(num_requests)), concurrency=concurrency) == list(range(num_requests))
     assert most == {"a": 2, "b": 2}
-    assert [one.count("/generate") for one in servers] == [num_requests // 2] * 2
+    assert [server.count("/generate") for server in servers] == [num_requests // 2] * 2
 
 
-def test_status_500_is_asked_again_elsewhere_and_never_twice(start: Any) -> None:
-    """And a server whose last answer was one gets one request at a time."""
-    here, most, has_failed = 0, 0, False
+def test_status_500_is_retried_on_another_server(start: Any) -> None:
+    """No server gets a request twice, and a server whose last response was an error gets one request at a time."""
+    running, most, has_failed = 0, 0, False
     lock = threading.Lock()
 
     def fail(path: str, body: Any) -> Reply:
-        nonlocal here, most, has_failed
+        nonlocal running, most, has_failed
         if is_later := has_failed:
             with lock:
-                here += 1
-                most = max(most, here)
+                running += 1
+                most = max(most, running)
         time.sleep(0.02)
         with lock:
-            here -= is_later
+            running -= is_later
             has_failed = True
         return 500, {"error": "out of memory"}
 
@@ -111,37 +113,37 @@ def test_status_500_is_asked_again_elsewhere_and_never_twice(start: Any) -> None
         return healthy(path, body)
 
     broken, good = start(fail), start(answer)
-    assert ask_all([broken, good], list(range(20)), concurrency=2) == list(range(20))
+    assert run_all([broken, good], list(range(20)), concurrency=2) == list(range(20))
     assert most == 1
     bodies = [body for _, body in broken.requests]
     assert len(bodies) == len(set(bodies)) > 2
     assert good.count("/generate") == 20
 
 
-def test_an_unusable_answer_is_asked_for_again(start: Any) -> None:
+def test_an_unusable_response_is_retried(start: Any) -> None:
     answers = iter([(200, {"unusable": True}), (200, {"echo": "x"})])
-    assert ask_all([start(lambda path, body: next(answers))], ["x"]) == ["x"]
+    assert run_all([start(lambda path, body: next(answers))], ["x"]) == ["x"]
 
 
-def test_after_all_tries_the_error_tells_them(start: Any) -> None:
-    with pytest.raises(EngineError, match=r"sample x: 5 tries failed: .*status 500: out of memory"):
-        ask_all([start(lambda path, body: (500, {"error": {"message": "out of memory"}}))], ["x"])
+def test_the_error_after_all_attempts_lists_them(start: Any) -> None:
+    with pytest.raises(EngineError, match=r"sample x: 5 attempts failed: .*status 500: out of memory"):
+        run_all([start(lambda path, body: (500, {"error": {"message": "out of memory"}}))], ["x"])
 
 
-def test_a_refused_request_is_not_asked_again(start: Any) -> None:
+def test_a_refused_request_is_not_retried(start: Any) -> None:
     server = start(lambda path, body: (400, {"error": {"message": "prompt too long"}}))
     with pytest.raises(EngineError, match=r"sample x: .*prompt too long"):
-        ask_all([server], ["x"])
+        run_all([server], ["x"])
     assert server.count("/generate") == 1
 
 
-def test_a_dead_server_leaves_its_requests_to_the_others(start: Any) -> None:
+def test_the_others_take_over_the_requests_of_a_dead_server(start: Any) -> None:
     dead = start(healthy)
     dead.close()
-    assert ask_all([dead, start(healthy)], list(range(6))) == list(range(6))
+    assert run_all([dead, start(healthy)], list(range(6))) == list(range(6))
 
 
-def test_a_silent_server_is_given_up_after_the_time_out_and_comes_back(start: Any) -> None:
+def test_a_silent_server_is_dropped_after_the_timeout_and_returns(start: Any) -> None:
     silent, release = [True], threading.Event()
 
     def reply(path: str, body: Any) -> Reply:
@@ -150,38 +152,38 @@ def test_a_silent_server_is_given_up_after_the_time_out_and_comes_back(start: An
             release.wait(10)
         return healthy(path, body)
 
-    assert ask_all([start(reply)], ["x"], timeout_s=0.3) == ["x"]
+    assert run_all([start(reply)], ["x"], timeout_s=0.3) == ["x"]
     release.set()
 
 
-def test_no_server_left_is_an_error_and_not_a_wait(start: Any) -> None:
+def test_no_server_left_is_an_error(start: Any) -> None:
     dead = start(healthy)
     dead.close()
     with pytest.raises(EngineError, match=r"no SGLang server is left: .* was not back within 0 s"):
-        ask_all([dead], ["x"], return_timeout_s=0.2)
+        run_all([dead], ["x"], return_timeout_s=0.2)
 
 
-def test_a_server_that_came_back_with_other_weights_is_not_asked(start: Any) -> None:
+def test_a_server_that_returned_with_other_weights_gets_no_requests(start: Any) -> None:
     old = start(
         lambda path, body: (200, {"weight_version": "default"}) if path == "/model_info" else (200, {"echo": 0})
     )
     with pytest.raises(WeightsNeeded, match="has weights 'default' instead of '1'"):
-        ask_all([old], ["x"], absent=[old.url])
+        run_all([old], ["x"], unavailable=[old.url])
     assert old.count("/generate") == 0
     good = start(healthy)
-    assert ask_all([old, good], ["x", "y"], absent=[old.url]) == ["x", "y"]
+    assert run_all([old, good], ["x", "y"], unavailable=[old.url]) == ["x", "y"]
     assert old.count("/generate") == 0
 
 
 @pytest.mark.parametrize("answer", ["hello", {"status": "fine"}, [1]])
-def test_what_is_no_sglang_server_is_named(start: Any, answer: Any) -> None:
+def test_a_server_that_is_not_sglang_is_named(start: Any, answer: Any) -> None:
     other = start(lambda path, body: (200, answer))
-    expected = rf"no SGLang server is left: {other.url} was left out, .*{other.url}/model_info: .*'weight_version'"
+    expected = rf"no SGLang server is left: {other.url} did not have .*{other.url}/model_info: .*'weight_version'"
     with pytest.raises(EngineError, match=expected):
-        ask_all([other], ["x"], absent=[other.url], return_timeout_s=0.2)
+        run_all([other], ["x"], unavailable=[other.url], return_timeout_s=0.2)
 
 
-class Keeper:
+class Supervisor:
     def __init__(self) -> None:
         self.restarts: list[tuple[str, str]] = []
         self.lost: str | None = None
@@ -193,26 +195,26 @@ class Keeper:
         self.restarts.append((url, reason))
 
 
-def test_a_server_that_does_not_recover_is_started_anew(start: Any) -> None:
-    keeper = Keeper()
+def test_a_server_that_does_not_recover_is_restarted(start: Any) -> None:
+    supervisor = Supervisor()
 
     def reply(path: str, body: Any) -> Reply:
-        return healthy(path, body) if keeper.restarts else (503, {})
+        return healthy(path, body) if supervisor.restarts else (503, {})
 
     server = start(reply)
-    assert ask_all([server], ["x"], absent=[server.url], keeper=keeper) == ["x"]
-    assert keeper.restarts == [(server.url, f"does not recover: {server.url} was left out")]
+    assert run_all([server], ["x"], unavailable=[server.url], supervisor=supervisor) == ["x"]
+    assert supervisor.restarts == [(server.url, f"does not recover: {server.url} did not have the policy's weights")]
 
 
-def test_a_server_whose_process_is_given_up_is_not_waited_for(start: Any) -> None:
-    keeper = Keeper()
-    keeper.lost = "has no restart left"
+def test_a_server_that_will_not_be_restarted_is_not_waited_for(start: Any) -> None:
+    supervisor = Supervisor()
+    supervisor.lost = "has no restart left"
     dead = start(healthy)
     dead.close()
     with pytest.raises(EngineError, match="no SGLang server is left: has no restart left"):
-        ask_all([dead], ["x"], keeper=keeper, return_timeout_s=60)
+        run_all([dead], ["x"], supervisor=supervisor, return_timeout_s=60)
 
 
-def test_stopped_means_no_further_tries(start: Any) -> None:
-    with pytest.raises(EngineError, match="sampling was stopped"):
-        ask_all([start(healthy)], ["x"], is_stopped=lambda: True)
+def test_an_abort_ends_the_attempts(start: Any) -> None:
+    with pytest.raises(EngineError, match="sampling was aborted"):
+        run_all([start(healthy)], ["x"], is_aborted=lambda: True)

@@ -1,3 +1,5 @@
+"""Tests of requests and responses: sampling parameters, payloads, weight versions, and log-probs without the ban."""
+
 from __future__ import annotations
 
 import math
@@ -8,7 +10,7 @@ import torch
 
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
-from megatron_vcr1.rollout.sglang.pool import OtherWeights, UnusableAnswer
+from megatron_vcr1.rollout.sglang.pool import UnusableResponse, WrongWeights
 from megatron_vcr1.rollout.sglang.protocol import BAN, PromptEncoder, generate_body, read_group
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import FinishReason
@@ -22,7 +24,7 @@ def request(num_responses: int = 1, kinds: str = "") -> GenerationRequest:
 
 
 def meta(**changes: Any) -> dict[str, Any]:
-    """What a server says about a response of two tokens, without any effect of the ban."""
+    """Return the metadata of a response of two tokens on which the ban has no effect."""
     low = -1e38
     return {
         "finish_reason": {"type": "stop", "matched": 1},
@@ -35,11 +37,11 @@ def meta(**changes: Any) -> dict[str, Any]:
 
 
 def read(*metas: dict[str, Any], num_responses: int | None = None) -> Any:
-    asked = request(len(metas) if num_responses is None else num_responses)
-    return read_group(asked, [{"meta_info": one} for one in metas], "3@run", TOKENS)
+    sent = request(len(metas) if num_responses is None else num_responses)
+    return read_group(sent, [{"meta_info": meta} for meta in metas], "3@run", TOKENS)
 
 
-def test_a_request_says_everything_about_sampling() -> None:
+def test_a_request_contains_all_sampling_parameters() -> None:
     params = SamplingParams(7, temperature=0.5, top_p=0.9, top_k=40, stop=("</answer>",))
     body = generate_body(request(8), params, TOKENS, None)
     assert body["sampling_params"] == {
@@ -60,21 +62,21 @@ def test_a_request_says_everything_about_sampling() -> None:
 
 
 @pytest.mark.parametrize("kinds", ["i", "v", "ivv"])
-def test_pictures_keep_their_places_and_their_order(kinds: str) -> None:
+def test_images_and_videos_keep_their_positions_and_order(kinds: str) -> None:
     config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
     prompt = tiny.prompt(kinds, seed=1)
     payload = PromptEncoder(config).payload(prompt, "salt")
     assert payload is not None
-    for picture, item, kind in zip(payload.pictures, prompt.vision, kinds, strict=True):
-        assert picture.is_video == (kind == "v") and picture.frames is item.frames
+    for media, item, kind in zip(payload.media, prompt.vision, kinds, strict=True):
+        assert media.is_video == (kind == "v") and media.frames is item.frames
         num_tokens = item.num_tokens(2)
-        assert payload.num_tokens(picture) == num_tokens
-        pads = prompt.token_ids[picture.first_token - 1 : picture.first_token + num_tokens + 1].tolist()
+        assert payload.num_tokens(media) == num_tokens
+        pads = prompt.token_ids[media.first_token - 1 : media.first_token + num_tokens + 1].tolist()
         pad = tiny.VIDEO_PAD if kind == "v" else tiny.IMAGE_PAD
         assert pads == [tiny.VISION_START, *[pad] * num_tokens, tiny.VISION_END]
 
 
-def test_text_alone_needs_no_payload() -> None:
+def test_a_prompt_of_text_alone_has_no_payload() -> None:
     config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
     assert PromptEncoder(config).payload(tiny.prompt("", seed=1), "salt") is None
 
@@ -83,21 +85,21 @@ def test_a_group_is_read() -> None:
     cut = meta(finish_reason={"type": "length", "length": 2}, cached_tokens=0)
     group = read(meta(), cut)
     assert group.cached_tokens == (2, 0)
-    assert [one.finish_reason for one in group.rollouts] == [FinishReason.STOP, FinishReason.LENGTH]
+    assert [rollout.finish_reason for rollout in group.rollouts] == [FinishReason.STOP, FinishReason.LENGTH]
     assert group.rollouts[0].token_ids == (9, 1)
     assert group.rollouts[0].log_probs == (-1.0, -2.0)
-    assert {one.policy_version for one in group.rollouts} == {3}
+    assert {rollout.policy_version for rollout in group.rollouts} == {3}
 
 
-def test_log_probs_are_freed_of_the_ban() -> None:
-    """Against float64 over the whole vocabulary."""
+def test_log_probs_are_corrected_for_the_ban() -> None:
+    """Compares with a float64 softmax over the whole vocabulary."""
     logits = torch.randn(10, generator=torch.Generator().manual_seed(0)).double() * 3
     banned = logits.clone()
     banned[[5, 6]] -= BAN
     expected, found = logits.log_softmax(0), banned.log_softmax(0)
-    one = [[float(found[9]), 9, None]]
+    token = [[float(found[9]), 9, None]]
     answer = meta(
-        output_token_logprobs=one,
+        output_token_logprobs=token,
         output_token_ids_logprobs=[[[float(found[5]), 5, None], [float(found[6]), 6, None]]],
         finish_reason={"type": "length"},
     )
@@ -105,11 +107,11 @@ def test_log_probs_are_freed_of_the_ban() -> None:
     assert math.isclose(read(answer).rollouts[0].log_probs[0], float(expected[9]), abs_tol=1e-9)
 
 
-def test_a_response_of_two_versions_is_not_counted() -> None:
+def test_a_response_of_two_versions_is_rejected() -> None:
     spans = [{"version": "2@run", "start": 0, "end": 1}, {"version": "3@run", "start": 1, "end": 2}]
-    with pytest.raises(OtherWeights, match="2@run"):
+    with pytest.raises(WrongWeights, match="2@run"):
         read(meta(weight_versions=spans))
-    with pytest.raises(OtherWeights, match="3@other"):
+    with pytest.raises(WrongWeights, match="3@other"):
         read(meta(weight_version="3@other", weight_versions=[]))
 
 
@@ -118,16 +120,16 @@ def test_a_response_of_two_versions_is_not_counted() -> None:
     [
         (meta(finish_reason={"type": "abort", "message": "out of memory"}), "cut off: out of memory"),
         (meta(output_token_logprobs=[[-1.0, 5, None], [-2.0, 1, None]]), "a banned token was sampled"),
-        (meta(output_token_logprobs=None), "not the answer that was expected"),
-        (meta(output_token_logprobs=[], output_token_ids_logprobs=[]), "not the answer that was expected"),
-        ({}, "not the answer that was expected"),
+        (meta(output_token_logprobs=None), "not in the expected format"),
+        (meta(output_token_logprobs=[], output_token_ids_logprobs=[]), "not in the expected format"),
+        ({}, "not in the expected format"),
     ],
 )
-def test_what_is_no_response_is_unusable(answer: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnusableAnswer, match=message):
+def test_a_malformed_response_is_unusable(answer: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnusableResponse, match=message):
         read(answer)
 
 
-def test_a_missing_response_is_noticed() -> None:
-    with pytest.raises(UnusableAnswer, match="1 responses instead of 2"):
+def test_a_missing_response_is_detected() -> None:
+    with pytest.raises(UnusableResponse, match="1 responses instead of 2"):
         read(meta(), num_responses=2)

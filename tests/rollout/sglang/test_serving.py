@@ -1,3 +1,5 @@
+"""Tests of `vcr1 rollout serve` without SGLang; conftest.py runs it with a real server."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -17,17 +19,15 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run.toml"
 
 
-def interpreter(folder: Path, answer: str) -> Path:
-    """One that says so of any program."""
+def interpreter(folder: Path, command: str) -> Path:
+    """Create an interpreter that runs a shell command instead."""
     path = folder / "python"
-    path.write_text(f"#!/bin/sh\n{answer}\n")
+    path.write_text(f"#!/bin/sh\n{command}\n")
     path.chmod(0o755)
     return path
 
 
-def test_without_sglang_it_is_said_at_once_and_nothing_is_started(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_sglang_is_reported_before_anything_is_started(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without = interpreter(run.parent, 'exec python3 -I -S "$@"')  # no packages
     command = ["rollout", "serve", str(run), "--sglang.python", str(without), "--host", "0.0.0.0"]
     assert main(command) == 2
@@ -36,6 +36,6 @@ def test_without_sglang_it_is_said_at_once_and_nothing_is_started(
     assert not (run.parent / "run" / "sglang").exists()
 
 
-def test_an_interpreter_that_is_not_there_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_interpreter_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rollout", "serve", str(run), "--sglang.python", str(run.parent / "nowhere")]) == 2
     assert "sglang.python: " in capsys.readouterr().err

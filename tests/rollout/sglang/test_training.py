@@ -1,4 +1,4 @@
-"""GRPO steps whose responses come from a real server."""
+"""Tests of GRPO steps whose responses come from a real server."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def folder(serving: Serving, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos and questions. The model is the server's, which reads characters."""
+    """Create videos and prompts. The model is the server's, whose tokens are characters."""
     folder = workspace.create(tmp_path_factory.mktemp("training"))
     (serving.model_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 
 
-@pytest.mark.parametrize("sync, one_step_off", [("broadcast", False), ("tensor", True), ("disk", False)])
-def test_rollout_and_training_agree_at_every_step(
-    serving: Serving, folder: Path, tmp_path: Path, sync: str, one_step_off: bool
+@pytest.mark.parametrize("weight_sync, one_step_off", [("broadcast", False), ("tensor", True), ("disk", False)])
+def test_log_probs_of_rollout_and_training_agree_at_every_step(
+    serving: Serving, folder: Path, tmp_path: Path, weight_sync: str, one_step_off: bool
 ) -> None:
     source: dict[str, Any] = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
     data = workspace.config(folder, "grpo").data.model_dump()
@@ -39,7 +39,7 @@ def test_rollout_and_training_agree_at_every_step(
         train={"num_steps": 3, "run_dir": tmp_path / "run"},
         grpo={"one_step_off": one_step_off, "group_size": 4},
         rollout={"engine": "sglang"},
-        sglang={"urls": [serving.url], "weight_sync": sync, "weight_sync_bucket_mb": 1, "colocated": False},
+        sglang={"urls": [serving.url], "weight_sync": weight_sync, "weight_sync_bucket_mb": 1, "colocated": False},
     )
     assert train(config) == 0
     rows = workspace.metrics(config.train.run_dir)
@@ -47,5 +47,5 @@ def test_rollout_and_training_agree_at_every_step(
     assert [row["policy_lag"] for row in rows] == ([0, 1, 1] if one_step_off else [0, 0, 0])
     assert all(row["grad_norm"] > 0 for row in rows)
     for row in rows:
-        if row["policy_lag"] == 0:  # else the policies differ by a step
+        if row["policy_lag"] == 0:  # otherwise the policies differ by one step
             assert row["mismatch/max_abs"] < TOLERANCE

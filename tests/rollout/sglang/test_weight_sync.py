@@ -1,115 +1,76 @@
+"""Tests of the weight sync: the locks of shared servers, and which servers a pass updates."""
+
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_vcr1.rollout.sglang.weight_sync import NamedTensors, WeightUpdate, buckets
+from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.config.rollout_sections import SglangSection
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.rollout.engine import EngineError
+from megatron_vcr1.rollout.placement import Placement
+from megatron_vcr1.rollout.sglang.fleet import Fleet
+from megatron_vcr1.rollout.sglang.weight_sync import UpdateLocks, WeightSync
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 
-@pytest.mark.parametrize(
-    "sizes, expected",
-    [([], []), ([3], [[3]]), ([2, 2, 2], [[2, 2], [2]]), ([1, 9, 1], [[1], [9], [1]]), ([4, 1], [[4], [1]])],
-)
-def test_buckets_hold_what_fits(sizes: list[int], expected: list[list[int]]) -> None:
-    tensors = [(str(index), torch.zeros(size, dtype=torch.uint8)) for index, size in enumerate(sizes)]
-    found = list(buckets(tensors, 4))
-    assert [[len(tensor) for _, tensor in bucket] for bucket in found] == expected
-    assert [name for bucket in found for name, _ in bucket] == [name for name, _ in tensors]
+@pytest.fixture(autouse=True)
+def world() -> Iterator[None]:
+    with mesh.world(ParallelSection()):
+        yield
 
 
-class Recorder:
-    """A channel that sends nothing; `fails` is called before each send."""
+class VersionedServer:
+    """A server that stores its weight version."""
 
-    def __init__(self, fails: Any = lambda url: None) -> None:
-        self.sent: list[str] = []
-        self.abandoned: list[str] = []
-        self.fails = fails
-
-    def begin(self, url: str) -> None: ...
-
-    def prepare(self, bucket: NamedTensors) -> NamedTensors:
-        return bucket
-
-    def send(self, url: str, prepared: NamedTensors) -> None:
-        self.fails(url)
-        self.sent.append(url)
-
-    def finish(self, url: str) -> None: ...
-
-    def abandon(self, url: str) -> None:
-        self.abandoned.append(url)
-
-
-class Versioned:
-    """What a server does with its version; `lies` reports another."""
-
-    def __init__(self, lies: str | None = None) -> None:
-        self.version = "default"
-        self.lies = lies
+    def __init__(self, version: str) -> None:
+        self.version = version
 
     def __call__(self, path: str, body: Any) -> Reply:
         if path == "/update_weight_version":
             self.version = body["new_version"]
-        return 200, {"weight_version": self.lies or self.version}
+        return 200, {"weight_version": self.version, "tp_size": 1}
 
 
-BUCKET = [("w", torch.zeros(1))]
+def sync_to(urls: tuple[str, ...], folder: Path) -> WeightSync:
+    section = SglangSection(urls=urls or ("http://unused",), weight_sync="tensor", startup_timeout_s=0.1)
+    fleet = Fleet(urls, False, (), None, True, "job", Placement.from_section(section))
+    return WeightSync(fleet, section, folder, folder / "weights")
 
 
-def test_a_server_is_paused_marked_filled_and_checked() -> None:
-    with FakeServer(Versioned()) as server:
-        channel = Recorder()
-        update = WeightUpdate([server.url], "2@run", channel, timeout_s=5)
-        assert server.requests[-1] == ("/update_weight_version", {"new_version": "loading", "abort_all_requests": True})
-        update.send(BUCKET)
-        update.finish()
-        assert (update.current, update.failed) == ([server.url], {})
-        paths = [path for path, _ in server.requests]
-        assert paths.index("/pause_generation") < paths.index("/update_weight_version") < paths.index("/flush_cache")
-        assert paths[-2:] == ["/continue_generation", "/model_info"]
+def test_only_one_replica_holds_the_lock_of_a_server() -> None:
+    first, second = UpdateLocks("job"), UpdateLocks("job")
+    assert first.acquire("a") and not second.acquire("a") and second.acquire("b")
+    assert second.is_locked("a")
+    first.release("a")
+    assert not first.is_locked("a") and second.acquire("a")
+    assert UpdateLocks("another job").acquire("a")
 
 
-def test_a_server_that_fails_is_left_out_and_keeps_no_version() -> None:
-    good, bad = Versioned(), Versioned()
-    with FakeServer(good) as one, FakeServer(bad) as other:
-
-        def fails(url: str) -> None:
-            if url == other.url:
-                raise RuntimeError("connection closed by peer")
-
-        channel = Recorder(fails)
-        update = WeightUpdate([one.url, other.url], "2@run", channel, timeout_s=5)
-        update.send(BUCKET)
-        update.send(BUCKET)
-        update.finish()
-        assert update.current == [one.url]
-        assert update.failed == {other.url: "connection closed by peer"}
-        assert (channel.sent, channel.abandoned) == ([one.url] * 2, [other.url])
-        assert (good.version, bad.version) == ("2@run", "loading")
-        assert [server.count("/pause_generation") for server in (one, other)] == [1, 1]
-        assert [server.count("/continue_generation") for server in (one, other)] == [1, 1]  # neither stays paused
+def test_a_pass_only_updates_servers_without_the_version(tmp_path: Path) -> None:
+    with FakeServer(VersionedServer("default")) as old, FakeServer(VersionedServer("2@job")) as new:
+        sync = sync_to((old.url, new.url), tmp_path)
+        assert sync.current == (old.url,) and sync.outdated == [new.url]  # of the initial weights
+        sync.wait_for_server()
+        sync.begin("2@job")
+        sync.send([("w", torch.zeros(1))])
+        assert sync.end()
+        assert set(sync.current) == {old.url, new.url} and not sync.outdated
+        assert [server.count("/update_weights_from_tensor") for server in (old, new)] == [1, 0]
+        assert not any(UpdateLocks("job").is_locked(server.url) for server in (old, new))
 
 
-def test_a_version_that_did_not_arrive_is_noticed() -> None:
-    with FakeServer(Versioned(lies="1@run")) as server:
-        update = WeightUpdate([server.url], "2@run", Recorder(), timeout_s=5)
-        update.finish()
-        assert update.current == []
-        assert "reports weights '1@run' after an update to '2@run'" in update.failed[server.url]
-
-
-def test_a_full_disk_fails_all_servers_and_the_stream_goes_on() -> None:
-    class Full(Recorder):
-        def prepare(self, bucket: NamedTensors) -> NamedTensors:
-            raise OSError(28, "No space left on device")
-
-    with FakeServer(Versioned()) as server:
-        channel = Full()
-        update = WeightUpdate([server.url], "2@run", channel, timeout_s=5)
-        update.send(BUCKET)
-        update.send(BUCKET)
-        assert channel.abandoned == [server.url]
-        assert "No space left" in update.failed[server.url]
+def test_a_pass_without_a_server_that_takes_the_weights_fails(tmp_path: Path) -> None:
+    with FakeServer(lambda path, body: (200 if body is None else 400, {"weight_version": "default"})) as server:
+        sync = sync_to((server.url,), tmp_path)
+        sync.begin("2@job")
+        sync.send([("w", torch.zeros(1))])
+        assert not sync.end()
+        assert not UpdateLocks("job").is_locked(server.url)
+    with pytest.raises(EngineError, match=f"no SGLang server is left: {server.url} does not respond"):
+        sync.wait_for_server()

@@ -1,8 +1,8 @@
-"""Stands in for SGLang's compiled kernels, which are built for CUDA, where a test runs SGLang on the CPU.
+"""A replacement for SGLang's compiled kernels, which are built for CUDA, in tests that run SGLang on the CPU.
 
-SGLang's layers have a plain PyTorch path. They take it where the CPU's own kernels are not registered
-(`convert_weight_packed` among them, so it is not declared here). But some of its modules look kernels up while they are
-imported: those names exist here, and fail when they are called.
+SGLang's layers have a plain PyTorch path, which they use if SGLang's CPU kernels are not registered. They test for
+`convert_weight_packed` among others, so it must not be declared here. But some modules look up kernels while they are
+imported. Those names exist here, and raise an error when they are called.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from torch import library
 
-__version__ = "0.4.10"  # what sglang 0.5.23 asks for
+__version__ = "0.4.10"  # the version that sglang 0.5.23 requires
 
 _operators = library.Library("sgl_kernel", "FRAGMENT")
 for _name in (

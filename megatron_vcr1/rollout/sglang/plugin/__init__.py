@@ -1,7 +1,8 @@
-"""What an SGLang server loads: SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE=megatron_vcr1.rollout.sglang.plugin.
+"""The plug-in that SGLang servers load: SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE=megatron_vcr1.rollout.sglang.plugin.
 
-Importing it checks SGLang's version. SGLang lets an error here end the server, as it must; an error in one of the
-package's modules it would only log, and serve videos its own way.
+Importing this package checks SGLang's version, here and not in a module of it, on purpose. SGLang imports the package
+first, and an error ends the server, as it should. An error in one of the package's modules is only logged, and the
+server would then process videos in SGLang's own way.
 """
 
 from megatron_vcr1.rollout.sglang.plugin.processor import check_sglang

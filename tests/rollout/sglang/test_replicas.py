@@ -1,4 +1,4 @@
-"""Four ranks and one server that only pretends to compute: who talks, who listens, and who hears of errors."""
+"""Tests with four ranks and a server that only pretends to compute: which rank talks to it, and who sees errors."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from megatron_vcr1.rollout.sglang.http import ServerFault, call
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from tests.gloo import GlooPool
 from tests.model import tiny
+from tests.rollout.sglang.conftest import start_with
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 pytestmark = pytest.mark.xdist_group("gloo")
@@ -31,12 +32,12 @@ LAYOUTS = ({"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2})
 
 
 class Pretender:
-    """Answers with as many tokens as it has answered requests before, so that two answers are never the same."""
+    """A server whose n-th response has n tokens, so that no two responses are equal."""
 
     def __init__(self) -> None:
         self.version = "default"
         self.broken = False
-        self._num_answers = 0
+        self._num_responses = 0
         self._lock = threading.Lock()
 
     def __call__(self, path: str, body: Any) -> Reply:
@@ -48,8 +49,8 @@ class Pretender:
 
     def _responses(self, body: Any) -> list[dict[str, Any]]:
         with self._lock:
-            self._num_answers += 1
-            length = self._num_answers
+            self._num_responses += 1
+            length = self._num_responses
         meta = {
             "finish_reason": {"type": "length"},
             "weight_version": self.version,
@@ -71,71 +72,73 @@ def _engine(folder: Path, url: str, parallel: dict[str, Any], **sglang: Any) -> 
     )
     mesh.initialize(config.parallel)
     model_config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
-    return SglangEngine.start(config, model_config, SpecialTokens(frozenset([1]), (5,)))
+    return start_with(config, SpecialTokens(frozenset([1]), (5,)), model_config)
 
 
 def _sample_and_update(folder: Path, url: str, parallel: dict[str, Any]) -> dict[str, Any]:
     engine = _engine(folder, url, parallel)
-    asked = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
-    before = engine.generate(asked, SamplingParams(64))
-    made = []
+    sent = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
+    before = engine.generate(sent, SamplingParams(64))
+    gathered = []
 
     def tensors() -> Any:
         for index in range(3):
-            made.append(index)
+            gathered.append(index)
             yield f"w{index}", torch.full((5,), float(index))
 
     engine.update_weights(tensors(), 4)
-    after = engine.generate(asked, SamplingParams(64))
+    after = engine.generate(sent, SamplingParams(64))
     return {
-        "copy": mesh.replica_index(),
+        "replica": mesh.replica_index(),
         "before": before,
         "after": after,
-        "made": made,
+        "gathered": gathered,
         "version": engine.policy_version,
     }
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-def test_one_rank_of_a_copy_talks_and_all_hear(tmp_path: Path, gloo_pool: GlooPool, parallel: dict[str, Any]) -> None:
+def test_one_rank_of_a_replica_talks_and_all_get_the_responses(
+    tmp_path: Path, gloo_pool: GlooPool, parallel: dict[str, Any]
+) -> None:
     with FakeServer(Pretender()) as server:
-        answers = gloo_pool.run(_sample_and_update, tmp_path, server.url, parallel)
-        num_replicas = len({one["copy"] for one in answers})
+        results = gloo_pool.run(_sample_and_update, tmp_path, server.url, parallel)
+        num_replicas = len({result["replica"] for result in results})
         assert server.count("/generate") == 2 * 3 * num_replicas
-        assert server.count("/update_weights_from_tensor") == 1  # by one of the copies, once all had their answers
-    for one in answers:
-        assert one["made"] == [0, 1, 2]  # the collective that makes the tensors is everybody's
-        assert one["version"] == 4
-        first = next(other for other in answers if other["copy"] == one["copy"])
-        assert (one["before"], one["after"]) == (first["before"], first["after"])
-        assert [group.id for group in one["after"]] == ["0", "1", "2"]
-        assert {rollout.policy_version for group in one["before"] for rollout in group.rollouts} == {0}
-        assert {rollout.policy_version for group in one["after"] for rollout in group.rollouts} == {4}
+        assert server.count("/update_weights_from_tensor") == 1  # by one of the replicas, after all had their responses
+    for result in results:
+        assert result["gathered"] == [0, 1, 2]  # all ranks take part in the collectives that gather the tensors
+        assert result["version"] == 4
+        first = next(other for other in results if other["replica"] == result["replica"])
+        assert (result["before"], result["after"]) == (first["before"], first["after"])
+        assert [group.id for group in result["after"]] == ["0", "1", "2"]
+        assert {rollout.policy_version for group in result["before"] for rollout in group.rollouts} == {0}
+        assert {rollout.policy_version for group in result["after"] for rollout in group.rollouts} == {4}
 
 
 def _lose_the_server(folder: Path, url: str, first: int) -> set[int]:
-    """The first copy samples and the server is started anew; then the others sample. Gives the versions they got."""
+    """Let one replica sample, restart the server, let the others sample; return the versions of their responses."""
     engine = _engine(folder, url, {"tensor": 2})
-    asked = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
+    sent = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
     engine.update_weights([("w", torch.zeros(5))], 1)
     if mesh.replica_index() == first:
-        engine.generate(asked, SamplingParams(64))
+        engine.generate(sent, SamplingParams(64))
     collectives.gather_objects(None)
     if mesh.is_first_rank():
         call(url, "POST", "/update_weight_version", {"new_version": "default"}, timeout_s=10)
     collectives.gather_objects(None)
-    answered = engine.generate(asked, SamplingParams(64)) if mesh.replica_index() != first else []
-    return {rollout.policy_version for group in answered for rollout in group.rollouts}
+    groups = engine.generate(sent, SamplingParams(64)) if mesh.replica_index() != first else []
+    return {rollout.policy_version for group in groups for rollout in group.rollouts}
 
 
 @pytest.mark.parametrize("first", [0, 1, 2], ids=["owner trains", "other trains", "both sample"])
-def test_any_copy_brings_weights_to_a_shared_server_that_was_started_anew(
+def test_any_replica_sends_weights_to_a_shared_server_that_was_restarted(
     tmp_path: Path, gloo_pool: GlooPool, first: int
 ) -> None:
     with FakeServer(Pretender()) as server:
-        answers = gloo_pool.run(_lose_the_server, tmp_path, server.url, first)
-        assert server.count("/update_weights_from_tensor") == 2  # at first, and once more
-    assert answers == [set() if copy == first else {1} for copy in (0, 0, 1, 1)]
+        versions = gloo_pool.run(_lose_the_server, tmp_path, server.url, first)
+        assert server.count("/update_weights_from_tensor") == 2  # at first, and after the restart
+    assert versions == [set() if replica == first else {1} for replica in (0, 0, 1, 1)]
 
 
 def _fail(folder: Path, url: str, parallel: dict[str, Any]) -> str:
@@ -147,7 +150,7 @@ def _fail(folder: Path, url: str, parallel: dict[str, Any]) -> str:
     return "no error"
 
 
-def test_an_error_is_every_ranks(tmp_path: Path, gloo_pool: GlooPool) -> None:
+def test_an_error_is_raised_on_every_rank(tmp_path: Path, gloo_pool: GlooPool) -> None:
     pretender = Pretender()
     pretender.broken = True
     with FakeServer(pretender) as server:
@@ -155,7 +158,7 @@ def test_an_error_is_every_ranks(tmp_path: Path, gloo_pool: GlooPool) -> None:
             assert message.startswith("sample s7: ") and "too long" in message
 
 
-def _start_badly(folder: Path, url: str, sglang: dict[str, Any]) -> str:
+def _fail_to_start(folder: Path, url: str, sglang: dict[str, Any]) -> str:
     try:
         _engine(folder, url, {"tensor": 2}, **sglang)
     except (EngineError, UserError) as error:
@@ -163,14 +166,14 @@ def _start_badly(folder: Path, url: str, sglang: dict[str, Any]) -> str:
     return "no error"
 
 
-def test_a_server_that_is_not_there_is_every_ranks_error(tmp_path: Path, gloo_pool: GlooPool) -> None:
+def test_a_missing_server_is_an_error_on_every_rank(tmp_path: Path, gloo_pool: GlooPool) -> None:
     server = FakeServer(Pretender())
     server.close()
-    for message in gloo_pool.run(_start_badly, tmp_path, server.url, {}):
+    for message in gloo_pool.run(_fail_to_start, tmp_path, server.url, {}):
         assert "sglang.urls: " in message and "start it with `vcr1 rollout serve`" in message
 
 
-# Stands in for an interpreter that has sglang: the server that it starts tells its process and holds the first weights.
+# In place of an interpreter with sglang. Its server reports its process id and the initial weights.
 INTERPRETER = """#!%s
 import http.server, json, os, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -187,7 +190,7 @@ if "sglang.launch_server" in sys.argv:
 
 
 def _start_own(folder: Path, port: int) -> tuple[list[str], bool]:
-    """The servers that this rank looks after, and whether it has one that it gave up started anew."""
+    """Return the servers that this rank supervises, and whether it restarts one that is marked as dead."""
     sglang = {"urls": [], "num_servers": 2, "port": port, "python": folder / "python", "colocated": False}
     engine = _engine(folder, "", {"tensor": 2}, **sglang)
     processes = engine._fleet.processes
@@ -207,16 +210,16 @@ def _start_own(folder: Path, port: int) -> tuple[list[str], bool]:
         engine.close()
 
 
-def test_each_copy_starts_and_looks_after_its_own_servers(tmp_path: Path, gloo_pool: GlooPool) -> None:
+def test_each_replica_starts_and_supervises_its_own_servers(tmp_path: Path, gloo_pool: GlooPool) -> None:
     (tmp_path / "python").write_text(INTERPRETER % sys.executable)
     (tmp_path / "python").chmod(0o755)
     with socket.create_server(("127.0.0.1", 0)) as first:
         port = min(first.getsockname()[1], 64000)
-    answers = gloo_pool.run(_start_own, tmp_path, port)
-    urls = [f"http://127.0.0.1:{one}" for one in (port, port + 1)]
-    assert answers == [([urls[0]], True), ([], False), ([urls[1]], True), ([], False)]
+    results = gloo_pool.run(_start_own, tmp_path, port)
+    urls = [f"http://127.0.0.1:{number}" for number in (port, port + 1)]
+    assert results == [([urls[0]], True), ([], False), ([urls[1]], True), ([], False)]
 
 
-def test_copies_cannot_share_a_server_that_lends_its_memory(tmp_path: Path, gloo_pool: GlooPool) -> None:
-    for message in gloo_pool.run(_start_badly, tmp_path, "", {"urls": [], "colocated": True}):
-        assert "sglang.num_servers: 2 copies of the model share 1 servers" in message
+def test_replicas_cannot_share_a_server_that_releases_its_memory(tmp_path: Path, gloo_pool: GlooPool) -> None:
+    for message in gloo_pool.run(_fail_to_start, tmp_path, "", {"urls": [], "colocated": True}):
+        assert "sglang.num_servers: 2 replicas share 1 servers" in message

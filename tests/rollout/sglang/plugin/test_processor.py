@@ -1,4 +1,4 @@
-"""The plug-in in SGLang's own environment."""
+"""Tests of the plug-in in SGLang's own environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import megatron_vcr1
 
 pytestmark = pytest.mark.xdist_group("sglang")
 
-# Importing SGLang takes long: one process for all of it. Whatever is not a server's to have may not be imported.
+# Importing SGLang takes long, so one process does everything. Imports that a server may not need fail in it.
 SCRIPT = """
 import importlib, json, sys, warnings
 
@@ -28,12 +28,12 @@ found = {}
 
 def import_package():
     sys.modules.pop(package, None)
-    with warnings.catch_warnings(record=True) as heard:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         importlib.import_module(package)
-    return [str(one.message) for one in heard if "is tested with sglang" in str(one.message)]
+    return [str(warning.message) for warning in caught if "is tested with sglang" in str(warning.message)]
 
-found["as it is"] = import_package()
+found["unchanged"] = import_package()
 found["model"] = sys.modules[f"{package}.processor"].ExactQwenVLProcessor.models[1].__name__
 import sglang
 from sglang.srt.managers.schedule_batch import MultimodalDataItem
@@ -43,7 +43,7 @@ del MultimodalDataItem.set_identity
 try:
     import_package()
 except RuntimeError as error:
-    found["without what it uses"] = str(error)
+    found["incomplete"] = str(error)
 print(json.dumps(found))
 """
 
@@ -60,15 +60,15 @@ def found(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_it_loads_without_the_trainers_packages(found: dict[str, object]) -> None:
+def test_the_plugin_loads_without_the_trainers_packages(found: dict[str, object]) -> None:
     assert found["model"] == "Qwen2_5_VLForConditionalGeneration"
-    assert found["as it is"] == []
+    assert found["unchanged"] == []
 
 
-def test_an_sglang_that_lacks_what_it_uses_ends_the_server(found: dict[str, object]) -> None:
-    """The package's import must fail: an error in a module of it, SGLang would log and go on without the plug-in."""
+def test_an_sglang_that_lacks_a_method_ends_the_server(found: dict[str, object]) -> None:
+    """The import of the package must fail: SGLang only logs an error of a module, and runs without the plug-in."""
     expected = "plug-in is tested with sglang 0.5.23, this is 9.9, which lacks MultimodalDataItem.set_identity"
-    assert expected in str(found["without what it uses"])
+    assert expected in str(found["incomplete"])
 
 
 def test_an_untested_version_warns(found: dict[str, object]) -> None:

@@ -1,0 +1,73 @@
+"""Tests of calls to servers: which errors they raise, and which servers are on this host."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from megatron_vcr1.rollout.sglang.http import (
+    RequestRefused,
+    ServerFault,
+    call,
+    call_async,
+    is_on_this_host,
+    is_ready,
+    weight_version,
+)
+from tests.rollout.sglang.fake_server import FakeServer
+
+
+@pytest.mark.parametrize(
+    "status, error", [(400, RequestRefused), (404, RequestRefused), (429, ServerFault), (500, ServerFault)]
+)
+@pytest.mark.parametrize(
+    "body",
+    [{"message": "no memory"}, {"error": {"message": "no memory"}}, {"detail": "no memory"}, "no memory"],
+    ids=["message", "error", "detail", "text"],
+)
+def test_the_error_of_a_status_quotes_the_server(status: int, error: type[Exception], body: Any) -> None:
+    with FakeServer(lambda path, _: (status, body)) as server:
+        with pytest.raises(error, match=f"{server.url}/x: status {status}: .*no memory") as raised:
+            call(server.url, "GET", "/x", timeout_s=5)
+        assert not getattr(raised.value, "unreachable", False)
+        assert not is_ready(server.url)
+
+
+def test_a_server_that_does_not_respond_is_unreachable() -> None:
+    def slow(path: str, body: Any) -> tuple[int, Any]:
+        time.sleep(1)
+        return 200, {}
+
+    async def call_with_timeout(url: str) -> None:
+        async with httpx.AsyncClient() as client:
+            await call_async(client, "GET", f"{url}/x", timeout_s=0.1)
+
+    with FakeServer(slow) as server:
+        for attempt in (
+            lambda: call(server.url, "GET", "/x", timeout_s=0.1),
+            lambda: asyncio.run(call_with_timeout(server.url)),
+        ):
+            with pytest.raises(ServerFault) as raised:
+                attempt()
+            assert raised.value.unreachable
+    with pytest.raises(ServerFault) as raised:
+        call(server.url, "GET", "/x", timeout_s=5)  # closed
+    assert raised.value.unreachable
+
+
+def test_another_http_server_is_not_taken_for_sglang() -> None:
+    with FakeServer(lambda path, body: (200, "hello")) as server, pytest.raises(ServerFault, match="an SGLang server"):
+        weight_version(server.url)
+
+
+def test_all_addresses_of_this_host_are_recognized() -> None:
+    interfaces = [address for addresses in psutil.net_if_addrs().values() for address in addresses]
+    own = [address.address for address in interfaces if address.family == socket.AF_INET]
+    assert all(is_on_this_host(f"http://{host}:30000") for host in ("127.0.1.1", "localhost", *own))
+    assert not any(is_on_this_host(f"http://{host}:30000") for host in ("192.0.2.1", "nowhere.invalid"))
