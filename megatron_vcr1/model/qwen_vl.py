@@ -124,8 +124,8 @@ class QwenVLModel(MegatronModule):
             [targets, hidden_size] on the last stage, [tokens, 1, hidden_size] on others (of this rank's tokens only,
             under sequence parallelism).
         """
-        # The last layer can drop tokens after its attention unless its tokens are sharded across ranks or FP8 needs
-        # their number to be a multiple; then they are dropped after the layer.
+        # The last layer drops the tokens that predict nothing after its attention. Two cases drop them after the layer:
+        # under sequence parallelism the tokens are sharded across ranks, and FP8 needs a multiple of tokens.
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
         text = self.model_config.text
@@ -218,7 +218,7 @@ class QwenVLModel(MegatronModule):
     ) -> dict[str, Any]:
         """Return megatron-core's sharded state dict, with one key per layer.
 
-        TransformerEngine's extra states are left out: only delayed FP8 scaling fills them, and it is not offered.
+        TransformerEngine's extra states, which only FP8 uses, are left out.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), **SHARDING_METADATA})
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}

@@ -211,13 +211,15 @@ class VisionTower(MegatronModule):
             orders = [torch.arange(_num_units(grid, vision)) for grid in grids]
             windows = None
         else:
+            # The patches are packed in window order. Windows do not cross temporal steps, so each step stays contiguous
+            # and `steps` describes the segments of full attention in this order too.
             ordered = [window_order(grid, vision) for grid in grids]
             orders = [order for order, _ in ordered]
             windows = tuple(length for _, lengths in ordered for length in lengths)
 
         starts = accumulate(map(len, orders), initial=0)
         units = torch.cat([order + start for order, start in zip(orders, starts, strict=False)])
-        # The inverse permutation: where each unit is in window order.
+        # The inverse permutation, from window order back to the order of the inputs.
         places = units.argsort().to(self.patch_embed.weight.device, non_blocking=True)
 
         def all_patches() -> Tensor:
@@ -226,6 +228,7 @@ class VisionTower(MegatronModule):
         coordinates = torch.cat(
             [patch_coordinates(grid, vision.merge_size)[order] for grid, order in zip(grids, orders, strict=True)]
         )
+        # Autograd keeps no patches: they are recomputed from the frames, which are uint8 and kept anyway.
         patches = all_patches()
         with recompute_in_backward(patches, all_patches):
             embedded = self.patch_embed(patches)
