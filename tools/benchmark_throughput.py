@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: measu
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")  # while megatron-core is imported
 warnings.filterwarnings("ignore", message=".*tp_group is None")  # from calls inside megatron-core
 
-from command_line import run_tool, tool_parser  # noqa: E402
+from command_line import HelpFormatter, run_tool, tool_parser  # noqa: E402
 from throughput import convert, decode, rollout, step, sweep, sync, train  # noqa: E402
 
 from megatron_vcr1.model import cpu  # noqa: E402
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
             module.__name__.rpartition(".")[2],
             help=module.HELP,
             description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         module.add_arguments(command)

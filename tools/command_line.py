@@ -16,12 +16,19 @@ from rich.table import Table
 from megatron_vcr1.errors import UserError
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps the paragraphs of a help text to the terminal's width, except indented ones, such as examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip("\n").split("\n\n")
+        fill = super()._fill_text
+        return "\n\n".join(part if part.startswith(" ") else fill(part, width, indent) for part in paragraphs)
+
+
 def tool_parser(doc: str | None) -> argparse.ArgumentParser:
     """Create a parser from a module's docstring: the first paragraph on top of the help text, the rest below."""
     summary, _, rest = (doc or "").partition("\n\n")
-    return argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    return argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def run_tool(name: str, run: Callable[[], int]) -> int:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Lint, types and tests, on a machine that has Python 3.11 and nothing else. Arguments go to pytest:
+# Runs the linter, the type checker and the tests. The machine needs only Python 3.11. Arguments are passed to pytest:
 #   bash tools/test.sh [--with-dali] [--with-sglang] [-k NAME] [-n WORKERS] [tests/...]
-# --with-dali also tests decoding with NVIDIA DALI, on the CPU; it downloads 300 MB the first time.
-# --with-sglang also tests rollouts with a real SGLang server, on the CPU; it downloads 200 MB the first time.
+# --with-dali also tests decoding with NVIDIA DALI on the CPU; it downloads 300 MB the first time.
+# --with-sglang also tests rollouts with a real SGLang server on the CPU; it downloads 200 MB the first time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,8 +18,8 @@ done
 
 bash tools/venv.sh
 if [ $with_dali ]; then
-    # 2.1.0 is the last release that decodes H.264 and HEVC without a GPU. It lies apart, without the GPU libraries that
-    # its metadata asks for and with only the packages that it imports.
+    # 2.1.0 is the last release that decodes H.264 and HEVC without a GPU. It is installed into a directory of its own,
+    # with the packages that it imports and without the GPU libraries that it declares as dependencies.
     dali=.venv/dali-2.1.0
     if [ ! -f $dali/complete ]; then
         echo "installing NVIDIA DALI into $dali"

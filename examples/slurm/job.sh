@@ -1,30 +1,32 @@
 # shellcheck shell=bash
-# What the job scripts of this folder share; they read it with `source`. README.md explains it.
+# Functions that the job scripts of this directory share; they `source` this file. docs/cluster.md explains how to use
+# them.
 #
 # Settings, as environment variables of sbatch:
-#   VENV          virtual environment on a file system that all nodes see (.venv)
-#   CONTAINER     image for Pyxis (a .sqsh file or a name); unset: VENV is used. MOUNTS: what it sees (/scratch,/data)
-#   MAX_CRASHES   failures in a row, none later than MIN_LIFE_S seconds after the start, that end the job (3; 1800)
-#   HEALTH_CHECK  command that succeeds on a healthy node (nvidia-smi, where there is one)
+#   VENV          virtual environment on a file system that all nodes share (default: .venv)
+#   CONTAINER     image for Pyxis (a .sqsh file or a name) to use instead of VENV
+#   MOUNTS        directories to mount into the container (for example /scratch,/data)
+#   MAX_CRASHES   consecutive crashes within MIN_LIFE_S seconds of a start after which the job fails (default: 3; 1800)
+#   HEALTH_CHECK  command that succeeds on a healthy node (default: nvidia-smi, if it is installed)
 #
-# Exit codes of `vcr1 train`: 0 done, 2 settings or data are wrong, 85 saved after a signal; any other one is a crash.
+# Exit codes of `vcr1 train`: 0: done, 2: wrong settings or data, 85: saved after a signal. All others are crashes.
 
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit 1
 LOGS=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 mkdir -p "$LOGS" || exit 1
-STOP=     # set once Slurm has asked the job to stop
-STEP_PID= # of the srun that is waited for
+STOP=     # set after Slurm has sent the signal to stop
+STEP_PID= # the srun process that this script waits for
 
-export PYTHONSAFEPATH=1 # the folder kernels/ is no package named `kernels`
+export PYTHONSAFEPATH=1 # otherwise the working directory's kernels/ would hide Hugging Face's package `kernels`
 export PYTHONUNBUFFERED=1
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # decoding and data loading have processes of their own
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch by itself
-# NCCL's watchdog: after a collective's time limit each rank writes what it was waiting for.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # decoding and data loading run in processes of their own
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit --cpus-per-task from sbatch
+# NCCL's watchdog: if a collective times out, each rank writes which collective it was waiting for.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
 export TORCH_FR_DUMP_TEMP_FILE=$PWD/$LOGS/collectives-
 
-# A rank that fails takes the others along: SIGTERM at once, SIGKILL after the cluster's KillWait (30 s by default).
-# One that is done does not, whatever the cluster's WaitTime: the first may go on, while a judge reads captions.
+# If a rank fails, Slurm stops the others: SIGTERM at once, SIGKILL after the cluster's KillWait (30 s by default).
+# If a rank finishes, the others continue, whatever the cluster's WaitTime: the first rank may still wait for a judge.
 STEP_OPTIONS=(--open-mode=append --kill-on-bad-exit=1 --wait=0 --cpu-bind="${CPU_BIND:-cores}")
 if [ -n "${CONTAINER:-}" ]; then
     STEP_OPTIONS+=(--container-image="$CONTAINER" --container-mounts="$PWD${MOUNTS:+,$MOUNTS}")
@@ -36,7 +38,8 @@ fi
 
 say() { echo "$(date '+%F %T') [job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))] $*"; }
 
-# Runs a step with a log for each rank: step NAME [SRUN_OPTIONS...] -- COMMAND...
+# step NAME [SRUN_OPTIONS...] -- COMMAND...
+# Replaces this shell by a job step that writes one log per rank.
 step() {
     local name=$1 options=()
     shift
@@ -47,8 +50,9 @@ step() {
     exec srun "${STEP_OPTIONS[@]}" --job-name="$name" --output="$LOGS/$name-%t.log" "${options[@]}" "$@"
 }
 
-# Runs a step to its end, shows its first rank's log here, and passes on the signal before the time limit. Returns the
-# step's exit code.
+# watch_step NAME [SRUN_OPTIONS...] -- COMMAND...
+# Runs a step until it ends, prints the log of its first rank, and forwards the signal that Slurm sends before the time
+# limit. Returns the exit code of the step.
 watch_step() {
     local log=$LOGS/$1-0.log code shown
     touch "$log"
@@ -56,7 +60,7 @@ watch_step() {
     STEP_PID=$!
     tail --pid=$STEP_PID --lines=0 --follow=name "$log" 2>/dev/null &
     shown=$!
-    while :; do # wait returns early when a signal comes
+    while :; do # `wait` also returns when a signal arrives: repeat it until the step has ended
         wait "$STEP_PID"
         code=$?
         kill -0 "$STEP_PID" 2>/dev/null || break
@@ -68,20 +72,21 @@ watch_step() {
 
 on_usr1() {
     STOP=1
-    say "Slurm asks to stop: saving"
+    say "Slurm asks the job to stop: saving"
     [ -z "$STEP_PID" ] || kill -USR1 "$STEP_PID"
 }
 trap on_usr1 USR1
 
-# A rank's command, run by bash: its own exit code goes on record, for srun tells the largest of all and of signals only.
-# A rank that has saved after a signal (85) ends as one that is done, so that nobody is killed for it.
-# shellcheck disable=SC2016
+# The command of each rank, run by bash. It records the rank's own exit code, because srun only reports the largest code
+# of all ranks. A rank that saved after a signal (85) exits with 0, so that Slurm does not kill the ranks that still
+# save. shellcheck disable=SC2016
 AS_RANK='trap : TERM USR1; codes=$1; shift; "$@"; code=$?; echo $code >>"$codes"; [ $code = 85 ] || exit $code'
 
-# Whether any rank of this start has ended with a code.
+# Succeeds if any rank of this start has ended with the exit code.
 ended_with() { grep -qx "$1" "$LOGS/exit-codes" 2>/dev/null; }
 
-# `vcr1 train` until it is done, over as many starts as it takes: train [SRUN_OPTIONS...] -- CONFIG [OPTIONS...]
+# train [SRUN_OPTIONS...] -- CONFIG [OPTIONS...]
+# Runs `vcr1 train` once and, unless it is done, requeues the job. Does not return.
 train() {
     local options=() code
     while [ "$1" != -- ]; do
@@ -95,7 +100,7 @@ train() {
     watch_step train "${options[@]}" -- bash -c "$AS_RANK" rank "$LOGS/exit-codes" vcr1 train "$@"
     code=$?
     if ended_with 2; then
-        say "settings or data are wrong, see above: not started again"
+        say "wrong settings or data, see above: not requeued"
         exit 2
     elif ended_with 85; then
         requeue "saved"
@@ -103,44 +108,46 @@ train() {
         say "done"
         exit 0
     fi
-    [ -z "$STOP" ] || requeue "stopped before it could save (code $code): it goes on from its newest checkpoint"
+    [ -z "$STOP" ] || requeue "stopped before it could save (code $code): it continues from the latest checkpoint"
     after_crash
 }
 
+# requeue REASON [BAD_NODES]
 # Puts the job back into the queue, unless it was cancelled. Does not return.
-requeue() { # WHY [BAD_NODES]
+requeue() {
     local state
     state=$(job_field JobState)
     if [ "$state" != RUNNING ]; then
-        say "$1; the job is $state, so it is not started again"
+        say "$1; the job is $state, so it is not requeued"
         exit 1
     fi
-    say "$1; started again${2:+, without $2}"
+    say "$1; requeued${2:+, without $2}"
     if [ -n "${2:-}" ]; then
         exclude "$2"
         scontrol requeuehold "$SLURM_JOB_ID"
     else
         scontrol requeue "$SLURM_JOB_ID"
     fi && sleep 300 # Slurm ends this script
-    say "Slurm did not requeue the job; submit it again to go on"
+    say "Slurm did not requeue the job; submit it again to continue"
     exit 1
 }
 
+# Requeues the job after a crash, without the nodes that fail the health check; fails after too many crashes in a row.
 after_crash() {
     local crashes=1 bad
     [ $SECONDS -ge "${MIN_LIFE_S:-1800}" ] || crashes=$(($(cat "$LOGS/crashes" 2>/dev/null || echo 0) + 1))
     echo $crashes >"$LOGS/crashes"
-    say "crashed; exit codes of the ranks that ended by themselves: $(sort -nu "$LOGS/exit-codes" 2>/dev/null | xargs)"
+    say "crashed; exit codes of the ranks that were not killed: $(sort -nu "$LOGS/exit-codes" 2>/dev/null | xargs)"
     grep -l -E '^(Traceback|Timeout|Fatal)' "$LOGS"/train-*.log | head -n 3 | xargs -r tail -n 25
     if [ $crashes -ge "${MAX_CRASHES:-3}" ]; then
-        say "$crashes crashes soon after their starts: given up"
+        say "$crashes crashes in a row, each soon after the start: giving up"
         exit 1
     fi
     bad=$(unhealthy_nodes)
     requeue "crash $crashes" "$bad"
 }
 
-# Names of the nodes on which HEALTH_CHECK fails or does not end, with commas between.
+# Prints the names of the nodes on which HEALTH_CHECK fails or hangs, separated by commas.
 unhealthy_nodes() {
     local check=${HEALTH_CHECK:-'! command -v nvidia-smi || nvidia-smi'} healthy
     healthy=$(timeout 120 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=90 \
@@ -148,9 +155,11 @@ unhealthy_nodes() {
     comm -23 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(sort <<<"$healthy") | paste -sd, -
 }
 
-# Has this job keep away from nodes once it is held in the queue. Slurm changes that of pending jobs only, and this script
-# ends with the requeue: so a small job does it, and releases this one.
-exclude() { # NODES
+# exclude NODES
+# Excludes nodes from the next start of this job. Slurm can change that only while a job is pending, but this script
+# ends when its job is requeued. So it submits a small job that changes the requeued job, which is held, and releases
+# it.
+exclude() {
     local known
     known=$(job_field ExcNodeList)
     [ "$known" = "(null)" ] && known= || known=,$known

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A real Slurm of three nodes on this machine, for tests: munged, slurmctld and three slurmd, on the loopback interface.
+# A real Slurm cluster with three nodes on this machine, for tests: munged, slurmctld and three slurmd on the loopback
+# interface.
 #   cluster.sh DIR start | stop | cut-power NODE | boot NODE
-# Everything (settings, keys, sockets, logs) is in DIR, whose path must be short: it holds Unix sockets. Needs root and
-# Debian's slurmctld, slurmd, slurm-client and munge. Clients need SLURM_CONF=DIR/slurm.conf.
-# The nodes pretend to have 128 CPUs and 8 GPUs each; nothing is enforced.
+# All files (settings, keys, sockets, logs) are in DIR, whose path must be short because it contains Unix sockets. Needs root
+# and Debian's slurmctld, slurmd, slurm-client and munge. Clients need SLURM_CONF=DIR/slurm.conf.
+# The nodes claim to have 128 CPUs and 8 GPUs each; no limits are enforced.
 set -euo pipefail
 
 dir=$(realpath -m "$1")
@@ -64,7 +65,7 @@ CONF
     printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$dir/cgroup.conf"
 }
 
-# The process that a pid file names, unless the number has gone to another program since.
+# Prints the pid in a pid file, unless that pid now belongs to another program.
 running() { # PIDFILE PROGRAM
     local pid
     pid=$(cat "$1" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ] && echo "$pid"
@@ -103,7 +104,7 @@ descendants() {
     done
 }
 
-# A node's step managers: all nodes share this machine, and the log that one holds open tells whose it is.
+# Prints the pids of a node's step managers. All nodes share this machine; an open log file shows the node of a process.
 step_managers() {
     local pid
     for pid in $(ps -eo pid=,comm= | awk '$2 == "slurmstepd" {print $1}'); do

@@ -1,4 +1,4 @@
-"""A real Slurm of three nodes for the session; without Slurm's daemons, or without root, its tests are skipped."""
+"""A real Slurm cluster with three nodes for the session. Without Slurm's daemons or root, the tests are skipped."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT
 
 @dataclass(frozen=True)
 class Cluster:
-    """Clients' view of the cluster in `folder`."""
+    """Client of the cluster whose files are in `folder`."""
 
     folder: Path
 
     def call(self, *command: object, cwd: Path | None = None, **environment: str) -> str:
-        """What a command prints; it must succeed."""
-        # A test run may itself be a Slurm job or a rank of one.
+        """Run a command, which must succeed, and return its output."""
+        # The tests themselves may run inside a Slurm job.
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         clean |= {"SLURM_CONF": str(self.folder / "slurm.conf"), **environment}
         done = subprocess.run(list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=120)
@@ -36,23 +36,23 @@ class Cluster:
         return done.stdout
 
     def submit(self, folder: Path, *arguments: object, **environment: str) -> str:
-        """sbatch in a folder; the job's id."""
+        """Call sbatch in a folder and return the job's id."""
         return self.call("sbatch", "--parsable", *arguments, cwd=folder, **environment).strip()
 
     def fields(self, job: str) -> dict[str, str]:
-        """What Slurm knows of a job; a controller that is just losing a node may hang up once or twice."""
-        for patience in (4, 3, 2, 1, 0):
+        """Return the fields of `scontrol show job`. While a node dies, the controller may drop a connection: retry."""
+        for retries_left in (4, 3, 2, 1, 0):
             try:
                 text = self.call("scontrol", "--oneliner", "show", "job", job)
                 break
             except AssertionError:
-                if not patience:
+                if not retries_left:
                     raise
                 time.sleep(0.5)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def wait(self, job: str, *, until: object = None, timeout_s: float = 120) -> dict[str, str]:
-        """Waits until the job is over, or until `until(fields)`."""
+        """Wait until the job has ended, or until `until(fields)` is true."""
         end = time.monotonic() + timeout_s
         while True:
             fields = self.fields(job)
@@ -62,7 +62,7 @@ class Cluster:
             time.sleep(0.3)
 
     def cut_power(self, node: str) -> None:
-        """The node is gone, with all that ran on it, and the controller has noticed."""
+        """Kill a node and everything that runs on it, and mark it as down."""
         self.call("bash", CLUSTER, self.folder, "cut-power", node)
         self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
@@ -74,7 +74,7 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
         pytest.skip("needs root and Debian's slurmctld, slurmd, slurm-client and munge")
-    folder = Path(tempfile.mkdtemp(prefix="vcr1-slurm-", dir="/tmp"))  # a short path: it holds sockets
+    folder = Path(tempfile.mkdtemp(prefix="vcr1-slurm-", dir="/tmp"))  # a short path, because it contains Unix sockets
     folder.chmod(0o755)
     try:
         started = subprocess.run(["bash", CLUSTER, folder, "start"], capture_output=True, text=True, timeout=120)
@@ -87,7 +87,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder to submit from: it holds examples/, and the environment in which the tests run as .venv."""
+    """A directory to submit jobs from: it has examples/, tools/ and, as .venv, the environment of the tests."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / ".venv").symlink_to(sys.prefix)

@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm: signals, requeues, crashes, bad nodes. A stand-in for `vcr1` makes them quick."""
+"""The job scripts on a real Slurm: signals, requeues, crashes, bad nodes. A fake `vcr1` makes the tests fast."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
-STAND_IN = f"""#!{sys.executable}
-# Behaves like `vcr1 train SCENARIO` at its ends, rank by rank.
+FAKE_VCR1 = f"""#!{sys.executable}
+# Starts and ends like a rank of `vcr1 train`; the configuration file is the name of a scenario.
 import os, signal, sys, time
 
 def save_and_stop(*_):
@@ -41,17 +41,17 @@ elif scenario == "crash" or (scenario == "crash once" and start == 0):
 print("finished", *sys.argv[3:], flush=True)
 """
 
-TELLS_ITS_ARGUMENTS = """#!/bin/sh
-echo "$SLURMD_NODENAME $(basename "$0") $*"
+PRINTS_ITS_ARGUMENTS = """#!/bin/sh
+echo "$SLURMD_NODENAME $(basename "$0") $*"; echo "PYTHONPATH=$PYTHONPATH"
 """
 
 
 @pytest.fixture
-def stand_in(workplace: Path) -> Path:
+def workdir(workplace: Path) -> Path:
     (workplace / ".venv").unlink()
     (workplace / ".venv/bin").mkdir(parents=True)
     (workplace / ".venv/bin/activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
-    programs = {"vcr1": STAND_IN, "python": TELLS_ITS_ARGUMENTS, "torchrun": TELLS_ITS_ARGUMENTS}
+    programs = {"vcr1": FAKE_VCR1, "python": PRINTS_ITS_ARGUMENTS, "torchrun": PRINTS_ITS_ARGUMENTS}
     for name, text in programs.items():
         (workplace / ".venv/bin" / name).write_text(text)
         (workplace / ".venv/bin" / name).chmod(0o755)
@@ -71,21 +71,21 @@ def logs(folder: Path, job: str) -> dict[str, str]:
 
 
 def wait_for_ranks(folder: Path, job: str, text: str, num_ranks: int) -> None:
-    """Until each rank's log holds the text."""
+    """Wait until the logs of `num_ranks` ranks contain the text."""
     end = time.monotonic() + 120
     while sum(text in log for log in logs(folder, job).values()) < num_ranks:
-        assert time.monotonic() < end, f"{text!r} did not come: {logs(folder, job)}"
+        assert time.monotonic() < end, f"{text!r} did not appear: {logs(folder, job)}"
         time.sleep(0.2)
 
 
-def test_a_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, "--time=1", "--signal=B:USR1@50", SCRIPT, "stop")
+def test_a_job_saves_before_its_time_limit_and_continues(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, "--time=1", "--signal=B:USR1@50", SCRIPT, "stop")
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
-    told = output(stand_in, job)
-    for line in ("Slurm asks to stop: saving", "saved; started again", "start 2] vcr1 train", "done"):
-        assert line in told
-    ranks = logs(stand_in, job)
+    printed = output(workdir, job)
+    for line in ("Slurm asks the job to stop: saving", "saved; requeued", "start 2] vcr1 train", "done"):
+        assert line in printed
+    ranks = logs(workdir, job)
     assert set(ranks) == {f"train-{rank}.log" for rank in range(4)}
     for rank, text in enumerate(ranks[f"train-{rank}.log"] for rank in range(4)):
         node = "n1" if rank < 2 else "n2"
@@ -95,67 +95,68 @@ def test_a_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, stand
             f"start 1 of stop as rank {rank} on {node}",
             "finished",
         ]
-    assert "start 0 of stop as rank 0" in told and "as rank 1" not in told  # the first rank's log is shown
+    # Only the log of the first rank is printed.
+    assert "start 0 of stop as rank 0" in printed and "as rank 1" not in printed
 
 
-def test_a_signal_while_it_loads_starts_it_again(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, SCRIPT, "loading")
-    wait_for_ranks(stand_in, job, "start 0", 4)
+def test_a_signal_during_loading_requeues_the_job(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "loading")
+    wait_for_ranks(workdir, job, "start 0", 4)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
-    assert "stopped before it could save" in output(stand_in, job)
+    assert "stopped before it could save" in output(workdir, job)
 
 
-def test_the_first_rank_may_go_on_alone(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, SCRIPT, "judging", SLURM_WAIT="2")  # as where the cluster's WaitTime is 2 s
+def test_the_first_rank_may_run_longer_than_the_others(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "judging", SLURM_WAIT="2")  # like a cluster with a WaitTime of 2 s
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "0")
-    assert all("finished" in text for text in logs(stand_in, job).values())
+    assert all("finished" in text for text in logs(workdir, job).values())
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, SCRIPT, "stop")
-    wait_for_ranks(stand_in, job, "start 0", 4)
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "stop")
+    wait_for_ranks(workdir, job, "start 0", 4)
     cluster.call("scancel", job)
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
-    wait_for_ranks(stand_in, job, "saved", 4)
+    wait_for_ranks(workdir, job, "saved", 4)
     assert cluster.call("squeue", "--noheader", "--jobs", job) == ""
 
 
-def test_wrong_settings_are_not_tried_again(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, SCRIPT, "wrong")
+def test_wrong_settings_are_not_retried(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "wrong")
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "settings or data are wrong" in output(stand_in, job)
+    assert "wrong settings or data" in output(workdir, job)
 
 
-def test_a_crash_is_shown_and_tried_again(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, SCRIPT, "crash once")
+def test_a_crash_is_printed_and_retried(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "crash once")
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
-    assert "RuntimeError: something broke" in output(stand_in, job)
+    assert "RuntimeError: something broke" in output(workdir, job)
 
 
-def test_crash_after_crash_is_given_up(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, SCRIPT, "crash", MAX_CRASHES="2")
+def test_repeated_crashes_end_the_job(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "crash", MAX_CRASHES="2")
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
-    assert "2 crashes soon after their starts: given up" in output(stand_in, job)
+    assert "2 crashes in a row, each soon after the start: giving up" in output(workdir, job)
 
 
-def test_a_node_that_fails_its_health_check_is_left_out(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, "--nodes=1", SCRIPT, "crash once", HEALTH_CHECK="[ $SLURMD_NODENAME != n1 ]")
+def test_a_node_that_fails_its_health_check_is_excluded(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, "--nodes=1", SCRIPT, "crash once", HEALTH_CHECK="[ $SLURMD_NODENAME != n1 ]")
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"], fields["ExcNodeList"]) == ("COMPLETED", "1", "n1")
-    assert re.search(r"started again, without n1$", output(stand_in, job), re.MULTILINE)
-    assert "start 1 of crash once as rank 0 on n2" in logs(stand_in, job)["train-0.log"]
+    assert re.search(r"requeued, without n1$", output(workdir, job), re.MULTILINE)
+    assert "start 1 of crash once as rank 0 on n2" in logs(workdir, job)["train-0.log"]
 
 
-def test_a_node_that_dies_takes_the_job_back_to_the_queue(cluster, stand_in):
-    job = cluster.submit(stand_in, *SMALL, SCRIPT, "stop")
-    wait_for_ranks(stand_in, job, "start 0", 4)
+def test_a_job_is_requeued_when_a_node_dies(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "stop")
+    wait_for_ranks(workdir, job, "start 0", 4)
     cluster.cut_power("n2")
     try:
         cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
@@ -164,11 +165,11 @@ def test_a_node_that_dies_takes_the_job_back_to_the_queue(cluster, stand_in):
     assert cluster.wait(job)["JobState"] == "COMPLETED"
 
 
-def test_rollouts_and_the_judge_have_nodes_of_their_own(cluster, stand_in):
+def test_rollouts_and_judge_run_on_separate_nodes(cluster, workdir):
     script = ("examples/slurm/train_separate.sbatch", "none", "--train.num_steps", "2")
-    job = cluster.submit(stand_in, "--nodes=1", ":", "--nodes=2", *script, SERVER_GPUS="4", JUDGE_MODEL="models/judge")
-    assert cluster.wait(job)["JobState"] == "COMPLETED", output(stand_in, job)
-    ranks = logs(stand_in, job)
+    job = cluster.submit(workdir, "--nodes=1", ":", "--nodes=2", *script, SERVER_GPUS="4", JUDGE_MODEL="models/judge")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", output(workdir, job)
+    ranks = logs(workdir, job)
     assert len(ranks) == 8 and "as rank 7 on n1" in ranks["train-7.log"]
     (finished,) = (line for line in ranks["train-0.log"].splitlines() if line.startswith("finished"))
     urls = "http://n2:30000,http://n2:30001"
@@ -181,24 +182,24 @@ def test_rollouts_and_the_judge_have_nodes_of_their_own(cluster, stand_in):
         "--judge.base_url http://n3:30000/v1",
     ):
         assert option in finished
-    folder = stand_in / f"logs/vcr1-{job}"
+    folder = workdir / f"logs/vcr1-{job}"
     assert (folder / "rollout-0.log").read_text().startswith("n2 rollout serve none --train.num_steps 2")
     assert not (folder / "rollout-1.log").exists()
     assert "n3 python -m sglang.launch_server --model-path models/judge" in (folder / "judge-0.log").read_text()
 
 
-def test_a_job_of_two_groups_of_nodes_goes_on_after_a_signal(cluster, stand_in):
-    job = cluster.submit(stand_in, "--nodes=1", ":", "--nodes=1", "examples/slurm/train_separate.sbatch", "stop")
-    wait_for_ranks(stand_in, job, "start 0", 8)
+def test_a_heterogeneous_job_continues_after_a_signal(cluster, workdir):
+    job = cluster.submit(workdir, "--nodes=1", ":", "--nodes=1", "examples/slurm/train_separate.sbatch", "stop")
+    wait_for_ranks(workdir, job, "start 0", 8)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
-    assert cluster.wait(job)["JobState"] == "COMPLETED", output(stand_in, job)
-    assert "saved; started again" in output(stand_in, job)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", output(workdir, job)
+    assert "saved; requeued" in output(workdir, job)
 
 
-def test_an_array_evaluates_one_model_a_task(cluster, stand_in):
+def test_an_array_evaluates_one_model_per_task(cluster, workdir):
     job = cluster.submit(
-        stand_in,
+        workdir,
         "--array=0-1",
         "--ntasks-per-node=2",
         "examples/slurm/evaluate.sbatch",
@@ -210,21 +211,21 @@ def test_an_array_evaluates_one_model_a_task(cluster, stand_in):
     )
     for task, name in ((0, "models/a"), (1, "runs/b")):
         assert cluster.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
-        text = (stand_in / f"vcr1-evaluate-{job}_{task}.out").read_text()
+        text = (workdir / f"vcr1-evaluate-{job}_{task}.out").read_text()
         folder = name.replace("/", "-")
         assert f"evaluate run.toml --model.path {name} --train.run_dir evaluations/{folder} --judge.kind openai" in text
 
 
-def test_conversion_and_a_sweep_of_layouts(cluster, stand_in):
-    convert = cluster.submit(stand_in, "examples/slurm/convert.sbatch", "import", "--hf", "models/a", "--out", "b")
-    (stand_in / "layouts.txt").write_text("--tensor 2\n--tensor 4 --recompute full\n")
-    sweep = cluster.submit(stand_in, "--array=0-2", "examples/slurm/throughput.sbatch", "layouts.txt", "train")
+def test_conversion_and_throughput_of_several_layouts(cluster, workdir):
+    convert = cluster.submit(workdir, "examples/slurm/convert.sbatch", "import", "--hf", "models/a", "--out", "b")
+    (workdir / "layouts.txt").write_text("--tensor 2\n--tensor 4 --recompute full\n")
+    sweep = cluster.submit(workdir, "--array=0-2", "examples/slurm/throughput.sbatch", "layouts.txt", "train")
     assert cluster.wait(convert)["JobState"] == "COMPLETED"
-    assert (
-        "python tools/convert_checkpoint.py import --hf models/a --out b"
-        in (stand_in / f"vcr1-convert-{convert}.out").read_text()
-    )
+    converted = (workdir / f"vcr1-convert-{convert}.out").read_text()
+    assert "python tools/convert_checkpoint.py import --hf models/a --out b" in converted
+    assert f"PYTHONPATH={workdir}/tools" in converted  # the tools import each other
     assert [cluster.wait(f"{sweep}_{task}")["JobState"] for task in range(3)] == ["COMPLETED", "COMPLETED", "FAILED"]
-    told = [(stand_in / f"vcr1-throughput-{sweep}_{task}.out").read_text() for task in range(3)]
-    assert f"train --tensor 4 --recompute full --sides ours --json throughput/{sweep}_1.json" in told[1]
-    assert "--nnodes=1 --nproc-per-node=8" in told[0] and "layouts.txt has no line 3" in told[2]
+    printed = [(workdir / f"vcr1-throughput-{sweep}_{task}.out").read_text() for task in range(3)]
+    assert f"train --tensor 4 --recompute full --sides ours --json throughput/{sweep}_1.json" in printed[1]
+    assert f"PYTHONPATH={workdir}/tools" in printed[0]
+    assert "--nnodes=1 --nproc-per-node=8" in printed[0] and "layouts.txt has no line 3" in printed[2]

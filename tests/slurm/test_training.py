@@ -1,4 +1,4 @@
-"""`vcr1 train` itself on a real Slurm: saved and started again, cut off from its node, it ends as if left alone."""
+"""`vcr1 train` on a real Slurm: a run that is requeued twice gives the results of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=30
 
 @pytest.fixture
 def settings(workplace: Path) -> Path:
-    """run.toml in the workplace; its run folder is a command-line option's."""
+    """The workplace with a run.toml; the run directory is given on the command line."""
     workspace.create(workplace, num_videos=8)
     source = {"manifest": workplace / "data" / "train.jsonl", "thinking": False}
     source["rewards"] = ["tests.training.own_rewards:variety"]
@@ -36,7 +36,7 @@ def settings(workplace: Path) -> Path:
 
 
 def rows(run_dir: Path) -> list[dict[str, object]]:
-    """Metrics without times."""
+    """Read the metrics without times."""
     return [
         {key: value for key, value in row.items() if not key.startswith(TIMED)} for row in workspace.metrics(run_dir)
     ]
@@ -49,8 +49,8 @@ def wait_for_step(run_dir: Path, step: int, log: Path) -> None:
         time.sleep(0.1)
 
 
-def test_a_run_over_three_starts_equals_one_that_was_left_alone(cluster, settings):
-    # The nodes' names are known to Slurm only, so the ranks are told where to meet.
+def test_a_run_over_three_starts_equals_an_uninterrupted_run(cluster, settings):
+    # The host names of the nodes exist only in Slurm's configuration, so the master address is given.
     environment = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[2])}
     whole, parts = settings / "whole", settings / "parts"
     job = cluster.submit(settings, *TWO_NODES, "run.toml", "--train.run_dir", whole, **environment)

@@ -1,6 +1,7 @@
 """Measure our update with every combination of layouts, recomputation and microbatch sizes, fastest first.
 
-    benchmark_throughput.py sweep --tensor 1 2 --recompute none full -- --model qwen2.5-vl-7b --prompts 4
+    benchmark_throughput.py sweep --tensor 1 2 --recompute none full \\
+        -- --model qwen2.5-vl-7b --prompts 4
 
 Options after `--` are passed to every run of `train`. Combinations that cannot run are listed with the reason.
 """
