@@ -98,8 +98,8 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Compute softmax attention with the layout's dense mask; [tokens, num_heads, head_dim]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    group_size = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
+    heads_per_kv_head = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(heads_per_kv_head, 1), value.repeat_interleave(heads_per_kv_head, 1)
     scores = torch.einsum("qhd,khd->hqk", query, key).to(torch.promote_types(query.dtype, torch.float32)) * scale
     scores = scores.masked_fill(~attention_mask(layout).to(query.device), -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(value.dtype), value)

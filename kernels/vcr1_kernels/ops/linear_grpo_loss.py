@@ -175,14 +175,20 @@ def linear_objective_loss(
         )
         return LinearGrpoLoss(loss, log_probs, entropy, TokenLoss(*token_loss))
     log_probs, entropy = linear_log_probs(
-        hidden,
-        weight,
-        target_ids,
-        temperature=temperature,
-        group=group,
-        return_entropy=True,
-        weight_grad=weight_grad,
+        hidden, weight, target_ids, temperature=temperature, group=group, return_entropy=True, weight_grad=weight_grad
     )
+    return _sequence_level_loss(log_probs, entropy, token_weights, inputs, segments, objective)
+
+
+def _sequence_level_loss(
+    log_probs: Tensor,
+    entropy: Tensor,
+    token_weights: Tensor,
+    inputs: TokenInputs,
+    segments: Tensor,
+    objective: Objective,
+) -> LinearGrpoLoss:
+    """Compute the loss from the log-probs of whole responses; `log_probs` and `entropy` carry gradients."""
     tokens = differentiable_token_loss(log_probs, inputs, segments, objective)
     loss = tokens.loss - objective.entropy_coef * entropy if objective.entropy_coef else tokens.loss
     tokens = tokens._replace(loss=tokens.loss.detach())

@@ -67,7 +67,7 @@ def frames_to_patches(
     units = _cut_into_units(frames, patch_size, temporal_patch_size, merge_size)
     if unit_order is not None:
         units = units[unit_order]
-    # The permutation above moves single bytes. Only now are they converted to floats, contiguous and changed in place.
+    # The permutation above moves single bytes. From here on, the data are contiguous floats that are changed in place.
     patches = units.to(torch.promote_types(dtype, torch.float32)).view(
         num_units * merge_size**2, 3, temporal_patch_size * patch_size**2
     )

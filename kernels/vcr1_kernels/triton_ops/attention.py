@@ -131,7 +131,7 @@ def _constants(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _Tiles)
     _, num_heads, head_dim = query.shape
     return {
         "NUM_HEADS": num_heads,
-        "GROUP_SIZE": num_heads // key.shape[1],
+        "HEADS_PER_KV_HEAD": num_heads // key.shape[1],
         "HEAD_DIM": head_dim,
         "CAUSAL": layout.causal,
         "BLOCK_DIM": max(triton.next_power_of_2(head_dim), 16),  # tl.dot needs at least 16

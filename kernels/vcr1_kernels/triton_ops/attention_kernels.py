@@ -11,7 +11,7 @@ the ranges of queries that attend to all of the block: the rest of its segment a
 The tables that list blocks and ranges are built in `vcr1_kernels.triton_ops.attention`.
 
 Determinism. Every gradient is summed by exactly one program, in registers and in a fixed order (the key-gradient kernel
-loops over the query heads of its group). There are no atomics, so results are bitwise reproducible.
+loops over the query heads that share its key-value head). There are no atomics, so results are bitwise reproducible.
 
 Precision. Tensor cores multiply the inputs' dtype; scores, softmax statistics and accumulators are float32. P and dS
 are rounded to the inputs' dtype before the second matmul. The GPU's exponential instruction is base 2:
@@ -127,7 +127,7 @@ def forward_kernel(
     num_tokens,
     exp2_scale,  # scale * log2(e)
     NUM_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,  # query heads per key-value head
+    HEADS_PER_KV_HEAD: tl.constexpr,  # query heads that share a key-value head
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -138,8 +138,8 @@ def forward_kernel(
     """Compute O = softmax(S) V and L for one block of queries of one head. Grid: (query blocks, num_heads)."""
     start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
     head = tl.program_id(1).to(tl.int64)
-    key_ptr += head // GROUP_SIZE * key_head_stride
-    value_ptr += head // GROUP_SIZE * value_head_stride
+    key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
+    value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
 
     channels = tl.arange(0, BLOCK_DIM)
     query_tokens = start + tl.arange(0, BLOCK_QUERIES)
@@ -228,7 +228,7 @@ def query_gradient_kernel(
     scale,
     exp2_scale,
     NUM_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
+    HEADS_PER_KV_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -239,8 +239,8 @@ def query_gradient_kernel(
     """Compute delta and dQ = scale dS K for one block of queries of one head. Grid: (query blocks, num_heads)."""
     start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
     head = tl.program_id(1).to(tl.int64)
-    key_ptr += head // GROUP_SIZE * key_head_stride
-    value_ptr += head // GROUP_SIZE * value_head_stride
+    key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
+    value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
 
     channels = tl.arange(0, BLOCK_DIM)
     query_tokens = start + tl.arange(0, BLOCK_QUERIES)
@@ -332,7 +332,7 @@ def key_gradient_kernel(
     scale,
     exp2_scale,
     NUM_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
+    HEADS_PER_KV_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -356,9 +356,9 @@ def key_gradient_kernel(
     grad_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     token_stride = NUM_HEADS * HEAD_DIM
 
-    # All query heads of the group are summed by this program: no atomics, and a fixed order of summation.
-    for index in range(GROUP_SIZE):
-        head = kv_head * GROUP_SIZE + index
+    # This program sums over all query heads that share the key-value head: no atomics, and a fixed order of summation.
+    for index in range(HEADS_PER_KV_HEAD):
+        head = kv_head * HEADS_PER_KV_HEAD + index
         q_ptr = query_ptr + head * query_head_stride
         do_ptr = grad_out_ptr + head * HEAD_DIM
         lse_head_ptr = lse_ptr + head * num_tokens
@@ -377,7 +377,7 @@ def key_gradient_kernel(
                 False, BLOCK_QUERIES, HEAD_DIM, PRECISION,
             )  # fmt: skip
 
-    grad_token_stride = NUM_HEADS // GROUP_SIZE * HEAD_DIM
+    grad_token_stride = NUM_HEADS // HEADS_PER_KV_HEAD * HEAD_DIM
     offset = kv_head * HEAD_DIM
     _store_tokens(
         grad_key_ptr + offset, grad_token_stride, start, end, channels, grad_key * scale, BLOCK_KEYS, HEAD_DIM
