@@ -1,1 +1,4 @@
-"""The `vcr1` command: one module for each subcommand, named after it."""
+"""The `vcr1` command: one module per subcommand, named after it.
+
+A module parses arguments, loads settings, calls one function of the package and returns the exit code.
+"""

@@ -1,4 +1,4 @@
-"""Arguments that several commands share: a model, how it is divided among processes, and numbers above 0."""
+"""Arguments that several commands share: the model, its layout, and numbers with a lower bound."""
 
 from __future__ import annotations
 
@@ -6,57 +6,71 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # pydantic is not for `vcr1 --help` to load
+if TYPE_CHECKING:  # `vcr1 --help` must not load pydantic
     from megatron_vcr1.config.schema import RunConfig
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parse an integer above 0."""
     if not int(text) > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    """Parse an integer that is 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
     return float(text)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, divided: bool) -> None:
-    """--model and what it is built of, for `run_config`.
+def add_model_arguments(parser: argparse.ArgumentParser, *, sharded: bool) -> None:
+    """Add --model and the options of how to build it, for `run_config`.
 
     Args:
-        divided: whether several processes may share the model.
+        parser: the parser of a command.
+        sharded: whether several processes may share the model; adds the parallel sizes.
     """
     parser.add_argument(
         "--model",
         type=Path,
         required=True,
         metavar="DIR",
-        help="a Hugging Face directory, an imported one or a run's checkpoint",
+        help="a Hugging Face directory, an imported model or a checkpoint of a run",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="data type of the weights and the computation (default: %(default)s)",
+    )
     parser.add_argument(
         "--layer-spec",
         choices=("auto", "local", "transformer_engine"),
         default="auto",
-        help="whose layers it is built of (default: auto, TransformerEngine's where it is installed with a GPU)",
+        help="implementation of the layers (default: auto: TransformerEngine if it is installed and there is a GPU, "
+        "local otherwise)",
     )
-    if divided:
+    if sharded:
         parser.add_argument(
-            "--tensor-parallel", type=positive, default=1, metavar="N", help="ranks that share every layer"
+            "--tensor-parallel", type=positive, default=1, metavar="N", help="tensor-parallel size (default: 1)"
         )
         parser.add_argument(
-            "--pipeline-parallel", type=positive, default=1, metavar="N", help="stages that the layers are divided into"
+            "--pipeline-parallel", type=positive, default=1, metavar="N", help="number of pipeline stages (default: 1)"
         )
     else:
         parser.set_defaults(tensor_parallel=1, pipeline_parallel=1)
 
 
 def run_config(args: argparse.Namespace, *, sequence_parallel: bool = False) -> RunConfig:
-    """The settings that `add_model_arguments` asked for."""
+    """Build the settings from the arguments of `add_model_arguments`."""
     from megatron_vcr1.config.model_sections import ModelSection, ParallelSection
     from megatron_vcr1.config.schema import RunConfig
 

@@ -1,4 +1,4 @@
-"""`vcr1 config`: show and check settings."""
+"""`vcr1 config`: prints and checks settings."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "config",
         help="print every setting with its description and default, or check a file",
         description="Print a TOML file with every setting, its description and its default. "
-        "With --check, print the settings of FILE instead, after validating them.",
+        "With --check, validate FILE and print its settings instead.",
         epilog="Any key can be overridden: vcr1 config --check run.toml --parallel.tensor 2 --model.freeze merger",
     )
     parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="validate FILE and print its settings, overrides applied"
+        "--check", type=Path, metavar="FILE", help="validate FILE and print its settings, with overrides applied"
     )
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError for a file or an override that is wrong."""
-    # pydantic is not for `vcr1 --help` to load.
+    """Print settings. Raises UserError for an invalid file or override."""
     from megatron_vcr1.config.loading import load_config
     from megatron_vcr1.config.rendering import default_config, render_toml
     from megatron_vcr1.errors import UserError

@@ -1,4 +1,4 @@
-"""`vcr1 evaluate`: arguments and the printed table here, work in evaluation.evaluate."""
+"""`vcr1 evaluate`: the arguments; `megatron_vcr1.evaluation` does the work."""
 
 from __future__ import annotations
 
@@ -11,71 +11,83 @@ from typing import TYPE_CHECKING
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, find_benchmark
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `vcr1 --help` must not load pydantic
     from megatron_vcr1.config.evaluation_sections import JudgeSection
-    from megatron_vcr1.evaluation.scoring import Evaluation
+    from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `evaluate` to the `vcr1` command."""
     names = "\n".join(f"  {name:<20} {benchmark.description}" for name, benchmark in BENCHMARKS.items())
     parser = subparsers.add_parser(
         "evaluate",
-        help="a model's answers to benchmarks, or the score of a file of answers",
-        description="Evaluate a model on the benchmarks of a configuration: greedy answers, on any number of processes "
-        "(torchrun), going on where it was stopped. Results go to train.run_dir/evaluation/LABEL.\n\n"
+        help="evaluate a model on benchmarks, or score a file of predictions",
+        description="Evaluate a model on the benchmarks of a configuration, with greedy decoding and on any number of "
+        "processes (torchrun). The same command resumes an evaluation that was stopped. Results go to "
+        "train.run_dir/evaluation/LABEL; if train.run_dir holds a training run, the model must be one of its "
+        "checkpoints or its export.\n\n"
         "  vcr1 evaluate CONFIG.toml [--section.key VALUE ...]\n\n"
-        "Or score what any program has answered, without a model:\n\n"
+        "Or score the predictions of any program, without a model:\n\n"
         "  vcr1 evaluate --benchmark NAME --annotations FILE ... --predictions FILE.jsonl --out metrics.json\n\n"
-        "Captions are judged as [judge] says, here --judge.key VALUE: by word matching, unless a model is named.",
+        "[judge], or --judge.key VALUE with the second form, selects the judge of captions. The default is word "
+        "matching.",
         epilog=f"benchmarks:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="with [[evaluate.benchmarks]]")
-    scoring = parser.add_argument_group("scoring of a file")
-    scoring.add_argument("--benchmark", metavar="NAME", help="one of the names below")
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings with tables [[evaluate.benchmarks]]"
+    )
+    scoring = parser.add_argument_group("scoring a file of predictions")
+    scoring.add_argument("--benchmark", metavar="NAME", help="name of a benchmark, see below")
     scoring.add_argument(
-        "--annotations", nargs="+", type=Path, metavar="FILE", help="a manifest, or the files as published"
+        "--annotations", nargs="+", type=Path, metavar="FILE", help="a manifest, or the annotations as published"
     )
     scoring.add_argument("--predictions", type=Path, metavar="FILE.jsonl", help='lines of {"id", "output"}')
-    scoring.add_argument("--out", type=Path, metavar="FILE.json", help="the figures; OUT.samples.jsonl: each sample's")
     scoring.add_argument(
-        "--allow-missing", action="store_true", help="samples without a prediction are wrong, instead of an error"
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="the metrics to write; OUT.samples.jsonl gets the metrics of each sample",
+    )
+    scoring.add_argument(
+        "--allow-missing", action="store_true", help="count samples without a prediction as wrong instead of failing"
     )
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError for bad arguments or input. Returns 1 if the model's engine failed or the judge mostly did."""
+    """Evaluate a model or score a file.
+
+    Returns 1 if the engine failed or too many captions were not judged. Raises UserError for invalid input.
+    """
     scores_file = any(value is not None for value in (args.benchmark, args.annotations, args.predictions, args.out))
     if scores_file and args.config is not None:
         raise UserError(f"{args.config}: scoring a file takes no CONFIG.toml; leave it out")
-    return _run_predictions(args) if scores_file else _run_model(args)
+    return _score_file(args) if scores_file else _evaluate_model(args)
 
 
-def _run_model(args: argparse.Namespace) -> int:
+def _evaluate_model(args: argparse.Namespace) -> int:
     from megatron_vcr1.config.loading import load_config
     from megatron_vcr1.evaluation.evaluate import evaluate_model
     from megatron_vcr1.model import cpu
     from megatron_vcr1.rollout.engine import EngineError
 
     if args.config is None:
-        raise UserError("name a CONFIG.toml to evaluate a model, or --benchmark and a file of answers to score")
+        raise UserError("name a CONFIG.toml to evaluate a model, or --benchmark and a file of predictions to score")
     config = load_config(args.config, args.overrides)
     cpu.install()
     try:
-        evaluations = evaluate_model(config)
+        results = evaluate_model(config)
     except EngineError as error:
-        print(f"vcr1: failed: {error}\nThe answers so far are kept; the same command goes on.", file=sys.stderr)
+        print(f"vcr1: failed: {error}\nThe predictions so far are kept; the same command resumes.", file=sys.stderr)
         return 1
-    for evaluation in evaluations:
-        _print_evaluation(evaluation)
-    return _exit_code(evaluations, config.judge)
+    return _report(results, config.judge)
 
 
-def _run_predictions(args: argparse.Namespace) -> int:
+def _score_file(args: argparse.Namespace) -> int:
     from megatron_vcr1.evaluation.annotations import read_annotations
-    from megatron_vcr1.evaluation.scoring import score_file
+    from megatron_vcr1.evaluation.benchmark_result import score_file
     from megatron_vcr1.judge import build_judge
     from megatron_vcr1.types import Task
 
@@ -89,13 +101,12 @@ def _run_predictions(args: argparse.Namespace) -> int:
     section = _judge_section(args.overrides)
     judge = build_judge(section, args.out.parent / "judge_cache") if benchmark.task is Task.CAPTIONING else None
     samples = read_annotations(benchmark, args.annotations)
-    evaluation = score_file(benchmark, samples, args.predictions, args.out, judge, allow_missing=args.allow_missing)
-    _print_evaluation(evaluation)
-    return _exit_code([evaluation], section)
+    result = score_file(benchmark, samples, args.predictions, args.out, judge, allow_missing=args.allow_missing)
+    return _report([result], section)
 
 
 def _judge_section(options: Sequence[str]) -> JudgeSection:
-    """[judge] from `--judge.key VALUE` options, the only ones that scoring takes."""
+    """Build the [judge] section from `--judge.key VALUE` options, the only overrides that scoring takes."""
     from pydantic import ValidationError
 
     from megatron_vcr1.config.evaluation_sections import JudgeSection
@@ -111,42 +122,19 @@ def _judge_section(options: Sequence[str]) -> JudgeSection:
         raise UserError(f"--judge.{'.'.join(map(str, details['loc']))}: {details['msg']}") from None
 
 
-def _exit_code(evaluations: Sequence[Evaluation], judge: JudgeSection) -> int:
-    for evaluation in evaluations:
-        summary = evaluation.summary
+def _report(results: Sequence[BenchmarkResult], judge: JudgeSection) -> int:
+    """Print the results, and return the exit code: 1 if too many captions of a benchmark were not judged."""
+    from megatron_vcr1.evaluation.printing import print_result
+
+    for result in results:
+        print_result(result)
+    for result in results:
+        summary = result.summary
         if summary.num_unjudged > judge.max_unscored_fraction * summary.num_samples:
             print(
-                f"vcr1: {evaluation.benchmark.name}: {summary.num_unjudged} of {summary.num_samples} captions were not "
-                "judged, more than judge.max_unscored_fraction allows; the same command asks about these again",
+                f"vcr1: {result.benchmark.name}: {summary.num_unjudged} of {summary.num_samples} captions were not "
+                "judged, more than judge.max_unscored_fraction allows; the same command tries them again",
                 file=sys.stderr,
             )
             return 1
     return 0
-
-
-def _print_evaluation(evaluation: Evaluation) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    details, summary = evaluation.as_json(), evaluation.summary
-    table = Table("metric", "%", "95 % interval", title=f"{evaluation.benchmark.name}: {summary.num_samples} samples")
-    for name, one in summary.metrics.items():
-        interval = "" if one.low is None or one.high is None else f"{100 * one.low:.1f} to {100 * one.high:.1f}"
-        table.add_row(name, f"{100 * one.value:.1f}", interval)
-    console = Console()
-    if summary.metrics:
-        console.print(table)
-    if evaluation.judge is not None:
-        console.print(f"judge: {evaluation.judge}; {summary.num_unjudged} captions not judged", markup=False)
-    for part, reasons in summary.zeros.items():
-        counted = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
-        console.print(f"{part} 0: {counted}", markup=False)
-    kinds = {
-        "unanswered": "unanswered",
-        "untagged": "untagged",
-        "truncated": "truncated",
-        "reduced": "to a video that was made smaller for data.max_prompt_tokens",
-    }
-    counts = [f"{number} {text}" for name, text in kinds.items() if (number := details[f"num_{name}"])]
-    if counts:
-        console.print(f"outputs: {', '.join(counts)}")

@@ -1,10 +1,9 @@
 """The `vcr1` command.
 
-A command is a module with two functions: `add_parser(subparsers)` describes its arguments, and the function that it
-sets as `run` does the work and returns the exit code. Such modules import nothing heavy at the top, so that
-`vcr1 --help` answers at once.
+Each command is a module with two functions: `add_parser(subparsers)` defines the arguments, and `run(args)` does the
+work and returns the exit code. These modules import heavy packages inside of `run`, so that `vcr1 --help` is fast.
 
-Exit codes: 0, 1 (failed), 2 (bad usage or input), 85 (training saved itself after a signal), 130 (interrupted).
+Exit codes: 0, 1 (failed), 2 (bad usage or input), 85 (training saved a checkpoint after a signal), 130 (interrupted).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ COMMANDS = (config, data, train, evaluate, score, generate, serve, report, rollo
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser with all commands."""
     parser = argparse.ArgumentParser(
         prog="vcr1",
         description="Reinforcement fine-tuning of video language models on megatron-core.",
@@ -37,8 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments without `--section.key VALUE` and `--section.key=VALUE`, and these: argparse would take a VALUE for
-    an argument of the command's own.
+    """Separate `--section.key VALUE` and `--section.key=VALUE` from the other arguments.
+
+    argparse does not know these options and would take VALUE for a positional argument of the command.
+
+    Returns:
+        The other arguments, and the overrides.
     """
     arguments: list[str] = []
     overrides: list[str] = []
@@ -71,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    # What is installed is chosen, and named in the log, once; megatron-core repeats it in every module.
+    # Warnings that users can do nothing about. megatron-core warns about Apex in each of its modules; the layer spec is
+    # logged once instead.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-    # megatron-core's calls
+    # megatron-core calls deprecated functions of torch.
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.* is deprecated")
     warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message=".*load_state_dict.* is deprecated")
@@ -81,12 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("megatron_vcr1").setLevel(logging.INFO)
     try:
         code = args.run(args)
-        sys.stdout.flush()  # a full disk or a closed pipe shows here, not while the interpreter exits
+        sys.stdout.flush()  # a full disk or a closed pipe fails here instead of at the interpreter's exit
         return code
     except UserError as error:
         print(f"vcr1: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader has what it wanted: `vcr1 config | head`
+    except BrokenPipeError:  # the reader of the pipe has exited, as in `vcr1 config | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "For speed, serve an exported directory with SGLang instead. Needs the extra [serve].",
         allow_abbrev=False,
     )
-    add_model_arguments(parser, divided=False)
+    add_model_arguments(parser, sharded=False)
     parser.add_argument("--name", help="the model's name for clients (default: the name of its folder)")
     parser.add_argument(
         "--host",

@@ -1,4 +1,4 @@
-"""`vcr1 train`: arguments here, work in training.train."""
+"""`vcr1 train`: the arguments; `megatron_vcr1.training` does the work."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `train` to the `vcr1` command."""
     parser = subparsers.add_parser(
         "train",
-        help="GRPO or SFT",
-        description="Train as CONFIG says: train.stage is 'grpo' or 'sft'. A run that is in train.run_dir already goes "
-        "on from its newest whole checkpoint. For several processes: torchrun --nproc-per-node N --no-python vcr1 "
-        "train CONFIG, or srun. SIGTERM or SIGUSR1 end the run behind a checkpoint, with exit code 85: start it again.",
+        help="train a model with GRPO or SFT",
+        description="Train as CONFIG.toml says; train.stage is 'grpo' or 'sft'. If train.run_dir already holds a run, "
+        "resume from its newest complete checkpoint. For several processes: torchrun --nproc-per-node N --no-python "
+        "vcr1 train CONFIG.toml, or srun. After SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 85; "
+        "the same command resumes it.",
         epilog="Any key can be overridden: vcr1 train run.toml --train.num_steps 100 --parallel.tensor 2",
         allow_abbrev=False,
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings; `vcr1 config` prints them all")
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings; `vcr1 config` prints all of them")
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="write a trace and a summary of where the time of this start's second and third step goes to "
-        "train.run_dir/profile ([profile] has other steps and ranks)",
+        help="write a trace and a summary of the second and third step after the start to train.run_dir/profile "
+        "([profile] selects other steps and ranks)",
     )
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError for settings, a model or data that are wrong."""
+    """Train. Raises UserError for invalid settings, an invalid model or invalid data."""
     from megatron_vcr1.config.loading import load_config
     from megatron_vcr1.model import cpu
     from megatron_vcr1.rewards.user_reward import UserRewardError

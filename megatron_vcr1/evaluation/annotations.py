@@ -1,4 +1,4 @@
-"""A benchmark's samples, from a manifest or as published."""
+"""Reads the samples of a benchmark from a manifest or from annotations as published."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_vcr1.types import VideoSample
 
 
 def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[VideoSample]:
-    """A benchmark's samples, from a manifest or from the files as published.
+    """Read a benchmark's samples from one manifest or from the published files.
 
-    Of published files, spans that end after the video stay as they are, as published scores count them.
+    Spans in published files that end after the video are kept as they are, as published scores count them.
 
     Raises:
-        UserError: they are missing or neither, or hold no samples of the benchmark.
+        UserError: a file is missing, is neither of the two, or holds no sample of the benchmark.
     """
     for path in annotations:
         if not path.exists():
@@ -26,8 +26,10 @@ def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[
     if len(annotations) == 1 and _is_manifest(annotations[0]):
         return benchmark.select(read_manifest(annotations[0]), annotations[0])
     if benchmark.format is None:
-        raise UserError(f"{annotations[0]}: no manifest; benchmark {benchmark.name} needs one (`vcr1 data import`)")
-    # They need torch; with a manifest, scoring starts at once.
+        raise UserError(
+            f"{annotations[0]}: not a manifest; benchmark {benchmark.name} needs one (`vcr1 data import` makes it)"
+        )
+    # The importers import torch. With a manifest, scoring starts at once.
     from megatron_vcr1.data.importers.cleaning import VideoFolder
     from megatron_vcr1.data.importers.formats import import_dataset
 
@@ -38,7 +40,7 @@ def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[
 
 
 def _is_manifest(path: Path) -> bool:
-    """Whether the first line is a row of one; a published file may be JSON lines too."""
+    """Tell by the first line: a published file may be JSON lines too."""
     if path.suffix != ".jsonl" or not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -46,5 +48,5 @@ def _is_manifest(path: Path) -> bool:
     try:
         row = json.loads(first)
     except ValueError:
-        return True  # whose reader says what is wrong with it
+        return True  # the manifest's reader explains what is wrong with it
     return isinstance(row, dict) and {"id", "task", "target"} <= row.keys()

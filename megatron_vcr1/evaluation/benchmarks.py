@@ -1,4 +1,4 @@
-"""The benchmarks by name, and which samples of a manifest each one is about."""
+"""The benchmarks by name, and which samples of a manifest belong to each."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import metrics
-from megatron_vcr1.evaluation.metrics import Measured
+from megatron_vcr1.evaluation.metrics import SampleMetrics
 from megatron_vcr1.types import Task, VideoSample
 
-Measure = Callable[[VideoSample, str], Measured]
+MetricFunction = Callable[[VideoSample, str], SampleMetrics]
 
-_MEASURES: dict[Task, Measure | None] = {
+_METRIC_FUNCTIONS: dict[Task, MetricFunction | None] = {
     Task.TEMPORAL_GROUNDING: metrics.grounding,
     Task.TRACKING: metrics.tracking,
     Task.GROUNDED_QA: metrics.grounded_choice,
@@ -24,12 +24,13 @@ _MEASURES: dict[Task, Measure | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One benchmark.
+    """A benchmark.
 
     Attributes:
-        format: of the published annotations (`vcr1 data import`); None: there are none, any manifest of the task does.
-        mean_of_categories: whether its authors average the categories' figures instead of the samples'.
-        category: only samples whose category begins so.
+        format: format of the published annotations (`vcr1 data import`); None: nothing is published, and any manifest
+            of the task will do.
+        mean_of_categories: whether the authors average the metrics of the categories instead of those of the samples.
+        category: prefix of the categories that belong to the benchmark; empty for all.
     """
 
     name: str
@@ -40,15 +41,19 @@ class Benchmark:
     category: str = ""
 
     @property
-    def measure(self) -> Measure | None:
-        """What an output is worth; None where a judge has to read it."""
-        return _MEASURES[self.task]
+    def metric_function(self) -> MetricFunction | None:
+        """The function from a sample and an output to metrics; None if a judge has to read the outputs."""
+        return _METRIC_FUNCTIONS[self.task]
 
     def select(self, samples: Sequence[VideoSample], where: object) -> list[VideoSample]:
-        """The samples that it is about.
+        """Return the samples that belong to the benchmark.
+
+        Args:
+            samples: all samples of a file.
+            where: the file, for the error message.
 
         Raises:
-            UserError: there are none; `where` names their file.
+            UserError: no sample belongs to it.
         """
         chosen = [
             sample for sample in samples if sample.task is self.task and sample.category.startswith(self.category)
@@ -79,7 +84,7 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (*_PUBLISHED, *_BY_TASK
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Raises UserError for a name that is none."""
+    """Return a benchmark by its name. Raises UserError for an unknown name."""
     if name not in BENCHMARKS:
         raise UserError(f"{name}: no such benchmark; there are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]

@@ -1,4 +1,4 @@
-"""A model on the benchmarks of [evaluate]: its answers, their figures, and what of it is there already."""
+"""Evaluates a model on the benchmarks of [evaluate]; a killed evaluation resumes from its prediction files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.config.evaluation_sections import BenchmarkSource, JudgeSection
+from megatron_vcr1.config.evaluation_sections import BenchmarkSource, EvaluateSection, JudgeSection
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest
@@ -20,10 +20,10 @@ from megatron_vcr1.data.preparation import Decoder, preparation
 from megatron_vcr1.data.processor import PromptProcessor, read_processor
 from megatron_vcr1.data.prompts import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_predictions, write_result
 from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
-from megatron_vcr1.evaluation.generation import Answerer
 from megatron_vcr1.evaluation.predictions import PredictionLog
-from megatron_vcr1.evaluation.scoring import Evaluation, score_predictions, write_evaluation
+from megatron_vcr1.evaluation.predictor import Predictor
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
@@ -42,8 +42,8 @@ SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One benchmark of a run: its samples and its folder."""
+class BenchmarkJob:
+    """One benchmark of a run: its settings, its samples, and the folder of its results."""
 
     source: BenchmarkSource
     benchmark: Benchmark
@@ -52,19 +52,24 @@ class Job:
 
     @property
     def label(self) -> str:
+        """The benchmark's name in this run."""
         return self.folder.name
 
 
-def evaluate_model(config: RunConfig) -> list[Evaluation]:
-    """Evaluates the model on every benchmark; every rank of the job calls it. Results are the first rank's alone.
+def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
+    """Evaluate the model on every benchmark. All ranks of the job call it.
 
-    What was answered before a kill is not asked again. A run that lacks nothing but the scoring loads no model.
+    Predictions that are in the files already are not generated again. If all of them are there, no model is loaded.
+
+    Returns:
+        The results on the first rank, and an empty list on the other ranks.
 
     Raises:
-        UserError: before anything is computed, if benchmarks, manifests, model or layout are at fault, or a folder
-            holds answers to other settings.
+        UserError: before anything is computed, if benchmarks, manifests, model or layout are invalid, if train.run_dir
+            belongs to the training of another model, or if a folder holds predictions for other settings.
     """
-    jobs = plan_jobs(config)
+    check_run_dir(config.train.run_dir, config.model.path)
+    jobs = plan_jobs(config.evaluate, config.train.run_dir)
     judge = _judge_for(jobs, config.judge, config.train.run_dir / "judge_cache")
     model_config = ModelConfig.from_pretrained(config.model.path)
     check_layout(model_config.shape, config.parallel, config.recompute, mesh.launched_world_size())
@@ -72,68 +77,96 @@ def evaluate_model(config: RunConfig) -> list[Evaluation]:
     processor = read_processor(config.model.path)
     disable_nccl_cumem(config.rollout, config.sglang)
     with mesh.world(config.parallel, seed=config.train.seed):
-        logs: dict[str, PredictionLog] = {}  # on the first rank
+        logs: dict[str, PredictionLog] = {}  # only the first rank opens them
 
-        def unanswered() -> list[list[int]]:
+        def open_logs() -> list[list[int]]:
             logs.update((job.label, _open_log(job, config, templates)) for job in jobs)
-            return [_unanswered(job, logs[job.label]) for job in jobs]
+            return [_indices_to_predict(job, logs[job.label]) for job in jobs]
 
-        missing = run_on_first_rank(unanswered)
+        missing = run_on_first_rank(open_logs)  # all ranks get the indices, or the first rank's UserError
         if any(missing):
             engine = _start_engine(config, model_config, processor)
             try:
                 for job, indices in zip(jobs, missing, strict=True):
                     samples = [job.samples[index] for index in indices]
-                    answerer = _answerer(config, job.source, engine, processor, templates)
-                    answerer.answer(samples, logs.get(job.label), job.label)
+                    predictor = _build_predictor(config, job.source, engine, processor, templates)
+                    predictor.predict(samples, logs.get(job.label), job.label)
             finally:
                 engine.close()
-    # A judge may take long: the other ranks do not wait for it.
+    # A judge may take long. The process groups are gone by now, so the other ranks do not wait for it.
     return [_score(job, logs[job.label], judge, config) for job in jobs if logs]
 
 
-def plan_jobs(config: RunConfig) -> list[Job]:
-    """Reads the manifests of [[evaluate.benchmarks]].
+def check_run_dir(run_dir: Path, model: Path) -> None:
+    """Refuse to write results of another model into the folder of a training run.
+
+    The run's report would show them among the run's own results. This happens when the TOML of the training is
+    evaluated as it is: its model.path is the base model.
 
     Raises:
-        UserError: there are none, or one is wrong; names the key.
+        UserError: `run_dir` holds a training run, and `model` is not in it.
     """
-    if not config.evaluate.benchmarks:
+    if not ((run_dir / "checkpoints").is_dir() or (run_dir / "metrics.jsonl").exists()):
+        return
+    # A checkpoint may be a link to another disk, and the run's folder itself may be reached through a link.
+    if model.absolute().is_relative_to(run_dir.absolute()) or model.resolve().is_relative_to(run_dir.resolve()):
+        return
+    raise UserError(
+        f"train.run_dir = {run_dir} holds a training run, and model.path = {model} is not its model. To evaluate the "
+        f"trained model, set --model.path {run_dir / 'export'} or a checkpoint in {run_dir / 'checkpoints'}. To "
+        f"evaluate {model}, set another --train.run_dir for its results"
+    )
+
+
+def plan_jobs(section: EvaluateSection, run_dir: Path) -> list[BenchmarkJob]:
+    """Read the manifests of [[evaluate.benchmarks]].
+
+    Args:
+        section: the [evaluate] section.
+        run_dir: train.run_dir; results go to its folder evaluation/LABEL.
+
+    Raises:
+        UserError: there are no benchmarks, or one is invalid; names the key.
+    """
+    if not section.benchmarks:
         raise UserError("evaluate.benchmarks: nothing to evaluate; add a table [[evaluate.benchmarks]]")
-    jobs: dict[str, Job] = {}
-    for index, source in enumerate(config.evaluate.benchmarks):
+    jobs: dict[str, BenchmarkJob] = {}
+    for index, source in enumerate(section.benchmarks):
         label = source.label or source.name
         if Path(label).name != label or label == ".." or label in jobs:
             raise UserError(
-                f"evaluate.benchmarks.{index}: label {label!r} must be the name of a folder of its own; set another"
+                f"evaluate.benchmarks.{index}: label {label!r} must be a folder name that no other benchmark has; "
+                "set another"
             )
         benchmark = find_benchmark(source.name)
         samples = benchmark.select(read_manifest(source.manifest), source.manifest)[: source.max_samples]
-        jobs[label] = Job(source, benchmark, samples, config.train.run_dir / "evaluation" / label)
+        jobs[label] = BenchmarkJob(source, benchmark, samples, run_dir / "evaluation" / label)
     return list(jobs.values())
 
 
-def _judge_for(jobs: Sequence[Job], section: JudgeSection, cache: Path) -> Judge | None:
+def _judge_for(jobs: Sequence[BenchmarkJob], section: JudgeSection, cache: Path) -> Judge | None:
+    """Build the judge if a benchmark needs one."""
     needed = any(job.benchmark.task is Task.CAPTIONING for job in jobs)
     return build_judge(section, cache) if needed else None
 
 
 def _start_engine(config: RunConfig, model_config: ModelConfig, processor: PromptProcessor) -> RolloutEngine:
+    """Load the model and start its engine. All ranks call it."""
     model = build_model(model_config, config).to(mesh.device()).eval()
     load_model_weights(model, config.model.path)
     engine = build_engine(config, model, processor)
-    engine.update_weights(stream_hf_tensors(model), version=0)  # servers of the user's own may hold others
+    engine.update_weights(stream_hf_tensors(model), version=0)  # the user's own servers may hold other weights
     return engine
 
 
-def _answerer(
+def _build_predictor(
     config: RunConfig,
     source: BenchmarkSource,
     engine: RolloutEngine,
     processor: PromptProcessor,
     templates: PromptTemplates,
-) -> Answerer:
-    return Answerer(
+) -> Predictor:
+    return Predictor(
         engine,
         processor,
         preparation(config.data, templates, processor, Decoder(config.data), thinking=source.thinking),
@@ -143,13 +176,17 @@ def _answerer(
     )
 
 
-def _unanswered(job: Job, log: PredictionLog) -> list[int]:
-    """Indices of samples."""
+def _indices_to_predict(job: BenchmarkJob, log: PredictionLog) -> list[int]:
+    """Return the indices of the samples without a prediction."""
     return [index for index, sample in enumerate(job.samples) if sample.id not in log.done]
 
 
-def _open_log(job: Job, config: RunConfig, templates: PromptTemplates) -> PredictionLog:
-    """The answers so far, if the settings that they depend on are the same; without those to other questions."""
+def _open_log(job: BenchmarkJob, config: RunConfig, templates: PromptTemplates) -> PredictionLog:
+    """Open the predictions so far.
+
+    Raises:
+        UserError: they were generated with other settings.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(job, config)
     path = job.folder / SETTINGS_FILE
@@ -157,35 +194,38 @@ def _open_log(job: Job, config: RunConfig, templates: PromptTemplates) -> Predic
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; remove its folder to answer anew") from None
+            raise UserError(f"{path}: cannot be read: {error}; remove its folder to evaluate again") from None
         changed = sorted(key for key in settings if before.get(key) != settings[key])
         if changed:
             raise UserError(
-                f"{job.folder}: holds answers with another {' and '.join(changed)}; give the benchmark another label, "
-                "give the run another train.run_dir, or remove the folder"
+                f"{job.folder}: holds predictions with another {' and '.join(changed)}; give the benchmark another "
+                "label, give the run another train.run_dir, or remove the folder"
             )
     else:
         (job.folder / PREDICTIONS_FILE).unlink(missing_ok=True)
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    asked = {sample.id: _question(sample, templates, thinking=job.source.thinking) for sample in job.samples}
+    asked = {sample.id: _prompt_digest(sample, templates, thinking=job.source.thinking) for sample in job.samples}
     log = PredictionLog(job.folder / PREDICTIONS_FILE, asked)
     if log.num_outdated:
         logger.warning(
-            "%s: %d samples now ask something else than what was answered under their ids: they are asked again",
+            "%s: the prompts of %d samples have changed since their predictions were generated: they are repeated",
             job.source.manifest,
             log.num_outdated,
         )
     return log
 
 
-def _question(sample: VideoSample, templates: PromptTemplates, *, thinking: bool) -> str:
-    """Digest of what a sample asks the model: the words, the video and which part of it."""
+def _prompt_digest(sample: VideoSample, templates: PromptTemplates, *, thinking: bool) -> str:
+    """Return a digest of a sample's prompt: the text, the video and the clip."""
     messages = build_messages(sample, templates, thinking=thinking)
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _settings(job: Job, config: RunConfig) -> dict[str, Any]:
-    """What an answer depends on besides its sample, whose id and question are with the answer: more may come."""
+def _settings(job: BenchmarkJob, config: RunConfig) -> dict[str, Any]:
+    """Return the settings that a prediction depends on, except for its sample.
+
+    A prediction is stored with its sample's id and prompt digest, so samples may be added or changed.
+    """
     templates = config.data.templates
     reading = config.data.model_dump(mode="json", exclude={"sources", "templates", "num_workers", "video_cache_mb"})
     return {
@@ -201,21 +241,22 @@ def _settings(job: Job, config: RunConfig) -> dict[str, Any]:
 
 
 def _fingerprint(model_dir: Path) -> str:
-    """Changes with the files of a model's folder: their names, sizes and times."""
+    """Return a digest of the names, sizes and modification times of a model's files."""
     files = sorted(path for path in model_dir.rglob("*") if path.is_file())
     facts = [(str(path.relative_to(model_dir)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _score(job: Job, log: PredictionLog, judge: Judge | None, config: RunConfig) -> Evaluation:
-    log.arrange([sample.id for sample in job.samples])
+def _score(job: BenchmarkJob, log: PredictionLog, judge: Judge | None, config: RunConfig) -> BenchmarkResult:
+    """Score the predictions of a benchmark, and write the files of its result."""
+    log.rewrite([sample.id for sample in job.samples])
     matched = [log.done[sample.id] for sample in job.samples]
-    evaluation = score_predictions(job.benchmark, job.samples, matched, judge)
-    about = {
+    result = score_predictions(job.benchmark, job.samples, matched, judge)
+    details = {
         "label": job.label,
         "model": str(config.model.path),
         "thinking": job.source.thinking,
         "manifest": str(job.source.manifest.absolute()),
     }
-    write_evaluation(evaluation, job.folder / METRICS_FILE, job.folder / SAMPLES_FILE, about)
-    return evaluation
+    write_result(result, job.folder / METRICS_FILE, job.folder / SAMPLES_FILE, details)
+    return result

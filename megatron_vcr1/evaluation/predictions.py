@@ -1,4 +1,4 @@
-"""Predictions: lines of {"id", "output"}, from any program, or written batch by batch by an evaluation that may die."""
+"""Prediction files: JSON lines of {"id", "output"}, from any program or written batch by batch by `vcr1 evaluate`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _MAX_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model answered to one sample.
+    """A stored completion for one sample.
 
     Attributes:
-        output: None if the sample could not be put to the model.
-        error: why not.
-        num_tokens, finish_reason: of the output, where they are known.
-        reduction: how the sample's video was made smaller for the prompt to fit; None if it was not, or is not known.
-        asked: digest of the question that it answers, where that is known.
+        id: id of the sample.
+        output: the completion; None if the sample could not be given to the model.
+        error: why there is no output.
+        num_tokens, finish_reason: number of tokens of the output and why it ended, if known.
+        reduction: how the video was made smaller so that the prompt fits; None if it was not, or if unknown.
+        asked: digest of the prompt, if known.
     """
 
     id: str
@@ -36,28 +37,28 @@ class Prediction:
     asked: str | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """The line's object; without what is not known."""
+        """Return the object of the file's line, without unknown values."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def read_predictions(path: Path) -> dict[str, Prediction]:
-    """All lines, by id.
+    """Read all predictions of a file, by id.
 
     Raises:
-        UserError: the file cannot be read, a line is none of a prediction, or an id comes twice; names the line.
+        UserError: the file cannot be read, a line is not a prediction, or an id appears twice; names the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # some programs begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     predictions: dict[str, Prediction] = {}
-    # Not splitlines: JSON texts may hold line separators of Unicode.
+    # Not splitlines: JSON strings may hold Unicode line separators.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         prediction = _parse_line(line, f"{path}:{number}")
         if prediction.id in predictions:
-            raise UserError(f"{path}:{number}: id {prediction.id!r} has a line already; keep one of them")
+            raise UserError(f"{path}:{number}: id {prediction.id!r} appears twice; keep one of its lines")
         predictions[prediction.id] = prediction
     return predictions
 
@@ -65,20 +66,23 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
 def match_predictions(
     predictions: Mapping[str, Prediction], samples: Sequence[VideoSample], path: Path, *, allow_missing: bool
 ) -> list[Prediction]:
-    """The prediction of each sample, in order.
+    """Return the prediction of each sample, in order.
 
     Args:
-        allow_missing: a sample without one is unanswered, instead of an error.
+        predictions: predictions by id.
+        samples: all samples of the benchmark.
+        path: the predictions' file, for error messages.
+        allow_missing: count a sample without a prediction as unanswered instead of raising an error.
 
     Raises:
-        UserError: there are predictions of other ids, or none of some samples; names up to five.
+        UserError: predictions have other ids, or samples have no prediction; names up to five.
     """
     missing = [sample.id for sample in samples if sample.id not in predictions]
     extra = predictions.keys() - {sample.id for sample in samples}
     if extra:
         named = _named([id for id in predictions if id in extra])
         raise UserError(
-            f"{path}: {len(extra)} ids are none of the benchmark's samples: {named}; are they of this file?"
+            f"{path}: {len(extra)} ids do not belong to the benchmark's samples: {named}; does the file belong to it?"
         )
     if missing and not allow_missing:
         raise UserError(
@@ -89,39 +93,49 @@ def match_predictions(
 
 
 class PredictionLog:
-    """The predictions file of an evaluation that goes on where it was killed. For one process.
+    """The predictions file of an evaluation that can be killed and resumed. Only one process may open it.
 
-    Opening it takes over the whole lines with outputs, and drops the rest: a line cut in the middle, samples whose
-    videos could not be read, and answers to other questions under the same ids. These samples are asked again.
+    Opening it keeps the complete lines with outputs. It drops an incomplete last line, samples whose videos could not
+    be read, and predictions for other prompts under the same ids. These samples are predicted again.
 
     Attributes:
-        done: the answers, by id.
-        num_outdated: answers that were dropped because they are to other questions.
+        done: the predictions, by id.
+        num_outdated: number of predictions that were dropped because the prompt has changed.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, str]) -> None:
-        """
+        """Open the file, or create it.
+
         Args:
-            asked: digest of each sample's question, by id.
+            path: the file; its folder must exist.
+            asked: digest of each sample's prompt, by id.
+
+        Raises:
+            UserError: the file holds a complete line that is not a prediction.
         """
         self._path = path
         self._asked = asked
-        answers = {one.id: one for one in _salvage(path) if one.output is not None}
-        self.done = {id: one for id, one in answers.items() if asked.get(id, one.asked) == one.asked}
-        self.num_outdated = len(answers) - len(self.done)
-        self.arrange([])
+        found = {
+            prediction.id: prediction for prediction in _read_complete_lines(path) if prediction.output is not None
+        }
+        # Ids that are not asked now are kept: the manifest may be filtered differently the next time.
+        self.done = {
+            id: prediction for id, prediction in found.items() if asked.get(id, prediction.asked) == prediction.asked
+        }
+        self.num_outdated = len(found) - len(self.done)
+        self.rewrite([])
 
     def append(self, predictions: Sequence[Prediction]) -> None:
-        """Adds a batch; it is on the disk when this returns."""
-        predictions = [replace(one, asked=self._asked[one.id]) for one in predictions]
+        """Add a batch. It is on the disk when this returns."""
+        predictions = [replace(prediction, asked=self._asked[prediction.id]) for prediction in predictions]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_lines(predictions))
             file.flush()
             os.fsync(file.fileno())
-        self.done |= {one.id: one for one in predictions}
+        self.done |= {prediction.id: prediction for prediction in predictions}
 
-    def arrange(self, ids: Sequence[str]) -> None:
-        """Writes the file anew, these ids first: however often an evaluation was killed, its file ends up the same."""
+    def rewrite(self, ids: Sequence[str]) -> None:
+        """Rewrite the file with these ids first, so that interruptions leave no trace in its order."""
         self.done = {id: self.done[id] for id in dict.fromkeys([*ids, *self.done])}
         unfinished = self._path.with_name(self._path.name + ".part")
         unfinished.write_text(_lines(self.done.values()), encoding="utf-8")
@@ -129,11 +143,11 @@ class PredictionLog:
 
 
 def _lines(predictions: Iterable[Prediction]) -> str:
-    # ASCII: half of a character, which a tokenizer can leave behind, has no UTF-8.
-    return "".join(json.dumps(one.as_row()) + "\n" for one in predictions)
+    # json.dumps escapes to ASCII: a lone surrogate, which decoding tokens can produce, has no UTF-8.
+    return "".join(json.dumps(prediction.as_row()) + "\n" for prediction in predictions)
 
 
-def _salvage(path: Path) -> Iterable[Prediction]:
+def _read_complete_lines(path: Path) -> Iterable[Prediction]:
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -151,7 +165,7 @@ def _parse_line(line: str, where: str) -> Prediction:
         raise UserError(f'{where}: needs the keys "id" and "output"')
     output = row.get("output")
     if not (output is None or isinstance(output, str)):
-        raise UserError(f'{where}: "output" must be a text')
+        raise UserError(f'{where}: "output" must be a string')
     if output is None:
         return Prediction(str(row["id"]), None, str(row.get("error") or "no output"))
     known = {key: row.get(key) for key in ("num_tokens", "finish_reason", "reduction", "asked")}
@@ -159,4 +173,5 @@ def _parse_line(line: str, where: str) -> Prediction:
 
 
 def _named(ids: Sequence[str]) -> str:
+    """List the first few ids."""
     return ", ".join(map(repr, ids[:_MAX_NAMED])) + (" ..." if len(ids) > _MAX_NAMED else "")

@@ -1,4 +1,7 @@
-"""A benchmark's samples as decoding processes make them, which import this module: it leaves megatron-core alone."""
+"""The function that decoding processes call for each sample.
+
+These processes import this module, so it does not import megatron-core.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from megatron_vcr1.evaluation.predictions import Prediction
 from megatron_vcr1.types import VideoSample
 
 
-def prepared_or_why_not(sample: VideoSample, prepare: Prepare) -> PreparedSample | Prediction:
-    """The prepared sample, or the prediction that says why there is none."""
+def prepare_or_explain(sample: VideoSample, prepare: Prepare) -> PreparedSample | Prediction:
+    """Return the prepared sample, or a prediction without output that states why the sample cannot be prepared."""
     try:
         return prepare(sample)
-    except ValueError as error:  # a VideoError or PromptTooLongError too
+    except ValueError as error:  # VideoError and PromptTooLongError are ValueErrors too
         return Prediction(sample.id, None, str(error))

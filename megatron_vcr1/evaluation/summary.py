@@ -1,4 +1,4 @@
-"""From what each output is worth to a benchmark's figures: means, intervals, categories, counted reasons."""
+"""Summarizes the metrics of all samples: means, confidence intervals, categories, and counts of reasons for zeros."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_vcr1.evaluation.benchmarks import Benchmark
 from megatron_vcr1.evaluation.bootstrap import ClusteredMeans, percentile_interval
-from megatron_vcr1.evaluation.metrics import Measured
+from megatron_vcr1.evaluation.metrics import SampleMetrics
 from megatron_vcr1.types import VideoSample
 
 F1 = "F1"
@@ -20,7 +20,7 @@ F1 = "F1"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and its 95 % bootstrap interval; no interval where a single video leaves nothing to resample."""
+    """A metric and its 95 % bootstrap interval; there is no interval if all samples are about the same video."""
 
     value: float
     low: float | None
@@ -29,14 +29,15 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A benchmark's figures.
+    """The metrics of a benchmark.
 
     Attributes:
-        metrics: by name.
-        categories: the same by category, without intervals, beside the category's num_samples. A category a/b also
-            counts in a.
-        zeros: counts by part and reason of what was worth nothing.
-        num_unjudged: outputs that a judge could not judge; they are in no figure.
+        metrics: estimates by metric name.
+        categories: for each category, its metrics without intervals and its num_samples. A category a/b also counts in
+            category a.
+        zeros: for each part of the answer, the number of zeros by reason.
+        num_samples: number of all samples.
+        num_unjudged: number of outputs that a judge could not judge; no metric includes them.
     """
 
     metrics: Mapping[str, Estimate]
@@ -46,48 +47,57 @@ class Summary:
     num_unjudged: int
 
     def as_json(self) -> dict[str, Any]:
-        metrics = {name: {"value": one.value, "low": one.low, "high": one.high} for name, one in self.metrics.items()}
+        """Return the summary as metrics.json holds it."""
+        metrics = {
+            name: {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+            for name, estimate in self.metrics.items()
+        }
         return {
             "num_samples": self.num_samples,
             "num_unjudged": self.num_unjudged,
             "metrics": metrics,
-            "categories": {name: dict(figures) for name, figures in self.categories.items()},
+            "categories": {name: dict(values) for name, values in self.categories.items()},
             "zeros": {part: dict(reasons) for part, reasons in self.zeros.items()},
         }
 
 
-def summarize(benchmark: Benchmark, samples: Sequence[VideoSample], measured: Sequence[Measured]) -> Summary:
-    """The figures of all samples; no metrics if none could be judged.
+def summarize(benchmark: Benchmark, samples: Sequence[VideoSample], metrics: Sequence[SampleMetrics]) -> Summary:
+    """Summarize the metrics of all samples; without any judged sample, the summary has no metrics.
 
     Args:
-        measured: of each sample.
+        benchmark: decides between the mean of samples and the mean of categories.
+        samples: the samples of the benchmark.
+        metrics: the metrics of each sample.
     """
-    judged = [(sample, one) for sample, one in zip(samples, measured, strict=True) if one.values]
+    judged = [(sample, values) for sample, values in zip(samples, metrics, strict=True) if values.values]
     return Summary(
         metrics=_estimates(benchmark, judged) if judged else {},
         categories=_by_category(judged),
-        zeros=_count_reasons([one for _, one in judged]),
+        zeros=_count_reasons([values for _, values in judged]),
         num_samples=len(samples),
         num_unjudged=len(samples) - len(judged),
     )
 
 
-def _estimates(benchmark: Benchmark, judged: Sequence[tuple[VideoSample, Measured]]) -> dict[str, Estimate]:
+def _estimates(benchmark: Benchmark, judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> dict[str, Estimate]:
     names, values = _matrix(judged)
     categories = [sample.category for sample, _ in judged] if benchmark.mean_of_categories else None
     means = ClusteredMeans(values, [sample.video for sample, _ in judged], categories)
-    figures = _with_f1(names, means.mean())
+    by_name = _with_f1(names, means.mean())
     if means.num_clusters == 1:
-        return {name: Estimate(float(value), None, None) for name, value in figures.items()}
+        return {name: Estimate(float(value), None, None) for name, value in by_name.items()}
     resampled = _with_f1(names, means.resampled())
     bounds = {name: percentile_interval(draws) for name, draws in resampled.items()}
     return {
-        name: Estimate(float(value), float(bounds[name][0]), float(bounds[name][1])) for name, value in figures.items()
+        name: Estimate(float(value), float(bounds[name][0]), float(bounds[name][1])) for name, value in by_name.items()
     }
 
 
 def _with_f1(names: Sequence[str], means: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Means [..., num_metrics] by name; F1 is of the mean recall and precision, as AutoDQ has it, not a mean of F1s."""
+    """Return means [..., num_metrics] by name.
+
+    F1 is computed from mean recall and mean precision, as in AutoDQ; it is not the mean of the samples' F1.
+    """
     by_name = dict(zip(names, np.moveaxis(means, -1, 0), strict=True))
     if not {"recall", "precision"} <= by_name.keys():
         return by_name
@@ -96,29 +106,32 @@ def _with_f1(names: Sequence[str], means: NDArray[np.float64]) -> dict[str, NDAr
     return {F1: np.divide(product, both, out=np.zeros_like(both), where=both > 0), **by_name}
 
 
-def _by_category(judged: Sequence[tuple[VideoSample, Measured]]) -> dict[str, dict[str, float]]:
-    groups: dict[str, list[tuple[VideoSample, Measured]]] = {}
-    for sample, one in judged:
+def _by_category(judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[tuple[VideoSample, SampleMetrics]]] = {}
+    for sample, values in judged:
         parts = sample.category.split("/")
         for depth in range(1, len(parts) + 1):
-            groups.setdefault("/".join(parts[:depth]), []).append((sample, one))
+            groups.setdefault("/".join(parts[:depth]), []).append((sample, values))
+    # A category that holds all samples would repeat the metrics of the benchmark.
     groups = {name: group for name, group in sorted(groups.items()) if name and len(group) < len(judged)}
-    figures = {}
+    categories = {}
     for name, group in groups.items():
-        names, values = _matrix(group)
-        means = {metric: float(value) for metric, value in _with_f1(names, values.mean(axis=0)).items()}
-        figures[name] = {"num_samples": len(group), **means}
-    return figures
+        names, matrix = _matrix(group)
+        means = {metric: float(value) for metric, value in _with_f1(names, matrix.mean(axis=0)).items()}
+        categories[name] = {"num_samples": len(group), **means}
+    return categories
 
 
-def _matrix(judged: Sequence[tuple[VideoSample, Measured]]) -> tuple[list[str], NDArray[np.float64]]:
+def _matrix(judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> tuple[list[str], NDArray[np.float64]]:
+    """Return the names of the metrics and their values [num_samples, num_metrics]."""
     names = list(judged[0][1].values)
-    return names, np.array([[one.values[name] for name in names] for _, one in judged], dtype=np.float64)
+    rows = [[metrics.values[name] for name in names] for _, metrics in judged]
+    return names, np.array(rows, dtype=np.float64)
 
 
-def _count_reasons(measured: Sequence[Measured]) -> dict[str, dict[str, int]]:
+def _count_reasons(metrics: Sequence[SampleMetrics]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
-    for one in measured:
-        for part, reason in one.reasons.items():
+    for values in metrics:
+        for part, reason in values.reasons.items():
             counts.setdefault(part, Counter())[reason] += 1
     return {part: dict(counter.most_common()) for part, counter in sorted(counts.items())}

@@ -12,7 +12,7 @@ from megatron_vcr1.data.manifest import RowError, sample_from_row, scan_manifest
 from megatron_vcr1.data.prompts import load_templates, target_text
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.data.video_process import VideoReader
-from megatron_vcr1.evaluation.answers import read_answer
+from megatron_vcr1.evaluation.answer_parsing import read_answer
 from megatron_vcr1.report.charts import words
 from megatron_vcr1.report.frames import FilmStrip, read_strip
 from megatron_vcr1.report.run_record import EvaluationResult, RunRecord, read_json_lines

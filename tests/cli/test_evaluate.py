@@ -1,4 +1,4 @@
-"""`vcr1 evaluate` on a file of answers, as a user types it."""
+"""`vcr1 evaluate` on a file of predictions, as a user types it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A manifest of three questions and two captions, and answers to all of the questions."""
+    """A manifest of three questions and two captions, and predictions for all questions."""
     monkeypatch.chdir(tmp_path)
     write_manifest(tmp_path / "test.jsonl", [*choices("a", "b", "c"), *captions("d", "e")])
-    answer("A", "B", "<think>A")
+    write_predictions("A", "B", "<think>A")
     return tmp_path
 
 
-def answer(*outputs: str, ids: str = "abc") -> None:
+def write_predictions(*outputs: str, ids: str = "abc") -> None:
     lines = [json.dumps({"id": id, "output": output}) + "\n" for id, output in zip(ids, outputs, strict=True)]
-    Path("answers.jsonl").write_text("".join(lines))
+    Path("predictions.jsonl").write_text("".join(lines))
 
 
 def score(*options: str, benchmark: str = "multiple_choice_qa", out: str = "metrics.json") -> int:
-    files = ["--annotations", "test.jsonl", "--predictions", "answers.jsonl", "--out", out]
+    files = ["--annotations", "test.jsonl", "--predictions", "predictions.jsonl", "--out", out]
     return main(["evaluate", "--benchmark", benchmark, *files, *options])
 
 
-def test_a_file_of_answers(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_predictions_is_scored(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score() == 0
     details = json.loads((files / "metrics.json").read_text())
     assert details["metrics"]["accuracy"]["value"] == pytest.approx(1 / 3)
-    assert details["predictions"] == "answers.jsonl"
+    assert details["predictions"] == "predictions.jsonl"
     rows = [json.loads(line) for line in (files / "metrics.samples.jsonl").read_text().splitlines()]
     assert [(row["id"], row["metrics"]["accuracy"]) for row in rows] == [("a", 1), ("b", 0), ("c", 0)]
     shown = capsys.readouterr().out
@@ -49,8 +49,8 @@ def test_a_file_of_answers(files: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "accuracy 0: 1 wrong option, 1 no <answer>" in shown
 
 
-def test_missing_answers_are_refused_unless_they_may_be(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer("A", ids="a")
+def test_missing_predictions_are_refused_without_allow_missing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_predictions("A", ids="a")
     assert score() == 2
     assert "no prediction for 2 of 3 samples: 'b', 'c'" in capsys.readouterr().err
     assert not (files / "metrics.json").exists()
@@ -67,7 +67,7 @@ def test_missing_answers_are_refused_unless_they_may_be(files: Path, capsys: pyt
         (["absent.toml"], "absent.toml: no such file"),
     ],
 )
-def test_arguments_that_do_not_go_together(
+def test_incompatible_arguments_are_refused(
     files: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["evaluate", *arguments]) == 2
@@ -81,21 +81,21 @@ def test_arguments_that_do_not_go_together(
         (["--model.path=x"], "--model.path: scoring a file takes --judge.key VALUE only"),
     ],
 )
-def test_settings_that_scoring_does_not_take(
+def test_scoring_accepts_only_judge_settings(
     files: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    answer("A dog.", "A cat.", ids="de")
+    write_predictions("A dog.", "A cat.", ids="de")
     assert score(*options, benchmark="captioning") == 2
     assert message in capsys.readouterr().err
 
 
-def test_out_is_a_json_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_must_be_a_json_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score(out="metrics") == 2
     assert "name a file that ends with .json" in capsys.readouterr().err
 
 
-def test_a_language_model_judges(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer("A dog barks.", "<answer>A dog barks. A cat runs.</answer>", ids="de")
+def test_verdicts_of_a_language_model_are_cached(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_predictions("A dog barks.", "<answer>A dog barks. A cat runs.</answer>", ids="de")
     with judge_server() as server:
         section = server.section()
         options = ["--judge.kind", "openai", f"--judge.base_url={section.base_url}", "--judge.model", "reader"]
@@ -104,15 +104,15 @@ def test_a_language_model_judges(files: Path, capsys: pytest.CaptureFixture[str]
         assert (details["judge"], details["metrics"]["recall"]["value"]) == ("reader", 0.75)
         num_asked = len(server.bodies)
         assert score(*options, benchmark="captioning") == 0
-        assert len(server.bodies) == num_asked  # the answers are beside metrics.json
+        assert len(server.bodies) == num_asked  # the judge's answers are cached next to metrics.json
         server.always = "503"
-        answer("A bird sings.", "It rains.", ids="de")
+        write_predictions("A bird sings.", "It rains.", ids="de")
         capsys.readouterr()
         assert score(*options, "--judge.max_retries=0", benchmark="captioning") == 1
     assert "2 of 2 captions were not judged, more than judge.max_unscored_fraction allows" in capsys.readouterr().err
 
 
-def test_an_engine_that_fails_keeps_the_answers(
+def test_predictions_are_kept_when_the_engine_fails(
     files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_vcr1.evaluation import evaluate
@@ -123,10 +123,10 @@ def test_an_engine_that_fails_keeps_the_answers(
     monkeypatch.setattr(evaluate, "evaluate_model", fail)
     Path("run.toml").write_text('[model]\npath = "model"\n')
     assert main(["evaluate", "run.toml"]) == 1
-    assert "no server answers; see sglang.log\nThe answers so far are kept" in capsys.readouterr().err
+    assert "no server answers; see sglang.log\nThe predictions so far are kept" in capsys.readouterr().err
 
 
-def test_the_example_names_benchmarks_that_exist() -> None:
+def test_the_example_config_names_existing_benchmarks() -> None:
     config = load_config(ROOT / "examples" / "configs" / "evaluate.toml")
     assert {find_benchmark(source.name).name for source in config.evaluate.benchmarks} == {
         *("charades_sta", "activitynet", "nextgqa", "got10k", "videomme_short"),

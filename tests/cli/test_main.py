@@ -11,7 +11,7 @@ import pytest
 from megatron_vcr1.cli import main as cli
 
 
-def test_config_prints_a_file_that_checks(tmp_path, capsys):
+def test_config_prints_a_file_that_passes_its_check(tmp_path, capsys):
     assert cli.main(["config"]) == 0
     documented = capsys.readouterr().out
     path = tmp_path / "run.toml"
@@ -39,7 +39,7 @@ def test_overrides_without_a_file_are_refused(capsys):
     assert "vcr1 config --check FILE" in capsys.readouterr().err
 
 
-def test_overrides_may_stand_anywhere(tmp_path, capsys):
+def test_overrides_may_come_before_and_after_other_arguments(tmp_path, capsys):
     assert cli.main(["config"]) == 0
     path = tmp_path / "run.toml"
     path.write_text(capsys.readouterr().out)
@@ -53,26 +53,26 @@ def test_overrides_may_stand_anywhere(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv", [["nonsense"], ["config", "--check"]])
-def test_bad_usage(argv, capsys):
+def test_bad_usage_prints_the_usage(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2
     assert "usage: vcr1" in capsys.readouterr().err
 
 
-def test_without_a_command_there_is_help(capsys):
+def test_help_is_printed_without_a_command(capsys):
     assert cli.main([]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "per-token log-probs" in printed.err
 
 
-def test_the_version_is_the_installed_one():
+def test_version_is_the_installed_version():
     command = [sys.executable, "-m", "megatron_vcr1", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == f"vcr1 {version('megatron_vcr1')}\n"
 
 
-def test_only_some_commands_take_overrides(monkeypatch, capsys):
+def test_overrides_are_refused_by_commands_without_settings(monkeypatch, capsys):
     class Plain:
         @staticmethod
         def add_parser(subparsers):
@@ -87,24 +87,24 @@ def test_only_some_commands_take_overrides(monkeypatch, capsys):
 
 
 def commands(parser, name="vcr1"):
-    """Every command with its parser."""
+    """Yield every command with its parser."""
     yield name, parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for word, one in action.choices.items():
-                yield from commands(one, f"{name} {word}")
+            for word, subparser in action.choices.items():
+                yield from commands(subparser, f"{name} {word}")
 
 
-def test_every_command_and_option_is_explained():
+def test_every_command_and_option_has_a_help_text():
     unexplained = []
     for name, parser in commands(cli.build_parser()):
-        options = [one for one in parser._actions if not isinstance(one, argparse._SubParsersAction)]
-        unexplained += [f"{name} {one.dest}" for one in options if not one.help]
+        options = [action for action in parser._actions if not isinstance(action, argparse._SubParsersAction)]
+        unexplained += [f"{name} {action.dest}" for action in options if not action.help]
         unexplained += [] if parser.description else [name]
     assert not unexplained
 
 
-def test_help_loads_nothing_heavy():
+def test_help_imports_no_heavy_package():
     code = (
         "import sys; from megatron_vcr1.cli import main; main.build_parser().format_help(); "
         "print([name for name in ('torch', 'transformers', 'pydantic', 'numpy', 'av', 'rich') if name in sys.modules])"
@@ -113,7 +113,7 @@ def test_help_loads_nothing_heavy():
     assert result.stdout.strip() == "[]"
 
 
-def test_a_failing_disk_is_a_message_and_exit_code_1(monkeypatch, capsys):
+def test_an_os_error_is_a_message_and_exit_code_1(monkeypatch, capsys):
     class Failing:
         @staticmethod
         def add_parser(subparsers):

@@ -1,4 +1,4 @@
-"""`vcr1 train`, as it is typed."""
+"""`vcr1 train`, as a user types it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _file(folder: Path, stage: str, reward: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_run_ends_with_an_export_and_options_win_over_the_file(folder: Path, tmp_path: Path, stage: str) -> None:
+def test_a_run_writes_an_export_and_overrides_take_precedence(folder: Path, tmp_path: Path, stage: str) -> None:
     options = ["--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "1", "--optimizer.learning_rate=1e-5"]
     options += ["--profile", "--profile.first_step", "1"]
     assert main(["train", _file(folder, stage), *options]) == 0
@@ -37,7 +37,7 @@ def test_a_run_ends_with_an_export_and_options_win_over_the_file(folder: Path, t
     assert "update" in (tmp_path / "run" / "profile" / "rank_0.txt").read_text()
 
 
-def test_mistakes_and_failures_have_their_own_exit_codes(
+def test_bad_input_exits_with_2_and_a_failing_run_with_1(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ["--train.run_dir", str(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""The published scoring rules, written down from their definitions, as an independent truth for ours.
+"""The published scoring rules, implemented from their definitions, as an independent reference.
 
 NExT-GQA's TempGQA; lmms-eval's tasks charades_sta, mvbench and videomme; the GOT-10k toolkit; Tarsier's DREAM-1K.
 """
@@ -14,7 +14,7 @@ Span = tuple[float, float]
 
 
 def grounding_scores(predicted: Sequence[Span | None], truth: Sequence[Span]) -> dict[str, float]:
-    """Mean IoU over the hull, and the shares of at least a threshold."""
+    """Return the mean IoU over the hull, and the fractions that reach each threshold."""
     ious = []
     for span, target in zip(predicted, truth, strict=True):
         if span is None:
@@ -30,13 +30,13 @@ def grounding_scores(predicted: Sequence[Span | None], truth: Sequence[Span]) ->
 def nextgqa_scores(
     spans: Mapping[str, Span], truth: Mapping[str, Sequence[Span]], right: Mapping[str, bool]
 ) -> dict[str, float]:
-    """For each question the best annotated span counts, for IoU and IoP apart; Acc@GQA needs an IoP of 0.5."""
+    """Use the best annotated span of each question, separately for IoU and IoP; Acc@GQA needs an IoP of 0.5."""
     totals = dict.fromkeys(["Acc@GQA", "mIoP", "IoP@0.3", "IoP@0.5", "mIoU (single span)", "IoU@0.3", "IoU@0.5"], 0.0)
     for question, targets in truth.items():
         start, end = spans[question]
         best_iou = best_iop = 0.0
         for target_start, target_end in targets:
-            overlap = min(end, target_end) - max(start, target_start)  # negative where they are apart
+            overlap = min(end, target_end) - max(start, target_start)  # negative if they are disjoint
             best_iou = max(best_iou, overlap / (max(end, target_end) - min(start, target_start)))
             best_iop = max(best_iop, overlap / (end - start))
         totals["mIoP"] += best_iop
@@ -49,7 +49,7 @@ def nextgqa_scores(
 
 
 def toolkit_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """GOT-10k: IoU of [left, top, width, height] within a frame of 1 x 1, the first frame of each sequence left out.
+    """GOT-10k: IoU of [left, top, width, height] in a 1 x 1 frame, without the first frame of each sequence.
 
     Args:
         predicted, truth: [num_sequences, num_frames, 4] as x0, y0, x1, y1.
@@ -69,7 +69,7 @@ def toolkit_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 
 def videomme_letter(answer: str) -> str:
-    """lmms-eval's reading of Video-MME: some openings are taken away, then the first of A to D counts."""
+    """Read an answer like lmms-eval's Video-MME: remove some openings, then take the first of A to D."""
     for opening in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
         answer = answer.replace(opening, "")
     found = re.search("[ABCD]", answer)
@@ -77,7 +77,7 @@ def videomme_letter(answer: str) -> str:
 
 
 def mvbench_letter(answer: str) -> str:
-    """lmms-eval's reading of MVBench, for answers of a letter with or without its option's text: "B. text", "(B)"."""
+    """Read an answer like lmms-eval's MVBench: a letter with or without its option's text, as "B. text" or "(B)"."""
     if opening := re.match(r"([A-E])\.\s*\S", answer.strip(), re.IGNORECASE):
         return opening[1].upper()
     found = re.search(r"\b([a-e])\b", re.sub(r"[()]", " ", answer).lower())
@@ -87,7 +87,7 @@ def mvbench_letter(answer: str) -> str:
 def autodq_scores(
     recalls: Mapping[str, Sequence[float]], precisions: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
-    """DREAM-1K: means within each source, then of the sources, and their F1."""
+    """DREAM-1K: average within each source, then over the sources, and compute their F1."""
     recall = float(np.average([np.average(values) for values in recalls.values()]))
     precision = float(np.average([np.average(values) for values in precisions.values()]))
     return {"F1": 2 * recall * precision / (recall + precision), "recall": recall, "precision": precision}

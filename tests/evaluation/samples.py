@@ -1,4 +1,4 @@
-"""Samples to score, without videos."""
+"""Samples to score; their videos do not exist."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_vcr1.types import CaptionTarget, ChoiceTarget, VideoSample
 
 
 def choices(*ids: str, video: str = "", category: str = "") -> list[VideoSample]:
-    """Multiple choice of four options, of which A is right."""
+    """Multiple-choice samples with four options; A is correct."""
     return [
         VideoSample(id, video or f"{id}.mp4", ChoiceTarget("A"), "what?", options=tuple("wxyz"), category=category)
         for id in ids

@@ -13,15 +13,15 @@ from megatron_vcr1.types import Interval
 from tests.evaluation.samples import captions, choices
 
 
-def test_a_manifest(tmp_path: Path) -> None:
+def test_a_manifest_is_filtered_by_task_and_category(tmp_path: Path) -> None:
     samples = [*choices("a", category="short/OCR"), *captions("b")]
     write_manifest(tmp_path / "m.jsonl", samples)
     (caption,) = read_annotations(BENCHMARKS["dream1k"], [tmp_path / "m.jsonl"])
     assert (caption.id, caption.target) == ("b", samples[1].target)
-    assert [one.id for one in read_annotations(BENCHMARKS["videomme_short"], [tmp_path / "m.jsonl"])] == ["a"]
+    assert [sample.id for sample in read_annotations(BENCHMARKS["videomme_short"], [tmp_path / "m.jsonl"])] == ["a"]
 
 
-def test_files_as_published_keep_what_ends_after_the_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_spans_that_end_after_the_video_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "test.txt").write_text("V1 2.0 40.0##a person runs\nV1 9.0 3.0##a person sits\n")
     (tmp_path / "lengths.csv").write_text("id,length\nV1,30.0\n")
     (sample,) = read_annotations(BENCHMARKS["charades_sta"], [tmp_path / "test.txt", tmp_path / "lengths.csv"])
@@ -29,18 +29,18 @@ def test_files_as_published_keep_what_ends_after_the_video(tmp_path: Path, capsy
     assert "1 published rows: inverted_span (skipped)" in capsys.readouterr().out
 
 
-def test_perception_test(tmp_path: Path) -> None:
+def test_perception_test_annotations_are_read(tmp_path: Path) -> None:
     question = {"id": 0, "question": "what?", "options": ["x", "y", "z"], "answer_id": 1, "area": "physics"}
     metadata = {"split": "valid", "num_frames": 300, "frame_rate": 30.0}
     (tmp_path / "valid.json").write_text(json.dumps({"v1": {"metadata": metadata, "mc_question": [question]}}))
     (sample,) = read_annotations(BENCHMARKS["perception_test"], [tmp_path / "valid.json"])
-    assert BENCHMARKS["perception_test"].measure(sample, "B").values == {"accuracy": 1}
+    assert BENCHMARKS["perception_test"].metric_function(sample, "B").values == {"accuracy": 1}
 
 
-def test_published_lines_of_json_are_no_manifest(tmp_path: Path) -> None:
+def test_published_json_lines_are_not_taken_for_a_manifest(tmp_path: Path) -> None:
     content = [{"video": {"video_file": "v.mp4"}}], [{"reference": "A dog\u2028barks."}]
     row: dict[str, object] = {
-        "messages": [{"content": one} for one in content],
+        "messages": [{"content": parts} for parts in content],
         "dataset": "DREAM/movie",
         "idx": 1,
         "vid": 1,
@@ -54,17 +54,17 @@ def test_published_lines_of_json_are_no_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("tracking", '{"some": "json"}', "benchmark tracking needs a manifest|no manifest"),
+        ("tracking", '{"some": "json"}', "benchmark tracking needs a manifest|not a manifest"),
         ("charades_sta", "{", "1 bad rows"),
         ("dream1k", '{"id": "a", "task": "dance", "target": {}}', "'dance\\\\?\"? is not one of|bad rows"),
     ],
 )
-def test_neither(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_a_file_that_is_neither_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / "m.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         read_annotations(BENCHMARKS[name], [tmp_path / "m.jsonl"])
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
         read_annotations(BENCHMARKS["charades_sta"], [tmp_path / "test.jsonl"])

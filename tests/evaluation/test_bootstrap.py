@@ -17,7 +17,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     assert interval(values) == interval(values)
 
 
-def test_of_independent_samples_it_is_the_normal_interval() -> None:
+def test_independent_samples_give_the_normal_interval() -> None:
     values = np.random.default_rng(1).uniform(size=400)
     low, high = interval(values)
     margin = 1.96 * values.std() / np.sqrt(len(values))
@@ -25,25 +25,25 @@ def test_of_independent_samples_it_is_the_normal_interval() -> None:
     assert high == pytest.approx(values.mean() + margin, abs=margin / 10)
 
 
-def test_the_truth_is_in_19_of_20_intervals() -> None:
+def test_95_percent_of_intervals_cover_the_true_mean() -> None:
     random = np.random.default_rng(2)
-    num_held = 0
+    num_covered = 0
     for _ in range(100):
         low, high = interval((random.uniform(size=100) < 0.3).astype(float))
-        num_held += low <= 0.3 <= high
-    assert 90 <= num_held <= 99
+        num_covered += low <= 0.3 <= high
+    assert 90 <= num_covered <= 99
 
 
-def test_repeated_questions_about_a_video_make_nothing_surer() -> None:
+def test_repeated_questions_about_a_video_do_not_narrow_the_interval() -> None:
     values = np.random.default_rng(3).uniform(size=100)
     once = interval(values)
     clusters = [index for index in range(100) for _ in range(9)]
     assert interval(np.repeat(values, 9), clusters) == pytest.approx(once)
-    wrongly = interval(np.repeat(values, 9))
-    assert wrongly[1] - wrongly[0] < 0.5 * (once[1] - once[0])
+    unclustered = interval(np.repeat(values, 9))
+    assert unclustered[1] - unclustered[0] < 0.5 * (once[1] - once[0])
 
 
-def test_clusters_of_different_sizes_weigh_by_their_samples() -> None:
+def test_clusters_are_weighted_by_their_number_of_samples() -> None:
     values = np.array([[1.0], [1.0], [1.0], [0.0]])
     means = ClusteredMeans(values, ["a", "a", "a", "b"])
     assert means.mean() == pytest.approx([0.75])
@@ -51,14 +51,14 @@ def test_clusters_of_different_sizes_weigh_by_their_samples() -> None:
     assert set(np.round(means.resampled()[:, 0], 6)) == {1.0, 0.0, 0.75}
 
 
-def test_a_mean_of_categories() -> None:
+def test_categories_are_averaged_even_if_a_resample_lacks_one() -> None:
     values = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     means = ClusteredMeans(values, ["a", "b", "c", "d"], ["x", "x", "x", "y"])
     assert means.mean() == pytest.approx([0.5, (1 / 3 + 1) / 2])
-    assert not np.isnan(means.resampled()).any()  # some resamples hold nothing of y
+    assert not np.isnan(means.resampled()).any()  # some resamples hold no sample of category y
 
 
-def test_against_a_plain_loop() -> None:
+def test_weighted_means_match_a_plain_loop() -> None:
     random = np.random.default_rng(4)
     clusters = random.integers(0, 12, 60)
     categories = random.integers(0, 3, 60)
@@ -66,7 +66,7 @@ def test_against_a_plain_loop() -> None:
     means = ClusteredMeans(values, clusters.tolist(), categories.tolist())
     weights = random.multinomial(means.num_clusters, np.full(means.num_clusters, 1 / means.num_clusters), 5)
     order = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters.tolist()))}
-    for row, one in zip(weights, means._weighted(weights), strict=True):
+    for row, expected in zip(weights, means._weighted(weights), strict=True):
         repeats = np.array([row[order[cluster]] for cluster in clusters.tolist()])
         drawn, kinds = np.repeat(values, repeats, axis=0), np.repeat(categories, repeats)
-        assert one == pytest.approx(np.mean([drawn[kinds == kind].mean(axis=0) for kind in set(kinds)], axis=0))
+        assert expected == pytest.approx(np.mean([drawn[kinds == kind].mean(axis=0) for kind in set(kinds)], axis=0))

@@ -1,4 +1,4 @@
-"""`vcr1 evaluate` on a model: the command itself, killed and resumed, and shared out over processes."""
+"""`vcr1 evaluate` on a model: the command, killed and resumed, and distributed over processes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
+from megatron_vcr1.cli.main import main
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest, write_manifest
@@ -55,19 +56,19 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def results(run_dir: Path) -> dict[str, Any]:
-    """All that an evaluation leaves, but for the models' paths and times."""
+    """The content of all files of an evaluation, except for paths and times of the model."""
     files = sorted(run_dir.glob("evaluation/*/*.json*"))
     return {str(path.relative_to(run_dir)): path.read_text() for path in files if path.name != "settings.json"}
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, Any]:
-    """The result of one process, undisturbed."""
+    """The result of an undisturbed evaluation in one process."""
     evaluate_model(run_config(folder, folder / "whole"))
     return results(folder / "whole")
 
 
-def test_the_command(folder: Path, whole: dict[str, Any]) -> None:
+def test_the_command_gives_the_same_result(folder: Path, whole: dict[str, Any]) -> None:
     config = folder / "run.toml"
     config.write_text(render_toml(run_config(folder, folder / "elsewhere"), documented=False))
     command = [
@@ -79,7 +80,7 @@ def test_the_command(folder: Path, whole: dict[str, Any]) -> None:
         "--train.run_dir",
         str(folder / "cli"),
     ]
-    command += ["--data.num_workers", "1"]  # which decodes in another process, and changes nothing
+    command += ["--data.num_workers", "1"]  # decodes in another process
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -89,7 +90,7 @@ def test_the_command(folder: Path, whole: dict[str, Any]) -> None:
     assert "multiple_choice_qa" in done.stderr  # a progress bar
 
 
-def test_what_is_written(folder: Path, whole: dict[str, Any]) -> None:
+def test_the_files_of_an_evaluation(folder: Path, whole: dict[str, Any]) -> None:
     manifest = folder / "data" / "train.jsonl"
     samples = read_manifest(manifest)
     for task in TASKS:
@@ -109,23 +110,23 @@ def test_what_is_written(folder: Path, whole: dict[str, Any]) -> None:
         }
 
 
-def test_a_video_that_cannot_be_read_is_counted_and_tried_again(folder: Path, whole: dict[str, Any]) -> None:
+def test_an_unreadable_video_is_counted_and_tried_again(folder: Path, whole: dict[str, Any]) -> None:
     damaged = read_manifest(folder / "data" / "train.jsonl")[0]
     here = folder / "whole" / "evaluation" / str(damaged.task)
     (bad,) = [row for row in rows(here / "predictions.jsonl") if "error" in row]
     assert bad["id"] == damaged.id
     assert "output" not in bad
     assert json.loads((here / "metrics.json").read_text())["num_unanswered"] == 1
-    assert evaluate._unanswered(*_open(run_config(folder, folder / "whole", str(damaged.task)))) == [0]
+    assert evaluate._indices_to_predict(*_open(run_config(folder, folder / "whole", str(damaged.task)))) == [0]
 
 
-def _open(config: RunConfig) -> tuple[evaluate.Job, evaluate.PredictionLog]:
-    (job,) = plan_jobs(config)
+def _open(config: RunConfig) -> tuple[evaluate.BenchmarkJob, evaluate.PredictionLog]:
+    (job,) = plan_jobs(config.evaluate, config.train.run_dir)
     return job, evaluate._open_log(job, config, load_templates(config.data.templates))
 
 
-def wait_for_the_last_of(session: int) -> None:
-    """Until the decoding processes have noticed."""
+def wait_for_end_of_session(session: int) -> None:
+    """Wait until the decoding processes have noticed and exited."""
     deadline = time.monotonic() + 60
     try:
         while time.monotonic() < deadline:
@@ -137,16 +138,16 @@ def wait_for_the_last_of(session: int) -> None:
     pytest.fail("decoding processes have outlived the evaluation")
 
 
-def test_a_video_that_was_made_smaller_is_counted_and_told(folder: Path, tmp_path: Path) -> None:
+def test_videos_that_were_made_smaller_are_counted(folder: Path, tmp_path: Path) -> None:
     data = {"total_pixels": 64 * 28 * 28, "max_prompt_tokens": 100}
     evaluate_model(run_config(folder, tmp_path, "multiple_choice_qa", data=data))
     here = tmp_path / "evaluation" / "multiple_choice_qa"
     reductions = [row.get("reduction") for row in rows(here / "predictions.jsonl")]
-    assert all("prompt tokens lowered to" in one for one in reductions)
+    assert all("prompt tokens lowered to" in reduction for reduction in reductions)
     assert json.loads((here / "metrics.json").read_text())["num_reduced"] == len(reductions)
 
 
-def test_a_killed_evaluation_goes_on(folder: Path, whole: dict[str, Any]) -> None:
+def test_a_killed_evaluation_resumes_with_the_same_result(folder: Path, whole: dict[str, Any]) -> None:
     config = folder / "killed.toml"
     config.write_text(render_toml(run_config(folder, folder / "killed"), documented=False))
     command = [sys.executable, "-m", "megatron_vcr1", "evaluate", str(config), "--data.num_workers", "1"]
@@ -159,26 +160,30 @@ def test_a_killed_evaluation_goes_on(folder: Path, whole: dict[str, Any]) -> Non
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(first.read_text().splitlines()) < 12
-    wait_for_the_last_of(process.pid)
+    wait_for_end_of_session(process.pid)
     with first.open("a") as file:
         file.write('{"id": "half a li')
     evaluate_model(run_config(folder, folder / "killed"))
     assert results(folder / "killed") == whole
 
 
-def test_nothing_is_asked_twice(folder: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [str(task) for task in TASKS[1:]]  # whose videos are whole
-    monkeypatch.setattr(evaluate, "_start_engine", lambda *_: pytest.fail("a model is loaded to answer nothing"))
+def test_a_complete_evaluation_loads_no_model(
+    folder: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [str(task) for task in TASKS[1:]]  # their videos are intact
+    monkeypatch.setattr(evaluate, "_start_engine", lambda *_: pytest.fail("a model is loaded"))
     before = results(folder / "whole")
     assert len(evaluate_model(run_config(folder, folder / "whole", *names))) == 2
     assert results(folder / "whole") == before
 
 
-def test_a_question_that_was_edited_is_asked_again(
+def test_samples_with_edited_prompts_are_predicted_again(
     folder: Path, whole: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest = tmp_path / "edited.jsonl"
-    samples = [one for one in read_manifest(folder / "data" / "train.jsonl") if one.task is Task.MULTIPLE_CHOICE_QA]
+    samples = [
+        sample for sample in read_manifest(folder / "data" / "train.jsonl") if sample.task is Task.MULTIPLE_CHOICE_QA
+    ]
     write_manifest(manifest, samples)
     source = {"name": "multiple_choice_qa", "manifest": manifest, "thinking": False}
     config = run_config(folder, tmp_path / "run", evaluate={"benchmarks": [source]})
@@ -190,16 +195,16 @@ def test_a_question_that_was_edited_is_asked_again(
     other_truth = replace(samples[2], target=ChoiceTarget("B" if samples[2].target == ChoiceTarget("A") else "A"))
     write_manifest(manifest, [other_video, other_options, other_truth, *samples[3:]])
     job, log = _open(config)
-    assert evaluate._unanswered(job, log) == [0, 1]
-    assert "edited.jsonl: 2 samples now ask something else" in caplog.text
+    assert evaluate._indices_to_predict(job, log) == [0, 1]
+    assert "edited.jsonl: the prompts of 2 samples have changed" in caplog.text
     evaluate_model(config)
     after = rows(predictions)
     assert after[2:] == before[2:]
-    assert [one["id"] for one in after] == [one["id"] for one in before]
-    assert all(one["asked"] != other["asked"] for one, other in zip(after[:2], before[:2], strict=True))
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert all(new["asked"] != old["asked"] for new, old in zip(after[:2], before[:2], strict=True))
 
 
-def test_an_imported_model_answers_the_same(folder: Path, whole: dict[str, Any]) -> None:
+def test_an_imported_model_gives_the_same_predictions(folder: Path, whole: dict[str, Any]) -> None:
     import_checkpoint(folder / "model", folder / "imported")
     config = run_config(folder, folder / "of_imported", "captioning", model={"path": folder / "imported"})
     evaluate_model(config)
@@ -215,18 +220,20 @@ def test_an_imported_model_answers_the_same(folder: Path, whole: dict[str, Any])
         ({"model": {"dtype": "bfloat16"}}, "dtype"),
     ],
 )
-def test_answers_to_other_settings_are_not_mixed(
+def test_predictions_of_other_settings_are_not_mixed(
     folder: Path, whole: dict[str, Any], sections: dict[str, Any], changed: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"captioning: holds answers with another {changed}; give .* another label"):
+    with pytest.raises(
+        UserError, match=rf"captioning: holds predictions with another {changed}; give .* another label"
+    ):
         evaluate_model(run_config(folder, folder / "whole", "captioning", **sections))
 
 
-def test_another_models_answers_are_not_mixed(folder: Path, whole: dict[str, Any]) -> None:
+def test_predictions_of_another_model_are_not_mixed(folder: Path, whole: dict[str, Any]) -> None:
     weights = folder / "model" / "model.safetensors"
     before = weights.stat()
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    with pytest.raises(UserError, match="holds answers with another weights"):
+    with pytest.raises(UserError, match="holds predictions with another weights"):
         evaluate_model(run_config(folder, folder / "whole", "captioning"))
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
 
@@ -242,24 +249,56 @@ def test_another_models_answers_are_not_mixed(folder: Path, whole: dict[str, Any
         ([{"name": "tracking"}], "none of its 12 samples is for benchmark tracking"),
     ],
 )
-def test_a_plan_that_cannot_work(folder: Path, benchmarks: list[dict[str, Any]], message: str) -> None:
-    tables = [{"manifest": folder / "data" / "train.jsonl", **one} for one in benchmarks]
+def test_invalid_benchmarks_are_refused_before_anything_is_written(
+    folder: Path, benchmarks: list[dict[str, Any]], message: str
+) -> None:
+    tables = [{"manifest": folder / "data" / "train.jsonl", **table} for table in benchmarks]
     with pytest.raises(UserError, match=message):
-        plan_jobs(run_config(folder, folder / "never", evaluate={"benchmarks": tables}))
+        evaluate_model(run_config(folder, folder / "never", evaluate={"benchmarks": tables}))
     assert not (folder / "never").exists()
 
 
 def _evaluate_in(config: RunConfig) -> int:
-    with mock.patch.object(mesh, "shutdown"):  # the pool keeps its world
+    with mock.patch.object(mesh, "shutdown"):  # the pool keeps its process groups
         return len(evaluate_model(config))
 
 
 @pytest.mark.xdist_group("gloo")
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=str)
-def test_processes_share_the_work_and_change_nothing(
+def test_distributed_evaluation_gives_the_same_result(
     gloo_pool: GlooPool, folder: Path, whole: dict[str, Any], parallel: dict[str, int]
 ) -> None:
     run_dir = folder / f"shared_{'_'.join(parallel)}"
     config = run_config(folder, run_dir, parallel=parallel)
     assert gloo_pool.run(_evaluate_in, config) == [3, 0, 0, 0]
     assert results(run_dir) == whole
+
+
+@pytest.mark.parametrize("holds", ["checkpoints/step_1", "metrics.jsonl"])
+def test_the_folder_of_a_training_run_accepts_only_its_own_models(
+    folder: Path, tmp_path: Path, holds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / holds).mkdir(parents=True)
+    config = tmp_path / "training.toml"
+    config.write_text(render_toml(run_config(folder, run_dir, "captioning"), documented=False))
+    assert main(["evaluate", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert f"model.path = {folder / 'model'} is not its model" in error
+    assert f"--model.path {run_dir / 'export'}" in error
+    assert not (run_dir / "evaluation").exists()
+
+
+def test_models_of_the_run_and_folders_without_training_are_accepted(tmp_path: Path) -> None:
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "disk" / "step_1"
+    evaluate.check_run_dir(run_dir, tmp_path / "model")  # the folder does not exist yet
+    (run_dir / "evaluation").mkdir(parents=True)
+    evaluate.check_run_dir(run_dir, tmp_path / "model")  # it holds only evaluations
+    (run_dir / "checkpoints").mkdir()
+    elsewhere.mkdir(parents=True)
+    (run_dir / "checkpoints" / "step_1").symlink_to(elsewhere)
+    (tmp_path / "link").symlink_to(run_dir)
+    for model in (run_dir / "export", run_dir / "checkpoints" / "step_1", tmp_path / "link" / "export"):
+        evaluate.check_run_dir(run_dir, model)
+    with pytest.raises(UserError, match=r"set another --train\.run_dir"):
+        evaluate.check_run_dir(run_dir, tmp_path / "run2")

@@ -10,7 +10,7 @@ from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog, matc
 from tests.evaluation.samples import choices
 
 SAMPLES = choices("a", "b", "c")
-ASKED = {"a": "qa", "b": "qb", "c": "qc"}  # question digests
+ASKED = {"a": "qa", "b": "qb", "c": "qc"}  # digests of the prompts
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -18,7 +18,7 @@ def write(path: Path, *rows: object) -> Path:
     return path
 
 
-def test_lines_of_any_program(tmp_path: Path) -> None:
+def test_lines_of_other_programs_are_read(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text('\ufeff{"id": "a", "output": "A", "n": 3}\n\n{"id": 2, "output": "x\u2028y"}\n', encoding="utf-8")
     assert read_predictions(path) == {"a": Prediction("a", "A"), "2": Prediction("2", "x\u2028y")}
@@ -31,7 +31,7 @@ def test_lines_of_any_program(tmp_path: Path) -> None:
         ("[]", 'needs the keys "id" and "output"'),
         ('{"id": "a"}', 'needs the keys "id" and "output"'),
         ('{"output": "a"}', 'needs the keys "id" and "output"'),
-        ('{"id": "a", "output": ["A"]}', '"output" must be a text'),
+        ('{"id": "a", "output": ["A"]}', '"output" must be a string'),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -41,9 +41,9 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         read_predictions(path)
 
 
-def test_an_id_that_comes_twice(tmp_path: Path) -> None:
+def test_duplicate_ids_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"id": "a", "output": "A"}, {"id": "a", "output": "B"})
-    with pytest.raises(UserError, match=r"p\.jsonl:2: id 'a' has a line already"):
+    with pytest.raises(UserError, match=r"p\.jsonl:2: id 'a' appears twice"):
         read_predictions(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_predictions(tmp_path / "absent.jsonl")
@@ -54,19 +54,23 @@ def match(predictions: dict[str, str], *, allow_missing: bool = False) -> list[P
     return match_predictions(read, SAMPLES, Path("p.jsonl"), allow_missing=allow_missing)
 
 
-def test_predictions_come_in_the_samples_order() -> None:
-    assert [one.output for one in match({"c": "C", "a": "A", "b": "B"})] == ["A", "B", "C"]
+def test_predictions_are_in_the_order_of_the_samples() -> None:
+    assert [prediction.output for prediction in match({"c": "C", "a": "A", "b": "B"})] == ["A", "B", "C"]
 
 
-def test_ids_must_be_the_samples() -> None:
+def test_ids_must_match_the_samples() -> None:
     with pytest.raises(UserError, match=r"no prediction for 2 of 3 samples: 'a', 'c'; .*--allow-missing"):
         match({"b": "B"})
-    with pytest.raises(UserError, match=r"p\.jsonl: 1 ids are none of the benchmark's samples: 'x'"):
+    with pytest.raises(UserError, match=r"p\.jsonl: 1 ids do not belong to the benchmark's samples: 'x'"):
         match({"a": "A", "b": "B", "c": "C", "x": "X"}, allow_missing=True)
-    assert [one.error for one in match({"b": "B"}, allow_missing=True)] == ["no prediction", None, "no prediction"]
+    assert [prediction.error for prediction in match({"b": "B"}, allow_missing=True)] == [
+        "no prediction",
+        None,
+        "no prediction",
+    ]
 
 
-def test_a_log_goes_on_after_a_cut_line(tmp_path: Path) -> None:
+def test_a_log_resumes_after_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     log = PredictionLog(path, ASKED)
     log.append([Prediction("a", "A \ud800", num_tokens=3, finish_reason="stop"), Prediction("b", None, "no video")])
@@ -78,22 +82,22 @@ def test_a_log_goes_on_after_a_cut_line(tmp_path: Path) -> None:
     log.append([Prediction("b", "B"), Prediction("c", None, "no video")])
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
     assert read_predictions(path)["c"] == Prediction("c", None, "no video")
-    log.arrange(["c", "b"])
+    log.rewrite(["c", "b"])
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["c", "b", "a"]
 
 
-def test_answers_to_other_questions_are_dropped(tmp_path: Path) -> None:
+def test_predictions_for_changed_prompts_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     PredictionLog(path, ASKED).append([Prediction(id, id.upper()) for id in "abc"])
     with path.open("a") as file:
-        file.write('{"id": "b2", "output": "of no known question"}\n')
+        file.write('{"id": "b2", "output": "for an unknown prompt"}\n')
     log = PredictionLog(path, {"a": "qa", "b": "another", "b2": "qb2"})
-    assert list(log.done) == ["a", "c"]  # c is not asked now, which may change
+    assert list(log.done) == ["a", "c"]  # c is not evaluated now, but may be again
     assert log.num_outdated == 2
     assert list(PredictionLog(path, ASKED).done) == ["a", "c"]
 
 
-def test_a_log_refuses_what_it_did_not_write(tmp_path: Path) -> None:
+def test_a_log_refuses_a_file_of_other_content(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text("some notes\n")
     with pytest.raises(UserError, match=r"predictions.jsonl:1: not JSON"):

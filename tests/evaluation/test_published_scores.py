@@ -1,8 +1,8 @@
-"""Our figures against the published rules, on the same seeded predictions, and on the real annotations where they are.
+"""Our metrics match the published rules, on the same seeded predictions and on the real annotations if available.
 
-The figures that stand here as numbers were computed with the published programs themselves, on these predictions: the
-package got10k 0.1.3 (no dependency, since it brings matplotlib and shapely), NExT-GQA's eval_ground.py at 63772e0, and
-lmms-eval at 75571cf.
+The literal numbers were computed with the published programs themselves, on these predictions: the package got10k 0.1.3
+(not a dependency, because it requires matplotlib and shapely), NExT-GQA's eval_ground.py at 63772e0, and lmms-eval at
+75571cf.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import pytest
 
 from megatron_vcr1.data.prompts import load_templates, target_text
 from megatron_vcr1.evaluation.annotations import read_annotations
+from megatron_vcr1.evaluation.benchmark_result import score_predictions
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, Benchmark
 from megatron_vcr1.evaluation.metrics import caption
 from megatron_vcr1.evaluation.predictions import Prediction
-from megatron_vcr1.evaluation.scoring import score_predictions
 from megatron_vcr1.evaluation.summary import summarize
 from megatron_vcr1.types import (
     Box,
@@ -36,7 +36,7 @@ from tests.evaluation import published
 Spans = list[tuple[float, float]]
 
 
-def figures(name: str, samples: Sequence[VideoSample], outputs: Sequence[str]) -> dict[str, float]:
+def metrics_of(name: str, samples: Sequence[VideoSample], outputs: Sequence[str]) -> dict[str, float]:
     predictions = [Prediction(sample.id, output) for sample, output in zip(samples, outputs, strict=True)]
     summary = score_predictions(BENCHMARKS[name], samples, predictions, None).summary
     return {metric: estimate.value for metric, estimate in summary.metrics.items()}
@@ -56,18 +56,18 @@ def noisy(random: np.random.Generator, span: tuple[float, float]) -> tuple[float
     return (start, end) if start < end else (end, start + 0.25)
 
 
-def test_grounding() -> None:
+def test_temporal_grounding_matches_lmms_eval() -> None:
     random = np.random.default_rng(3)
     truth = random_spans(random, 300)
     spans = [None if random.random() < 0.1 else noisy(random, span) for span in truth]
     outputs = ["I cannot tell." if span is None else f"<answer>{span[0]} to {span[1]}</answer>" for span in spans]
     samples = [sample(index, GroundingTarget(Interval(*span))) for index, span in enumerate(truth)]
     expected = published.grounding_scores(spans, truth)
-    assert figures("charades_sta", samples, outputs) == pytest.approx(expected, abs=1e-12)
+    assert metrics_of("charades_sta", samples, outputs) == pytest.approx(expected, abs=1e-12)
     assert expected["mIoU"] == pytest.approx(0.591131536340945, abs=1e-12)
 
 
-def test_nextgqa() -> None:
+def test_nextgqa_matches_the_published_rules() -> None:
     random = np.random.default_rng(5)
     truth = [random_spans(random, 1 + index % 3) for index in range(300)]
     spans = [noisy(random, targets[index % len(targets)]) for index, targets in enumerate(truth)]
@@ -82,18 +82,18 @@ def test_nextgqa() -> None:
         for letter, (start, end) in zip(letters[1], spans, strict=True)
     ]
     expected = published.nextgqa_scores(
-        {one.id: span for one, span in zip(samples, spans, strict=True)},
-        {one.id: targets for one, targets in zip(samples, truth, strict=True)},
-        {one.id: right for one, right in zip(samples, letters[0] == letters[1], strict=True)},
+        {question.id: span for question, span in zip(samples, spans, strict=True)},
+        {question.id: targets for question, targets in zip(samples, truth, strict=True)},
+        {question.id: right for question, right in zip(samples, letters[0] == letters[1], strict=True)},
     )
-    ours = figures("nextgqa", samples, outputs)
+    ours = metrics_of("nextgqa", samples, outputs)
     assert {name: ours[name] for name in expected} == pytest.approx(expected, abs=1e-12)
     assert expected["mIoP"] == pytest.approx(0.8357603732481577, abs=1e-12)
     assert 0.1 < expected["Acc@GQA"] < ours["accuracy"] < 0.3
 
 
 def tracking_case(seed: int = 7, num_sequences: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and true boxes, [num_sequences, 8, 4]; some predicted ones are inverted or leave the frame."""
+    """Predicted and true boxes, [num_sequences, 8, 4]; some predicted boxes are inverted or extend beyond the frame."""
     random = np.random.default_rng(seed)
     truth = np.sort(random.uniform(0, 1, (num_sequences, 8, 2, 2)), axis=2).reshape(num_sequences, 8, 4).round(3)
     truth[..., 2:] = np.maximum(truth[..., 2:], truth[..., :2] + 0.05).clip(None, 1)
@@ -102,12 +102,12 @@ def tracking_case(seed: int = 7, num_sequences: int = 50) -> tuple[np.ndarray, n
     return (truth + random.normal(0, 0.15, truth.shape)).round(3), truth
 
 
-def test_got10k() -> None:
+def test_got10k_matches_the_toolkit() -> None:
     predicted, truth = tracking_case()
     samples = [
         sample(index, TrackingTarget(tuple(Box(*box) for box in boxes.tolist()))) for index, boxes in enumerate(truth)
     ]
-    ours = figures("got10k", samples, [f"<answer>{boxes.tolist()}</answer>" for boxes in predicted])
+    ours = metrics_of("got10k", samples, [f"<answer>{boxes.tolist()}</answer>" for boxes in predicted])
     by_the_package = {"AO": 0.22087664301358256, "SR@0.5": 0.12571428571428572, "SR@0.75": 0.008571428571428572}
     assert {name: ours[name] for name in by_the_package} == pytest.approx(by_the_package, abs=1e-12)
     assert published.toolkit_scores(predicted, truth) == pytest.approx(by_the_package, abs=1e-12)
@@ -117,7 +117,7 @@ ANSWERS = ["{}", "({})", "{}.", "({}) some text", "{}. Some text", "<answer>{}</
 
 
 @pytest.mark.parametrize("name, letters, by_lmms_eval", [("videomme", "ABCD", 0.2975), ("mvbench", "ABCDE", 0.23)])
-def test_multiple_choice(name: str, letters: str, by_lmms_eval: float) -> None:
+def test_multiple_choice_matches_lmms_eval(name: str, letters: str, by_lmms_eval: float) -> None:
     random = np.random.default_rng(11)
     truth, said = random.choice(list(letters), (2, 400))
     outputs = [ANSWERS[index % len(ANSWERS)].format(letter) for index, letter in enumerate(said)]
@@ -128,23 +128,23 @@ def test_multiple_choice(name: str, letters: str, by_lmms_eval: float) -> None:
     read = published.videomme_letter if name == "videomme" else published.mvbench_letter
     untagged = [output.removeprefix("<answer>").removesuffix("</answer>") for output in outputs]
     expected = np.mean([read(output) == letter for output, letter in zip(untagged, truth, strict=True)])
-    assert figures(name, samples, outputs)["accuracy"] == pytest.approx(expected) == pytest.approx(by_lmms_eval)
+    assert metrics_of(name, samples, outputs)["accuracy"] == pytest.approx(expected) == pytest.approx(by_lmms_eval)
 
 
-def test_dream1k_averages_its_sources() -> None:
+def test_dream1k_averages_over_its_sources() -> None:
     random = np.random.default_rng(13)
     sources = {f"DREAM/{source}": random.uniform(0, 1, (2, 20 + 10 * source)) for source in range(5)}
-    samples, measured = [], []
+    samples, sample_metrics = [], []
     for source, (recalls, precisions) in sources.items():
         for recall, precision in zip(recalls, precisions, strict=True):
             samples.append(sample(len(samples), CaptionTarget("A dog barks."), category=source))
-            measured.append(caption(float(recall), float(precision), {}))
-    summary = summarize(BENCHMARKS["dream1k"], samples, measured)
+            sample_metrics.append(caption(float(recall), float(precision), {}))
+    summary = summarize(BENCHMARKS["dream1k"], samples, sample_metrics)
     expected = published.autodq_scores(
         {source: values[0] for source, values in sources.items()},
         {source: values[1] for source, values in sources.items()},
     )
-    assert {name: one.value for name, one in summary.metrics.items()} == pytest.approx(expected, abs=1e-12)
+    assert {name: estimate.value for name, estimate in summary.metrics.items()} == pytest.approx(expected, abs=1e-12)
     assert list(summary.categories) == list(sources)
 
 
@@ -162,21 +162,21 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_annotations_answered_right_score_1(realdata: Path, name: str) -> None:
+def test_target_texts_of_real_annotations_score_1(realdata: Path, name: str) -> None:
     benchmark: Benchmark = BENCHMARKS[name]
     files, num_published = REAL[name]
     samples = read_annotations(benchmark, [realdata / "annotations" / file for file in files])
     assert 0.99 * num_published <= len(samples) <= num_published
-    if benchmark.measure is None:
+    if benchmark.metric_function is None:
         return
     templates = load_templates()
-    ours = figures(name, samples, [target_text(one, templates) for one in samples])
-    # Times are written with two decimals, boxes with three; the single span is one of several.
+    ours = metrics_of(name, samples, [target_text(sample, templates) for sample in samples])
+    # Times are written with two decimals, boxes with three; the single span covers only one of several.
     exact = {metric: value for metric, value in ours.items() if "single" not in metric and not metric.startswith("IoU")}
     assert exact == pytest.approx(dict.fromkeys(exact, 1), abs=0.02)
     if name == "mvbench":
-        predictions = [Prediction(one.id, "A") for one in samples]
+        predictions = [Prediction(sample.id, "A") for sample in samples]
         summary = score_predictions(benchmark, samples, predictions, None).summary
-        by_task = [figures["accuracy"] for figures in summary.categories.values()]
+        by_task = [values["accuracy"] for values in summary.categories.values()]
         assert len(by_task) == 20
         assert summary.metrics["accuracy"].value == pytest.approx(np.mean(by_task))

@@ -1,4 +1,4 @@
-"""Per-token log-probs of given responses, at any tensor- and pipeline-parallel size."""
+"""Computes per-token log-probs of given responses, at any tensor- and pipeline-parallel size (`vcr1 score`)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.parallel.prompts import broadcast_prompts
 
-# Requests that one copy of the model encodes before it computes: enough microbatches to fill a pipeline, few enough
-# videos to hold.
-REQUESTS_A_ROUND = 16
+# Requests that a replica encodes before it computes: enough microbatches to fill a pipeline, and few enough videos to
+# hold in memory.
+REQUESTS_PER_ROUND = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """A prompt and the response to be scored behind it."""
+    """A prompt and the response to score."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -42,8 +42,8 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A request whose own files or text are at fault."""
+class FailedRequest:
+    """A request that cannot be encoded, and the reason."""
 
     id: str
     error: str
@@ -53,10 +53,11 @@ def read_requests(path: Path) -> list[ScoreRequest]:
     """Read and check all lines before anything is computed.
 
     Raises:
-        UserError: the file is missing, or a line is not what it should be; names the line and the key.
+        UserError: the file is missing, or a line is malformed; names the line and the key.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold Unicode's separators
+        # Not splitlines: JSON strings may hold Unicode line separators. A file may begin with a byte order mark.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     requests, seen = [], set()
@@ -65,11 +66,11 @@ def read_requests(path: Path) -> list[ScoreRequest]:
             continue
         request = _parse_request(line, f"{path}:{number}")
         if request.id in seen:
-            raise UserError(f"{path}:{number}: id {request.id!r} appears twice; give every line an id of its own")
+            raise UserError(f"{path}:{number}: id {request.id!r} appears twice; every line needs its own id")
         seen.add(request.id)
         requests.append(request)
     if not requests:
-        raise UserError(f"{path}: no requests in it")
+        raise UserError(f"{path}: the file holds no requests")
     return requests
 
 
@@ -82,44 +83,52 @@ def _parse_request(line: str, where: str) -> ScoreRequest:
         raise UserError(f'{where}: needs the keys "id", "messages" and "response"')
     messages, response = row["messages"], row["response"]
     if not isinstance(messages, list) or not all(
-        isinstance(one, dict) and {"role", "content"} <= one.keys() for one in messages
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages
     ):
         raise UserError(f'{where}: "messages" must be a list of {{"role", "content"}}')
-    is_ids = isinstance(response, list) and all(type(one) is int and one >= 0 for one in response)
+    is_ids = isinstance(response, list) and all(type(id) is int and id >= 0 for id in response)
     if not (isinstance(response, str) or is_ids) or not response:
-        raise UserError(f'{where}: "response" must be a text or a list of token ids, and not empty')
+        raise UserError(f'{where}: "response" must be a non-empty text or a non-empty list of token ids')
     return ScoreRequest(str(row["id"]), messages, response)
 
 
-def score_file(run: RunConfig, data: Path, out: Path, *, temperature: float, microbatch_tokens: int) -> int:
-    """Score a file of requests; every rank of the job calls this.
+def write_log_probs(run: RunConfig, data: Path, out: Path, *, temperature: float, microbatch_tokens: int) -> int:
+    """Compute the log-probs of a file of requests. All ranks of the job call this.
 
-    Rows come out in the order of the requests: ``{"id", "token_ids", "log_probs"}``, or ``{"id", "error"}`` for a
-    request whose image or video cannot be read. The file appears under its name when it is whole.
+    The rows are in the order of the requests: ``{"id", "token_ids", "log_probs"}``, or ``{"id", "error"}`` for a
+    request that cannot be encoded, for example because its video cannot be read. The file appears under its name when
+    it is complete.
+
+    Args:
+        run: the model and its layout.
+        data: the requests.
+        out: the file to write.
+        temperature: logits are divided by this before the softmax.
+        microbatch_tokens: number of tokens that are computed at once.
 
     Returns:
-        How many requests failed.
+        The number of requests that failed.
 
     Raises:
-        UserError: before anything is computed, if the requests, the model or the layout are at fault.
+        UserError: before anything is computed, if the requests, the model or the layout are invalid.
     """
     requests = read_requests(data)
     if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"{out}: must be a file in a folder that exists; it is written at the end")
+        raise UserError(f"{out}: must be a file in an existing folder; it is written at the end")
     config = ModelConfig.from_pretrained(run.model.path)
     check_layout(config.shape, run.parallel, run.recompute, mesh.launched_world_size())
     processor = read_processor(run.model.path)
     with mesh.world(run.parallel):
         model = build_model(config, run).to(mesh.device()).eval()
         load_model_weights(model, run.model.path)
-        scorer = Scorer(model, processor, temperature, microbatch_tokens)
+        scorer = LogProbScorer(model, processor, temperature, microbatch_tokens)
         return _write_rows(scorer, requests, out)
 
 
-class Scorer:
-    """A loaded model, and what turns requests into its input.
+class LogProbScorer:
+    """A loaded model with its prompt processor.
 
-    The ranks of one copy of the model call it together, with the same requests.
+    All ranks of a replica call it together, with the same requests.
     """
 
     def __init__(
@@ -131,61 +140,80 @@ class Scorer:
         self.microbatch_tokens = microbatch_tokens
 
     def score(self, requests: Sequence[ScoreRequest]) -> dict[str, dict[str, Any]]:
-        """The row of each request, by id, on the copy's first rank of the last stage; nothing on the others."""
+        """Return the row of each request by id, on the replica's output rank; an empty dict on the other ranks."""
+        # The replica leader encodes; the other ranks receive the groups.
         encoded = broadcast_prompts(lambda: [self._encode(request) for request in requests])
-        ready = [one for one in encoded if isinstance(one, Group)]
+        ready = [item for item in encoded if isinstance(item, Group)]
         rows = self._log_probs(ready) if ready else {}
-        rows |= {one.id: {"id": one.id, "error": one.error} for one in encoded if isinstance(one, Unreadable)}
+        rows |= {item.id: {"id": item.id, "error": item.error} for item in encoded if isinstance(item, FailedRequest)}
         return rows if mesh.is_output_rank() else {}
 
-    def _encode(self, request: ScoreRequest) -> Group | Unreadable:
-        """Decode, resize and tokenize."""
-        response = request.response
-        token_ids = self.processor.tokenize(response) if isinstance(response, str) else torch.tensor(response)
-        vocab_size = self.model.model_config.text.vocab_size
-        if not len(token_ids):
-            return Unreadable(request.id, "the tokenizer makes no tokens of the response")
-        if int(token_ids.max()) >= vocab_size:
-            return Unreadable(request.id, f"token id {int(token_ids.max())} is not in the vocabulary of {vocab_size}")
+    def _encode(self, request: ScoreRequest) -> Group | FailedRequest:
+        """Decode, resize and tokenize a request.
+
+        Values of any type and text of any kind reach this function, so errors of any type may occur. None of them may
+        cost the rows of the other requests.
+        """
         try:
-            return Group(request.id, encode_messages(request.messages, self.processor), (token_ids,))
-        except ValueError as error:  # a VideoError too
-            return Unreadable(request.id, str(error))
+            return self._encode_checked(request)
+        except ValueError as error:  # VideoError is a ValueError too; the message names the part
+            return FailedRequest(request.id, str(error))
+        except Exception as error:
+            return FailedRequest(request.id, f"the request cannot be encoded: {type(error).__name__}: {error}")
+
+    def _encode_checked(self, request: ScoreRequest) -> Group | FailedRequest:
+        response = request.response
+        vocab_size = self.model.model_config.text.vocab_size
+        if not isinstance(response, str) and max(response) >= vocab_size:
+            return FailedRequest(request.id, f"token id {max(response)} is not in the vocabulary of {vocab_size}")
+        token_ids = self.processor.tokenize(response) if isinstance(response, str) else torch.tensor(response)
+        if not len(token_ids):
+            return FailedRequest(request.id, "the tokenizer makes no tokens of the response")
+        if int(token_ids.max()) >= vocab_size:
+            return FailedRequest(
+                request.id, f"token id {int(token_ids.max())} is not in the vocabulary of {vocab_size}"
+            )
+        return Group(request.id, encode_messages(request.messages, self.processor), (token_ids,))
 
     def _log_probs(self, ready: Sequence[Group]) -> dict[str, dict[str, Any]]:
-        """Rows with log-probs, on the last stage."""
+        """Return the rows with log-probs, on the ranks of the last stage."""
         config = self.model.config
         pad_to_multiple_of = config.tensor_model_parallel_size if config.sequence_parallel else 1
         longest = max(group.num_tokens for group in ready)
         microbatches = pack_groups(ready, max(self.microbatch_tokens, longest))
-        batches = [pack(one, self.model.model_config, pad_to_multiple_of=pad_to_multiple_of) for one in microbatches]
+        batches = [
+            pack(microbatch, self.model.model_config, pad_to_multiple_of=pad_to_multiple_of)
+            for microbatch in microbatches
+        ]
 
         def collect(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, ...]:
             values = self.model.log_probs(hidden, batch.target_ids, temperature=self.temperature)
             return values.cpu().split(batch.response_lengths)
 
         results = schedule.forward_only(self.model, [batch.to(mesh.device()) for batch in batches], collect)
+        # Only the last stage has results, so the two sequences may differ in length.
         return {
             group.id: {"id": group.id, "token_ids": group.responses[0].tolist(), "log_probs": log_probs.tolist()}
-            for microbatch, values in zip(microbatches, results, strict=False)  # no results but on the last stage
+            for microbatch, values in zip(microbatches, results, strict=False)
             for group, log_probs in zip(microbatch, values, strict=True)
         }
 
 
-def _write_rows(scorer: Scorer, requests: Sequence[ScoreRequest], out: Path) -> int:
-    """Rank 0 writes what all copies of the model compute, round by round."""
+def _write_rows(scorer: LogProbScorer, requests: Sequence[ScoreRequest], out: Path) -> int:
+    """Write the rows of all replicas, round by round. All ranks call it, and the first rank writes."""
     writes = mesh.is_first_rank()
     partial = out.with_name(f".{out.name}.partial")
     num_failed = 0
-    copies = mesh.num_replicas()
+    num_replicas = mesh.num_replicas()
     with (
         tqdm(total=len(requests), unit="response", disable=not writes, desc="score") as bar,
         _open_for_writing(partial if writes else None) as file,
     ):
-        for start in range(0, len(requests), copies * REQUESTS_A_ROUND):
-            chunk = requests[start : start + copies * REQUESTS_A_ROUND]
-            mine = scorer.score(chunk[mesh.replica_index() :: copies])
-            rows = {name: row for part in collectives.gather_objects(mine) for name, row in part.items()}
+        for start in range(0, len(requests), num_replicas * REQUESTS_PER_ROUND):
+            chunk = requests[start : start + num_replicas * REQUESTS_PER_ROUND]
+            mine = scorer.score(chunk[mesh.replica_index() :: num_replicas])
+            gathered = collectives.gather_objects(mine)  # all ranks call it
+            rows = {id: row for part in gathered for id, row in part.items()}
             for request in chunk:
                 row = rows[request.id]
                 num_failed += "error" in row

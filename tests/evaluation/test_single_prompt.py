@@ -1,4 +1,4 @@
-"""`vcr1 generate`, the command itself, against transformers' greedy answer."""
+"""`vcr1 generate` as a user types it, compared with transformers' greedy response."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.evaluation import generate
+from megatron_vcr1.evaluation import single_prompt
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import SamplingParams
@@ -36,7 +36,7 @@ NUM_TOKENS = 6
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory and its import, a clip and a picture, and transformers' greedy answer to both and a text."""
+    """A model directory and its import, a clip, a picture, and transformers' greedy response to both with a text."""
     folder = tmp_path_factory.mktemp("generate")
     stand_in = tiny_processor(patch_size=14)
     pads = dict(image_token_id=stand_in.image_token_id, video_token_id=stand_in.video_token_id)
@@ -89,7 +89,7 @@ def _generate(folder: Path, *options: str, model: str = "model", ranks: int = 1)
 VISION = ("--image", "picture.png", "--video", "clip.mp4", "--fps", "1")
 
 
-def test_the_answer_is_transformers_greedy_one(workspace: Path) -> None:
+def test_the_response_equals_transformers_greedy_response(workspace: Path) -> None:
     result = _generate(workspace, *VISION, "--json", model="imported")
     assert result.returncode == 0, result.stderr
     row: dict[str, Any] = json.loads(result.stdout)
@@ -99,7 +99,7 @@ def test_the_answer_is_transformers_greedy_one(workspace: Path) -> None:
     assert set(row["seconds"]) == {"prompt", "load", "first_token", "further_tokens"}
 
 
-def test_text_comes_to_the_terminal_and_timings_beside_it(workspace: Path) -> None:
+def test_text_goes_to_stdout_and_timings_to_stderr(workspace: Path) -> None:
     processor = PromptProcessor.from_pretrained(workspace / "model")
     result = _generate(workspace, *VISION, "--tensor-parallel", "2", ranks=2)
     assert result.returncode == 0, result.stderr
@@ -117,7 +117,7 @@ def _num_decodings(folder: Path) -> int:
         return encode_messages(*args)
 
     @contextmanager
-    def joined(parallel: ParallelSection) -> Iterator[None]:  # the pool's processes go on afterwards
+    def joined(parallel: ParallelSection) -> Iterator[None]:  # the pool's processes are used again afterwards
         mesh.initialize(parallel)
         yield
 
@@ -126,9 +126,11 @@ def _num_decodings(folder: Path) -> int:
         {"model": {"path": folder / "model", "dtype": "float32"}, "parallel": {"tensor": 2, "pipeline": 2}}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "encode_messages", encode)
+        patch.setattr(single_prompt, "encode_messages", encode)
         patch.setattr(mesh, "world", joined)
-        generate.generate(run, {"role": "user", "content": content}, SamplingParams(2), seed=0, as_json=True)
+        single_prompt.generate_response(
+            run, {"role": "user", "content": content}, SamplingParams(2), seed=0, as_json=True
+        )
     return len(calls)
 
 
@@ -138,28 +140,28 @@ def test_a_video_is_decoded_once_for_all_ranks(workspace: Path, gloo_pool: GlooP
 
 
 @pytest.mark.parametrize("options, expected", [((), 1.05), (("--repetition-penalty", "1"), 1.0)])
-def test_the_models_repetition_penalty_is_followed_unless_another_is_given(
+def test_the_models_repetition_penalty_is_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: float
 ) -> None:
     (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.05}')
-    drawn: list[SamplingParams] = []
-    monkeypatch.setattr(generate, "generate", lambda run, message, params, **_: drawn.append(params))
+    used: list[SamplingParams] = []
+    monkeypatch.setattr(single_prompt, "generate_response", lambda run, message, params, **_: used.append(params))
     assert main(["generate", "--model", str(tmp_path), "--prompt", "When?", *options]) == 0
-    assert [one.repetition_penalty for one in drawn] == [expected]
+    assert [params.repetition_penalty for params in used] == [expected]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--video", "nowhere.mp4"), "nowhere.mp4: "),
-        (("--fps", "1"), "--fps is about a video"),
+        (("--fps", "1"), "--fps is for videos"),
         (("--temperature", "-1"), "temperature"),
         (("--repetition-penalty", "0"), "repetition_penalty must be above 0"),
         (("--model", "nowhere"), "nowhere/config.json: not found"),
         (("--tensor-parallel", "2"), "1 ranks do not divide into copies"),
     ],
 )
-def test_bad_input_is_named(
+def test_bad_input_is_refused_with_its_name(
     workspace: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "--model", str(workspace / "model"), "--prompt", "When?", *options]) == 2

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_vcr1.evaluation.answers import is_tagged, read_answer, read_choice
+from megatron_vcr1.evaluation.answer_parsing import is_tagged, read_answer, read_choice
 from megatron_vcr1.rewards.parsing import UnparsableError
 
 
@@ -15,7 +15,7 @@ from megatron_vcr1.rewards.parsing import UnparsableError
         ("B", "B"),
     ],
 )
-def test_the_tags_are_not_what_is_measured(output: str, answer: str) -> None:
+def test_an_answer_is_found_with_and_without_tags(output: str, answer: str) -> None:
     assert read_answer(output) == answer
 
 
@@ -31,12 +31,12 @@ def test_the_tags_are_not_what_is_measured(output: str, answer: str) -> None:
         ("B<glue>[(1, 2)]</glue>", "no <answer>"),
     ],
 )
-def test_an_output_with_tags_and_without_an_answer_answers_nothing(output: str, reason: str) -> None:
+def test_an_output_with_tags_but_no_answer_is_unparsable(output: str, reason: str) -> None:
     with pytest.raises(UnparsableError, match=f"^{reason}$"):
         read_answer(output)
 
 
-def test_tagged() -> None:
+def test_only_opening_tags_count_as_tags() -> None:
     assert is_tagged("<think>x")
     assert not is_tagged("</answer> B")
 
@@ -52,14 +52,14 @@ def test_tagged() -> None:
         ("**D**", "D"),
         ("Both dogs: (C)", "C"),
         ("<think>A or B?</think><answer>G</answer>", "G"),
-        ("Bananas", "B"),  # as published scripts have it
+        ("Bananas", "B"),  # as published scripts read it
     ],
 )
-def test_the_letter_that_stands_alone_is_the_choice(output: str, letter: str) -> None:
+def test_the_first_isolated_letter_is_the_choice(output: str, letter: str) -> None:
     assert read_choice(output) == letter
 
 
 @pytest.mark.parametrize("output", ["", "no idea", "H", "<think>B"])
-def test_no_choice(output: str) -> None:
+def test_an_output_without_an_option_letter_is_unparsable(output: str) -> None:
     with pytest.raises(UnparsableError):
         read_choice(output)

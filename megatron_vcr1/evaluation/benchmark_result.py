@@ -1,4 +1,4 @@
-"""Scoring of predictions, and the files that hold the result."""
+"""Scores the predictions for a benchmark, and writes the result's files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_vcr1.evaluation import metrics
-from megatron_vcr1.evaluation.answers import is_tagged, read_answer
+from megatron_vcr1.evaluation.answer_parsing import is_tagged, read_answer
 from megatron_vcr1.evaluation.benchmarks import Benchmark
 from megatron_vcr1.evaluation.bootstrap import NUM_RESAMPLES, SEED
-from megatron_vcr1.evaluation.metrics import Measured
+from megatron_vcr1.evaluation.metrics import SampleMetrics
 from megatron_vcr1.evaluation.predictions import Prediction, match_predictions, read_predictions
 from megatron_vcr1.evaluation.summary import Summary, summarize
 from megatron_vcr1.judge import CaptionVerdicts, Judge
@@ -22,45 +22,47 @@ from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
 from megatron_vcr1.types import FinishReason, Task, VideoSample
 
-_CAPTIONS_A_CALL = 64
-_UNANSWERED = "no output"
+_CAPTIONS_PER_CALL = 64
+_NO_OUTPUT = "no output"
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """A benchmark's result.
+class BenchmarkResult:
+    """The result of one benchmark and one model.
 
     Attributes:
-        predictions, measured: of each sample.
-        verdicts: what a judge found, by sample id; for captioning.
-        judge: who judged.
+        predictions: the prediction for each sample.
+        sample_metrics: the metrics of each sample.
+        summary: the metrics of the benchmark.
+        verdicts: for captioning, the judge's verdicts by sample id.
+        judge: name of the judge; None if there was none.
     """
 
     benchmark: Benchmark
     samples: Sequence[VideoSample]
     predictions: Sequence[Prediction]
-    measured: Sequence[Measured]
+    sample_metrics: Sequence[SampleMetrics]
     summary: Summary
     verdicts: Mapping[str, CaptionVerdicts]
     judge: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """What metrics.json holds; figures are in [0, 1]."""
-        outputs = [one.output for one in self.predictions if one.output is not None]
+        """Return the content of metrics.json; metrics are in [0, 1]."""
+        outputs = [prediction.output for prediction in self.predictions if prediction.output is not None]
         counts = {
             "num_unanswered": len(self.samples) - len(outputs),
             "num_untagged": sum(not is_tagged(output) for output in outputs),
-            "num_reduced": sum(one.reduction is not None for one in self.predictions),
-            "num_truncated": sum(one.finish_reason == FinishReason.LENGTH for one in self.predictions),
+            "num_reduced": sum(prediction.reduction is not None for prediction in self.predictions),
+            "num_truncated": sum(prediction.finish_reason == FinishReason.LENGTH for prediction in self.predictions),
         }
         judged = {"judge": self.judge} if self.judge is not None else {}
         bootstrap = {"level": 0.95, "resamples": NUM_RESAMPLES, "seed": SEED, "unit": "video"}
         return {"benchmark": self.benchmark.name, **judged, **self.summary.as_json(), **counts, "bootstrap": bootstrap}
 
     def sample_rows(self) -> Iterable[dict[str, Any]]:
-        """What samples.jsonl holds."""
-        for sample, prediction, one in zip(self.samples, self.predictions, self.measured, strict=True):
-            row: dict[str, Any] = {"id": sample.id, "metrics": dict(one.values), "reasons": dict(one.reasons)}
+        """Yield the lines of samples.jsonl."""
+        for sample, prediction, values in zip(self.samples, self.predictions, self.sample_metrics, strict=True):
+            row: dict[str, Any] = {"id": sample.id, "metrics": dict(values.values), "reasons": dict(values.reasons)}
             if sample.category:
                 row["category"] = sample.category
             if prediction.error is not None:
@@ -73,12 +75,14 @@ class Evaluation:
 
 def score_predictions(
     benchmark: Benchmark, samples: Sequence[VideoSample], predictions: Sequence[Prediction], judge: Judge | None
-) -> Evaluation:
-    """What the predictions are worth; a sample without an output is worth nothing, and counted.
+) -> BenchmarkResult:
+    """Score predictions; a sample without an output scores 0 and is counted.
 
     Args:
-        predictions: of each sample.
-        judge: reads captions; needed for captioning only.
+        benchmark: the benchmark of the samples.
+        samples: all samples.
+        predictions: the prediction for each sample.
+        judge: compares captions; only captioning needs one.
     """
     verdicts: dict[str, CaptionVerdicts] = {}
     if benchmark.task is Task.CAPTIONING:
@@ -86,15 +90,15 @@ def score_predictions(
             raise ValueError(f"benchmark {benchmark.name} needs a judge")
         captions, unreadable = _read_captions(samples, predictions)
         verdicts = _judge_captions(judge, samples, captions)
-        measured = [_caption_measure(sample.id, unreadable, verdicts) for sample in samples]
+        sample_metrics = [_caption_metrics(sample.id, unreadable, verdicts) for sample in samples]
     else:
-        measured = [_measure(benchmark, *pair) for pair in zip(samples, predictions, strict=True)]
-    return Evaluation(
+        sample_metrics = [_metrics(benchmark, *pair) for pair in zip(samples, predictions, strict=True)]
+    return BenchmarkResult(
         benchmark,
         samples,
         predictions,
-        measured,
-        summarize(benchmark, samples, measured),
+        sample_metrics,
+        summarize(benchmark, samples, sample_metrics),
         verdicts,
         judge.name if judge is not None and benchmark.task is Task.CAPTIONING else None,
     )
@@ -108,54 +112,59 @@ def score_file(
     judge: Judge | None,
     *,
     allow_missing: bool,
-) -> Evaluation:
-    """Scores a file of predictions; writes `out`, and beside it OUT.samples.jsonl.
+) -> BenchmarkResult:
+    """Score a file of predictions, and write `out` and OUT.samples.jsonl next to it.
 
     Raises:
-        UserError: the predictions do not fit the samples; names line or ids.
+        UserError: the predictions do not fit the samples; names the line or the ids.
     """
     matched = match_predictions(read_predictions(predictions), samples, predictions, allow_missing=allow_missing)
-    evaluation = score_predictions(benchmark, samples, matched, judge)
-    about = {"label": out.stem, "predictions": str(predictions)}
-    write_evaluation(evaluation, out, out.with_suffix(".samples.jsonl"), about)
-    return evaluation
+    result = score_predictions(benchmark, samples, matched, judge)
+    details = {"label": out.stem, "predictions": str(predictions)}
+    write_result(result, out, out.with_suffix(".samples.jsonl"), details)
+    return result
 
 
-def write_evaluation(evaluation: Evaluation, metrics_file: Path, samples_file: Path, about: Mapping[str, Any]) -> None:
-    """Writes both files; metrics.json last, so that it never stands beside samples of another result.
+def write_result(result: BenchmarkResult, metrics_file: Path, samples_file: Path, details: Mapping[str, Any]) -> None:
+    """Write metrics.json and samples.jsonl.
+
+    metrics.json is written last, so that it never appears next to the samples of another result.
 
     Args:
-        about: what else metrics.json says: label, model, thinking, manifest.
+        result: the result.
+        metrics_file, samples_file: the paths; the folder is created.
+        details: further entries of metrics.json: label, model, thinking, manifest.
     """
     metrics_file.parent.mkdir(parents=True, exist_ok=True)
-    _write(samples_file, "".join(json.dumps(row) + "\n" for row in evaluation.sample_rows()))
-    _write(metrics_file, json.dumps({**about, **evaluation.as_json()}, indent=1) + "\n")
+    _write(samples_file, "".join(json.dumps(row) + "\n" for row in result.sample_rows()))
+    _write(metrics_file, json.dumps({**details, **result.as_json()}, indent=1) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a file that appears under its name only when it is complete."""
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
-def _measure(benchmark: Benchmark, sample: VideoSample, prediction: Prediction) -> Measured:
-    measure = benchmark.measure
-    assert measure is not None, f"{benchmark.name} has a measure of its own"
+def _metrics(benchmark: Benchmark, sample: VideoSample, prediction: Prediction) -> SampleMetrics:
+    function = benchmark.metric_function
+    assert function is not None, f"{benchmark.name} needs a judge"
     if prediction.output is not None:
-        return measure(sample, prediction.output)
-    nothing = measure(sample, "")
-    return Measured(nothing.values, dict.fromkeys(nothing.reasons, _UNANSWERED))
+        return function(sample, prediction.output)
+    empty = function(sample, "")
+    return SampleMetrics(empty.values, dict.fromkeys(empty.reasons, _NO_OUTPUT))
 
 
 def _read_captions(
     samples: Sequence[VideoSample], predictions: Sequence[Prediction]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Captions by id, and why there is none, by id."""
+    """Return captions by id, and for samples without a caption the reason by id."""
     captions, unreadable = {}, {}
     for sample, prediction in zip(samples, predictions, strict=True):
         try:
             if prediction.output is None:
-                raise UnparsableError(_UNANSWERED)
+                raise UnparsableError(_NO_OUTPUT)
             captions[sample.id] = read_answer(prediction.output)
         except UnparsableError as error:
             unreadable[sample.id] = str(error)
@@ -165,24 +174,26 @@ def _read_captions(
 def _judge_captions(
     judge: Judge, samples: Sequence[VideoSample], captions: Mapping[str, str]
 ) -> dict[str, CaptionVerdicts]:
-    """What the judge found, by id; without what it could not judge."""
-    asked = [sample for sample in samples if sample.id in captions]
+    """Return the judge's verdicts by id, without the captions that it could not judge."""
+    to_judge = [sample for sample in samples if sample.id in captions]
     verdicts: dict[str, CaptionVerdicts] = {}
-    with tqdm(total=len(asked), unit="caption", desc="judge") as bar:
-        for start in range(0, len(asked), _CAPTIONS_A_CALL):
-            chunk = asked[start : start + _CAPTIONS_A_CALL]
+    with tqdm(total=len(to_judge), unit="caption", desc="judge") as bar:
+        for start in range(0, len(to_judge), _CAPTIONS_PER_CALL):
+            chunk = to_judge[start : start + _CAPTIONS_PER_CALL]
             found = judge.compare(chunk, [captions[sample.id] for sample in chunk])
-            verdicts |= {sample.id: one for sample, one in zip(chunk, found, strict=True) if one is not None}
+            verdicts |= {
+                sample.id: verdict for sample, verdict in zip(chunk, found, strict=True) if verdict is not None
+            }
             bar.update(len(chunk))
     return verdicts
 
 
-def _caption_measure(id: str, unreadable: Mapping[str, str], verdicts: Mapping[str, CaptionVerdicts]) -> Measured:
+def _caption_metrics(id: str, unreadable: Mapping[str, str], verdicts: Mapping[str, CaptionVerdicts]) -> SampleMetrics:
     if id in unreadable:
         return metrics.caption(0.0, 0.0, {"recall": unreadable[id]})
     if id in verdicts:
         return metrics.caption(verdicts[id].recall, verdicts[id].precision, {})
-    return Measured({}, {"recall": NOT_JUDGED})
+    return SampleMetrics({}, {"recall": NOT_JUDGED})
 
 
 def _pairs(events: Sequence[str], verdicts: Sequence[str]) -> list[list[str]]:

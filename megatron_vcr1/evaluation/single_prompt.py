@@ -1,4 +1,4 @@
-"""One answer to one prompt, to the terminal as it comes."""
+"""Generates one response to one prompt, and prints it to the terminal token by token."""
 
 from __future__ import annotations
 
@@ -28,71 +28,77 @@ from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import Rollout
 
 
-class _Clock:
-    """When things were done, in seconds since the last `lap`."""
+class _Stopwatch:
+    """Durations of phases, in seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """End the phase `name`, which began with the previous lap."""
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
 
 
-def generate(run: RunConfig, message: Mapping[str, Any], params: SamplingParams, *, seed: int, as_json: bool) -> None:
-    """Answer a message; every rank of the job calls this, and the first prints.
+def generate_response(
+    run: RunConfig, message: Mapping[str, Any], params: SamplingParams, *, seed: int, as_json: bool
+) -> None:
+    """Respond to a message. All ranks of the job call this, and the first rank prints.
 
     Args:
         run: the model and its layout.
-        message: the user's, as `encode_messages` takes it.
-        as_json: print one JSON object at the end, instead of the text as it comes and a line of timings.
+        message: the user's message in the format of `encode_messages`.
+        params: sampling parameters.
+        seed: seed of the sampling.
+        as_json: print one JSON object at the end, instead of the text as it is generated and a line of timings.
 
     Raises:
-        UserError: the model, the layout, or a video or picture is at fault.
+        UserError: the model or the layout is invalid, or a video or image cannot be read.
     """
     config = ModelConfig.from_pretrained(run.model.path)
     check_layout(config.shape, run.parallel, run.recompute, mesh.launched_world_size())
     processor = read_processor(run.model.path)
     tokens = SpecialTokens.from_pretrained(run.model.path, processor)
-    clock = _Clock()
+    stopwatch = _Stopwatch()
 
     def requests() -> list[GenerationRequest]:
         try:
             return [GenerationRequest("prompt", encode_messages([message], processor), num_responses=1, seed=seed)]
-        except ValueError as error:  # a VideoError too
+        except ValueError as error:  # VideoError is a ValueError too
             raise UserError(str(error)) from error
 
     with mesh.world(run.parallel):
-        (request,) = broadcast_prompts(requests)
-        clock.lap("prompt")
+        (request,) = broadcast_prompts(requests)  # replica leaders decode, the other ranks receive
+        stopwatch.lap("prompt")
         model = build_model(config, run).to(mesh.device())
         load_model_weights(model, run.model.path)
-        clock.lap("load")
+        stopwatch.lap("load")
         decode = partial(processor.decode, skip_special_tokens=False)
         engine = LocalEngine(model, tokens, decode, max_batch_responses=1)
         streamer = TextStreamer(processor.tokenizer, skip_special_tokens=True)
-        prints = mesh.is_first_rank()
+        is_first = mesh.is_first_rank()
 
         def on_token(request: int, response: int, token_id: int) -> None:
-            if "first_token" not in clock.seconds:
-                clock.lap("first_token")
-            if prints and not as_json:
+            if "first_token" not in stopwatch.seconds:
+                stopwatch.lap("first_token")
+            if is_first and not as_json:
                 streamer.put(torch.tensor([token_id]))
 
         (group,) = engine.generate([request], params, on_token=on_token)
-        clock.lap("further_tokens")
-        if prints and as_json:
-            print(json.dumps(_as_row(group.rollouts[0], request.prompt, processor, clock.seconds)))
-        elif prints:
+        stopwatch.lap("further_tokens")
+        if is_first and as_json:
+            print(json.dumps(_as_row(group.rollouts[0], request.prompt, processor, stopwatch.seconds)))
+        elif is_first:
             streamer.end()
-            print(_summary(group.rollouts[0], request.prompt, clock.seconds), file=sys.stderr)
+            print(_summary(group.rollouts[0], request.prompt, stopwatch.seconds), file=sys.stderr)
 
 
 def _as_row(
     rollout: Rollout, prompt: EncodedPrompt, processor: PromptProcessor, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
+    """Return the object that --json prints."""
     return {
         "text": processor.decode(rollout.token_ids),
         "token_ids": rollout.token_ids,
@@ -104,7 +110,8 @@ def _as_row(
 
 
 def _summary(rollout: Rollout, prompt: EncodedPrompt, seconds: Mapping[str, float]) -> str:
-    num_frames = sum(len(one.frames) for one in prompt.vision)
+    """Return the line of timings."""
+    num_frames = sum(len(vision.frames) for vision in prompt.vision)
     num_further = len(rollout.token_ids) - 1
     rate = f" ({num_further / seconds['further_tokens']:.1f} tokens/s)" if num_further else ""
     return (

@@ -1,4 +1,4 @@
-"""`vcr1 score`, the command itself, against transformers' log-probs for text, images and videos."""
+"""`vcr1 score` as a user types it, compared with transformers' log-probs for text, images and videos."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     picture = torch.randint(0, 256, (90, 130, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(picture.numpy()).save(folder / "picture.png")
     requests = _requests(clip, folder / "picture.png")
-    (folder / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in requests))
+    (folder / "data.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
     expected = _transformers_log_probs(model, folder / "model", requests)
     (folder / "expected.json").write_text(json.dumps(expected))
     return folder
@@ -107,17 +107,42 @@ def test_log_probs_equal_transformers(workspace: Path, ranks: int, options: list
     assert "4 scored, 0 failed" in result.stdout
 
 
-def test_a_bad_video_costs_its_own_row(workspace: Path) -> None:
+def test_a_bad_video_fails_only_its_own_row(workspace: Path) -> None:
     rows = [json.loads(line) for line in (workspace / "data.jsonl").read_text().splitlines()]
     missing = {"type": "video", "video": "nowhere.mp4"}
     bad = {"id": "bad", "messages": [{"role": "user", "content": [missing]}], "response": "x"}
-    (workspace / "damaged.jsonl").write_text("\n".join(json.dumps(one) for one in (rows[0], bad, rows[1])))
+    (workspace / "damaged.jsonl").write_text("\n".join(json.dumps(row) for row in (rows[0], bad, rows[1])))
     result = _score(workspace, data="damaged.jsonl")
     assert result.returncode == 1, result.stderr
     out = [json.loads(line) for line in (workspace / "out.jsonl").read_text().splitlines()]
     assert [row["id"] for row in out] == ["text", "bad", "image"]
     assert "nowhere.mp4" in out[1]["error"]
     assert "2 scored, 1 failed" in result.stdout
+
+
+def test_a_malformed_request_fails_only_its_own_row(workspace: Path) -> None:
+    good, _, video, _ = (json.loads(line) for line in (workspace / "data.jsonl").read_text().splitlines())
+    faults: dict[str, Any] = {
+        "fps": {"messages": [{"role": "user", "content": [video["messages"][0]["content"][0] | {"fps": "1"}]}]},
+        "null": {"messages": [{"role": "user", "content": [video["messages"][0]["content"][0] | {"fps": None}]}]},
+        "surrogate": {"messages": [{"role": "user", "content": "half a pair: \ud800"}]},
+        "surrogate in the response": {"response": "half a pair: \ud800"},
+        "content": {"messages": [{"role": "user", "content": None}]},
+        "part": {"messages": [{"role": "user", "content": [1]}]},
+        "path": {"messages": [{"role": "user", "content": [{"type": "video", "video": 3}]}]},
+        "role": {"messages": [{"role": ["user"], "content": "when?"}]},
+        "token": {"response": [10**30]},
+    }
+    bad = [good | fault | {"id": id} for id, fault in faults.items()]
+    (workspace / "faults.jsonl").write_text("\n".join(json.dumps(row) for row in (*bad, good)))
+    result = _score(workspace, data="faults.jsonl")
+    rows = {row["id"]: row for row in map(json.loads, (workspace / "out.jsonl").read_text().splitlines())}
+    assert list(rows) == [*faults, "text"], result.stderr
+    expected = json.loads((workspace / "expected.json").read_text())
+    assert rows["text"]["log_probs"] == pytest.approx(expected["text"], abs=TOLERANCE)
+    for id in faults.keys() - {"role"}:  # the tiny chat template prints any role
+        assert rows[id]["error"], id
+    assert result.returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -127,12 +152,12 @@ def test_a_bad_video_costs_its_own_row(workspace: Path) -> None:
         ('{"id": 1, "messages": []}', 'data2.jsonl:1: needs the keys "id", "messages" and "response"'),
         ('{"id": 1, "messages": "hi", "response": "x"}', 'data2.jsonl:1: "messages" must be a list'),
         ('{"id": 1, "messages": [], "response": [-1]}', 'data2.jsonl:1: "response" must be'),
-        ("", "no requests in it"),
+        ("", "the file holds no requests"),
     ],
 )
 def test_bad_data_is_refused_before_anything_is_computed(tmp_path: Path, line: str, message: str) -> None:
     from megatron_vcr1.errors import UserError
-    from megatron_vcr1.evaluation.score import read_requests
+    from megatron_vcr1.evaluation.log_probs import read_requests
 
     (tmp_path / "data2.jsonl").write_text(line)
     with pytest.raises(UserError) as error:
@@ -140,7 +165,7 @@ def test_bad_data_is_refused_before_anything_is_computed(tmp_path: Path, line: s
     assert message in str(error.value)
 
 
-def test_a_layout_that_the_ranks_do_not_make_up_is_refused(workspace: Path) -> None:
+def test_a_layout_that_does_not_fit_the_model_is_refused(workspace: Path) -> None:
     result = _score(workspace, "--tensor-parallel", "5")
     assert result.returncode == 2
     assert "parallel.tensor = 5 does not divide 12 attention heads" in result.stderr

@@ -1,0 +1,91 @@
+"""Generates a model's predictions for the samples of a benchmark: greedy, distributed over the replicas, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+from tqdm import tqdm
+
+from megatron_vcr1.data.loader import Prepare, decode_ahead
+from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.prompts import PreparedSample
+from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
+from megatron_vcr1.evaluation.prepared_samples import prepare_or_explain
+from megatron_vcr1.parallel import collectives, mesh
+from megatron_vcr1.parallel.prompts import broadcast_prompts
+from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.types import VideoSample
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """A model and the way it is prompted.
+
+    Attributes:
+        prepare: makes a sample's prompt. A ValueError that it raises (VideoError, PromptTooLongError) is the sample's
+            fault and becomes a prediction without output.
+        max_new_tokens: longest output.
+        prompts_per_batch: samples that a replica generates for at a time.
+        num_workers: processes that decode ahead; `prepare` is pickled for them.
+    """
+
+    engine: RolloutEngine
+    processor: PromptProcessor
+    prepare: Prepare
+    max_new_tokens: int
+    prompts_per_batch: int = 32
+    num_workers: int = 0
+
+    def predict(self, samples: Sequence[VideoSample], log: PredictionLog | None, label: str) -> None:
+        """Generate predictions for the samples and append them to the log batch by batch. All ranks call it.
+
+        The replica that generates a prediction makes no difference to it.
+
+        Args:
+            samples: the samples, the same on all ranks.
+            log: the log on the first rank of the job; None on all other ranks.
+            label: label of the progress bar.
+        """
+        num_replicas = mesh.num_replicas()
+        size = num_replicas * self.prompts_per_batch
+        rounds = [samples[start : start + size] for start in range(0, len(samples), size)]
+        shards = [batch[mesh.replica_index() :: num_replicas] for batch in rounds]
+        prompts = self._prepare_ahead([sample for shard in shards for sample in shard])
+        with tqdm(total=len(samples), unit="sample", desc=label, disable=log is None) as bar:
+            for batch, shard in zip(rounds, shards, strict=True):
+                # The replica leader takes the next prompts; the other ranks of the replica receive them.
+                number = len(shard)
+                prepared = broadcast_prompts(lambda number=number: list(islice(prompts, number)))  # type: ignore[misc]
+                predicted = self._generate(prepared)
+                mine = {prediction.id: prediction for prediction in predicted} if mesh.is_output_rank() else {}
+                gathered = collectives.gather_objects(mine)  # all ranks call it
+                predictions = {id: prediction for part in gathered for id, prediction in part.items()}
+                if log is not None:
+                    log.append([predictions[sample.id] for sample in batch])
+                bar.update(len(batch))
+
+    def _prepare_ahead(self, samples: Sequence[VideoSample]) -> Iterator[PreparedSample | Prediction]:
+        """Yield prepared samples in order. Only replica leaders iterate; decoding starts with the first item."""
+        make = partial(prepare_or_explain, prepare=self.prepare)
+        yield from decode_ahead(make, samples, num_workers=self.num_workers)
+
+    def _generate(self, prepared: Sequence[PreparedSample | Prediction]) -> list[Prediction]:
+        """Return the replica's predictions in order; samples that could not be prepared have theirs already."""
+        ready = [item for item in prepared if isinstance(item, PreparedSample)]
+        requests = [GenerationRequest(item.sample.id, item.prompt, num_responses=1) for item in ready]
+        params = SamplingParams(self.max_new_tokens, temperature=0.0)
+        groups = self.engine.generate(requests, params) if requests else []
+        predictions = {item.id: item for item in prepared if isinstance(item, Prediction)}
+        for item, group in zip(ready, groups, strict=True):
+            (rollout,) = group.rollouts
+            predictions[group.id] = Prediction(
+                group.id,
+                self.processor.decode(rollout.token_ids),
+                num_tokens=len(rollout.token_ids),
+                finish_reason=str(rollout.finish_reason),
+                reduction=item.reduction,
+            )
+        return [predictions[item.sample.id if isinstance(item, PreparedSample) else item.id] for item in prepared]

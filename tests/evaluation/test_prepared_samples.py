@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from megatron_vcr1.data.video_types import VideoError
+from megatron_vcr1.evaluation.predictions import Prediction
+from megatron_vcr1.evaluation.prepared_samples import prepare_or_explain
+from tests.evaluation.samples import choices
+
+
+def test_an_unusable_sample_becomes_a_prediction_with_the_reason() -> None:
+    (sample,) = choices("a")
+
+    def fail(sample: object) -> None:
+        raise VideoError("a.mp4", "no such file")
+
+    assert prepare_or_explain(sample, fail) == Prediction("a", None, "a.mp4: no such file")
+    assert prepare_or_explain(sample, lambda sample: sample) is sample
+
+
+def test_decoding_processes_do_not_import_megatron_core() -> None:
+    code = "import sys, megatron_vcr1.evaluation.prepared_samples; print('megatron.core' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
