@@ -177,14 +177,11 @@ class LogProbScorer:
 
     def _log_probs(self, ready: Sequence[Group]) -> dict[str, dict[str, Any]]:
         """Return the rows with log-probs, on the ranks of the last stage."""
-        config = self.model.config
+        config, model_config = self.model.config, self.model.model_config
         pad_to_multiple_of = config.tensor_model_parallel_size if config.sequence_parallel else 1
         longest = max(group.num_tokens for group in ready)
         microbatches = pack_groups(ready, max(self.microbatch_tokens, longest))
-        batches = [
-            pack(microbatch, self.model.model_config, pad_to_multiple_of=pad_to_multiple_of)
-            for microbatch in microbatches
-        ]
+        batches = [pack(microbatch, model_config, pad_to_multiple_of=pad_to_multiple_of) for microbatch in microbatches]
 
         def collect(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, ...]:
             values = self.model.log_probs(hidden, batch.target_ids, temperature=self.temperature)
