@@ -1,1 +1,5 @@
-"""`vcr1 report`: what a run did and what its model can do, on one page that opens anywhere."""
+"""`vcr1 report`: one self-contained HTML page about a run or several runs.
+
+`run_record` reads the folders. `tables`, `results`, `curves` and `gallery` select what is shown, `charts` and `frames`
+make the pictures, and `page` renders the templates.
+"""

@@ -1,6 +1,6 @@
-"""Line and area charts: numbers become a drawing's coordinates here; macros.html.jinja writes the SVG.
+"""Line and area charts: this module computes the coordinates, and macros.html.jinja writes the SVG.
 
-The page's own style sheet colours them, so they follow a reader's light or dark theme, and no chart needs a script.
+The page's style sheet sets the colours, so that charts follow the reader's light or dark theme without a script.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_POINTS = 100
-"""Of a line; each is the mean of its steps, which bounds the page whatever the run's length."""
+"""Most points of a line. A point is the mean of its steps, so the page stays small for runs of any length."""
 
 WIDTH, HEIGHT = 400.0, 210.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 8.0, 8.0, 30.0
@@ -22,18 +22,18 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 8.0, 8.0, 30.0
 
 @dataclass(frozen=True)
 class Line:
-    """A named series: steps [num_points] and values [num_points], NaN where there is none."""
+    """A named series: steps [num_points] and values [num_points]; NaN if a step has no value."""
 
     label: str
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
     colour: int
-    """Number of its colour: what a name stands for has the same one in every chart."""
+    """Number of the colour. The same run or phase has the same colour in every chart."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over steps, or areas piled on one another."""
+    """Lines over steps, or stacked areas."""
 
     title: str
     unit: str
@@ -49,7 +49,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Stroke:
-    """A drawn line: SVG paths of the line and of the band (or area) behind it, and its last value as text."""
+    """A drawn line: SVG paths of the line and of its band (or area), and the last value as text."""
 
     label: str
     colour: int
@@ -60,7 +60,7 @@ class Stroke:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A slice of the chart that shows its values when pointed at."""
+    """A vertical slice of the chart that shows its values under the pointer."""
 
     x: float
     width: float
@@ -69,7 +69,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart in the coordinates of a WIDTH x HEIGHT picture."""
+    """A chart in the coordinates of a WIDTH x HEIGHT image."""
 
     title: str
     unit: str
@@ -78,13 +78,13 @@ class Drawing:
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
     columns: Sequence[Column]
-    steps_a_point: int
+    steps_per_point: int
     plot: tuple[float, float, float, float] = (_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM)
     """Left, top, right and bottom of the plotted area."""
 
 
 def draw(chart: Chart) -> Drawing | None:
-    """Lays a chart out; None if no line holds a finite value."""
+    """Compute the coordinates of a chart; None if no line has a finite value."""
     lines = [line for line in chart.lines if np.isfinite(line.values).any()]
     if not lines:
         return None
@@ -119,12 +119,12 @@ def draw(chart: Chart) -> Drawing | None:
         x_ticks=_ticks(x.low, x.high, x, whole=True),
         y_ticks=_ticks(y.low, y.high, y),
         columns=_columns(points, middles, [line.label for line in lines], means),
-        steps_a_point=math.ceil(len(steps) / (len(edges) - 1)),
+        steps_per_point=math.ceil(len(steps) / (len(edges) - 1)),
     )
 
 
 def short(value: float) -> str:
-    """A number in few characters: 0.123, 1.23e-06, 12k, 3.4M."""
+    """Format a number in few characters: 0.123, 1.23e-06, 12k, 3.4M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"
@@ -132,13 +132,13 @@ def short(value: float) -> str:
 
 
 def words(name: str) -> str:
-    """A name from a file as a reader would write it: grounded_qa is grounded QA."""
+    """Spell a name from a file for readers: grounded_qa becomes grounded QA."""
     spelled = {"iou": "IoU", "qa": "QA"}
     return " ".join(spelled.get(word, word) for word in name.split("_"))
 
 
 class _Scale:
-    """Maps low..high to first..last, in coordinates of the picture."""
+    """A linear map from low..high to the coordinates first..last."""
 
     def __init__(self, low: float, high: float, first: float, last: float) -> None:
         self.low, self.high, self._first = low, high, first
@@ -149,14 +149,14 @@ class _Scale:
 
 
 def _edges(steps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Borders of the bins that share a point: [num_points + 1], every bin with steps in it."""
+    """Return the borders [num_points + 1] of the bins of steps that share a point; no bin is empty."""
     num_points = min(len(steps), MAX_POINTS)
     firsts = steps[(np.arange(num_points) * len(steps)) // num_points]
     return np.append(firsts, steps[-1] + 1).astype(np.float64)
 
 
 def _reduce(line: Line, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean, least and greatest value in each bin: [3, num_points]."""
+    """Return the mean, minimum and maximum of each bin: [3, num_points]."""
     reduced = np.full((3, len(edges) - 1), np.nan)
     bins = np.searchsorted(edges, line.steps, side="right") - 1
     finite = np.isfinite(line.values)
@@ -171,14 +171,14 @@ def _mean(values: NDArray[np.int64]) -> float:
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
-    """What the y axis spans: from 0 where that costs less than half the height, and never nothing."""
+    """Return the range of the y axis: it starts at 0 if that uses less than half of the height, and is never empty."""
     if 0 < low < high / 2 or low == high > 0:
         low = 0.0
     return low, high + ((high - low) * 0.04 or 1.0)
 
 
 def _ticks(low: float, high: float, place: Callable[[float], float], *, whole: bool = False) -> list[Tick]:
-    """Two to six round numbers in low..high, with as many digits as tell them apart."""
+    """Return two to six round numbers in low..high, with enough digits to distinguish them."""
     if not high > low:
         return [Tick(place(low), short(low))]
     span = high - low
@@ -193,7 +193,7 @@ def _ticks(low: float, high: float, place: Callable[[float], float], *, whole: b
 
 
 def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """An SVG path through the points; a gap where y is NaN, a dot for a point that stands alone."""
+    """Return an SVG path through the points, with a gap where y is NaN and a dot for an isolated point."""
     parts: list[str] = []
     drawing = False
     for x, y in zip(xs, ys, strict=True):
@@ -206,9 +206,10 @@ def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def _band(xs: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> str:
-    there = [(x, low, high) for x, low, high in zip(xs, lows, highs, strict=True) if not math.isnan(low)]
-    forth = [f"{x:g} {high:g}" for x, _, high in there]
-    back = [f"{x:g} {low:g}" for x, low, _ in reversed(there)]
+    """Return the closed SVG path between two lines, without the points that are NaN."""
+    finite = [(x, low, high) for x, low, high in zip(xs, lows, highs, strict=True) if not math.isnan(low)]
+    forth = [f"{x:g} {high:g}" for x, _, high in finite]
+    back = [f"{x:g} {low:g}" for x, low, _ in reversed(finite)]
     return f"M{'L'.join(forth + back)}Z"
 
 

@@ -1,4 +1,4 @@
-"""Which curves a report shows, from the names of a run's metrics."""
+"""Selects the curves of a report by the names of the metrics."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_vcr1.report.run_record import RunRecord
 PARTS = ("total", "format", "iou", "accuracy", "recall")
 PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "save")
 
-MIN_PHASE_SHARE = 0.005
-"""Of the time of all steps; what takes less is not named."""
+MIN_PHASE_FRACTION = 0.005
+"""Phases that take a smaller fraction of the time are not shown."""
 
 _MAX_OTHER_CHARTS = 12
 
 
 @dataclass(frozen=True)
 class CurveSection:
-    """Charts under one heading; `constant` names what never changed, with its value."""
+    """Charts under one heading. `constant` lists metrics that never changed, with their value."""
 
     title: str
     note: str
@@ -31,7 +31,7 @@ class CurveSection:
 
 @dataclass(frozen=True)
 class _Spec:
-    """A chart by the metrics that it shows: key to label."""
+    """A chart defined by its metrics: `keys` maps each key to its label."""
 
     title: str
     unit: str
@@ -41,24 +41,24 @@ class _Spec:
 _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
     (
         "Policy",
-        "KL to the reference; the ratio of new to old probability and the share of tokens where it is clipped.",
+        "KL to the reference, ratio of policy to old-policy probability, fraction of tokens whose ratio was clipped.",
         (
-            _Spec("KL to the reference", "nats a token", {"kl": "KL"}),
-            _Spec("Entropy", "nats a token", {"entropy": "entropy"}),
+            _Spec("KL to the reference", "nats per token", {"kl": "KL"}),
+            _Spec("Entropy", "nats per token", {"entropy": "entropy"}),
             _Spec("Probability ratio", "mean", {"ratio/mean": "ratio"}),
-            _Spec("Clipped tokens", "share", {"clip_fraction": "clipped"}),
+            _Spec("Clip fraction", "of tokens", {"clip_fraction": "clipped"}),
         ),
     ),
     (
         "Responses",
-        "Truncated: cut at rollout.max_new_tokens. A group whose rewards are all equal teaches nothing; dynamic "
-        "sampling drops it. Without a verdict: no judge has read the caption.",
+        "Truncated responses were cut at rollout.max_new_tokens. A group without reward variance has no gradient, and "
+        "dynamic sampling drops it. Responses without a verdict could not be judged.",
         (
             _Spec("Length", "tokens", {"response_tokens/mean": "mean", "response_tokens/max": "longest"}),
-            _Spec("Truncated responses", "share", {"truncated_fraction": "truncated"}),
-            _Spec("Groups", "a step", {"groups/zero_variance": "equal rewards", "groups/dropped": "dropped"}),
-            _Spec("Responses without a verdict", "a step", {"responses/unscored": "responses"}),
-            _Spec("Videos", "a step", {"skipped_samples": "unusable", "downscaled_videos": "made smaller to fit"}),
+            _Spec("Truncated responses", "fraction", {"truncated_fraction": "truncated"}),
+            _Spec("Groups", "per step", {"groups/zero_variance": "no reward variance", "groups/dropped": "dropped"}),
+            _Spec("Responses without a verdict", "per step", {"responses/unscored": "responses"}),
+            _Spec("Videos", "per step", {"skipped_samples": "skipped", "downscaled_videos": "downscaled to fit"}),
         ),
     ),
     (
@@ -68,41 +68,45 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
             _Spec("Loss", "", {"loss": "loss"}),
             _Spec("Gradient norm", "before clipping", {"grad_norm": "norm"}),
             _Spec("Learning rate", "", {"lr": "rate"}),
-            _Spec("Updates left out", "share", {"update_skipped": "not finite"}),
+            _Spec("Skipped optimizer steps", "fraction", {"update_skipped": "not finite"}),
         ),
     ),
     (
         "Speed and memory",
         "",
         (
-            _Spec("Throughput", "tokens a second", {"tokens_per_s": "tokens/s"}),
-            _Spec("Model FLOPs utilization", "share of peak", {"mfu": "MFU"}),
-            _Spec("Model FLOPs", "TFLOP/s a rank, in the update", {"tflops_per_s": "TFLOP/s"}),
-            _Spec("Prompt tokens that the engine had cached", "share", {"cached_prompt_fraction": "cached"}),
-            _Spec("Rows trained on", "tokens a step", {"tokens": "tokens"}),
+            _Spec("Throughput", "tokens/s", {"tokens_per_s": "tokens/s"}),
+            _Spec("Model FLOPs utilization", "fraction of peak", {"mfu": "MFU"}),
+            _Spec("Model FLOPs", "TFLOP/s per rank, during the update", {"tflops_per_s": "TFLOP/s"}),
+            _Spec("Prompt tokens in the engine's prefix cache", "fraction", {"cached_prompt_fraction": "cached"}),
+            _Spec("Trained tokens", "per step", {"tokens": "tokens"}),
             _Spec("Peak memory", "GB", {"memory/peak_gb": "peak"}),
         ),
     ),
     (
-        "Rollout against training",
-        "Log-probs of the sampled tokens, by the engine that sampled them and by the model that trains on them: a gap "
-        "means that the two compute different policies.",
+        "Mismatch between rollout and training",
+        "Log-probs of the sampled tokens, computed by the rollout engine and by the training model. A difference means "
+        "that the two compute different policies.",
         (
-            _Spec("Difference of log-probs", "nats", {"mismatch/mean_abs": "mean", "mismatch/max_abs": "largest"}),
-            _Spec("KL of rollout to training", "nats a token", {"mismatch/kl": "KL"}),
-            _Spec("Age of the policy that sampled", "updates", {"policy_lag": "lag"}),
+            _Spec("Log-prob difference", "nats", {"mismatch/mean_abs": "mean", "mismatch/max_abs": "largest"}),
+            _Spec("KL between rollout and training", "nats per token", {"mismatch/kl": "KL"}),
+            _Spec("Policy lag", "steps", {"policy_lag": "lag"}),
         ),
     ),
 )
 
 
 def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
-    """Charts of one run, the parts of a reward together; of several runs, one chart a metric with a line a run."""
+    """Return the charts by section.
+
+    For one run, a chart shows all parts of a reward. For several runs, each metric has its own chart, with one line per
+    run.
+    """
     keys = list(dict.fromkeys(key for run in runs for key in run.metrics.columns))
-    note = "Parts add up to the total, which GRPO maximizes." if len(runs) == 1 else ""
+    note = "The parts add up to the total, which GRPO maximizes." if len(runs) == 1 else ""
     sections = [("Reward", note, list(_reward_specs(keys))), *_SECTIONS]
     shown = {key for _, _, specs in sections for spec in specs for key in spec.keys}
-    hidden = (*shown, "policy_version", "model_flops")  # the step's number, and what TFLOP/s says better
+    hidden = (*shown, "policy_version", "model_flops")  # the number of the step, and a metric that TFLOP/s replaces
     other = [key for key in keys if key not in hidden and not key.startswith(("zero_rewards/", "time/"))]
     sections.append(("Other metrics", "", [_Spec(key, "", {key: key}) for key in other[:_MAX_OTHER_CHARTS]]))
     drawn = [
@@ -113,7 +117,7 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
 
 
 def phase_chart(run: RunRecord, title: str) -> Drawing | None:
-    """Seconds of a step by phase, piled up."""
+    """Return a stacked chart of the seconds per phase of each step; None if nothing was timed."""
     metrics = run.metrics
     lines = [
         Line(phase, metrics.steps, metrics.columns[f"time/{phase}_s"], phase_colour(phase)) for phase in phases(run)
@@ -122,18 +126,18 @@ def phase_chart(run: RunRecord, title: str) -> Drawing | None:
 
 
 def phase_colour(phase: str) -> int:
-    """The number of a phase's colour; phases that are not known here share the one behind."""
+    """Return the colour number of a phase; all unknown phases share one colour."""
     return PHASES.index(phase) if phase in PHASES else len(PHASES)
 
 
 def phases(run: RunRecord) -> list[str]:
-    """Names of the phases that took a share of the time worth naming, in the order of a step."""
+    """Return the phases that took at least MIN_PHASE_FRACTION of the time, in the order of a step."""
     timed = {
         key[len("time/") : -len("_s")]: float(np.nansum(seconds))
         for key, seconds in run.metrics.columns.items()
         if key.startswith("time/") and key.endswith("_s")
     }
-    least_s = MIN_PHASE_SHARE * timed.pop("total", sum(timed.values()))
+    least_s = MIN_PHASE_FRACTION * timed.pop("total", sum(timed.values()))
     timed = {phase: seconds for phase, seconds in timed.items() if seconds > least_s}
     known = [phase for phase in PHASES if phase in timed]
     return [*known, *sorted(set(timed) - set(known))]

@@ -1,4 +1,4 @@
-"""Small pictures of a video's frames, inside the page."""
+"""Reads a few frames of a video as small JPEG images for the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.types import VideoSample
 
 MAX_FRAMES = 8
-"""Of a sample; tracking shows those that the model sees."""
+"""Most frames of a sample. For tracking, they are frames that the model sees."""
 
 TIME_LIMIT_S = 20.0
 _MIN_PIXELS, _MAX_PIXELS = 112 * 112, 176 * 176
@@ -23,7 +23,7 @@ _JPEG_QUALITY = 72
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame as a JPEG data URI; `index` is its place among the frames that were read."""
+    """One frame as a JPEG data URI; `index` is its position among the frames that were read."""
 
     index: int
     time_s: float
@@ -34,14 +34,14 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class FilmStrip:
-    """Frames evenly spread over the part of the video that the sample is about, whose length is duration_s."""
+    """Evenly spaced frames of the sample's clip, which lasts duration_s."""
 
     frames: tuple[Frame, ...]
     duration_s: float
 
 
 def read_strip(sample: VideoSample, reader: VideoReader) -> FilmStrip:
-    """Up to MAX_FRAMES of the sample's frames.
+    """Read up to MAX_FRAMES frames of the sample.
 
     Raises:
         VideoError: the video is missing or damaged.
@@ -50,7 +50,7 @@ def read_strip(sample: VideoSample, reader: VideoReader) -> FilmStrip:
     options = video_arguments(sample, limits)
     path = options.pop("video")
     video = reader.read_frames(path, num_threads=1, time_limit_s=TIME_LIMIT_S, **options)
-    # A list of images is read whole, whatever the limit.
+    # A list of images is read as a whole, whatever the limit.
     picked = np.unique(np.linspace(0, len(video.frames) - 1, min(len(video.frames), MAX_FRAMES)).round().astype(int))
     frames = tuple(_frame(index, video.timestamps_s[index], video.frames[index].numpy()) for index in picked.tolist())
     return FilmStrip(frames, video.duration_s)

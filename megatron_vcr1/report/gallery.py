@@ -1,4 +1,4 @@
-"""Samples to look at: a video's frames with the true and the answered spans and boxes, and what each answer earned."""
+"""The gallery: frames of samples with their target, the answered spans and boxes, and the rewards or metrics."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ from megatron_vcr1.rewards.parsing import (
 from megatron_vcr1.types import Box, GroundedChoiceTarget, GroundingTarget, Interval, TrackingTarget, VideoSample
 
 MAX_TEXT = 3000
-"""Characters of an answer that are shown."""
+"""Most characters of a response that are shown."""
 
-MAX_FIGURES = 4
-"""Of an answer to a benchmark."""
+MAX_METRICS = 4
+"""Most metrics that are shown with a prediction."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A response, what it earned, and where it says that things are.
+    """A response, its reward or metrics, and the spans and boxes that it states.
 
     Attributes:
-        role: best, worst or only: decides the colour.
+        role: "best" or "worst"; decides the colour.
+        title: heading of the response.
+        text: the response, cut at MAX_TEXT characters.
+        num_hidden: number of characters that were cut.
         facts: (name, value) pairs such as the number of tokens.
-        parts: (part, value, reason of a zero).
-        num_hidden: characters of the text that are left out.
+        parts: (part or metric, value, reason for a zero).
     """
 
     role: str
@@ -57,11 +59,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One sample with answers to it.
+    """A sample with one or two responses.
 
     Attributes:
-        target: the right answer as a text.
-        strip: its frames; None where the video cannot be shown, for the reason `missing`.
+        target: the target as text.
+        strip: the frames; None if they cannot be read.
+        missing: why there are no frames.
     """
 
     heading: str
@@ -73,40 +76,46 @@ class Exhibit:
 
     @property
     def true_boxes(self) -> Sequence[Box]:
+        """The boxes of the target; empty if the task has none."""
         return self.sample.target.boxes if isinstance(self.sample.target, TrackingTarget) else ()
 
     @property
     def length_s(self) -> float:
-        """What the time line spans."""
+        """Length of the time line."""
         ends = [span.end_s for span in self.sample.intervals]
         return self.strip.duration_s if self.strip else self.sample.duration_s or max(ends, default=0.0)
 
 
 def rollout_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
-    """Of the first, a middle and the last step, each task's group whose rewards differ most: best and worst answer."""
+    """Yield groups of the first, a middle and the last step: for each task, the group with the largest reward spread.
+
+    Each exhibit shows the best and the worst response of its group.
+    """
     steps, templates = list(run.rollout_files), load_templates()
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else ():
-        for sample, responses in _telling_groups(run.rollout_files[step], problems):
+        for sample, responses in _groups_with_largest_spread(run.rollout_files[step], problems):
             best, worst, number = responses[0], responses[-1], len(responses)
             if _total(best) > _total(worst):
                 answers = [_answer("best", f"Best of {number}", sample, best)]
                 answers += [_answer("worst", f"Worst of {number}", sample, worst)]
             else:
-                answers = [_answer("best", f"One of {number}, all equal", sample, best)]
+                answers = [_answer("best", f"One of {number} with equal rewards", sample, best)]
             heading = f"Step {step}: {words(sample.task)}"
             yield Exhibit(heading, sample, target_text(sample, templates), answers)
 
 
 def evaluation_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
-    """Of each benchmark the best, the median and the worst answer by the sum of the figures that are shown with it."""
+    """Yield the best, the median and the worst prediction of each benchmark, by the sum of their first metrics."""
     templates = load_templates()
     for result in run.evaluations:
         manifest = _manifest(run, result)
         if manifest is None or not manifest.is_file():
-            problems.append(f"evaluation/{result.label}: no samples are shown: its manifest is not here ({manifest})")
+            problems.append(
+                f"evaluation/{result.label}: no samples are shown, because its manifest does not exist ({manifest})"
+            )
             continue
         measured = [row for row in read_json_lines(result.folder / "samples.jsonl", problems) if row.get("metrics")]
-        measured.sort(key=lambda row: (-sum(islice(row["metrics"].values(), MAX_FIGURES)), str(row.get("id"))))
+        measured.sort(key=lambda row: (-sum(islice(row["metrics"].values(), MAX_METRICS)), str(row.get("id"))))
         last = len(measured) - 1
         ranks = dict(zip((0, last // 2, last), ("best", "median", "worst"), strict=True)) if measured else {}
         chosen = {str(measured[rank].get("id")): (rank, name) for rank, name in ranks.items()}
@@ -125,7 +134,7 @@ def evaluation_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit
 
 
 def with_frames(exhibits: Sequence[Exhibit], reader: VideoReader) -> Iterator[Exhibit]:
-    """The same, with their frames or the reason why there are none."""
+    """Yield the exhibits with their frames, or with the reason why there are none."""
     for exhibit in exhibits:
         try:
             yield replace(exhibit, strip=read_strip(exhibit.sample, reader))
@@ -134,7 +143,7 @@ def with_frames(exhibits: Sequence[Exhibit], reader: VideoReader) -> Iterator[Ex
 
 
 def answered_spans(sample: VideoSample, text: str) -> Sequence[Interval]:
-    """The spans that an answer states; none where the task has none or they cannot be read."""
+    """Return the spans that a response states; none if the task has no spans or they cannot be parsed."""
     try:
         match sample.target:
             case GroundingTarget():
@@ -142,12 +151,12 @@ def answered_spans(sample: VideoSample, text: str) -> Sequence[Interval]:
             case GroundedChoiceTarget():
                 return parse_spans(first_glue(text))
     except UnparsableError:
-        pass  # the reward's reason, beside the answer, says so
+        pass  # the reason for the zero reward is shown next to the response
     return ()
 
 
 def answered_boxes(sample: VideoSample, text: str) -> Sequence[Box | None]:
-    """The boxes that an answer states, one a frame; none where the task has none or they cannot be read."""
+    """Return the boxes that a response states, one per frame; none if the task has none or they cannot be parsed."""
     if not isinstance(sample.target, TrackingTarget):
         return ()
     try:
@@ -156,8 +165,8 @@ def answered_boxes(sample: VideoSample, text: str) -> Sequence[Box | None]:
         return ()
 
 
-def _telling_groups(path: Path, problems: list[str]) -> Iterator[tuple[VideoSample, list[Row]]]:
-    """Of each task, the group whose rewards differ most: its sample and its responses, the best first."""
+def _groups_with_largest_spread(path: Path, problems: list[str]) -> Iterator[tuple[VideoSample, list[Row]]]:
+    """Yield each task's group with the largest reward spread: its sample and its responses, the best first."""
     spreads: dict[str, float] = {}
     faults: list[str] = []
     groups: dict[str, tuple[VideoSample, list[Row]]] = {}
@@ -173,12 +182,12 @@ def _telling_groups(path: Path, problems: list[str]) -> Iterator[tuple[VideoSamp
             if spread > spreads.get(sample.task, -1.0):
                 spreads[sample.task], groups[sample.task] = spread, (sample, responses)
     if faults:
-        problems.append(f"{path.name}: {len(faults)} groups that cannot be read are left out, the first: {faults[0]}")
+        problems.append(f"{path.name}: {len(faults)} groups cannot be read and are left out; the first: {faults[0]}")
     yield from groups.values()
 
 
 def _manifest(run: RunRecord, result: EvaluationResult) -> Path | None:
-    """The samples of a benchmark: what its result names, or what the run's settings name for its label."""
+    """Return the manifest of a result: the one in its metrics.json, or the one of its label in the run's settings."""
     if named := result.details.get("manifest"):
         return Path(str(named))
     for source in run.setting("evaluate", "benchmarks") or ():
@@ -188,11 +197,11 @@ def _manifest(run: RunRecord, result: EvaluationResult) -> Path | None:
 
 
 def _answer(role: str, title: str, sample: VideoSample, response: Row) -> Answer:
-    """A response as rollouts/step_N.jsonl holds it, or a prediction with its row of samples.jsonl as `measured`."""
+    """Convert a response of rollouts/step_N.jsonl, or a prediction with its row of samples.jsonl under "measured"."""
     text = str(response.get("text", ""))
     facts = [
         (name, f"{value:.3g}" if isinstance(value, float) else str(value))
-        for key, name in (("num_tokens", "tokens"), ("finish_reason", "ended by"), ("advantage", "advantage"))
+        for key, name in (("num_tokens", "tokens"), ("finish_reason", "finish reason"), ("advantage", "advantage"))
         if (value := response.get(key)) is not None
     ]
     return Answer(
@@ -201,20 +210,21 @@ def _answer(role: str, title: str, sample: VideoSample, response: Row) -> Answer
         text=text[:MAX_TEXT],
         num_hidden=max(len(text) - MAX_TEXT, 0),
         facts=facts,
-        parts=list(_figures(response["measured"]) if "measured" in response else _parts(response.get("reward") or {})),
+        parts=list(_metrics(response["measured"]) if "measured" in response else _parts(response.get("reward") or {})),
         spans=answered_spans(sample, text),
         boxes=answered_boxes(sample, text),
     )
 
 
-def _figures(measured: Row) -> Iterator[tuple[str, str, str]]:
-    """An answer's first figures on a benchmark; why parts of it are worth nothing stands beside the first."""
+def _metrics(measured: Row) -> Iterator[tuple[str, str, str]]:
+    """Yield the first metrics of a prediction; the first one carries all reasons for zeros."""
     reasons = ", ".join(f"{part}: {reason}" for part, reason in (measured.get("reasons") or {}).items())
-    for number, (metric, value) in enumerate(islice(measured["metrics"].items(), MAX_FIGURES)):
+    for number, (metric, value) in enumerate(islice(measured["metrics"].items(), MAX_METRICS)):
         yield metric, f"{value:.2f}", "" if number else reasons
 
 
 def _parts(reward: Row) -> Iterator[tuple[str, str, str]]:
+    """Yield the parts of a reward and their total."""
     reasons = reward.get("reasons") or {}
     named = {part: reward.get(part) for part in ("format", "iou", "accuracy", "recall")}
     values: dict[str, Any] = {**named, **(reward.get("extra") or {})}
@@ -226,5 +236,5 @@ def _parts(reward: Row) -> Iterator[tuple[str, str, str]]:
 
 
 def _total(response: Row) -> float:
-    """What a response earned; one without a verdict counts as nothing here."""
+    """Return the total reward; a response without a verdict counts as 0 here."""
     return float((response.get("reward") or {}).get("total") or 0.0)

@@ -1,7 +1,7 @@
-"""Puts a report together: one HTML file that asks nothing of the network and runs no script.
+"""Renders a report: one HTML file that needs no network and runs no scripts.
 
-Everything that a model or a data set wrote is text here, never markup: the templates escape what they are given, and
-the page's own policy forbids scripts and connections, should anything slip through.
+Texts of models and datasets are untrusted. The templates escape them, and as a second line of defence the page's
+Content-Security-Policy forbids scripts and connections.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_vcr1.report.results import main_table, num_answers_and_samples, re
 from megatron_vcr1.report.run_record import RunRecord
 from megatron_vcr1.report.tables import (
     MAX_REASONS,
-    key_figures,
+    key_metrics,
     phase_rows,
     settings_that_differ,
     zero_rows,
@@ -37,12 +37,12 @@ _MAX_SKIPPED = 50
 _MAX_STARTS = 20
 _HIGH_TRUNCATION = 0.05
 _FEW_SAMPLES = 200
-_MAX_NAMES = 3  # of runs in the title
+_MAX_NAMES = 3  # names of runs in the title
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """The notes at the top of a written page, and its size."""
 
     notes: Sequence[str]
     num_samples: int
@@ -50,11 +50,13 @@ class Report:
 
 
 def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json_path: Path | None = None) -> Report:
-    """Writes the page, and on request its numbers as JSON; each file appears only when it is complete.
+    """Write the page, and optionally its numbers as JSON. Each file appears only when it is complete.
 
     Args:
-        runs: the first is what the others are compared with.
-        max_samples: of the gallery, over all runs; bounds the page's size, about 60 kB each.
+        runs: the runs; the others are compared with the first.
+        out: the page.
+        max_samples: most samples in the gallery, over all runs; each takes about 60 kB.
+        json_path: where to write the numbers; None does not write them.
     """
     problems: dict[str, list[str]] = {run.name: [] for run in runs}
     chosen = {
@@ -68,14 +70,14 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
     ]
     results = result_table(runs)
     if missing := sum(1 for _, shown in exhibits for exhibit in shown if exhibit.missing):
-        notes.append(f"videos of the gallery that cannot be shown: {missing}, each with the reason")
+        notes.append(f"videos of the gallery that cannot be shown: {missing}; each sample states the reason")
     zeros = zero_rows(runs)
     context = {
         "runs": runs,
         "stages": list(dict.fromkeys(str(run.setting("train", "stage") or "run").upper() for run in runs)),
         "title": _title(runs),
         "notes": notes,
-        "figures": [(run, key_figures(run)) for run in runs],
+        "key_metrics": [(run, key_metrics(run)) for run in runs],
         "main_results": main_table(runs),
         "results": results,
         "sections": curve_sections(runs),
@@ -101,9 +103,9 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
 
 
 def report_json(runs: Sequence[RunRecord], results: list[dict[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
-    """The page's numbers for another program."""
+    """Return the page's numbers for other programs."""
     return {
-        "runs": [{"name": run.name, "path": str(run.path), "figures": dict(key_figures(run))} for run in runs],
+        "runs": [{"name": run.name, "path": str(run.path), "key_metrics": dict(key_metrics(run))} for run in runs],
         "results": results,
         "zeros": [asdict(row) for row in zero_rows(runs)],
         "phases_s": [
@@ -117,18 +119,18 @@ def report_json(runs: Sequence[RunRecord], results: list[dict[str, Any]], notes:
 def _gallery(
     runs: Sequence[RunRecord], chosen: Mapping[str, Sequence[Exhibit]], max_samples: int
 ) -> Iterator[tuple[RunRecord, list[Exhibit]]]:
-    """Each run's chosen samples by its name, an equal number of each run, with their frames."""
-    share = max_samples // len(runs)
+    """Yield the samples of each run with their frames, the same number for each run."""
+    samples_per_run = max_samples // len(runs)
     with VideoReader() as reader:
         for run in runs:
-            shown = _spread(chosen[run.name], share)
+            shown = _spread(chosen[run.name], samples_per_run)
             progress = tqdm(with_frames(shown, reader), total=len(shown), desc="frames", unit="video", delay=2)
             if shown:
                 yield run, list(progress)
 
 
 def _spread(exhibits: Sequence[Exhibit], count: int) -> list[Exhibit]:
-    """`count` of them, evenly, so that early and late steps and every benchmark stay."""
+    """Select `count` exhibits at even intervals, so that early and late steps and all benchmarks remain."""
     if len(exhibits) <= count:
         return list(exhibits)
     return [exhibits[index * len(exhibits) // count] for index in range(count)]
@@ -140,20 +142,22 @@ def _title(runs: Sequence[RunRecord]) -> str:
 
 
 def _phase_titles(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, str]]:
-    return [(run, f"{run.name}: a step by phase" if len(runs) > 1 else "A step by phase") for run in runs]
+    return [
+        (run, f"{run.name}: time of a step by phase" if len(runs) > 1 else "Time of a step by phase") for run in runs
+    ]
 
 
 def _extent(runs: Sequence[RunRecord], num_chosen: int, num_shown: int) -> Iterator[str]:
-    """How much stands behind the figures, and how little of it a reader sees."""
+    """Yield how many answers the results are based on, and how many samples are shown."""
     num_answers, num_samples = num_answers_and_samples(runs)
     if num_answers:
-        yield f"the results rest on {num_answers:,} answers to {num_samples:,} test samples"
+        yield f"the results are based on {num_answers:,} answers to {num_samples:,} test samples"
     if num_shown < num_chosen:
-        yield f"samples shown below: {num_shown} of the {num_chosen} that were picked to be looked at (--max-samples)"
+        yield f"the gallery shows {num_shown} of {num_chosen} selected samples (--max-samples)"
 
 
 def _grouped(notes: Sequence[tuple[str, str]], num_runs: int) -> list[str]:
-    """Notes with the runs that they are of; without, where they are of all."""
+    """Merge equal notes, and name their runs unless a note applies to all runs."""
     runs: dict[str, list[str]] = {}
     for run, note in notes:
         runs.setdefault(note, []).append(run)
@@ -161,18 +165,19 @@ def _grouped(notes: Sequence[tuple[str, str]], num_runs: int) -> list[str]:
 
 
 def _notes(run: RunRecord, problems: Sequence[str]) -> Iterator[str]:
-    """What a reader should know before believing the numbers."""
+    """Yield what a reader should know before trusting the numbers."""
     yield from (*run.problems, *problems, *_doubts(run))
 
 
 def _doubts(run: RunRecord) -> Iterator[str]:
+    """Yield reasons to interpret the numbers with care."""
     columns = run.metrics.columns
     if not run.evaluations:
-        yield "nothing was evaluated on held-out samples (vcr1 evaluate): the curves are of the training data"
+        yield "nothing was evaluated on held-out samples (vcr1 evaluate); the curves show training data"
     if run.setting("judge", "kind") == "lexical" and any(key.endswith("/recall") for key in columns):
-        yield "captions were judged by matching words (judge.kind 'lexical'), not by a language model"
+        yield "captions were judged by word matching (judge.kind 'lexical'), not by a language model"
     if run.skipped:
-        yield f"samples that could not be used: {len(run.skipped)}, listed at the end"
+        yield f"{len(run.skipped)} samples could not be used and are listed at the end"
     if len(run.metrics) and (lost := len(run.metrics) - int(np.isfinite(columns.get("loss", np.array([]))).sum())):
         yield f"{lost} of {len(run.metrics)} steps have no finite loss"
     if (truncated := _last_tenth(run, "truncated_fraction")) > _HIGH_TRUNCATION:
@@ -183,14 +188,14 @@ def _doubts(run: RunRecord) -> Iterator[str]:
         yield f"log-probs of rollout and training differ by {short(gap)} nats on average, above {alarm}"
     for result in run.evaluations:
         if unjudged := result.details.get("num_unjudged"):
-            yield f"evaluation/{result.label}: outputs that no judge could judge, in no figure: {unjudged}"
+            yield f"evaluation/{result.label}: {unjudged} outputs could not be judged and are in no metric"
     if small := [result.label for result in run.evaluations if 0 < result.num_samples < _FEW_SAMPLES]:
-        which = "in every test" if len(small) == len(run.evaluations) > 1 else f"in {', '.join(small)}"
-        yield f"fewer than {_FEW_SAMPLES} samples {which}, so wide intervals"
+        which = "every benchmark" if len(small) == len(run.evaluations) > 1 else ", ".join(small)
+        yield f"{which}: fewer than {_FEW_SAMPLES} samples, so the confidence intervals are wide"
 
 
 def _last_tenth(run: RunRecord, key: str) -> float:
-    """Mean of the last tenth of the steps; 0 where the metric is not there."""
+    """Return the mean over the last tenth of the steps; 0 if there is no such metric."""
     values = run.metrics.columns.get(key, np.array([]))
     last = values[-max(len(values) // 10, 1) :]
     return float(np.nanmean(last)) if np.isfinite(last).any() else 0.0
@@ -200,7 +205,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("megatron_vcr1.report"),
         autoescape=True,
-        undefined=ChainableUndefined,  # a row that another version wrote may lack a key
+        undefined=ChainableUndefined,  # a row of another version may lack a key
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -210,18 +215,18 @@ def _environment() -> Environment:
 
 
 def _percent(value: float, *, sign: bool = False) -> str:
-    """A share as the paper prints it: 0.6084 is 60.8; with `sign`, a difference of shares."""
+    """Format a fraction in percent, as the paper does: 0.6084 is 60.8. With `sign`, format a difference."""
     return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
 
 
 def _path_end(path: str) -> str:
-    """The last two parts of a path, which tell models apart."""
+    """Return the last two parts of a path, which are enough to distinguish models."""
     parts = Path(path).parts
     return str(Path("…", *parts[-2:])) if len(parts) > 3 else path
 
 
 def _write(path: Path, text: str) -> int:
-    """Writes UTF-8, lone halves of surrogate pairs as question marks; returns the size in bytes."""
+    """Write UTF-8, with lone surrogates as question marks, and return the size in bytes."""
     content = text.encode("utf-8", "replace")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")

@@ -1,4 +1,4 @@
-"""Evaluation results as tables: models against tests."""
+"""Evaluation results as tables: one row per model, one group of columns per benchmark."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from megatron_vcr1.report.charts import words
 from megatron_vcr1.report.run_record import Estimate, EvaluationResult, RunRecord
 
 MAX_COLUMNS = 14
-"""Of the table of all tests, unless there are more tests than that."""
+"""Most columns of the main table, unless there are more benchmarks than that."""
 
 _HOW = {True: "thinking", False: "answering", None: ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One metric of one model, and how far it is from the first row's."""
+    """One metric of one model, and its difference to the first row."""
 
     estimate: Estimate
     num_samples: int
     how: str
-    """Whether the model was asked for its thinking or to answer at once; empty where the result does not say."""
+    """Whether the model was asked to think first or to answer at once; empty if unknown."""
     delta: float | None
     apart: bool
-    """Its interval and the first row's do not overlap."""
+    """Whether its interval and the interval of the first row do not overlap."""
     best: bool
-    """The largest of its column, where they differ."""
+    """Whether it is the largest value of its column, if the values differ."""
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A model of a run: its cells by (label, metric); `own` if it is the run's only one and lies in its folder."""
+    """A model of a run, with its cells by (label, metric).
+
+    `own` tells that the model is the run's only one and is stored in the run's folder.
+    """
 
     run: str
     model: str
@@ -42,18 +45,18 @@ class ResultRow:
 
     @property
     def labels(self) -> set[str]:
-        """Of the tests that the model was put to."""
+        """Labels of the benchmarks that the model was evaluated on."""
         return {label for label, _ in self.cells}
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Models against tests, as the paper's table 1.
+    """A table of models and benchmarks, like table 1 of the paper.
 
     Attributes:
-        columns: label of the test to its metrics.
-        captions: what a label stands for, where its name does not say it.
-        mixed: labels under which some answers were thought about and others not, so that each cell says it.
+        columns: for each label of a benchmark, its metrics.
+        captions: explanation of a label, if its name is not enough.
+        mixed: labels with results both with and without thinking, so that each cell states which.
     """
 
     columns: Mapping[str, Sequence[str]]
@@ -63,17 +66,17 @@ class ResultTable:
 
 
 def result_table(runs: Sequence[RunRecord]) -> ResultTable:
-    """Every evaluation of every run; a run that evaluated several models has a row for each."""
+    """Return the table of all results; a run that evaluated several models has one row per model."""
     return _table(runs, [(number, result) for number, run in enumerate(runs) for result in run.evaluations])
 
 
 def main_table(runs: Sequence[RunRecord]) -> ResultTable:
-    """One column a test, with as many of its first metrics as fit side by side.
+    """Return the table with one group of columns per benchmark, and as many first metrics as fit side by side.
 
-    Where a model answered the same samples both after thinking and at once, its better result by the first metric
-    stands for it.
+    If a model was evaluated on the same samples with and without thinking, the table shows the better result by the
+    first metric.
     """
-    columns = _test_columns([result for run in runs for result in run.evaluations])
+    columns = _benchmark_columns([result for run in runs for result in run.evaluations])
     asked: dict[tuple[int, str, str], list[EvaluationResult]] = {}
     for number, run in enumerate(runs):
         for result in run.evaluations:
@@ -90,7 +93,7 @@ def main_table(runs: Sequence[RunRecord]) -> ResultTable:
 
 
 def result_json(table: ResultTable) -> list[dict[str, Any]]:
-    """The table's numbers, one object a model and metric."""
+    """Return the table's numbers, one object per model and metric."""
     return [
         {
             "run": row.run,
@@ -109,7 +112,7 @@ def result_json(table: ResultTable) -> list[dict[str, Any]]:
 
 
 def num_answers_and_samples(runs: Sequence[RunRecord]) -> tuple[int, int]:
-    """How many answers all figures rest on, and to how many samples: those of a manifest count once."""
+    """Return the number of answers behind all results, and the number of samples; each manifest counts once."""
     num_answers, num_samples = 0, dict[object, int]()
     for run in runs:
         for result in run.evaluations:
@@ -120,7 +123,7 @@ def num_answers_and_samples(runs: Sequence[RunRecord]) -> tuple[int, int]:
 
 
 def _table(runs: Sequence[RunRecord], results: Sequence[tuple[int, EvaluationResult]]) -> ResultTable:
-    """Of results with the numbers of their runs."""
+    """Build a table of results, each given with the index of its run."""
     columns: dict[str, list[str]] = {}
     by_label: dict[str, list[EvaluationResult]] = {}
     by_row: dict[tuple[int, str], dict[tuple[str, str], EvaluationResult]] = {}
@@ -147,8 +150,8 @@ def _table(runs: Sequence[RunRecord], results: Sequence[tuple[int, EvaluationRes
     )
 
 
-def _test_columns(results: Sequence[EvaluationResult]) -> dict[str, str]:
-    """Labels to columns: two labels for the same samples, one with thinking and one without, share the shorter one."""
+def _benchmark_columns(results: Sequence[EvaluationResult]) -> dict[str, str]:
+    """Map labels to columns: two labels of the same samples, with and without thinking, share the shorter label."""
     labels: dict[tuple[object, ...], dict[bool | None, set[str]]] = {}
     for result in results:
         test = (result.benchmark, result.details.get("manifest"), result.details.get("judge"))
@@ -167,7 +170,7 @@ def _first_value(result: EvaluationResult) -> float:
 
 
 def _caption(results: Sequence[EvaluationResult]) -> str:
-    """What a label does not say: the benchmark, how models were asked if all in one way, and who judged."""
+    """Describe what a label does not: the benchmark, thinking or answering if all results agree, and the judge."""
     benchmarks = dict.fromkeys(words(one.benchmark) for one in results if not one.label.startswith(one.benchmark))
     ways = {one.thinking for one in results}
     judges = dict.fromkeys(str(judge) for one in results if (judge := one.details.get("judge")))

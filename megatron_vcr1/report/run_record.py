@@ -1,4 +1,4 @@
-"""A run's folder as its writers left it: whole, still growing, or cut in the middle of a line."""
+"""Reads a run directory in any state: complete, still growing, or cut in the middle of a line."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megatron_vcr1.errors import UserError
 
 @dataclass(frozen=True)
 class MetricTable:
-    """metrics.jsonl by column."""
+    """The columns of metrics.jsonl."""
 
     steps: NDArray[np.int64]
-    """[num_rows] ascending, each once."""
+    """[num_rows], ascending and unique."""
     columns: Mapping[str, NDArray[np.float64]]
-    """Name to [num_rows]; NaN where a row lacks the key or holds no finite number."""
+    """Values [num_rows] by name; NaN if a row lacks the key or holds no finite number."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -33,7 +33,7 @@ class MetricTable:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A metric with its 95 % interval, as the evaluation wrote it; the interval may be missing."""
+    """A metric and its 95 % interval, as the evaluation wrote them; the interval may be missing."""
 
     value: float
     low: float | None = None
@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One folder evaluation/LABEL of a run."""
+    """The content of one folder evaluation/LABEL of a run."""
 
     label: str
     benchmark: str
@@ -52,19 +52,19 @@ class EvaluationResult:
     metrics: Mapping[str, Estimate]
     folder: Path
     details: Mapping[str, Any]
-    """All of metrics.json."""
+    """The whole content of metrics.json."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder holds.
+    """The content of a run directory.
 
     Attributes:
-        name: of the folder.
+        name: name of the folder.
         config: tables of config.toml; empty if there is none.
-        starts: rows of starts.jsonl: from which step the run went on, when, on what machine, with which versions.
-        skipped: reasons by the ids of samples that the run could not use.
-        problems: what could not be read, in words.
+        starts: rows of starts.jsonl; each names the first step, the time, the machine and the versions of a start.
+        skipped: for each sample that the run could not use, the reason by its id.
+        problems: descriptions of what could not be read.
     """
 
     path: Path
@@ -78,30 +78,30 @@ class RunRecord:
     problems: Sequence[str]
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of config.toml; None if it is not there."""
+        """Return a value of config.toml; None if there is none."""
         table = self.config.get(section)
         return table.get(key) if isinstance(table, dict) else None
 
     @cached_property
     def rollout_files(self) -> Mapping[int, Path]:
-        """rollouts/step_N.jsonl by N, ascending."""
+        """The files rollouts/step_N.jsonl by N, ascending."""
         files = (self.path / "rollouts").glob("step_*.jsonl")
         numbered = {path.stem.removeprefix("step_"): path for path in files}
         return {int(step): path for step, path in sorted(numbered.items(), key=_by_number) if step.isdecimal()}
 
     @property
     def last_written(self) -> datetime | None:
-        """When the run last wrote a step, or failing that a result."""
+        """When the run last wrote a step or a result."""
         files = [self.path / "metrics.jsonl", *(result.folder / "metrics.json" for result in self.evaluations)]
         times = [path.stat().st_mtime for path in files if path.exists()]
         return datetime.fromtimestamp(max(times)).astimezone() if times else None
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read runs' folders; those whose folders have the same name are named by their paths.
+    """Read run directories. Runs whose folders have the same name are named by their paths.
 
     Raises:
-        UserError: see `read_run`, or a folder is given twice.
+        UserError: a folder is given twice, or see `read_run`.
     """
     folders = [path.resolve() for path in paths]
     if len(set(folders)) < len(folders):
@@ -112,10 +112,10 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a run's folder.
+    """Read a run directory.
 
     Raises:
-        UserError: it is no folder, or holds neither metrics nor evaluation results.
+        UserError: it is not a folder, or holds neither metrics nor evaluation results.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give the folder of a run (train.run_dir)")
@@ -136,17 +136,17 @@ def read_run(path: Path) -> RunRecord:
     )
     if not len(record.metrics) and not record.evaluations:
         raise UserError(
-            f"{path}: neither metrics.jsonl nor evaluation/*/metrics.json holds anything yet; "
-            "is it the folder of a run (train.run_dir), and has a step ended?"
+            f"{path}: neither metrics.jsonl nor evaluation/*/metrics.json holds anything yet; give the folder of a run "
+            "(train.run_dir) after its first step"
         )
     return record
 
 
 def read_json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Every JSON object of a file of lines; none if the file is missing.
+    """Yield the JSON objects of a file of lines; nothing if the file is missing.
 
-    A line that is none is passed over and counted in `problems`, the last one as what it is where it lacks its end: the
-    writer was killed in it, or is still at it.
+    Lines that are not JSON objects are skipped and counted in `problems`. An incomplete last line is reported as such:
+    its writer was killed, or is still writing.
     """
     if not path.exists():
         return
@@ -160,11 +160,11 @@ def read_json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]
             if isinstance(row, dict):
                 yield row
             elif not line.endswith("\n"):
-                problems.append(f"{path.name}: the last line is unfinished and left out")
+                problems.append(f"{path.name}: the last line is incomplete and is left out")
             elif line.strip():
                 num_bad += 1
     if num_bad:
-        problems.append(f"{path.name}: {num_bad} lines are not JSON objects and left out")
+        problems.append(f"{path.name}: {num_bad} lines are not JSON objects and are left out")
 
 
 def _by_number(item: tuple[str, Path]) -> tuple[int, str]:
@@ -172,7 +172,7 @@ def _by_number(item: tuple[str, Path]) -> tuple[int, str]:
 
 
 def _read_text(path: Path, problems: list[str]) -> str:
-    """The file's text; empty if there is none."""
+    """Return the text of a file; empty if there is none."""
     if not path.exists():
         return ""
     try:
@@ -187,14 +187,14 @@ def _parsed(text: str, parse: Any, name: str, problems: list[str]) -> Mapping[st
         return {}
     try:
         tables = parse(text)
-    except ValueError as error:  # what TOML and JSON raise
+    except ValueError as error:  # the TOML and JSON parsers raise subclasses
         problems.append(f"{name}: cannot be read: {error}")
         return {}
     return tables if isinstance(tables, dict) else {}
 
 
 def _read_metrics(path: Path, problems: list[str]) -> MetricTable:
-    """The rows by step; of a step that was computed again after a resume, the later row."""
+    """Read the rows by step; if a step was computed again after a resume, the later row counts."""
     rows: dict[int, Mapping[str, Any]] = {}
     num_repeated = 0
     for row in read_json_lines(path, problems):
@@ -227,7 +227,7 @@ def _read_evaluations(folder: Path, problems: list[str]) -> Iterator[EvaluationR
             if (estimate := _estimate(entry)) is not None
         }
         if not metrics:
-            problems.append(f"{name}: holds no metrics and is left out")
+            problems.append(f"{name}: no metrics in it; it is left out")
             continue
         yield EvaluationResult(
             label=path.parent.name,

@@ -1,4 +1,4 @@
-"""The numbers of a report as rows: key figures, reasons of zeros, seconds by phase."""
+"""Rows of the report's tables: key metrics, reasons for zero rewards, seconds per phase, differing settings."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vcr1.report.charts import short
-from megatron_vcr1.report.curves import MIN_PHASE_SHARE, phases
+from megatron_vcr1.report.curves import MIN_PHASE_FRACTION, phases
 from megatron_vcr1.report.run_record import RunRecord
 
 MAX_REASONS = 20
-"""Rows of the table of zeros; the rest is counted."""
+"""Most rows of the table of zero rewards; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ZeroRow:
-    """How often a part of the reward was 0 for one reason; the rates are counts a step."""
+    """How often a part of the reward was 0 for one reason; the rates are counts per step."""
 
     run: str
     task: str
@@ -32,7 +32,7 @@ class ZeroRow:
 
 @dataclass(frozen=True)
 class PhaseRow:
-    """Mean seconds of a step of one run, by phase, with the share of the total; 'other' is what no phase covers."""
+    """Mean seconds of a step of one run: (phase, seconds, fraction of the total); 'other' is not covered by a phase."""
 
     run: str
     total_s: float
@@ -40,7 +40,10 @@ class PhaseRow:
 
 
 def zero_rows(runs: Sequence[RunRecord]) -> list[ZeroRow]:
-    """Reasons of zeros, the most frequent first; the rates are of the first and the last quarter of the steps."""
+    """Return the reasons for zero rewards, the most frequent first.
+
+    The rates are those of the first and of the last quarter of the steps.
+    """
     rows = []
     for run in runs:
         quarter = max(len(run.metrics) // 4, 1)
@@ -54,7 +57,7 @@ def zero_rows(runs: Sequence[RunRecord]) -> list[ZeroRow]:
 
 
 def phase_rows(runs: Sequence[RunRecord]) -> list[PhaseRow]:
-    """Where the time of a mean step went, for each run that timed its phases."""
+    """Return the mean time of each phase, for each run that timed its phases."""
     rows = []
     for run in runs:
         columns = run.metrics.columns
@@ -64,41 +67,41 @@ def phase_rows(runs: Sequence[RunRecord]) -> list[PhaseRow]:
         total_s = sum(seconds.values())
         if (whole := columns.get("time/total_s")) is not None:
             total_s = max(float(np.nansum(whole)) / len(run.metrics), total_s)
-            if (rest := total_s - sum(seconds.values())) > MIN_PHASE_SHARE * total_s:
+            if (rest := total_s - sum(seconds.values())) > MIN_PHASE_FRACTION * total_s:
                 seconds["other"] = rest
-        shares = [(phase, value, value / total_s) for phase, value in seconds.items()]
-        rows.append(PhaseRow(run.name, total_s, shares))
+        fractions = [(phase, value, value / total_s) for phase, value in seconds.items()]
+        rows.append(PhaseRow(run.name, total_s, fractions))
     return rows
 
 
-def key_figures(run: RunRecord) -> list[tuple[str, str]]:
-    """What to know of a run at a glance: (name, value)."""
-    figures: list[tuple[str, str]] = []
+def key_metrics(run: RunRecord) -> list[tuple[str, str]]:
+    """Return a run's most important numbers: (name, value)."""
+    metrics: list[tuple[str, str]] = []
     if steps := run.metrics.steps.tolist():
         planned = run.setting("train", "num_steps")
-        figures.append(("Steps", f"{steps[-1]}" + (f" of {planned}" if planned else "")))
+        metrics.append(("Steps", f"{steps[-1]}" + (f" of {planned}" if planned else "")))
     columns = run.metrics.columns
     if (reward := columns.get("reward/total")) is not None:
-        figures.append(("Reward, first and last tenth", f"{_tenth(reward, 0)} → {_tenth(reward, -1)}"))
+        metrics.append(("Reward, first → last 10 % of steps", f"{_tenth(reward, 0)} → {_tenth(reward, -1)}"))
     elif (loss := columns.get("loss")) is not None:
-        figures.append(("Loss, first and last tenth", f"{_tenth(loss, 0)} → {_tenth(loss, -1)}"))
+        metrics.append(("Loss, first → last 10 % of steps", f"{_tenth(loss, 0)} → {_tenth(loss, -1)}"))
     for key, name, unit in (
-        ("response_tokens/mean", "Tokens of a response", ""),
-        ("time/total_s", "Time of a step", " s"),
-        ("tokens_per_s", "Tokens a second", ""),
+        ("response_tokens/mean", "Tokens per response", ""),
+        ("time/total_s", "Time per step", " s"),
+        ("tokens_per_s", "Tokens per second", ""),
         ("mfu", "MFU", ""),
         ("memory/peak_gb", "Peak memory", " GB"),
     ):
         if (values := columns.get(key)) is not None and np.isfinite(values).any():
             value = np.nanmax(values) if key.startswith("memory") else np.nanmedian(values)
-            figures.append((name, f"{value:.1%}" if key == "mfu" else short(float(value)) + unit))
+            metrics.append((name, f"{value:.1%}" if key == "mfu" else short(float(value)) + unit))
     if run.skipped:
-        figures.append(("Samples skipped", f"{len(run.skipped)}"))
-    return figures
+        metrics.append(("Samples skipped", f"{len(run.skipped)}"))
+    return metrics
 
 
 def settings_that_differ(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Keys of config.toml that the runs set differently, with each run's value; the run's own folder aside."""
+    """Return the keys of config.toml that differ between the runs, with each run's value, except for train.run_dir."""
     flat = [
         {
             f"{section}.{key}": value
@@ -114,7 +117,7 @@ def settings_that_differ(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 
 def _tenth(values: NDArray[np.float64], which: int) -> str:
-    """Mean of the finite values in the first (0) or the last (-1) tenth."""
+    """Return the mean of the finite values in the first (0) or the last (-1) tenth."""
     finite = values[np.isfinite(values)]
     count = max(len(finite) // 10, 1)
     return short(float((finite[:count] if which == 0 else finite[-count:]).mean())) if len(finite) else "-"

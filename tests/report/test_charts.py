@@ -17,13 +17,13 @@ def numbers(path: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path)]
 
 
-def test_a_short_line_goes_through_every_value():
+def test_a_short_line_passes_through_every_value():
     drawing = draw(Chart("t", "u", [line([0.0, 5.0, 10.0])]))
     left, top, right, bottom = drawing.plot
     (x0, y0), (x1, y1), (x2, y2) = numbers(drawing.strokes[0].path)
     assert (x0, x2) == (left, right) and x1 == pytest.approx((left + right) / 2, abs=0.1)
     assert y0 == bottom and y1 == pytest.approx((y0 + y2) / 2, abs=0.1) and top < y2 < y1
-    assert drawing.strokes[0].band == "" and drawing.steps_a_point == 1
+    assert drawing.strokes[0].band == "" and drawing.steps_per_point == 1
     assert [column.text for column in drawing.columns] == [
         "step 1\nvalue 0",
         "step 2\nvalue 5",
@@ -31,20 +31,20 @@ def test_a_short_line_goes_through_every_value():
     ]
 
 
-def test_ten_thousand_steps_become_a_hundred_points_whose_band_keeps_the_spike():
+def test_many_steps_become_a_hundred_points_and_the_band_keeps_spikes():
     values = np.zeros(10_000)
     values[5_050] = 100.0
     drawing = draw(Chart("t", "u", [line(values)]))
     stroke = drawing.strokes[0]
-    assert len(numbers(stroke.path)) == len(drawing.columns) == MAX_POINTS and drawing.steps_a_point == 100
+    assert len(numbers(stroke.path)) == len(drawing.columns) == MAX_POINTS and drawing.steps_per_point == 100
     ys = [y for _, y in numbers(stroke.path)]
     band = [y for _, y in numbers(stroke.band)]
     _, top, _, bottom = drawing.plot
     assert min(band) < top + 8  # the spike itself, 4 % below the top
-    assert min(ys) == pytest.approx(bottom - (bottom - min(band)) / 100, abs=0.2)  # in the line it is a mean of 100
+    assert min(ys) == pytest.approx(bottom - (bottom - min(band)) / 100, abs=0.2)  # a point is the mean of 100
 
 
-def test_lines_of_runs_of_different_lengths_share_the_steps():
+def test_lines_of_different_lengths_share_the_axis_of_steps():
     drawing = draw(Chart("t", "u", [line(np.ones(300), "long"), line(np.full(30, 2.0), "short")]))
     long, short_ = (numbers(stroke.path) for stroke in drawing.strokes)
     assert len(long) == 100 and len(short_) == 10
@@ -52,7 +52,7 @@ def test_lines_of_runs_of_different_lengths_share_the_steps():
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [math.nan] * 5])
-def test_nothing_finite_is_no_chart(values):
+def test_lines_without_finite_values_give_no_chart(values):
     assert draw(Chart("t", "u", [line(values)])) is None
 
 
@@ -60,7 +60,7 @@ def test_nothing_finite_is_no_chart(values):
     "values", [[0.0], [3.0] * 4, [-2.0, -2.0], [1e-9, 2e-9], [1e12, -1e12], [math.nan, 1.0, math.nan]]
 )
 @pytest.mark.parametrize("stacked", [False, True])
-def test_every_coordinate_is_on_the_picture(values, stacked):
+def test_every_coordinate_is_inside_the_image(values, stacked):
     values = np.abs(values) if stacked else values
     drawing = draw(Chart("t", "u", [line(values), line(values, "again")], stacked=stacked))
     points = [point for stroke in drawing.strokes for point in numbers(stroke.path) + numbers(stroke.band)]
@@ -69,15 +69,15 @@ def test_every_coordinate_is_on_the_picture(values, stacked):
     assert drawing.y_ticks and all(0 <= tick.position <= HEIGHT for tick in drawing.y_ticks)
 
 
-def test_a_gap_stays_a_gap():
+def test_a_missing_value_leaves_a_gap():
     drawing = draw(Chart("t", "u", [line([1.0, 2.0, math.nan, 4.0])]))
     assert drawing.strokes[0].path.count("M") == 2 and drawing.columns[2].text.startswith("step 4")
 
 
-def test_areas_stand_on_one_another():
+def test_areas_are_stacked():
     drawing = draw(Chart("t", "s", [line([1.0, 1.0], "a"), line([2.0, 2.0], "b")], stacked=True))
     lower, upper = (numbers(stroke.band) for stroke in drawing.strokes)
-    assert {y for _, y in upper} & {y for _, y in lower}  # the upper one's floor is the lower one's top
+    assert {y for _, y in upper} & {y for _, y in lower}  # the bottom of the upper area is the top of the lower area
     heights = [max(y for _, y in area) - min(y for _, y in area) for area in (lower, upper)]
     assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
 
@@ -94,7 +94,7 @@ def test_areas_stand_on_one_another():
         (-5e9, "-5G"),
     ],
 )
-def test_numbers_are_short(value, text):
+def test_numbers_are_formatted_in_few_characters(value, text):
     assert short(value) == text
 
 
@@ -102,7 +102,7 @@ def test_numbers_are_short(value, text):
     "name, text",
     [("grounded_qa", "grounded QA"), ("iou", "IoU"), ("my_reward", "my reward"), ("IoP@0.5", "IoP@0.5")],
 )
-def test_names_of_files_are_spelled_out(name, text):
+def test_names_from_files_are_spelled_for_readers(name, text):
     assert words(name) == text
 
 
@@ -117,7 +117,7 @@ def test_names_of_files_are_spelled_out(name, text):
         (-0.05, 0.06, ["-0.05", "0.00", "0.05"]),
     ],
 )
-def test_ticks_are_round_and_told_apart(low, high, texts):
+def test_ticks_are_round_and_distinct(low, high, texts):
     assert [tick.text for tick in draw(Chart("t", "u", [line([low, high])])).y_ticks] == texts
 
 

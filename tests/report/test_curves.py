@@ -8,7 +8,7 @@ def charts(*runs):
     return {drawing.title: drawing for section in curve_sections(runs) for drawing in section.charts}
 
 
-def test_a_run_has_one_colour_in_every_chart(tmp_path):
+def test_a_run_has_the_same_colour_in_every_chart(tmp_path):
     sft = report_run(tmp_path / "sft", *({"step": step, "loss": 1 / step} for step in (1, 2)))
     grpo = report_run(tmp_path / "grpo", *({"step": step, "loss": 2 / step, "kl": 0.1 * step} for step in (1, 2)))
     drawn = charts(sft, grpo)
@@ -16,7 +16,7 @@ def test_a_run_has_one_colour_in_every_chart(tmp_path):
     assert [(stroke.label, stroke.colour) for stroke in drawn["KL to the reference"].strokes] == [("grpo", 1)]
 
 
-def test_a_phase_has_one_colour_in_every_run(tmp_path):
+def test_a_phase_has_the_same_colour_in_every_run(tmp_path):
     times = {"time/decode_s": 1.0, "time/judge_s": 1.0, "time/update_s": 2.0}
     judged = report_run(tmp_path / "judged", *({"step": step, **times} for step in (1, 2)))
     del times["time/judge_s"]
@@ -25,7 +25,7 @@ def test_a_phase_has_one_colour_in_every_run(tmp_path):
     assert one["update"] == other["update"] and len(set(one.values())) == 3
 
 
-def test_a_single_value_is_written_not_drawn(tmp_path):
+def test_a_constant_metric_is_listed_instead_of_drawn(tmp_path):
     rows = [{"step": 1, "loss": 2.0, "reward/grounded_qa/iou": 0.25}, {"step": 2, "loss": 1.0}]
     (reward, optimization) = curve_sections([report_run(tmp_path / "run", *rows)])
     assert not reward.charts and reward.constant == [("Grounded QA", "0.25")]

@@ -1,4 +1,4 @@
-"""The whole page: what it says of runs, that it is safe whatever a model wrote, and that a browser draws it."""
+"""The whole page: its content, its safety against texts of models, and its rendering in a browser."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_dir(tmp_path, manifest) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
+    """The tags of a page with their attributes, and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -71,13 +71,13 @@ def html(tmp_path_factory, manifest) -> str:
     return (run / "report.html").read_text()
 
 
-def test_one_run(html):
+def test_the_page_of_one_run(html):
     page = Page(html)
     for text in (
-        "Reward, first and last tenth",
+        "Reward, first → last 10 % of steps",
         "R@0.7",
         "45.0",
-        "Why answers earned nothing",
+        "Reasons for zero rewards",
         "no <answer>",
         "rollout",
     ):
@@ -97,12 +97,12 @@ def test_thinking_and_answering_share_a_column(tmp_path, run_dir, manifest):
     out = tmp_path / "both.html"
     assert report(run_dir, other, "--out", out, "--max-samples", 0) == 0
     results = Page(out.read_text()).text.partition("Results")[2].partition("Learning curves")[0]
-    main, _, whole = results.partition("Every test with all its figures")
+    main, _, whole = results.partition("All benchmarks with all metrics")
     assert "83.3" in main and "thinking" in main and "answering" in main and "50.0" not in main
     assert "50.0" in whole and whole.count("grpo") == 2 and whole.count("other") == 1  # rows only where it was tested
 
 
-def test_the_page_reaches_for_nothing(html):
+def test_the_page_needs_no_network_and_no_scripts(html):
     assert "default-src 'none'" in html
     for tag, attributes in Page(html).tags:
         assert tag not in ("script", "iframe", "link", "object")
@@ -123,7 +123,7 @@ def test_several_runs_are_compared_with_the_first(tmp_path, run_dir, manifest):
     page = Page(out.read_text())
     assert "grpo · better" in page.text and "+33.3" in page.text and "grpo.kl_coef" in page.text
     assert page.count("article") == 4
-    assert "rest on 18 answers to 6 test samples" in page.text and "samples shown below: 4 of the " in page.text
+    assert "are based on 18 answers to 6 test samples" in page.text and "the gallery shows 4 of " in page.text
     results = json.loads(numbers.read_text())["results"]
     (miou,) = (
         row for row in results if (row["run"], row["label"], row["metric"]) == ("better", "charades_sta", "mIoU")
@@ -135,7 +135,7 @@ def test_several_runs_are_compared_with_the_first(tmp_path, run_dir, manifest):
         report(run_dir, better)
 
 
-def test_responses_are_text_never_markup(run_dir):
+def test_texts_of_models_are_escaped(run_dir):
     path = run_dir / "rollouts/step_40.jsonl"
     groups = [json.loads(line) for line in path.read_text().splitlines()]
     for group in groups:
@@ -156,7 +156,7 @@ def test_responses_are_text_never_markup(run_dir):
     assert Page(html).count("pre") >= 18
 
 
-def test_what_is_missing_is_told(tmp_path, manifest, capsys):
+def test_missing_files_are_reported(tmp_path, manifest, capsys):
     samples = [sample for sample in read_manifest(manifest) if sample.task == Task.TRACKING]
     run = make_run(tmp_path / "run", samples, num_steps=2)
     rollouts = run / "rollouts/step_1.jsonl"
@@ -172,16 +172,16 @@ def test_what_is_missing_is_told(tmp_path, manifest, capsys):
     assert f"No frames: {absent}" in html
     notes = capsys.readouterr().err
     assert "videos of the gallery that cannot be shown: 1" in notes
-    assert "1 groups that cannot be read" in notes and "last line is unfinished" in notes
+    assert "1 groups cannot be read" in notes and "last line is incomplete" in notes
     assert "evaluation/moved: no samples are shown" in notes
 
 
-def test_an_evaluation_alone_is_a_report(tmp_path, manifest):
+def test_evaluations_without_training_give_a_report(tmp_path, manifest):
     run = tmp_path / "base"
     add_evaluation(run, "charades_sta", manifest, right=0.5)
     assert report(run, "--max-samples", 0) == 0
     page = Page((run / "report.html").read_text())
-    assert "rest on 6 answers to 6 test samples" in page.text
+    assert "are based on 6 answers to 6 test samples" in page.text
     assert "R@0.7" in page.text and page.count("svg") == page.count("article") == 0
 
 
@@ -198,7 +198,7 @@ def test_a_long_run_and_long_answers_stay_small(tmp_path, manifest):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-def test_a_browser_draws_it(tmp_path, run_dir, manifest):
+def test_a_browser_renders_the_page(tmp_path, run_dir, manifest):
     path = run_dir / "rollouts/step_1.jsonl"
     text = path.read_text().replace("I am not sure", json.dumps(HOSTILE)[1:-1])
     text = text.replace("train_0", "train_" + "0" * 300).replace('"no <', f'"no {"o" * 300}<')  # ids, reasons
@@ -214,10 +214,10 @@ def test_a_browser_draws_it(tmp_path, run_dir, manifest):
     assert "<title>grpo: report</title>" in dumped.stdout
     assert page.count("article") == 24 and page.count("script") == 0 and "1e+300 s" in page.text
     pixels = np.asarray(Image.open(light).convert("RGB")).astype(int)
-    for colour in ("#00875a", "#1f6fd6", "#d2521b"):  # true, right and wrong spans; curves
-        assert near(pixels, ImageColor.getrgb(colour)) > 100, f"nothing is {colour}"
+    for colour in ("#00875a", "#1f6fd6", "#d2521b"):  # target, best and worst spans; curves
+        assert near(pixels, ImageColor.getrgb(colour)) > 100, f"no pixel is {colour}"
     assert (pixels[:, 1292:] == pixels[0, 0]).all(), "long words or numbers run over the page's edge"
-    assert near(pixels, (255, 0, 255)) > 1000, "the magenta circle of the tracking video is not to be seen"
+    assert near(pixels, (255, 0, 255)) > 1000, "the magenta circle of the tracking video is not visible"
 
     browse(tmp_path, f"--screenshot={dark}", "--window-size=1300,900", "--blink-settings=preferredColorScheme=0", url)
     background = [int(np.median(np.asarray(Image.open(path).convert("L")))) for path in (light, dark)]
@@ -237,5 +237,5 @@ def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def near(pixels: np.ndarray, colour: tuple[int, ...]) -> int:
-    """Pixels of about this colour."""
+    """Count the pixels of about this colour."""
     return int((np.abs(pixels - np.array(colour)).max(axis=-1) < 12).sum())

@@ -14,7 +14,7 @@ from megatron_vcr1.report.run_record import Estimate, EvaluationResult, RunRecor
 from tests.report.runs import report_run
 
 
-def test_rows_are_compared_with_the_first(tmp_path):
+def test_rows_are_compared_with_the_first_row(tmp_path):
     base = report_run(tmp_path / "base", test={"mIoU": (0.3, 0.25, 0.35), "R@0.5": (0.2, 0.1, 0.3)})
     near = report_run(tmp_path / "near", test={"mIoU": (0.33, 0.28, 0.38), "R@0.5": (0.2, 0.1, 0.3)})
     far = report_run(tmp_path / "far", test={"mIoU": (0.6, 0.55, 0.65)}, other={"acc": (0.9, 0.8, 1.0)})
@@ -30,16 +30,16 @@ def test_rows_are_compared_with_the_first(tmp_path):
     assert third["other", "acc"].delta is None and not third["other", "acc"].best
 
 
-def test_many_benchmarks_show_their_first_figures_side_by_side(tmp_path):
-    figures = {f"metric{number}": (0.5, 0.4, 0.6) for number in range(5)}
-    run = report_run(tmp_path / "run", **{f"benchmark{number}": figures for number in range(6)})
+def test_many_benchmarks_show_their_first_metrics_side_by_side(tmp_path):
+    metrics = {f"metric{number}": (0.5, 0.4, 0.6) for number in range(5)}
+    run = report_run(tmp_path / "run", **{f"benchmark{number}": metrics for number in range(6)})
     table = result_table([run])
     assert [len(metrics) for metrics in table.columns.values()] == [5] * 6
     assert [len(metrics) for metrics in main_table([run]).columns.values()] == [2] * 6 and 2 * 6 <= MAX_COLUMNS < 3 * 6
 
 
 def grounding(run: RunRecord, label: str, miou: float, *, thinking: bool, manifest: str = "test.jsonl", **details: str):
-    """A result as `read_run` gives it."""
+    """A result as `read_run` returns it."""
     model = str(run.path / "export")
     metrics = {"mIoU": Estimate(miou, miou - 0.02, miou + 0.02), "R@0.5": Estimate(1 - miou)}
     details = {"manifest": manifest, **details}
@@ -48,7 +48,7 @@ def grounding(run: RunRecord, label: str, miou: float, *, thinking: bool, manife
 
 @pytest.fixture
 def runs(tmp_path) -> list[RunRecord]:
-    """The first was asked both ways, the second for answers at once, the third for its thinking."""
+    """Three runs: evaluated both ways, without thinking, and with thinking."""
     base, sft, grpo = (report_run(tmp_path / name, {"step": 1}) for name in ("base", "sft", "grpo"))
     both = (
         grounding(base, "grounding", 0.3, thinking=False),
@@ -62,7 +62,7 @@ def runs(tmp_path) -> list[RunRecord]:
     ]
 
 
-def test_a_test_has_one_column_and_a_model_its_better_way(runs):
+def test_a_benchmark_has_one_column_with_the_better_of_thinking_and_answering(runs):
     table = main_table(runs)
     assert list(table.columns) == ["grounding", "other"] and table.mixed == {"grounding"}
     cells = [row.cells["grounding", "mIoU"] for row in table.rows]
@@ -73,19 +73,19 @@ def test_a_test_has_one_column_and_a_model_its_better_way(runs):
     ]
     assert [cell.delta for cell in cells] == [None, pytest.approx(0.2), pytest.approx(0.1)]
     assert [cell.best for cell in cells] == [False, True, False]
-    # its other figures are of the same way, though the other way has a larger one
+    # other metrics come from the same result, though the other result has a larger value
     assert table.rows[0].cells["grounding", "R@0.5"].estimate.value == pytest.approx(0.6)
     assert table.captions == {"grounding": "", "other": "grounding, answering"}
     assert all(row.own for row in table.rows)
 
 
-def test_all_that_was_measured_stays_in_the_whole_table(runs):
+def test_the_whole_table_shows_every_result(runs):
     table = result_table(runs)
     assert list(table.columns) == ["grounding", "grounding_thinking", "other"] and not table.mixed
     assert table.captions["grounding"] == "answering" and table.captions["grounding_thinking"] == ""
 
 
-def test_a_runs_own_model_is_its_own_however_its_folder_is_named(runs, tmp_path, monkeypatch):
+def test_a_runs_own_model_is_recognized_by_relative_paths(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (result,) = runs[1].evaluations
     (row,) = result_table([replace(runs[1], evaluations=(replace(result, model="sft/export"),))]).rows
@@ -93,7 +93,7 @@ def test_a_runs_own_model_is_its_own_however_its_folder_is_named(runs, tmp_path,
 
 
 @pytest.mark.parametrize("changed", [{"manifest": "longer.jsonl"}, {"judge": "words"}])
-def test_what_differs_in_more_than_thinking_has_a_column_of_its_own(runs, changed):
+def test_results_that_differ_in_more_than_thinking_have_separate_columns(runs, changed):
     one, *_ = runs
     results = (
         grounding(one, "grounding", 0.3, thinking=False),
@@ -102,11 +102,11 @@ def test_what_differs_in_more_than_thinking_has_a_column_of_its_own(runs, change
     assert list(main_table([replace(one, evaluations=results)]).columns) == ["grounding", "grounding_thinking"]
 
 
-def test_two_labels_of_one_way_are_two_columns(runs):
+def test_two_labels_without_difference_in_thinking_are_two_columns(runs):
     one, *_ = runs
     results = [grounding(one, label, 0.3, thinking=label == "c") for label in ("a", "b", "c")]
     assert list(main_table([replace(one, evaluations=results)]).columns) == ["a", "b", "c"]
 
 
-def test_answers_are_counted_all_and_samples_once(runs):
+def test_every_answer_is_counted_and_every_sample_once(runs):
     assert num_answers_and_samples(runs) == (5 * 50, 2 * 50)

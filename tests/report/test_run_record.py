@@ -9,7 +9,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.report.run_record import read_json_lines, read_run, read_runs
 
 
-def test_metrics_become_columns_and_what_is_not_finite_is_missing(tmp_path):
+def test_metrics_become_columns_and_values_that_are_not_finite_are_missing(tmp_path):
     rows = ['{"step": 1, "loss": 0.5, "kl": null}', '{"step": 2, "loss": NaN, "kl": 0.1, "note": "text"}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     metrics = read_run(tmp_path).metrics
@@ -18,20 +18,22 @@ def test_metrics_become_columns_and_what_is_not_finite_is_missing(tmp_path):
     np.testing.assert_array_equal(metrics.columns["kl"], [np.nan, 0.1])
 
 
-def test_a_line_cut_in_the_middle_and_steps_done_twice_are_told(tmp_path):
+def test_incomplete_lines_and_repeated_steps_are_reported(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\nnonsense\n{"step": 2, "loss": 3}\n{"step": 3, "lo'
     )
     run = read_run(tmp_path)
     assert run.metrics.columns["loss"].tolist() == [1, 3]
     assert len(run.problems) == 3
-    told = " ".join(run.problems)
+    reported = " ".join(run.problems)
     assert (
-        "last line is unfinished" in told and "1 lines are not JSON objects" in told and "1 steps were computed" in told
+        "last line is incomplete" in reported
+        and "1 lines are not JSON objects" in reported
+        and "1 steps were computed" in reported
     )
 
 
-def test_everything_else_may_be_broken(tmp_path):
+def test_every_other_file_may_be_damaged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
     (tmp_path / "config.toml").write_text("[train\n")
     (tmp_path / "starts.jsonl").write_bytes(b"\xff\xfe\n")
@@ -46,14 +48,14 @@ def test_everything_else_may_be_broken(tmp_path):
         (tmp_path / "evaluation" / label / "metrics.json").write_text(text)
     run = read_run(tmp_path)
     assert run.config == {} and run.starts == run.evaluations == () and run.skipped == {"a": "crashed"}
-    told = "\n".join(run.problems)
+    reported = "\n".join(run.problems)
     for name in (
         "config.toml",
         "starts.jsonl",
         "skipped.jsonl",
         *(f"{label}/" for label in ("cut", "empty", "list", "odd")),
     ):
-        assert name in told
+        assert name in reported
 
 
 def test_an_evaluation_without_intervals_is_read(tmp_path):
@@ -74,14 +76,14 @@ def test_rollout_files_are_in_order_of_steps(tmp_path):
     assert list(read_run(tmp_path).rollout_files) == [9, 10]
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         read_run(tmp_path / "absent")
     with pytest.raises(UserError, match="neither metrics"):
         read_run(tmp_path)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path):
     paths = [tmp_path / parent / "latest" for parent in "ab"]
     for path in paths:
         path.mkdir(parents=True)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from megatron_vcr1.report.tables import (
-    key_figures,
+    key_metrics,
     phase_rows,
     settings_that_differ,
     zero_rows,
@@ -9,7 +9,7 @@ from megatron_vcr1.report.tables import (
 from tests.report.runs import report_run
 
 
-def test_reasons_of_zeros_with_their_rates(tmp_path):
+def test_reasons_for_zeros_are_counted_with_their_rates(tmp_path):
     rows = [
         {"step": step, "zero_rewards/tracking/iou/no </answer>": 8 - step, "zero_rewards/tracking/format/x": 1}
         for step in range(8)
@@ -20,7 +20,7 @@ def test_reasons_of_zeros_with_their_rates(tmp_path):
     assert second.count == 8
 
 
-def test_phases_make_up_the_step(tmp_path):
+def test_phases_and_the_rest_add_up_to_the_step(tmp_path):
     row = {"time/rollout_s": 6.0, "time/update_s": 3.0, "time/sync_s": 0.01, "time/total_s": 10.0, "time/judge_s": 0.0}
     (phases,) = phase_rows([report_run(tmp_path / "run", {"step": 1, **row}, {"step": 2, **row})])
     assert phases.total_s == 10
@@ -31,13 +31,17 @@ def test_phases_make_up_the_step(tmp_path):
     ]
 
 
-def test_key_figures(tmp_path):
+def test_key_metrics_of_a_run(tmp_path):
     rows = [{"step": step, "reward/total": step / 20, "memory/peak_gb": 10 + step % 3} for step in range(1, 21)]
-    figures = dict(key_figures(report_run(tmp_path / "run", *rows, config="[train]\nnum_steps = 40\n")))
-    assert figures == {"Steps": "20 of 40", "Reward, first and last tenth": "0.075 → 0.975", "Peak memory": "12 GB"}
+    metrics = dict(key_metrics(report_run(tmp_path / "run", *rows, config="[train]\nnum_steps = 40\n")))
+    assert metrics == {
+        "Steps": "20 of 40",
+        "Reward, first → last 10 % of steps": "0.075 → 0.975",
+        "Peak memory": "12 GB",
+    }
 
 
-def test_settings_that_differ(tmp_path):
+def test_settings_that_differ_are_listed(tmp_path):
     one = report_run(tmp_path / "one", {"step": 1}, config="[train]\nrun_dir = 'a'\nseed = 0\n[grpo]\nkl_coef = 0.0\n")
     two = report_run(tmp_path / "two", {"step": 1}, config="[train]\nrun_dir = 'b'\nseed = 0\n")
     assert settings_that_differ([one, two]) == {"grpo.kl_coef": ["0.0", "-"]}
