@@ -139,24 +139,10 @@ def test_a_video_is_decoded_once_for_all_ranks(workspace: Path, gloo_pool: GlooP
     assert gloo_pool.run(_num_decodings, workspace) == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("options, expected", [((), 1.05), (("--repetition-penalty", "1"), 1.0)])
-def test_the_models_repetition_penalty_is_the_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: float
-) -> None:
-    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.05}')
-    used: list[SamplingParams] = []
-    monkeypatch.setattr(single_prompt, "generate_response", lambda run, message, params, **_: used.append(params))
-    assert main(["generate", "--model", str(tmp_path), "--prompt", "When?", *options]) == 0
-    assert [params.repetition_penalty for params in used] == [expected]
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--video", "nowhere.mp4"), "nowhere.mp4: "),
-        (("--fps", "1"), "--fps is for videos"),
-        (("--temperature", "-1"), "temperature"),
-        (("--repetition-penalty", "0"), "repetition_penalty must be above 0"),
         (("--model", "nowhere"), "nowhere/config.json: not found"),
         (("--tensor-parallel", "2"), "1 ranks do not divide into copies"),
     ],
