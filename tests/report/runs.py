@@ -1,4 +1,4 @@
-"""Folders of runs as the trainer and the evaluation leave them, with synthetic videos and invented numbers."""
+"""Creates run directories as training and evaluation leave them, with synthetic videos and made-up numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHASES = {"decode": 1.2, "rollout": 6.0, "reference": 1.5, "update": 4.5, "sync"
 def make_run(
     folder: Path, samples: Sequence[VideoSample], *, num_steps: int = 40, seed: int = 0, gain: float = 1.0
 ) -> Path:
-    """A GRPO run that has learned something, with rollouts of its first, middle and last step."""
+    """Create a GRPO run with rising rewards, and with rollouts of its first, middle and last step."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(render_toml(default_config(), documented=False))
     start = {
@@ -47,7 +47,7 @@ def make_run(
 
 
 def metrics(step: int, num_steps: int, random: Random, gain: float = 1.0) -> dict[str, float]:
-    """One line of metrics.jsonl."""
+    """Return one line of metrics.jsonl."""
     learned = gain * (1 - math.exp(-3 * step / num_steps))
 
     def noisy(value: float) -> float:
@@ -80,7 +80,7 @@ def metrics(step: int, num_steps: int, random: Random, gain: float = 1.0) -> dic
 
 
 def rollout_group(sample: VideoSample, step: int, random: Random) -> dict[str, object]:
-    """One line of rollouts/step_N.jsonl: a right answer, one that is off, one without an answer."""
+    """Return one line of rollouts/step_N.jsonl with a correct, an inaccurate and a missing answer."""
     texts = [f"<think>I look at the frames.</think>{answer}" for answer in (right_answer(sample), wrong_answer(sample))]
     responses = []
     for text in (*texts, "<think>I am not sure, it may be"):
@@ -101,7 +101,7 @@ def rollout_group(sample: VideoSample, step: int, random: Random) -> dict[str, o
 def add_evaluation(
     run: Path, label: str, manifest: Path, *, right: float, model: str = "models/tiny", thinking: bool = False
 ) -> None:
-    """evaluation/LABEL with a share of right answers."""
+    """Create evaluation/LABEL; `right` is the fraction of correct answers."""
     samples = read_manifest(manifest)
     folder = run / "evaluation" / label
     folder.mkdir(parents=True)
@@ -137,7 +137,7 @@ def add_evaluation(
 def report_run(
     folder: Path, *rows: dict[str, float], config: str = "", **benchmarks: dict[str, tuple[float, float, float]]
 ) -> RunRecord:
-    """A run as the report reads it, from rows of metrics and from figures (value, low, high) by benchmark."""
+    """Return a run as the report reads it, from rows of metrics and from results (value, low, high) by benchmark."""
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.toml").write_text(config)
@@ -151,7 +151,7 @@ def report_run(
 
 @cache
 def synthetic_manifest(folder: Path) -> Path:
-    """A manifest with one video of each task."""
+    """Create a manifest with one video per task."""
     for _ in synthesize(folder, num_videos=6, num_test_videos=2, seed=3):
         pass
     return folder / "train.jsonl"
@@ -162,7 +162,7 @@ def right_answer(sample: VideoSample) -> str:
 
 
 def wrong_answer(sample: VideoSample) -> str:
-    """In the right form, and off."""
+    """Return a well-formed but inaccurate answer."""
     match sample.task:
         case Task.TEMPORAL_GROUNDING:
             (truth,) = sample.intervals
