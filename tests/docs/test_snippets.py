@@ -32,7 +32,7 @@ ELSEWHERE = {
     "bash tools/test.sh": "this run",
     "bash tools/gpu_check.sh": "needs a GPU",
     "vcr1 serve": "tests/serving/test_server.py",
-    "torchrun --nproc-per-node 4 --no-python vcr1 score": "tests/evaluation/test_score.py",
+    "torchrun --nproc-per-node 4 --no-python vcr1 score": "tests/evaluation/test_log_probs.py",
     "python -m pytest": "this run",
     "python tools/benchmark_kernels.py": "tests/kernels",
     "vcr1 data import got10k": "tests/data",
