@@ -15,8 +15,8 @@
     plugin           runs in the servers, with payload and patches: gives them the trainer's frames and positions
 
 Every server reports a version of its weights, and gets requests only while that is the policy's version. Two kinds of
-markers replace the version in between, so that a server whose state is not known is never mistaken for a good one,
-whichever process dies when:
+markers replace the version in between. They make sure that a server in an unknown state is never taken for a good one,
+no matter which process dies at which moment:
 
     weight_update.LOADING                  while weights are loaded: some are new, others are old
     memory.RELEASED and the version        while the server's memory is released

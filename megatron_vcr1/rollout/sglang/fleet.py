@@ -47,7 +47,7 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
-    """A rank's part in the assignment of servers; every rank knows all of them."""
+    """The properties of a rank by which servers are assigned; every rank has the records of all ranks."""
 
     rank: int
     host: str
@@ -108,7 +108,7 @@ def _use_running_servers(section: SglangSection, placement: Placement, ranks: Se
                 f"sglang.urls: {url} is not on {me.host}, whose shared memory it would have to read; set "
                 "sglang.weight_sync = 'broadcast' or 'disk', and sglang.transport = 'inline'"
             )
-    # Memory of another host is of no use to this one.
+    # Training on this host cannot use memory of another host.
     releasing = tuple(url for url in owned if placement.colocated and url in can_release and is_on_this_host(url))
     if releasing:
         placement.check_sharing(len(replicas), len(urls))

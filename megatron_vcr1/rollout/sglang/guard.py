@@ -1,4 +1,4 @@
-"""Runs a server and makes sure that it never outlives the process that asked for it, however that process ends.
+"""Runs a server and makes sure that it never outlives the process that started the guard, however that process ends.
 
     python -I guard.py PARENT_PID COMMAND...
 
@@ -8,8 +8,8 @@ process runs between the two and covers every case:
     the parent ends (even by SIGKILL)   The kernel gives the guard another parent. The guard polls for that and ends.
     the guard gets SIGTERM, SIGINT or   It raises SystemExit, and the `finally` block kills all descendants.
     SIGHUP
-    the guard is killed by SIGKILL      The kernel kills the server (PR_SET_PDEATHSIG). Processes of the server are up
-                                        to the server: SGLang's end with it.
+    the guard is killed by SIGKILL or   The kernel kills the server (PR_SET_PDEATHSIG). The server's own processes are
+    another signal (SIGUSR1)            up to the server: SGLang's end with it.
     the server ends                     The guard kills what is left of its processes, and returns its exit code.
 
 Processes whose own parent has ended become children of the guard (PR_SET_CHILD_SUBREAPER), so it still finds them. This
@@ -45,7 +45,8 @@ def main(parent_pid: int, command: list[str]) -> int:
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def kill_with_guard() -> None:
-        # Runs in the child between fork and exec, which is safe because the guard has a single thread.
+        # Runs in the child between fork and exec, which is safe because the guard has a single thread. A rank could not
+        # do the same for a server: the signal is sent when the thread that started the child ends, not the process.
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     def stop(signum: int, frame: object) -> NoReturn:

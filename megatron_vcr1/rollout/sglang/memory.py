@@ -17,7 +17,7 @@ RELEASED = "released:"
 The server stores this marker, so it survives a trainer that is killed and disappears with the server. Without it, the
 next trainer could not know: SGLang does not report whether memory is released, and its scheduler ends if it is told to
 resume memory that it has not released. The marker is set before the release. If a trainer is killed in the millisecond
-between the two calls, the server ends at the next resume, and whoever supervises it restarts it.
+between the two calls, the server ends at the next resume, and its supervisor restarts it.
 """
 
 
@@ -89,7 +89,7 @@ def release_memory(url: str, *, timeout_s: float) -> None:
     """Make a server release its memory, unless it is released already.
 
     The order of the calls matters: SGLang releases memory only while it is idle and paused, and the marker must be set
-    before memory is gone (see `RELEASED`).
+    before memory is released (see `RELEASED`).
 
     Raises:
         ServerFault, RequestRefused: a call failed. If the server still responds, it has its version back and continues.

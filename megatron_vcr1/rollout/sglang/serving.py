@@ -35,7 +35,7 @@ def serve(section: SglangSection, model: ModelSection, *, run_dir: Path, seed: i
     """
     require_sglang(section.python)
     interrupted = threading.Event()
-    # The handlers only set an event: the loop below must end the servers, whichever call the signal interrupts.
+    # The handlers only set an event. An exception from a handler could interrupt the code that ends the servers.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.set())
     servers = ServerGroup(

@@ -34,7 +34,7 @@ class WeightSync:
 
     All replicas have the same weights. If they share a server, the first replica that needs it locks it and sends the
     weights, and the others wait for that. This also works if a shared server dies while only some replicas sample: a
-    replica that needs it sends the weights, whoever owns the server and whatever the owner does at the time.
+    replica that needs it sends the weights, no matter which replica owns the server and what that replica does.
 
     Attributes:
         version: the weight version that servers must report.

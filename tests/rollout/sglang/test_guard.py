@@ -1,4 +1,4 @@
-"""Tests with real processes: whichever process of the tree ends, no other one is left."""
+"""Tests with real processes: if any process of the tree ends, all processes below it end, too."""
 
 from __future__ import annotations
 
