@@ -89,7 +89,12 @@ class Response:
 
 
 class Wave:
-    """The entries of a wave with their KV cache. All ranks of the replica run it together."""
+    """The responses of a wave, which are decoded together, with their KV cache. All ranks of the replica run a wave.
+
+    The batch has one row per response. The prompt of an entry is computed once, and its rows share the keys and values
+    of the prompt. Each decoding step computes the last token of every row and samples the next one. Finished rows are
+    computed and ignored until there are enough of them to remove.
+    """
 
     def __init__(
         self,
