@@ -1,6 +1,8 @@
-"""TransformerEngine's public modules in plain torch on the CPU: arguments, parameters with their names and attributes,
-what a call returns and what its backward pass does to a gradient buffer, as 2.9 to 2.11 have them. For one rank. What
-else megatron-core needs of it to be imported is empty.
+"""A stand-in for TransformerEngine on the CPU, in plain torch and for one rank.
+
+It has the modules of which megatron-core builds layers, with the arguments, parameter names and attributes, return
+values and handling of gradient buffers of TransformerEngine 2.9 to 2.11. Everything else that megatron-core imports is
+empty.
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__version__ = "2.6.0"  # newer ones are asked for more
+__version__ = "2.6.0"  # megatron-core uses more features of newer versions
 
 
 def _mark(parameter: Tensor, axis: int) -> None:
     parameter.tensor_model_parallel, parameter.partition_dim = True, axis  # type: ignore[attr-defined]
 
 
-class _Product(torch.autograd.Function):
-    """x @ weight.T + bias. Where there is a buffer the weight's gradient is written or added to it, and what autograd
-    gets in its place is not to be read.
+class _LinearFunction(torch.autograd.Function):
+    """x @ weight.T + bias. If there is a gradient buffer, the weight's gradient is written or added to it.
+
+    Autograd then receives NaN or None as the weight's gradient, so that a test fails if anything reads it.
     """
 
     @staticmethod
@@ -38,15 +41,15 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_weight: Tensor | None = rows.t() @ x.flatten(0, -2)
+        grad_tokens = grad.flatten(0, -2)
+        grad_weight: Tensor | None = grad_tokens.t() @ x.flatten(0, -2)
         if ctx.buffer is not None:
             (ctx.buffer.copy_ if ctx.writes else ctx.buffer.add_)(grad_weight)
             grad_weight = None
             if hasattr(weight, "grad_added_to_main_grad"):
                 weight.grad_added_to_main_grad = True
                 grad_weight = torch.full_like(weight, torch.nan)
-        return grad @ weight, grad_weight, rows.sum(0) if ctx.has_bias else None, None, None
+        return grad @ weight, grad_weight, grad_tokens.sum(0) if ctx.has_bias else None, None, None
 
 
 class Linear(nn.Module):
@@ -97,11 +100,11 @@ class Linear(nn.Module):
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
         buffer = self.weight.main_grad if self.fuse_wgrad_accumulation and self.weight.requires_grad else None
         bias = self.bias if self.use_bias and not self.return_bias else None
-        output: Tensor = _Product.apply(inp, self.weight, bias, buffer, is_first_microbatch)
+        output: Tensor = _LinearFunction.apply(inp, self.weight, bias, buffer, is_first_microbatch)
         return (output, self.bias) if self.return_bias else output
 
 
-def _normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+def _normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
     if kind == "LayerNorm":
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -127,8 +130,8 @@ class LayerNormLinear(Linear):
         self.layer_norm_bias = nn.Parameter(torch.zeros(in_features, **like)) if normalization == "LayerNorm" else None
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        normed = _normalized(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.normalization)
-        return super().forward(normed, is_first_microbatch)
+        normalized = _normalize(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.normalization)
+        return super().forward(normalized, is_first_microbatch)
 
 
 class _Norm(nn.Module):
@@ -155,7 +158,7 @@ class _Norm(nn.Module):
         )
 
     def forward(self, inp: Tensor) -> Tensor:
-        return _normalized(inp, self.weight, self.bias, self.eps, self.kind)
+        return _normalize(inp, self.weight, self.bias, self.eps, self.kind)
 
 
 class LayerNorm(_Norm):
@@ -166,7 +169,7 @@ class RMSNorm(_Norm):
     kind = "RMSNorm"
 
 
-# What megatron-core asks for while it is imported; what it asks for in vain it does without.
+# Names that megatron-core imports. It works without the optional ones that are missing here.
 _EMPTY_CLASSES = {
     "common": (),
     "common.recipe": ("DelayedScaling",),
