@@ -83,7 +83,7 @@ class PackedMLP(MLP):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """Apply the MLP; [tokens, 1, hidden_size] to the same shape, and None for a bias."""
         inner, bias = self.linear_fc1(hidden_states)
-        if bias is not None:
+        if bias is not None:  # from TransformerEngine's layer; the local one has added it
             inner = inner + bias
         activation = swiglu if self.config.gated_linear_unit else self.activation_func
         activated = activation(inner)
@@ -130,6 +130,7 @@ class TokenSelectingLayer(TransformerLayer):
     ) -> tuple[Tensor, None]:
         output_with_bias = self.self_attention(hidden_states, attention_mask=None, packed_seq_params=packed_seq_params)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        # The attention has returned the selected tokens only, so the residual is reduced to them too.
         with self.bias_dropout_add_exec_handler():
             return add(output_with_bias, packed_seq_params.select(hidden_states), self.hidden_dropout), None
 
@@ -141,7 +142,7 @@ class InPlaceBiasColumnParallelLinear(ColumnParallelLinear):
     """
 
     def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, skip_bias_add=True, **kwargs)
+        super().__init__(*args, skip_bias_add=True, **kwargs)  # the bias is returned, and `forward` adds it
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Apply the layer: [tokens, 1, input_size] -> [tokens, 1, output_size / ranks], and None for a bias."""
@@ -159,6 +160,7 @@ class LayerNormColumnParallelLinear(InPlaceBiasColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
+        # The norm module itself is not kept: only its parameters, under TransformerEngine's names.
         norm = (RMSNorm if config.normalization == "RMSNorm" else LayerNorm)(config, input_size)
         self.layer_norm_weight = norm.weight
         self.register_parameter("layer_norm_bias", getattr(norm, "bias", None))
@@ -261,6 +263,7 @@ def block_spec(
         selects_tokens: whether the last of these layers is a `TokenSelectingLayer`.
     """
     layer_spec = partial(_layer_spec, backend, causal=causal)
+    # One spec object serves all layers: megatron-core passes the layer number when it builds each of them.
     layers = [layer_spec(attention=partial(PackedAttention, windowed_layers=windowed_layers))] * num_layers
     if selects_tokens:
         layers[-1] = layer_spec(attention=partial(PackedAttention, selects_tokens=True), layer=TokenSelectingLayer)

@@ -35,6 +35,7 @@ def vision_positions(
     if tokens_per_second is not None and seconds_per_grid is not None:
         # In float32, multiplied in this order and then truncated, as in the models' training.
         steps = (steps * seconds_per_grid * tokens_per_second).long()
+    # Time varies slowest and width fastest, in the order of the vision features.
     axes = torch.meshgrid(steps, torch.arange(height // merge_size), torch.arange(width // merge_size), indexing="ij")
     return torch.stack(axes).flatten(1)
 
@@ -73,6 +74,7 @@ def prompt_positions(
 
     for number, (grid_thw, seconds_per_grid) in enumerate(vision):
         block = vision_positions(grid_thw, seconds_per_grid, merge_size=merge_size, tokens_per_second=tokens_per_second)
+        # The block starts at the next pad; the tokens before it are text.
         start = next((i for i in range(index, len(is_vision)) if is_vision[i]), len(is_vision))
         add_text_until(start)
         end = start + block.shape[1]

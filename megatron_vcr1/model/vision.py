@@ -158,6 +158,7 @@ class PatchMerger(MegatronModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Merge patches, which are ordered by merge unit: [patches, hidden_size] -> [tokens, out_hidden_size]."""
+        # Each patch is normalised on its own; then the patches of a unit, which are neighbours, are concatenated.
         units = self.norm(hidden).view(-1, 1, self.unit_size)
         inner, _ = self.linear_fc1(units)
         output, _ = self.linear_fc2(F.gelu(inner))
@@ -269,7 +270,7 @@ class VisionTower(MegatronModule):
         num_patches = len(hidden)
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         padding = -num_patches % ranks
-        if padding:
+        if padding:  # the padding becomes a segment of its own, which no patch attends to
             hidden, coordinates = (F.pad(x, (0, 0, 0, padding)) for x in (hidden, coordinates))
         hidden = hidden.unsqueeze(1)
         if self.config.sequence_parallel:
