@@ -184,6 +184,18 @@ def test_files_are_short():
     assert not long, "split these files"
 
 
+def test_functions_are_short():
+    long = {
+        f"{relative(path)}:{node.lineno} {node.name}": lines
+        for path in PYTHON_FILES
+        if not relative(path).startswith("tests/")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > 80
+    }
+    assert not long, "split these functions"
+
+
 def test_no_file_contains_a_developers_paths():
     """Only .ci/run may refer to folders outside of the project."""
     trace = re.compile(r"/[w]ork/|/[r]oot/|\.\.[/]shared|\.[l]ibrary")
