@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -31,7 +32,10 @@ class Group:
         return len(self.prompt.token_ids) + sum(len(response) for response in self.responses)
 
 
-def pack_groups(groups: Sequence[Group], max_tokens: int) -> list[tuple[Group, ...]]:
+AnyGroup = TypeVar("AnyGroup", bound=Group)
+
+
+def pack_groups(groups: Sequence[AnyGroup], max_tokens: int) -> list[tuple[AnyGroup, ...]]:
     """Distributes groups over as few microbatches as best-fit decreasing finds; none is split.
 
     The result depends on the groups' sizes and order alone: the longest group first goes into the microbatch that it

@@ -13,15 +13,24 @@ Microbatch = TypeVar("Microbatch")
 Result = TypeVar("Result")
 
 
+def _unchanged(microbatch: Any) -> Any:
+    return microbatch
+
+
 def forward_only(
-    model: nn.Module, microbatches: Sequence[Microbatch], collect: Callable[[Microbatch, Tensor], Result]
+    model: nn.Module,
+    microbatches: Sequence[Microbatch],
+    collect: Callable[[Microbatch, Tensor], Result],
+    *,
+    model_input: Callable[[Microbatch], Any] = _unchanged,
 ) -> list[Result]:
     """Run every microbatch through the pipeline without gradients. All ranks of a replica must call it.
 
     Args:
-        model: this rank's stage; it is called with a microbatch.
+        model: this rank's stage; it is called with `model_input(microbatch)`.
         microbatches: the same microbatches on every rank of the replica.
         collect: called with each microbatch and the last stage's output for it.
+        model_input: returns the part of a microbatch that the model is called with. Default: the whole microbatch.
 
     Returns:
         The results of `collect`, in order, on the last stage; an empty list on the other stages.
@@ -29,7 +38,7 @@ def forward_only(
 
     def forward_step(data: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Callable[..., Result]]:
         microbatch = next(data)
-        return stage(microbatch), lambda output, non_loss_data: collect(microbatch, output)
+        return stage(model_input(microbatch)), lambda output, non_loss_data: collect(microbatch, output)
 
     with torch.no_grad():
         return _run_schedule(forward_step, model, microbatches, forward_only=True, collect_non_loss_data=True)
@@ -39,14 +48,17 @@ def forward_backward(
     model: nn.Module,
     microbatches: Sequence[Microbatch],
     loss: Callable[[Microbatch, Tensor], tuple[Tensor, Result]],
+    *,
+    model_input: Callable[[Microbatch], Any] = _unchanged,
 ) -> list[Result]:
     """Run forward and backward over all microbatches and accumulate the gradients. All ranks of a replica must call it.
 
     Args:
-        model: this rank's stage; it is called with a microbatch.
+        model: this rank's stage; it is called with `model_input(microbatch)`.
         microbatches: the same microbatches on every rank of the replica.
         loss: called with a microbatch and the last stage's output for it; returns a scalar, whose **sum** over all
             microbatches is differentiated, and metrics.
+        model_input: returns the part of a microbatch that the model is called with. Default: the whole microbatch.
 
     Returns:
         The metrics of each microbatch, in order, on the last stage; an empty list on the other stages.
@@ -63,7 +75,7 @@ def forward_backward(
             value, metrics = loss(microbatch, output)
             return value, no_tokens, metrics
 
-        return stage(microbatch), loss_and_num_tokens
+        return stage(model_input(microbatch)), loss_and_num_tokens
 
     return _run_schedule(forward_step, model, microbatches, forward_only=False, collect_non_loss_data=False)
 

@@ -1,4 +1,4 @@
-"""What a run was started on: for its record, and for whoever reads it later."""
+"""The environment of a run's start: command, machine and versions, for its records."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_vcr1.training.metrics import device_name
 
+# Packages whose version can change what a run computes.
 PACKAGES = (
     "megatron_vcr1",
     "torch",
@@ -26,7 +27,11 @@ PACKAGES = (
 
 
 def environment(num_ranks: int) -> dict[str, Any]:
-    """Time, command, machine and versions, as JSON values; what is not installed is left out."""
+    """Return time, command, machine and package versions as JSON values. Packages that are not installed are left out.
+
+    Args:
+        num_ranks: number of processes of the job.
+    """
     slurm = {"slurm_job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -36,12 +41,12 @@ def environment(num_ranks: int) -> dict[str, Any]:
         "ranks": num_ranks,
         "device": device_name() or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
         "python": platform.python_version(),
-        **versions(),
+        **package_versions(),
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes."""
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of `PACKAGES`."""
     found = {}
     for package in PACKAGES:
         try:

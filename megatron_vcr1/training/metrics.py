@@ -1,51 +1,56 @@
-"""A step's numbers: gathered where they arise, and made one over all ranks."""
+"""Metrics of a training step: accumulated on each rank, reduced over all ranks once per step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from megatron_vcr1 import timeline
-from megatron_vcr1.config.model_sections import ModelSection
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload, bf16_peak, training_flops
-from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.parallel import collectives, mesh
+from megatron_vcr1.training.microbatches import Microbatch
 
 PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "save", "total")
 
 
 class Metrics:
-    """One rank's share of a step's metrics.
+    """One rank's contributions to the metrics of a step.
 
-    A quantity that several ranks of a copy of the model know is added by one of them.
+    If several ranks of a replica know a quantity, only one of them may add it: sums and means are taken over all ranks
+    of the job.
     """
 
     def __init__(self) -> None:
         self._means: dict[str, tuple[float, float]] = {}  # sum, weight
-        self._counts: dict[str, float] = {}
+        self._sums: dict[str, float] = {}
         self._maxima: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
-    def add(self, name: str, total: float, weight: float = 1.0) -> None:
-        """Take a sum of `weight` values into a mean over all ranks."""
-        before = self._means.get(name, (0.0, 0.0))
-        self._means[name] = (before[0] + total, before[1] + weight)
+    def add_to_mean(self, name: str, total: float, weight: float = 1.0) -> None:
+        """Add values to a mean over all ranks.
 
-    def count(self, name: str, number: float = 1) -> None:
-        """Add to a sum over all ranks."""
-        self._counts[name] = self._counts.get(name, 0) + number
+        Args:
+            total: sum of the values.
+            weight: number of values.
+        """
+        old_total, old_weight = self._means.get(name, (0.0, 0.0))
+        self._means[name] = (old_total + total, old_weight + weight)
 
-    def high(self, name: str, value: float) -> None:
-        """Take a value into a maximum over all ranks."""
+    def add_to_sum(self, name: str, value: float = 1) -> None:
+        """Add a value to a sum over all ranks."""
+        self._sums[name] = self._sums.get(name, 0) + value
+
+    def update_max(self, name: str, value: float) -> None:
+        """Include a value in a maximum over all ranks."""
         self._maxima[name] = max(value, self._maxima.get(name, value))
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add a with-block's time to the seconds of a phase; of all ranks the slowest counts. Profiles show it."""
+    def time_phase(self, phase: str) -> Iterator[None]:
+        """Add the time of the with-block to the seconds of a phase, and mark the phase in profiles."""
         start = time.perf_counter()
         try:
             with timeline.span(phase):
@@ -54,49 +59,62 @@ class Metrics:
             self.add_seconds(phase, time.perf_counter() - start)
 
     def add_seconds(self, phase: str, seconds: float) -> None:
-        """Add to the seconds of a phase."""
+        """Add to the seconds of a phase. The reduced metrics have the seconds of the slowest rank."""
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def reduce(self) -> dict[str, float]:
-        """All ranks' metrics as one, on every rank; a mean without any value is left out."""
+        """Reduce the metrics of all ranks and return them on every rank. All ranks of the job must call it.
+
+        A mean without values is left out. Every phase has an entry, 0 if it did not occur.
+        """
         merged = Metrics()
-        for other in collectives.gather_objects(self):
-            merged._merge(other)
+        for rank_metrics in collectives.gather_objects(self):
+            merged._merge(rank_metrics)
         means = {name: total / weight for name, (total, weight) in merged._means.items() if weight}
         seconds = {f"time/{phase}_s": merged._seconds.get(phase, 0.0) for phase in PHASES}
-        return {**means, **merged._counts, **merged._maxima, **seconds}
+        return {**means, **merged._sums, **merged._maxima, **seconds}
 
     def _merge(self, other: Metrics) -> None:
         for name, (total, weight) in other._means.items():
-            self.add(name, total, weight)
-        for name, number in other._counts.items():
-            self.count(name, number)
+            self.add_to_mean(name, total, weight)
+        for name, value in other._sums.items():
+            self.add_to_sum(name, value)
         for name, value in other._maxima.items():
-            self.high(name, value)
+            self.update_max(name, value)
         for phase, seconds in other._seconds.items():
             self._seconds[phase] = max(seconds, self._seconds.get(phase, 0.0))
 
 
-def add_work(metrics: Metrics, batches: Sequence[PackedBatch], config: ModelConfig, section: ModelSection) -> None:
-    """Count the rows and the FLOPs of an update's forward and backward pass; once a copy of the model."""
+def add_update_work(
+    metrics: Metrics, batches: Sequence[Microbatch], config: ModelConfig, *, frozen_parts: Collection[str]
+) -> None:
+    """Add the tokens and FLOPs of an update's forward and backward pass, once per replica.
+
+    Args:
+        batches: the update's microbatches.
+        frozen_parts: model.freeze; these parts have no weight gradients to compute.
+    """
     if not mesh.is_replica_leader():
         return
     work = Workload()
     for batch in batches:
-        work += Workload.of_batch(config, batch)
-    metrics.count("tokens", work.tokens)
-    metrics.count("model_flops", training_flops(config, work, freeze=section.freeze).total)
+        work += Workload.of_batch(config, batch.packed)
+    metrics.add_to_sum("tokens", work.tokens)
+    metrics.add_to_sum("model_flops", training_flops(config, work, freeze=frozen_parts).total)
 
 
-def derived(metrics: dict[str, float], num_ranks: int, device_name: str | None) -> dict[str, float]:
-    """The rates of a step.
-
-    tokens_per_s: rows trained on (prompts once a group, responses) a second of the whole step.
-    tflops_per_s: model FLOPs of the updates a second of update time and rank, in 10^12.
-    mfu: these over the device's published bfloat16 peak; left out where that is not known, as for CPUs.
+def throughput(metrics: Mapping[str, float], num_ranks: int, device_name: str | None) -> dict[str, float]:
+    """Compute the rates of a step from its reduced metrics.
 
     Args:
-        device_name: what CUDA calls the GPU; None without one.
+        metrics: "tokens" and "model_flops" may be missing; then the rates that need them are left out.
+        device_name: the GPU's name as CUDA reports it; None without a GPU.
+
+    Returns:
+        tokens_per_s: tokens trained on (prompts once per group, and responses), per second of the whole step.
+        tflops_per_s: model FLOPs of the updates, per second of update time and per rank, in 10^12.
+        mfu: tflops_per_s over the device's published bfloat16 peak. Left out for devices whose peak is not known, such
+            as CPUs.
     """
     rates: dict[str, float] = {}
     if "tokens" in metrics and metrics["time/total_s"] > 0:
@@ -110,16 +128,16 @@ def derived(metrics: dict[str, float], num_ranks: int, device_name: str | None) 
 
 
 def device_name() -> str | None:
-    """What CUDA calls this process's GPU; None without one."""
+    """Return the name of this process's GPU as CUDA reports it; None without a GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def peak_memory_gb() -> float:
-    """Most memory held at once: of the GPU since the last call; without one, of this process since its start."""
+    """Return the peak memory in GB: allocated on the GPU since the last call, or of this process without a GPU."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak / 1e9
-    import resource  # Unix only, as training is
+    import resource  # exists on Unix only; training does not run elsewhere
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # ru_maxrss is in KiB on Linux

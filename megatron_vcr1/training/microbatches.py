@@ -1,11 +1,11 @@
-"""Groups of a step to microbatches on the device."""
+"""Microbatches: groups packed into sequences that the model computes at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vcr1.data.packing import Group, pack_groups
+from megatron_vcr1.data.packing import AnyGroup, pack_groups
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.parallel import mesh
@@ -13,21 +13,32 @@ from megatron_vcr1.parallel import mesh
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Groups that are computed at once, and their packed rows on the device."""
+    """A packed sequence on its way through the pipeline schedule to the loss function.
 
-    groups: tuple[Group, ...]
+    The model is called with `packed`; the loss function gets the microbatch itself. A stage of training whose loss
+    needs more than the target tokens adds fields in a subclass (`grpo.batch.PolicyBatch`).
+    """
+
     packed: PackedBatch
 
 
-def make_microbatches(groups: Sequence[Group], model: QwenVLModel, max_tokens: int) -> list[Microbatch]:
-    """Pack a step's groups. The result depends on the groups alone, so that all stages of a pipeline make the same.
+def pack_microbatches(
+    groups: Sequence[AnyGroup], model: QwenVLModel, max_tokens: int
+) -> list[tuple[tuple[AnyGroup, ...], PackedBatch]]:
+    """Pack groups into as few sequences as best-fit decreasing finds, and move them to this rank's device.
+
+    The result depends only on the groups. All ranks of a replica have the same groups, so all stages of a pipeline
+    build the same microbatches without communication.
 
     Args:
-        max_tokens: of a microbatch; a group that is longer has one of its own.
+        max_tokens: token budget of a microbatch. A group that is longer raises the budget of this call to its length.
+
+    Returns:
+        The groups of each microbatch, in the order in which they are packed, and their packed sequence.
     """
     longest = max((group.num_tokens for group in groups), default=0)
     device = mesh.device()
     return [
-        Microbatch(one, pack(one, model.model_config, pad_to_multiple_of=model.token_multiple).to(device))
-        for one in pack_groups(groups, max(max_tokens, longest))
+        (members, pack(members, model.model_config, pad_to_multiple_of=model.token_multiple).to(device))
+        for members in pack_groups(groups, max(max_tokens, longest))
     ]

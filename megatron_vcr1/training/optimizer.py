@@ -1,4 +1,4 @@
-"""The optimizer's side of a step: gradients summed over the copies of the model, clipped, checked and applied."""
+"""Optimizer steps: gradients are reduced over the replicas, checked, clipped and applied."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -18,24 +18,26 @@ from torch import Tensor
 
 from megatron_vcr1.config.training_sections import OptimizerSection
 from megatron_vcr1.model.cpu import adam
-from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.parallel import collectives, mesh, schedule
+from megatron_vcr1.training.microbatches import Microbatch
 
 logger = logging.getLogger(__name__)
 
-Loss = Callable[[PackedBatch, Tensor], tuple[Tensor, dict[str, Any]]]
+Batch = TypeVar("Batch", bound=Microbatch)
+Loss = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Any]]]
+"""Maps a microbatch and the last stage's hidden states of its targets to a scalar loss and metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One optimizer step.
+    """The outcome of one optimizer step.
 
     Attributes:
-        loss: over all ranks.
-        grad_norm: of the whole model, before clipping.
-        applied: False: the loss or the gradient is not finite, and no weight has changed.
-        metrics: what the loss function said of each microbatch, on the last stage; empty on the others.
+        loss: sum over the microbatches of all replicas.
+        grad_norm: norm of the whole model's gradient before clipping.
+        applied: False if the loss or the gradient norm is not finite; no weight has changed then.
+        metrics: the loss function's metrics for each microbatch, on the last stage; empty on other stages.
     """
 
     loss: float
@@ -45,95 +47,121 @@ class Update:
 
 
 class Learner:
-    """A model with what makes it learn. The ranks of the job call its methods together."""
+    """The trained model with its gradient buffers, optimizer and learning-rate schedule.
+
+    All ranks of the job must call the methods together.
+    """
 
     def __init__(self, model: QwenVLModel, section: OptimizerSection, num_steps: int) -> None:
-        """Call it before anything keeps the parameters' memory: the distributed optimizer moves them into one buffer.
+        """Wrap the model in megatron-core's data parallelism and build its optimizer.
+
+        The distributed optimizer moves the parameters into one buffer: build the learner before anything keeps a
+        reference to the parameters' memory.
 
         Args:
-            num_steps: of the run, where the learning rate's decay ends; more than those of the warm-up.
+            num_steps: length of the run, at which the learning rate's decay ends; greater than the warm-up.
         """
         logger.info("optimizer: %s", adam.adam_in_use())
         model.config.finalize_model_grads_func = _finalize_gradients
         self.model = model
         self.max_grad_norm = section.max_grad_norm
-        # With one copy there is nothing to divide, and megatron-core would still copy all weights and gradients.
-        divided = section.distributed and mesh.num_replicas() > 1
+        # A single replica has no one to shard the state with, and megatron-core would still copy all weights and
+        # gradients at every step.
+        is_distributed = section.distributed and mesh.num_replicas() > 1
         self.parallel = DistributedDataParallel(
             model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=divided, grad_reduce_in_fp32=True),
+            DistributedDataParallelConfig(use_distributed_optimizer=is_distributed, grad_reduce_in_fp32=True),
             model,
         )
         _fuse_gradient_accumulation(model)
-        self.optimizer = _optimizer(self.parallel, section, divided=divided)
+        self.optimizer = _optimizer(self.parallel, section, is_distributed=is_distributed)
         self.scheduler = _scheduler(self.optimizer, section, num_steps)
 
-    def update(self, batches: Sequence[PackedBatch], loss: Loss) -> Update:
-        """One optimizer step on the sum of the losses of all microbatches of all copies of the model.
+    def update(self, batches: Sequence[Batch], loss: Loss[Batch]) -> Update:
+        """Do one optimizer step on the sum of the losses of all microbatches of all replicas.
 
         Args:
-            batches: this copy's microbatches; may be none where other copies have some.
-            loss: of a microbatch and the hidden states of its targets: a scalar, normalised by counts over all copies,
-                and metrics.
+            batches: this replica's microbatches. May be empty if other replicas have some: the replica still takes part
+                in the gradient reduction.
+            loss: its scalar must be normalized by counts over all replicas (see `schedule.forward_backward`).
         """
         self.parallel.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.model.train()
         results = self._forward_backward(batches, loss)
-        mine = sum(float(value) for value, _ in results) if mesh.is_output_rank() else 0.0
-        (total,) = collectives.sum_over_ranks([mine])
+        local_loss = sum(float(value) for value, _ in results) if mesh.is_output_rank() else 0.0
+        (total_loss,) = collectives.sum_over_ranks([local_loss])
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        applied = math.isfinite(total) and math.isfinite(grad_norm)
+        # Loss and norm are the same on every rank, so all ranks take the same decision here.
+        applied = math.isfinite(total_loss) and math.isfinite(grad_norm)
         if applied:
-            self._clip(grad_norm)
+            self._clip_gradients(grad_norm)
             self.optimizer.step_with_ready_grads()
-        return Update(total, grad_norm, applied, [metrics for _, metrics in results])
+        return Update(total_loss, grad_norm, applied, [metrics for _, metrics in results])
 
-    def _forward_backward(self, batches: Sequence[PackedBatch], loss: Loss) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Leaves the gradients in the buffers; the loss and metrics of each microbatch, on the last stage."""
+    def _forward_backward(self, batches: Sequence[Batch], loss: Loss[Batch]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Compute the gradients into the buffers and reduce them over the replicas.
 
-        def with_value(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Any]]]:
+        Returns:
+            The loss and metrics of each microbatch on the last stage; an empty list on other stages.
+        """
+
+        def loss_and_results(batch: Batch, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Any]]]:
             value, metrics = loss(batch, hidden)
             return value, (value.detach(), metrics)
 
         if batches:
-            return schedule.forward_backward(self.parallel, batches, with_value)
+            return schedule.forward_backward(
+                self.parallel, batches, loss_and_results, model_input=lambda batch: batch.packed
+            )
+        # The schedule would have called this at its end. Without it the other replicas' gradient reduction would hang.
         _finalize_gradients([self.parallel])
         return []
 
-    def _clip(self, grad_norm: float) -> None:
-        if 0 < self.max_grad_norm < grad_norm:  # a pass over all gradients, which changes nothing below
-            for one in self.optimizer.chained_optimizers:
-                torch.nn.utils.clip_grads_with_norm_(one.get_parameters(), self.max_grad_norm, torch.tensor(grad_norm))
+    def _clip_gradients(self, grad_norm: float) -> None:
+        if 0 < self.max_grad_norm < grad_norm:  # below the limit, clipping would be a useless pass over all gradients
+            for optimizer in self.optimizer.chained_optimizers:
+                torch.nn.utils.clip_grads_with_norm_(
+                    optimizer.get_parameters(), self.max_grad_norm, torch.tensor(grad_norm)
+                )
 
     def end_step(self) -> float:
-        """Move the learning rate on, after the updates of a step; returns the one that they had."""
+        """Advance the learning rate after the updates of a step, and return the rate that they used."""
         learning_rate = float(self.scheduler.get_lr({}))
         self.scheduler.step(1)
         return learning_rate
 
 
 def _finalize_gradients(models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """megatron-core's sums over ranks; it would divide by the number of tokens, by which the losses are already."""
+    """Reduce the gradients over ranks with megatron-core, without its division by the number of tokens.
+
+    The losses are already normalized by counts over all replicas.
+    """
     finalize_model_grads(models, None, **kwargs)
 
 
 def _fuse_gradient_accumulation(model: QwenVLModel) -> None:
-    """Have linear layers add their weights' gradients to the buffers themselves, which spares a tensor and a pass each.
+    """Let linear layers add their weight gradients directly to the gradient buffers.
 
-    megatron-core's own do with Apex's extension, or on a CPU (`model.cpu`); TransformerEngine's always.
+    This saves a temporary tensor and a pass per weight. megatron-core's layers can do it with Apex's extension, or on a
+    CPU with the replacement of `model.cpu`; TransformerEngine's layers always can.
     """
     for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
+        if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine
             module.fuse_wgrad_accumulation = True
-        elif hasattr(module, "gradient_accumulation_fusion"):
+        elif hasattr(module, "gradient_accumulation_fusion"):  # megatron-core
             module.gradient_accumulation_fusion = layers._grad_accum_fusion_available
     if not layers._grad_accum_fusion_available:
-        logger.info("gradients: megatron-core's linear layers add theirs in a second pass, without Apex's extension")
+        logger.info(
+            "gradients: megatron-core's linear layers add their weight gradients in a second pass (Apex's extension is "
+            "not installed)"
+        )
 
 
-def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, divided: bool) -> ChainedOptimizer:
+def _optimizer(
+    parallel: DistributedDataParallel, section: OptimizerSection, *, is_distributed: bool
+) -> ChainedOptimizer:
     dtype = next(parallel.module.parameters()).dtype
     config = OptimizerConfig(
         optimizer="adam",
@@ -144,15 +172,15 @@ def _optimizer(parallel: DistributedDataParallel, section: OptimizerSection, *, 
         adam_beta2=section.beta2,
         adam_eps=section.epsilon,
         clip_grad=section.max_grad_norm,
-        bf16=dtype == torch.bfloat16,
+        bf16=dtype == torch.bfloat16,  # float32 master weights and optimizer state
         params_dtype=dtype,
-        use_distributed_optimizer=divided,
+        use_distributed_optimizer=is_distributed,
     )
     return get_megatron_optimizer(config, [parallel])
 
 
 def _scheduler(optimizer: ChainedOptimizer, section: OptimizerSection, num_steps: int) -> OptimizerParamScheduler:
-    """megatron-core's; it also keeps weight decay away from biases and norms, which nothing else does."""
+    """Build megatron-core's schedule of the learning rate. It also exempts biases and norms from weight decay."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -165,6 +193,6 @@ def _scheduler(optimizer: ChainedOptimizer, section: OptimizerSection, num_steps
         end_wd=section.weight_decay,
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,  # the settings count, also when a run is resumed with others
+        use_checkpoint_opt_param_scheduler=False,  # a resumed run follows its present settings, not the checkpoint's
         override_opt_param_scheduler=True,
     )

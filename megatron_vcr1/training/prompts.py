@@ -1,4 +1,4 @@
-"""From the manifests of [data] to the prompts of a step: drawn in order, decoded ahead, shared by a copy's ranks."""
+"""The prompt stream: draws prompts from the sources of [data], decodes videos ahead, and shares them in the replica."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class DrawnPrompt:
     """A prompt of a step.
 
     Attributes:
-        position: in the run's endless order of samples; no other prompt of the run has it.
-        source: index in data.sources.
-        reduction: how its video was made smaller to fit into data.max_prompt_tokens; None if it was not.
+        position: index in the run's endless order of samples; unique in the run.
+        source: index of its source in data.sources.
+        reduction: how its video was downscaled to fit data.max_prompt_tokens; None if it was not.
     """
 
     position: int
@@ -38,20 +38,23 @@ class DrawnPrompt:
 
     @property
     def id(self) -> str:
-        """Unique in the run, where a sample comes again each epoch."""
+        """The sample's id and the position. Unique in the run, where a sample occurs once per epoch."""
         return f"{self.sample.id}@{self.position}"
 
 
 class PromptStream:
-    """This replica's share of the prompts: every `num_replicas`-th. All its ranks call the methods together.
+    """This replica's part of the run's prompts: every `num_replicas`-th one. Its ranks call the methods together.
 
     Attributes:
-        samples: of each source.
-        num_drawn: prompts that were taken since the run's first start, over all copies of the model.
+        samples: the samples of each source.
+        num_drawn: prompts drawn by all replicas since the first start of the run.
     """
 
     def __init__(self, section: DataSection, processor: PromptProcessor, *, seed: int) -> None:
-        """Reads and checks the manifests; videos are opened when prompts are taken.
+        """Read and check the manifests. Videos are opened when prompts are drawn.
+
+        Args:
+            seed: seed of the samples' order.
 
         Raises:
             UserError: no sources, a bad manifest or template file, or settings that exclude each other.
@@ -60,53 +63,57 @@ class PromptStream:
             raise UserError("data.backend 'dali-gpu' decodes in the training process; set data.num_workers = 0")
         self.templates = load_templates(section.templates)
         self.samples = [read_manifest(source.manifest) for source in section.sources]
-        order = SampleOrder(
+        self._order = SampleOrder(
             [
                 Source(f"{index} {source.manifest.name}", samples, source.weight)
                 for index, (source, samples) in enumerate(zip(section.sources, self.samples, strict=True))
             ],
             seed,
         )
-        self._order = order
         self._loader = PromptLoader(
-            order,
+            self._order,
             preparations(section, self.templates, processor),
             rank=mesh.replica_index(),
             num_ranks=mesh.num_replicas(),
             num_workers=section.num_workers,
         )
-        self._iterator: Generator[PreparedSample, None, None] | None = None
+        self._iterator: Generator[PreparedSample, None, None] | None = None  # owns the decoding processes
         self.num_drawn = 0
 
     @property
     def epoch_size(self) -> int:
-        """Prompts of one pass over the data, over all copies of the model."""
+        """Number of prompts in one pass over the data, over all replicas."""
         return self._order.epoch_size
 
     def take(self, number: int) -> list[DrawnPrompt]:
-        """The next prompts of this copy; frames as `broadcast_prompts` has them.
+        """Draw this replica's next prompts.
+
+        The replica leader decodes the videos and shares the prompts (`broadcast_prompts` says which ranks get frames).
 
         Raises:
-            UserError: no sample at all can be used; on all ranks of the copy.
+            UserError: not a single sample can be read; on all ranks of the replica.
         """
         prompts = broadcast_prompts(lambda: list(self._draw(number)))
         self.num_drawn += number * mesh.num_replicas()
         return prompts
 
     def take_skipped(self) -> list[SkippedSample]:
-        """Samples that could not be used since the last call; on the copy's first rank, nothing on the others."""
+        """Return the samples that could not be read since the last call; on replica leaders, empty on other ranks."""
         skipped, self._loader.skipped[:] = list(self._loader.skipped), []
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is; of the job's first rank."""
+        """Return the position in the data, as JSON values.
+
+        It is the same for all replicas. Only replica leaders draw prompts, so checkpoints store the state of rank 0.
+        """
         return self._loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after a checkpoint. Raises UserError if the data are not the checkpoint's."""
+        """Continue from a checkpoint's position. Raises UserError if the data are not those of the checkpoint."""
         self._loader.load_state_dict(state)
         self.num_drawn = state["next_position"]
-        self._iterator = None
+        self._iterator = None  # a new iterator starts at the loader's new position
 
     def close(self) -> None:
         """End the decoding processes, if there are any."""

@@ -1,4 +1,4 @@
-"""The frozen reference policy: its weights wait on the host or beside the policy's, and take their place when asked."""
+"""The frozen reference policy: a second set of weights that is swapped into the model when it is needed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from torch import Tensor, nn
 
 
 class Reference:
-    """A copy of what a model's learning parameters are now; frozen ones stay equal by themselves."""
+    """A copy of a model's trainable parameters. Frozen parameters need none: they never change."""
 
     def __init__(self, model: nn.Module, placement: Literal["swap", "resident"]) -> None:
-        """Copies the parameters, to the host with "swap"."""
+        """Copy the parameters as they are now.
+
+        Args:
+            placement: "swap" keeps the copy in pinned host memory while it is not in use, "resident" on the model's
+                device. On a CPU both are the same.
+        """
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._on_host = placement == "swap" and any(parameter.is_cuda for parameter in self._parameters)
-        self._waiting = [self._copy(parameter) for parameter in self._parameters]
+        # The weights that are not in the model: the reference's, or the policy's within `in_place`.
+        self._stored = [self._copy(parameter) for parameter in self._parameters]
 
     def _copy(self, parameter: Tensor) -> Tensor:
         if not self._on_host:
@@ -26,21 +32,23 @@ class Reference:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model is the reference within the with-block; nobody may change its parameters there."""
-        self._exchange()
+        """Turn the model into the reference within the with-block. Nothing may change its parameters there."""
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         if self._on_host:
-            for parameter, waiting in zip(self._parameters, self._waiting, strict=True):
-                away = parameter.clone()
-                parameter.copy_(waiting)
-                waiting.copy_(away)
+            for parameter, stored in zip(self._parameters, self._stored, strict=True):
+                # One parameter at a time: the temporary copy is on the GPU.
+                current = parameter.clone()
+                parameter.copy_(stored)
+                stored.copy_(current)
             return
         for index, parameter in enumerate(self._parameters):
-            # Pointers, not numbers: the optimizer's view of the parameter's memory waits with it.
-            parameter.data, self._waiting[index] = self._waiting[index], parameter.data
+            # Swap the storages instead of copying values. The optimizer and the distributed optimizer's buffer keep
+            # their views of the policy's storage, which comes back with the second swap.
+            parameter.data, self._stored[index] = self._stored[index], parameter.data

@@ -1,4 +1,4 @@
-"""The folder of a run: settings, metrics, rollouts and skipped samples, cut back to a checkpoint when it is resumed."""
+"""The run directory: settings, metrics, rollouts, skipped samples and exports of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class RunDir:
-    """Written to by the job's first rank."""
+    """The files of a run. Only rank 0 writes to it.
+
+    Attributes:
+        checkpoints: folder of the checkpoints (`checkpoint.run_store`).
+        export: folder of the Hugging Face export, or of the exports of single steps.
+        profile: folder of the profiles.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +43,7 @@ class RunDir:
         self._exported = path / "exported.json"
 
     def create(self) -> None:
-        """Make the folder. Raises UserError if that or writing to it is impossible."""
+        """Create the folders. Raises UserError if that or writing to them is impossible."""
         try:
             for folder in (self.checkpoints, self._rollouts):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -46,11 +52,12 @@ class RunDir:
             raise UserError(f"train.run_dir = {self.path}: cannot be written to: {error}") from error
 
     def open(self, config: RunConfig, step: int) -> None:
-        """Record the settings and this start, say what is set otherwise than at the one before, and drop what was
-        written after `step`.
+        """Record the settings and this start, log the settings that changed, and drop the records of later steps.
+
+        A run that was killed has recorded steps after its newest checkpoint. The resumed run computes them again.
 
         Args:
-            step: the checkpoint that the run goes on from; 0 for a start.
+            step: step of the checkpoint that the run resumes from; 0 for a new run.
 
         Raises:
             OSError: the disk is full or failed.
@@ -60,53 +67,61 @@ class RunDir:
         changed = changed_settings(settings.read_text(encoding="utf-8"), text) if step > 0 and settings.exists() else {}
         for name, (before, after) in changed.items():
             logger.info("changed since the last start: %s = %s (was %s)", name, after, before)
-        _write(settings, text.encode())
+        _replace(settings, text.encode())
         _append(self.path / "starts.jsonl", [{"step": step, "changed": changed, **environment(launched_world_size())}])
         for file in (self._metrics, self._skipped):
             if file.exists():
-                _keep_rows_until(file, step)
+                _drop_rows_after(file, step)
         for file in self._rollouts.iterdir():
-            written = re.fullmatch(r"step_(\d+)\.(jsonl|part)", file.name)  # what else is there is the user's
+            written = re.fullmatch(r"step_(\d+)\.(jsonl|part)", file.name)  # other files are the user's
             if written and (written[2] == "part" or int(written[1]) > step):
                 file.unlink()
 
     def add_metrics(self, row: Mapping[str, float | int | None]) -> None:
-        """Append a step's metrics; a number that is not finite becomes null."""
+        """Append a step's metrics. Numbers that are not finite become null: JSON has no NaN or infinity."""
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
         _append(self._metrics, [finite])
 
     def add_skipped(self, step: int, skipped: Iterable[tuple[str, str]]) -> None:
-        """List samples that a step could not use: (id, reason)."""
+        """Append the samples that a step could not use.
+
+        Args:
+            skipped: id and reason of each sample.
+        """
         _append(self._skipped, [{"step": step, "id": name, "reason": reason} for name, reason in skipped])
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """A step's groups, one a line; the file appears when it is whole."""
-        _write(self._rollouts / f"step_{step}.jsonl", _lines(rows))
+        """Write a step's groups, one per line. The file appears under its name when it is complete."""
+        _replace(self._rollouts / f"step_{step}.jsonl", _lines(rows))
 
     def export_of(self, step: int, when: Literal["never", "end", "always"]) -> Path:
-        """Where a step's checkpoint is exported to."""
+        """Return the directory that a step's checkpoint is exported to.
+
+        Args:
+            when: checkpoint.export.
+        """
         return self.export / f"step_{step}" if when == "always" else self.export
 
-    def make_way_for(self, directory: Path) -> None:
-        """Remove an earlier export, and what a killed run left of one.
+    def remove_old_export(self, directory: Path) -> None:
+        """Remove an earlier export of that name, and incomplete exports of killed runs.
 
         Raises:
-            UserError: it holds exports of single steps, which `checkpoint.export = "always"` has written.
+            UserError: the directory holds exports of single steps, written with `checkpoint.export = "always"`.
         """
         if any(directory.glob("step_*")):
             raise UserError(
-                f"{directory} holds exports of steps: move them elsewhere, and start the same command again"
+                f"{directory} holds exports of single steps: move them elsewhere and run the same command again"
             )
         for old in (directory, *directory.parent.glob(f".{directory.name}.partial-*")):
             shutil.rmtree(old, ignore_errors=True)
         directory.parent.mkdir(parents=True, exist_ok=True)
 
     def note_export(self, step: int, directory: Path) -> None:
-        """Record which step the newest export is of."""
+        """Record that `directory` is the complete export of a step."""
         self._exported.write_text(json.dumps({"step": step, "directory": str(directory.relative_to(self.path))}))
 
     def is_exported(self, step: int, directory: Path) -> bool:
-        """Whether a directory is the export of a step."""
+        """Return whether `directory` is the complete export of a step, as `note_export` recorded."""
         try:
             noted = json.loads(self._exported.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -115,7 +130,14 @@ class RunDir:
 
 
 def changed_settings(before: str, after: str) -> dict[str, tuple[Any, Any]]:
-    """What two files of settings have otherwise: `section.key` to the old and the new value, None where it is unset."""
+    """Return the diff of two configurations.
+
+    Args:
+        before, after: contents of config.toml.
+
+    Returns:
+        `section.key` to the old and the new value; None for a key that is unset.
+    """
     old, new = (
         {f"{section}.{key}": value for section, table in tomllib.loads(text).items() for key, value in table.items()}
         for text in (before, after)
@@ -126,40 +148,42 @@ def changed_settings(before: str, after: str) -> dict[str, tuple[Any, Any]]:
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return text.encode("utf-8", "backslashreplace")  # half a surrogate pair has no UTF-8, but JSON has \ud83d
+    # A policy can sample half of a surrogate pair. UTF-8 cannot encode it; JSON can, as an escape such as \ud83d.
+    return text.encode("utf-8", "backslashreplace")
 
 
-def _write(path: Path, content: bytes) -> None:
-    """The file has its name when it is whole."""
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it has its name only when it is complete."""
     unfinished = path.with_suffix(".part")
-    with _named(path):
+    with _errors_name(path):
         unfinished.write_bytes(content)
         os.replace(unfinished, path)
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if lines := _lines(rows):
-        with _named(path), path.open("ab") as file:
+        with _errors_name(path), path.open("ab") as file:
             file.write(lines)
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of writing name the file; a full disk's does not by itself."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Add the file's name to OSErrors of the with-block: the error of a full disk does not name it."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _keep_rows_until(path: Path, step: int) -> None:
-    """Drop the rows of later steps, and a last row that a killed run did not finish."""
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Drop the rows of later steps, and an incomplete last row of a killed run."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # it may end within a character
+    # errors="replace": an incomplete row may end within a character.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
-    _write(path, "".join(kept).encode())
+    _replace(path, "".join(kept).encode())

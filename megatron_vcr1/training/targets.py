@@ -1,4 +1,4 @@
-"""What SFT teaches: the tokens of the right answer, up to the token that ends the assistant's turn."""
+"""SFT targets: the tokens of a sample's target text, up to the token that ends the assistant's turn."""
 
 from __future__ import annotations
 
@@ -15,43 +15,59 @@ from megatron_vcr1.types import VideoSample
 
 
 def completion_text(sample: VideoSample, templates: PromptTemplates, *, thinking: bool) -> str:
-    """The answer as the sample's prompt asks for it; with thinking, behind the sample's own."""
+    """Return the completion that the sample's prompt asks for.
+
+    Args:
+        thinking: put the sample's reasoning, in <think> tags, before the answer.
+    """
     answer = target_text(sample, templates)
     return f"<think>{sample.thinking}</think>\n{answer}" if thinking else answer
 
 
 def check_thinking(sources: Sequence[DataSource], samples: Sequence[Sequence[VideoSample]]) -> None:
-    """Raises UserError if a source's prompts ask for reasoning that its samples do not have."""
-    for source, some in zip(sources, samples, strict=True):
-        if source.thinking and (without := [sample.id for sample in some if not sample.thinking]):
+    """Check that every sample whose prompt asks for reasoning has reasoning to train on.
+
+    Args:
+        samples: the samples of each source.
+
+    Raises:
+        UserError: some samples of a source with thinking = true have none.
+    """
+    for source, source_samples in zip(sources, samples, strict=True):
+        if source.thinking and (without := [sample.id for sample in source_samples if not sample.thinking]):
             raise UserError(
-                f"{source.manifest}: {len(without)} of {len(some)} samples have no 'thinking' to learn from, the first "
-                f"is {without[0]}; set thinking = false for this source, which trains on answers alone, or add it"
+                f"{source.manifest}: {len(without)} of {len(source_samples)} samples have no 'thinking' to learn from "
+                f"(the first is {without[0]}). Set thinking = false for this source to train on answers alone, or add "
+                "'thinking' to its samples"
             )
 
 
 class TargetEncoder:
-    """Tokens of completions, with what the chat template puts behind an assistant's turn."""
+    """Tokenizes completions, with the token that the chat template writes after an assistant's turn."""
 
     def __init__(self, processor: PromptProcessor) -> None:
-        """Raises UserError if the chat template writes an assistant's turn in another way than it opens one."""
+        """Raises UserError if the chat template does not close the turn that it opens for generation."""
         self._processor = processor
         self.end_token_id = _end_of_turn(processor)
 
     def encode(self, text: str) -> Tensor:
-        """int64 [num_tokens], the last one the end token."""
+        """Return the tokens of a completion, the end token last; int64 [num_tokens]."""
         return torch.cat((self._processor.tokenize(text), torch.tensor([self.end_token_id])))
 
 
 def _end_of_turn(processor: PromptProcessor) -> int:
-    """The first token that the chat template writes behind an assistant's words."""
-    words = "answer"
-    question = {"role": "user", "content": [{"type": "text", "text": "question"}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": words}]}
-    opened = processor.render([question])
-    closed = processor.render([question, answer], add_generation_prompt=False)
-    if not closed.startswith(opened + words) or closed == opened + words:
+    """Return the first token that the chat template writes after the assistant's text.
+
+    Found by rendering the same conversation twice: up to the opened assistant's turn, and with the turn complete.
+    """
+    text = "answer"
+    user = {"role": "user", "content": [{"type": "text", "text": "question"}]}
+    assistant = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    opened = processor.render([user])
+    closed = processor.render([user, assistant], add_generation_prompt=False)
+    if not closed.startswith(opened + text) or closed == opened + text:
         raise UserError(
-            "the chat template does not close an assistant's turn that it opens for generation; use the model's own"
+            "the chat template does not close the assistant's turn that it opens for generation; use the chat template "
+            "that was published with the model"
         )
-    return int(processor.tokenize(closed.removeprefix(opened + words))[0])
+    return int(processor.tokenize(closed.removeprefix(opened + text))[0])

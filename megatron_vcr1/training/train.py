@@ -1,4 +1,4 @@
-"""A training run, from its settings to its last checkpoint."""
+"""Training runs: builds everything from the settings and runs the training loop."""
 
 from __future__ import annotations
 
@@ -9,104 +9,163 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.checkpoint.run_store import RunStore
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.processor import read_processor
-from megatron_vcr1.errors import UserError
+from megatron_vcr1.config.training_sections import TrainSection
+from megatron_vcr1.data.processor import PromptProcessor, read_processor
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_first_rank
-from megatron_vcr1.rollout.build import disable_nccl_cumem
-from megatron_vcr1.training.grpo.rewarding import Rewarder
-from megatron_vcr1.training.grpo.trainer import GrpoTrainer, check_settings
+from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
+from megatron_vcr1.training.grpo.one_step_off import OneStepOffSource
+from megatron_vcr1.training.grpo.rewarding import Rewarder, judge_for_samples
+from megatron_vcr1.training.grpo.rollout_source import RolloutSource, SynchronousSource
+from megatron_vcr1.training.grpo.scoring import GroupScorer
+from megatron_vcr1.training.grpo.trainer import GrpoTrainer
+from megatron_vcr1.training.lifecycle import Lifecycle
 from megatron_vcr1.training.optimizer import Learner
+from megatron_vcr1.training.profiling import StepProfile
 from megatron_vcr1.training.prompts import PromptStream
+from megatron_vcr1.training.reference import Reference
+from megatron_vcr1.training.reporter import Reporter
 from megatron_vcr1.training.run import Run
 from megatron_vcr1.training.run_dir import RunDir
 from megatron_vcr1.training.sft import SftTrainer
+from megatron_vcr1.training.sinks import Sink, open_sinks
 from megatron_vcr1.training.targets import check_thinking
 from megatron_vcr1.training.trainer import Trainer
+from megatron_vcr1.training.validation import check_batch_size, check_grpo_settings, check_warmup
 
 
 def train(config: RunConfig) -> int:
-    """Run it, or go on with it from its newest whole checkpoint; every rank of the job calls this.
+    """Start a run, or resume it from its newest complete checkpoint. Every rank of the job calls this.
 
     Returns:
-        0, or `loop.EXIT_STOPPED_BY_SIGNAL` if a signal ended it early, behind a checkpoint.
+        0, or `lifecycle.EXIT_STOPPED_BY_SIGNAL` if a stop signal ended the run after a checkpoint.
 
     Raises:
-        UserError: the settings, the model or the data are at fault.
-        TrainingStopped: the run cannot go on in earnest.
+        UserError: the settings, the model or the data are wrong.
+        TrainingStopped: the run cannot continue sensibly.
     """
     shape = ModelConfig.from_pretrained(config.model.path).shape
     check_layout(shape, config.parallel, config.recompute, mesh.launched_world_size())
     disable_nccl_cumem(config.rollout, config.sglang)
-    # The step's own clock runs out first: it tells where every rank is.
+    # Longer than the watchdog's timeout: the watchdog must end a hung job first, because it reports where each rank is.
     timeout_s = config.train.step_timeout_s + mesh.COLLECTIVE_TIMEOUT_S
     with mesh.world(config.parallel, seed=config.train.seed, timeout_s=timeout_s):
         return train_in_world(config)
 
 
 def train_in_world(config: RunConfig) -> int:
-    """`train` within parallel.mesh.initialize."""
-    # First: a folder that another process trains in, or that cannot be written to, is told before servers start in it.
+    """Do what `train` does, in a process that has called parallel.mesh.initialize already."""
+    # The folder comes first: if another process trains in it, or it cannot be written to, the user should learn that
+    # before servers are started.
     folder = RunDir(config.train.run_dir)
     run_on_first_rank(folder.create)
     store = RunStore(folder.checkpoints, config.checkpoint)
     learner, trainer, num_steps = build(config)
-    with closing(trainer), Run(config, folder, store, learner, trainer, num_steps) as run:
-        return run.run_steps()
+    with closing(trainer):
+        profile = StepProfile(config.profile, folder.profile)
+        run = Run(
+            config.train,
+            config.checkpoint,
+            config.model.path,
+            folder=folder,
+            store=store,
+            learner=learner,
+            trainer=trainer,
+            num_steps=num_steps,
+        )
+
+        def open_outputs() -> list[Sink]:
+            folder.open(config, run.step)
+            settings = config.model_dump(mode="json")
+            return open_sinks(config.logging, folder.path, settings, first_step=run.step, num_steps=num_steps)
+
+        lifecycle = Lifecycle(step_timeout_s=config.train.step_timeout_s, finish_saving=store.finish)
+        reporter = Reporter(folder, open_outputs, mismatch_threshold=config.logging.mismatch_threshold)
+        with lifecycle, closing(profile), reporter:
+            return run.run(lifecycle, reporter, profile)
 
 
 def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
-    """What learns, with the weights of model.path; what teaches it; and the run's number of steps.
+    """Build the learner with the weights of model.path, the trainer, and the run's number of steps.
+
+    Everything that can be wrong with the settings and the data is checked before the model is loaded, because loading a
+    large model takes minutes.
 
     Raises:
-        UserError: the settings, the model or the data are at fault.
+        UserError: the settings, the model or the data are wrong.
     """
-    check_batch(config, mesh.num_replicas())
+    check_batch_size(config.train, config.grpo, mesh.num_replicas())
     processor = read_processor(config.model.path)
     stream = PromptStream(config.data, processor, seed=config.train.seed)
-    num_steps = config.train.num_steps or steps_of_epochs(config, stream.epoch_size)
-    check_warmup(config, num_steps)
+    num_steps = config.train.num_steps or steps_of_epochs(config.train, stream.epoch_size)
+    check_warmup(config.optimizer, num_steps)
     if config.train.stage == "sft":
         check_thinking(config.data.sources, stream.samples)
-        learner = _learner(config, num_steps)
-        return learner, SftTrainer(config, learner, stream, processor), num_steps
-    check_settings(config)
-    rewarder = Rewarder(config, stream.samples, config.train.run_dir)
-    learner = _learner(config, num_steps)  # a large model takes minutes to load: the user's mistakes come before
-    return learner, GrpoTrainer(config, learner, stream, processor, rewarder, num_steps), num_steps
+        learner = _build_learner(config, num_steps)
+        trainer = SftTrainer(
+            learner,
+            stream,
+            processor,
+            data_sources=config.data.sources,
+            frozen_parts=config.model.freeze,
+            train=config.train,
+        )
+        return learner, trainer, num_steps
+    check_grpo_settings(config.grpo, config.rollout, config.sglang)
+    scorer = _build_scorer(config, stream, processor)
+    learner = _build_learner(config, num_steps)
+    return learner, _build_grpo_trainer(config, learner, stream, processor, scorer, num_steps), num_steps
 
 
-def _learner(config: RunConfig, num_steps: int) -> Learner:
+def _build_learner(config: RunConfig, num_steps: int) -> Learner:
     model = build_model(ModelConfig.from_pretrained(config.model.path), config).to(mesh.device())
     load_model_weights(model, config.model.path)
     return Learner(model, config.optimizer, num_steps)
 
 
-def check_batch(config: RunConfig, num_replicas: int) -> None:
-    """Raises UserError if a step's prompts do not divide among the copies of the model, or into minibatches."""
-    number = config.train.prompts_per_step
-    if number % num_replicas:
-        raise UserError(
-            f"train.prompts_per_step = {number} does not divide among {num_replicas} copies of the model; make it a "
-            f"multiple of {num_replicas}"
+def _build_scorer(config: RunConfig, stream: PromptStream, processor: PromptProcessor) -> GroupScorer:
+    rewarder = Rewarder(
+        config.data.sources,
+        judge_for_samples(config.judge, stream.samples, config.train.run_dir / "judge_cache"),
+        overlong_buffer_tokens=config.grpo.overlong_buffer_tokens,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    return GroupScorer(rewarder, processor, config.judge, divide_by_std=config.grpo.divide_by_std)
+
+
+def _build_grpo_trainer(
+    config: RunConfig,
+    learner: Learner,
+    stream: PromptStream,
+    processor: PromptProcessor,
+    scorer: GroupScorer,
+    num_steps: int,
+) -> GrpoTrainer:
+    """Build the GRPO trainer and start its engine. The model must hold the weights that training starts from."""
+    train, grpo, rollout = config.train, config.grpo, config.rollout
+    reference = Reference(learner.model, grpo.reference) if grpo.kl_coef > 0 else None
+    engine = build_engine(config, learner.model, processor)
+    source: RolloutSource
+    if grpo.one_step_off:
+        source = OneStepOffSource(
+            engine, learner.model, stream, scorer, train=train, grpo=grpo, rollout=rollout, num_steps=num_steps
         )
-    if config.train.stage == "grpo" and number % config.grpo.num_minibatches:
-        raise UserError(
-            f"train.prompts_per_step = {number} does not divide into grpo.num_minibatches = "
-            f"{config.grpo.num_minibatches}; make it a multiple of that"
-        )
+    else:
+        source = SynchronousSource(engine, learner.model, stream, scorer, train=train, grpo=grpo, rollout=rollout)
+    return GrpoTrainer(
+        learner,
+        source,
+        reference,
+        data_sources=config.data.sources,
+        frozen_parts=config.model.freeze,
+        train=train,
+        grpo=grpo,
+        rollout=rollout,
+    )
 
 
-def check_warmup(config: RunConfig, num_steps: int) -> None:
-    """Raises UserError if the warm-up is longer than the run."""
-    if config.optimizer.warmup_steps >= num_steps:
-        raise UserError(
-            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be below the run's {num_steps} steps"
-        )
-
-
-def steps_of_epochs(config: RunConfig, epoch_size: int) -> int:
-    """Steps that train.num_epochs take; the last one may reach into the next epoch."""
-    return max(1, math.ceil(config.train.num_epochs * epoch_size / config.train.prompts_per_step))
+def steps_of_epochs(section: TrainSection, epoch_size: int) -> int:
+    """Return the number of steps in train.num_epochs; the last step may reach into the next epoch."""
+    return max(1, math.ceil(section.num_epochs * epoch_size / section.prompts_per_step))

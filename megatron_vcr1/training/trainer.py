@@ -1,4 +1,4 @@
-"""What a trainer is to the loop that runs it."""
+"""The interface that the training loop expects of a trainer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megatron_vcr1.training.metrics import Metrics
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What became of a step, beside its metrics.
+    """The outcome of a step, besides its metrics.
 
     Attributes:
-        applied: False if an update was skipped because its loss or gradient was not finite.
-        loss, grad_norm: over all ranks; of several updates, the mean.
-        learning_rate: of its updates.
-        samples: ids of what this copy of the model trained on.
-        rollouts: rows for rollouts/step_N.jsonl by the prompt's position, on the copy's first rank.
+        applied: False if an update was skipped because its loss or gradient norm was not finite.
+        loss, grad_norm: over all ranks; the mean if the step has several updates.
+        learning_rate: the rate that the updates used.
+        samples: ids of the samples that this replica trained on.
+        rollouts: rows of rollouts/step_N.jsonl by their prompt's position; on replica leaders, empty on other ranks.
     """
 
     applied: bool
@@ -31,31 +31,42 @@ class StepResult:
 
 
 class Trainer(Protocol):
-    """GRPO or SFT. The ranks of the job call the methods together."""
+    """A GRPO or SFT trainer. All ranks of the job must call the methods together."""
 
     def step(self, step: int, metrics: Metrics) -> StepResult:
-        """Take the run one step on; `step` counts from 1."""
+        """Do a training step.
+
+        Args:
+            step: number of the step, counted from 1.
+            metrics: the trainer adds the metrics of the step to it.
+        """
         ...
 
     @property
     def is_out_of_data(self) -> bool:
-        """Whether the run has had its passes over the data, though not all of its steps."""
+        """Whether train.num_epochs passes over the data are done, possibly in fewer steps than planned."""
         ...
 
     def take_skipped(self) -> list[SkippedSample]:
-        """Samples that could not be used since the last call, on the first rank of this copy of the model."""
+        """Return the samples that could not be read since the last call; on replica leaders, empty on other ranks."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values that `load_state_dict` goes on from; those of the job's first rank count."""
+        """Return the state to resume from, as JSON values. Checkpoints store that of rank 0."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint, whose weights are loaded already.
+
+        Raises:
+            UserError: the checkpoint was written with other data.
+        """
+        ...
 
     def close(self) -> None:
-        """Give back engines and processes."""
+        """Release engines and end processes."""
         ...
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on in earnest; the message says why, and what can be done. Earlier checkpoints stand."""
+    """The run cannot continue sensibly; the message says why and what to do. Earlier checkpoints remain valid."""

@@ -16,9 +16,10 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model import cpu
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.training.microbatches import Microbatch
 from megatron_vcr1.training.optimizer import Learner
 from tests.model import tiny
 
@@ -50,14 +51,17 @@ class ToyRun:
         first = NUM_GROUPS * self.steps
         seeds = range(first + mesh.replica_index(), first + NUM_GROUPS, mesh.num_replicas())
         rows_multiple = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
-        batches = [pack([_group(seed)], self.model.model_config, pad_to_multiple_of=rows_multiple) for seed in seeds]
+        batches = [
+            Microbatch(pack([_group(seed)], self.model.model_config, pad_to_multiple_of=rows_multiple))
+            for seed in seeds
+        ]
         update = self.learner.update(batches, self._loss)
         self.learner.end_step()
         self.steps += 1
         return update.loss, update.grad_norm
 
-    def _loss(self, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        return -self.model.log_probs(hidden, batch.target_ids).sum() / NUM_TARGETS, {}
+    def _loss(self, batch: Microbatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return -self.model.log_probs(hidden, batch.packed.target_ids).sum() / NUM_TARGETS, {}
 
     def save(self) -> None:
         state = {"steps": self.steps, "epoch": 0.1}

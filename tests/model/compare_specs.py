@@ -29,6 +29,7 @@ from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.model.transformer_config import Fp8Recipe, text_transformer_config, vision_transformer_config
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.training.microbatches import Microbatch
 from megatron_vcr1.training.optimizer import Learner
 from tests.model import tiny
 
@@ -84,10 +85,10 @@ def learn(model: QwenVLModel) -> dict[str, Tensor]:
     learner = Learner(model, OptimizerSection(learning_rate=1e-2, epsilon=1.0, max_grad_norm=0.0), num_steps=2)
     assert all(getattr(module, "fuse_wgrad_accumulation", True) for module in model.modules())
 
-    def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        return -model.log_probs(hidden, batch.target_ids).mean(), {}
+    def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return -model.log_probs(hidden, batch.packed.target_ids).mean(), {}
 
-    norms = [learner.update([_batch(model)] * 2, loss).grad_norm for _ in range(2)]
+    norms = [learner.update([Microbatch(_batch(model))] * 2, loss).grad_norm for _ in range(2)]
     weights = {piece.key: piece.values.detach() for pieces in parameter_pieces(model).values() for piece in pieces}
     return {"norms": torch.tensor(norms), **weights}
 

@@ -1,4 +1,4 @@
-"""Rewards of the user's own, for policies that have not learned to answer anything."""
+"""User rewards that an untrained policy gets sometimes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from megatron_vcr1.types import VideoSample
 
 
 def variety(sample: VideoSample, completion: str) -> float:
-    """Different characters among those written."""
+    """Return the number of distinct characters divided by the length."""
     return len(set(completion)) / max(len(completion), 1)
 
 
 def letters(sample: VideoSample, completion: str) -> float:
-    """The share of small letters."""
+    """Return the fraction of lower-case letters."""
     return sum(letter.islower() for letter in completion) / max(len(completion), 1)
 
 
 def starts_small(sample: VideoSample, completion: str) -> float:
-    """Whether the first character is a small letter: mostly the same for both responses of a pair."""
+    """Return 1 if the first character is a lower-case letter: mostly the same for both responses of a pair."""
     return float(completion[:1].islower())
 
 
 def starts_early(sample: VideoSample, completion: str) -> float:
-    """The same with the first few letters of the alphabet, still rarer."""
+    """Return 1 if the first character is one of the first letters of the alphabet, which is rarer still."""
     return float("a" <= completion[:1] <= "g")
 
 
 def raises(sample: VideoSample, completion: str) -> float:
-    """A mistake of the user's."""
+    """Raise, like a user reward with a bug."""
     raise KeyError(sample.id)

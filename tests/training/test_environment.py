@@ -7,11 +7,11 @@ import torch
 from megatron_vcr1.training.environment import environment
 
 
-def test_a_start_is_described_in_json(monkeypatch):
+def test_environment_is_json_and_names_the_slurm_job(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    described = json.loads(json.dumps(environment(8)))
-    assert described["ranks"] == 8 and described["slurm_job"] == "42"
-    assert described["torch"].startswith(torch.__version__.split("+")[0])
-    assert {"started", "command", "host", "device", "python", "megatron-core"} <= described.keys()
+    environment_row = json.loads(json.dumps(environment(8)))
+    assert environment_row["ranks"] == 8 and environment_row["slurm_job"] == "42"
+    assert environment_row["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"started", "command", "host", "device", "python", "megatron-core"} <= environment_row.keys()
     monkeypatch.delenv("SLURM_JOB_ID")
     assert "slurm_job" not in environment(1)

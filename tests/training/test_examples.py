@@ -1,4 +1,4 @@
-"""Every example's settings take a step: on a tiny model, with the paths, engines and sizes of a small machine."""
+"""Every example configuration does a step on a tiny model, with paths, engine and sizes for a small machine."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ EXAMPLES = sorted([*FOLDER.glob("grpo_*.toml"), *FOLDER.glob("sft_*.toml")])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All tasks' samples in one manifest, each with some reasoning."""
+    """A workspace with samples of all tasks in one manifest, each with some reasoning."""
     folder = workspace.create(tmp_path_factory.mktemp("examples"), tasks=list(Task), num_videos=6)
     manifest = folder / "data" / "train.jsonl"
     manifest.write_text(manifest.read_text().replace('{"id"', '{"thinking": "so it is", "id"'))
     return folder
 
 
-def _made_small(config: RunConfig, folder: Path, run_dir: Path) -> RunConfig:
-    """The same method; fewer prompts and tokens, one process."""
+def _shrink(config: RunConfig, folder: Path, run_dir: Path) -> RunConfig:
+    """Return the configuration with the same method but fewer prompts and tokens, for one process."""
     tables: dict[str, dict[str, Any]] = config.model_dump()
     small = workspace.config(folder, config.train.stage)
     tables["model"]["path"] = folder / "model"
@@ -45,7 +45,7 @@ def _made_small(config: RunConfig, folder: Path, run_dir: Path) -> RunConfig:
     return RunConfig.model_validate(tables)
 
 
-def test_there_is_an_example_of_every_task_and_method() -> None:
+def test_every_task_and_method_has_an_example() -> None:
     names = {path.stem for path in EXAMPLES}
     assert names >= {f"grpo_{task}" for task in Task}
     assert names >= {
@@ -60,9 +60,9 @@ def test_there_is_an_example_of_every_task_and_method() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_takes_a_step(folder: Path, tmp_path: Path, example: Path) -> None:
+def test_example_does_a_step(folder: Path, tmp_path: Path, example: Path) -> None:
     config = load_config(example)
     assert config.model.dtype == "bfloat16"
-    assert train(_made_small(config, folder, tmp_path / "run")) == 0
+    assert train(_shrink(config, folder, tmp_path / "run")) == 0
     (row,) = workspace.metrics(tmp_path / "run")
     assert row["step"] == 1 and row["update_skipped"] == 0 and row["loss"] is not None

@@ -1,4 +1,4 @@
-"""The same losses, gradient norms and responses however a model is divided among ranks, by GRPO and by SFT."""
+"""GRPO and SFT have the same losses, gradient norms and responses in every parallel layout."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.training import workspace
 pytestmark = pytest.mark.xdist_group("gloo")
 
 TOLERANCE = 1e-5
-RARELY = "tests.training.own_rewards:starts_early"
+RARE_REWARD = "tests.training.own_rewards:starts_early"
 NUM_STEPS = 2
 
-# Of four ranks; what a layout leaves of them are copies of the model.
+# Layouts of four ranks. Ranks that a layout does not need for one replica hold further replicas (data parallel).
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "dp4": {},
     "dp4-whole-optimizer": {"optimizer": {"learning_rate": 1e-4, "distributed": False}},
@@ -50,7 +50,7 @@ def _config(folder: Path, stage: str, name: str, layout: dict[str, dict[str, Any
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace in which both stages have run in a single process."""
+    """A workspace with a finished run of each stage in a single process."""
     folder = workspace.create(tmp_path_factory.mktemp("layouts"), num_videos=12)
     for stage in ("sft", "grpo"):
         assert train(_config(folder, stage, "alone", {})) == 0
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model whose head is its embedding, which a pipeline's first and last stage then hold both."""
+    """A workspace with a model whose head is tied to its embedding: the first and the last stage both hold it."""
     folder = workspace.create(tmp_path_factory.mktemp("tied"), family="qwen2_vl", num_videos=12)
     assert train(_config(folder, "sft", "alone", {})) == 0
     return folder
@@ -83,22 +83,20 @@ def _check_curve(run_dir: Path, alone: Path, names: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sft_has_the_curve_of_a_single_process(folder: Path, gloo_pool: GlooPool, layout: str) -> None:
+def test_sft_curve_matches_a_single_process(folder: Path, gloo_pool: GlooPool, layout: str) -> None:
     config = _config(folder, "sft", layout, LAYOUTS[layout])
     assert gloo_pool.run(_train, config) == [0] * 4
     _check_curve(config.train.run_dir, folder / "runs" / "sft-alone", ())
 
 
-def test_tied_embeddings_have_it_over_a_pipeline(tied_folder: Path, gloo_pool: GlooPool) -> None:
+def test_sft_curve_with_tied_embeddings_matches_in_a_pipeline(tied_folder: Path, gloo_pool: GlooPool) -> None:
     config = _config(tied_folder, "sft", "pp2", LAYOUTS["tp2-pp2"])
     assert gloo_pool.run(_train, config) == [0] * 4
     _check_curve(config.train.run_dir, tied_folder / "runs" / "sft-alone", ())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_grpo_has_the_curve_and_the_responses_of_a_single_process(
-    folder: Path, gloo_pool: GlooPool, layout: str
-) -> None:
+def test_grpo_curve_and_responses_match_a_single_process(folder: Path, gloo_pool: GlooPool, layout: str) -> None:
     config = _config(folder, "grpo", layout, LAYOUTS[layout])
     assert gloo_pool.run(_train, config) == [0] * 4
     alone = folder / "runs" / "grpo-alone"
@@ -107,8 +105,8 @@ def test_grpo_has_the_curve_and_the_responses_of_a_single_process(
         assert _texts(config.train.run_dir, step) == _texts(alone, step)
 
 
-def test_several_updates_a_rollout_have_it_too(folder: Path, gloo_pool: GlooPool) -> None:
-    """As many minibatches as prompts: one copy of the model has nothing in each, and takes part in its update."""
+def test_several_updates_per_rollout_match_a_single_process(folder: Path, gloo_pool: GlooPool) -> None:
+    """With as many minibatches as prompts, one replica has no group in each, but still takes part in the update."""
     grpo = {"group_size": 2, "num_minibatches": 4, "epochs_per_rollout": 2, "loss_normalization": "token"}
     grpo |= {"importance_level": "sequence", "clip_low": 1e-3, "clip_high": 1e-3, "rollout_ratio_cap": 2.0}
     run_dirs = []
@@ -123,21 +121,21 @@ def test_several_updates_a_rollout_have_it_too(folder: Path, gloo_pool: GlooPool
     assert all(row["clip_fraction"] > 0.1 for row in workspace.metrics(alone))
 
 
-def test_copies_without_a_group_that_teaches_take_part_in_the_update(folder: Path, gloo_pool: GlooPool) -> None:
-    """Dynamic sampling leaves some copies more groups than others, and some none."""
+def test_replicas_without_groups_take_part_in_the_update(folder: Path, gloo_pool: GlooPool) -> None:
+    """Dynamic sampling keeps more groups on some replicas than on others, and none on some."""
     few = {"grpo": {"dynamic_sampling": True, "max_refills": 1, "group_size": 2}, "rollout": {"max_new_tokens": 3}}
     rows = {}
     for name in ("few-alone", "few"):
         config = _config(folder, "grpo", name, few)
         (source,) = config.data.model_dump()["sources"]
-        data = {**config.data.model_dump(), "sources": [{**source, "rewards": [RARELY]}]}
+        data = {**config.data.model_dump(), "sources": [{**source, "rewards": [RARE_REWARD]}]}
         config = RunConfig.model_validate(
             {**config.model_dump(), "data": data, "train": {**config.train.model_dump(), "num_steps": 1}}
         )
         assert train(config) == 0 if name == "few-alone" else gloo_pool.run(_train, config) == [0] * 4
         rows[name] = workspace.metrics(config.train.run_dir)[0]
         texts = _texts(config.train.run_dir, 1)
-        assert 0 < sum(len({"a" <= text[:1] <= "g" for text in some}) > 1 for _, some in texts) < 4
+        assert 0 < sum(len({"a" <= text[:1] <= "g" for text in responses}) > 1 for _, responses in texts) < 4
     assert rows["few"]["loss"] == pytest.approx(rows["few-alone"]["loss"], rel=TOLERANCE, abs=TOLERANCE)
     assert rows["few"]["grad_norm"] == pytest.approx(rows["few-alone"]["grad_norm"], rel=TOLERANCE)
     assert rows["few"]["grad_norm"] > 0

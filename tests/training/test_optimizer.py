@@ -15,9 +15,10 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.training.microbatches import Microbatch
 from megatron_vcr1.training.optimizer import Learner
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -32,39 +33,39 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def world() -> Iterator[None]:
-    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+    with mesh.world(ParallelSection()):
         yield
 
 
-def _learner(model_dir: Path, dtype: str = "float32", **settings: Any) -> tuple[Learner, PackedBatch]:
+def _learner(model_dir: Path, dtype: str = "float32", **settings: Any) -> tuple[Learner, Microbatch]:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": dtype}, "optimizer": settings})
     config = ModelConfig.from_pretrained(model_dir)
     model = build_model(config, run)
     load_model_weights(model, model_dir)
-    batch = pack([Group("g", tiny.prompt("i", seed=0), tiny.responses((5,), seed=1))], config)
-    return Learner(model, run.optimizer, num_steps=10), batch
+    packed = pack([Group("g", tiny.prompt("i", seed=0), tiny.responses((5,), seed=1))], config)
+    return Learner(model, run.optimizer, num_steps=10), Microbatch(packed)
 
 
-def _update(learner: Learner, batches: list[PackedBatch], factor: float = 1.0) -> tuple[float, float, bool]:
-    def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        return -learner.model.log_probs(hidden, batch.target_ids).mean() * factor, {}
+def _update(learner: Learner, batches: list[Microbatch], factor: float = 1.0) -> tuple[float, float, bool]:
+    def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return -learner.model.log_probs(hidden, batch.packed.target_ids).mean() * factor, {}
 
     update = learner.update(batches, loss)
     return update.loss, update.grad_norm, update.applied
 
 
 def _weights(learner: Learner) -> dict[str, Tensor]:
-    return {name: one.detach().clone() for name, one in learner.model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
 
 
-def test_gradients_add_up_over_microbatches_and_are_forgotten_after_a_step(model_dir: Path) -> None:
+def test_gradients_accumulate_over_microbatches_and_are_cleared_after_a_step(model_dir: Path) -> None:
     learner, batch = _learner(model_dir, learning_rate=1e-12)
     loss, norm, _ = _update(learner, [batch])
     assert _update(learner, [batch, batch])[:2] == pytest.approx((2 * loss, 2 * norm), rel=1e-5)
     assert _update(learner, [batch])[:2] == pytest.approx((loss, norm), rel=1e-5)
 
 
-def test_linear_layers_add_their_gradients_to_the_buffers_themselves(
+def test_linear_layers_accumulate_weight_gradients_in_the_buffers(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner, batch = _learner(model_dir)
@@ -77,47 +78,49 @@ def test_linear_layers_add_their_gradients_to_the_buffers_themselves(
     monkeypatch.setattr(layers.fused_weight_gradient_mlp_cuda, "wgrad_gemm_accum_fp32", add)
     _update(learner, [batch])
     kinds = (layers.ColumnParallelLinear, layers.RowParallelLinear)
-    linears = {name: one.weight for name, one in learner.model.named_modules() if isinstance(one, kinds)}
-    del linears["language_model.output_layer"]  # the loss computes with its weight
+    linears = {name: layer.weight for name, layer in learner.model.named_modules() if isinstance(layer, kinds)}
+    del linears["language_model.output_layer"]  # the loss uses its weight, not the layer
     assert buffers == {weight.main_grad.data_ptr() for weight in linears.values()}
 
 
-def test_the_norm_is_of_the_gradient_before_clipping(model_dir: Path) -> None:
-    """Adam's first step is the same for any scale of the gradient, epsilon apart: which makes the clipping show."""
+def test_grad_norm_is_reported_before_clipping(model_dir: Path) -> None:
+    """Adam's first step does not depend on the gradient's scale unless epsilon matters, so epsilon shows clipping."""
     changes = []
     for max_grad_norm in (0.0, 1e-9):
         learner, batch = _learner(model_dir, learning_rate=1e-3, max_grad_norm=max_grad_norm, epsilon=1e-8)
         before = _weights(learner)
         _, norm, applied = _update(learner, [batch])
         assert applied and norm > 0.1
-        changes.append(max(float((one - before[name]).abs().max()) for name, one in _weights(learner).items()))
+        changes.append(max(float((weight - before[name]).abs().max()) for name, weight in _weights(learner).items()))
     assert changes[0] == pytest.approx(1e-3, rel=1e-2) and changes[1] < 1e-4
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_what_is_not_finite_changes_nothing(model_dir: Path, factor: float) -> None:
+def test_update_that_is_not_finite_changes_nothing(model_dir: Path, factor: float) -> None:
     learner, batch = _learner(model_dir, learning_rate=1e-2)
     before = _weights(learner)
     assert not _update(learner, [batch], factor)[2]
-    assert all(torch.equal(one, before[name]) for name, one in _weights(learner).items())
+    assert all(torch.equal(weight, before[name]) for name, weight in _weights(learner).items())
     assert not any(group.get("step") for group in learner.optimizer.param_groups)
     assert _update(learner, [batch])[2]
 
 
-def test_a_step_without_microbatches_is_one_without_a_gradient(model_dir: Path) -> None:
-    """As on a copy of the model that has nothing to learn from, where others have."""
+def test_update_without_microbatches_has_no_gradient(model_dir: Path) -> None:
+    """A replica without groups still takes part in the update of the others."""
     learner, batch = _learner(model_dir, learning_rate=1e-2)
     _update(learner, [batch])
     assert _update(learner, []) == (0.0, 0.0, True)
 
 
-def _learn_in_bfloat16(model_dir: Path) -> bool:
-    """Updates far below a weight's last bit add up: 40 of them change what one of them does not.
+def _train_in_bfloat16(model_dir: Path) -> bool:
+    """Check that updates far below a weight's last bit add up: 40 of them change a weight, a single one does not.
 
-    Returns whether the optimizer's state is divided over the copies of the model.
+    Returns whether the optimizer's state is sharded over the replicas.
     """
     learner, batch = _learner(model_dir, "bfloat16", learning_rate=1e-4)
-    name = "language_model.decoder.final_layernorm.weight"  # near 1, where the last bit is 2 ** -7 or 2 ** -8
+    name = (
+        "language_model.decoder.final_layernorm.weight"  # near 1, where the last bit of bfloat16 is 2 ** -7 or 2 ** -8
+    )
     before = _weights(learner)[name]
     _update(learner, [batch])
     assert torch.equal(_weights(learner)[name], before)
@@ -127,18 +130,20 @@ def _learn_in_bfloat16(model_dir: Path) -> bool:
     return isinstance(learner.optimizer.chained_optimizers[0], DistributedOptimizer)
 
 
-def test_bfloat16_weights_learn_in_float32(model_dir: Path) -> None:
-    assert not _learn_in_bfloat16(model_dir)  # one copy: there is nothing to divide
+def test_bfloat16_weights_accumulate_updates_in_float32(model_dir: Path) -> None:
+    assert not _train_in_bfloat16(model_dir)  # a single replica has nothing to shard
 
 
-def _learn_in_world(model_dir: Path) -> bool:
+def _train_in_world(model_dir: Path) -> bool:
     mesh.initialize(ParallelSection())
-    return _learn_in_bfloat16(model_dir)
+    return _train_in_bfloat16(model_dir)
 
 
 @pytest.mark.xdist_group("gloo")
-def test_bfloat16_weights_of_several_copies_learn_in_float32(model_dir: Path, gloo_pool: GlooPool) -> None:
-    assert gloo_pool.run(_learn_in_world, model_dir) == [True] * 4
+def test_bfloat16_weights_of_several_replicas_accumulate_updates_in_float32(
+    model_dir: Path, gloo_pool: GlooPool
+) -> None:
+    assert gloo_pool.run(_train_in_world, model_dir) == [True] * 4
 
 
 @pytest.mark.parametrize(
@@ -153,6 +158,6 @@ def test_bfloat16_weights_of_several_copies_learn_in_float32(model_dir: Path, gl
         ),
     ],
 )
-def test_schedules(model_dir: Path, settings: dict[str, Any], expected: list[float]) -> None:
+def test_learning_rate_schedules(model_dir: Path, settings: dict[str, Any], expected: list[float]) -> None:
     learner, _ = _learner(model_dir, learning_rate=1.0, **settings)
     assert [learner.end_step() for _ in range(10)] == pytest.approx(expected)

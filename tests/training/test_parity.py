@@ -1,4 +1,4 @@
-"""Steps of SFT and GRPO against the same steps with transformers' model, torch's autograd and torch's AdamW."""
+"""SFT and GRPO steps match a reference made of transformers' model, torch's autograd and torch's AdamW."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.training.grpo.scoring import ScoredGroup, StepGroups
+from megatron_vcr1.training.grpo.rollout_source import StepGroups
 from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.prompts import PromptStream
@@ -43,19 +43,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world() -> Iterator[None]:
-    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+    with mesh.world(ParallelSection()):
         yield
 
 
 class TransformersLearner:
-    """The published model, trained with nothing of ours but the prompts."""
+    """The transformers model with torch's AdamW; only the prompts come from this package."""
 
     def __init__(self, model_dir: Path) -> None:
         self.config = ModelConfig.from_pretrained(model_dir)
         self.model = self._load(model_dir)
         self.reference = self._load(model_dir).requires_grad_(False)
-        matrices = [one for one in self.model.parameters() if one.dim() > 1]
-        vectors = [one for one in self.model.parameters() if one.dim() == 1]
+        matrices = [weight for weight in self.model.parameters() if weight.dim() > 1]
+        vectors = [weight for weight in self.model.parameters() if weight.dim() == 1]
         decayed = {"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]}
         self.optimizer = torch.optim.AdamW(
             [decayed, {"params": vectors, "weight_decay": 0.0}], lr=OPTIMIZER["learning_rate"], eps=OPTIMIZER["epsilon"]
@@ -71,7 +71,7 @@ class TransformersLearner:
         return logits.double().log_softmax(-1).gather(1, response[:, None])[:, 0]
 
     def step(self, loss: Tensor, number: int) -> tuple[float, float]:
-        """Backward and AdamW; the loss and the gradient's norm."""
+        """Do backward, clipping and an AdamW step; return the loss and the gradient norm before clipping."""
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER["max_grad_norm"])
@@ -82,7 +82,7 @@ class TransformersLearner:
         return loss.item(), norm.item()
 
 
-def test_sft_is_cross_entropy_with_adamw(folder: Path, world: None) -> None:
+def test_sft_matches_cross_entropy_with_adamw(folder: Path, world: None) -> None:
     config = workspace.config(folder, "sft", optimizer=OPTIMIZER, train={"num_steps": NUM_STEPS})
     _, trainer, _ = build(config)
     theirs = TransformersLearner(config.model.path)
@@ -90,8 +90,12 @@ def test_sft_is_cross_entropy_with_adamw(folder: Path, world: None) -> None:
     stream, targets = PromptStream(config.data, processor, seed=config.train.seed), TargetEncoder(processor)
     for number in range(NUM_STEPS):
         prompts = stream.take(config.train.prompts_per_step)
-        answers = [targets.encode(completion_text(one.sample, stream.templates, thinking=False)) for one in prompts]
-        log_probs = [theirs.log_probs(one.prompt, answer) for one, answer in zip(prompts, answers, strict=True)]
+        responses = [
+            targets.encode(completion_text(prompt.sample, stream.templates, thinking=False)) for prompt in prompts
+        ]
+        log_probs = [
+            theirs.log_probs(prompt.prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+        ]
         loss, norm = theirs.step(-torch.cat(log_probs).mean(), number)
         result = trainer.step(number + 1, Metrics())
         assert result.applied
@@ -99,9 +103,11 @@ def test_sft_is_cross_entropy_with_adamw(folder: Path, world: None) -> None:
         assert result.grad_norm == pytest.approx(norm, rel=1e-4)
 
 
-def papers_objective(theirs: TransformersLearner, sampled: StepGroups, kl_coef: float) -> Tensor:
-    """Equations 1 and 2 of VideoChat-R1, response by response: minus the mean over responses of the mean over tokens
-    of ratio times advantage, less the KL to the reference (k3).
+def paper_objective(theirs: TransformersLearner, sampled: StepGroups, kl_coef: float) -> Tensor:
+    """Compute equations 1 and 2 of VideoChat-R1, response by response.
+
+    The objective is the mean over responses of the mean over tokens of (ratio * advantage - kl_coef * KL), with the k3
+    estimate of the KL to the reference; the loss is its negative.
     """
     terms = []
     for group in sampled.kept:
@@ -118,8 +124,8 @@ def papers_objective(theirs: TransformersLearner, sampled: StepGroups, kl_coef: 
     return -torch.stack(terms).mean()
 
 
-def test_grpo_is_the_papers_equations_with_adamw(folder: Path, world: None) -> None:
-    kl_coef = 0.4  # a KL term that shows
+def test_grpo_matches_the_paper_with_adamw(folder: Path, world: None) -> None:
+    kl_coef = 0.4  # large enough to matter in the loss
     source = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
     source["rewards"] = ["tests.training.own_rewards:variety", "tests.training.own_rewards:letters"]
     base = workspace.config(folder, "grpo")
@@ -134,23 +140,23 @@ def test_grpo_is_the_papers_equations_with_adamw(folder: Path, world: None) -> N
     _, trainer, _ = build(config)
     assert isinstance(trainer, GrpoTrainer)
     theirs = TransformersLearner(config.model.path)
-    sampled = _watch(trainer)
+    sampled = _record_groups(trainer)
     for number in range(NUM_STEPS):
         result = trainer.step(number + 1, Metrics())
-        loss, norm = theirs.step(papers_objective(theirs, sampled[-1], kl_coef), number)
+        loss, norm = theirs.step(paper_objective(theirs, sampled[-1], kl_coef), number)
         assert result.applied and norm > 0.01
         assert result.loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
         assert result.grad_norm == pytest.approx(norm, rel=1e-4)
 
 
-def _watch(trainer: GrpoTrainer) -> list[StepGroups]:
-    """What the trainer learns from, as it comes."""
+def _record_groups(trainer: GrpoTrainer) -> list[StepGroups]:
+    """Return a list to which the groups of each step are added as the trainer gets them."""
     sampled: list[StepGroups] = []
-    refill = trainer._rollouts.refill
+    next_groups = trainer._source.next_groups
 
-    def watched(groups: list[ScoredGroup], metrics: Metrics) -> StepGroups:
-        sampled.append(refill(groups, metrics))
+    def record(step: int, metrics: Metrics) -> StepGroups:
+        sampled.append(next_groups(step, metrics))
         return sampled[-1]
 
-    trainer._rollouts.refill = watched  # type: ignore[method-assign]
+    trainer._source.next_groups = record  # type: ignore[method-assign]
     return sampled

@@ -1,4 +1,4 @@
-"""Profiles of whole steps, and how their times are put together."""
+"""Profiles of whole steps, and the tables of where their time went."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ import torch
 from megatron_vcr1 import timeline
 from megatron_vcr1.config.training_sections import ProfileSection
 from megatron_vcr1.timeline import Span
-from megatron_vcr1.training.profiling import common, length_s, merged, operator_table, phase_table
+from megatron_vcr1.training.profiling import (
+    intersect_spans,
+    merge_spans,
+    operator_table,
+    phase_table,
+    total_seconds,
+)
 from megatron_vcr1.training.train import train
 from tests.training import workspace
 
@@ -26,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _seconds(table: str) -> dict[str, float]:
-    """The first column of numbers of a table's first part."""
+    """Return the first column of numbers in the first part of a table."""
     first, _, _ = table.partition("\n\n")
     return {name: float(seconds) for name, seconds in re.findall(r"^(\S+) +([\d.]+)", first, re.MULTILINE)}
 
@@ -51,7 +57,7 @@ def events(profile: Path) -> list[dict[str, Any]]:
         return json.load(file)["traceEvents"]
 
 
-def test_the_trace_shows_two_steps_by_phase_among_the_operators(events: list[dict[str, Any]]) -> None:
+def test_trace_shows_the_phases_of_two_steps_and_their_operators(events: list[dict[str, Any]]) -> None:
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert {name: names.count(name) for name in ("decode", "rollout", "judge", "reference", "update", "save")} == {
         "decode": 2,
@@ -70,38 +76,36 @@ def test_the_trace_shows_two_steps_by_phase_among_the_operators(events: list[dic
     assert "aten::mm" in inside
 
 
-def test_workers_have_tracks_of_their_own_on_the_same_clock(events: list[dict[str, Any]]) -> None:
+def test_workers_have_their_own_tracks_on_the_same_clock(events: list[dict[str, Any]]) -> None:
     spans = [event for event in events if event.get("cat") == "span"]
     assert {event["tid"] for event in spans} == {"MainThread", "decoding worker 0"}
     assert all(event["name"].startswith("prepare train_0") for event in spans if event["tid"] != "MainThread")
-    for phase in ("rollout", "update"):  # the profiler's range and our span are the same time
+    for phase in ("rollout", "update"):  # the profiler's range and our span cover the same time
         ours = [event for event in spans if event["name"] == phase]
         theirs = [event for event in events if event.get("cat") == "user_annotation" and event["name"] == phase]
-        for one, other in zip(ours, theirs, strict=True):
-            assert one["ts"] == pytest.approx(other["ts"], abs=5e4)  # 50 ms
-            assert one["ts"] + one["dur"] == pytest.approx(other["ts"] + other["dur"], abs=5e4)
+        for span, other in zip(ours, theirs, strict=True):
+            assert span["ts"] == pytest.approx(other["ts"], abs=5e4)  # 50 ms
+            assert span["ts"] + span["dur"] == pytest.approx(other["ts"] + other["dur"], abs=5e4)
 
 
-def test_the_summary_adds_up_and_names_operators(profile: Path) -> None:
+def test_summary_adds_up_and_names_operators(profile: Path) -> None:
     text = (profile / "rank_0.txt").read_text()
     seconds = _seconds(text)
     assert {"decode", "rollout", "judge", "reference", "update", "save", "other"} < set(seconds)
     total = seconds.pop("total")
     assert sum(seconds.values()) == pytest.approx(total, abs=0.001 * len(seconds))
     assert "aten::mm" in text and "decoding worker 0" in text
-    assert "update  " not in text.partition("operator")[2]  # ranges are no operators
+    assert "update  " not in text.partition("operator")[2]  # the profiler's ranges are not operators
 
 
-def test_nothing_is_kept_or_written_without_a_profile(folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_recorded_without_a_profile(folder: Path, tmp_path: Path) -> None:
     config = workspace.config(folder, "sft", train={"run_dir": tmp_path / "run", "num_steps": 1})
     assert train(config) == 0
     assert not (tmp_path / "run" / "profile").exists()
     assert not timeline._recordings and not timeline._open_spans
 
 
-def test_a_run_that_ends_before_its_profile_says_so(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_run_that_ends_before_its_profile_warns(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = {"run_dir": tmp_path / "run", "num_steps": 1}
     with caplog.at_level(logging.WARNING):
         assert train(workspace.config(folder, "sft", train=run, profile={"enabled": True})) == 0
@@ -111,7 +115,7 @@ def test_a_run_that_ends_before_its_profile_says_so(
 S = 10**9
 
 
-def test_the_time_of_a_thread_is_divided_into_what_training_hid_and_what_it_waited_for() -> None:
+def test_background_time_is_split_into_hidden_and_waited_for() -> None:
     spans = [
         Span("total", "MainThread", 0, 10 * S),
         Span("rollout", "MainThread", 0, 2 * S),
@@ -126,21 +130,21 @@ def test_the_time_of_a_thread_is_divided_into_what_training_hid_and_what_it_wait
     assert re.search(r"decoding worker 0 +1\.000 +0\.000 \(  0%\) +0\.000", text)
 
 
-def test_times_are_joined_and_intersected() -> None:
-    left = merged([Span("b", "x", 4, 8), Span("a", "x", 0, 2), Span("c", "x", 6, 9), Span("d", "x", 6, 7)])
-    assert [(one.start_ns, one.end_ns) for one in left] == [(0, 2), (4, 9)]
+def test_spans_are_merged_and_intersected() -> None:
+    left = merge_spans([Span("b", "x", 4, 8), Span("a", "x", 0, 2), Span("c", "x", 6, 9), Span("d", "x", 6, 7)])
+    assert [(span.start_ns, span.end_ns) for span in left] == [(0, 2), (4, 9)]
     right = [Span("r", "y", 1, 5), Span("r", "y", 8, 20)]
-    assert [(one.start_ns, one.end_ns) for one in common(left, right)] == [(1, 2), (4, 5), (8, 9)]
-    assert length_s(left) == 7e-9
+    assert [(span.start_ns, span.end_ns) for span in intersect_spans(left, right)] == [(1, 2), (4, 5), (8, 9)]
+    assert total_seconds(left) == 7e-9
 
 
-def test_a_profile_in_which_no_kernel_was_recorded_lists_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_without_kernels_lists_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         torch.ones(2) + 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and another program listens to the GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as if another program were profiling the GPU
     assert "aten::add" in operator_table(profiler.key_averages())
 
 
-def test_steps_in_the_wrong_order_are_refused() -> None:
+def test_last_step_before_first_step_is_refused() -> None:
     with pytest.raises(ValueError, match="last_step = 3 comes before first_step = 4"):
         ProfileSection(first_step=4)

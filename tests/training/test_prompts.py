@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import mesh
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def world() -> Iterator[None]:
-    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
+    with mesh.world(ParallelSection()):
         yield
 
 
@@ -35,37 +35,37 @@ def _stream(folder: Path, **data: Any) -> PromptStream:
     return PromptStream(section, PromptProcessor.from_pretrained(folder / "model"), seed=0)
 
 
-def test_each_source_asks_in_its_own_way(folder: Path) -> None:
+def test_each_source_has_its_own_thinking_setting(folder: Path) -> None:
     processor = PromptProcessor.from_pretrained(folder / "model")
     prompts = _stream(folder).take(8)
-    assert sorted((one.source, one.sample.id) for one in prompts) == [
+    assert sorted((prompt.source, prompt.sample.id) for prompt in prompts) == [
         (source, f"train_00000{index}") for source in (0, 1) for index in range(4)
     ]
-    for one in prompts:
-        text = processor.decode(one.prompt.token_ids).replace(" ", "")
-        assert ("think:when?" in text) == (one.source == 1) and "when?" in text
+    for prompt in prompts:
+        text = processor.decode(prompt.prompt.token_ids).replace(" ", "")
+        assert ("think:when?" in text) == (prompt.source == 1) and "when?" in text
 
 
-def test_positions_tell_a_sample_of_one_epoch_from_that_of_the_next(folder: Path) -> None:
+def test_ids_of_a_sample_differ_between_epochs(folder: Path) -> None:
     stream = _stream(folder)
-    prompts = [one for _ in range(4) for one in stream.take(4)]
-    assert [one.position for one in prompts] == list(range(16))
-    assert len({one.id for one in prompts}) == 16
+    prompts = [prompt for _ in range(4) for prompt in stream.take(4)]
+    assert [prompt.position for prompt in prompts] == list(range(16))
+    assert len({prompt.id for prompt in prompts}) == 16
     assert stream.epoch_size == 8
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_stream_goes_on_from_its_state(folder: Path, num_workers: int) -> None:
-    whole = [one.id for one in _stream(folder).take(12)]
+def test_stream_continues_from_its_state(folder: Path, num_workers: int) -> None:
+    whole = [prompt.id for prompt in _stream(folder).take(12)]
     first = _stream(folder, num_workers=num_workers)
-    assert [one.id for one in first.take(5)] == whole[:5]
-    state = json.loads(json.dumps(first.state_dict()))  # as it stands in a checkpoint
+    assert [prompt.id for prompt in first.take(5)] == whole[:5]
+    state = json.loads(json.dumps(first.state_dict()))  # as a checkpoint stores it
     second = _stream(folder, num_workers=num_workers)
     second.load_state_dict(state)
-    assert [one.id for one in second.take(7)] == whole[5:]
+    assert [prompt.id for prompt in second.take(7)] == whole[5:]
 
 
-def test_closing_ends_the_decoding_processes(folder: Path) -> None:
+def test_close_ends_the_decoding_processes(folder: Path) -> None:
     before = set(multiprocessing.active_children())
     stream = _stream(folder, num_workers=1)
     stream.take(1)
@@ -74,7 +74,7 @@ def test_closing_ends_the_decoding_processes(folder: Path) -> None:
     assert not worker.is_alive()
 
 
-def test_samples_that_cannot_be_read_are_told_once(folder: Path, tmp_path: Path) -> None:
+def test_unreadable_samples_are_reported_once(folder: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
     for row in rows:
         row["video"] = str(folder / "data" / row["video"])
@@ -82,12 +82,12 @@ def test_samples_that_cannot_be_read_are_told_once(folder: Path, tmp_path: Path)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stream = _stream(folder, sources=[{"manifest": tmp_path / "train.jsonl"}])
     prompts = stream.take(4)
-    assert len(prompts) == 4 and rows[1]["id"] not in {one.sample.id for one in prompts}
+    assert len(prompts) == 4 and rows[1]["id"] not in {prompt.sample.id for prompt in prompts}
     skipped = stream.take_skipped()
-    assert {one.id for one in skipped} == {rows[1]["id"]} and "nowhere.mp4" in skipped[0].reason
+    assert {sample.id for sample in skipped} == {rows[1]["id"]} and "nowhere.mp4" in skipped[0].reason
     assert stream.take_skipped() == []
 
 
-def test_a_gpu_decodes_in_the_training_process(folder: Path) -> None:
+def test_gpu_decoding_excludes_worker_processes(folder: Path) -> None:
     with pytest.raises(UserError, match=r"set data\.num_workers = 0"):
         _stream(folder, backend="dali-gpu", num_workers=2)

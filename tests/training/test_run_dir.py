@@ -23,7 +23,7 @@ def _rows(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_forgets_what_came_after_it(tmp_path: Path) -> None:
+def test_resume_drops_the_records_of_later_steps_and_keeps_the_users_files(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "run")
     folder.open(default_config(), 0)
     for step in (1, 2, 3):
@@ -42,7 +42,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_forgets_what_came_after_it(tmp_pat
     assert kept == ["figures", "notes.txt", "step_1.jsonl", "step_2.jsonl"]
 
 
-def test_a_row_that_ends_within_a_character_is_dropped(tmp_path: Path) -> None:
+def test_row_that_ends_within_a_character_is_dropped(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.open(default_config(), 0)
     folder.add_skipped(1, [("é", "damaged")])
@@ -52,19 +52,19 @@ def test_a_row_that_ends_within_a_character_is_dropped(tmp_path: Path) -> None:
     assert [row["id"] for row in _rows(skipped)] == ["é"]
 
 
-def test_half_a_character_can_be_recorded(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_can_be_recorded(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.open(default_config(), 0)
     folder.write_rollouts(1, [{"step": 1, "text": "é \ud83d"}])
     assert _rows(tmp_path / "rollouts" / "step_1.jsonl") == [{"step": 1, "text": "é \ud83d"}]
 
 
-def test_settings_are_recorded_so_that_they_can_be_read_back(tmp_path: Path) -> None:
+def test_recorded_settings_load_back(tmp_path: Path) -> None:
     _folder(tmp_path).open(default_config(), 0)
     assert load_config(tmp_path / "config.toml") == default_config()
 
 
-def test_settings_that_change_are_told_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_settings_are_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, before = _folder(tmp_path), default_config()
     after = RunConfig.model_validate(
         {
@@ -87,28 +87,28 @@ def test_settings_that_change_are_told_and_recorded(tmp_path: Path, caplog: pyte
     assert load_config(tmp_path / "config.toml") == after
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_recorded_as_null(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.open(default_config(), 0)
     folder.add_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     assert _rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None}]
 
 
-def test_a_folder_that_cannot_be_written_to_is_the_users_to_change(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written_to_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train\.run_dir"):
         _folder(tmp_path / "file" / "run")
 
 
-def test_exports_of_steps_are_not_removed_for_that_of_the_end(tmp_path: Path) -> None:
+def test_exports_of_single_steps_are_not_removed(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     (folder.export / "step_3").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds exports of steps: move them elsewhere"):
-        folder.make_way_for(folder.export)
+    with pytest.raises(UserError, match="holds exports of single steps: move them elsewhere"):
+        folder.remove_old_export(folder.export)
     assert (folder.export / "step_3").is_dir()
 
 
-def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path) -> None:
+def test_full_disk_error_names_the_file(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.open(default_config(), 0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,6 +1,6 @@
-"""The real command, killed and signalled, against the same run left alone.
+"""`vcr1 train` that is killed or stopped by signals ends like an undisturbed run, bit for bit.
 
-VCR1_KILLS in the environment sets how often one is killed; the few times of the suite fit into it.
+VCR1_KILLS in the environment sets how often the run is killed; the default is small enough for the test suite.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 
 NUM_KILLS = int(os.environ.get("VCR1_KILLS", "4"))
 NUM_STEPS = 3 * NUM_KILLS
-SERVER_TIMEOUT_S = 240  # for a loaded machine
+SERVER_TIMEOUT_S = 240  # the machine may be loaded
 TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
 
 
@@ -53,7 +53,7 @@ def _config(folder: Path, name: str, *, num_workers: int = 1, **parallel: int) -
 
 
 class Command:
-    """`vcr1 train` in a process of its own, and its processes for decoding."""
+    """`vcr1 train` in a process of its own, with its decoding processes."""
 
     def __init__(self, config: RunConfig) -> None:
         self._run_dir = config.train.run_dir
@@ -70,14 +70,14 @@ class Command:
         return file.read_text().count("\n") if file.exists() else 0
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for it; the command's end also ends the waiting."""
+        """Wait until a condition holds or the command ends."""
         deadline = time.monotonic() + SERVER_TIMEOUT_S
         while self.process.poll() is None and not condition():
             assert time.monotonic() < deadline, self._run_dir.with_suffix(".log").read_text()
             time.sleep(0.002)
 
     def until_started(self) -> int:
-        """It has found where to go on from: the number of steps behind it."""
+        """Wait until the run has resumed; return the step of the checkpoint that it resumed from."""
         self.until(lambda: self._num_lines("starts.jsonl") > self._starts)
         return int(json.loads((self._run_dir / "starts.jsonl").read_text().splitlines()[-1])["step"])
 
@@ -88,17 +88,17 @@ class Command:
         self.until(lambda: any((self._run_dir / "checkpoints").glob(".step_*.partial-*")))
 
     def end(self) -> int:
-        """Its exit code. Nothing of it is left behind."""
+        """Wait for the command's end and return its exit code; no process of it may survive."""
         try:
             code = self.process.wait(SERVER_TIMEOUT_S)
-            self._wait_for_the_last()
+            self._wait_for_workers()
         finally:
             if self._is_alive():
                 os.killpg(self.process.pid, signal.SIGKILL)
         return code
 
-    def _wait_for_the_last(self) -> None:
-        deadline = time.monotonic() + 60  # the decoding processes look for their parent every few seconds
+    def _wait_for_workers(self) -> None:
+        deadline = time.monotonic() + 60  # the decoding processes check every few seconds whether their parent is alive
         while self._is_alive():
             assert time.monotonic() < deadline, "processes of the run have outlived it"
             time.sleep(0.1)
@@ -113,7 +113,7 @@ class Command:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with a video that cannot be read, in which a run has gone through undisturbed."""
+    """A workspace with an unreadable video and a finished, undisturbed run."""
     folder = workspace.create(tmp_path_factory.mktemp("survival"), num_videos=9)
     first = json.loads((folder / "data" / "train.jsonl").read_text().splitlines()[0])
     (folder / "data" / first["video"]).write_bytes(b"no video")
@@ -131,7 +131,7 @@ def _texts(folder: Path) -> dict[str, str]:
 
 
 def _assert_same(run_dir: Path, expected: Path) -> None:
-    """All that a run leaves, but for what the clock has a part in."""
+    """Compare everything that the runs wrote, except for times."""
     assert _metrics(run_dir) == _metrics(expected)
     assert _texts(run_dir / "rollouts") == _texts(expected / "rollouts")
     assert (run_dir / "skipped.jsonl").read_text() == (expected / "skipped.jsonl").read_text()
@@ -150,7 +150,7 @@ def _assert_same(run_dir: Path, expected: Path) -> None:
     assert [name for name in hidden if name.startswith(".")] == [".lock"]
 
 
-def test_killed_again_and_again_it_ends_as_if_nothing_had_been(folder: Path) -> None:
+def test_run_that_is_killed_repeatedly_ends_bitwise_identical(folder: Path) -> None:
     chance = random.Random(NUM_KILLS)
     config = _config(folder, "killed")
     kills = {"starting": 0, "training": 0, "saving": 0}
@@ -166,12 +166,12 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(folder: Path) -> 
                 time.sleep(chance.uniform(0, 0.03))
             else:
                 time.sleep(chance.uniform(0, 0.5))
-        command.process.kill()  # this one only: the others have to notice
+        command.process.kill()  # only the main process: its workers have to notice
         if command.end() == 0:
             break
         kills[moment] += 1
     starts = [json.loads(row)["step"] for row in (config.train.run_dir / "starts.jsonl").read_text().splitlines()]
-    print(f"kills: {kills}; went on from steps {starts}")
+    print(f"kills: {kills}; resumed from steps {starts}")
     assert sum(kills.values()) > NUM_KILLS // 2
     assert Command(config).end() == 0
     _assert_same(config.train.run_dir, folder / "undisturbed")
@@ -182,12 +182,12 @@ def _train(config: RunConfig) -> int:
     return train_in_world(config)
 
 
-def test_signals_save_and_another_layout_goes_on(folder: Path, gloo_pool: GlooPool) -> None:
+def test_run_stopped_by_signals_resumes_in_the_same_and_in_another_layout(folder: Path, gloo_pool: GlooPool) -> None:
     config = _config(folder, "signalled")
     for number, first in ((signal.SIGUSR1, 1), (signal.SIGTERM, 3)):
         command = Command(config)
         command.until_steps(first)
-        os.killpg(command.process.pid, number)  # all of them, as a scheduler does
+        os.killpg(command.process.pid, number)  # the whole process group, as a scheduler does
         assert command.end() == 85
         (*_, newest) = saved_steps(config.train.run_dir / "checkpoints")
         assert first <= newest == len(_metrics(config.train.run_dir)) < NUM_STEPS

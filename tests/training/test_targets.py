@@ -16,14 +16,16 @@ from tests.rewards.samples import sample
 
 @pytest.mark.parametrize("task", [task for task in Task if task != Task.CAPTIONING])
 @pytest.mark.parametrize("thinking", [False, True])
-def test_what_is_taught_earns_the_full_reward(task: Task, thinking: bool) -> None:
-    taught = replace(sample(task), thinking="It is plain to see.")
-    reward = score(taught, completion_text(taught, load_templates(), thinking=thinking), thinking=thinking)
-    assert reward.total == pytest.approx(3 if task == Task.GROUNDED_QA else 2, abs=0.03)  # decimals of the answer
+def test_sft_targets_earn_the_full_reward(task: Task, thinking: bool) -> None:
+    target = replace(sample(task), thinking="The red car passes first.")
+    reward = score(target, completion_text(target, load_templates(), thinking=thinking), thinking=thinking)
+    assert reward.total == pytest.approx(
+        3 if task == Task.GROUNDED_QA else 2, abs=0.03
+    )  # the answer's times are rounded
     assert not reward.reasons
 
 
-def test_targets_end_with_the_token_that_ends_a_turn() -> None:
+def test_targets_end_with_the_end_of_turn_token() -> None:
     processor = tiny_processor()
     targets = TargetEncoder(processor)
     token_ids = targets.encode("<answer>B</answer>")
@@ -31,14 +33,14 @@ def test_targets_end_with_the_token_that_ends_a_turn() -> None:
     assert processor.decode(token_ids[-1:], skip_special_tokens=False) == "<|im_end|>"
 
 
-def test_a_template_that_never_ends_a_turn_is_refused() -> None:
+def test_chat_template_that_never_ends_a_turn_is_refused() -> None:
     processor = tiny_processor()
     endless = replace(processor, chat_template=processor.chat_template.replace("<|im_end|>", ""))
-    with pytest.raises(UserError, match="does not close an assistant's turn"):
+    with pytest.raises(UserError, match="does not close the assistant's turn"):
         TargetEncoder(endless)
 
 
-def test_reasoning_that_is_asked_for_must_be_there() -> None:
+def test_thinking_sources_need_samples_with_reasoning() -> None:
     source = DataSource.model_validate({"manifest": "train.jsonl"})
     with_thinking = replace(sample(Task.QUALITY), thinking="because")
     check_thinking([source], [[with_thinking]])

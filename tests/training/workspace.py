@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, synthesized videos with short questions, and settings that train on them."""
+"""Workspaces for tests: a tiny model with a tokenizer, synthesized videos with short prompts, and settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ think = "think: how good? $query"
 def create(
     folder: Path, *, family: str = "qwen2_5_vl", tasks: Sequence[Task] = (Task.TEMPORAL_GROUNDING,), num_videos: int = 8
 ) -> Path:
-    """A folder with model/, train.jsonl with its videos, and templates.toml."""
+    """Create model/, data/train.jsonl with its videos, and templates.toml in a folder, and return the folder."""
     processor = tiny_processor(patch_size=14)
     pads = dict(image_token_id=processor.image_token_id, video_token_id=processor.video_token_id)
     tiny.create(family, folder / "model", **pads)
@@ -58,7 +58,7 @@ def create(
 
 
 def config(folder: Path, stage: str, **sections: dict[str, Any]) -> RunConfig:
-    """Settings for a short run in fp32; `sections` replaces keys of a section: `train={"num_steps": 2}`."""
+    """Return settings of a short run in float32. `sections` replaces keys: `train={"num_steps": 2}`."""
     tables: dict[str, dict[str, Any]] = {
         "model": {"path": folder / "model", "dtype": "float32"},
         "data": {
@@ -82,5 +82,5 @@ def config(folder: Path, stage: str, **sections: dict[str, Any]) -> RunConfig:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+    """Return the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

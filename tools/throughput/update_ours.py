@@ -11,19 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh, schedule
-from megatron_vcr1.training.grpo.objective import Counts, TokenData, grpo_loss, token_weights
-from megatron_vcr1.training.grpo.trainer import PolicyBatch
-from megatron_vcr1.training.microbatches import make_microbatches
+from megatron_vcr1.training.grpo.batch import Counts, PolicyBatch, PolicyGroup, make_policy_batches
+from megatron_vcr1.training.grpo.objective import grpo_loss, objective_from_settings
 from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.reference import Reference
 from throughput.update_case import UpdateCase
@@ -52,52 +49,48 @@ class OurUpdate:
     def _batches(self, config: ModelConfig) -> list[PolicyBatch]:
         """Create the microbatches of this replica, as the trainer does after a rollout."""
         case = self.case
-        groups = case.groups(config)
-        advantages = {group.id: row for group, row in zip(groups, case.advantages(), strict=True)}
-        mine = groups[mesh.replica_index() :: mesh.num_replicas()]
-        num_responses = case.num_prompts * case.group_size
-        counts = Counts(num_responses, num_responses * case.response_tokens)
-        batches = []
-        for microbatch in make_microbatches(mine, self.model, case.microbatch_tokens):
-            lengths = torch.tensor(microbatch.packed.response_lengths)
-            response_advantages = torch.cat([advantages[group.id] for group in microbatch.groups])
-            data = TokenData(
-                advantages=response_advantages.repeat_interleave(lengths),
-                rollout_log_probs=torch.zeros(int(lengths.sum())),
-                segment_ids=torch.arange(len(lengths)).repeat_interleave(lengths),
+        groups = [
+            PolicyGroup(
+                group.id,
+                group.prompt,
+                group.responses,
+                advantages=tuple(advantages.tolist()),
+                rollout_log_probs=tuple((0.0,) * len(response) for response in group.responses),
             )
-            weights = token_weights(microbatch.packed.response_lengths, counts, "sequence", case.response_tokens)
-            batches.append(PolicyBatch(microbatch.packed, data.to(mesh.device()), weights.to(mesh.device())))
-        return batches
+            for group, advantages in zip(case.groups(config), case.advantages(), strict=True)
+        ]
+        num_responses = case.num_prompts * case.group_size
+        return make_policy_batches(
+            groups[mesh.replica_index() :: mesh.num_replicas()],
+            Counts(num_responses, num_responses * case.response_tokens),
+            self.model,
+            microbatch_tokens=case.microbatch_tokens,
+            normalization="sequence",
+            max_new_tokens=case.response_tokens,
+        )
 
     def run(self) -> float:
         """Run one update, including the log-probs of the reference. Return the loss over all ranks."""
-        by_packed = {id(batch.packed): batch for batch in self._with_reference()}
+        objective = objective_from_settings(self.run_config.grpo)
 
-        def loss(packed: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            batch = by_packed[id(packed)]
-            settings = self.run_config.grpo
-            result = grpo_loss(self.model, hidden, packed, batch.data, batch.weights, settings, temperature=1.0)
-            return result.loss, {}
+        def loss(batch: PolicyBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            return grpo_loss(self.model, hidden, batch, objective, temperature=1.0).loss, {}
 
-        return self.learner.update([batch.packed for batch in self.batches], loss).loss
+        return self.learner.update(self._with_reference(), loss).loss
 
     def _with_reference(self) -> list[PolicyBatch]:
         """Add the reference's log-probs to the microbatches."""
         if self.reference is None:
             return self.batches
 
-        def collect(batch: PackedBatch, hidden: Tensor) -> Tensor:
-            return self.model.log_probs(hidden, batch.target_ids)
+        def collect(batch: PolicyBatch, hidden: Tensor) -> Tensor:
+            return self.model.log_probs(hidden, batch.packed.target_ids)
 
         with self.reference.in_place():
-            log_probs = schedule.forward_only(self.model, [batch.packed for batch in self.batches], collect)
+            log_probs = schedule.forward_only(self.model, self.batches, collect, model_input=lambda batch: batch.packed)
         if not log_probs:  # not the last stage
             return self.batches
-        return [
-            replace(batch, data=replace(batch.data, ref_log_probs=values))
-            for batch, values in zip(self.batches, log_probs, strict=True)
-        ]
+        return [replace(batch, ref_log_probs=values) for batch, values in zip(self.batches, log_probs, strict=True)]
 
     def save_gradients(self, path: Path) -> None:
         """Save the clipped gradients of the last update by published names; the first rank writes the file."""

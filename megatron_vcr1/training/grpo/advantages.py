@@ -1,4 +1,4 @@
-"""From rewards to advantages (VideoChat-R1, equation 1) and what shapes the rewards before."""
+"""Advantages from rewards (VideoChat-R1, equation 1), and the overlong penalty that shapes the rewards before."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 
 STD_EPSILON = 1e-4
-"""Added to the standard deviation, as the paper's code does."""
+"""Added to the standard deviation, as in the paper's code."""
 
 
 def group_advantages(rewards: Sequence[float | None], *, divide_by_std: bool) -> tuple[float | None, ...]:
-    """Each response's reward relative to those of the other responses to its prompt.
+    """Compute each response's reward relative to its group.
 
-    A_i = (r_i - mean(r)) / (std(r) + 1e-4), with the sample's standard deviation (over G - 1). Without the division
-    it is Dr.GRPO's (arXiv:2503.20783).
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4), with the sample standard deviation (divided by G - 1). Without the division
+    by the standard deviation this is Dr.GRPO's advantage (arXiv:2503.20783).
 
     Args:
-        rewards: of a group; None for a response that could not be scored, which the statistics leave out.
+        rewards: rewards of a group. None for a response without a reward; mean and deviation leave it out.
 
     Returns:
-        One for each reward; None where that is None.
+        One advantage per reward; None where the reward is None.
     """
     scored = torch.tensor([reward for reward in rewards if reward is not None], dtype=torch.float64)
     if not len(scored):
@@ -33,13 +33,13 @@ def group_advantages(rewards: Sequence[float | None], *, divide_by_std: bool) ->
 
 
 def has_reward_variance(rewards: Sequence[float | None]) -> bool:
-    """Whether the rewards of a group differ: equal ones have advantages of 0 and teach nothing."""
+    """Return whether the rewards of a group differ. If they do not, all advantages are 0: there is no gradient."""
     return len({reward for reward in rewards if reward is not None}) > 1
 
 
-def overlong_penalty(num_tokens: int, *, buffer: int, max_new_tokens: int) -> float:
-    """What a long response loses of its reward (DAPO, arXiv:2503.14476, equation 13), in [-1, 0].
+def overlong_penalty(num_tokens: int, *, buffer_tokens: int, max_new_tokens: int) -> float:
+    """Compute the penalty for a long response (DAPO, arXiv:2503.14476, equation 13), in [-1, 0].
 
-    Nothing up to max_new_tokens - buffer tokens, from there on in proportion, 1 at the limit.
+    0 for up to max_new_tokens - buffer_tokens tokens, then a linear ramp down to -1 at max_new_tokens.
     """
-    return -min(1.0, max(0.0, (num_tokens - (max_new_tokens - buffer)) / buffer))
+    return -min(1.0, max(0.0, (num_tokens - (max_new_tokens - buffer_tokens)) / buffer_tokens))

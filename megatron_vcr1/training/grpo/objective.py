@@ -1,91 +1,22 @@
-"""The GRPO objective of a microbatch: settings and rollouts to the arguments of the fused kernel."""
+"""The GRPO objective of a microbatch, and the metrics that come out of its forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from vcr1_kernels import LinearGrpoLoss, Objective, linear_objective_loss
 
 from megatron_vcr1.config.training_sections import GrpoSection
-from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.training.grpo.batch import PolicyBatch
+from megatron_vcr1.training.metrics import Metrics
 
 
-@dataclass(frozen=True, slots=True)
-class TokenData:
-    """What the objective knows of each target of a microbatch, on the device; all [targets], in the order of the batch.
-
-    Attributes:
-        segment_ids: the response of each token.
-        ref_log_probs: the reference's; None without a KL term.
-        old_log_probs: the policy's before the first update of the step; None if this is the first and only one.
-    """
-
-    advantages: Tensor
-    rollout_log_probs: Tensor
-    segment_ids: Tensor
-    ref_log_probs: Tensor | None = None
-    old_log_probs: Tensor | None = None
-
-    def to(self, device: torch.device) -> TokenData:
-        """The same on a device."""
-        values: dict[str, Tensor | None] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What a loss is normalised by: over all copies of the model, in one optimizer step."""
-
-    num_responses: float
-    num_tokens: float
-
-
-def token_weights(
-    response_lengths: Sequence[int],
-    counts: Counts,
-    normalization: Literal["sequence", "token", "constant"],
-    max_new_tokens: int,
-) -> Tensor:
-    """The weight of each token's loss in the step's; [targets], float32.
-
-    'sequence': 1 / (responses * tokens of its response), GRPO's mean of means. 'token': 1 / tokens, DAPO's.
-    'constant': 1 / (responses * most tokens of a response), Dr.GRPO's.
-    """
-    lengths = torch.tensor(response_lengths)
-    match normalization:
-        case "sequence":
-            each = 1 / (counts.num_responses * lengths.double())
-        case "token":
-            each = torch.full((len(lengths),), 1 / counts.num_tokens, dtype=torch.float64)
-        case "constant":
-            each = torch.full((len(lengths),), 1 / (counts.num_responses * max_new_tokens), dtype=torch.float64)
-    return each.float().repeat_interleave(lengths)
-
-
-def grpo_loss(
-    model: QwenVLModel,
-    hidden: Tensor,
-    batch: PackedBatch,
-    data: TokenData,
-    weights: Tensor,
-    section: GrpoSection,
-    *,
-    temperature: float,
-) -> LinearGrpoLoss:
-    """VideoChat-R1's equation 2 by default, and what the settings make of it.
-
-    Args:
-        hidden: [targets, hidden_size], the last stage's output for `batch`.
-        weights: [targets], see `token_weights`.
-        temperature: of the sampling, which the log-probs are those of.
-    """
-    weight = model.head_weight()
-    objective = Objective(
+def objective_from_settings(section: GrpoSection) -> Objective:
+    """Return the scalar settings of the objective. The default settings give VideoChat-R1's equation 2."""
+    return Objective(
         clip_low=section.clip_low,
         clip_high=section.clip_high,
         dual_clip=section.dual_clip,
@@ -95,36 +26,82 @@ def grpo_loss(
         importance_level=section.importance_level,
         entropy_coef=section.entropy_coef,
     )
+
+
+def grpo_loss(
+    model: QwenVLModel, hidden: Tensor, batch: PolicyBatch, objective: Objective, *, temperature: float
+) -> LinearGrpoLoss:
+    """Compute the weighted sum of the objective over a microbatch's tokens, fused with the language-model head.
+
+    Args:
+        hidden: [targets, hidden_size], the last stage's output for `batch`.
+        temperature: sampling temperature; log-probs are computed at the same temperature.
+    """
+    weight = model.head_weight()
     return linear_objective_loss(
         hidden,
         weight,
-        batch.target_ids,
-        data.advantages,
+        batch.packed.target_ids,
+        batch.advantages,
         objective,
-        token_weights=weights,
-        old_log_probs=data.old_log_probs,
-        ref_log_probs=data.ref_log_probs,
-        rollout_log_probs=None if section.rollout_ratio_cap is None else data.rollout_log_probs,
-        segment_ids=data.segment_ids,
+        token_weights=batch.weights,
+        old_log_probs=batch.old_log_probs,
+        ref_log_probs=batch.ref_log_probs,
+        # grpo.rollout_ratio_cap turns the rollout correction on. Without a cap the kernel must not see the engine's
+        # log-probs: it would correct with an unbounded ratio.
+        rollout_log_probs=None if objective.rollout_ratio_cap is None else batch.rollout_log_probs,
+        segment_ids=batch.segment_ids,
         return_entropy=True,
         temperature=temperature,
         group=model.tensor_group,
-        weight_grad=getattr(weight, "main_grad", None),  # megatron-core's gradient buffer
+        # Under megatron-core's DDP the kernel adds the head's gradient directly to the float32 gradient buffer.
+        weight_grad=getattr(weight, "main_grad", None),
     )
 
 
 def policy_statistics(result: LinearGrpoLoss) -> dict[str, Tensor]:
-    """For metrics: "sums" over a microbatch's tokens of kl, entropy, ratio and clipped, and their "log_probs"."""
+    """Return what `add_policy_metrics` needs of a microbatch's loss.
+
+    Returns:
+        "sums": float32 [4], the sums over tokens of the KL estimate, the entropy, the ratio and whether it is clipped;
+        "log_probs": float32 [targets].
+    """
     tokens = result.tokens
     columns = (tokens.kl, result.entropy, tokens.ratio, tokens.clipped.float())
     return {"sums": torch.stack([column.sum() for column in columns]), "log_probs": result.log_probs}
 
 
+def add_policy_metrics(
+    metrics: Metrics, statistics: Mapping[str, Tensor], batch: PolicyBatch, *, with_mismatch: bool
+) -> None:
+    """Add a microbatch's `policy_statistics` to the metrics of the step.
+
+    Args:
+        with_mismatch: also compare the policy's log-probs with those of the engine. Only meaningful in the first pass
+            over a rollout.
+    """
+    log_probs = statistics["log_probs"]
+    num_tokens = len(log_probs)
+    names = ("kl", "entropy", "ratio/mean", "clip_fraction")
+    for name, total in zip(names, statistics["sums"].tolist(), strict=True):
+        if name != "kl" or batch.ref_log_probs is not None:  # without a reference the KL is unknown, not 0
+            metrics.add_to_mean(name, total, num_tokens)
+    if with_mismatch:
+        # The engine sampled before the first update of the step. With several minibatches in a pass, `log_probs` may
+        # already come from an updated policy.
+        before = log_probs if batch.old_log_probs is None else batch.old_log_probs
+        absolute, largest, kl = mismatch(before, batch.rollout_log_probs)
+        metrics.add_to_mean("mismatch/mean_abs", absolute, num_tokens)
+        metrics.update_max("mismatch/max_abs", largest)
+        metrics.add_to_mean("mismatch/kl", kl, num_tokens)
+
+
 def mismatch(log_probs: Tensor, rollout_log_probs: Tensor) -> tuple[float, float, float]:
-    """How far the training's log-probs are from the engine's, of tokens that the engine sampled; both [tokens].
+    """Compare the log-probs of training and of the engine, for tokens that the engine sampled; both [tokens].
 
     Returns:
-        The sum of absolute differences, the largest one, and the sum of the k3 estimates of KL(engine || training).
+        The sum of the absolute differences, the largest absolute difference, and the sum of the k3 estimates of
+        KL(engine || training).
     """
     delta = log_probs - rollout_log_probs
     return float(delta.abs().sum()), float(delta.abs().max()), float((torch.expm1(delta) - delta).sum())

@@ -1,215 +1,97 @@
-"""One step off, with an engine that has weights of its own, as a server has."""
-
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
 
-from megatron_vcr1 import timeline
-from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.manifest import read_manifest, write_manifest
-from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.cpu.cuda_emulation import CudaMeansCpu
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
-from megatron_vcr1.rollout.local.engine import LocalEngine
-from megatron_vcr1.rollout.special_tokens import SpecialTokens
-from megatron_vcr1.training.grpo import trainer as grpo
-from megatron_vcr1.training.grpo.trainer import GrpoTrainer, check_settings
+from megatron_vcr1.training.grpo.rollout_source import SynchronousSource
 from megatron_vcr1.training.metrics import Metrics
-from megatron_vcr1.training.train import build
-from megatron_vcr1.types import RolloutGroup
+from megatron_vcr1.training.train import train
 from tests.training import workspace
-
-NUM_STEPS = 3
-
-
-class ServerLikeEngine:
-    """The in-process engine on a second model, which gets weights only when they are handed over."""
-
-    def __init__(self, config: RunConfig, folder: Path, processor: PromptProcessor) -> None:
-        self._folder = folder
-        self._model = build_model(ModelConfig.from_pretrained(config.model.path), config)
-        load_model_weights(self._model, config.model.path)
-        tokens = SpecialTokens.from_pretrained(config.model.path, processor)
-        decode = partial(processor.decode, skip_special_tokens=False)
-        self._engine = LocalEngine(self._model, tokens, decode, max_batch_responses=64)
-        self.aborted = False
-        self.fails = False
-
-    @property
-    def policy_version(self) -> int:
-        return self._engine.policy_version
-
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
-        if self.fails:
-            raise EngineError("the server is gone")
-        return self._engine.generate(requests, params)
-
-    def sample(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
-        with CudaMeansCpu():  # this thread has no mode of its own yet
-            return self.generate(requests, params)
-
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        save_file({name: tensor.clone() for name, tensor in tensors}, self._folder / "model.safetensors")
-        load_model_weights(self._model, self._folder)
-        self._engine.update_weights((), version)
-
-    def abort(self) -> None:
-        self.aborted = True
-
-    def close(self) -> None:
-        pass
+from tests.training.grpo.steps import build_trainer, config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = workspace.create(tmp_path_factory.mktemp("ahead"), num_videos=12)
-    shutil.copytree(folder / "model", folder / "server")
-    return folder
+    return workspace.create(tmp_path_factory.mktemp("source"), num_videos=12)
 
 
-def _trainer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, one_step_off: bool, manifest: str = "train.jsonl"
-) -> GrpoTrainer:
-    source = {"manifest": folder / "data" / manifest, "thinking": False}
-    source["rewards"] = ["tests.training.own_rewards:variety"]
-    config = workspace.config(
+@pytest.fixture
+def world() -> Iterator[None]:
+    with mesh.world(ParallelSection()):
+        yield
+
+
+def test_responses_depend_on_the_seed_and_the_position_only(folder: Path, world: None) -> None:
+    def responses(**train_keys: int) -> list[str]:
+        _, trainer = build_trainer(config(folder, train=train_keys, optimizer={"learning_rate": 1e-12}))
+        groups = trainer._source.next_groups(1, Metrics()).kept
+        assert [group.prompt.position for group in groups] == list(range(len(groups)))
+        return [text for group in groups for text in group.texts]
+
+    assert responses(prompts_per_step=2) == responses(prompts_per_step=4)[:8]
+    assert responses(prompts_per_step=2) != responses(prompts_per_step=2, seed=1)
+
+
+def test_state_restores_the_stream_and_the_policy_version(folder: Path, world: None) -> None:
+    _, first = build_trainer(config(folder))
+    for step in (1, 2):
+        first.step(step, Metrics())
+    state = first.state_dict()
+    assert state["policy_version"] == 2 and state["prompts"]["next_position"] == 8
+    _, second = build_trainer(config(folder))
+    second.load_state_dict(state)
+    source = second._source
+    assert isinstance(source, SynchronousSource)
+    assert source.policy_version == 2 and source._engine.policy_version == 2
+    assert [group.prompt.position for group in source.next_groups(3, Metrics()).kept] == [8, 9, 10, 11]
+
+
+def test_dynamic_sampling_replaces_groups_without_reward_variance(folder: Path, world: None) -> None:
+    settings = {"dynamic_sampling": True, "max_refills": 10, "group_size": 2}
+    run = config(folder, ["tests.training.own_rewards:starts_small"], grpo=settings, rollout={"max_new_tokens": 3})
+    _, trainer = build_trainer(run)
+    result = trainer.step(1, metrics := Metrics())
+    step = metrics.reduce()
+    rows = list(result.rollouts.values())
+    trained = [row for row in rows if row["trained"]]
+    assert len(trained) == 4 and step["groups/dropped"] == len(rows) - 4 > 0
+    for row in trained:
+        assert len({response["reward"]["total"] for response in row["responses"]}) > 1
+    positions = [position for position, row in result.rollouts.items() if row["trained"]]
+    assert positions == sorted(positions)
+
+
+def test_dynamic_sampling_continues_without_an_update_if_no_group_has_reward_variance(
+    folder: Path, world: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = config(folder, [], grpo={"dynamic_sampling": True, "max_refills": 2})
+    learner, trainer = build_trainer(run)
+    before = {name: weight.detach().clone() for name, weight in learner.model.named_parameters()}
+    with caplog.at_level("INFO"):
+        result = trainer.step(1, metrics := Metrics())
+    assert "0 of 4 groups have reward variance after 2 refills" in caplog.text
+    assert result.applied and result.samples == ()
+    assert metrics.reduce()["groups/dropped"] == 12  # 4 prompts and 2 refills
+    assert all(torch.equal(before[name], weight) for name, weight in learner.model.named_parameters())
+
+
+def test_prompts_of_dynamic_sampling_count_towards_an_epoch(folder: Path) -> None:
+    settings = {"dynamic_sampling": True, "max_refills": 1, "group_size": 2}
+    run_dir = folder / "epoch"
+    run = config(
         folder,
-        "grpo",
-        data={**workspace.config(folder, "grpo").data.model_dump(), "sources": [source]},
-        grpo={"one_step_off": one_step_off},
-        train={"num_steps": NUM_STEPS},
-        optimizer={"learning_rate": 1e-2},
+        [],  # all rewards are 0, so every step draws its prompts twice and drops all groups
+        grpo=settings,
+        train={"stage": "grpo", "run_dir": run_dir, "num_steps": None, "num_epochs": 1.0, "prompts_per_step": 4},
+        checkpoint={"every_steps": 1, "export": "never"},
     )
-
-    def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcessor) -> ServerLikeEngine:
-        return ServerLikeEngine(config, folder / "server", processor)
-
-    monkeypatch.setattr(grpo, "build_engine", build_engine)
-    _, trainer, _ = build(config)
-    assert isinstance(trainer, GrpoTrainer)
-    return trainer
-
-
-def _run(trainer: GrpoTrainer) -> tuple[list[dict[str, float]], list[list[str]]]:
-    rows, texts = [], []
-    for step in range(1, NUM_STEPS + 1):
-        result = trainer.step(step, metrics := Metrics())
-        rows.append(metrics.reduce())
-        texts.append([one["text"] for row in result.rollouts.values() for one in row["responses"]])
-    return rows, texts
-
-
-def test_each_step_trains_on_responses_of_the_policy_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
-        in_step = _trainer(folder, monkeypatch, one_step_off=False)
-        rows, texts = _run(in_step)
-        ahead = _trainer(folder, monkeypatch, one_step_off=True)
-        with timeline.recording() as spans:
-            rows_ahead, texts_ahead = _run(ahead)
-        state = ahead.state_dict()
-        ahead.close()
-    assert [row["policy_lag"] for row in rows] == [0, 0, 0]
-    assert [row["policy_lag"] for row in rows_ahead] == [0, 1, 1]
-    assert [row["policy_version"] for row in rows_ahead] == [0, 1, 2]
-    assert all(row["mismatch/max_abs"] < 1e-4 for row in rows)  # handed over in time
-    assert rows_ahead[1]["mismatch/mean_abs"] > 1e-3  # the policy has moved on
-    assert texts_ahead[0] == texts[0] and texts_ahead[1] != texts[1]
-    assert [one.name for one in spans if one.track == "rollout_0"] == ["rollout"] * (NUM_STEPS - 1)
-    assert state["policy_version"] == NUM_STEPS and state["prompts"]["next_position"] == 4 * NUM_STEPS
-
-
-def test_prompts_under_way_are_not_lost_with_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
-        trainer = _trainer(folder, monkeypatch, one_step_off=True)
-        trainer.step(1, Metrics())
-        state = trainer.state_dict()
-        expected = trainer.step(2, Metrics()).samples
-        trainer.close()
-        resumed = _trainer(folder, monkeypatch, one_step_off=True)
-        resumed.load_state_dict(state)
-        assert resumed.step(2, Metrics()).samples == expected
-        resumed.close()
-    assert state["prompts"]["next_position"] == 4
-
-
-def test_a_sample_that_cannot_be_read_is_counted_once_also_by_a_run_that_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = folder / "data" / "broken.jsonl"
-    samples = read_manifest(folder / "data" / "train.jsonl")
-    write_manifest(manifest, samples)
-    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
-        order = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)._stream._order
-        bad = order.sample_at(6).id  # of step 2, and drawn during step 1
-        write_manifest(manifest, [replace(one, video="nowhere.mp4") if one.id == bad else one for one in samples])
-        trainer = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)
-        trainer.step(1, Metrics())
-        assert trainer.take_skipped() == []
-        state = trainer.state_dict()
-        trainer.step(2, Metrics())
-        skipped = trainer.take_skipped()
-        trainer.close()
-        assert bad in {one.id for one in skipped}
-        resumed = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)
-        resumed.load_state_dict(state)
-        resumed.step(2, Metrics())
-        assert resumed.take_skipped() == skipped
-        resumed.close()
-
-
-def test_an_engine_that_fails_in_its_thread_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
-        trainer = _trainer(folder, monkeypatch, one_step_off=True)
-        engine = trainer._engine
-        assert isinstance(engine, ServerLikeEngine)
-        sample = engine.sample
-
-        def fails(*args: object) -> list[RolloutGroup]:
-            engine.fails = True
-            return sample(*args)  # type: ignore[arg-type]
-
-        engine.sample = fails  # type: ignore[method-assign]
-        trainer.step(1, Metrics())
-        with pytest.raises(EngineError, match="the server is gone"):
-            trainer.step(2, Metrics())
-        trainer.close()
-
-
-def test_responses_that_a_server_lost_with_its_weights_are_sampled_in_their_step(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with mesh.world(RunConfig.model_validate({"model": {"path": "model"}}).parallel):
-        trainer = _trainer(folder, monkeypatch, one_step_off=True)
-        engine = trainer._engine
-        assert isinstance(engine, ServerLikeEngine)
-        sample, losses = engine.sample, iter([True])
-
-        def sample_or_lose(*args: object) -> list[RolloutGroup]:
-            if next(losses, False):
-                raise WeightsNeeded("the server was started anew")
-            return sample(*args)  # type: ignore[arg-type]
-
-        engine.sample = sample_or_lose  # type: ignore[method-assign]
-        rows, _ = _run(trainer)
-        trainer.close()
-    assert [row["policy_lag"] for row in rows] == [0, 0, 1]
-    assert rows[1]["mismatch/max_abs"] < 1e-4  # of the weights that the step trains
-
-
-def test_colocated_servers_cannot_sample_while_training_computes() -> None:
-    settings = {"grpo": {"one_step_off": True}, "rollout": {"engine": "sglang"}, "model": {"path": "model"}}
-    with pytest.raises(UserError, match=r"sglang\.colocated = false"):
-        check_settings(RunConfig.model_validate(settings))
+    assert train(run) == 0 and train(run) == 0
+    assert [row["groups/dropped"] for row in workspace.metrics(run_dir)] == [
+        8,
+        8,
+    ]  # 2 steps use up the 12 samples, not 3

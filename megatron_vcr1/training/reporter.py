@@ -1,0 +1,108 @@
+"""The reporter: records each step's metrics, rollouts and skipped samples, and shows the metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from megatron_vcr1.data.loader import SkippedSample
+from megatron_vcr1.parallel import collectives, mesh
+from megatron_vcr1.parallel.collectives import run_on_first_rank
+from megatron_vcr1.training.metrics import Metrics, device_name, peak_memory_gb, throughput
+from megatron_vcr1.training.run_dir import RunDir
+from megatron_vcr1.training.sinks import Sink
+from megatron_vcr1.training.trainer import StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Writes a step's outcome to the run directory and to the metric sinks.
+
+    A context manager. All ranks of the job must enter it and call `report` together; only rank 0 writes.
+    """
+
+    def __init__(self, folder: RunDir, open_sinks: Callable[[], list[Sink]], *, mismatch_threshold: float) -> None:
+        """
+        Args:
+            open_sinks: prepares the run directory and opens the sinks. Called on rank 0 when the reporter is entered.
+            mismatch_threshold: logging.mismatch_threshold.
+        """
+        self._folder = folder
+        self._open_sinks = open_sinks
+        self._mismatch_threshold = mismatch_threshold
+        self._sinks: list[Sink] = []
+
+    def __enter__(self) -> Self:
+        """Open the sinks. Raises UserError or OSError, on all ranks."""
+        run_on_first_rank(self._open)
+        return self
+
+    def _open(self) -> None:
+        self._sinks = self._open_sinks()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with ExitStack() as stack:  # closes every sink, in reverse order, even if another one fails
+            for sink in self._sinks:
+                stack.callback(sink.close, failed=error is not None)
+
+    def report(self, step: int, result: StepResult, metrics: Metrics, skipped: list[SkippedSample]) -> None:
+        """Record and show a step.
+
+        Args:
+            metrics: this rank's metrics of the step; they are reduced over all ranks here.
+            skipped: samples that could not be read, on replica leaders.
+        """
+        metrics.update_max("memory/peak_gb", peak_memory_gb())
+        metrics.add_to_sum("skipped_samples", len(skipped))
+        reduced = metrics.reduce()
+        row = {
+            "step": step,
+            "loss": result.loss,
+            "lr": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "update_skipped": int(not result.applied),
+            **reduced,
+            **throughput(reduced, dist.get_world_size(), device_name()),
+        }
+        rollouts = {
+            position: rollout
+            for rank_rollouts in collectives.gather_objects(result.rollouts)
+            for position, rollout in rank_rollouts.items()
+        }
+        all_skipped = [
+            (sample.id, sample.reason)
+            for rank_skipped in collectives.gather_objects(skipped)
+            for sample in rank_skipped
+        ]
+        if mesh.is_first_rank():
+            if rollouts:
+                self._folder.write_rollouts(step, [rollout for _, rollout in sorted(rollouts.items())])
+            self._folder.add_skipped(step, all_skipped)
+            self._folder.add_metrics(row)
+            for sink in self._sinks:
+                sink.step(step, row)
+            self._warn_about_mismatch(step, reduced)
+
+    def _warn_about_mismatch(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn if the log-probs of the rollout engine and of training differ too much."""
+        difference = metrics.get("mismatch/mean_abs", 0.0)
+        if difference <= self._mismatch_threshold:  # NaN compares false, so it also warns
+            return
+        lag = "; part of it comes from the older policy that sampled the responses" if metrics.get("policy_lag") else ""
+        logger.warning(
+            "step %d: log-probs of rollout and training differ by %.3g on average, more than "
+            "logging.mismatch_threshold = %g. Possible causes: old weights in the engine, different arithmetic, or "
+            "different positions of the same tokens%s",
+            step,
+            difference,
+            self._mismatch_threshold,
+            lag,
+        )

@@ -1,0 +1,92 @@
+"""Stop signals, and the watchdog that ends a hung run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_vcr1.config.rendering import render_toml
+from megatron_vcr1.training.lifecycle import STOP_SIGNALS, Lifecycle
+from megatron_vcr1.training.trainer import TrainingStopped
+from tests.training import workspace
+
+STEP_TIMEOUT_S = 20
+
+
+def _lifecycle(finish_saving: mock.Mock | None = None) -> Lifecycle:
+    return Lifecycle(step_timeout_s=600, finish_saving=finish_saving or mock.Mock())
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_stop_signals_are_noted_and_handlers_restored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with _lifecycle() as lifecycle:
+        assert not lifecycle.stop_requested
+        os.kill(os.getpid(), number)
+        assert lifecycle.stop_requested
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("error", "finishes"), [(TrainingStopped("diverged"), True), (ValueError("a bug"), False)])
+def test_saving_is_finished_only_after_errors_that_all_ranks_raise(error: Exception, finishes: bool) -> None:
+    finish_saving = mock.Mock()
+    with pytest.raises(type(error)), _lifecycle(finish_saving):
+        raise error
+    assert finish_saving.called == finishes
+
+
+def test_watchdog_is_disarmed_at_the_end() -> None:
+    code = """
+import time
+from megatron_vcr1.training.lifecycle import Lifecycle
+with Lifecycle(step_timeout_s=0.5, finish_saving=lambda: None) as lifecycle:
+    lifecycle.expect_progress()
+time.sleep(1)
+with Lifecycle(step_timeout_s=0.5, finish_saving=lambda: None) as lifecycle:
+    lifecycle.expect_progress()
+    print("hangs now", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert process.stdout == "hangs now\n" and process.returncode == 1
+    assert "Timeout (0:00:00.500000)!" in process.stderr
+
+
+def never_returns_on_the_last_rank(sample: object, completion: str) -> float:
+    """A user's reward that waits for a lock forever."""
+    while os.environ["RANK"] == "1":
+        time.sleep(0.1)
+    return 0.5
+
+
+def test_hung_run_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
+    workspace.create(tmp_path, num_videos=4)
+    source = {"manifest": tmp_path / "data" / "train.jsonl", "thinking": False}
+    source["rewards"] = [f"{__name__}:{never_returns_on_the_last_rank.__name__}"]
+    config = workspace.config(
+        tmp_path, "grpo", data={"sources": [source]}, train={"stage": "grpo", "step_timeout_s": STEP_TIMEOUT_S}
+    )
+    file = tmp_path / "run.toml"
+    file.write_text(render_toml(config, documented=False))
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29473", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_vcr1", "train", str(file)],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, last = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "Timeout (0:00:20)!" in last and never_returns_on_the_last_rank.__name__ in last, last
+    # Rank 0 either dumps its own stacks, or, if rank 1 ended earlier, fails in the collective that waits for rank 1.
+    assert "distributed_c10d" in first and never_returns_on_the_last_rank.__name__ not in first, first

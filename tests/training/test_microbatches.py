@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.packing import Group
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.training.microbatches import pack_microbatches
+from tests.model import tiny
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[QwenVLModel]:
+    tiny.create("qwen2_5_vl", tmp_path)
+    run = RunConfig.model_validate({"model": {"path": tmp_path, "dtype": "float32"}})
+    with mesh.world(ParallelSection()):
+        yield build_model(ModelConfig.from_pretrained(tmp_path), run, initialize_weights=True)
+
+
+def _groups() -> list[Group]:
+    return [
+        Group(f"g{seed}", tiny.prompt("t", seed=seed), tiny.responses((3 + seed, 4), seed=seed)) for seed in range(5)
+    ]
+
+
+def test_microbatches_hold_every_group_once_within_the_budget(model: QwenVLModel) -> None:
+    groups = _groups()
+    max_tokens = 2 * max(group.num_tokens for group in groups)
+    microbatches = pack_microbatches(groups, model, max_tokens)
+    assert sorted(group.id for members, _ in microbatches for group in members) == [group.id for group in groups]
+    assert 1 < len(microbatches) < len(groups)
+    for members, packed in microbatches:
+        assert sum(group.num_tokens for group in members) <= max_tokens
+        responses = [response for group in members for response in group.responses]
+        assert torch.equal(packed.target_ids, torch.cat(responses))
+        assert packed.response_lengths == tuple(len(response) for response in responses)
+
+
+def test_a_group_over_the_budget_raises_the_budget(model: QwenVLModel) -> None:
+    groups = _groups()
+    longest = max(group.num_tokens for group in groups)
+    microbatches = pack_microbatches(groups, model, max_tokens=1)
+    assert len(microbatches) == len(pack_microbatches(groups, model, longest))
+    assert pack_microbatches([], model, max_tokens=1) == []

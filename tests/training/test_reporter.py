@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.config.rendering import default_config
+from megatron_vcr1.data.loader import SkippedSample
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.training.metrics import Metrics
+from megatron_vcr1.training.reporter import Reporter
+from megatron_vcr1.training.run_dir import RunDir
+from megatron_vcr1.training.trainer import StepResult
+
+RESULT = StepResult(
+    applied=True,
+    loss=0.5,
+    grad_norm=2.0,
+    learning_rate=1e-3,
+    samples=("a",),
+    rollouts={7: {"id": "second"}, 3: {"id": "first"}},
+)
+
+
+class RecordingSink:
+    def __init__(self) -> None:
+        self.rows: list[Mapping[str, float]] = []
+        self.failed: bool | None = None
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.rows.append(metrics)
+
+    def close(self, *, failed: bool) -> None:
+        self.failed = failed
+
+
+class BrokenSink(RecordingSink):
+    def close(self, *, failed: bool) -> None:
+        raise OSError("no space left")
+
+
+@pytest.fixture(autouse=True)
+def world() -> Iterator[None]:
+    with mesh.world(ParallelSection()):
+        yield
+
+
+def _folder(path: Path) -> RunDir:
+    folder = RunDir(path)
+    folder.create()
+    folder.open(default_config(), 0)
+    return folder
+
+
+def _metrics(difference: float = 0.0) -> Metrics:
+    metrics = Metrics()
+    metrics.add_to_mean("mismatch/mean_abs", difference)
+    return metrics
+
+
+def test_a_step_is_written_to_the_run_directory_and_the_sinks(tmp_path: Path) -> None:
+    sink = RecordingSink()
+    with Reporter(_folder(tmp_path), lambda: [sink], mismatch_threshold=0.1) as reporter:
+        reporter.report(1, RESULT, _metrics(), [SkippedSample("broken", "cannot be decoded")])
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (row["step"], row["loss"], row["lr"], row["grad_norm"]) == (1, 0.5, 1e-3, 2.0)
+    assert (row["update_skipped"], row["skipped_samples"]) == (0, 1) and row["memory/peak_gb"] > 0
+    assert sink.rows == [row] and sink.failed is False
+    rollouts = (tmp_path / "rollouts" / "step_1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in rollouts] == ["first", "second"]  # by the position of the prompt
+    skipped = json.loads((tmp_path / "skipped.jsonl").read_text())
+    assert skipped == {"step": 1, "id": "broken", "reason": "cannot be decoded"}
+
+
+@pytest.mark.parametrize(
+    ("difference", "warns"), [(0.05, False), (0.2, True), (math.nan, True)], ids=["small", "large", "nan"]
+)
+def test_large_mismatch_of_rollout_and_training_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, difference: float, warns: bool
+) -> None:
+    with Reporter(_folder(tmp_path), list, mismatch_threshold=0.1) as reporter:
+        reporter.report(1, RESULT, _metrics(difference), [])
+    assert ("log-probs of rollout and training differ by" in caplog.text) == warns
+
+
+def test_all_sinks_are_closed_and_told_of_a_failure(tmp_path: Path) -> None:
+    first, last = RecordingSink(), RecordingSink()
+    with (
+        pytest.raises(OSError, match="no space left"),
+        Reporter(_folder(tmp_path), lambda: [first, BrokenSink(), last], mismatch_threshold=0.1),
+    ):
+        raise ValueError("the run fails")
+    assert first.failed is last.failed is True
