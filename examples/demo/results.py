@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from command_line import text_table
 from rich.console import Console
 from rich.table import Table
 
@@ -92,20 +93,18 @@ def _metric(demo: Demo, column: str, seed: int, label: str, metric: str) -> floa
 
 def table(title: str, metrics: Metrics, columns: Mapping[str, str]) -> Table:
     """Build a table of means with the values of the seeds in brackets; the best mean of a row is bold."""
-    result = Table(title=title, title_justify="left", title_style="bold")
-    result.add_column("", no_wrap=True)
-    for name in columns.values():
-        result.add_column(name, justify="right")
+    rows = []
     for row, cells in metrics.items():
         means = {column: fmean(cells[column]) for column in columns}
         best = max(means.values())
-        texts = []
+        texts = [row]
         for column, mean in means.items():
-            shown = f"[bold]{mean:.1f}[/]" if mean == best else f"{mean:.1f}"
+            text = f"[bold]{mean:.1f}[/]" if mean == best else f"{mean:.1f}"
             seeds = " ".join(f"{value:.0f}" for value in cells[column])
-            texts.append(f"{shown} [dim]({seeds})[/]" if len(cells[column]) > 1 else shown)
-        result.add_row(row, *texts)
-    return result
+            texts.append(f"{text} [dim]({seeds})[/]" if len(cells[column]) > 1 else text)
+        rows.append(texts)
+    heads = ["\n".join(name.rsplit(" ", 1)) for name in columns.values()]
+    return text_table(title, ("", *heads), rows, wrap=True)
 
 
 def findings(metrics: Metrics, small: Metrics) -> list[str]:
@@ -174,10 +173,10 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     """Print the tables and findings of a report.json."""
     seeds = ", ".join(map(str, results["seeds"]))
     title = f"{results['date']}, {results['machine']}; percent, mean of seeds {seeds} (each seed)"
-    console.print(table(title, results["metrics"], COLUMNS))
+    console.print(table(title, results["metrics"], COLUMNS), "")
     small = results["small_labels"]
     title = f"Grounding with {small['num_labels']} labels, mean of {small['num_seeds']} seeds"
-    console.print(table(title, small["metrics"], SMALL_COLUMNS))
+    console.print(table(title, small["metrics"], SMALL_COLUMNS), "")
     # The sentences are rebuilt from the metrics, so that an older report.json is shown in the current words.
     for sentence in findings(results["metrics"], small["metrics"]):
         console.print(f"- {sentence}", highlight=False)

@@ -34,7 +34,7 @@ def out(run_demo: RunDemo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     first = run_demo("--quick", "--seeds", "3", "--workers", "2", "--out", str(out))
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "GRPO joint" in first.stdout
+    assert "GRPO on three tasks tracks" in first.stdout
     return out
 
 
