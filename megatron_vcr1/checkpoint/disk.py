@@ -1,5 +1,7 @@
-"""How checkpoints are written to the disk: in small pieces, and early; how they get their names once they are on it;
-and how they are found whole again.
+"""Durable writes: files in small writes with a checksum, and directories that get their name when complete.
+
+Terms: a file's content is *durable* after fsync of the file; a file's name is durable after fsync of the directory
+that contains it. Until then a power failure or a crash of the node may lose it.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A recent Linux gives a large write large pages of its cache, and finding those can take longer than the copying: 2 GB
-# took 2.5 to 6 s in writes of 16 MB and 0.8 s in writes of 1 MB (ext4, kernel 6.18, in a virtual machine).
-PIECE_BYTES = 2**20
+# Maximum size of one write. Recent Linux kernels allocate large pages of page cache for large writes, and finding free
+# ones can take longer than the copy: 2 GB took 2.5 to 6 s in writes of 16 MB, and 0.8 s in writes of 1 MB (ext4,
+# kernel 6.18, in a virtual machine).
+WRITE_BYTES = 2**20
 
 
 @dataclass(slots=True)
 class Checksum:
-    """Length and CRC-32 of the bytes so far."""
+    """Length and CRC-32 of a sequence of bytes; `update` appends to the sequence."""
 
     num_bytes: int = 0
     crc32: int = 0
@@ -29,47 +32,68 @@ class Checksum:
 
 
 def checksum_of(path: Path) -> Checksum:
-    """Of a file's content. Raises OSError."""
+    """Compute the checksum of a file's content. Raises OSError."""
     checksum = Checksum()
     with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(PIECE_BYTES))
+        buffer = memoryview(bytearray(WRITE_BYTES))
         while num_bytes := file.readinto(buffer):
             checksum.update(buffer[:num_bytes])
     return checksum
 
 
 class _SmallWrites(io.FileIO):
-    """A file that takes PIECE_BYTES at a time; a buffered writer on it comes back for the rest."""
+    """A new file that accepts at most WRITE_BYTES per call of `write`; a BufferedWriter calls again with the rest."""
 
     def __init__(self, path: Path, checksum: Checksum | None) -> None:
         super().__init__(path, "x")
         self._checksum = checksum
 
     def write(self, data: Any) -> int:  # any buffer
-        piece = memoryview(data).cast("B")[:PIECE_BYTES]
-        num_bytes = super().write(piece) or 0
+        part = memoryview(data).cast("B")[:WRITE_BYTES]
+        num_bytes = super().write(part) or 0
         if self._checksum is not None:
-            self._checksum.update(piece[:num_bytes])
+            self._checksum.update(part[:num_bytes])  # only the bytes that were accepted
         return num_bytes
 
 
 def create(path: Path, checksum: Checksum | None = None) -> io.BufferedWriter:
-    """Open a new file for writing; ``checksum`` is told what is written. Raises FileExistsError."""
+    """Open a new file for writing.
+
+    Args:
+        path: must not exist.
+        checksum: updated with all bytes that are written.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+    """
     return io.BufferedWriter(_SmallWrites(path, checksum))
 
 
-def start_writing(descriptor: int, position: int, num_bytes: int) -> None:
-    """Have the kernel write these bytes of a file to the disk now, without waiting: fsync then finds little left to do.
+def start_writeback(descriptor: int, position: int, num_bytes: int) -> None:
+    """Ask the kernel to write a range of a file to the disk now, without waiting, so that a later fsync is short.
 
-    Linux starts the write-back of a range that is declared as no longer needed. At the end of 2 GB, fsync took 0.02 s
-    instead of 0.7 s.
+    Linux starts the write-back of a dirty range that is declared as no longer needed. At the end of 2 GB, fsync took
+    0.02 s instead of 0.7 s. Ranges shorter than WRITE_BYTES are left alone.
     """
-    if num_bytes >= PIECE_BYTES:
+    if num_bytes >= WRITE_BYTES:
         os.posix_fadvise(descriptor, position, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a new file and fsync it. Its name is durable after `publish` or `sync_directory`. Raises OSError."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def publish(directory: Path, name: Path) -> None:
-    """Rename a directory whose files are on the disk, durably: what its folders list goes there before the name."""
+    """Give a complete directory its final name, durably.
+
+    The order matters. The caller has fsynced all files. This function first fsyncs the directory and its
+    subdirectories (their entries become durable), then renames (atomic: the name refers to nothing or to everything),
+    then fsyncs the parent (the name becomes durable). If the name survives a crash, so does the content.
+    """
     for folder, _, _ in os.walk(directory):
         sync_directory(Path(folder))
     os.rename(directory, name)
@@ -77,7 +101,7 @@ def publish(directory: Path, name: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Have the disk keep which files a directory holds, under which names."""
+    """Make the entries of a directory durable: which files it contains, under which names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""Imported or trained directory to Hugging Face directory, chunk by chunk.
+"""Export of an imported model or a training checkpoint to a Hugging Face directory, chunk by chunk.
 
-The manifest says where every byte of every safetensors file belongs, so the stored chunks are read once, in any order
-and by any number of processes, and their rows are written to their places. Tensor-parallel training cuts some tensors
-by columns; of those, each row's piece is written on its own.
+hf_layout.json determines the position of every byte in every safetensors file. So each chunk is read once, in any order
+and by any number of processes, and its rows are written to their positions. Chunks that cover only some columns of
+their tensor (tensor-parallel training shards some tensors by columns) are written row by row.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from megatron_vcr1.parallel.collectives import run_on_every_rank, run_on_first_r
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an export wrote."""
+    """Summary of an export."""
 
-    num_bytes: int  # of weights
-    casts: dict[str, int]  # changes of dtype ("float32 to bfloat16") and the number of tensors' parts that had them
+    num_bytes: int  # size of the weights
+    casts: dict[str, int]  # for each conversion of dtype, such as "float32 to bfloat16", the number of row blocks
 
 
 def export_checkpoint(model_dir: Path, out_dir: Path, *, progress: Progress = no_progress) -> ExportResult:
-    """Export an imported or trained directory; of several processes in torch.distributed each takes a share.
+    """Export a model. All ranks of the job call this together and each converts a part of the chunks.
 
-    Tensors get the names, dtypes and files that they had when the model was imported.
+    Tensors get the names, dtypes and files that they had in the Hugging Face directory that was imported.
 
     Args:
-        model_dir: what `import_checkpoint` or training wrote.
-        out_dir: a new directory, which `transformers` loads.
-        progress: see `workers.Progress`.
+        model_dir: an imported model, or a training checkpoint.
+        out_dir: a new directory, which `transformers` can load.
+        progress: see `new_directory.Progress`.
 
     Raises:
-        UserError: bad input, named; ``out_dir`` exists; the disk is too small. Nothing is left under ``out_dir``.
-        OSError: a fault of the disk. Nothing is left under ``out_dir``.
+        UserError: the input is incomplete or damaged, ``out_dir`` exists, or the disk is too small. ``out_dir`` is
+            not created.
+        OSError: the disk failed. ``out_dir`` is not created.
     """
     model = open_model(model_dir)
     with new_directory(out_dir, model.num_bytes) as partial:
         run_on_first_rank(lambda: _create_files(partial, model))
-        casts = sum(run_on_every_rank(lambda: _write_share(model, partial, progress)), Counter[str]())
-        run_on_first_rank(lambda: copy_model_files(model_dir, partial, manifest=False))
+        casts = sum(run_on_every_rank(lambda: _write_chunks(model, partial, progress)), Counter[str]())
+        run_on_first_rank(lambda: copy_model_files(model_dir, partial, hf_layout=False))
     return ExportResult(model.num_bytes, dict(casts))
 
 
@@ -58,8 +59,8 @@ def _create_files(directory: Path, model: StoredModel) -> None:
         create_safetensors(directory / name, header)
 
 
-def _write_share(model: StoredModel, directory: Path, progress: Progress) -> Counter[str]:
-    """Write this process's share of the chunks into the files of ``directory``; returns the changes of dtype."""
+def _write_chunks(model: StoredModel, directory: Path, progress: Progress) -> Counter[str]:
+    """Write this rank's part of the chunks to the safetensors files; returns the conversions of dtype."""
     casts: Counter[str] = Counter()
     with ExitStack() as stack:
         writers = {name: stack.enter_context(closing(SafetensorsWriter(directory / name))) for name in model.headers}
@@ -67,26 +68,29 @@ def _write_share(model: StoredModel, directory: Path, progress: Progress) -> Cou
         total = sum(chunk.num_bytes for chunk in chunks)
         for chunk, stored in _read_ahead(model, chunks):
             for rows in stored:
-                for place in model.places[rows.hf_name]:
-                    dtype = place.tensor.dtype
+                for location in model.locations[rows.hf_name]:
+                    dtype = location.tensor.dtype
                     if rows.values.dtype != dtype:
                         casts[f"{rows.values.dtype} to {dtype}".replace("torch.", "")] += 1
                     values = rows.values.to(dtype)
-                    writers[place.file].write_rows(place.tensor, rows.row, rows.column, values)
+                    writers[location.file].write_rows(location.tensor, rows.row, rows.column, values)
             progress(chunk.num_bytes, total)
     return casts
 
 
 def _read_ahead(model: StoredModel, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[StoredRows]]]:
-    """Each chunk and its rows; the next one is read while the caller writes this one."""
+    """Yield each chunk with its rows, while a thread reads the next chunk.
+
+    At most two chunks are in memory. The thread ends with the iterator, also when the caller raises an exception.
+    """
 
     def read(chunk: Chunk) -> tuple[Chunk, list[StoredRows]]:
         return chunk, list(model.read(chunk))
 
     with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = [reader.submit(read, chunk) for chunk in chunks[:1]]
+        pending = [reader.submit(read, chunk) for chunk in chunks[:1]]
         for chunk in chunks[1:]:
-            ahead.append(reader.submit(read, chunk))
-            yield ahead.pop(0).result()
-        for last in ahead:
+            pending.append(reader.submit(read, chunk))
+            yield pending.pop(0).result()
+        for last in pending:
             yield last.result()

@@ -1,7 +1,7 @@
-"""Hugging Face directory to imported directory, a few megabytes at a time.
+"""Import of a Hugging Face model: conversion to a Megatron checkpoint, a few megabytes at a time.
 
-Every Megatron tensor is cut by rows into chunks. A chunk is read block by block from the safetensors files into one
-buffer and written from there, so no large tensor is ever whole in memory.
+Every Megatron tensor is split by rows into chunks. A chunk is read row block by row block from the safetensors files
+into a buffer and written from there, so that no large tensor is ever whole in memory.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_vcr1.checkpoint.hf_weights import HfWeights
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, copy_model_files
 from megatron_vcr1.checkpoint.new_directory import Progress, new_directory, no_progress
-from megatron_vcr1.checkpoint.torch_dist import write_chunks, write_metadata
+from megatron_vcr1.checkpoint.torch_dist import ChunkData, write_chunks, write_metadata
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import TensorLayout, model_layout
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_every_rank, run_on_first_rank
 
-CHUNK_BYTES = 16 * 2**20  # small enough for the allocator to reuse, large enough to stream
+CHUNK_BYTES = 16 * 2**20  # small enough for the allocator to reuse the memory, large enough for sequential I/O
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +38,20 @@ class RowRange:
 
 
 def import_checkpoint(hf_dir: Path, out_dir: Path, *, progress: Progress = no_progress) -> int:
-    """Import a Hugging Face directory; of several processes in torch.distributed each takes a share.
+    """Import a Hugging Face model. All ranks of the job call this together and each converts a part of the chunks.
 
     Args:
-        hf_dir: config.json, safetensors and the files beside them.
-        out_dir: a new directory; see model_dir for what it will hold.
-        progress: see `workers.Progress`.
+        hf_dir: directory with config.json, safetensors files, tokenizer and processor.
+        out_dir: a new directory for the imported model; see `model_dir` for its files.
+        progress: see `new_directory.Progress`.
 
     Returns:
-        Bytes of weights converted, by all processes.
+        Size of the weights in bytes, over all ranks.
 
     Raises:
-        UserError: bad input, named; ``out_dir`` exists; the disk is too small. Nothing is left under ``out_dir``.
-        OSError: a fault of the disk. Nothing is left under ``out_dir``.
+        UserError: the input is incomplete or damaged, ``out_dir`` exists, or the disk is too small. ``out_dir`` is
+            not created.
+        OSError: the disk failed. ``out_dir`` is not created.
     """
     layouts = model_layout(ModelConfig.from_pretrained(hf_dir))
     with (
@@ -60,17 +60,20 @@ def import_checkpoint(hf_dir: Path, out_dir: Path, *, progress: Progress = no_pr
     ):
         megatron_dir = partial / MEGATRON_DIR
         run_on_first_rank(megatron_dir.mkdir)
-        ranges = [part for layout in layouts.values() for part in _cut(layout, weights.dtype(layout).itemsize)]
-        tensors = _read(weights, ranges[mesh.rank() :: mesh.num_ranks()], progress)
+        ranges = [part for layout in layouts.values() for part in _split_rows(layout, weights.dtype(layout).itemsize)]
+        tensors = _read_chunks(weights, ranges[mesh.rank() :: mesh.num_ranks()], progress)
         written = run_on_every_rank(lambda: write_chunks(megatron_dir / f"__{mesh.rank()}_0.distcp", tensors))
-        kinds = {key: (weights.dtype(layout), layout.shape) for key, layout in layouts.items()}
-        run_on_first_rank(lambda: write_metadata(megatron_dir, kinds, chain.from_iterable(written)))
+        specs = {key: (weights.dtype(layout), layout.shape) for key, layout in layouts.items()}
+        run_on_first_rank(lambda: write_metadata(megatron_dir, specs, chain.from_iterable(written)))
         run_on_first_rank(lambda: copy_model_files(hf_dir, partial))
         return weights.num_bytes
 
 
-def _cut(layout: TensorLayout, itemsize: int) -> Iterator[RowRange]:
-    """Chunks of at most CHUNK_BYTES; a power of two of them, so that tensor-parallel shards begin where they do."""
+def _split_rows(layout: TensorLayout, itemsize: int) -> Iterator[RowRange]:
+    """Split a tensor into row ranges of at most CHUNK_BYTES.
+
+    Their number is a power of two, so that the shards of the usual tensor-parallel sizes begin at chunk boundaries.
+    """
     num_rows = layout.shape[0]
     num_chunks = 1
     while num_rows * layout.num_columns * itemsize > num_chunks * CHUNK_BYTES and num_chunks < num_rows:
@@ -80,10 +83,8 @@ def _cut(layout: TensorLayout, itemsize: int) -> Iterator[RowRange]:
         yield RowRange(layout, start, min(start + rows_each, num_rows))
 
 
-def _read(
-    weights: HfWeights, ranges: list[RowRange], progress: Progress
-) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Yields (key, offsets, tensor); the tensor lies in a buffer that the next one overwrites."""
+def _read_chunks(weights: HfWeights, ranges: list[RowRange], progress: Progress) -> Iterator[ChunkData]:
+    """Read row ranges as chunks. All chunks share one buffer: advancing the iterator overwrites the last tensor."""
     total = sum(part.num_bytes(weights) for part in ranges)
     buffer = bytearray()
     for part in ranges:

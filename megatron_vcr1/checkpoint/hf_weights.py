@@ -1,4 +1,4 @@
-"""The tensors of a set of safetensors files, found by their published names and checked against the model's layout."""
+"""The tensors of a set of safetensors files, located by their published names and checked against the model."""
 
 from __future__ import annotations
 
@@ -20,33 +20,40 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """A tensor and the file that it is in."""
+class TensorLocation:
+    """A tensor and the file that contains it."""
 
     file: str
     tensor: StoredTensor
 
 
-def place_tensors(
+def locate_tensors(
     headers: Mapping[str, SafetensorsHeader], layouts: Mapping[str, TensorLayout], where: Path
-) -> dict[str, tuple[Placed, ...]]:
-    """Where every tensor of the model stands, by published name; ``where`` names the directory or file in errors.
+) -> dict[str, tuple[TensorLocation, ...]]:
+    """Locate every tensor of the model in a set of safetensors files.
 
-    A tensor has one place, but for the embedding of a model that ties it to the head: some programs write the head too.
+    Args:
+        headers: headers of the files, by file name.
+        layouts: the model's tensors.
+        where: directory or file to name in error messages.
+
+    Returns:
+        Locations of each tensor by published name. Each tensor has one location, with one exception: if the embedding
+        is tied to the head, some programs write the head as well, and the embedding has two.
 
     Raises:
-        UserError: a tensor is missing, unknown, there twice or of another shape, or tensors that become one have
-            different dtypes.
+        UserError: a tensor is missing, unknown, duplicated or has the wrong shape, or tensors that form one Megatron
+            tensor have different dtypes.
     """
     shapes = hf_shapes(layouts)
-    places: dict[str, tuple[Placed, ...]] = {name: () for name in shapes}
+    locations: dict[str, tuple[TensorLocation, ...]] = {name: () for name in shapes}
     unexpected = []
     files: dict[str, str] = {}
     for file, header in headers.items():
         for tensor in header.tensors:
             name = published_name(tensor.name)
             if name in files:
-                raise UserError(f"{where}: {name} is there twice, in {files[name]} and in {file}; keep the right one")
+                raise UserError(f"{where}: {name} exists twice, in {files[name]} and in {file}; remove one of them")
             files[name] = file
             if name == _HEAD and _HEAD not in shapes:
                 name = _EMBEDDING
@@ -54,83 +61,87 @@ def place_tensors(
                 unexpected.append(f"{tensor.name} ({file})")
             elif tensor.shape != shapes[name]:
                 raise UserError(
-                    f"{where}: {tensor.name} in {file} has shape {tensor.shape}; config.json asks for {shapes[name]}"
+                    f"{where}: {tensor.name} in {file} has shape {tensor.shape}, but config.json implies {shapes[name]}"
                 )
             else:
-                places[name] += (Placed(file, tensor),)
+                locations[name] += (TensorLocation(file, tensor),)
     if unexpected:
-        raise UserError(f"{where}: unexpected tensors: {_some(unexpected)}; config.json describes a model without them")
-    missing = [name for name, found in places.items() if not found]
+        raise UserError(
+            f"{where}: unexpected tensors: {_abbreviate(unexpected)}; config.json describes a model without them"
+        )
+    missing = [name for name, found in locations.items() if not found]
     if missing:
         raise UserError(
-            f"{where}: missing tensors: {_some(missing)}; fetch the model's files again, or correct config.json"
+            f"{where}: missing tensors: {_abbreviate(missing)}; download the model's files again, or correct "
+            "config.json"
         )
     for layout in layouts.values():
-        _check_one_dtype(layout, places, where)
-    return places
+        _check_same_dtype(layout, locations, where)
+    return locations
 
 
-def _check_one_dtype(layout: TensorLayout, places: Mapping[str, tuple[Placed, ...]], where: Path) -> None:
-    dtypes = {place.tensor.name: place.tensor.dtype for name in layout.hf_shapes for place in places[name]}
+def _check_same_dtype(layout: TensorLayout, locations: Mapping[str, tuple[TensorLocation, ...]], where: Path) -> None:
+    dtypes = {found.tensor.name: found.tensor.dtype for name in layout.hf_shapes for found in locations[name]}
     if len(set(dtypes.values())) > 1:
         listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise UserError(
-            f"{where}: tensors that become one have different dtypes: {listed}; save the model in one dtype"
+            f"{where}: tensors that form one Megatron tensor have different dtypes: {listed}; save the model in one "
+            "dtype"
         )
 
 
-def _some(names: list[str]) -> str:
+def _abbreviate(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class HfWeights:
-    """The weights of a Hugging Face directory, open for reading by rows."""
+    """The weights of a Hugging Face directory, open for reading row by row. A context manager."""
 
     def __init__(self, hf_dir: Path, layouts: Mapping[str, TensorLayout]) -> None:
         """Open and check all files.
 
         Raises:
-            UserError: as `read_headers` and `place_tensors`.
+            UserError: see `read_headers` and `locate_tensors`.
         """
         self.hf_dir = hf_dir
         self.headers = read_headers(hf_dir)
-        self.places = place_tensors(self.headers, layouts, hf_dir)
+        self.locations = locate_tensors(self.headers, layouts, hf_dir)
         with ExitStack() as stack:
             self._readers = {file: stack.enter_context(SafetensorsReader(hf_dir / file)) for file in self.headers}
             self._files = stack.pop_all()
 
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(tensor.num_bytes for header in self.headers.values() for tensor in header.tensors)
 
     def dtype(self, layout: TensorLayout) -> torch.dtype:
-        """The dtype of the tensors that ``layout`` is made of."""
-        return self.places[layout.blocks[0].hf_name][0].tensor.dtype
+        """Return the dtype of the Hugging Face tensors that form a Megatron tensor."""
+        return self.locations[layout.blocks[0].hf_name][0].tensor.dtype
 
     def read_rows(self, layout: TensorLayout, start: int, rows: Tensor) -> None:
-        """Read rows of a Megatron tensor.
+        """Read consecutive rows of a Megatron tensor.
 
         Args:
             layout: the Megatron tensor.
-            start: its first row to read.
-            rows: [num_rows, layout.num_columns], contiguous and of the right `dtype`; filled.
+            start: the first row to read.
+            rows: [num_rows, layout.num_columns], contiguous and of `dtype(layout)`; overwritten.
 
         Raises:
-            UserError: a tied model's head differs from its embedding.
+            UserError: the head of a model with tied embeddings differs from the embedding.
         """
         for block in layout.blocks_in(start, start + rows.shape[0]):
             self._fill(block.hf_name, block.hf_row, rows[block.row : block.row + block.num_rows])
 
     def read_hf_rows(self, name: str, row: int, num_rows: int) -> Tensor:
-        """Rows of a Hugging Face tensor by its published name; [num_rows, num_columns], in the stored dtype."""
-        tensor = self.places[name][0].tensor
+        """Return rows of a Hugging Face tensor by its published name: [num_rows, num_columns], in the stored dtype."""
+        tensor = self.locations[name][0].tensor
         rows = torch.empty(num_rows, tensor.num_columns, dtype=tensor.dtype)
         self._fill(name, row, rows)
         return rows
 
     def _fill(self, name: str, row: int, rows: Tensor) -> None:
-        first, *copies = self.places[name]
+        first, *copies = self.locations[name]
         self._readers[first.file].read_rows(first.tensor, row, rows)
         for copy in copies:
             other = torch.empty_like(rows)

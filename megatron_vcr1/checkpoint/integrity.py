@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written: length and CRC-32 of its files."""
+"""Integrity of a checkpoint: checksums.json lists the length and CRC-32 of every file."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_vcr1.checkpoint.disk import Checksum, checksum_of
-from megatron_vcr1.checkpoint.model_dir import CHECKSUMS_FILE, write_durably
+from megatron_vcr1.checkpoint.disk import Checksum, checksum_of, write_durably
+from megatron_vcr1.checkpoint.model_dir import CHECKSUMS_FILE
 from megatron_vcr1.errors import UserError
 
 
 def write_checksums(directory: Path, known: Mapping[str, Checksum]) -> None:
-    """List every file of a directory in its checksums.json.
+    """Write checksums.json for all files of a directory, durably.
 
     Args:
-        directory: its files are complete.
-        known: checksums that need not be computed, by path below ``directory``.
+        directory: a directory whose files are complete.
+        known: checksums that were computed while writing, by path relative to ``directory``. The other files are read.
     """
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     checksums = {name: asdict(known.get(name) or checksum_of(directory / name)) for name in names}
@@ -25,10 +25,13 @@ def write_checksums(directory: Path, known: Mapping[str, Checksum]) -> None:
 
 
 def check_files(directory: Path, *, share: int = 0, num_shares: int = 1) -> None:
-    """Check that all files are there in their lengths, and the content of every ``num_shares``-th one.
+    """Check the files of a directory against its checksums.json.
+
+    Every call checks the length of every file. The content of the files is split among ``num_shares`` callers, usually
+    the ranks: this call reads every ``num_shares``-th file, starting with number ``share``.
 
     Raises:
-        UserError: a file is missing, cut off or changed; names it.
+        UserError: a file is missing, truncated or changed; names it.
     """
     path = directory / CHECKSUMS_FILE
     try:
@@ -42,4 +45,4 @@ def check_files(directory: Path, *, share: int = 0, num_shares: int = 1) -> None
             found = "it is missing" if num_bytes is None else f"it has {num_bytes}"
             raise UserError(f"{file}: {expected.num_bytes} bytes were written, {found}; the checkpoint is damaged")
         if index % num_shares == share and checksum_of(file) != expected:
-            raise UserError(f"{file}: its content is not what was written (CRC-32 differs); the checkpoint is damaged")
+            raise UserError(f"{file}: the content is not what was written (CRC-32 differs); the checkpoint is damaged")

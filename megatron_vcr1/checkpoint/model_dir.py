@@ -1,46 +1,46 @@
-"""Model directories: what stands where in a Hugging Face directory and in an imported one.
+"""Model directories: the files of a Hugging Face directory, of an imported model and of a training checkpoint.
 
-An imported directory holds
-    config.json, tokenizer and processor files    as they were in the Hugging Face directory
-    hf_layout.json                                the headers of its safetensors files, which an export writes back
-    megatron/                                     the weights, a megatron-core ``torch_dist`` checkpoint
-A training checkpoint that is to be exported has the same three parts (`copy_model_files` makes the first two), and two
-files of its own: checksums.json and state.json.
+An imported model consists of
+    config.json, tokenizer and processor files    unchanged copies from the Hugging Face directory
+    hf_layout.json                                headers of its safetensors files, which an export restores
+    megatron/                                     the weights, as a megatron-core ``torch_dist`` checkpoint
+A training checkpoint has the same three parts (`copy_model_files` writes the first two), so that it can be exported,
+and two files of its own: checksums.json and state.json.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from megatron_vcr1.checkpoint.disk import write_durably
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsHeader, SafetensorsReader, parse_header
 from megatron_vcr1.errors import UserError
 
 MEGATRON_DIR = "megatron"
-MANIFEST_FILE = "hf_layout.json"
+HF_LAYOUT_FILE = "hf_layout.json"
 CHECKSUMS_FILE = "checksums.json"
 STATE_FILE = "state.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_MANIFEST_VERSION = 1
-_OWN_FILES = (MANIFEST_FILE, CHECKSUMS_FILE, STATE_FILE)  # of an imported directory or a checkpoint, not of its model
+_HF_LAYOUT_VERSION = 1
+_OWN_FILES = (HF_LAYOUT_FILE, CHECKSUMS_FILE, STATE_FILE)  # not copied: the copy gets its own
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def is_imported(model_dir: Path) -> bool:
-    """Whether the directory holds a Megatron checkpoint (imported, or saved by training) instead of safetensors."""
+    """Return whether a directory holds a Megatron checkpoint (imported, or saved by training) and not safetensors."""
     return (model_dir / MEGATRON_DIR).is_dir()
 
 
 def weight_files(hf_dir: Path) -> list[str]:
-    """Names of the safetensors files of a Hugging Face directory, sorted.
+    """Return the names of the safetensors files of a Hugging Face directory, sorted.
 
     Raises:
-        UserError: the directory or its index is missing or damaged, or it holds no safetensors, or two sets of them.
+        UserError: the directory is missing, its index is damaged, or it holds no safetensors or two models.
     """
     if not hf_dir.is_dir():
-        raise UserError(f"{hf_dir}: no such directory; name a downloaded Hugging Face model")
+        raise UserError(f"{hf_dir}: no such directory; give the path of a downloaded Hugging Face model")
     if is_imported(hf_dir):
         raise UserError(f"{hf_dir}: its weights are a Megatron checkpoint, not safetensors; export it first")
     index_path = hf_dir / INDEX_FILE
@@ -49,10 +49,10 @@ def weight_files(hf_dir: Path) -> list[str]:
     if single and indexed - single:
         raise UserError(
             f"{hf_dir}: holds two models: {SINGLE_FILE}, which transformers would read, and the files of {INDEX_FILE}; "
-            "remove the one that is out of date"
+            "remove the outdated one"
         )
     if not single | indexed:
-        raise UserError(f"{hf_dir}: neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors weights are read")
+        raise UserError(f"{hf_dir}: has neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors weights can be read")
     return sorted(single | indexed)
 
 
@@ -62,15 +62,15 @@ def _weight_map(index_path: Path) -> dict[str, str]:
         if any(Path(name).name != name for name in weight_map.values()):
             raise ValueError("a file name in weight_map has a directory part")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index_path}: not a safetensors index ({error!r}); fetch it again") from None
+        raise UserError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
     return weight_map
 
 
 def read_headers(hf_dir: Path) -> dict[str, SafetensorsHeader]:
-    """The headers of a Hugging Face directory's safetensors files, by file name.
+    """Read the headers of a Hugging Face directory's safetensors files; returns them by file name.
 
     Raises:
-        UserError: a file is missing or not whole, or the index and the files disagree about a tensor.
+        UserError: a file is missing or truncated, or the index and the files disagree about a tensor.
     """
     headers = {}
     for name in weight_files(hf_dir):
@@ -85,28 +85,31 @@ def read_headers(hf_dir: Path) -> dict[str, SafetensorsHeader]:
             tensor = differing[0]
             raise UserError(
                 f"{index_path}: places {tensor} in {indexed.get(tensor)}, but it is in {found.get(tensor)}"
-                f" ({len(differing)} such tensors); fetch the files and their index from one revision"
+                f" ({len(differing)} such tensors); download the files and their index from one revision"
             )
     return headers
 
 
-def read_manifest(model_dir: Path) -> dict[str, SafetensorsHeader]:
-    """The safetensors headers that an export of ``model_dir`` writes, by file name.
+def read_hf_layout(model_dir: Path) -> dict[str, SafetensorsHeader]:
+    """Read hf_layout.json: the safetensors headers that an export of ``model_dir`` writes, by file name.
 
     Raises:
-        UserError: the manifest is missing or damaged.
+        UserError: the file is missing or damaged.
     """
-    path = model_dir / MANIFEST_FILE
+    path = model_dir / HF_LAYOUT_FILE
     try:
-        manifest = json.loads(path.read_text())
-        if manifest["version"] != _MANIFEST_VERSION:
-            raise UserError(f"{path}: version {manifest['version']}; this program reads version {_MANIFEST_VERSION}")
-        texts = {str(name): str(text) for name, text in manifest["headers"].items()}
+        content = json.loads(path.read_text())
+        if content["version"] != _HF_LAYOUT_VERSION:
+            raise UserError(
+                f"{path}: has version {content['version']}, but only version {_HF_LAYOUT_VERSION} can be read; import "
+                "the model again"
+            )
+        texts = {str(name): str(text) for name, text in content["headers"].items()}
         if any(Path(name).name != name for name in texts):
             raise ValueError("a file name has a directory part")
     except FileNotFoundError:
         raise UserError(
-            f"{path}: not found; name a directory made by import, or a checkpoint made by training"
+            f"{path}: not found; give the path of an imported model, or of a checkpoint that training has written"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -116,30 +119,23 @@ def read_manifest(model_dir: Path) -> dict[str, SafetensorsHeader]:
 
 
 def model_headers(model_dir: Path) -> dict[str, SafetensorsHeader]:
-    """`read_manifest` of an imported directory, `read_headers` of a Hugging Face one."""
-    return read_manifest(model_dir) if is_imported(model_dir) else read_headers(model_dir)
+    """Return the safetensors headers of a Hugging Face directory, or those that an imported model was read from."""
+    return read_hf_layout(model_dir) if is_imported(model_dir) else read_headers(model_dir)
 
 
-def copy_model_files(model_dir: Path, destination: Path, *, manifest: bool = True) -> None:
-    """Copy everything but the weights: configuration, tokenizer, processor, licence, index.
+def copy_model_files(model_dir: Path, destination: Path, *, hf_layout: bool = True) -> None:
+    """Copy all files except the weights, durably: configuration, tokenizer, processor, licence, index.
 
     Args:
-        model_dir: a Hugging Face or an imported directory.
+        model_dir: a Hugging Face directory, an imported model or a training checkpoint.
         destination: an existing directory.
-        manifest: also write hf_layout.json, which makes ``destination`` exportable; False for a Hugging Face directory.
+        hf_layout: whether to write hf_layout.json too, which makes ``destination`` exportable. False if
+            ``destination`` becomes a Hugging Face directory.
     """
     for source in sorted(model_dir.iterdir()):
         if source.is_file() and source.suffix not in _WEIGHT_SUFFIXES and source.name not in _OWN_FILES:
             write_durably(destination / source.name, source.read_bytes())
-    if manifest:
+    if hf_layout:
         texts = {name: header.text for name, header in model_headers(model_dir).items()}
-        content = json.dumps({"version": _MANIFEST_VERSION, "headers": texts}, indent=1)
-        write_durably(destination / MANIFEST_FILE, content.encode())
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a new file, down to the disk. Raises OSError."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        content = json.dumps({"version": _HF_LAYOUT_VERSION, "headers": texts}, indent=1)
+        write_durably(destination / HF_LAYOUT_FILE, content.encode())

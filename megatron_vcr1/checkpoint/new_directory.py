@@ -19,84 +19,92 @@ from megatron_vcr1.parallel.collectives import run_on_first_rank
 
 logger = logging.getLogger(__name__)
 
-_OTHER_FILES_BYTES = 2**26  # tokenizer, configuration, indices
+OTHER_FILES_BYTES = 2**26  # upper bound for the files besides the weights: tokenizer, configuration, indices
 
-
-# Called with the bytes that this worker has just done, and with all those that it has to do.
+# A callback for progress: called with the bytes that this rank has just converted, and with its total.
 Progress = Callable[[int, int], object]
 
 
 def no_progress(num_bytes: int, total_bytes: int) -> None:
-    """Shows nothing."""
+    """Ignore progress."""
 
 
 @contextmanager
 def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
-    """A directory that appears under its name complete, or not at all.
+    """Create a directory that appears under its final name when it is complete, or not at all.
 
-    The block, on every worker, fills the directory that it is given. That is beside ``path`` under a temporary name;
-    it is renamed when the block has ended without an error, and removed when it has not. What a killed process left for
-    the same ``path`` is removed first.
+    All ranks enter and leave the with-block together. They fill the directory that they are given, which has a
+    temporary name beside ``path``. If the block ends without an error on all ranks, rank 0 publishes it under its final
+    name; otherwise rank 0 removes it. Temporary directories of processes that were killed are removed at the start; a
+    lock on each of them tells whether its process still runs.
 
     Args:
         path: the final name; must not exist, or be an empty directory.
-        num_bytes: of weights that the block will write; checked against the free space.
+        num_bytes: size of the weights that the block will write; checked against the free disk space.
 
     Raises:
-        UserError: ``path`` holds something, its parent does not exist, or the disk lacks the space.
+        UserError: ``path`` is not empty, its parent does not exist, or the disk is too small.
     """
-    path = path.resolve()  # where a link points to
+    path = path.resolve()  # follow symbolic links, so that a link stays a link
     with ExitStack() as lock:
-        partial = run_on_first_rank(lambda: _make_partial(path, num_bytes, lock))
+        partial = run_on_first_rank(lambda: _create_partial(path, num_bytes, lock))
         try:
             yield partial
             run_on_first_rank(lambda: publish(partial, path))
         finally:
             if mesh.rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)  # gone when it was published
+                shutil.rmtree(partial, ignore_errors=True)  # no longer exists if it was published
 
 
-def _make_partial(path: Path, num_bytes: int, lock: ExitStack) -> Path:
-    """A temporary directory beside ``path``, locked until ``lock`` is closed, or this process ends in any way."""
+def _create_partial(path: Path, num_bytes: int, lock: ExitStack) -> Path:
+    """Create a temporary directory beside ``path``, and lock it until ``lock`` is closed or this process ends."""
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such directory; create it first")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-        _remove_if_dead(leftover)
-    needed, free = num_bytes + _OTHER_FILES_BYTES, shutil.disk_usage(path.parent).free
+        _remove_if_abandoned(leftover)
+    needed, free = num_bytes + OTHER_FILES_BYTES, shutil.disk_usage(path.parent).free
     if free < needed:
         raise UserError(f"{path.parent}: disk full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
     if path.exists():
+        # Remove an empty directory now rather than at the end: if it is a mount point, its name can never be taken,
+        # and all the work would be lost.
         try:
-            path.rmdir()  # now: at the end it may turn out to be a mount point, whose name cannot be taken
+            path.rmdir()
         except OSError as error:
-            raise UserError(f"{path}: exists ({error.strerror}); name a new directory, or remove it first") from None
+            raise UserError(
+                f"{path}: exists ({error.strerror}); give the path of a new directory, or remove this one first"
+            ) from None
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     partial.mkdir()
-    lock.enter_context(_locked(partial))
+    lock.enter_context(_try_lock(partial))
     return partial
 
 
-def _remove_if_dead(partial: Path) -> None:
-    with _locked(partial) as is_ours:
-        if is_ours:
-            logger.info("%s: removed, a process was killed while it was at it", partial)
+def _remove_if_abandoned(partial: Path) -> None:
+    """Remove a temporary directory whose process has ended."""
+    with _try_lock(partial) as is_locked:
+        if is_locked:
+            logger.info("%s: removed; the process that wrote it was killed", partial)
             shutil.rmtree(partial)
         else:
             logger.warning(
-                "%s: being written by another process, or left by one that was killed, which this file system does not "
-                "tell; remove it in the latter case",
+                "%s: not removed. Either another process is writing it, or the process that wrote it was killed and "
+                "this file system has no locks on directories; in the latter case remove it",
                 partial,
             )
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Whether this process holds a directory's lock in the with-block: no other one does, and there are locks here."""
+def _try_lock(directory: Path) -> Iterator[bool]:
+    """Try to lock a directory for the duration of the with-block, and tell whether that succeeded.
+
+    The kernel releases the lock when the process ends, however it ends.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # taken; or, as on NFS, a directory has none
+        except OSError:  # held by another process, or not supported for directories (NFS)
             yield False
         else:
             yield True

@@ -1,7 +1,8 @@
-"""What a megatron-core optimizer keeps of each parameter, as pieces of global tensors of the parameter's shape.
+"""The state that a megatron-core optimizer keeps for each parameter, as slices of global tensors.
 
-Keys and shapes are those of megatron-core's fully reshardable format: ``optimizer.state.exp_avg.<weight>`` and so on,
-with 32-bit master weights as ``param`` where the model's own are shorter.
+Each state tensor has the global shape of its parameter. Keys and shapes are those of megatron-core's fully reshardable
+format: ``optimizer.state.exp_avg.<weight>``, ``optimizer.state.exp_avg_sq.<weight>``, and
+``optimizer.state.param.<weight>`` for float32 master weights, if the model's own are bfloat16.
 """
 
 from __future__ import annotations
@@ -20,59 +21,69 @@ from megatron.core.optimizer.optimizer import (
 )
 from torch import Tensor, nn
 
-from megatron_vcr1.checkpoint.pieces import Piece, run_of
+from megatron_vcr1.checkpoint.shard_slices import ShardSlice, slices_of_range
 
 _PREFIX = "optimizer.state."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def optimizer_pieces(
-    optimizer: MegatronOptimizer, parameters: Mapping[nn.Parameter, list[Piece]], *, divided: bool
-) -> list[Piece]:
-    """Pieces of this rank's optimizer state; moments that no step has made yet are made, of zeros.
+def optimizer_slices(
+    optimizer: MegatronOptimizer, parameters: Mapping[nn.Parameter, list[ShardSlice]], *, distributed: bool
+) -> list[ShardSlice]:
+    """Return the slices of this rank's optimizer state.
+
+    Adam creates its moments in the first step. Moments that do not exist yet are created here, as zeros, so that a
+    checkpoint of step 0 is complete and a checkpoint can be loaded before the first step.
 
     Args:
-        parameters: see `parameter_pieces`.
-        divided: the state that is divided over the copies of the model (the distributed optimizer's), or the state that
-            every copy has.
+        optimizer: megatron-core's optimizer of this rank.
+        parameters: see `parameter_slices`.
+        distributed: True for state that is sharded over data-parallel ranks (of the distributed optimizer), False for
+            state that is replicated on all of them.
     """
     return [
-        piece
-        for one in _optimizers(optimizer)
-        if isinstance(one, DistributedOptimizer) == divided
-        for parameter, start, main in _main_parameters(one)
-        for name, values in _state(one.optimizer, parameter, main).items()
-        for piece in run_of(parameters[parameter], f"{_PREFIX}{name}.", start, values)
+        part
+        for single in _single_optimizers(optimizer)
+        if isinstance(single, DistributedOptimizer) == distributed
+        for parameter, start, main in _main_parameters(single)
+        for name, values in _flat_state(single.optimizer, parameter, main).items()
+        for part in slices_of_range(parameters[parameter], f"{_PREFIX}{name}.", start, values)
     ]
 
 
 def num_updates(optimizer: MegatronOptimizer) -> int:
-    """Steps that Adam has taken, for its bias correction; 0 on a rank without parameters that learn."""
-    return max((int(group.get("step", 0)) for group in _groups(optimizer)), default=0)
+    """Return the number of steps that Adam has taken (for its bias correction); 0 on a rank without trained parameters.
+
+    A skipped step counts for the run but not for Adam, so this is stored besides the run's step.
+    """
+    return max((int(group.get("step", 0)) for group in _parameter_groups(optimizer)), default=0)
 
 
 def set_num_updates(optimizer: MegatronOptimizer, steps: int) -> None:
-    """Have Adam go on as if it had taken so many steps."""
-    for group in _groups(optimizer):
+    """Set the number of steps that Adam has taken."""
+    for group in _parameter_groups(optimizer):
         group["step"] = steps
 
 
-def _groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    """Parameter groups; TransformerEngine's, Apex's and our Adam count a group's steps in it."""
-    return [group for one in _optimizers(optimizer) for group in one.optimizer.param_groups]
+def _parameter_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """Return all parameter groups. The Adam of TransformerEngine, Apex and this package counts steps per group."""
+    return [group for single in _single_optimizers(optimizer) for group in single.optimizer.param_groups]
 
 
-def _optimizers(optimizer: MegatronOptimizer) -> list[Any]:
-    """The single optimizers that have parameters on this rank."""
+def _single_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the optimizers in a chain that have parameters on this rank."""
     single = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [one for one in single if not one.is_stub_optimizer]
 
 
 def _main_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-    """(parameter, start, main): ``main`` is what the inner optimizer updates, the parameter's values from ``start`` on,
-    the parameter itself, a view of it or a copy of higher precision.
+    """Yield (parameter, start, main) for each parameter on this rank.
+
+    ``main`` is the tensor that the inner optimizer updates. It holds the parameter's values from ``start`` on, and is
+    the parameter itself, a view of it, or a float32 copy.
     """
     if isinstance(optimizer, DistributedOptimizer):
+        # Each data-parallel rank owns a flat range of the gradient buffer, and so of some parameters.
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():
             owned = optimizer._get_model_param_range_map(parameter)["param"]
             yield parameter, owned.start, optimizer.optimizer.param_groups[group]["params"][order]
@@ -93,8 +104,8 @@ def _main_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, int, Tensor
                 yield parameter, 0, parameter
 
 
-def _state(inner: torch.optim.Optimizer, parameter: nn.Parameter, main: Tensor) -> dict[str, Tensor]:
-    """The flat tensors that belong to a main parameter."""
+def _flat_state(inner: torch.optim.Optimizer, parameter: nn.Parameter, main: Tensor) -> dict[str, Tensor]:
+    """Return the state tensors of a main parameter by name, flattened without a copy."""
     state = inner.state[main]
     for name in _MOMENTS:
         if name not in state:

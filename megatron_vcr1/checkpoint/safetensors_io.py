@@ -1,8 +1,8 @@
-"""Safetensors files by rows: read any rows of a tensor into a buffer, write any rectangle of it.
+"""Row-wise access to safetensors files: read any rows of a tensor into a buffer, write any rectangle of a tensor.
 
-The format: 8 bytes of little-endian header length, a JSON header (name to dtype, shape and byte range), the bytes.
-Reads and writes carry their position (pread, pwrite), so several processes may share a file. They are no memory maps:
-a map would count every page that was ever touched towards the process's memory.
+File format: 8 bytes of little-endian header length, a JSON header (name to dtype, shape and byte range), the data.
+Reads and writes are positioned (pread, pwrite), so several processes may write to one file. Memory maps are not used,
+because every page that was ever touched would count towards the memory of the process.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_vcr1.checkpoint.disk import PIECE_BYTES, start_writing
+from megatron_vcr1.checkpoint.disk import WRITE_BYTES, start_writeback
 from megatron_vcr1.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors package
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class StoredTensor:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    position: int  # of its first byte in the file
+    position: int  # of the first byte in the file
 
     @property
     def num_columns(self) -> int:
-        """Numbers in a row: everything behind the first dimension."""
+        """Number of values per row: the product of all dimensions after the first."""
         return math.prod(self.shape[1:])
 
     @property
@@ -46,22 +46,26 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """The header of one file: its exact text, and what it says."""
+    """Header of a safetensors file."""
 
-    text: str
-    tensors: tuple[StoredTensor, ...]  # in the order of their bytes
+    text: str  # exact JSON text, so that an export can restore the file byte for byte
+    tensors: tuple[StoredTensor, ...]  # in the order of their bytes in the file
 
     @property
     def file_bytes(self) -> int:
-        """Size of the whole file."""
+        """Size of the whole file in bytes."""
         return _LENGTH_BYTES + len(self.text.encode()) + sum(tensor.num_bytes for tensor in self.tensors)
 
 
 def parse_header(text: str, path: Path) -> SafetensorsHeader:
-    """Read the JSON header of the file at ``path`` (which is only named in errors).
+    """Parse a safetensors header.
+
+    Args:
+        text: the JSON text.
+        path: the file that it comes from, for error messages only.
 
     Raises:
-        UserError: not a header, a dtype that no published model has, or byte ranges that are no seamless sequence.
+        UserError: the text is not a header, a dtype is not supported, or the byte ranges have gaps or overlap.
     """
     try:
         entries = json.loads(text)
@@ -70,19 +74,20 @@ def parse_header(text: str, path: Path) -> SafetensorsHeader:
         dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
         shapes = {name: tuple(int(size) for size in entry["shape"]) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: the safetensors header is damaged ({error!r}); fetch the file again") from None
+        raise UserError(f"{path}: the safetensors header is damaged ({error!r}); download the file again") from None
     data_start = _LENGTH_BYTES + len(text.encode())
     position = 0
     tensors = []
     for (start, stop), name in spans:
         if dtypes[name] not in DTYPES:
             raise UserError(
-                f"{path}: {name} has dtype {dtypes[name]}; convert an unquantized checkpoint ({', '.join(DTYPES)})"
+                f"{path}: {name} has dtype {dtypes[name]}; use an unquantized checkpoint ({', '.join(DTYPES)})"
             )
         tensor = StoredTensor(name, DTYPES[dtypes[name]], shapes[name], data_start + start)
         if start != position or stop != start + tensor.num_bytes or min(tensor.shape, default=1) < 1:
             raise UserError(
-                f"{path}: the header gives {name} bytes {start}..{stop}, which its shape or its neighbour contradicts"
+                f"{path}: the header gives {name} bytes {start}..{stop}, which do not match its shape or the tensor "
+                "before it; download the file again"
             )
         position = stop
         tensors.append(tensor)
@@ -90,18 +95,18 @@ def parse_header(text: str, path: Path) -> SafetensorsHeader:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
     return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
 
 
 class SafetensorsReader:
-    """An open safetensors file."""
+    """A safetensors file that is open for reading."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file and check that it is whole.
+        """Open a file and check that it is complete.
 
         Raises:
-            UserError: missing, not safetensors, or shorter or longer than its header says.
+            UserError: the file is missing, is not safetensors, or is shorter or longer than its header says.
         """
         self.path = path
         try:
@@ -118,21 +123,35 @@ class SafetensorsReader:
         size = os.fstat(self._descriptor).st_size
         length = int.from_bytes(os.pread(self._descriptor, _LENGTH_BYTES, 0), "little")
         if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-            raise UserError(f"{self.path}: not a whole safetensors file ({size} bytes); fetch it again")
+            raise UserError(f"{self.path}: not a complete safetensors file ({size} bytes); download it again")
         try:
             text = os.pread(self._descriptor, length, _LENGTH_BYTES).decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: the safetensors header is damaged ({error}); fetch the file again") from None
+            raise UserError(
+                f"{self.path}: the safetensors header is damaged ({error}); download the file again"
+            ) from None
         header = parse_header(text, self.path)
         if size != header.file_bytes:
-            raise UserError(f"{self.path}: {size} bytes, but its header describes {header.file_bytes}; fetch it again")
+            raise UserError(
+                f"{self.path}: {size} bytes, but its header describes {header.file_bytes}; download it again"
+            )
         return header
 
     def read_rows(self, tensor: StoredTensor, row: int, rows: Tensor) -> None:
-        """Fill ``rows`` [num_rows, num_columns], contiguous and of the tensor's dtype, from row ``row`` on."""
+        """Read consecutive rows of a tensor.
+
+        Args:
+            tensor: the tensor in this file.
+            row: the first row to read.
+            rows: [num_rows, num_columns], contiguous and of the tensor's dtype; overwritten.
+
+        Raises:
+            UserError: the file has become shorter.
+        """
         data = _bytes_of(rows)
         position = tensor.position + row * tensor.num_columns * tensor.dtype.itemsize
         while data:
+            # A read may return fewer bytes than requested.
             count = os.preadv(self._descriptor, [data], position)
             if count == 0:
                 raise UserError(f"{self.path}: ended inside {tensor.name}; the file changed while it was read")
@@ -149,10 +168,10 @@ class SafetensorsReader:
 
 
 def create_safetensors(path: Path, header: SafetensorsHeader) -> None:
-    """Create a file with ``header`` and the length that its tensors give it.
+    """Create a file with a header and the final length; the data is a hole that `SafetensorsWriter` fills.
 
-    Their room is not reserved: where the file system cannot (NFS before 4.2, Lustre before 2.14), the C library's
-    posix_fallocate writes a byte to every 4 KB instead, millions of them for a shard.
+    Disk space is not reserved: on file systems without support for it (NFS before 4.2, Lustre before 2.14), the C
+    library's posix_fallocate writes one byte per 4 KB instead, millions of bytes for a file of weights.
     """
     text = header.text.encode()
     with path.open("xb") as file:
@@ -161,30 +180,37 @@ def create_safetensors(path: Path, header: SafetensorsHeader) -> None:
 
 
 class SafetensorsWriter:
-    """A file made by `create_safetensors`, open for its tensors' bytes."""
+    """A file from `create_safetensors`, open for writing its tensors. Several processes may write to one file."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY)
 
     def write_rows(self, tensor: StoredTensor, row: int, column: int, rows: Tensor) -> None:
-        """Write ``rows`` [num_rows, num_columns], of the tensor's dtype, at a row and a column of ``tensor``."""
+        """Write a rectangle of a tensor.
+
+        Args:
+            tensor: the tensor in this file.
+            row: first row of the rectangle.
+            column: first column of the rectangle.
+            rows: [num_rows, num_columns of the rectangle], of the tensor's dtype.
+        """
         if rows.shape[1] == tensor.num_columns:
-            pieces: tuple[Tensor, ...] = (rows,)  # whole rows lie one behind the other
+            spans: tuple[Tensor, ...] = (rows,)  # complete rows are contiguous in the file
         else:
-            pieces = rows.unbind(0)
+            spans = rows.unbind(0)
         position = tensor.position + (row * tensor.num_columns + column) * tensor.dtype.itemsize
-        for piece in pieces:
-            self._write(_bytes_of(piece.contiguous()), position)
+        for span in spans:
+            self._write(_bytes_of(span.contiguous()), position)
             position += tensor.num_columns * tensor.dtype.itemsize
 
     def _write(self, data: memoryview, start: int) -> None:
         position = start
         while data:
-            count = os.pwrite(self._descriptor, data[:PIECE_BYTES], position)
+            count = os.pwrite(self._descriptor, data[:WRITE_BYTES], position)
             data, position = data[count:], position + count
-        start_writing(self._descriptor, start, position - start)
+        start_writeback(self._descriptor, start, position - start)
 
     def close(self) -> None:
-        """Bring the bytes to the disk and close."""
+        """Fsync and close the file."""
         os.fsync(self._descriptor)
         os.close(self._descriptor)

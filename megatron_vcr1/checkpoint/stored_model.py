@@ -1,4 +1,4 @@
-"""An imported or trained directory: its chunks, and where their rows belong in the Hugging Face files."""
+"""A model in a Megatron checkpoint: its chunks, and the positions of their rows in the Hugging Face files."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_vcr1.checkpoint.hf_weights import Placed, place_tensors
-from megatron_vcr1.checkpoint.model_dir import MANIFEST_FILE, MEGATRON_DIR, read_manifest
+from megatron_vcr1.checkpoint.hf_weights import TensorLocation, locate_tensors
+from megatron_vcr1.checkpoint.model_dir import HF_LAYOUT_FILE, MEGATRON_DIR, read_hf_layout
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsHeader
 from megatron_vcr1.checkpoint.torch_dist import Chunk, GlobalTensor, read_chunk, read_metadata
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import TensorLayout, model_layout
 
-# Training may pad the vocabulary so that it divides among the ranks.
+# Training may pad the vocabulary so that it is divisible by the tensor-parallel size.
 _PADDED_KEYS = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """Rows of a Hugging Face tensor, as a chunk holds them."""
+    """Rows of a Hugging Face tensor that a chunk contains."""
 
-    hf_name: str  # the published one
-    row: int  # of the Hugging Face tensor
-    column: int
+    hf_name: str  # published name
+    row: int  # first row in the Hugging Face tensor
+    column: int  # first column
     values: Tensor  # [num_rows, num_columns]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A directory whose metadata are read and checked, and whose weights are read chunk by chunk."""
+    """An imported model or a training checkpoint, opened and checked. Its weights are read chunk by chunk."""
 
     megatron_dir: Path
     layouts: Mapping[str, TensorLayout]
-    headers: Mapping[str, SafetensorsHeader]  # of the files that an export writes
-    places: Mapping[str, tuple[Placed, ...]]  # in those files, by published name
-    chunks: tuple[Chunk, ...]  # of the model's tensors only
+    headers: Mapping[str, SafetensorsHeader]  # of the safetensors files that an export writes
+    locations: Mapping[str, tuple[TensorLocation, ...]]  # of the tensors in those files, by published name
+    chunks: tuple[Chunk, ...]  # of the model's tensors, without the optimizer's
 
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors of an export."""
+        """Size of all tensors of an export in bytes."""
         return sum(tensor.num_bytes for header in self.headers.values() for tensor in header.tensors)
 
     def read(self, chunk: Chunk) -> Iterator[StoredRows]:
-        """The rows that a chunk holds. Raises UserError when the checkpoint is damaged."""
+        """Read a chunk, as rows of Hugging Face tensors. Raises UserError if the checkpoint is damaged."""
         rows = read_chunk(self.megatron_dir, chunk).reshape(chunk.shape[0], -1)
         start = chunk.offsets[0]
         column = chunk.offsets[1] if len(chunk.offsets) > 1 else 0
@@ -55,24 +55,31 @@ class StoredModel:
 
 
 def open_model(model_dir: Path) -> StoredModel:
-    """Read and check what an imported or trained directory says of itself.
+    """Open an imported model or a training checkpoint, and check its index and hf_layout.json against config.json.
 
     Raises:
-        UserError: something is missing, damaged or does not fit config.json.
+        UserError: something is missing or damaged, or does not match config.json.
     """
     layouts = model_layout(ModelConfig.from_pretrained(model_dir))
-    headers = read_manifest(model_dir)
-    places = place_tensors(headers, layouts, model_dir / MANIFEST_FILE)
+    headers = read_hf_layout(model_dir)
+    locations = locate_tensors(headers, layouts, model_dir / HF_LAYOUT_FILE)
     tensors = read_model_metadata(model_dir / MEGATRON_DIR, layouts)
     chunks = tuple(chunk for key in layouts for chunk in tensors[key].chunks)
-    return StoredModel(model_dir / MEGATRON_DIR, layouts, headers, places, chunks)
+    return StoredModel(model_dir / MEGATRON_DIR, layouts, headers, locations, chunks)
 
 
 def read_model_metadata(megatron_dir: Path, layouts: Mapping[str, TensorLayout]) -> dict[str, GlobalTensor]:
-    """The tensors of a Megatron checkpoint, which must hold the model; beside it there may be others (the optimizer's).
+    """Read the index of a Megatron checkpoint and check that it contains the model.
+
+    Args:
+        megatron_dir: the checkpoint.
+        layouts: the model's tensors.
+
+    Returns:
+        All tensors of the checkpoint by key, the optimizer's included.
 
     Raises:
-        UserError: a tensor of the model is missing or of another shape, or config.json does not know it.
+        UserError: a tensor of the model is missing or has another shape, or there are tensors of another model.
     """
     tensors = read_metadata(megatron_dir)
     advice = "the checkpoint belongs to another config.json"

@@ -1,10 +1,14 @@
-"""megatron-core ``torch_dist`` checkpoints, chunk by chunk.
+"""Reading and writing of megatron-core ``torch_dist`` checkpoints, one chunk at a time.
 
-Such a checkpoint is a torch.distributed.checkpoint directory (``.metadata`` and ``*.distcp`` files) that also holds
-megatron-core's ``metadata.json`` and ``common.pt``. A global tensor is cut into chunks, rectangles that fill it, each
-serialized on its own; whoever loads it takes the parts of the chunks that it needs, so how it was cut does not matter.
+Such a checkpoint is a torch.distributed.checkpoint directory with two additional files of megatron-core:
+    __R_0.distcp     the chunks that rank R has written, each serialized with torch.save, one after another
+    .metadata        the index: dtype and shape of every global tensor, and file, position and length of every chunk
+    metadata.json    the format's name and version
+    common.pt        objects that are not tensors; empty here
+The chunks of a global tensor are rectangles that cover it without overlap. A reader takes from each chunk the part that
+it needs, so how a tensor was cut into chunks does not matter.
 
-``.metadata`` is a pickle. It is read by an unpickler that knows the few classes of that format and refuses all others.
+``.metadata`` is a pickle. It is read with an unpickler that accepts the few classes of this format and no others.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_vcr1.checkpoint.disk import Checksum, create, start_writing
+from megatron_vcr1.checkpoint.disk import Checksum, create, start_writeback
 from megatron_vcr1.errors import UserError
 
 _METADATA_FILE = ".metadata"
@@ -47,57 +51,62 @@ _CONFIG = {
 }
 
 
-Kind = tuple[torch.dtype, tuple[int, ...]]  # a global tensor's type and shape
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a global tensor
+ChunkData = tuple[str, tuple[int, ...], Tensor]  # key of the global tensor, offsets of the chunk in it, values
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A rectangle of a global tensor, and where its serialized form stands."""
+    """A rectangle of a global tensor, and the location of its serialized form."""
 
-    key: str
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: str
-    position: int
-    num_bytes: int  # serialized
+    key: str  # of the global tensor
+    offsets: tuple[int, ...]  # of the rectangle in the global tensor
+    shape: tuple[int, ...]  # of the rectangle
+    file: str  # name of a .distcp file
+    position: int  # of the first byte in the file
+    num_bytes: int  # length of the serialized form
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalTensor:
-    """A tensor of a checkpoint and the chunks that fill it."""
+    """A whole tensor in a checkpoint, and the chunks that cover it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
 
-def write_chunks(
-    path: Path, tensors: Iterable[tuple[str, tuple[int, ...], Tensor]], checksum: Checksum | None = None
-) -> list[Chunk]:
-    """Write chunks ``(key, offsets, tensor)`` one behind the other into a new ``.distcp`` file, down to the disk.
+def write_chunks(path: Path, tensors: Iterable[ChunkData], checksum: Checksum | None = None) -> list[Chunk]:
+    """Write chunks one after another to a new ``.distcp`` file, and fsync it.
 
-    A tensor may be overwritten as soon as the next one is asked for; it must own its whole storage. ``checksum`` is
-    told everything that is written.
+    Args:
+        path: the new file.
+        tensors: the chunks. Each tensor must own its whole storage, because torch.save writes whole storages. Its
+            memory may be reused as soon as the iterator is advanced.
+        checksum: updated with all bytes that are written.
+
+    Returns:
+        The chunks with their positions in the file, for `write_metadata`.
 
     Raises:
-        OSError: the disk is full, or another fault of it.
+        OSError: the disk is full or failed.
     """
     chunks = []
-    with create(path, checksum) as file, _without_checksums(), _disk_errors(path):
+    with create(path, checksum) as file, _without_zip_checksums(), _disk_errors(path):
         for key, offsets, tensor in tensors:
             position = file.tell()
             torch.save(tensor, file)
             file.flush()
             num_bytes = file.tell() - position
-            start_writing(file.fileno(), position, num_bytes)
+            start_writeback(file.fileno(), position, num_bytes)
             chunks.append(Chunk(key, offsets, tuple(tensor.shape), path.name, position, num_bytes))
         os.fsync(file.fileno())
     return chunks
 
 
 @contextmanager
-def _without_checksums() -> Iterator[None]:
-    """No CRC-32 of every tensor: it takes a fifth of the time, and torch.load never looks at it."""
+def _without_zip_checksums() -> Iterator[None]:
+    """Disable torch.save's CRC-32 of every tensor: it takes a fifth of the time, and torch.load never checks it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -108,7 +117,7 @@ def _without_checksums() -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """torch.save wraps what the file raises into a RuntimeError; give the OSError back."""
+    """Restore the OSError that torch.save turns into a RuntimeError when the file raises one."""
     try:
         yield
     except RuntimeError as error:
@@ -116,21 +125,24 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(error), str(path)) from None
 
 
-def write_metadata(directory: Path, kinds: Mapping[str, Kind], chunks: Iterable[Chunk]) -> None:
-    """Complete a checkpoint whose ``.distcp`` files are written: the index of its chunks, and megatron-core's files.
+def write_metadata(directory: Path, specs: Mapping[str, TensorSpec], chunks: Iterable[Chunk]) -> None:
+    """Complete a checkpoint whose ``.distcp`` files are written: write the index and megatron-core's files, and fsync.
+
+    Only one rank calls this, after all ranks have written their chunks.
 
     Args:
-        kinds: of the global tensors, by key.
-        chunks: what every process has written of them.
+        directory: the checkpoint.
+        specs: dtype and shape of every global tensor, by key.
+        chunks: the chunks that all ranks have written.
     """
     chunks = sorted(chunks, key=lambda chunk: chunk.offsets)
-    of_tensor: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in kinds}
+    chunks_of_tensor: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in specs}
     for chunk in chunks:
-        of_tensor[chunk.key].append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)))
+        chunks_of_tensor[chunk.key].append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)))
     metadata = Metadata(
         state_dict_metadata={
-            key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), of_tensor[key])
-            for key, (dtype, shape) in kinds.items()
+            key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks_of_tensor[key])
+            for key, (dtype, shape) in specs.items()
         },
         storage_data={
             MetadataIndex(chunk.key, chunk.offsets): _StorageInfo(chunk.file, chunk.position, chunk.num_bytes)
@@ -148,10 +160,10 @@ def write_metadata(directory: Path, kinds: Mapping[str, Kind], chunks: Iterable[
 
 
 def read_metadata(directory: Path) -> dict[str, GlobalTensor]:
-    """The tensors of a checkpoint. Objects that are no tensors (random states, optimizer settings) are left out.
+    """Read the index of a checkpoint; returns its tensors by key, without other objects (such as random states).
 
     Raises:
-        UserError: missing, damaged, of another format, or holding classes that do not belong into such a file.
+        UserError: the index is missing or damaged, has another format, or names classes that do not belong in it.
     """
     _check_config(directory)
     path = directory / _METADATA_FILE
@@ -165,15 +177,15 @@ def read_metadata(directory: Path) -> dict[str, GlobalTensor]:
         }
     except UserError:
         raise
-    except Exception as error:  # damaged bytes make a pickle raise anything, and leave objects without their fields
+    except Exception as error:  # a damaged pickle can raise anything, and can leave objects without their fields
         raise UserError(f"{path}: refused or damaged: {error!r}") from None
 
 
 def _global_tensor(directory: Path, metadata: Metadata, key: str, entry: TensorStorageMetadata) -> GlobalTensor:
     shape = tuple(entry.size)
     chunks = tuple(_find_chunk(directory, metadata, key, stored) for stored in entry.chunks)
-    if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):  # DCP's chunks never overlap
-        raise UserError(f"{directory}: the chunks of {key} do not fill its shape {shape}; the checkpoint is damaged")
+    if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):  # chunks never overlap
+        raise UserError(f"{directory}: the chunks of {key} do not cover its shape {shape}; the checkpoint is damaged")
     return GlobalTensor(entry.properties.dtype, shape, chunks)
 
 
@@ -181,7 +193,9 @@ def _find_chunk(directory: Path, metadata: Metadata, key: str, stored: ChunkStor
     info = metadata.storage_data.get(MetadataIndex(key, stored.offsets))
     if info is None or info.transform_descriptors or Path(info.relative_path).name != info.relative_path:
         where = f"{key} at {tuple(stored.offsets)}"
-        raise UserError(f"{directory / _METADATA_FILE}: places {where} in no file of this directory; it is damaged")
+        raise UserError(
+            f"{directory / _METADATA_FILE}: {where} is not in a file of this directory; the index is damaged"
+        )
     return Chunk(key, tuple(stored.offsets), tuple(stored.sizes), info.relative_path, info.offset, info.length)
 
 
@@ -190,23 +204,23 @@ def _check_config(directory: Path) -> None:
     try:
         backend = json.loads(path.read_text())["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no Megatron checkpoint here, or an unfinished one ({error!r})") from None
+        raise UserError(f"{path}: not a Megatron checkpoint, or an incomplete one ({error!r})") from None
     if backend != "torch_dist":
-        raise UserError(f"{path}: a checkpoint of format {backend!r}; only torch_dist is read")
+        raise UserError(f"{path}: a checkpoint of format {backend!r}; only torch_dist can be read")
 
 
 def read_chunk(directory: Path, chunk: Chunk) -> Tensor:
-    """The chunk's tensor.
+    """Read the values of a chunk.
 
     Raises:
-        UserError: the file is missing or cut off, or holds something else.
+        UserError: the file is missing or truncated, or contains something else at the chunk's position.
     """
     path = directory / chunk.file
     try:
         with path.open("rb") as file:
             view = _create_file_view(file, chunk.position, chunk.num_bytes)
             tensor = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-    except Exception as error:  # of any kind where bytes are damaged
+    except Exception as error:  # damaged bytes can raise anything
         raise UserError(
             f"{path}: {chunk.key} at {chunk.offsets} cannot be read ({error!r}); the checkpoint is damaged"
         ) from None
@@ -215,7 +229,8 @@ def read_chunk(directory: Path, chunk: Chunk) -> Tensor:
     return tensor
 
 
-_ADMITTED = {
+# Classes that the pickle of ``.metadata`` may name, by module.
+_ALLOWED_CLASSES = {
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath"},
     "torch": {"Size"},
@@ -242,10 +257,10 @@ _ADMITTED = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of ``.metadata`` and nothing else; a pickle that names another one could run any code."""
+    """An unpickler that refuses all classes but those of ``.metadata``: other classes could run arbitrary code."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _ADMITTED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in a checkpoint's metadata")
+        if not is_dtype and name not in _ALLOWED_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong in a checkpoint's index")
         return super().find_class(module, name)

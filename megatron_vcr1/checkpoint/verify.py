@@ -1,4 +1,4 @@
-"""Is a converted checkpoint the Hugging Face model? Every tensor compared, a chunk at a time."""
+"""Comparison of a Megatron checkpoint with a Hugging Face model, tensor by tensor, one chunk at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatron_vcr1.model.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class WeightComparison:
-    """How far a checkpoint is from a Hugging Face model."""
+    """Differences between a checkpoint and a Hugging Face model."""
 
-    num_bytes: int  # compared
-    max_abs_differences: dict[str, float]  # by published tensor name; infinite where only one of two numbers is finite
-    num_identical: int  # tensors that agree in every bit
+    num_bytes: int  # size of the compared tensors
+    max_abs_differences: dict[str, float]  # by published name; infinite if only one of two values is finite
+    num_identical: int  # number of tensors that are bitwise identical
 
     @property
     def num_tensors(self) -> int:
@@ -29,46 +29,49 @@ class WeightComparison:
 
 
 def compare_weights(hf_dir: Path, model_dir: Path, *, progress: Progress = no_progress) -> WeightComparison:
-    """Compare an imported or trained directory, in the dtypes of its export, with a Hugging Face directory.
+    """Compare an imported model or a training checkpoint with a Hugging Face model, in the dtypes of its export.
 
     Args:
-        hf_dir: config.json and safetensors.
-        model_dir: what `import_checkpoint` or training wrote.
-        progress: see `workers.Progress`.
+        hf_dir: Hugging Face directory.
+        model_dir: imported model or training checkpoint.
+        progress: see `new_directory.Progress`.
 
     Raises:
-        UserError: one of them is incomplete or damaged, or they are models of different families or shapes.
+        UserError: one of the two is incomplete or damaged, or their families or shapes differ.
     """
     theirs, ours = ModelConfig.from_pretrained(hf_dir), ModelConfig.from_pretrained(model_dir)
     if theirs.family != ours.family:
-        raise UserError(f"{hf_dir} is a {theirs.family} model, and {model_dir} a {ours.family} one; name two of a kind")
+        raise UserError(
+            f"{hf_dir} is a {theirs.family} model, but {model_dir} is a {ours.family} model; compare models of one "
+            "family"
+        )
     if theirs.shape != ours.shape:
-        raise UserError(f"{hf_dir} and {model_dir} are models of different sizes: {theirs.shape}, {ours.shape}")
+        raise UserError(f"{hf_dir} and {model_dir} have different shapes: {theirs.shape}, {ours.shape}")
     model = open_model(model_dir)
-    differences = dict.fromkeys(model.places, 0.0)
+    differences = dict.fromkeys(model.locations, 0.0)
     differing = set()
     total = sum(chunk.num_bytes for chunk in model.chunks)
     with HfWeights(hf_dir, model.layouts) as weights:
         for chunk in model.chunks:
             for rows in model.read(chunk):
-                actual = rows.values.to(model.places[rows.hf_name][0].tensor.dtype)
+                actual = rows.values.to(model.locations[rows.hf_name][0].tensor.dtype)
                 expected = weights.read_hf_rows(rows.hf_name, rows.row, actual.shape[0])
                 expected = expected[:, rows.column : rows.column + actual.shape[1]]
-                if not _same_bits(actual, expected):
+                if not _is_bitwise_equal(actual, expected):
                     differing.add(rows.hf_name)
                     differences[rows.hf_name] = max(differences[rows.hf_name], _max_abs_difference(actual, expected))
             progress(chunk.num_bytes, total)
     return WeightComparison(model.num_bytes, differences, len(differences) - len(differing))
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype:
+def _is_bitwise_equal(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
 
 
-def _max_abs_difference(one: Tensor, other: Tensor) -> float:
-    """The largest |one - other|, in float64; equal infinities and pairs of NaN differ by 0."""
-    one, other = one.double(), other.double()
-    same = (one == other) | (one.isnan() & other.isnan())
-    return float((one - other).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0.0).max())
+def _max_abs_difference(first: Tensor, second: Tensor) -> float:
+    """Return the largest |first - second|, in float64. Equal infinities, and two NaN, have difference 0."""
+    first, second = first.double(), second.double()
+    same = (first == second) | (first.isnan() & second.isnan())
+    return float((first - second).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0.0).max())

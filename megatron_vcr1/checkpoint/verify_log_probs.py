@@ -1,4 +1,4 @@
-"""Does a converted checkpoint compute what transformers computes? One prompt with an image, token by token."""
+"""Comparison of a model's log-probs with those of transformers, for one prompt with an image."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
 
 _NUM_TEXT_TOKENS, _NUM_RESPONSE_TOKENS = 16, 32
-_IMAGE_UNITS = (6, 10)  # merged tokens down and across: more than one attention window
+_IMAGE_TOKENS = (6, 10)  # height and width of the image in vision tokens: more than one attention window
 
 
 def log_prob_differences(hf_dir: Path, model_dir: Path) -> Tensor:
-    """Compare the two models' log-probs of a random response to random text and a random image, in float32.
+    """Compare the log-probs of a random response to a prompt of random text and a random image, in float32.
 
-    Each model is whole in memory, one after the other, on the GPU if there is one; in this process alone.
+    Both models are loaded whole, on the GPU if there is one. Runs in a single process.
 
     Args:
-        hf_dir: loaded by transformers.
-        model_dir: loaded by this package; imported, trained or Hugging Face.
+        hf_dir: Hugging Face directory, loaded by transformers.
+        model_dir: the same model as a Hugging Face directory, an imported model or a training checkpoint, loaded by
+            this package.
 
     Returns:
-        float32 [response tokens]: our log-prob minus transformers'.
+        [num_response_tokens], float32: this package's log-probs minus those of transformers.
     """
     config = ModelConfig.from_pretrained(model_dir)
     prompt, response = _probe(config)
@@ -45,24 +46,25 @@ def log_prob_differences(hf_dir: Path, model_dir: Path) -> Tensor:
 
 
 def _probe(config: ModelConfig) -> tuple[EncodedPrompt, Tensor]:
-    """The same random numbers for every model."""
+    """Return a prompt and a response of random tokens, which depend on the seed and the model's sizes only."""
     generator = torch.Generator().manual_seed(0)
-    down, across = _IMAGE_UNITS
+    height, width = _IMAGE_TOKENS
     merge_size = config.vision.merge_size
-    pixels_a_unit = merge_size * config.vision.patch_size
+    pixels_per_token = merge_size * config.vision.patch_size
     frames = torch.randint(
-        0, 256, (1, down * pixels_a_unit, across * pixels_a_unit, 3), dtype=torch.uint8, generator=generator
+        0, 256, (1, height * pixels_per_token, width * pixels_per_token, 3), dtype=torch.uint8, generator=generator
     )
-    image = VisionInput(frames, (1, down * merge_size, across * merge_size), seconds_per_grid=None)
-    num_words = min(config.text.vocab_size, config.image_token_id, config.video_token_id)  # the ids below are text
-    before, after = torch.randint(0, num_words, (2, _NUM_TEXT_TOKENS), generator=generator)
-    pads = torch.full((down * across,), config.image_token_id)
-    response = torch.randint(0, num_words, (_NUM_RESPONSE_TOKENS,), generator=generator)
+    image = VisionInput(frames, (1, height * merge_size, width * merge_size), seconds_per_grid=None)
+    # Token ids below the pads are text.
+    num_text_ids = min(config.text.vocab_size, config.image_token_id, config.video_token_id)
+    before, after = torch.randint(0, num_text_ids, (2, _NUM_TEXT_TOKENS), generator=generator)
+    pads = torch.full((height * width,), config.image_token_id)
+    response = torch.randint(0, num_text_ids, (_NUM_RESPONSE_TOKENS,), generator=generator)
     return EncodedPrompt(torch.cat((before, pads, after)), (image,)), response
 
 
 def _transformers_log_probs(hf_dir: Path, config: ModelConfig, prompt: EncodedPrompt, response: Tensor) -> Tensor:
-    """float32 [response tokens]."""
+    """Return transformers' log-probs of the response tokens: [num_response_tokens], float32."""
     from transformers import AutoModelForImageTextToText  # slow to import
 
     device = mesh.device()

@@ -1,4 +1,4 @@
-"""Small random Hugging Face directories, written by the safetensors package itself."""
+"""Small Hugging Face models with random weights, written with the safetensors package."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _VISION = {
 
 
 def small_config(family: str = "qwen2_5_vl", *, tied: bool = False) -> dict[str, Any]:
-    """A config.json in the published layout: two layers of everything, six query heads on two key-value heads."""
+    """Return a config.json in the published format, with two layers, six query heads and two key-value heads."""
     return {"model_type": family, "tie_word_embeddings": tied, "vision_config": _VISION[family], **_TEXT}
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Random tensors under the model's published names."""
+    """Return random tensors by the model's published names; the same on every call."""
     generator = torch.Generator().manual_seed(0)
     shapes = hf_shapes(model_layout(ModelConfig.from_dict(config)))
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in sorted(shapes.items())}
 
 
 def write_hf_dir(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], *, num_files: int = 2) -> Path:
-    """Write a directory like the published ones: files with an index, or one without, and others beside them."""
+    """Write a directory like the published ones: safetensors files with an index (or one file), and other files."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "tokenizer.json").write_text('{"note": "copied as it is"}\n')
@@ -63,5 +63,10 @@ def write_hf_dir(path: Path, config: dict[str, Any], weights: dict[str, torch.Te
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a directory, by name."""
+    """Return the content of every file in a directory, by name."""
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
+
+
+def file_names(directory: Path) -> list[str]:
+    """Return the names of everything in a directory, sorted."""
+    return sorted(path.name for path in directory.iterdir())

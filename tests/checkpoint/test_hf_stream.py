@@ -1,4 +1,4 @@
-"""Tensors gathered from a sharded model against the safetensors file that it was loaded from, bit by bit."""
+"""Bitwise comparison of tensors gathered from a sharded model with the safetensors file that it was loaded from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "seq
 
 
 def _stream(folder: Path, parallel: dict[str, Any], dtype: str) -> dict[str, Tensor]:
-    """What this rank's second iteration gives, after the weights were doubled in between."""
+    """Iterate, double the weights, iterate again and compare; returns the tensors of the first iteration."""
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": dtype}, "parallel": parallel})
     mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(folder), run)
@@ -43,10 +43,10 @@ def _stream(folder: Path, parallel: dict[str, Any], dtype: str) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_layout_gives_the_published_tensors(tmp_path: Path, gloo_pool: GlooPool, family: str) -> None:
+def test_every_layout_yields_the_published_tensors(tmp_path: Path, gloo_pool: GlooPool, family: str) -> None:
     tiny.create(family, tmp_path)
     expected = {published_name(name): tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    assert ("lm_head.weight" in expected) == (family == "qwen2_5_vl")  # the other one ties it
+    assert ("lm_head.weight" in expected) == (family == "qwen2_5_vl")  # Qwen2-VL ties it to the embedding
     for parallel in LAYOUTS:
         for found in gloo_pool.run(_stream, tmp_path, parallel, "float32"):
             assert found.keys() == expected.keys(), parallel
@@ -54,7 +54,7 @@ def test_every_layout_gives_the_published_tensors(tmp_path: Path, gloo_pool: Glo
                 assert torch.equal(found[name], tensor), (parallel, name)
 
 
-def test_tensors_come_in_the_parameters_dtype(tmp_path: Path, gloo_pool: GlooPool) -> None:
+def test_tensors_have_the_dtype_of_the_parameters(tmp_path: Path, gloo_pool: GlooPool) -> None:
     tiny.create("qwen2_5_vl", tmp_path)
     for found in gloo_pool.run(_stream, tmp_path, {"tensor": 2, "pipeline": 2}, "bfloat16"):
         assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}

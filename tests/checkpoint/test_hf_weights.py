@@ -20,7 +20,7 @@ TIED_LAYOUTS = model_layout(ModelConfig.from_dict(TIED_CONFIG))
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
 
-def test_any_rows_of_any_tensor(hf_dir: Path) -> None:
+def test_rows_of_every_tensor_are_read(hf_dir: Path) -> None:
     expected = random_weights(CONFIG)
     with HfWeights(hf_dir, LAYOUTS) as weights:
         for layout in LAYOUTS.values():
@@ -46,15 +46,15 @@ def test_unexpected_tensors_are_named_with_their_file(tmp_path: Path) -> None:
         HfWeights(tmp_path / "hf", LAYOUTS)
 
 
-def test_a_mis_shaped_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
     weights[GATE] = weights[GATE].T.contiguous()
     write_hf_dir(tmp_path / "hf", CONFIG, weights)
-    with pytest.raises(UserError, match=rf"{GATE} in .* has shape \(96, 128\); config.json asks for \(128, 96\)"):
+    with pytest.raises(UserError, match=rf"{GATE} in .* has shape \(96, 128\), but config.json implies \(128, 96\)"):
         HfWeights(tmp_path / "hf", LAYOUTS)
 
 
-def test_different_dtypes_within_one_megatron_tensor_are_refused(tmp_path: Path) -> None:
+def test_mixed_dtypes_within_one_megatron_tensor_are_refused(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
     weights[GATE] = weights[GATE].float()
     write_hf_dir(tmp_path / "hf", CONFIG, weights)
@@ -62,7 +62,7 @@ def test_different_dtypes_within_one_megatron_tensor_are_refused(tmp_path: Path)
         HfWeights(tmp_path / "hf", LAYOUTS)
 
 
-def test_different_dtypes_of_different_tensors_are_fine(tmp_path: Path) -> None:
+def test_different_megatron_tensors_may_have_different_dtypes(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
     weights["model.norm.weight"] = weights["model.norm.weight"].float()
     write_hf_dir(tmp_path / "hf", CONFIG, weights)
@@ -70,28 +70,8 @@ def test_different_dtypes_of_different_tensors_are_fine(tmp_path: Path) -> None:
         assert opened.dtype(LAYOUTS["language_model.decoder.final_layernorm.weight"]) == torch.float32
 
 
-def test_an_index_that_contradicts_the_files_is_refused(hf_dir: Path) -> None:
-    index = hf_dir / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace('"lm_head.weight": "model-00001', '"lm_head.weight": "model-00002'))
-    with pytest.raises(UserError, match=r"places lm_head\.weight in model-00002.*, but it is in model-00001"):
-        HfWeights(hf_dir, LAYOUTS)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": {"a": "../a.safetensors"}}'])
-def test_a_damaged_index_is_named(hf_dir: Path, content: str) -> None:
-    (hf_dir / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match=r"index\.json: not a safetensors index"):
-        HfWeights(hf_dir, LAYOUTS)
-
-
-def test_a_missing_shard_is_named(hf_dir: Path) -> None:
-    (hf_dir / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: cannot be opened"):
-        HfWeights(hf_dir, LAYOUTS)
-
-
 @pytest.mark.parametrize("again", [GATE, GATE.replace("model.", "model.language_model.")])
-def test_a_tensor_that_is_there_twice_is_refused(hf_dir: Path, again: str) -> None:
+def test_a_duplicated_tensor_is_refused(hf_dir: Path, again: str) -> None:
     index = json.loads((hf_dir / "model.safetensors.index.json").read_text())
     others = {file: safetensors.torch.load_file(hf_dir / file) for file in set(index["weight_map"].values())}
     other = max(file for file in others if again not in others[file])
@@ -99,29 +79,11 @@ def test_a_tensor_that_is_there_twice_is_refused(hf_dir: Path, again: str) -> No
     safetensors.torch.save_file(others[other], hf_dir / other)
     index["weight_map"][again] = max(file for file in others if again in others[file])  # an index names one place
     (hf_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=rf"{GATE} is there twice, in model-00001.* and in model-00002"):
+    with pytest.raises(UserError, match=rf"{GATE} exists twice, in model-00001.* and in model-00002"):
         HfWeights(hf_dir, LAYOUTS)
 
 
-def test_two_models_in_one_directory_are_refused(hf_dir: Path) -> None:
-    safetensors.torch.save_file(random_weights(CONFIG), hf_dir / "model.safetensors")
-    with pytest.raises(UserError, match=r"holds two models: model\.safetensors, which transformers would read, and"):
-        HfWeights(hf_dir, LAYOUTS)
-    index = hf_dir / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(random_weights(CONFIG), "model.safetensors")}))
-    HfWeights(hf_dir, LAYOUTS).close()
-
-
-def test_a_directory_without_safetensors_is_refused(hf_dir: Path, imported_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="its weights are a Megatron checkpoint, not safetensors"):
-        HfWeights(imported_dir, LAYOUTS)
-    with pytest.raises(UserError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors;"):
-        HfWeights(tmp_path, LAYOUTS)
-    with pytest.raises(UserError, match="no such directory"):
-        HfWeights(tmp_path / "none", LAYOUTS)
-
-
-def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path: Path) -> None:
+def test_a_tied_head_may_be_stored_if_it_equals_the_embedding(tmp_path: Path) -> None:
     weights = random_weights(TIED_CONFIG)
     embedding = LAYOUTS["language_model.embedding.word_embeddings.weight"]
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()

@@ -1,4 +1,4 @@
-"""Loading into the real model at several layouts, and exporting what a sharded model saves."""
+"""Loading into the real model under several layouts, and exporting a checkpoint that a sharded model has saved."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 
 
 def _load_and_save(hf_dir: Path, imported_dir: Path, saved_dir: Path, parallel: dict[str, Any]) -> int:
-    """Load from both directories, compare bit by bit, save; returns the number of parameters of this rank."""
+    """Load from both directories, compare bitwise, and save; returns the number of parameters on this rank."""
     run = RunConfig.model_validate({"model": {"path": hf_dir}, "parallel": parallel})
     mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(hf_dir), run)
@@ -46,14 +46,14 @@ def _load_and_save(hf_dir: Path, imported_dir: Path, saved_dir: Path, parallel: 
         load_model_weights(model, source)
         loaded.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
     for name, from_hf in loaded[0].items():
-        assert not from_hf.isnan().any(), f"{name} is not filled"
+        assert not from_hf.isnan().any(), f"{name} was not loaded"
         assert torch.equal(from_hf, loaded[1][name]), f"{name} differs"
     if dist.get_rank() == 0:
         (saved_dir / MEGATRON_DIR).mkdir(parents=True)
         copy_model_files(imported_dir, saved_dir)
     dist.barrier()
-    # megatron-core writes from forked processes, which the pool's daemonic processes may not have, and hears from them
-    # through a manager process of its own, which would outlive the pool; a queue does.
+    # megatron-core writes from forked processes, which the pool's daemonic processes are not allowed to have, and gets
+    # their results from a manager process, which would outlive the pool. A plain queue is enough here.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(model.sharded_state_dict(), str(saved_dir / MEGATRON_DIR))
@@ -82,13 +82,13 @@ def _convert(hf_dir: Path, folder: Path) -> None:
     export_checkpoint(folder / "imported", folder / "exported")
 
 
-def test_four_processes_convert_what_one_does(hf_dir: Path, tmp_path: Path, gloo_pool: GlooPool) -> None:
+def test_four_processes_convert_like_one(hf_dir: Path, tmp_path: Path, gloo_pool: GlooPool) -> None:
     gloo_pool.run(_convert, hf_dir, tmp_path)
     assert len(list((tmp_path / "imported" / MEGATRON_DIR).glob("*.distcp"))) == 4
     assert contents(tmp_path / "exported") == contents(hf_dir)
 
 
-def _fail_to_convert(hf_dir: Path, out_dir: Path) -> str:
+def _import_error(hf_dir: Path, out_dir: Path) -> str:
     mesh.initialize(ParallelSection())
     try:
         import_checkpoint(hf_dir, out_dir)
@@ -97,13 +97,14 @@ def _fail_to_convert(hf_dir: Path, out_dir: Path) -> str:
     return "no error"
 
 
-def test_an_error_of_one_process_is_the_error_of_all(hf_dir: Path, imported_dir: Path, gloo_pool: GlooPool) -> None:
-    errors = gloo_pool.run(_fail_to_convert, hf_dir, imported_dir)
-    assert errors == [f"{imported_dir}: exists (Directory not empty); name a new directory, or remove it first"] * 4
+def test_an_error_on_one_rank_is_raised_on_all_ranks(hf_dir: Path, imported_dir: Path, gloo_pool: GlooPool) -> None:
+    errors = gloo_pool.run(_import_error, hf_dir, imported_dir)
+    expected = "exists (Directory not empty); give the path of a new directory, or remove this one first"
+    assert errors == [f"{imported_dir}: {expected}"] * 4
 
 
 class _PaddedEmbedding:
-    """A model of one tensor [192, 96], a padded vocabulary of 160, in four shards: its halves by rows and columns."""
+    """A model of one tensor: an embedding of 160 rows, padded to [192, 96], in four shards by rows and columns."""
 
     key = "language_model.embedding.word_embeddings.weight"
 
@@ -123,7 +124,7 @@ class _PaddedEmbedding:
 
 
 @pytest.mark.parametrize("source", ["hf", "imported"])
-def test_a_padded_vocabulary_is_filled_with_zeros(hf_dir: Path, imported_dir: Path, source: str) -> None:
+def test_padding_rows_of_the_vocabulary_are_zero(hf_dir: Path, imported_dir: Path, source: str) -> None:
     model = _PaddedEmbedding()
     with mesh.world(ParallelSection()):
         load_model_weights(model, hf_dir if source == "hf" else imported_dir)

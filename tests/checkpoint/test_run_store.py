@@ -1,6 +1,9 @@
+"""Saving and resuming a toy run, at several layouts and with both optimizers."""
+
 from __future__ import annotations
 
 import resource
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,9 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR
-from megatron_vcr1.checkpoint.optimizer_state import optimizer_pieces
-from megatron_vcr1.checkpoint.pieces import parameter_pieces
-from megatron_vcr1.checkpoint.run_store import saved_steps
+from megatron_vcr1.checkpoint.optimizer_state import optimizer_slices
+from megatron_vcr1.checkpoint.shard_slices import parameter_slices
+from megatron_vcr1.checkpoint.step_dirs import saved_steps
 from tests.checkpoint.toy_run import ToyRun
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -33,19 +36,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of both families; Qwen2-VL's embeddings are tied."""
+    """Tiny models of both families; the embeddings of Qwen2-VL are tied."""
     folder = tmp_path_factory.mktemp("models")
     for family in tiny.FAMILIES:
         tiny.create(family, folder / family)
     return {family: folder / family for family in tiny.FAMILIES}
 
 
-def _save_and_go_on(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, dict[str, Tensor]]:
+def _save_and_continue(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, dict[str, Tensor]]:
     run = ToyRun(model_dir, directory, settings)
     assert run.resume() is None
     run.train(2)
     run.save()
-    rest = run.train(2)  # while it is written
+    rest = run.train(2)  # while the checkpoint is being written
     run.store.finish()
     return rest, run.weights()
 
@@ -64,17 +67,21 @@ def _resume(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, 
     [
         ("qwen2_5_vl", "tp2-pp2", {}),
         ("qwen2_5_vl", "dp4", {"model": {"dtype": "bfloat16"}}),
-        ("qwen2_5_vl", "pp2", {"model": {"freeze": ["vision_tower", "language_model"]}}),  # nothing learns on stage 2
+        (
+            "qwen2_5_vl",
+            "pp2",
+            {"model": {"freeze": ["vision_tower", "language_model"]}},
+        ),  # nothing is trained on stage 2
         ("qwen2_vl", "tp2-pp2", {"model": {"freeze": ["vision_tower"]}, "optimizer": {"distributed": False}}),
         ("qwen2_vl", "tp2-sp", {"model": {"dtype": "bfloat16"}, "optimizer": {"distributed": False}}),
         ("qwen2_vl", "pp2", {"checkpoint": {"asynchronous": False}}),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one_digit_for_digit(
+def test_resume_is_bitwise_identical(
     model_dirs: dict[str, Path], tmp_path: Path, gloo_pool: GlooPool, family: str, layout: str, settings: Settings
 ) -> None:
     settings = {**settings, "parallel": LAYOUTS[layout]}
-    whole = gloo_pool.run(_save_and_go_on, model_dirs[family], tmp_path, settings)
+    whole = gloo_pool.run(_save_and_continue, model_dirs[family], tmp_path, settings)
     resumed = gloo_pool.run(_resume, model_dirs[family], tmp_path, settings)
     for (losses, weights), (resumed_losses, resumed_weights) in zip(whole, resumed, strict=True):
         assert resumed_losses == losses
@@ -85,7 +92,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_digit_for_digit(
     "family, saved_at, loaded_at",
     [("qwen2_vl", "tp2-pp2", ("dp4", "tp2-sp", "pp4")), ("qwen2_5_vl", "dp4", ("tp2-pp2", "pp2"))],
 )
-def test_a_run_resumes_at_another_layout(
+def test_a_run_resumes_under_another_layout(
     model_dirs: dict[str, Path],
     tmp_path: Path,
     gloo_pool: GlooPool,
@@ -94,7 +101,7 @@ def test_a_run_resumes_at_another_layout(
     loaded_at: tuple[str, ...],
 ) -> None:
     model_dir = model_dirs[family]
-    whole, _ = gloo_pool.run(_save_and_go_on, model_dir, tmp_path, {"parallel": LAYOUTS[saved_at]})[0]
+    whole, _ = gloo_pool.run(_save_and_continue, model_dir, tmp_path, {"parallel": LAYOUTS[saved_at]})[0]
     for layout in loaded_at:
         settings = {"parallel": LAYOUTS[layout], "optimizer": {"distributed": layout != "pp4"}}
         for losses, _ in gloo_pool.run(_resume, model_dir, tmp_path, settings):
@@ -102,18 +109,18 @@ def test_a_run_resumes_at_another_layout(
 
 
 def _all_values(run: ToyRun) -> dict[str, Tensor]:
-    """Weights and optimizer state of this rank."""
-    parameters = parameter_pieces(run.model)
-    pieces = [*(one for some in parameters.values() for one in some)]
-    pieces += optimizer_pieces(run.learner.optimizer, parameters, divided=True)
-    return {f"{piece.key} {piece.offsets} {piece.start}": piece.values.clone() for piece in pieces}
+    """Return copies of this rank's weights and optimizer state."""
+    parameters = parameter_slices(run.model)
+    slices = [*chain.from_iterable(parameters.values())]
+    slices += optimizer_slices(run.learner.optimizer, parameters, distributed=True)
+    return {f"{part.key} {part.offsets} {part.start}": part.values.clone() for part in slices}
 
 
 def _load_with_megatron_core(model_dir: Path, directory: Path, settings: Settings) -> None:
     run = ToyRun(model_dir, directory, settings)
     assert run.resume() == 2
     ours = _all_values(run)
-    run.train(1)  # moves everything
+    run.train(1)  # changes everything
     (optimizer,) = run.learner.optimizer.chained_optimizers
     model = run.model.sharded_state_dict()
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -127,9 +134,9 @@ def _load_with_megatron_core(model_dir: Path, directory: Path, settings: Setting
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
-def test_megatron_core_loads_the_same_from_it(model_dirs: dict[str, Path], tmp_path: Path, gloo_pool: GlooPool) -> None:
+def test_megatron_core_loads_the_same_values(model_dirs: dict[str, Path], tmp_path: Path, gloo_pool: GlooPool) -> None:
     settings = {"model": {"dtype": "bfloat16"}}
-    gloo_pool.run(_save_and_go_on, model_dirs["qwen2_vl"], tmp_path, settings)
+    gloo_pool.run(_save_and_continue, model_dirs["qwen2_vl"], tmp_path, settings)
     gloo_pool.run(
         _load_with_megatron_core, model_dirs["qwen2_vl"], tmp_path, {**settings, "parallel": LAYOUTS["tp2-sp"]}
     )
@@ -143,7 +150,7 @@ def _fail_on_one_rank(model_dir: Path, directory: Path) -> tuple[str, list[int],
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
-    run.save()  # returns: it is written in the background
+    run.save()  # returns without an error, because the write is in the background
     message = "no error"
     try:
         run.save()
@@ -156,8 +163,8 @@ def _fail_on_one_rank(model_dir: Path, directory: Path) -> tuple[str, list[int],
     return message, before, saved_steps(directory)
 
 
-def test_a_rank_that_cannot_write_is_everybodys_failure(
+def test_a_failed_write_on_one_rank_raises_on_all_ranks(
     model_dirs: dict[str, Path], tmp_path: Path, gloo_pool: GlooPool
 ) -> None:
-    answers = gloo_pool.run(_fail_on_one_rank, model_dirs["qwen2_vl"], tmp_path)
-    assert answers == [("File too large", [0], [0, 1])] * 4
+    results = gloo_pool.run(_fail_on_one_rank, model_dirs["qwen2_vl"], tmp_path)
+    assert results == [("File too large", [0], [0, 1])] * 4

@@ -1,9 +1,8 @@
-"""Full disks, damaged files, wrong settings and killed processes."""
+"""Saves and resumption with full disks, damaged files, changed settings and killed processes."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import multiprocessing
@@ -14,38 +13,29 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 
-from megatron_vcr1.checkpoint import run_store
+from megatron_vcr1.checkpoint import run_lock, step_dirs
 from megatron_vcr1.checkpoint.disk import checksum_of
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
-from megatron_vcr1.checkpoint.run_store import RunStore, saved_steps
-from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.checkpoint.run_store import RunStore
+from megatron_vcr1.checkpoint.step_dirs import saved_steps
 from megatron_vcr1.config.training_sections import CheckpointSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.parallel import mesh
 from tests.checkpoint.toy_run import ToyRun, train_until_killed
 from tests.model import tiny
 
-# Written in the background, and before `save` returns.
+pytestmark = pytest.mark.usefixtures("single_process")
+
+# Saves in the background, and saves during which training waits.
 MODES = [{"checkpoint": {"asynchronous": True}}, {"checkpoint": {"asynchronous": False}}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _world() -> Iterator[None]:
-    """Of one process; runs join it."""
-    mesh.initialize(ParallelSection())
-    yield
-    mesh.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +56,7 @@ def saved(model_dir: Path, tmp_path: Path) -> ToyRun:
     return run
 
 
-def test_what_the_settings_say_is_kept(model_dir: Path, tmp_path: Path) -> None:
+def test_the_settings_decide_which_checkpoints_are_kept(model_dir: Path, tmp_path: Path) -> None:
     run = ToyRun(model_dir, tmp_path, {"checkpoint": {"keep_last": 2, "keep_every": 3}})
     for run.steps in range(1, 9):
         run.save()
@@ -75,15 +65,15 @@ def test_what_the_settings_say_is_kept(model_dir: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".lock", "step_3", "step_6", "step_7", "step_8"]
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name(saved: ToyRun, not_on_disk: list[str]) -> None:
+def test_content_is_durable_before_the_checkpoint_gets_its_name(saved: ToyRun, not_durable: list[str]) -> None:
     saved.train(1)
     saved.save()
     saved.store.finish()
     assert saved_steps(saved.store.path(3).parent) == [2, 3]
-    assert not not_on_disk
+    assert not not_durable
 
 
-def test_a_step_is_saved_once(saved: ToyRun) -> None:
+def test_a_step_is_not_saved_twice(saved: ToyRun) -> None:
     before = saved.store.path(2).stat()
     saved.save()
     saved.store.finish()
@@ -91,7 +81,7 @@ def test_a_step_is_saved_once(saved: ToyRun) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_trained_checkpoint_exports_to_what_transformers_computes_the_same_with(tmp_path: Path, family: str) -> None:
+def test_transformers_computes_the_same_logits_from_an_exported_checkpoint(tmp_path: Path, family: str) -> None:
     import transformers
 
     tiny.create(family, tmp_path / "model")
@@ -102,7 +92,7 @@ def test_a_trained_checkpoint_exports_to_what_transformers_computes_the_same_wit
     export_checkpoint(run.store.path(2), tmp_path / "exported")
     assert {path.name for path in (tmp_path / "exported").iterdir()} == {
         path.name for path in (tmp_path / "model").iterdir()
-    }  # and not the checkpoint's own files, so that another run can begin with it
+    }  # without the checkpoint's own files, so that another run can start from it
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "exported", dtype=torch.float32)
     config = run.model.model_config
     prompt, responses = tiny.prompt("iv", seed=3), tiny.responses((5,), seed=4)
@@ -111,11 +101,11 @@ def test_a_trained_checkpoint_exports_to_what_transformers_computes_the_same_wit
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def _cut_off(path: Path) -> None:
+def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def _change_a_bit(path: Path) -> None:
+def _flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -124,14 +114,14 @@ def _change_a_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage, file, message",
     [
-        (_cut_off, "megatron/__0_0.distcp", "bytes were written"),
-        (_change_a_bit, "megatron/__0_0.distcp", "CRC-32 differs"),
-        (_change_a_bit, "config.json", "CRC-32 differs"),
+        (_truncate, "megatron/__0_0.distcp", "bytes were written"),
+        (_flip_a_bit, "megatron/__0_0.distcp", "CRC-32 differs"),
+        (_flip_a_bit, "config.json", "CRC-32 differs"),
         (Path.unlink, "state.json", "it is missing"),
-        (_cut_off, "checksums.json", "damaged or missing"),
+        (_truncate, "checksums.json", "damaged or missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
     saved: ToyRun, caplog: pytest.LogCaptureFixture, damage: object, file: str, message: str
 ) -> None:
     damage(saved.store.path(2) / file)  # type: ignore[operator]
@@ -139,7 +129,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         assert saved.resume() == 1
     assert f"step_2/{file}: " in caplog.text
     assert message in caplog.text
-    assert "moved to step_2.damaged" in caplog.text
+    assert "renamed to step_2.damaged" in caplog.text
     saved.train(1)
     saved.save()
     saved.store.finish()
@@ -147,7 +137,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 
 class _RunsCode:
-    """A pickle that creates a file when it is loaded without care."""
+    """An object whose pickle creates a file when it is loaded by an unrestricted unpickler."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -156,7 +146,7 @@ class _RunsCode:
         return (open, (str(self.path), "w"))
 
 
-def test_pickles_that_run_code_do_not_run(saved: ToyRun, tmp_path: Path) -> None:
+def test_pickles_cannot_run_code(saved: ToyRun, tmp_path: Path) -> None:
     path = saved.store.path(2)
     pickled = pickle.dumps(_RunsCode(tmp_path / "ran"))
     checksums = json.loads((path / "checksums.json").read_text())
@@ -165,7 +155,7 @@ def test_pickles_that_run_code_do_not_run(saved: ToyRun, tmp_path: Path) -> None
         checksums[name] = {"num_bytes": len(pickled), "crc32": checksum_of(path / name).crc32}
         (path / "checksums.json").write_text(json.dumps(checksums))
         if name == "megatron/common.pt":
-            assert saved.resume() == 2  # nothing is read from it
+            assert saved.resume() == 2  # the file is never loaded
         else:
             with pytest.raises(UserError, match=r"\.metadata: refused or damaged: .*it names .*open"):
                 saved.resume()
@@ -175,11 +165,11 @@ def test_pickles_that_run_code_do_not_run(saved: ToyRun, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"model": {"dtype": "bfloat16"}}, "continue with the model.dtype that it was saved with"),
+        ({"model": {"dtype": "bfloat16"}}, "resume with the model.dtype that it was saved with"),
         ({"model": {"freeze": []}}, r"optimizer\.state\.exp_avg\.\S+ is missing"),
     ],
 )
-def test_other_settings_are_refused(
+def test_resuming_with_another_dtype_or_other_frozen_parts_is_refused(
     model_dir: Path, tmp_path: Path, settings: dict[str, dict[str, object]], message: str
 ) -> None:
     run = ToyRun(model_dir, tmp_path, {"model": {"freeze": ["vision_tower"]}})
@@ -191,7 +181,7 @@ def test_other_settings_are_refused(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_failed_write_is_raised_and_leaves_the_old_ones(saved: ToyRun, mode: dict[str, dict[str, bool]]) -> None:
+def test_a_failed_write_raises_and_keeps_earlier_checkpoints(saved: ToyRun, mode: dict[str, dict[str, bool]]) -> None:
     saved.store = RunStore(saved.store.path(2).parent, CheckpointSection.model_validate(mode["checkpoint"]))
     saved.train(1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -207,9 +197,9 @@ def test_a_failed_write_is_raised_and_leaves_the_old_ones(saved: ToyRun, mode: d
     assert saved.store.latest() == 3
 
 
-def test_a_full_disk_says_what_to_do(saved: ToyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_full_disk_says_what_to_do(saved: ToyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     saved.train(1)
-    monkeypatch.setattr(run_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    monkeypatch.setattr(step_dirs.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(UserError, match="disk full while step 3 was saved; free space, or keep fewer") as raised:
         saved.save()
         saved.store.finish()
@@ -218,7 +208,7 @@ def test_a_full_disk_says_what_to_do(saved: ToyRun, monkeypatch: pytest.MonkeyPa
     assert saved.store.latest() == 2
 
 
-def test_what_a_dead_run_left_half_done_is_removed(saved: ToyRun) -> None:
+def test_leftovers_of_a_dead_run_are_removed(saved: ToyRun) -> None:
     directory = saved.store.path(2).parent
     shutil.copytree(saved.store.path(2), directory / ".step_3.partial-0a1b")
     (directory / ".step_1.removed").mkdir()
@@ -226,17 +216,17 @@ def test_what_a_dead_run_left_half_done_is_removed(saved: ToyRun) -> None:
     assert sorted(os.listdir(directory)) == [".lock", "step_1", "step_2"]
 
 
-def test_old_checkpoints_that_cannot_be_removed_are_named_and_tried_again(
+def test_training_continues_if_old_checkpoints_cannot_be_removed(
     saved: ToyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on NFS, where a dead run's process may have a file open: its name comes back as .nfs..."""
+    """This happens on NFS if a process of a dead run holds a file open: the file comes back under the name .nfs..."""
     directory = saved.store.path(2).parent
 
     def fails(path: Path, **_: object) -> None:
         if ".partial-" not in path.name:
             raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
 
-    monkeypatch.setattr(run_store.shutil, "rmtree", fails)
+    monkeypatch.setattr(step_dirs.shutil, "rmtree", fails)
     saved.train(1)
     saved.save()
     saved.store.finish()
@@ -244,13 +234,13 @@ def test_old_checkpoints_that_cannot_be_removed_are_named_and_tried_again(
     (hidden,) = directory.glob(".step_1.removed-*")
     assert f"{hidden}: cannot be removed ([Errno 39] Directory not empty" in caplog.text
     with monkeypatch.context() as patch:
-        patch.setattr(run_store.os, "rename", _refuse_to_rename("step_2", os.rename))
+        patch.setattr(step_dirs.os, "rename", _refuse_to_rename("step_2", os.rename))
         saved.train(1)
         saved.save()
         saved.store.finish()
     assert saved_steps(directory) == [2, 3, 4]
     assert f"{directory}/step_2: cannot be removed" in caplog.text
-    RunStore(directory, CheckpointSection())  # starts beside what it cannot remove
+    RunStore(directory, CheckpointSection())  # starts although it cannot remove them
     monkeypatch.undo()
     saved.train(1)
     saved.save()
@@ -267,25 +257,6 @@ def _refuse_to_rename(name: str, rename: Callable[[Path, Path], None]) -> Callab
     return checked
 
 
-def _hold_lock(directory: Path, holds: Connection, release: Connection) -> None:
-    with (directory / ".lock").open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        holds.send(True)
-        release.recv()
-
-
-def test_the_lock_of_a_process_that_ends_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    context = multiprocessing.get_context("spawn")
-    holds, theirs = context.Pipe(duplex=False)
-    release, ours = context.Pipe(duplex=False)
-    process = context.Process(target=_hold_lock, args=(tmp_path, theirs, release))
-    process.start()
-    holds.recv()
-    with mock.patch.object(run_store.time, "sleep", lambda seconds: ours.send(True) or process.join()):
-        assert RunStore(tmp_path, CheckpointSection()).latest() is None
-    assert "another process holds this folder's lock; waiting 120 s" in caplog.text
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -293,17 +264,17 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_killed_at_any_moment_the_newest_checkpoint_is_whole(
+def test_processes_killed_at_any_moment_leave_an_intact_checkpoint(
     model_dir: Path, tmp_path: Path, mode: dict[str, dict[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks that save every step are killed at random moments, one of them or both; whatever runs of them report of
-    a step is the same.
+    """Two ranks that save every step are killed at random moments, one of them or both. After each restart, the losses
+    of steps that had been trained before are the same.
     """
-    monkeypatch.setattr(run_store, "LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(run_lock, "LOCK_TIMEOUT_S", 0.0)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.checkpoint.toy_run"])
     seen: dict[int, tuple[float, float]] = {}
-    chance = random.Random(0)
+    generator = random.Random(0)
     for _ in range(5):
         reports, theirs = context.Pipe(duplex=False)
         arguments = (_free_port(), model_dir, tmp_path, mode, theirs)
@@ -317,13 +288,13 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(
             step, *numbers = reports.recv()
             assert seen.setdefault(step, tuple(numbers)) == tuple(numbers)
             if first:
-                deadline, first = time.monotonic() + chance.uniform(0, 0.6), False
-        assert not first, "the ranks have taken no step"
+                deadline, first = time.monotonic() + generator.uniform(0, 0.6), False
+        assert not first, "the ranks trained no step"
         with pytest.raises(UserError, match="another process is training here"):
             RunStore(tmp_path, CheckpointSection())
-        for process in chance.choice(([ranks[0]], [ranks[1]], ranks)):
+        for process in generator.choice(([ranks[0]], [ranks[1]], ranks)):
             process.kill()
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(generator.uniform(0, 0.1))
         for process in ranks:
             process.kill()
             process.join()

@@ -33,7 +33,7 @@ def file(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return tmp_path / "a.safetensors"
 
 
-def test_rows_are_what_the_safetensors_package_wrote(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_rows_equal_what_the_safetensors_package_wrote(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     with SafetensorsReader(file) as reader:
         assert {tensor.name for tensor in reader.header.tensors} == tensors.keys()
         for stored in reader.header.tensors:
@@ -44,7 +44,7 @@ def test_rows_are_what_the_safetensors_package_wrote(file: Path, tensors: dict[s
             assert torch.equal(rows, expected[1:].reshape(rows.shape))
 
 
-def test_rectangles_written_are_what_the_safetensors_package_reads(
+def test_written_rectangles_are_read_by_the_safetensors_package(
     file: Path, tmp_path: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
     with SafetensorsReader(file) as reader:
@@ -61,7 +61,7 @@ def test_rectangles_written_are_what_the_safetensors_package_reads(
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in safetensors.torch.load_file(copy).items())
 
 
-def test_a_new_file_has_its_length_and_nothing_is_written_for_it(tmp_path: Path) -> None:
+def test_a_new_file_has_its_length_but_occupies_no_disk_space(tmp_path: Path) -> None:
     size = 2**28
     header = parse_header(_header(a={"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}), tmp_path)
     create_safetensors(tmp_path / "new.safetensors", header)
@@ -73,11 +73,11 @@ def test_a_new_file_has_its_length_and_nothing_is_written_for_it(tmp_path: Path)
 @pytest.mark.parametrize("num_bytes", [0, 5, 8, 100, -1])
 def test_a_truncated_file_is_refused(file: Path, num_bytes: int) -> None:
     file.write_bytes(file.read_bytes()[:num_bytes])
-    with pytest.raises(UserError, match=r"a\.safetensors: .*fetch it again"):
+    with pytest.raises(UserError, match=r"a\.safetensors: .*download it again"):
         SafetensorsReader(file)
 
 
-def test_a_file_with_bytes_behind_its_end_is_refused(file: Path) -> None:
+def test_a_file_with_trailing_bytes_is_refused(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(UserError, match="but its header describes"):
         SafetensorsReader(file)

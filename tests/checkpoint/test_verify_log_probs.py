@@ -12,7 +12,7 @@ from tests.model import tiny
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_an_imported_model_computes_what_transformers_computes(tmp_path: Path, family: str) -> None:
+def test_an_imported_model_has_the_log_probs_of_transformers(tmp_path: Path, family: str) -> None:
     tiny.create(family, tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "imported")
     differences = log_prob_differences(tmp_path / "hf", tmp_path / "imported")

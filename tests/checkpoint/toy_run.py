@@ -1,4 +1,4 @@
-"""Training of the tiny model on random groups, with everything that a checkpoint has to hold."""
+"""Training of a tiny model on random groups: a small run with everything that a checkpoint contains."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from megatron_vcr1.training.microbatches import Microbatch
 from megatron_vcr1.training.optimizer import Learner
 from tests.model import tiny
 
-NUM_GROUPS = 4  # a step
-LENGTHS = (5, 3)
+NUM_GROUPS = 4  # per step
+LENGTHS = (5, 3)  # of the two responses of a group, in tokens
 NUM_TARGETS = NUM_GROUPS * sum(LENGTHS)
 OPTIMIZER = {"learning_rate": 1e-3, "warmup_steps": 2, "decay": "cosine", "weight_decay": 0.1}
 
 
 class ToyRun:
-    """Model, optimizer and schedule at a layout, and the run's checkpoints."""
+    """Model, optimizer and schedule under a layout, and the run's checkpoints."""
 
     def __init__(self, model_dir: Path, directory: Path, settings: dict[str, dict[str, Any]]) -> None:
         model = {"path": model_dir, "dtype": "float32", **settings.get("model", {})}
@@ -44,7 +44,7 @@ class ToyRun:
         self.steps = 0
 
     def train(self, num_steps: int) -> list[tuple[float, float]]:
-        """Steps on from here; the loss and the gradient's norm of each."""
+        """Train for some steps; return the loss and the gradient norm of each."""
         return [self._step() for _ in range(num_steps)]
 
     def _step(self) -> tuple[float, float]:
@@ -71,7 +71,7 @@ class ToyRun:
         )
 
     def resume(self) -> int | None:
-        """Go on from the newest whole checkpoint; returns its step."""
+        """Resume from the newest intact checkpoint; return its step, or None if there is none."""
         step = self.store.latest()
         if step is not None:
             state = self.store.load(step, self.learner.model, self.learner.optimizer, self.learner.scheduler)
@@ -90,7 +90,7 @@ def _group(seed: int) -> Group:
 def train_until_killed(
     rank: int, port: int, model_dir: Path, directory: Path, settings: dict[str, dict[str, Any]], reports: Connection
 ) -> None:
-    """One of two ranks that save every step; rank 0 reports (step, loss, norm)."""
+    """Run one of two ranks that save every step until it is killed. Rank 0 sends (step, loss, gradient norm)."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)

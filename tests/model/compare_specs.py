@@ -17,7 +17,7 @@ from megatron.core.models.backends import BackendSpecProvider
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.checkpoint.pieces import parameter_pieces
+from megatron_vcr1.checkpoint.shard_slices import parameter_slices
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.config.training_sections import OptimizerSection
 from megatron_vcr1.data.packing import Group
@@ -74,9 +74,9 @@ def run(model: QwenVLModel) -> dict[str, Tensor]:
     hidden = model(batch)
     model.log_probs(hidden, batch.target_ids).mean().backward()
     results = {"logits": model.logits(hidden.detach()).detach()}
-    for parameter, pieces in parameter_pieces(model).items():
+    for parameter, slices in parameter_slices(model).items():
         assert parameter.grad is not None
-        results[pieces[0].key] = parameter.grad
+        results[slices[0].key] = parameter.grad
     return results
 
 
@@ -89,7 +89,7 @@ def learn(model: QwenVLModel) -> dict[str, Tensor]:
         return -model.log_probs(hidden, batch.packed.target_ids).mean(), {}
 
     norms = [learner.update([Microbatch(_batch(model))] * 2, loss).grad_norm for _ in range(2)]
-    weights = {piece.key: piece.values.detach() for pieces in parameter_pieces(model).values() for piece in pieces}
+    weights = {part.key: part.values.detach() for slices in parameter_slices(model).values() for part in slices}
     return {"norms": torch.tensor(norms), **weights}
 
 
@@ -116,7 +116,7 @@ def compare(folder: Path) -> dict[str, Any]:
         assert learned.keys() == expected_to_learn.keys()
         return {
             "learned": max(float((learned[key] - expected_to_learn[key]).abs().max()) for key in learned),
-            "keys": sorted(piece.key for pieces in parameter_pieces(model).values() for piece in pieces),
+            "keys": sorted(part.key for slices in parameter_slices(model).values() for part in slices),
             "expected_keys": sorted(model_layout(model.model_config)),
             "classes": sorted({type(module).__name__ for module in model.modules()}),
             **differences(run(model), expected),

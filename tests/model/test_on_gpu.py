@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vcr1.checkpoint.pieces import parameter_pieces
+from megatron_vcr1.checkpoint.shard_slices import parameter_slices
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
@@ -46,7 +46,7 @@ def _transformers_results(folder: Path, family: str) -> dict[str, Tensor]:
     gradients = compare_specs.build(folder / "gradients", LocalBackend(), torch.float32)
     return {
         "logits": logits.detach().to(mesh.device()),
-        **{pieces[0].key: parameter.detach() for parameter, pieces in parameter_pieces(gradients).items()},
+        **{slices[0].key: parameter.detach() for parameter, slices in parameter_slices(gradients).items()},
     }
 
 

@@ -20,7 +20,7 @@ from model_presets import PRESETS
 from throughput.random_weights import write_random_model
 
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.checkpoint.pieces import parameter_pieces
+from megatron_vcr1.checkpoint.shard_slices import parameter_slices
 from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, RecomputeSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
@@ -149,7 +149,7 @@ def test_on_a_gpu_both_backends_agree_in_bf16(te: BackendSpecProvider, model_dir
 def test_on_a_gpu_one_checkpoint_loads_into_both_backends(te: BackendSpecProvider, model_dir: Path) -> None:
     models = [compare_specs.build(model_dir, backend, torch.bfloat16) for backend in (te, LocalBackend())]
     ours, expected = (
-        {(piece.key, piece.offsets): piece.values for pieces in parameter_pieces(model).values() for piece in pieces}
+        {(part.key, part.offsets): part.values for slices in parameter_slices(model).values() for part in slices}
         for model in models
     )
     assert ours.keys() == expected.keys()

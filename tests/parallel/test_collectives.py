@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+
 import pytest
 
 from megatron_vcr1.config.model_sections import ParallelSection
@@ -84,3 +87,53 @@ def _first_rank_only() -> int:
 
 def test_run_on_first_rank_returns_its_result_everywhere(gloo_pool: GlooPool) -> None:
     assert gloo_pool.run(_first_rank_only) == [7, 7, 7, 7]
+
+
+FAILURES: dict[str, Callable[[], Exception]] = {
+    "user": lambda: UserError("no such model"),
+    "disk": lambda: OSError(errno.ENOSPC, "No space left on device"),
+    "built-in": lambda: KeyError("a tensor"),
+    "not picklable": lambda: _Unpicklable("gpu3", "gone"),
+}
+
+
+def _errors_of_failing_ranks() -> list[tuple[str, str]]:
+    """Let ranks 1 and 3 fail in each way; return the errors that are raised on this rank."""
+    mesh.initialize(ParallelSection())
+    caught = []
+    for failure in FAILURES.values():
+
+        def work(failure: Callable[[], Exception] = failure) -> None:
+            if mesh.rank() == 1:
+                raise failure()
+            if mesh.rank() == 3:
+                raise ValueError("later")
+
+        try:
+            collectives.run_on_every_rank(work)
+        except Exception as error:
+            caught.append((type(error).__name__, str(error)))
+    return caught
+
+
+def test_the_error_of_the_lowest_failing_rank_is_raised_on_all(gloo_pool: GlooPool) -> None:
+    errors = gloo_pool.run(_errors_of_failing_ranks)
+    expected = [
+        ("UserError", "no such model"),
+        ("OSError", "[Errno 28] No space left on device"),
+        ("KeyError", "'a tensor'"),
+    ]
+    assert [error[:3] for error in errors] == [expected] * 4
+    assert errors[1][3] == ("_Unpicklable", "gpu3: gone")
+    assert [errors[other][3] for other in (0, 2, 3)] == [("RuntimeError", "_Unpicklable: gpu3: gone")] * 3
+
+
+def test_a_process_without_torch_distributed_is_the_only_rank() -> None:
+    assert collectives.run_on_every_rank(lambda: "result") == ["result"]
+    assert collectives.run_on_first_rank(lambda: "result") == "result"
+
+    def fail() -> None:
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        collectives.run_on_first_rank(fail)

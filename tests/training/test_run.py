@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from megatron_vcr1.checkpoint import run_store
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
+from megatron_vcr1.checkpoint.step_dirs import saved_steps
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import collectives
@@ -80,7 +81,7 @@ def test_due_save_waits_for_a_step_that_is_finite(
     monkeypatch.setattr(Learner, "update", not_finite_at_two)
     checkpoint = {"every_steps": 2, "keep_last": 9, "export": "never"}
     assert train(_config(folder, tmp_path, train={"num_steps": 6}, checkpoint=checkpoint)) == 0
-    assert run_store.saved_steps(tmp_path / "checkpoints") == [3, 4, 6]
+    assert saved_steps(tmp_path / "checkpoints") == [3, 4, 6]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -118,7 +119,7 @@ def test_checkpoints_are_kept_and_exported_as_set(folder: Path, tmp_path: Path) 
 def test_failed_asynchronous_save_stops_the_run_after_the_next_step(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_store, "_write_share", mock.Mock(side_effect=OSError(errno.ENOSPC, "no space left")))
+    monkeypatch.setattr(run_store, "write_rank_file", mock.Mock(side_effect=OSError(errno.ENOSPC, "no space left")))
     step = SftTrainer.step
 
     def step_after_the_writer_ended(self: SftTrainer, *args: Any) -> StepResult:

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR
-from megatron_vcr1.checkpoint.run_store import saved_steps
+from megatron_vcr1.checkpoint.step_dirs import saved_steps
 from megatron_vcr1.checkpoint.torch_dist import read_chunk, read_metadata
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_vcr1.checkpoint import run_store
+from megatron_vcr1.checkpoint import run_lock
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.config.training_sections import TrainSection
@@ -93,8 +93,8 @@ def test_unusable_run_directory_is_found_before_anything_is_built(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train\.run_dir = .*file/run: cannot be written to"):
         train(_config(folder, tmp_path / "file" / "run"))
-    monkeypatch.setattr(run_store, "LOCK_PATIENCE_S", 0.0)
-    monkeypatch.setattr(run_store.RunStore, "_lock_is_ours", lambda self: False)
+    monkeypatch.setattr(run_lock, "LOCK_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(run_lock, "_try_lock", lambda *args: False)
     with pytest.raises(UserError, match="another process is training here"):
         train(_config(folder, tmp_path / "run"))
 

@@ -8,9 +8,21 @@ from types import ModuleType
 import pytest
 import torch
 
+from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from tests.checkpoint.hf_dirs import contents, random_weights, small_config, write_hf_dir
 
 SCRIPT = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
+
+
+@pytest.fixture
+def hf_dir(tmp_path: Path) -> Path:
+    return write_hf_dir(tmp_path / "hf", small_config(), random_weights(small_config()))
+
+
+@pytest.fixture
+def imported_dir(hf_dir: Path, tmp_path: Path) -> Path:
+    import_checkpoint(hf_dir, tmp_path / "imported")
+    return tmp_path / "imported"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +62,7 @@ def test_import_export_and_verify(
     assert report["max_abs_difference"] == 0.0
 
 
-def test_verify_exits_with_1_where_a_tensor_differs(
+def test_verify_exits_with_1_if_a_tensor_differs(
     tool: ModuleType, imported_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = random_weights(small_config())
@@ -62,7 +74,7 @@ def test_verify_exits_with_1_where_a_tensor_differs(
     assert report["tensors"]["lm_head.weight"] is report["max_abs_difference"] is None  # infinite
 
 
-def test_bad_input_exits_with_2_and_names_it(
+def test_bad_input_is_named_and_exits_with_2(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool.main(["import", "--hf", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
@@ -73,7 +85,7 @@ def test_bad_input_exits_with_2_and_names_it(
     assert exit_.value.code == 2
 
 
-def test_a_failing_disk_exits_with_1(
+def test_a_disk_failure_exits_with_1(
     tool: ModuleType,
     hf_dir: Path,
     tmp_path: Path,

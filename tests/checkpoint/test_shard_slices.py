@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 from megatron_vcr1.checkpoint import torch_dist
-from megatron_vcr1.checkpoint.pieces import Piece, cut, read_pieces, rectangles, run_of, shard_of_replica
+from megatron_vcr1.checkpoint.shard_slices import (
+    ShardSlice,
+    read_slices,
+    rectangles,
+    slices_of_range,
+    slices_of_replica,
+    split_into_chunks,
+)
 from megatron_vcr1.checkpoint.torch_dist import read_metadata
 from megatron_vcr1.errors import UserError
 
 
-def _piece(values: Tensor, shape: tuple[int, ...], *, start: int = 0, padded: bool = False) -> Piece:
-    return Piece("w", shape, (0,) * len(shape), shape, start, values, is_padded=padded, is_main=True)
+def _slice(values: Tensor, shape: tuple[int, ...], *, start: int = 0, padded: bool = False) -> ShardSlice:
+    return ShardSlice("w", shape, (0,) * len(shape), shape, start, values, is_padded=padded, is_main_replica=True)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1, 1, 6)])
-def test_rectangles_fill_a_run_of_values_in_their_order(shape: tuple[int, ...]) -> None:
+def test_rectangles_cover_a_flat_range_in_order(shape: tuple[int, ...]) -> None:
     numbers = torch.arange(math.prod(shape)).view(shape)
     for start, stop in combinations(range(math.prod(shape) + 1), 2):
         found = []
@@ -32,48 +39,48 @@ def test_rectangles_fill_a_run_of_values_in_their_order(shape: tuple[int, ...]) 
     assert not list(rectangles(2, 2, shape))
 
 
-def test_a_run_over_two_shards_is_a_run_of_each() -> None:
-    gate, up = _piece(torch.zeros(12), (4, 3)), _piece(torch.zeros(6), (2, 3))
+def test_a_range_over_two_shards_gives_a_slice_of_each() -> None:
+    gate, up = _slice(torch.zeros(12), (4, 3)), _slice(torch.zeros(6), (2, 3))
     moments = torch.arange(8.0)
-    first, second = run_of([gate, up], "optimizer.", 9, moments)
+    first, second = slices_of_range([gate, up], "optimizer.", 9, moments)
     assert (first.key, first.start, first.values.tolist()) == ("optimizer.w", 9, [0, 1, 2])
     assert (second.start, second.values.tolist()) == (0, [3, 4, 5, 6, 7])
 
 
-def test_copies_share_the_writing() -> None:
-    pieces = [_piece(torch.zeros(size), (size,)) for size in (50, 1, 1, 1, 30, 40, 7)]
-    shares = [shard_of_replica(pieces, index, 3) for index in range(3)]
-    assert [len(piece.values) for share in shares for piece in share] == [50, 1, 1, 1, 30, 40, 7]
-    assert all(sum(len(piece.values) for piece in share) <= 43 + 50 for share in shares)
+def test_replicas_split_the_writing_evenly() -> None:
+    slices = [_slice(torch.zeros(size), (size,)) for size in (50, 1, 1, 1, 30, 40, 7)]
+    shares = [slices_of_replica(slices, index, 3) for index in range(3)]
+    assert [len(part.values) for share in shares for part in share] == [50, 1, 1, 1, 30, 40, 7]
+    assert all(sum(len(part.values) for part in share) <= 43 + 50 for share in shares)
 
 
-def _write(directory: Path, pieces: list[Piece]) -> None:
+def _write(directory: Path, slices: list[ShardSlice]) -> None:
     directory.mkdir()
-    owned = ((key, offsets, values.clone()) for key, offsets, values in cut(pieces))
+    owned = ((key, offsets, values.clone()) for key, offsets, values in split_into_chunks(slices))
     chunks = torch_dist.write_chunks(directory / "__0_0.distcp", owned)
-    torch_dist.write_metadata(directory, {"w": (pieces[0].values.dtype, pieces[0].global_shape)}, chunks)
+    torch_dist.write_metadata(directory, {"w": (slices[0].values.dtype, slices[0].global_shape)}, chunks)
 
 
 @pytest.mark.parametrize("cuts", [(0, 35), (0, 1, 6, 7, 23, 35)])
-def test_runs_are_read_from_other_runs(tmp_path: Path, cuts: tuple[int, ...]) -> None:
+def test_slices_are_read_from_chunks_of_other_slices(tmp_path: Path, cuts: tuple[int, ...]) -> None:
     numbers, shape = torch.randn(35), (5, 7)
-    _write(tmp_path / "c", [_piece(numbers[a:b], shape, start=a) for a, b in pairwise(cuts)])
+    _write(tmp_path / "c", [_slice(numbers[a:b], shape, start=a) for a, b in pairwise(cuts)])
     stored = read_metadata(tmp_path / "c")
     for start, stop in ((0, 35), (3, 4), (5, 30), (13, 16)):
         values = torch.full((stop - start,), torch.nan)
-        read_pieces(tmp_path / "c", stored, [_piece(values, shape, start=start)])
+        read_slices(tmp_path / "c", stored, [_slice(values, shape, start=start)])
         assert torch.equal(values, numbers[start:stop])
 
 
 @pytest.mark.parametrize("num_rows", [3, 7])
 def test_only_a_padded_vocabulary_may_have_another_number_of_rows(tmp_path: Path, num_rows: int) -> None:
     numbers = torch.randn(5, 2)
-    _write(tmp_path / "c", [_piece(numbers.flatten(), (5, 2))])
+    _write(tmp_path / "c", [_slice(numbers.flatten(), (5, 2))])
     stored = read_metadata(tmp_path / "c")
     values = torch.full((num_rows * 2,), torch.nan)
     with pytest.raises(UserError, match=r"w has shape \(5, 2\) instead of \(\d, 2\)"):
-        read_pieces(tmp_path / "c", stored, [_piece(values, (num_rows, 2))])
-    read_pieces(tmp_path / "c", stored, [_piece(values, (num_rows, 2), padded=True)])
+        read_slices(tmp_path / "c", stored, [_slice(values, (num_rows, 2))])
+    read_slices(tmp_path / "c", stored, [_slice(values, (num_rows, 2), padded=True)])
     rows = values.view(num_rows, 2)
     assert torch.equal(rows[:5], numbers[:num_rows])
     assert not rows[5:].any()
@@ -81,4 +88,4 @@ def test_only_a_padded_vocabulary_may_have_another_number_of_rows(tmp_path: Path
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path}: w is missing"):
-        read_pieces(tmp_path, {}, [_piece(torch.zeros(2), (2,))])
+        read_slices(tmp_path, {}, [_slice(torch.zeros(2), (2,))])

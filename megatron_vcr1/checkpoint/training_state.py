@@ -1,0 +1,60 @@
+"""The state of a training run besides its tensors, and state.json, which stores it in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vcr1.checkpoint.disk import write_durably
+from megatron_vcr1.checkpoint.model_dir import STATE_FILE
+from megatron_vcr1.errors import UserError
+
+_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """The state of a training run besides its tensors; JSON values."""
+
+    step: int  # training steps done
+    num_updates: int  # steps that Adam has taken; fewer than `step` if updates were skipped
+    schedule: Mapping[str, Any]  # of the learning rate
+    trainer: Mapping[str, Any]  # data position and whatever else the trainer stores
+
+    def to_json(self) -> str:
+        content = {
+            "version": _VERSION,
+            "step": self.step,
+            "updates": self.num_updates,
+            "schedule": self.schedule,
+            "state": self.trainer,
+        }
+        return json.dumps(content, indent=1)
+
+
+def write_state(checkpoint: Path, text: str) -> None:
+    """Write state.json durably. The text comes from `TrainingState.to_json`, before training goes on."""
+    write_durably(checkpoint / STATE_FILE, text.encode())
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """Read state.json.
+
+    Raises:
+        UserError: it is missing or damaged, or has another version.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        content = json.loads(path.read_text())
+        version = content["version"]
+        if version == _VERSION:
+            return TrainingState(content["step"], content["updates"], content["schedule"], content["state"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged or missing ({error!r})") from None
+    raise UserError(
+        f"{path}: has version {version}, but only version {_VERSION} can be read; choose another train.run_dir, with "
+        "the checkpoint as model.path"
+    )
