@@ -40,6 +40,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_vcr1.checkpoint.background_task import BackgroundTask
+from megatron_vcr1.checkpoint.fingerprint import weights_fingerprint
 from megatron_vcr1.checkpoint.integrity import check_files, write_checksums
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR, copy_model_files
 from megatron_vcr1.checkpoint.optimizer_state import num_updates, set_num_updates
@@ -61,6 +62,7 @@ from megatron_vcr1.checkpoint.training_tensors import (
     copy_to_host,
     load_tensors,
     slices_to_write,
+    unwrap,
     write_rank_file,
 )
 from megatron_vcr1.config.training_sections import CheckpointSection
@@ -100,12 +102,39 @@ class RunStore:
         self._group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         self._task = BackgroundTask()
         self._newest: int | None = None  # step of the newest checkpoint that this run has found or written
+        self._reference: str | None = None  # fingerprint of the reference's weights
+        self._needs_reference = False
         run_on_first_rank(self._open_directory, self._group)
 
     def _open_directory(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock_run(self._directory)  # held until this object is gone or the process ends
         remove_leftovers(self._directory)
+
+    def pin_reference(self, model: nn.Module) -> None:
+        """Store a fingerprint of the model's present weights in every checkpoint, and require it on resume.
+
+        Call this if a KL term compares the policy with the initial weights, which are not part of a checkpoint but are
+        loaded from model.path on every start. Call it while the model holds those weights, that is before `load`. Other
+        runs do not need the initial weights again, so they may resume with any model.path of the same shape.
+
+        The fingerprint depends on the weights alone. A model that was moved or imported is accepted. Any other weights
+        are refused, including an export of the run itself, which would change the reference.
+        """
+        self._reference = weights_fingerprint(unwrap(model))
+        self._needs_reference = True
+
+    def _check_reference(self, step: int, saved: str | None) -> None:
+        """Refuse to resume with another reference; see `pin_reference`."""
+        if saved is None:
+            return
+        if self._needs_reference and saved != self._reference:
+            raise UserError(
+                f"{self.path(step)}: the run was started from other weights than those in model.path, which are the "
+                f"reference of the KL term (fingerprint {saved}, now {self._reference}). Set model.path to the model "
+                "that the run was started from, or choose another train.run_dir to start a new run from this model.path"
+            )
+        self._reference = saved  # if no reference is needed now, keep the fingerprint for a later start
 
     def save(
         self,
@@ -138,7 +167,7 @@ class RunStore:
             return
         updates = max(run_on_every_rank(lambda: num_updates(optimizer), self._group))
         # Serialized now, because training goes on to change the state.
-        text = TrainingState(step, updates, scheduler.state_dict(), state).to_json()
+        text = TrainingState(step, updates, scheduler.state_dict(), state, self._reference).to_json()
         slices = slices_to_write(model, optimizer)
         if not self._section.asynchronous:
             self._write(step, slices, copy_lazily(slices), text, model_dir)
@@ -184,11 +213,12 @@ class RunStore:
             The trainer state that was saved with it.
 
         Raises:
-            UserError: the checkpoint is damaged, or belongs to another model, dtype or choice of frozen parts; names
-                the tensor.
+            UserError: the checkpoint is damaged, or belongs to another model, reference, dtype or choice of frozen
+                parts; names the tensor.
         """
         self.finish()
         state = run_on_first_rank(lambda: read_state(self.path(step)), self._group)
+        self._check_reference(step, state.reference)
         run_on_every_rank(lambda: load_tensors(self.path(step) / MEGATRON_DIR, model, optimizer), self._group)
         set_num_updates(optimizer, state.num_updates)
         scheduler.load_state_dict(dict(state.schedule))

@@ -23,6 +23,7 @@ class TrainingState:
     num_updates: int  # steps that Adam has taken; fewer than `step` if updates were skipped
     schedule: Mapping[str, Any]  # of the learning rate
     trainer: Mapping[str, Any]  # data position and whatever else the trainer stores
+    reference: str | None = None  # fingerprint of the reference's weights, if the run has needed them
 
     def to_json(self) -> str:
         content = {
@@ -31,6 +32,7 @@ class TrainingState:
             "updates": self.num_updates,
             "schedule": self.schedule,
             "state": self.trainer,
+            "reference": self.reference,
         }
         return json.dumps(content, indent=1)
 
@@ -51,7 +53,13 @@ def read_state(checkpoint: Path) -> TrainingState:
         content = json.loads(path.read_text())
         version = content["version"]
         if version == _VERSION:
-            return TrainingState(content["step"], content["updates"], content["schedule"], content["state"])
+            return TrainingState(
+                content["step"],
+                content["updates"],
+                content["schedule"],
+                content["state"],
+                content.get("reference"),  # missing in checkpoints that were written before it was introduced
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged or missing ({error!r})") from None
     raise UserError(

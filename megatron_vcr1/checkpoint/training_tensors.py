@@ -42,7 +42,7 @@ def slices_to_write(model: nn.Module, optimizer: MegatronOptimizer) -> list[Shar
     Weights, and the state of an optimizer that is not distributed, are replicated on all data-parallel ranks, which
     split them among themselves. State of the distributed optimizer exists on one rank only.
     """
-    parameters = parameter_slices(_unwrap(model))
+    parameters = parameter_slices(unwrap(model))
     replicated = [
         *chain.from_iterable(parameters.values()),
         *optimizer_slices(optimizer, parameters, distributed=False),
@@ -99,7 +99,7 @@ def load_tensors(megatron_dir: Path, model: nn.Module, optimizer: MegatronOptimi
         UserError: a tensor is missing or damaged, or has another shape or dtype.
     """
     tensors = read_metadata(megatron_dir)
-    parameters = parameter_slices(_unwrap(model))
+    parameters = parameter_slices(unwrap(model))
     weights = list(chain.from_iterable(parameters.values()))
     for part in weights:
         stored = tensors.get(part.key)
@@ -116,7 +116,7 @@ def load_tensors(megatron_dir: Path, model: nn.Module, optimizer: MegatronOptimi
     read_slices(megatron_dir, tensors, [*weights, *states])
 
 
-def _unwrap(model: nn.Module) -> Any:
+def unwrap(model: nn.Module) -> Any:
     """Return the model inside megatron-core's wrappers for data parallelism and mixed precision."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner

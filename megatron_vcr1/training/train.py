@@ -63,6 +63,8 @@ def train_in_world(config: RunConfig) -> int:
     run_on_first_rank(folder.create)
     store = RunStore(folder.checkpoints, config.checkpoint)
     learner, trainer, num_steps = build(config)
+    if config.train.stage == "grpo" and config.grpo.kl_coef > 0:
+        store.pin_reference(learner.model)  # while the model holds the weights of model.path
     with closing(trainer):
         profile = StepProfile(config.profile, folder.profile)
         run = Run(

@@ -19,10 +19,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_vcr1.checkpoint import run_lock, step_dirs
 from megatron_vcr1.checkpoint.disk import checksum_of
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
+from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.checkpoint.run_store import RunStore
 from megatron_vcr1.checkpoint.step_dirs import saved_steps
 from megatron_vcr1.config.training_sections import CheckpointSection
@@ -178,6 +180,50 @@ def test_resuming_with_another_dtype_or_other_frozen_parts_is_refused(
     run.store.finish()
     with pytest.raises(UserError, match=message):
         ToyRun(model_dir, tmp_path, settings).resume()
+
+
+def _resume_with_reference(model_dir: Path, directory: Path) -> int | None:
+    run = ToyRun(model_dir, directory, {})
+    run.store.pin_reference(run.model)
+    step = run.resume()
+    run.save()
+    run.store.finish()
+    return step
+
+
+def test_a_run_resumes_with_the_weights_of_its_reference_only(model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    directory = tmp_path / "checkpoints"
+    run = ToyRun(tmp_path / "model", directory, {})
+    run.store.pin_reference(run.model)
+    run.train(1)
+    run.save()
+    run.store.finish()
+
+    shutil.move(tmp_path / "model", tmp_path / "moved")
+    assert _resume_with_reference(tmp_path / "moved", directory) == 1
+    import_checkpoint(tmp_path / "moved", tmp_path / "imported")
+    assert _resume_with_reference(tmp_path / "imported", directory) == 1
+
+    # The run's own export, and other weights under the path of the original model.
+    export_checkpoint(run.store.path(1), tmp_path / "export")
+    weights = load_file(tmp_path / "moved/model.safetensors")
+    weights[next(name for name in weights if name.endswith("layernorm.weight"))][0] += 1
+    shutil.copytree(tmp_path / "moved", tmp_path / "model")
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    for other in ("export", "model"):
+        with pytest.raises(UserError, match="step_1: the run was started from other weights than those"):
+            _resume_with_reference(tmp_path / other, directory)
+
+    # Without a KL term the initial weights do not matter, and the fingerprint is kept for a later start.
+    unpinned = ToyRun(tmp_path / "export", directory, {})
+    assert unpinned.resume() == 1
+    unpinned.train(1)
+    unpinned.save()
+    unpinned.store.finish()
+    assert _resume_with_reference(tmp_path / "moved", directory) == 2
+    with pytest.raises(UserError, match="the run was started from other weights"):
+        _resume_with_reference(tmp_path / "export", directory)
 
 
 @pytest.mark.parametrize("mode", MODES)

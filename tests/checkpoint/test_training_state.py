@@ -8,7 +8,9 @@ import pytest
 from megatron_vcr1.checkpoint.training_state import TrainingState, read_state, write_state
 from megatron_vcr1.errors import UserError
 
-STATE = TrainingState(step=7, num_updates=5, schedule={"num_steps": 7}, trainer={"prompts": {"position": 56}})
+STATE = TrainingState(
+    step=7, num_updates=5, schedule={"num_steps": 7}, trainer={"prompts": {"position": 56}}, reference="0a1b"
+)
 
 
 def test_state_is_read_back(tmp_path: Path) -> None:
