@@ -30,14 +30,18 @@ def load_model_weights(model: ShardedModel, model_dir: Path) -> None:
         UserError: the directory is incomplete or damaged, or contains another model; names the tensor or file.
     """
     layouts = model_layout(ModelConfig.from_pretrained(model_dir))
-    shards = list(chain.from_iterable(parameter_slices(model).values()))  # slices of parameters are whole shards
     if is_imported(model_dir):
         tensors = read_model_metadata(model_dir / MEGATRON_DIR, layouts)
-        read_slices(model_dir / MEGATRON_DIR, tensors, shards)
+        read_slices(model_dir / MEGATRON_DIR, tensors, _shards(model))
     else:
         with HfWeights(model_dir, layouts) as weights:
-            for shard in shards:
+            for shard in _shards(model):
                 _read_shard(shard, layouts[shard.key], weights)
+
+
+def _shards(model: ShardedModel) -> list[ShardSlice]:
+    """Return the slices of all parameters, which are whole shards."""
+    return list(chain.from_iterable(parameter_slices(model).values()))
 
 
 def _read_shard(shard: ShardSlice, layout: TensorLayout, weights: HfWeights) -> None:

@@ -196,32 +196,32 @@ def test_a_run_resumes_with_the_weights_of_its_reference_only(model_dir: Path, t
     directory = tmp_path / "checkpoints"
     run = ToyRun(tmp_path / "model", directory, {})
     run.store.pin_reference(run.model)
-    run.train(1)
+    run.train(2)  # the learning rate of the first step is 0
     run.save()
     run.store.finish()
 
     shutil.move(tmp_path / "model", tmp_path / "moved")
-    assert _resume_with_reference(tmp_path / "moved", directory) == 1
+    assert _resume_with_reference(tmp_path / "moved", directory) == 2
     import_checkpoint(tmp_path / "moved", tmp_path / "imported")
-    assert _resume_with_reference(tmp_path / "imported", directory) == 1
+    assert _resume_with_reference(tmp_path / "imported", directory) == 2
 
     # The run's own export, and other weights under the path of the original model.
-    export_checkpoint(run.store.path(1), tmp_path / "export")
+    export_checkpoint(run.store.path(2), tmp_path / "export")
     weights = load_file(tmp_path / "moved/model.safetensors")
     weights[next(name for name in weights if name.endswith("layernorm.weight"))][0] += 1
     shutil.copytree(tmp_path / "moved", tmp_path / "model")
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     for other in ("export", "model"):
-        with pytest.raises(UserError, match="step_1: the run was started from other weights than those"):
+        with pytest.raises(UserError, match="step_2: the run was started from other weights than those"):
             _resume_with_reference(tmp_path / other, directory)
 
     # Without a KL term the initial weights do not matter, and the fingerprint is kept for a later start.
     unpinned = ToyRun(tmp_path / "export", directory, {})
-    assert unpinned.resume() == 1
+    assert unpinned.resume() == 2
     unpinned.train(1)
     unpinned.save()
     unpinned.store.finish()
-    assert _resume_with_reference(tmp_path / "moved", directory) == 2
+    assert _resume_with_reference(tmp_path / "moved", directory) == 3
     with pytest.raises(UserError, match="the run was started from other weights"):
         _resume_with_reference(tmp_path / "export", directory)
 
