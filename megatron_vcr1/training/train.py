@@ -63,9 +63,9 @@ def train_in_world(config: RunConfig) -> int:
     run_on_first_rank(folder.create)
     store = RunStore(folder.checkpoints, config.checkpoint)
     learner, trainer, num_steps = build(config)
-    if config.train.stage == "grpo" and config.grpo.kl_coef > 0:
-        store.pin_reference(learner.model)  # while the model holds the weights of model.path
     with closing(trainer):
+        if config.train.stage == "grpo" and config.grpo.kl_coef > 0:
+            store.pin_reference(learner.model)  # before Run resumes: the model still has the weights of model.path
         profile = StepProfile(config.profile, folder.profile)
         run = Run(
             config.train,
