@@ -27,7 +27,8 @@ def lock_run(directory: Path) -> IO[str]:
     predecessor has been released, so a lock that is held is waited for.
 
     Returns:
-        The open lock file. Keep it open for as long as the lock is needed.
+        The open lock file. Keep it open for as long as the lock is needed, and do not open the file again in this
+        process: closing any descriptor of a file releases all record locks that the process has on it.
 
     Raises:
         UserError: another process still holds the lock after `LOCK_TIMEOUT_S`.
