@@ -1,4 +1,4 @@
-"""The concepts that every part shares: spans of time, boxes, and a video with its question and its truth."""
+"""Types that all packages share: spans of time, boxes, samples with their targets, and rollouts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 OPTION_LETTERS = "ABCDEFG"
-"""Letters of multiple-choice options; the accuracy reward reads an answer with the same range."""
+"""Letters of multiple-choice options; the accuracy reward parses answers with the same letters."""
 
 NUM_TRACKED_FRAMES = 8
-"""Frames of a tracking video that the model sees, and boxes that it returns (VideoChat-R1)."""
+"""Number of frames of a tracking sample, and of the boxes in its answer (VideoChat-R1)."""
 
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
 class Task(StrEnum):
-    """What a sample asks of the model; the value is the manifest's ``task`` key."""
+    """The task of a sample; the value is the ``task`` of a manifest row."""
 
     TEMPORAL_GROUNDING = "temporal_grounding"
     TRACKING = "tracking"
@@ -44,6 +44,7 @@ class Interval:
 
     @property
     def duration_s(self) -> float:
+        """Length in seconds."""
         return self.end_s - self.start_s
 
 
@@ -69,35 +70,35 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class GroundingTarget:
-    """When the queried event happens."""
+    """The target of temporal grounding: the span in which the queried event happens."""
 
     interval: Interval
 
 
 @dataclass(frozen=True, slots=True)
 class TrackingTarget:
-    """Where the object is in each of the frames that the model sees; the prompt gives the first box away."""
+    """The target of tracking: the object's box in each frame that the model sees. The prompt contains the first one."""
 
     boxes: tuple[Box, ...]
 
     def __post_init__(self) -> None:
         if len(self.boxes) < 2 or len(self.boxes) % 2:
             raise ValueError(
-                f"tracking needs one box a frame of an even number of frames (they enter the model in pairs), "
+                f"tracking needs one box per frame of an even number of frames (they enter the model in pairs), "
                 f"got {len(self.boxes)}"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceTarget:
-    """The letter of the right option."""
+    """The target of multiple-choice QA: the letter of the right option."""
 
     choice: str
 
 
 @dataclass(frozen=True, slots=True)
 class GroundedChoiceTarget:
-    """The letter of the right option and the spans that support it."""
+    """The target of grounded QA: the letter of the right option, and the spans that support it."""
 
     choice: str
     intervals: tuple[Interval, ...]
@@ -109,7 +110,7 @@ class GroundedChoiceTarget:
 
 @dataclass(frozen=True, slots=True)
 class CaptionTarget:
-    """A reference description and, where annotated, its atomic events."""
+    """The target of captioning: a reference caption and, if annotated, its atomic events."""
 
     caption: str
     events: tuple[str, ...] = ()
@@ -121,7 +122,7 @@ class CaptionTarget:
 
 @dataclass(frozen=True, slots=True)
 class QualityTarget:
-    """The quality label, one of those that the query names."""
+    """The target of quality assessment: one of the labels that the query names."""
 
     label: str
 
@@ -144,21 +145,20 @@ _TASK_OF_TARGET: dict[type, Task] = {
 
 @dataclass(frozen=True, slots=True)
 class VideoSample:
-    """One question about one video, with its truth.
+    """A video with a query and a target.
 
     Attributes:
-        id: unique within a manifest.
-        video: a file, a folder of images, or the image files of the frames in order.
-        target: the truth; its type decides the task.
-        query: what is asked: the event to find, the name of the object to follow, the question, the instruction.
-            Only captioning may leave it empty.
-        options: texts of the multiple-choice options in letter order; empty for the other tasks.
-        duration_s: length of the video (of the clip, if there is one); None if the annotation does not state it.
-        clip: the part of the file that is shown, where the annotation restricts it; times in ``target`` count from
-            its start.
-        image_fps: images a second, where ``video`` is a folder of images.
-        category: the dataset's own grouping (question type, sub-task), for reports.
-        thinking: reasoning that leads to the target, for SFT with thinking; empty if the annotation has none.
+        id: id, unique within a manifest.
+        video: a video file, a folder of images, or the image files of the frames in order.
+        target: ground truth; its type determines the task.
+        query: the event to find, the name of the object to track, the question or the instruction. Only captioning may
+            leave it empty.
+        options: texts of the multiple-choice options in the order of their letters; empty for the other tasks.
+        duration_s: length of the video in seconds (of the clip, if there is one); None if the annotation has none.
+        clip: the part of the video that is shown; None for all of it. Times in `target` count from the clip's start.
+        image_fps: images per second if `video` is a folder of images.
+        category: the dataset's own category (question type, sub-task), for reports.
+        thinking: reasoning that leads to the target, for SFT with thinking; empty if there is none.
 
     Raises:
         ValueError: a field contradicts the task or another field; the message names the field.
@@ -188,7 +188,7 @@ class VideoSample:
             raise ValueError(f"image_fps must be positive and finite, got {self.image_fps}")
         for text in (self.query, self.thinking, *self.options):
             if control_token := _CONTROL_TOKEN.search(text):
-                raise ValueError(f"{control_token.group()} stands for something else than text to a model; remove it")
+                raise ValueError(f"{control_token.group()} is a control token, not text; remove it")
         self._check_options()
         for interval in self.intervals:
             if self.duration_s is not None and interval.start_s >= self.duration_s:
@@ -196,11 +196,12 @@ class VideoSample:
 
     @property
     def task(self) -> Task:
+        """The task, which follows from the type of the target."""
         return _TASK_OF_TARGET[type(self.target)]
 
     @property
     def intervals(self) -> tuple[Interval, ...]:
-        """The target's spans; empty for tasks without any."""
+        """Spans of the target; empty for tasks without spans."""
         match self.target:
             case GroundingTarget(interval):
                 return (interval,)
@@ -221,22 +222,24 @@ class VideoSample:
 
 
 class FinishReason(StrEnum):
-    """Why a response ended."""
+    """The reason why a response ended."""
 
     STOP = "stop"
-    """By itself: its last token is an end token, or it ends with a stop text."""
+    """The policy ended it: its last token is an end token, or it ends with a stop string."""
     LENGTH = "length"
-    """Cut at the limit of tokens."""
+    """The token limit cut it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled response.
+    """A sampled response.
 
     Attributes:
-        token_ids: what was sampled, the end token included; at least one.
-        log_probs: of each token, at the sampling temperature, over the whole vocabulary (before top-p and top-k).
-        policy_version: how many weight updates the policy that sampled it had seen.
+        token_ids: sampled tokens including the end token, at least one.
+        log_probs: log-probability of each token at the sampling temperature, over the whole vocabulary (before top-p
+            and top-k).
+        finish_reason: the reason why it ended.
+        policy_version: number of weight updates of the policy that sampled it.
     """
 
     token_ids: tuple[int, ...]
@@ -251,12 +254,13 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The responses to one prompt.
+    """The sampled responses to a prompt.
 
     Attributes:
-        id: the sample's.
-        cached_tokens: prompt tokens of each response that the engine took from its cache instead of computing them;
-            None if the engine does not tell.
+        id: id of the sample.
+        rollouts: the responses.
+        cached_tokens: number of prompt tokens that the engine took from its prefix cache, for each response; None if
+            the engine does not report it.
     """
 
     id: str

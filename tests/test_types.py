@@ -27,7 +27,7 @@ def sample(**changes: Any) -> VideoSample:
 
 
 @pytest.mark.parametrize("bounds", [(2.0, 1.0), (1.0, 1.0), (-0.1, 1.0), (0.0, float("inf")), (float("nan"), 1.0)])
-def test_interval_refuses_what_is_no_span(bounds: tuple[float, float]) -> None:
+def test_invalid_intervals_are_refused(bounds: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="0 <= start < end"):
         Interval(*bounds)
 
@@ -39,7 +39,7 @@ def test_interval_duration() -> None:
 @pytest.mark.parametrize(
     "edges", [(0.3, 0.2, 0.1, 0.4), (0.1, 0.4, 0.3, 0.4), (-0.01, 0.2, 0.3, 0.4), (0.1, 0.2, 1.01, 0.4)]
 )
-def test_box_refuses_inverted_empty_and_outside(edges: tuple[float, ...]) -> None:
+def test_inverted_empty_and_outside_boxes_are_refused(edges: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="x0 < x1"):
         Box(*edges)
 
@@ -55,7 +55,7 @@ def test_box_refuses_inverted_empty_and_outside(edges: tuple[float, ...]) -> Non
         (QualityTarget("high quality"), {}, Task.QUALITY),
     ],
 )
-def test_the_target_decides_the_task(target: Any, extra: dict[str, Any], task: Task) -> None:
+def test_the_task_follows_from_the_type_of_the_target(target: Any, extra: dict[str, Any], task: Task) -> None:
     assert sample(target=target, **extra).task == task
 
 
@@ -73,11 +73,11 @@ def test_the_target_decides_the_task(target: Any, extra: dict[str, Any], task: T
         ({"target": ChoiceTarget("A")}, "need 1 to 7, got 0"),
         ({"target": ChoiceTarget("C"), "options": ("x", "y")}, "'C' is not one of the options' letters AB"),
         ({"target": ChoiceTarget(""), "options": ("x", "y")}, "'' is not one of"),
-        ({"query": "what is <|video_pad|>?"}, r"<\|video_pad\|> stands for something else"),
+        ({"query": "what is <|video_pad|>?"}, r"<\|video_pad\|> is a control token"),
         ({"target": ChoiceTarget("A"), "options": ("<|im_end|>", "y")}, r"<\|im_end\|>"),
     ],
 )
-def test_sample_refuses_contradictions(changes: dict[str, Any], message: str) -> None:
+def test_contradictory_samples_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(**changes)
 
@@ -88,7 +88,7 @@ def test_tracking_needs_pairs_of_frames(num_boxes: int) -> None:
         TrackingTarget((BOX,) * num_boxes)
 
 
-def test_grounded_answer_needs_a_span_and_texts_need_words() -> None:
+def test_empty_targets_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one supporting interval"):
         GroundedChoiceTarget("A", ())
     with pytest.raises(ValueError, match="caption is empty"):
@@ -97,8 +97,10 @@ def test_grounded_answer_needs_a_span_and_texts_need_words() -> None:
         QualityTarget("")
 
 
-def test_a_span_may_end_after_the_video_and_samples_are_immutable() -> None:
-    overrun = sample(duration_s=1.5)
-    assert overrun.intervals == (Interval(1.0, 2.0),)
+def test_a_span_may_end_after_the_video() -> None:
+    assert sample(duration_s=1.5).intervals == (Interval(1.0, 2.0),)
+
+
+def test_samples_are_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        overrun.id = "b"  # type: ignore[misc]
+        sample().id = "b"  # type: ignore[misc]

@@ -12,16 +12,8 @@ import numpy as np
 
 from demo.tiny_model import HIDDEN
 from megatron_vcr1.data.manifest import write_manifest
-from megatron_vcr1.data.synthesize import (
-    CORNERS,
-    MovingObject,
-    Scene,
-    VideoFormat,
-    random_scene,
-    render_frames,
-    sample_of_scene,
-    write_video,
-)
+from megatron_vcr1.data.scenes import CORNERS, MovingObject, Scene, VideoFormat, random_scene, sample_of_scene
+from megatron_vcr1.data.synthesize import render_frames, write_video
 from megatron_vcr1.types import (
     OPTION_LETTERS,
     Box,

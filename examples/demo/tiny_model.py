@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from megatron_vcr1.data.processor import VISION_TOKENS
-from megatron_vcr1.data.synthesize import COLOURS, CORNERS, SHAPES, VideoFormat
+from megatron_vcr1.data.scenes import COLOURS, CORNERS, SHAPES, VideoFormat
 
 PATCH_SIZE = 8
 TEMPORAL_PATCH_SIZE = 2

@@ -15,9 +15,9 @@ from vcr1_kernels import frames_to_patches
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.manifest import read_manifest
-from megatron_vcr1.data.preparation import Decoder, preparation
+from megatron_vcr1.data.preparation import CachedVideoReader, build_prepare_fn
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import load_templates
+from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.evaluation.predictions import read_predictions
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import prompt_positions
@@ -41,9 +41,9 @@ def compare_answers(export: Path, tests: Sequence[Path], evaluation: Path, num_s
     model = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
     num_answers, different = 0, []
     for run in map(load_config, tests):
-        templates, decoder = load_templates(run.data.templates), Decoder(run.data)
+        templates, reader = load_templates(run.data.templates), CachedVideoReader(run.data)
         for benchmark in run.evaluate.benchmarks:
-            prepare = preparation(run.data, templates, processor, decoder, thinking=benchmark.thinking)
+            prepare = build_prepare_fn(run.data, templates, processor, reader, thinking=benchmark.thinking)
             predictions = read_predictions(evaluation / str(benchmark.label) / "predictions.jsonl")
             for sample in read_manifest(benchmark.manifest)[:num_samples]:
                 token_ids = greedy_response(model, config, special, prepare(sample).prompt, run.evaluate.max_new_tokens)

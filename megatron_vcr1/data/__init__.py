@@ -8,7 +8,7 @@ __all__ = ["read_frames"]
 
 
 def __getattr__(name: str) -> Any:
-    """`read_frames`, when it is asked for: who only reads a manifest need not load decoders."""
+    """Import `read_frames` at its first use, so that reading a manifest does not import the decoders."""
     if name != "read_frames":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from megatron_vcr1.data.video import read_frames

@@ -1,4 +1,4 @@
-"""From chat messages to what the model eats: token ids with expanded vision pads, and resized frames."""
+"""Encoding of chat messages for the model: token ids with expanded vision pads, and resized frames."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ IMAGE_OPTIONS = ("min_pixels", "max_pixels")
 
 @dataclass(frozen=True, slots=True)
 class VisionInput:
-    """One image or video, ready for the vision tower."""
+    """An image or a video, ready for the vision tower."""
 
     frames: Tensor
     """uint8 [num_frames, height, width, 3], resized: height and width are multiples of patch_size * merge_size."""
     grid_thw: tuple[int, int, int]
-    """Patches in time, height and width."""
+    """Number of patches in time, height and width."""
     seconds_per_grid: float | None
-    """True time that one step of the grid's first axis covers; None for an image."""
+    """Video time that one step of the grid's time axis covers, in seconds; None for an image."""
 
     def num_tokens(self, merge_size: int) -> int:
-        """Language-model tokens that this input fills."""
+        """Return the number of language-model tokens that this input takes."""
         time, height, width = self.grid_thw
         return time * height * width // merge_size**2
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt for the model: text and vision inputs."""
+    """A prompt as the model takes it: token ids and vision inputs."""
 
     token_ids: Tensor
     """int64 [num_tokens]; every vision pad is repeated once for each token of its input."""
     vision: tuple[VisionInput, ...]
-    """In the order in which their pads appear in `token_ids`."""
+    """Images and videos, in the order of their pads in `token_ids`."""
 
     def frames_on(self, device: str) -> EncodedPrompt:
-        """The same prompt with its frames on a device; on "meta" they keep their shape alone."""
-        return replace(self, vision=tuple(replace(one, frames=one.frames.to(device)) for one in self.vision))
+        """Return the same prompt with its frames on a device; on "meta", only their shapes are kept."""
+        return replace(self, vision=tuple(replace(item, frames=item.frames.to(device)) for item in self.vision))
 
 
 def encode_messages(
@@ -69,19 +69,19 @@ def encode_messages(
     add_generation_prompt: bool = True,
     read: Callable[..., VideoFrames] = read_frames,
 ) -> EncodedPrompt:
-    """Encode a conversation with images and videos, exactly as transformers' Qwen2-VL and Qwen2.5-VL processors do.
+    """Encode a conversation with images and videos exactly as transformers' Qwen2-VL and Qwen2.5-VL processors do.
 
     Args:
-        messages: `content` is a string or a list of `{"type": "text", "text": str}`, `{"type": "image", "image": path}`
-            and `{"type": "video", "video": path or list of frame paths}` parts. An image part may set min_pixels and
-            max_pixels, a video part any of VIDEO_OPTIONS, which `read_frames` explains.
+        messages: chat messages. `content` is a string or a list of `{"type": "text", "text": str}`,
+            `{"type": "image", "image": path}` and `{"type": "video", "video": path or list of frame paths}` parts. An
+            image part may set min_pixels and max_pixels, a video part any of VIDEO_OPTIONS (see `read_frames`).
         processor: the model's tokenizer, chat template and patch sizes.
-        add_generation_prompt: end with the opening of the assistant's turn.
-        read: what decodes a video: `read_frames`, or one with other defaults or in another process.
+        add_generation_prompt: whether to end with the beginning of the assistant's turn.
+        read: function that decodes a video, with the signature of `read_frames`.
 
     Raises:
         VideoError: an image or video cannot be read; names the file and the reason.
-        ValueError: a part is malformed, or its text holds a vision token, which would be taken for a picture.
+        ValueError: a part is malformed, or its text contains a vision token, which the model would take for an image.
     """
     vision = []
     for where, part in _parts(messages):
@@ -104,16 +104,18 @@ def encode_messages(
 
 
 def expand_vision_pads(token_ids: Tensor, vision: Sequence[VisionInput], processor: PromptProcessor) -> Tensor:
-    """Repeat each vision pad as often as its input has tokens.
+    """Repeat each vision pad once for each token of its input.
 
     Args:
-        token_ids: int64 [num_text_tokens], one pad for each input.
+        token_ids: int64 [num_text_tokens], with one pad for each input.
+        vision: images and videos in the order of their pads.
+        processor: the model's processor, which knows the pads.
 
     Returns:
         int64 [num_tokens].
 
     Raises:
-        ValueError: the pads are not as many as the inputs: the chat template does not fit this kind of model.
+        ValueError: the number of pads differs from the number of inputs; the chat template is for another model.
     """
     is_pad = (token_ids == processor.image_token_id) | (token_ids == processor.video_token_id)
     if int(is_pad.sum()) != len(vision):
@@ -122,12 +124,15 @@ def expand_vision_pads(token_ids: Tensor, vision: Sequence[VisionInput], process
             "use the model's own chat template"
         )
     repeats = torch.ones_like(token_ids)
-    repeats[is_pad] = torch.tensor([one.num_tokens(processor.merge_size) for one in vision], dtype=torch.int64)
+    repeats[is_pad] = torch.tensor([item.num_tokens(processor.merge_size) for item in vision], dtype=torch.int64)
     return token_ids.repeat_interleave(repeats)
 
 
 def encode_frames(video: VideoFrames, processor: PromptProcessor) -> VisionInput:
-    """A decoded video as input of the vision tower; an odd last frame shares its grid step with its own repetition."""
+    """Turn a decoded video into an input of the vision tower.
+
+    If the number of frames is odd, the last temporal patch contains the last frame twice.
+    """
     num_frames, height, width, _ = video.frames.shape
     grid_t = -(-num_frames // processor.temporal_patch_size)
     grid_thw = (grid_t, height // processor.patch_size, width // processor.patch_size)
@@ -136,14 +141,14 @@ def encode_frames(video: VideoFrames, processor: PromptProcessor) -> VisionInput
 
 
 def _parts(messages: Sequence[Message]) -> Iterator[tuple[str, Message]]:
-    """Every part of a conversation, with where it stands; a message that is a string is one part."""
+    """Yield every part of a conversation with its place for error messages; a string message is a single text part."""
     for index, message in enumerate(messages):
         if not {"role", "content"} <= set(message):
             raise ValueError(f"messages[{index}]: needs the keys 'role' and 'content'")
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
-            raise ValueError(f"messages[{index}].content: must be a text or a list of {{'type', ...}} objects")
+            raise ValueError(f"messages[{index}].content: must be a string or a list of {{'type', ...}} objects")
         for part_index, part in enumerate(parts):
             yield f"messages[{index}].content[{part_index}]", part
 
@@ -168,7 +173,7 @@ def _encode_image(part: Message, processor: PromptProcessor, where: str) -> Visi
 
 
 def _options(part: Message, kind: str, allowed: Sequence[str], where: str) -> dict[str, Any]:
-    """The options of an image or video part; an unknown key is an error, since ignoring it would change the input."""
+    """Return the options of an image or video part. An unknown key is an error: ignoring it would change the input."""
     options = {key: value for key, value in part.items() if key not in ("type", kind)}
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; {kind} parts may have {', '.join(allowed)}")
@@ -178,4 +183,4 @@ def _options(part: Message, kind: str, allowed: Sequence[str], where: str) -> di
 def _refuse_vision_tokens(text: str, processor: PromptProcessor, where: str) -> None:
     for token in processor.vision_tokens:
         if token in text:
-            raise ValueError(f"{where}: the text holds {token!r}, which stands for a picture; remove it from the data")
+            raise ValueError(f"{where}: the text contains {token!r}, which stands for an image; remove it")

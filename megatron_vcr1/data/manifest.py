@@ -1,63 +1,36 @@
-"""Manifests: JSON lines, one `VideoSample` a line, validated here once and trusted everywhere else.
+"""Manifest files: JSON lines with one sample per line, validated when they are read and trusted everywhere else.
 
-A row holds ``id``, ``task``, ``video``, ``duration_s`` (null if unknown), ``query``, ``target`` and, where they apply,
-``options``, ``clip`` ([start_s, end_s]), ``image_fps`` (of a folder of images), ``category`` and ``thinking``
-(reasoning for SFT). The target's keys by task:
-
-==================  ============================================================
-temporal_grounding  ``interval``: [start_s, end_s]
-tracking            ``boxes``: [[x0, y0, x1, y1], ...], fractions of the frame
-grounded_qa         ``choice``: a letter; ``intervals``: [[start_s, end_s], ...]
-multiple_choice_qa  ``choice``: a letter
-captioning          ``caption``: text; ``events``: [text, ...], may be left out
-quality             ``label``: text
-==================  ============================================================
-
-A relative ``video`` counts from the manifest's own folder; samples that were read hold absolute paths.
+`megatron_vcr1.data.rows` describes the keys of a row. A relative ``video`` is relative to the manifest's folder;
+samples that were read hold absolute paths.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
+from megatron_vcr1.data.rows import RowError, row_from_sample, sample_from_row
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import (
-    Box,
-    CaptionTarget,
-    ChoiceTarget,
-    GroundedChoiceTarget,
-    GroundingTarget,
-    Interval,
-    QualityTarget,
-    Target,
-    Task,
-    TrackingTarget,
-    VideoSample,
-)
+from megatron_vcr1.types import VideoSample
 
-_REQUIRED_KEYS = ("id", "task", "video", "duration_s", "target")
-_OPTIONAL_KEYS = ("query", "options", "clip", "image_fps", "category", "thinking")
 _MAX_LISTED_ERRORS = 20
-
-T = TypeVar("T")
-
-
-class RowError(ValueError):
-    """A manifest row that cannot be a sample; the message names the key and what to do."""
 
 
 class ManifestError(UserError):
-    """A manifest with bad rows; the message lists file, line, key and what to do."""
+    """A manifest with bad rows; the message lists the file, line, key and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A line of a manifest that does not hold a sample."""
+    """A line of a manifest that is not a valid sample.
+
+    Attributes:
+        line: line number, from 1.
+        id: id of the row, if it has a readable one.
+        problem: description of the problem, and what to do.
+    """
 
     line: int
     id: str | None
@@ -65,10 +38,10 @@ class BadRow:
 
 
 def read_manifest(path: str | Path) -> list[VideoSample]:
-    """Reads every sample of a manifest, in order.
+    """Read all samples of a manifest, in order.
 
     Raises:
-        ManifestError: the file is missing or empty, or any row is bad; up to 20 of them are listed.
+        ManifestError: the file is missing or empty, or has bad rows; up to 20 of them are listed.
     """
     samples, bad_rows = [], []
     for row in scan_manifest(path):
@@ -84,12 +57,12 @@ def read_manifest(path: str | Path) -> list[VideoSample]:
             + (f"\n  and {more} more: see `vcr1 data check {path}`" if more > 0 else "")
         )
     if not samples:
-        raise ManifestError(f"{path}: no rows; a manifest holds one JSON object a line")
+        raise ManifestError(f"{path}: no rows; a manifest holds one JSON object per line")
     return samples
 
 
 def scan_manifest(path: str | Path) -> Iterator[VideoSample | BadRow]:
-    """Yields each line's sample, or what is wrong with it; blank lines are passed over.
+    """Yield the sample of each line, or a description of its problem; blank lines are skipped.
 
     Raises:
         ManifestError: the file cannot be read.
@@ -104,16 +77,16 @@ def scan_manifest(path: str | Path) -> Iterator[VideoSample | BadRow]:
                 yield _parse_line(line, line_number, path.parent, lines_by_id)
     except FileNotFoundError as error:
         raise ManifestError(
-            f"{path}: there is no such manifest; vcr1 data import makes one of a published dataset's annotations"
+            f"{path}: no such manifest; `vcr1 data import` makes one from a published dataset's annotations"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: cannot be read as a UTF-8 text file: {error}") from error
 
 
 def write_manifest(path: str | Path, samples: Iterable[VideoSample]) -> None:
-    """Writes samples as JSON lines; the file appears only when it is complete.
+    """Write samples as JSON lines. The file appears under its name only when it is complete.
 
-    A video below the manifest's folder is written relative to it, so that the folder can be moved.
+    A video below the manifest's folder is written as a relative path, so that the folder can be moved.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,75 +97,6 @@ def write_manifest(path: str | Path, samples: Iterable[VideoSample]) -> None:
     unfinished.replace(path)
 
 
-def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
-    """Validates one row and turns it into a sample.
-
-    Args:
-        row: the decoded JSON value.
-        folder: what a relative ``video`` counts from; None leaves it as it is.
-
-    Raises:
-        RowError: the message names the key and what to do.
-    """
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object, got {_shown(row)}")
-    for key in _REQUIRED_KEYS:
-        if key not in row:
-            raise RowError(f"key {key!r} is missing; add it")
-    if unknown := [key for key in row if key not in _REQUIRED_KEYS + _OPTIONAL_KEYS]:
-        known = ", ".join(_REQUIRED_KEYS + _OPTIONAL_KEYS)
-        raise RowError(f"key {unknown[0]!r} is unknown; remove it or correct its name (known keys: {known})")
-    try:
-        task = Task(_text(row["task"], "task"))
-    except ValueError as error:
-        raise RowError(f"key 'task': {_shown(row['task'])} is not one of {', '.join(Task)}") from error
-    try:
-        return VideoSample(
-            id=_text(row["id"], "id"),
-            video=_video(row["video"], folder),
-            target=_target(task, row["target"]),
-            query=_text(row.get("query", ""), "query"),
-            options=_list_of(_text, row.get("options", []), "options"),
-            duration_s=None if row["duration_s"] is None else _number(row["duration_s"], "duration_s"),
-            clip=None if row.get("clip") is None else _interval(row["clip"], "clip"),
-            image_fps=None if row.get("image_fps") is None else _number(row["image_fps"], "image_fps"),
-            category=_text(row.get("category", ""), "category"),
-            thinking=_text(row.get("thinking", ""), "thinking"),
-        )
-    except RowError:
-        raise
-    except ValueError as error:  # a type's own check
-        raise RowError(f"{error}; correct the row") from error
-
-
-def row_from_sample(sample: VideoSample, folder: Path | None = None) -> dict[str, Any]:
-    """The manifest row of a sample; the inverse of `sample_from_row`."""
-    row: dict[str, Any] = {
-        "id": sample.id,
-        "task": str(sample.task),
-        "video": _relative_video(sample.video, folder),
-        "duration_s": sample.duration_s,
-        "query": sample.query,
-        "target": _target_row(sample.target),
-    }
-    if sample.options:
-        row["options"] = list(sample.options)
-    if sample.clip is not None:
-        row["clip"] = [sample.clip.start_s, sample.clip.end_s]
-    if sample.image_fps is not None:
-        row["image_fps"] = sample.image_fps
-    if sample.category:
-        row["category"] = sample.category
-    if sample.thinking:
-        row["thinking"] = sample.thinking
-    return row
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL that fsspec opens (``s3://...``) and not a file of this machine."""
-    return "://" in path
-
-
 def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str, int]) -> VideoSample | BadRow:
     row_id = None
     try:
@@ -200,140 +104,12 @@ def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str
         row_id = row["id"] if isinstance(row, dict) and isinstance(row.get("id"), str) else None
         sample = sample_from_row(row, folder)
     except json.JSONDecodeError as error:
-        return BadRow(line_number, None, f"not JSON ({error.msg} at column {error.colno}); write one object a line")
+        return BadRow(line_number, None, f"not JSON ({error.msg} at column {error.colno}); write one object per line")
     except RowError as error:
         return BadRow(line_number, row_id, str(error))
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without an end
-        return BadRow(line_number, None, f"not JSON that can be read ({error})")
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; deeply nested brackets
+        return BadRow(line_number, None, f"JSON that Python cannot read ({error})")
     first_line = lines_by_id.setdefault(sample.id, line_number)
     if first_line != line_number:
         return BadRow(line_number, row_id, f"key 'id': {sample.id!r} is already on line {first_line}; make ids unique")
     return sample
-
-
-def _target(task: Task, value: object) -> Target:
-    if not isinstance(value, dict):
-        raise RowError(f"key 'target': expected an object, got {_shown(value)}")
-    keys = _TARGET_KEYS[task]
-    for key in keys:
-        if key not in value and key != "events":
-            raise RowError(f"key 'target.{key}' is missing; {task} needs it")
-    if unknown := [key for key in value if key not in keys]:
-        raise RowError(f"key 'target.{unknown[0]}' is unknown; a {task} target holds {', '.join(keys)}")
-    match task:
-        case Task.TEMPORAL_GROUNDING:
-            return GroundingTarget(_interval(value["interval"], "target.interval"))
-        case Task.TRACKING:
-            return TrackingTarget(_list_of(_box, value["boxes"], "target.boxes"))
-        case Task.GROUNDED_QA:
-            intervals = _list_of(_interval, value["intervals"], "target.intervals")
-            return GroundedChoiceTarget(_text(value["choice"], "target.choice"), intervals)
-        case Task.MULTIPLE_CHOICE_QA:
-            return ChoiceTarget(_text(value["choice"], "target.choice"))
-        case Task.CAPTIONING:
-            events = _list_of(_text, value.get("events", []), "target.events")
-            return CaptionTarget(_text(value["caption"], "target.caption"), events)
-        case Task.QUALITY:
-            return QualityTarget(_text(value["label"], "target.label"))
-
-
-_TARGET_KEYS: dict[Task, tuple[str, ...]] = {
-    Task.TEMPORAL_GROUNDING: ("interval",),
-    Task.TRACKING: ("boxes",),
-    Task.GROUNDED_QA: ("choice", "intervals"),
-    Task.MULTIPLE_CHOICE_QA: ("choice",),
-    Task.CAPTIONING: ("caption", "events"),
-    Task.QUALITY: ("label",),
-}
-
-
-def _target_row(target: Target) -> dict[str, Any]:
-    match target:
-        case GroundingTarget(interval):
-            return {"interval": [interval.start_s, interval.end_s]}
-        case TrackingTarget(boxes):
-            return {"boxes": [[box.x0, box.y0, box.x1, box.y1] for box in boxes]}
-        case GroundedChoiceTarget(choice, intervals):
-            return {"choice": choice, "intervals": [[span.start_s, span.end_s] for span in intervals]}
-        case ChoiceTarget(choice):
-            return {"choice": choice}
-        case CaptionTarget(caption, events):
-            return {"caption": caption, "events": list(events)}
-        case QualityTarget(label):
-            return {"label": label}
-
-
-def _text(value: object, key: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"key {key!r}: expected text, got {_shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON may name half of a surrogate pair; no tokenizer takes it
-        raise RowError(f"key {key!r}: half a character at position {error.start}; repair the text") from None
-    return value
-
-
-def _number(value: object, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError(f"key {key!r}: expected a number, got {_shown(value)}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise RowError(f"key {key!r}: the number is too large") from error
-
-
-def _list_of(read: Callable[[object, str], T], value: object, key: str) -> tuple[T, ...]:
-    if not isinstance(value, list):
-        raise RowError(f"key {key!r}: expected a list, got {_shown(value)}")
-    return tuple(read(item, f"{key}[{index}]") for index, item in enumerate(value))
-
-
-def _numbers(value: object, key: str, names: str) -> tuple[float, ...]:
-    if not isinstance(value, list) or len(value) != len(names.split(", ")):
-        raise RowError(f"key {key!r}: expected [{names}], got {_shown(value)}")
-    return tuple(_number(item, f"{key}[{index}]") for index, item in enumerate(value))
-
-
-def _interval(value: object, key: str) -> Interval:
-    start_s, end_s = _numbers(value, key, "start_s, end_s")
-    try:
-        return Interval(start_s, end_s)
-    except ValueError as error:
-        raise RowError(f"key {key!r}: {error}; correct the annotation") from error
-
-
-def _box(value: object, key: str) -> Box:
-    x0, y0, x1, y1 = _numbers(value, key, "x0, y0, x1, y1")
-    try:
-        return Box(x0, y0, x1, y1)
-    except ValueError as error:
-        raise RowError(f"key {key!r}: {error}; divide pixels by the frame's width and height") from error
-
-
-def _video(value: object, folder: Path | None) -> str | tuple[str, ...]:
-    if isinstance(value, list):
-        return tuple(_resolved(path, folder) for path in _list_of(_text, value, "video"))
-    if isinstance(value, str):
-        return _resolved(value, folder)
-    raise RowError(f"key 'video': expected a path or a list of frame images, got {_shown(value)}")
-
-
-def _resolved(path: str, folder: Path | None) -> str:
-    return path if folder is None or not path or is_remote(path) else os.path.join(folder, path)
-
-
-def _relative_video(video: str | tuple[str, ...], folder: Path | None) -> str | list[str]:
-    if isinstance(video, tuple):
-        return [_relative_path(path, folder) for path in video]
-    return _relative_path(video, folder)
-
-
-def _relative_path(path: str, folder: Path | None) -> str:
-    if folder is None or is_remote(path) or not Path(path).is_relative_to(folder):
-        return path
-    return str(Path(path).relative_to(folder))
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."

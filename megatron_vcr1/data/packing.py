@@ -1,4 +1,4 @@
-"""Groups of responses to microbatches of a bounded number of tokens."""
+"""Packing of groups of responses into microbatches with a token budget."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_vcr1.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One prompt and the responses to it, which share it in the packed sequence.
+    """A prompt and its responses, which share the prompt in the packed sequence.
 
     Attributes:
-        id: the sample's.
-        prompt: with P tokens.
-        responses: int64 [response_tokens] each; SFT has one, GRPO the group's G.
+        id: id of the sample.
+        prompt: the encoded prompt, P tokens.
+        responses: token ids of each response, int64 [response_tokens]; one response for SFT, G for GRPO.
     """
 
     id: str
@@ -28,7 +28,7 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Rows in the packed sequence: the prompt once, then every response."""
+        """Number of tokens in the packed sequence: the prompt once, then every response."""
         return len(self.prompt.token_ids) + sum(len(response) for response in self.responses)
 
 
@@ -36,25 +36,28 @@ AnyGroup = TypeVar("AnyGroup", bound=Group)
 
 
 def pack_groups(groups: Sequence[AnyGroup], max_tokens: int) -> list[tuple[AnyGroup, ...]]:
-    """Distributes groups over as few microbatches as best-fit decreasing finds; none is split.
+    """Pack groups into as few microbatches as best-fit decreasing finds. A group is never split.
 
-    The result depends on the groups' sizes and order alone: the longest group first goes into the microbatch that it
-    fills most, ties to the earlier one. Within a microbatch, and by their first group, all keep the given order.
+    Groups are placed from the longest to the shortest, each into the microbatch with the least space that still holds
+    it; a tie goes to the earlier microbatch. The result depends only on the sizes and the order of the groups, so that
+    all ranks of a replica pack in the same way. Groups keep their order within a microbatch, and microbatches are
+    ordered by their first group.
 
     Args:
-        max_tokens: most tokens of a microbatch.
+        groups: groups to pack.
+        max_tokens: token budget of a microbatch.
 
     Raises:
-        UserError: a group alone is over the budget; names it and the way out.
+        UserError: a single group exceeds the budget; names it and what to change.
     """
     sizes = [group.num_tokens for group in groups]
     for group, num_tokens in zip(groups, sizes, strict=True):
         if num_tokens > max_tokens:
             num_prompt_tokens = len(group.prompt.token_ids)
             raise UserError(
-                f"sample {group.id}: {num_prompt_tokens} prompt tokens and {num_tokens - num_prompt_tokens} of "
-                f"{len(group.responses)} responses do not fit into a microbatch of {max_tokens} tokens; allow more, "
-                "or lower the video's pixels, the response length or the group size"
+                f"sample {group.id}: {num_prompt_tokens} prompt tokens and {num_tokens - num_prompt_tokens} tokens of "
+                f"{len(group.responses)} responses do not fit into a microbatch of {max_tokens} tokens; raise the "
+                "budget, or lower the video's pixels, the response length or the group size"
             )
     longest_first = sorted(range(len(groups)), key=lambda index: (-sizes[index], index))
     microbatches: list[list[int]] = []

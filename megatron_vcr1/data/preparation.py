@@ -1,6 +1,6 @@
-"""How the samples of a run become prompts: what training's loader calls, in its own process or in decoding ones.
+"""The functions that turn a run's samples into prompts, in the training process or in its decoding workers.
 
-Decoding processes import this module, so it leaves the model and megatron-core alone.
+Decoding workers import this module, so it must not import the model or megatron-core.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from megatron_vcr1.config.data_sections import DataSection
-from megatron_vcr1.data.loader import Prepare
+from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import PromptTemplates, prepare_sample
+from megatron_vcr1.data.prompts import prepare_sample
+from megatron_vcr1.data.templates import PromptTemplates
 from megatron_vcr1.data.video import VideoFrames, VideoPath, read_frames
 from megatron_vcr1.data.video_cache import VideoCache
 from megatron_vcr1.data.video_process import VideoReader
@@ -21,16 +22,23 @@ from megatron_vcr1.data.video_process import VideoReader
 _BYTES_PER_MB = 1 << 20
 
 
-def preparations(section: DataSection, templates: PromptTemplates, processor: PromptProcessor) -> list[Prepare]:
-    """What decodes and encodes the samples of each source; they share the videos that they have read."""
-    decoder = Decoder(section)
-    return [preparation(section, templates, processor, decoder, thinking=source.thinking) for source in section.sources]
+def build_prepare_fns(section: DataSection, templates: PromptTemplates, processor: PromptProcessor) -> list[PrepareFn]:
+    """Build the function that decodes and encodes samples for each source; the sources share cached videos."""
+    reader = CachedVideoReader(section)
+    return [
+        build_prepare_fn(section, templates, processor, reader, thinking=source.thinking) for source in section.sources
+    ]
 
 
-def preparation(
-    section: DataSection, templates: PromptTemplates, processor: PromptProcessor, decoder: Decoder, *, thinking: bool
-) -> Prepare:
-    """What decodes and encodes samples as [data] says; it can be sent to another process."""
+def build_prepare_fn(
+    section: DataSection,
+    templates: PromptTemplates,
+    processor: PromptProcessor,
+    reader: CachedVideoReader,
+    *,
+    thinking: bool,
+) -> PrepareFn:
+    """Build the function that decodes and encodes a sample with the settings of [data]; it can be pickled."""
     return partial(
         prepare_sample,
         templates=templates,
@@ -44,13 +52,15 @@ def preparation(
             "total_pixels": section.total_pixels,
             "min_pixels": section.min_pixels,
         },
-        read=decoder.read_frames,
+        read=reader.read_frames,
     )
 
 
-class Decoder:
-    """Reads videos: in the training process itself, or, sent to a worker, by a process that the worker starts, so that
-    a decoder that crashes or hangs costs one video.
+class CachedVideoReader:
+    """Reads videos with the settings of [data], through a cache that all readers of a process share.
+
+    It can be pickled. In the training process it decodes itself. In a decoding worker it decodes in a subprocess that
+    the worker starts (`VideoReader`), so that a decoder that crashes or hangs costs one video.
     """
 
     def __init__(self, section: DataSection) -> None:
@@ -59,13 +69,13 @@ class Decoder:
         self._cache_bytes = section.video_cache_mb * _BYTES_PER_MB
 
     def read_frames(self, path: VideoPath, **options: Any) -> VideoFrames:
-        """`data.video.read_frames` with the section's backend."""
+        """Run `data.video.read_frames` with the section's backend."""
         return _cache_of_process(self._in_worker, self._backend, self._cache_bytes).read_frames(path, **options)
 
 
-@lru_cache(maxsize=1)  # with other settings a cache takes the place of the last one: memory stays bounded
+@lru_cache(maxsize=1)  # other settings replace the cache, so that memory stays bounded
 def _cache_of_process(in_worker: bool, backend: str, max_bytes: int) -> VideoCache:
-    """The videos that this process keeps, whatever reads them: what was decoded to train is there to evaluate."""
+    """Create this process's cache once. Training and evaluation share it: each finds what the other has decoded."""
     read = VideoReader().read_frames if in_worker else read_frames
-    num_threads = 1 if in_worker else torch.get_num_threads()  # workers are parallel already
+    num_threads = 1 if in_worker else torch.get_num_threads()  # the workers run in parallel already
     return VideoCache(max_bytes, partial(read, backend=backend, num_threads=num_threads))

@@ -1,4 +1,4 @@
-"""The input side of a Hugging Face model directory: tokenizer, chat template, patch sizes and vision token ids."""
+"""The tokenizer, chat template, patch sizes and vision token ids of a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 
 @dataclass(frozen=True)
 class PromptProcessor:
-    """What turns messages, images and videos into a Qwen-VL model's input. transformers' own needs torchvision."""
+    """The processor of a Qwen-VL model. transformers' own processor requires torchvision."""
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str
     image_token_id: int
     video_token_id: int
     vision_tokens: tuple[str, ...] = VISION_TOKENS
-    """Strings that the tokenizer reads as vision tokens; a prompt's text must not hold them."""
+    """Strings that the tokenizer encodes as vision tokens; the text of a prompt must not contain them."""
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
     min_pixels: int = 56 * 56
-    """Least area of an image after resizing; a video's bounds are its reader's."""
+    """Smallest area of an image after resizing. For videos, the options of `read_frames` apply."""
     max_pixels: int = 28 * 28 * 1280
 
     @property
     def factor(self) -> int:
-        """Sides of a resized frame are multiples of this; factor x factor pixels make one token."""
+        """Sides of a resized frame are multiples of this; factor x factor pixels are one token."""
         return self.patch_size * self.merge_size
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> PromptProcessor:
-        """Read a model directory saved by transformers 4 or 5.
+        """Read a model directory that transformers 4 or 5 saved.
 
         Raises:
-            FileNotFoundError: not a directory, or it has no config.json or no processor file.
-            ValueError: no chat template, no vision token ids, or images and videos are cut into different patches.
+            FileNotFoundError: there is no directory, no config.json or no processor file.
+            ValueError: the chat template or a vision token id is missing, or patch sizes of images and videos differ.
         """
         folder = Path(model_dir)
         config = _read_json(folder / "config.json")
         if config is None:
-            raise FileNotFoundError(f"{folder / 'config.json'}: not found; give a Hugging Face model directory")
+            raise FileNotFoundError(f"{folder / 'config.json'}: not found; name a Hugging Face model directory")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return cls(
             tokenizer=tokenizer,
@@ -61,22 +61,22 @@ class PromptProcessor:
         )
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, with one vision pad for each image or video."""
+        """Render a conversation as text, with one vision pad for each image or video."""
         return self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
     def tokenize(self, text: str) -> Tensor:
-        """Token ids, int64 [num_tokens]."""
+        """Tokenize a text; return token ids, int64 [num_tokens]."""
         return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64)
 
     def decode(self, token_ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids [num_tokens]."""
+        """Decode token ids [num_tokens] to text."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
 def read_processor(model_dir: Path) -> PromptProcessor:
-    """`PromptProcessor.from_pretrained` for a directory that the user named: what is wrong with it is a UserError."""
+    """Read a model directory that the user named, like `PromptProcessor.from_pretrained`, with UserErrors."""
     try:
         return PromptProcessor.from_pretrained(model_dir)
     except (OSError, ValueError) as error:
@@ -93,7 +93,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The processor's template, where there is one, goes before the tokenizer's, which may know text only."""
+    """Return the processor's chat template, or else the tokenizer's, which may support text only."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
@@ -112,10 +112,10 @@ def _token_id(config: Mapping[str, Any], key: str, tokenizer: PreTrainedTokenize
 
 
 def _vision_settings(folder: Path) -> dict[str, Any]:
-    """Patch sizes and an image's pixel bounds.
+    """Read patch sizes and the pixel bounds of images.
 
-    transformers 5 saves processor_config.json with one section for images and one for videos; before it, a video
-    shared preprocessor_config.json with the images or had a video_preprocessor_config.json of its own.
+    transformers 5 saves processor_config.json with a section for images and one for videos. Earlier versions save
+    preprocessor_config.json for both, or for images alone beside a video_preprocessor_config.json.
     """
     combined = _read_json(folder / "processor_config.json") or {}
     image = combined.get("image_processor") or _read_json(folder / "preprocessor_config.json")
@@ -126,7 +126,7 @@ def _vision_settings(folder: Path) -> dict[str, Any]:
         )
     defaults: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
     settings = {key: image.get(key, default) for key, default in defaults.items()}
-    # The model normalises images and videos alike.
+    # The model normalizes images and videos alike, so their mean and standard deviation must agree, too.
     expected = settings | {key: image[key] for key in ("image_mean", "image_std") if key in image}
     for key, value in expected.items():
         if video is not None and (found := video.get(key, defaults.get(key, value))) != value:
@@ -135,7 +135,7 @@ def _vision_settings(folder: Path) -> dict[str, Any]:
 
 
 def _image_pixel_bounds(image: Mapping[str, Any]) -> dict[str, int]:
-    """min_pixels and max_pixels under each of the names that transformers has given them."""
+    """Read min_pixels and max_pixels, for which versions of transformers use different names."""
     size = image.get("size") or {}
     bounds = {}
     for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):

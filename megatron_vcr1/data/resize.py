@@ -1,4 +1,4 @@
-"""Qwen-VL's choice of frame size, and the resize itself."""
+"""Frame sizes as Qwen-VL chooses them, and the resizing of frames."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from torch import Tensor
 MAX_ASPECT_RATIO = 200
 PIXELS_PER_TOKEN = 28 * 28
 MAX_FRAME_PIXELS = 768 * PIXELS_PER_TOKEN
-"""Most pixels of one video frame, however few frames there are."""
+"""Largest number of pixels of a video frame, also in a video of few frames."""
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size nearest to the original whose sides are multiples of `factor` and whose area is in bounds.
+    """Return a size close to the original, with sides that are multiples of `factor` and an area within the bounds.
 
     Args:
         height, width: original size in pixels.
         factor: patch_size * merge_size; one language-model token covers factor x factor pixels.
-        min_pixels, max_pixels: bounds on the area after resizing. A side is never under `factor`, which an extreme
-            aspect ratio may place over `max_pixels`.
+        min_pixels, max_pixels: bounds on the area after resizing. A side is never smaller than `factor`, so that an
+            extreme aspect ratio may exceed `max_pixels`.
+
+    Returns:
+        Height and width.
 
     Raises:
         ValueError: the aspect ratio is over 200, or the bounds are not 0 < min_pixels <= max_pixels.
@@ -29,7 +32,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     if not 0 < min_pixels <= max_pixels:
         raise ValueError(f"need 0 < min_pixels <= max_pixels, got {min_pixels}..{max_pixels}")
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"{width}x{height}: the aspect ratio is over {MAX_ASPECT_RATIO}; crop the picture")
+        raise ValueError(f"{width}x{height}: the aspect ratio is over {MAX_ASPECT_RATIO}; crop the image")
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -51,30 +54,30 @@ def max_pixels_per_frame(
     max_pixels: int = MAX_FRAME_PIXELS,
     temporal_patch_size: int = 2,
 ) -> int:
-    """One frame's share of a video's pixel budget.
+    """Return the largest number of pixels of a frame within a video's pixel budget.
 
-    max(min(max_pixels, total_pixels / num_frames * temporal_patch_size), 1.05 * min_pixels): `temporal_patch_size`
-    frames make one grid of tokens, so a video of any length stays within about total_pixels / 28**2 tokens, unless
-    its frames are so many that `min_pixels` holds them up.
+    It is max(min(max_pixels, total_pixels / num_frames * temporal_patch_size), 1.05 * min_pixels). Since
+    `temporal_patch_size` frames share their tokens, a video of any length takes at most about total_pixels / 28**2
+    tokens, unless it has so many frames that `min_pixels` is the larger bound.
     """
     share = total_pixels / num_frames * temporal_patch_size
     return int(max(min(max_pixels, share), int(min_pixels * 1.05)))
 
 
 def resize_frame(frame: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic resize, as torchvision does it for uint8: in integers on the CPU, in fp32 on the GPU.
+    """Resize with antialiased bicubic interpolation, like torchvision for uint8: integers on the CPU, fp32 on the GPU.
 
-    On photographs the two differ by less than 0.2 of 255 levels on average.
+    On photographs, the two differ by less than 0.2 of 255 levels on average.
 
     Args:
         frame: uint8 [old_height, old_width, 3].
 
     Returns:
-        uint8 [height, width, 3] on the same device; `frame` itself where the size already fits.
+        uint8 [height, width, 3] on the same device; `frame` itself if it has that size already.
     """
     if frame.shape[:2] == (height, width):
         return frame
-    planes = frame.permute(2, 0, 1).unsqueeze(0)  # a channels-last view, torch's fastest path for uint8
+    planes = frame.permute(2, 0, 1).unsqueeze(0)  # channels-last view: torch's fastest path for uint8
     if frame.device.type != "cpu":
         planes = planes.float()
     resized = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)

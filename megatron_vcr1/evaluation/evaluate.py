@@ -16,9 +16,9 @@ from megatron_vcr1.config.evaluation_sections import BenchmarkSource, EvaluateSe
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest
-from megatron_vcr1.data.preparation import Decoder, preparation
+from megatron_vcr1.data.preparation import CachedVideoReader, build_prepare_fn
 from megatron_vcr1.data.processor import PromptProcessor, read_processor
-from megatron_vcr1.data.prompts import PromptTemplates, build_messages, load_templates
+from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_predictions, write_result
 from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
@@ -169,7 +169,7 @@ def _build_predictor(
     return Predictor(
         engine,
         processor,
-        preparation(config.data, templates, processor, Decoder(config.data), thinking=source.thinking),
+        build_prepare_fn(config.data, templates, processor, CachedVideoReader(config.data), thinking=source.thinking),
         max_new_tokens=config.evaluate.max_new_tokens,
         prompts_per_batch=config.evaluate.prompts_per_batch,
         num_workers=config.data.num_workers,

@@ -9,9 +9,10 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from megatron_vcr1.data.loader import Prepare, decode_ahead
+from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample
+from megatron_vcr1.data.workers import decode_ahead
 from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
 from megatron_vcr1.evaluation.prepared_samples import prepare_or_explain
 from megatron_vcr1.parallel import collectives, mesh
@@ -34,7 +35,7 @@ class Predictor:
 
     engine: RolloutEngine
     processor: PromptProcessor
-    prepare: Prepare
+    prepare: PrepareFn
     max_new_tokens: int
     prompts_per_batch: int = 32
     num_workers: int = 0

@@ -1,4 +1,4 @@
-"""Answers on disk, so that no run pays twice: one small file an answer, named by the hash of what was asked."""
+"""Cache of judge responses on disk, so that no run pays for a request twice: one small file per response."""
 
 from __future__ import annotations
 
@@ -10,40 +10,42 @@ from pathlib import Path
 from typing import Any
 
 
-class AnswerCache:
-    """A folder that any number of processes may share, on a network file system too.
+class ResponseCache:
+    """A folder of responses that any number of processes may share, also on a network file system.
 
-    A file appears when it is whole. One that cannot be read counts as missing, and is written again.
+    A file is named by the hash of its request, and appears under its name only when it is complete. Of two processes
+    that write the same file, the later one wins; both hold a valid response, so no lock is needed. A file that cannot
+    be read counts as missing and is written again.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def get(self, question: object) -> Any | None:
-        """The stored answer; None if there is none."""
+    def get(self, request: object) -> Any | None:
+        """Return the stored response; None if there is none."""
         try:
-            return json.loads(self._path(question).read_text(encoding="utf-8"))["answer"]
+            return json.loads(self._path(request).read_text(encoding="utf-8"))["answer"]
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             return None
 
-    def put(self, question: object, answer: object) -> None:
-        """Stores an answer beside its question, for whoever wants to read them.
+    def put(self, request: object, response: object) -> None:
+        """Store a response together with its request, so that a person can read the file.
 
         Args:
-            question: anything that JSON can hold; it is the key.
-            answer: the same, and not None.
+            request: the key; any JSON value.
+            response: any JSON value except null.
         """
-        path = self._path(question)
+        path = self._path(request)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".part")
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"question": question, "answer": answer}, file)
+                json.dump({"question": request, "answer": response}, file)
             os.replace(unfinished, path)
         except BaseException:
             os.unlink(unfinished)
             raise
 
-    def _path(self, question: object) -> Path:
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+    def _path(self, request: object) -> Path:
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         return self._folder / digest[:2] / f"{digest}.json"

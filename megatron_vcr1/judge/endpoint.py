@@ -1,4 +1,7 @@
-"""The one door to the `openai` client: questions with JSON answers, many at once, to an endpoint that may fail."""
+"""Requests for JSON responses to an OpenAI-compatible endpoint, in parallel and with retries.
+
+No other file imports the `openai` client.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,23 @@ try:
 except ImportError as error:
     raise UserError("[judge] kind 'openai' needs the client: pip install 'openai>=2,<4'") from error
 
-LEAST_FAILURES_OF_AN_OUTAGE = 4
+MIN_FAILURES_OF_AN_OUTAGE = 4
 
 log = logging.getLogger(__name__)
 
 
-class UnusableAnswer(ValueError):
-    """The model answered, but not in the form that was asked for."""
+class UnusableResponse(ValueError):
+    """The model responded, but not in the requested form."""
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One request.
+class JudgeRequest:
+    """A request for a JSON response.
 
     Attributes:
-        messages: OpenAI's chat messages.
-        schema: JSON schema of the answer, for endpoints that can hold a model to one.
-        parse: what makes something of the answer's text; raises UnusableAnswer, and the model is asked again.
+        messages: chat messages in OpenAI's format.
+        schema: JSON schema of the response, for endpoints that support constrained decoding.
+        parse: function that parses the response's text. If it raises UnusableResponse, the request is sent again.
     """
 
     messages: Sequence[Mapping[str, str]]
@@ -46,133 +49,142 @@ class Question:
 class Endpoint:
     """An OpenAI-compatible server.
 
-    The client tries again, with growing and jittered pauses, what the network or a busy server spoilt; an unusable
-    answer is asked for again at a temperature above 0. What still fails then is given up, and counted by the caller.
-    Once as many requests in a row as run at a time have found no server, the remaining ones are not sent.
+    The client retries network errors and busy servers with exponential backoff and jitter. A request with an unusable
+    response is sent again at a temperature above 0. A request that still fails has no result, which the caller counts.
+    Once as many requests in a row as run in parallel have failed to reach the server, the remaining ones are not sent.
     """
 
     def __init__(self, section: JudgeSection) -> None:
         self.model = section.model
         self._section = section
-        # A server of one's own asks for no key, but the client insists on one.
+        # A local server needs no key, but the client requires one.
         api_key = os.environ.get(section.api_key_env) or "none"
         self._client = openai.OpenAI(
             base_url=section.base_url, api_key=api_key, timeout=section.timeout_s, max_retries=section.max_retries
         )
-        self._has_answered = False
-        self._constrained = True  # until the endpoint turns out not to know JSON schemas
+        self._has_responded = False
+        self._supports_schemas = True  # until the endpoint refuses a request because of its JSON schema
+        # Guards _supports_schemas, so that its change is logged once. Requests run in the threads of a pool.
         self._lock = threading.Lock()
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Any]]:
-        """The index and the parsed answer of each question that was answered, as they come.
+    def send(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Any]]:
+        """Send requests in parallel; yield the index and parsed response of each that succeeds, as they complete.
 
         Raises:
-            UserError: the endpoint refuses the key or does not know the model: no request can succeed.
+            UserError: the endpoint refuses the key or does not know the model, so that no request can succeed.
         """
-        outage = _Outage(max(self._section.concurrency, LEAST_FAILURES_OF_AN_OUTAGE))
+        outage = _Outage(max(self._section.concurrency, MIN_FAILURES_OF_AN_OUTAGE))
         pool = ThreadPoolExecutor(self._section.concurrency, thread_name_prefix="judge")
         try:
-            futures = {pool.submit(self._answer, question, outage): index for index, question in enumerate(questions)}
+            futures = {pool.submit(self._send, request, outage): index for index, request in enumerate(requests)}
             for future in as_completed(futures):
-                if (answer := future.result()) is not None:
-                    yield futures[future], answer
+                if (parsed := future.result()) is not None:
+                    yield futures[future], parsed
         finally:
+            # Also if the caller stops iterating or an error ends the run: do not wait for requests under way.
             pool.shutdown(wait=False, cancel_futures=True)
         outage.report(self._section.base_url)
 
-    def _answer(self, question: Question, outage: _Outage) -> Any | None:
-        if outage.is_on():
+    def _send(self, request: JudgeRequest, outage: _Outage) -> Any | None:
+        if outage.detected():
             return None
         for attempt in range(self._section.max_retries + 1):
             try:
-                text = self._complete(question, temperature=0.7 if attempt else 0.0)
-                answer = question.parse(text)
-            except UnusableAnswer as error:
-                outage.note_answer(f"unusable answer: {error}")
+                text = self._complete(request, temperature=0.7 if attempt else 0.0)
+                parsed = request.parse(text)
+            except UnusableResponse as error:
+                outage.record_response(f"unusable response: {error}")
             except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
-                outage.note_silence(f"{type(error).__name__}: {error}")
+                outage.record_failure(f"{type(error).__name__}: {error}")
                 return None
             except openai.APIStatusError as error:
-                self._raise_if_hopeless(error)
-                outage.note_answer(f"refused: {error}")
+                self._raise_if_misconfigured(error)
+                outage.record_response(f"refused: {error}")
                 return None
             else:
-                outage.note_answer(None)
-                return answer
+                outage.record_response(None)
+                return parsed
         return None
 
-    def _complete(self, question: Question, *, temperature: float) -> str:
-        """The text of one completion; without a schema where the endpoint refuses the first request for having one."""
-        if not self._constrained:
-            return self._request(question, temperature, openai.omit)
-        schema = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": question.schema}}
+    def _complete(self, request: JudgeRequest, *, temperature: float) -> str:
+        """Return the text of a completion; if the endpoint refuses a JSON schema, this and later requests have none."""
+        if not self._supports_schemas:
+            return self._request(request, temperature, openai.omit)
+        schema = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": request.schema}}
         try:
-            return self._request(question, temperature, schema)
+            return self._request(request, temperature, schema)
         except (openai.BadRequestError, openai.UnprocessableEntityError):
-            text = self._request(question, temperature, openai.omit)
+            text = self._request(request, temperature, openai.omit)
         with self._lock:
-            if self._constrained:
-                log.info("judge: %s refuses JSON schemas; answers are read as they come", self._section.base_url)
-            self._constrained = False
+            if self._supports_schemas:
+                log.info("judge: %s refuses JSON schemas; responses are not constrained", self._section.base_url)
+            self._supports_schemas = False
         return text
 
-    def _request(self, question: Question, temperature: float, response_format: Any) -> str:
+    def _request(self, request: JudgeRequest, temperature: float, response_format: Any) -> str:
         try:
             completion = self._client.chat.completions.create(
                 model=self.model,
-                messages=question.messages,  # type: ignore[arg-type]  # TypedDicts, for the client
+                messages=request.messages,  # type: ignore[arg-type]  # the client's annotations are TypedDicts
                 temperature=temperature,
                 response_format=response_format,
             )
             text = completion.choices[0].message.content
-        # The client does not check what it was sent.
+        # The client does not validate what the server sends.
         except (json.JSONDecodeError, openai.APIResponseValidationError, AttributeError, IndexError, TypeError):
-            raise UnusableAnswer("not a chat completion") from None
+            raise UnusableResponse("not a chat completion") from None
         if not isinstance(text, str):
-            raise UnusableAnswer("a completion without text")
-        self._has_answered = True
+            raise UnusableResponse("a completion without text")
+        self._has_responded = True
         return text
 
-    def _raise_if_hopeless(self, error: openai.APIStatusError) -> None:
-        """Settings that are wrong show in the first answer; later, a proxy in trouble says the same things."""
-        if self._has_answered:
+    def _raise_if_misconfigured(self, error: openai.APIStatusError) -> None:
+        """Raise a UserError if the first response shows that the settings are wrong.
+
+        After a good response the settings are known to be right: a failing proxy returns the same status codes.
+        """
+        if self._has_responded:
             return
         section = self._section
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             raise UserError(
-                f"judge: {section.base_url} refuses the key; put it into the environment variable "
-                f"{section.api_key_env}, or name another under judge.api_key_env ({error})"
+                f"judge: {section.base_url} refuses the key; set the environment variable "
+                f"{section.api_key_env}, or name another one in judge.api_key_env ({error})"
             ) from error
         if isinstance(error, openai.NotFoundError):
             raise UserError(
-                f"judge: {section.base_url} knows no model {section.model}; correct judge.model or judge.base_url "
-                f"({error})"
+                f"judge: {section.base_url} does not know the model {section.model}; correct judge.model or "
+                f"judge.base_url ({error})"
             ) from error
 
 
 class _Outage:
-    """Failures in a row, over all threads, and the last one's reason."""
+    """Counts consecutive failures to reach the server, over all threads, and keeps the reason of the last one."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._num_silent = 0
+        self._num_failures = 0
         self._last_reason: str | None = None
         self._lock = threading.Lock()
 
-    def is_on(self) -> bool:
-        return self._num_silent >= self._limit
+    def detected(self) -> bool:
+        """Return whether the server is taken to be down."""
+        return self._num_failures >= self._limit
 
-    def note_silence(self, reason: str) -> None:
+    def record_failure(self, reason: str) -> None:
+        """Record that the server could not be reached."""
         with self._lock:
-            self._num_silent += 1
+            self._num_failures += 1
             self._last_reason = reason
 
-    def note_answer(self, reason: str | None) -> None:
+    def record_response(self, reason: str | None) -> None:
+        """Record that the server responded; `reason` tells why the response is no use, None that it is good."""
         with self._lock:
-            self._num_silent = 0
+            self._num_failures = 0
             self._last_reason = reason or self._last_reason
 
     def report(self, base_url: str) -> None:
+        """Log the last failure, if there was one."""
         if self._last_reason is not None:
-            gave_up = "; it is taken to be down" if self.is_on() else ""
-            log.warning("judge: %s: %s%s", base_url, self._last_reason, gave_up)
+            down = "; it is taken to be down" if self.detected() else ""
+            log.warning("judge: %s: %s%s", base_url, self._last_reason, down)

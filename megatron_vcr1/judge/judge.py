@@ -1,7 +1,7 @@
-"""AutoDQ (Tarsier, arXiv 2407.00634): descriptions are compared event by event.
+"""AutoDQ (Tarsier, arXiv 2407.00634): compares a caption with its reference event by event.
 
-A description's events are judged against the other description: entailed, contradicted, or neither. Only entailment
-counts. Recall is the entailed share of the reference's events, precision that of the caption's.
+Each event of one description is judged against the other description: entailed, contradicted, or neither. Only
+entailment counts. Recall is the entailed fraction of the reference's events, precision that of the caption's events.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_vcr1.config.evaluation_sections import JudgeSection
-from megatron_vcr1.judge.lexical import LexicalReader
+from megatron_vcr1.judge.lexical import LexicalBackend
 from megatron_vcr1.rewards.recall import Verdict, event_recall
 from megatron_vcr1.types import CaptionTarget, VideoSample
 
@@ -23,29 +23,32 @@ Verdicts = tuple[Verdict, ...]
 log = logging.getLogger(__name__)
 
 
-class Reader(Protocol):
-    """What reads texts: a language model, or word matching. None stands for a text that it could not read."""
+class JudgeBackend(Protocol):
+    """The interface of a judge backend: a language model, or word matching. A failure is None in its results."""
 
     @property
-    def name(self) -> str: ...
-
-    def extract_events(self, descriptions: Sequence[str]) -> list[Events | None]:
-        """The atomic events of each description, at most 10."""
+    def name(self) -> str:
+        """Name for reports."""
         ...
 
-    def judge_events(self, questions: Sequence[tuple[Events, str]]) -> list[Verdicts | None]:
-        """How each question's description bears on each of its events."""
+    def extract_events(self, descriptions: Sequence[str]) -> list[Events | None]:
+        """List the atomic events of each description, at most 10."""
+        ...
+
+    def judge_events(self, pairs: Sequence[tuple[Events, str]]) -> list[Verdicts | None]:
+        """Judge each event of an (events, description) pair against the description, for each pair."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionVerdicts:
-    """A caption beside its reference.
+    """The comparison of a caption with its reference, in both directions.
 
     Attributes:
-        reference_events, caption_events: what was judged.
-        reference_verdicts: how the caption bears on each event of the reference.
-        caption_verdicts: how the reference bears on each event of the caption.
+        reference_events: events of the reference.
+        reference_verdicts: a verdict for each of them, judged against the caption.
+        caption_events: events of the caption.
+        caption_verdicts: a verdict for each of them, judged against the reference.
     """
 
     reference_events: Events
@@ -55,90 +58,96 @@ class CaptionVerdicts:
 
     @property
     def recall(self) -> float:
+        """Fraction of the reference's events that the caption entails."""
         return event_recall(self.reference_verdicts)
 
     @property
     def precision(self) -> float:
-        """1 for a caption without events, as in AutoDQ."""
+        """Fraction of the caption's events that the reference entails; 1 for a caption without events, as in AutoDQ."""
         return event_recall(self.caption_verdicts)
 
 
 class Judge:
-    """Reads captions beside their samples' references. What could not be judged is None: it is not worth 0."""
+    """Compares captions with the references of their samples.
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    A caption that could not be judged has the result None. It must not count as 0.
+    """
+
+    def __init__(self, backend: JudgeBackend) -> None:
+        self._backend = backend
 
     @property
     def name(self) -> str:
-        """Who judged, for reports: figures of different judges do not compare."""
-        return self._reader.name
+        """Name of the backend, for reports: results of different judges are not comparable."""
+        return self._backend.name
 
     def recalls(self, samples: Sequence[VideoSample], captions: Sequence[str]) -> list[float | None]:
-        """Event recall of each caption, in [0, 1]: the captioning reward (VideoChat-R1, equation 6).
+        """Compute the event recall of each caption, in [0, 1]: the captioning reward (VideoChat-R1, equation 6).
 
         Args:
-            samples: of captioning, one for each caption; responses to one prompt repeat their sample.
-            captions: without tags (`rewards.parsing.parse_caption`).
+            samples: captioning samples, one per caption; responses to the same prompt repeat their sample.
+            captions: captions without tags (`rewards.parsing.parse_caption`).
         """
         events = self._reference_events(samples)
         verdicts = self._judge(list(zip(events, captions, strict=True)))
-        recalls = [None if one is None else event_recall(one) for one in verdicts]
+        recalls = [None if of_caption is None else event_recall(of_caption) for of_caption in verdicts]
         _report_failures(sum(recall is None for recall in recalls), len(recalls))
         return recalls
 
     def compare(self, samples: Sequence[VideoSample], captions: Sequence[str]) -> list[CaptionVerdicts | None]:
-        """Both directions for each caption, as `recalls` takes them."""
+        """Judge each caption in both directions; the arguments are those of `recalls`."""
         reference_events = self._reference_events(samples)
         caption_events = self._extract(captions)
         references = [_target(sample).caption for sample in samples]
-        of_reference = self._judge(list(zip(reference_events, captions, strict=True)))
-        of_caption = self._judge(list(zip(caption_events, references, strict=True)))
+        reference_verdicts = self._judge(list(zip(reference_events, captions, strict=True)))
+        caption_verdicts = self._judge(list(zip(caption_events, references, strict=True)))
         compared = [
             None if a is None or b is None or c is None or d is None else CaptionVerdicts(a, b, c, d)
-            for a, b, c, d in zip(reference_events, of_reference, caption_events, of_caption, strict=True)
+            for a, b, c, d in zip(reference_events, reference_verdicts, caption_events, caption_verdicts, strict=True)
         ]
-        _report_failures(sum(one is None for one in compared), len(compared))
+        _report_failures(sum(verdicts is None for verdicts in compared), len(compared))
         return compared
 
     def _reference_events(self, samples: Sequence[VideoSample]) -> list[Events | None]:
-        """As annotated, or else as the judge reads them in the reference."""
+        """Return the annotated events of each reference, or those that the backend extracts from it."""
         targets = [_target(sample) for sample in samples]
         missing = dict.fromkeys(target.caption for target in targets if not target.events)
-        read = dict(zip(missing, self._extract(list(missing)), strict=True))
-        return [target.events or read[target.caption] for target in targets]
+        extracted = dict(zip(missing, self._extract(list(missing)), strict=True))
+        return [target.events or extracted[target.caption] for target in targets]
 
     def _extract(self, descriptions: Sequence[str]) -> list[Events | None]:
-        return self._reader.extract_events(descriptions) if descriptions else []
+        return self._backend.extract_events(descriptions) if descriptions else []
 
-    def _judge(self, questions: Sequence[tuple[Events | None, str]]) -> list[Verdicts | None]:
-        """Asks nothing about no events: of them, nothing is missed."""
-        answerable = [(events, description) for events, description in questions if events]
-        answers = iter(self._reader.judge_events(answerable) if answerable else [])
-        return [next(answers) if events else None if events is None else () for events, _ in questions]
+    def _judge(self, pairs: Sequence[tuple[Events | None, str]]) -> list[Verdicts | None]:
+        """Judge each (events, description) pair. A pair without events needs no request: its verdicts are empty."""
+        with_events = [(events, description) for events, description in pairs if events]
+        verdicts = iter(self._backend.judge_events(with_events) if with_events else [])
+        return [next(verdicts) if events else None if events is None else () for events, _ in pairs]
 
 
 def build_judge(section: JudgeSection, cache: Path) -> Judge:
-    """The judge that the settings ask for.
+    """Build the judge of the settings.
 
     Args:
-        cache: folder for a language model's answers, unless the settings name one; it may be there already, and
-            several processes may share it.
+        section: the section [judge].
+        cache: folder for a language model's responses, unless the settings name one. It may exist already, and several
+            processes may share it.
 
     Raises:
         UserError: the `openai` client is not installed.
     """
     if section.kind == "lexical":
-        return Judge(LexicalReader())
+        return Judge(LexicalBackend())
+    # Imported here, since importing the endpoint fails without the optional client.
+    from megatron_vcr1.judge.autodq import EndpointBackend
     from megatron_vcr1.judge.endpoint import Endpoint
-    from megatron_vcr1.judge.reader import EndpointReader
 
-    return Judge(EndpointReader(Endpoint(section), section.cache or cache))
+    return Judge(EndpointBackend(Endpoint(section), section.cache or cache))
 
 
 def _target(sample: VideoSample) -> CaptionTarget:
     if not isinstance(sample.target, CaptionTarget):
-        raise ValueError(f"sample {sample.id} is of {sample.task}; a judge reads captions")
+        raise ValueError(f"the task of sample {sample.id} is {sample.task}; a judge compares captions only")
     return sample.target
 
 

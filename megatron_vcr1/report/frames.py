@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from megatron_vcr1.data.prompts import video_arguments
+from megatron_vcr1.data.templates import video_arguments
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.types import VideoSample
 

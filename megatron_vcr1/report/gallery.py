@@ -8,8 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_vcr1.data.manifest import RowError, sample_from_row, scan_manifest
-from megatron_vcr1.data.prompts import load_templates, target_text
+from megatron_vcr1.data.manifest import scan_manifest
+from megatron_vcr1.data.rows import RowError, sample_from_row
+from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.evaluation.answer_parsing import read_answer

@@ -1,4 +1,4 @@
-"""The format reward (VideoChat-R1, section 3.2): does a completion have the form that its prompt asks for?"""
+"""The format reward (VideoChat-R1, section 3.2): whether a completion has the form that its prompt asks for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatron_vcr1.types import GroundedChoiceTarget, TrackingTarget, VideoSampl
 
 
 def format_fault(sample: VideoSample, completion: str, *, thinking: bool) -> str | None:
-    """What is wrong with the form, in a few words; None if it is right.
+    """Check the form of a completion; return the fault in a few words, or None if the form is right.
 
-    The blocks follow one another with white space between them and nothing around them: ``<think>`` if asked to think,
-    ``<answer>``, and for grounded QA ``<glue>``. Tracking and grounded QA also need boxes and spans that can be read.
-    As in the published reward, a block may hold anything, tags too.
+    A completion consists of blocks with only white space between them: ``<think>`` if thinking is on, ``<answer>``, and
+    for grounded QA ``<glue>``. For tracking and grounded QA, the boxes and spans must also be parsable. As in the
+    published reward, a block may contain anything, including tags.
     """
     grounded = isinstance(sample.target, GroundedChoiceTarget)
     tags = [*(["think"] if thinking else []), "answer", *(["glue"] if grounded else [])]
@@ -22,10 +22,10 @@ def format_fault(sample: VideoSample, completion: str, *, thinking: bool) -> str
 
 
 def _blocks_fault(text: str, tags: list[str]) -> str | None:
-    """Whether ``text`` matches ``<a>.*</a>\\s*<b>.*</b>...`` in whole, in linear time.
+    """Match the whole text against ``<a>.*</a>\\s*<b>.*</b>...`` in linear time; return the fault, if any.
 
-    Each seam between two blocks is taken where it first appears, which leaves the most room for the next: if any choice
-    of seams matches, this one does.
+    Each seam ``</a>\\s*<b>`` is taken where it first occurs. That leaves the most text for the following blocks, so if
+    any choice of seams matches, this one does. A regular expression would try all choices.
     """
     opening, closing = f"<{tags[0]}>", f"</{tags[-1]}>"
     if not text.startswith(opening):

@@ -1,4 +1,4 @@
-"""Intersection over union (VideoChat-R1, equation 4) of spans and of boxes: symmetric, and in [0, 1]."""
+"""Intersection over union (IoU; VideoChat-R1, equation 4) of spans and of boxes: symmetric, and in [0, 1]."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from megatron_vcr1.types import Box, Interval
 
 
 def temporal_iou(predicted: Interval, target: Interval) -> float:
-    """IoU of two spans."""
+    """Compute the IoU of two spans."""
     overlap_s = min(predicted.end_s, target.end_s) - max(predicted.start_s, target.start_s)
     if overlap_s <= 0:
         return 0.0
-    # Spans that overlap have their hull as union.
+    # The union of two overlapping spans is the span from the first start to the last end.
     return overlap_s / (max(predicted.end_s, target.end_s) - min(predicted.start_s, target.start_s))
 
 
 def span_union_iou(predicted: Sequence[Interval], target: Sequence[Interval]) -> float:
-    """IoU of what two sets of spans cover; spans of a set may overlap each other.
+    """Compute the IoU of the time that two sets of spans cover; the spans of a set may overlap.
 
-    0 if either set is empty. The published reward gives 1 if both are.
+    The result is 0 if either set is empty. The published reward is 1 if both are empty.
     """
     union_s = _total_s(merge([*predicted, *target]))
     if union_s == 0:
         return 0.0
-    # Many small pieces may round to more than the whole that they are of.
+    # The rounded sum of many short intersections may exceed the union.
     return min(_total_s(_intersection(merge(predicted), merge(target))) / union_s, 1.0)
 
 
 def merge(spans: Iterable[Interval]) -> list[Interval]:
-    """The same time as disjoint spans in order; spans that touch become one."""
+    """Merge overlapping and adjacent spans; return disjoint spans in order."""
     merged: list[Interval] = []
     for span in sorted(spans, key=lambda span: span.start_s):
         if merged and span.start_s <= merged[-1].end_s:
@@ -41,7 +41,7 @@ def merge(spans: Iterable[Interval]) -> list[Interval]:
 
 
 def box_iou(predicted: Box, target: Box) -> float:
-    """IoU of two boxes; 0 if both are too small to have an area in floating point."""
+    """Compute the IoU of two boxes; 0 if both are so small that their area is 0 in floating point."""
     width = min(predicted.x1, target.x1) - max(predicted.x0, target.x0)
     height = min(predicted.y1, target.y1) - max(predicted.y0, target.y0)
     intersection = max(width, 0.0) * max(height, 0.0)
@@ -50,12 +50,16 @@ def box_iou(predicted: Box, target: Box) -> float:
 
 
 def mean_box_iou(predicted: Sequence[Box | None], target: Sequence[Box]) -> float:
-    """Mean over the frames of the IoU; a frame without a valid predicted box counts as 0.
+    """Compute the mean IoU over the frames of a video.
+
+    Args:
+        predicted: a box per frame; None, an invalid box, counts as IoU 0.
+        target: a box per frame.
 
     Raises:
         ValueError: the numbers of frames differ.
     """
-    ious = [box_iou(box, truth) if box else 0.0 for box, truth in zip(predicted, target, strict=True)]
+    ious = [box_iou(box, target_box) if box else 0.0 for box, target_box in zip(predicted, target, strict=True)]
     return math.fsum(ious) / len(ious)
 
 
@@ -64,7 +68,7 @@ def _total_s(spans: Iterable[Interval]) -> float:
 
 
 def _intersection(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """What two lists of disjoint spans in order have in common, the same way."""
+    """Intersect two lists of disjoint spans in order; the result is disjoint and in order, too."""
     common, i, j = [], 0, 0
     while i < len(first) and j < len(second):
         start_s = max(first[i].start_s, second[j].start_s)

@@ -1,8 +1,8 @@
-"""What a completion says: tagged blocks, and the spans, boxes and letters in them.
+"""Parsing of completions: tagged blocks, and the spans, boxes and option letters in them.
 
-A policy emits anything, so every function takes any text, works in time linear in its length, and either returns a
-value or raises `UnparsableError`. Patterns use possessive quantifiers: a number is tried once, never piece by piece.
-Only ASCII digits make a number.
+A policy may emit any text. Every function accepts any text, runs in time linear in its length, and either returns a
+value or raises `UnparsableError`. Patterns use possessive quantifiers (`*+`, `++`, `?+`), so that a number that was
+matched is never tried again in parts. Only ASCII digits form numbers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from megatron_vcr1.types import OPTION_LETTERS, Box, Interval
 
 _DECIMAL = r"[0-9]++(?:\.[0-9]*+)?+"
 _EXPONENT = r"(?:[eE][+-]?+[0-9]++)?+"
-_TIME = rf"(?:[0-9]++:(?=[0-9]))*+{_DECIMAL}{_EXPONENT}"  # 12.5, or a clock's 1:05
-# Not from the middle of a number: that would find nothing new and look at every digit again for each digit before it.
+_TIME = rf"(?:[0-9]++:(?=[0-9]))*+{_DECIMAL}{_EXPONENT}"  # 12.5, or a clock time such as 1:05
+# A match must not start in the middle of a number: it would find nothing new, and take quadratic time on many digits.
 _TIMES = re.compile(rf"(?<![0-9])(?<![0-9]:)((?:(?<!\w)-)?+{_TIME}) (?:to|and) (-?+{_TIME})")
 
 
@@ -32,36 +32,36 @@ _ROW = re.compile(r"[(\[]([^()\[\]]++)[)\]]")
 
 
 class UnparsableError(ValueError):
-    """The completion does not say what was asked for. The message is the reason, one of a few that can be counted."""
+    """Raised if a completion cannot be parsed; its message is one of a small set of reasons that can be counted."""
 
 
 def last_answer(completion: str) -> str:
-    """The text of the last ``<answer>`` block, stripped.
+    """Return the text of the last ``<answer>`` block, stripped.
 
     Raises:
-        UnparsableError: no block is opened and closed.
+        UnparsableError: there is no complete block.
     """
     answers = list(_blocks(completion, "answer"))
     return _found(answers[-1] if answers else None, completion, "answer")
 
 
 def first_glue(completion: str) -> str:
-    """The text of the first ``<glue>`` block, stripped.
+    """Return the text of the first ``<glue>`` block, stripped.
 
     Raises:
-        UnparsableError: no block is opened and closed.
+        UnparsableError: there is no complete block.
     """
     return _found(next(_blocks(completion, "glue"), None), completion, "glue")
 
 
 def parse_interval(answer: str) -> Interval:
-    """The last ``START to END`` (or ``and``) in seconds.
+    """Parse the last ``START to END`` (or ``START and END``) in seconds.
 
-    Differs from the published reward in that a sign, an exponent and a clock's minutes belong to their number: that one
-    reads "-5 to 9" as 5 to 9, "1e400 to 500" as 400 to 500, and "1:00 to 2:30" as 0 to 2.
+    Unlike in the published reward, a sign, an exponent and the minutes of a clock time belong to their number. The
+    published one reads "-5 to 9" as 5 to 9, "1e400 to 500" as 400 to 500, and "1:00 to 2:30" as 0 to 2.
 
     Raises:
-        UnparsableError: there is none, or it is no span of time.
+        UnparsableError: there is none, or it is not a valid span.
     """
     times = _TIMES.findall(answer)
     if not times:
@@ -76,10 +76,10 @@ def parse_interval(answer: str) -> Interval:
 
 
 def parse_spans(glue: str) -> tuple[Interval, ...]:
-    """A list of ``(start, end)`` in seconds, nothing else; may be empty. Spans of no length cover nothing: left out.
+    """Parse a list of ``(start, end)`` in seconds, possibly empty. Spans of length 0 are left out: they cover no time.
 
     Raises:
-        UnparsableError: it is something else, or any of the spans is invalid.
+        UnparsableError: the text is not such a list, or a span is invalid.
     """
     spans = []
     for row in _parse_rows(glue, _TUPLES, "no list of (start, end)"):
@@ -93,16 +93,16 @@ def parse_spans(glue: str) -> tuple[Interval, ...]:
 
 
 def parse_boxes(answer: str, num_boxes: int) -> tuple[Box | None, ...]:
-    """A list of ``num_boxes`` lists ``[x0, y0, x1, y1]``, nothing else; None for a box that is inverted or beyond 0..1.
+    """Parse a list of `num_boxes` boxes ``[x0, y0, x1, y1]``; a box that is inverted or outside of 0..1 is None.
 
     Raises:
-        UnparsableError: it is something else, or has another number of boxes or of numbers in a box.
+        UnparsableError: the text is not such a list, or has another number of boxes or of numbers in a box.
     """
     return tuple(_box(*row) for row in parse_box_rows(answer, num_boxes))
 
 
 def parse_box_rows(answer: str, num_boxes: int) -> list[tuple[float, ...]]:
-    """The four numbers of each box, whatever they are: `parse_boxes` before its check."""
+    """Parse the four numbers of each box like `parse_boxes`, without checking that the box is valid."""
     rows = _parse_rows(answer, _LISTS, "no list of boxes")
     if len(rows) != num_boxes:
         raise UnparsableError("wrong number of boxes")
@@ -112,7 +112,7 @@ def parse_box_rows(answer: str, num_boxes: int) -> list[tuple[float, ...]]:
 
 
 def parse_choice(answer: str) -> str:
-    """The first capital letter among those of options, wherever it stands.
+    """Return the first capital letter of an option, anywhere in the text.
 
     Raises:
         UnparsableError: there is none.
@@ -124,10 +124,10 @@ def parse_choice(answer: str) -> str:
 
 
 def parse_caption(completion: str) -> str:
-    """The caption that a judge is to read: the last answer, if there is anything in it.
+    """Return the caption for the judge: the last answer.
 
     Raises:
-        UnparsableError: there is none.
+        UnparsableError: there is no answer, or it is empty.
     """
     caption = last_answer(completion)
     if not caption:
@@ -136,7 +136,7 @@ def parse_caption(completion: str) -> str:
 
 
 def _blocks(text: str, tag: str) -> Iterator[str]:
-    """What stands between each ``<tag>`` and the next ``</tag>``; a tag opened twice counts from the second time."""
+    """Yield the text between each ``<tag>`` and the next ``</tag>``. If it is opened twice, the second one counts."""
     opening, closing = f"<{tag}>", f"</{tag}>"
     end = 0
     while (start := text.find(opening, end)) >= 0 and (end := text.find(closing, start)) >= 0:

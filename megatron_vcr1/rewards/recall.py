@@ -1,4 +1,4 @@
-"""Event recall of a caption (VideoChat-R1, equation 6), from what a judge found."""
+"""Event recall of a caption (VideoChat-R1, equation 6), computed from a judge's verdicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Verdict(StrEnum):
-    """How a description bears on one event, as in AutoDQ (Tarsier)."""
+    """The relation of a description to an event, as in AutoDQ (Tarsier)."""
 
     ENTAILMENT = "entailment"
     NEUTRAL = "neutral"
@@ -15,10 +15,10 @@ class Verdict(StrEnum):
 
 
 def event_recall(verdicts: Sequence[Verdict]) -> float:
-    """The share of the reference's events that the caption entails; 1 if the reference has no event, as in AutoDQ.
+    """Compute the fraction of the reference's events that the caption entails; 1 without events, as in AutoDQ.
 
     Args:
-        verdicts: one for each event of the reference.
+        verdicts: a verdict for each event of the reference.
     """
     if not verdicts:
         return 1.0

@@ -1,4 +1,4 @@
-"""The reward of a completion: its parts by task, and their sum as the paper takes it (VideoChat-R1, section 3.3)."""
+"""The reward of a completion: the parts of each task, and their sum (VideoChat-R1, section 3.3)."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ from megatron_vcr1.types import (
 )
 
 NOT_JUDGED = "not judged"
-"""Why a caption has no recall: no judge has read it."""
+"""Reason of a caption without recall: it was not judged."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardBreakdown:
-    """What a completion earned, by part.
+    """The reward of a completion, by part.
 
     Attributes:
-        format, iou, accuracy, recall: each in [0, 1]; None if the task has no such part, or it could not be judged.
-        reasons: why a part is 0 or not judged, by its name. Few different ones, so that they can be counted.
-        extra: values of the user's own rewards by name; set with `dataclasses.replace`.
+        format, iou, accuracy, recall: parts in [0, 1]; None if the task has no such part, or it was not judged.
+        reasons: the reason of each part that is 0 or was not judged, by its name. There is a small set of reasons, so
+            that they can be counted.
+        extra: values of user-defined rewards by name; set with `dataclasses.replace`.
     """
 
     format: float
@@ -51,7 +52,7 @@ class RewardBreakdown:
 
     @property
     def total(self) -> float | None:
-        """The unweighted sum of the parts. None: a part is not judged, so the completion has no reward, not a low one.
+        """The unweighted sum of the parts; None if a part was not judged, because a missing reward is not a low one.
 
         Format + IoU for grounding and tracking, format + accuracy for QA and quality, all three for grounded QA,
         format + recall for captioning.
@@ -63,29 +64,31 @@ class RewardBreakdown:
 
 
 def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float | None = None) -> RewardBreakdown:
-    """Rewards a completion, whatever it holds: what cannot be read is worth 0, with the reason.
+    """Compute the reward of a completion with any content. A part that cannot be parsed is 0, with the reason.
 
-    Where this differs on purpose from the paper or from its published code:
+    Intended differences from the paper or its published code:
 
-    - Equation 3 prints 0 for a right format; text and code mean 1, and so does this.
-    - An answer without an option letter is wrong; the published accuracy takes it as equal to another empty one.
-    - Spans without any time in them score 0; the published IoU of two empty lists is 1.
-    - Numbers are read with their sign and exponent, in ASCII digits only, and a clock time (1:05) is none
+    - Equation 3 gives 0 for a right format. The text and the code mean 1, and so do we.
+    - An answer without an option letter is wrong. The published accuracy counts two empty answers as equal.
+    - An empty list of spans scores 0. The published IoU of two empty lists is 1.
+    - Numbers include their sign and exponent and have ASCII digits only; a clock time (1:05) is not a number
       (`parse_interval`).
-    - Inside a block, a tag that is opened again starts the block anew.
-    - Tracking has as many boxes as the model sees frames; the published one shows 7 frames and asks for 8 boxes.
-    - White space between the numbers of ``<glue>`` is free.
+    - A tag that is opened again inside of its block starts the block anew.
+    - Tracking has as many boxes as frames. The published prompt shows 7 frames and asks for 8 boxes.
+    - White space between the numbers of ``<glue>`` is allowed.
 
     Args:
+        sample: the sample.
+        completion: text of the response.
         thinking: whether the prompt asked for ``<think>``.
-        recall: of captioning only, see `event_recall`; None if no judge has read the caption, which leaves the
-            completion without a total. A completion without a caption is worth 0 without a judge.
+        recall: event recall of a caption (`event_recall`). None means that it was not judged; the total is then None.
+            A completion without a caption has recall 0 in any case.
 
     Raises:
-        ValueError: `recall` is out of [0, 1], or given for another task. Never for anything in the completion.
+        ValueError: `recall` is outside of [0, 1], or given for another task. No completion raises an error.
     """
     if recall is not None and not (isinstance(sample.target, CaptionTarget) and 0 <= recall <= 1):
-        raise ValueError(f"recall is a number in [0, 1] and of captioning only, got {recall} for {sample.task}")
+        raise ValueError(f"recall is a number in [0, 1] and for captioning only, got {recall} for {sample.task}")
     fault = format_fault(sample, completion, thinking=thinking)
     parts = _task_parts(sample, completion, recall)
     values = {name: part.value for name, part in parts.items()}
@@ -101,14 +104,14 @@ def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The value of one part, and the reason if it is 0 or not judged."""
+    """The value of a part, and the reason if it is 0 or was not judged."""
 
     value: float | None
     reason: str | None
 
 
 def _task_parts(sample: VideoSample, completion: str, recall: float | None) -> dict[str, _Part]:
-    """What the task rewards beside the format."""
+    """Compute the parts of a task other than the format."""
     match sample.target:
         case GroundingTarget(interval):
             iou = _measured(lambda: temporal_iou(parse_interval(last_answer(completion)), interval), "no overlap")
@@ -123,11 +126,11 @@ def _task_parts(sample: VideoSample, completion: str, recall: float | None) -> d
         case QualityTarget(label):
             return {"accuracy": _measured(lambda: _label_match(completion, label), "wrong label")}
         case CaptionTarget():
-            return {"recall": _measured(lambda: _judged(completion, recall), "no event entailed")}
+            return {"recall": _measured(lambda: _recall_of_caption(completion, recall), "no event entailed")}
 
 
 def _measured(measure: Callable[[], float | None], zero_means: str) -> _Part:
-    """Runs a measure: what it cannot parse is worth 0."""
+    """Run a measure. An unparsable completion gives 0 with its reason; `zero_means` is the reason of any other 0."""
     try:
         value = measure()
     except UnparsableError as unparsable:
@@ -152,6 +155,6 @@ def _label_match(completion: str, label: str) -> float:
     return float(last_answer(completion).lower() == label.strip().lower())
 
 
-def _judged(completion: str, recall: float | None) -> float | None:
-    parse_caption(completion)  # what has no caption needs no judge
+def _recall_of_caption(completion: str, recall: float | None) -> float | None:
+    parse_caption(completion)  # a completion without a caption is 0, judged or not
     return recall

@@ -1,4 +1,4 @@
-"""A reward of the user's own: a plain function of a sample and a completion, named in the configuration."""
+"""User-defined rewards: functions of a sample and a completion, named in the settings."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ RewardFunction = Callable[[VideoSample, str], float]
 
 
 class UserRewardError(RuntimeError):
-    """The user's function failed on a sample, which the message names; its own exception is the cause."""
+    """A user's reward function failed on a sample; names the sample. The function's exception is the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class UserReward:
-    """The user's function, and the name by which its values are reported."""
+    """A user's reward function, and the name under which its values are reported."""
 
     name: str
     function: RewardFunction
 
     def __call__(self, sample: VideoSample, completion: str) -> float:
-        """The function's value. A failure is no zero: it would teach the policy something.
+        """Call the function. A failure ends the run: a reward of 0 instead would train the policy on it.
 
         Raises:
-            UserRewardError: the function raises, or returns something else than a finite number.
+            UserRewardError: the function raises, or does not return a finite number.
         """
         try:
             value = float(self.function(sample, completion))
@@ -41,21 +41,21 @@ class UserReward:
 
 
 def load_reward(name: str) -> UserReward:
-    """Resolves ``module:function`` to a function that takes a sample and a completion and returns a number.
+    """Load the function ``module:function``, which takes a sample and a completion and returns a number.
 
     Raises:
-        UserError: the name has another form, the module cannot be imported, it has no such function, or the function
-            takes other arguments.
+        UserError: the name is malformed, the module cannot be imported or has no such function, or the function does
+            not accept these arguments.
     """
     module_name, _, function_name = name.partition(":")
     if not (function_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
         raise UserError(f"reward {name!r}: write it as module:function, for instance my_rewards:brevity")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # a user's module may raise any error
         raise UserError(
             f"reward {name!r}: importing {module_name} raised {error!r}; "
-            "if it is not found, install it or put its folder on PYTHONPATH"
+            "if the module was not found, install it or add its folder to PYTHONPATH"
         ) from error
     function = getattr(module, function_name, None)
     if not inspect.isfunction(function):

@@ -9,11 +9,13 @@ from typing import Any
 
 from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.data.loader import PromptLoader, SampleOrder, SkippedSample, Source
+from megatron_vcr1.data.loader import PromptLoader, SkippedSample
 from megatron_vcr1.data.manifest import read_manifest
-from megatron_vcr1.data.preparation import preparations
+from megatron_vcr1.data.order import SampleOrder, Source
+from megatron_vcr1.data.preparation import build_prepare_fns
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import PreparedSample, load_templates
+from megatron_vcr1.data.prompts import PreparedSample
+from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.prompts import broadcast_prompts
@@ -72,7 +74,7 @@ class PromptStream:
         )
         self._loader = PromptLoader(
             self._order,
-            preparations(section, self.templates, processor),
+            build_prepare_fns(section, self.templates, processor),
             rank=mesh.replica_index(),
             num_ranks=mesh.num_replicas(),
             num_workers=section.num_workers,

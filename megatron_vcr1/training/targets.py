@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_vcr1.config.data_sections import DataSource
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import PromptTemplates, target_text
+from megatron_vcr1.data.templates import PromptTemplates, target_text
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import VideoSample
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,54 +14,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from vcr1_kernels import frames_to_patches
 
 from megatron_vcr1.data.encoding import encode_frames, encode_messages
-from megatron_vcr1.data.processor import VISION_TOKENS, PromptProcessor
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video import VideoFrames, read_frames
-from tests.data.video_clips import write_clip
 
 # As the published template does it: one pad for each picture, a system turn where there is none.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nHelp.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-IMAGE_SETTINGS = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
-
-
-def write_model_dir(folder: Path, family: str = "qwen2_5_vl") -> Path:
-    """Everything of a published model's directory but the weights, with a byte-level tokenizer."""
-    folder.mkdir()
-    special = ["<|im_start|>", "<|im_end|>", *VISION_TOKENS]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    fast.add_special_tokens({"additional_special_tokens": special})
-    fast.save_pretrained(folder)
-    config = {"model_type": family, "image_token_id": 260, "video_token_id": 261}
-    config |= {"vision_start_token_id": 258, "vision_end_token_id": 259}
-    assert [fast.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|video_pad|>")] == [260, 261]
-    _write(folder / "config.json", config)
-    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": PROCESSORS[family]}
-    _write(folder / "preprocessor_config.json", IMAGE_SETTINGS | names)
-    _write(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    return folder
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content))
+from tests.data.model_dirs import IMAGE_SETTINGS, MEAN, PROCESSORS, STD, write_json, write_model_dir
+from tests.data.video_clips import write_clip
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +107,7 @@ def patches(frames: torch.Tensor, processor: PromptProcessor) -> torch.Tensor:
     )
 
 
-def test_an_odd_last_frame_fills_a_grid_step(processor: PromptProcessor) -> None:
+def test_an_odd_last_frame_fills_its_temporal_patch(processor: PromptProcessor) -> None:
     video = VideoFrames(torch.zeros(5, 56, 84, 3, dtype=torch.uint8), (0.0, 1.0, 2.0, 3.0, 4.0), 5.0, "images")
     encoded = encode_frames(video, processor)
     assert encoded.grid_thw == (3, 4, 6)
@@ -179,8 +140,8 @@ def test_the_reader_is_given_the_options_and_the_factor(processor: PromptProcess
             {"type": "image", "image": "a.png", "fps": 2},
             "unknown key 'fps'; image parts may have min_pixels, max_pixels",
         ),
-        ({"type": "text", "text": "<|video_pad|>"}, r"content\[1\]: the text holds '<\|video_pad\|>'"),
-        ("Hi", r"messages\[0\]\.content: must be a text or a list"),
+        ({"type": "text", "text": "<|video_pad|>"}, r"content\[1\]: the text contains '<\|video_pad\|>'"),
+        ("Hi", r"messages\[0\]\.content: must be a string or a list"),
         ({"type": "text", "text": 3}, r"content\[1\]: text is 3; it must be a string"),
         ({"type": "text"}, r"content\[1\]: the key 'text' is missing"),
         ({"type": "image", "image": "gone.png"}, r"gone\.png: no such file"),
@@ -197,63 +158,12 @@ def test_a_message_without_content_is_named(processor: PromptProcessor) -> None:
         encode_messages([{"role": "user", "content": "Hi"}, {"role": "assistant"}], processor)
 
 
-def test_a_template_without_pictures_is_refused(processor: PromptProcessor, media: Path) -> None:
+def test_a_template_without_vision_tokens_is_refused(processor: PromptProcessor, media: Path) -> None:
     text_only = replace(processor, chat_template="{% for message in messages %}{{ message.role }}{% endfor %}")
     with pytest.raises(ValueError, match="0 vision tokens for 4 images and videos"):
         encode_messages(conversation(media), text_only)
 
 
-@pytest.mark.parametrize("layout", ["processor_config", "video_preprocessor_config", "jinja", "size"])
-def test_every_layout_of_a_model_directory(tmp_path: Path, model_dir: Path, layout: str) -> None:
-    folder = write_model_dir(tmp_path / "model")
-    image = json.loads((folder / "preprocessor_config.json").read_text())
-    if layout == "processor_config":  # transformers 5
-        (folder / "preprocessor_config.json").unlink()
-        size = {"shortest_edge": image.pop("min_pixels"), "longest_edge": image.pop("max_pixels")}
-        _write(folder / "processor_config.json", {"image_processor": image | {"size": size}, "video_processor": image})
-    elif layout == "video_preprocessor_config":
-        _write(folder / "video_preprocessor_config.json", image)
-    elif layout == "jinja":
-        (folder / "chat_template.json").unlink()
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    else:
-        size = {"min_pixels": image.pop("min_pixels"), "max_pixels": image.pop("max_pixels")}
-        _write(folder / "preprocessor_config.json", image | {"size": size})
-    ours, plain = PromptProcessor.from_pretrained(folder), PromptProcessor.from_pretrained(model_dir)
-    for name in ("chat_template", "image_token_id", "patch_size", "min_pixels", "max_pixels", "factor"):
-        assert getattr(ours, name) == getattr(plain, name)
-
-
-def test_incomplete_model_directories_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"config\.json: not found; give a Hugging Face model directory"):
-        PromptProcessor.from_pretrained(tmp_path / "gone")
-    folder = write_model_dir(tmp_path / "model")
-    _write(folder / "video_preprocessor_config.json", {"patch_size": 16})
-    with pytest.raises(ValueError, match="patch_size is 14 for images and 16 for videos"):
-        PromptProcessor.from_pretrained(folder)
-    (folder / "video_preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"video_preprocessor_config\.json: not valid JSON"):
-        PromptProcessor.from_pretrained(folder)
-    (folder / "video_preprocessor_config.json").unlink()
-    (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither processor_config\.json nor preprocessor_config\.json"):
-        PromptProcessor.from_pretrained(folder)
-
-
-def test_reading_a_processor_needs_no_torchvision(model_dir: Path) -> None:
-    code = (
-        "import sys; sys.modules['torchvision'] = None\n"
-        "from megatron_vcr1.data.encoding import encode_messages\n"
-        "from megatron_vcr1.data.processor import PromptProcessor\n"
-        f"processor = PromptProcessor.from_pretrained({str(model_dir)!r})\n"
-        "encode_messages([{'role': 'user', 'content': 'Hi'}], processor)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-# transformers' processors import torchvision, whose wheel for CUDA works on a CPU torch only if two of its operators
-# are declared first; so they run in a process of their own.
 TRANSFORMERS_SCRIPT = """
 import json, sys
 import torch
@@ -304,7 +214,7 @@ def run_transformers(
         "min_pixels": 3136,
         "max_pixels": max_pixels,
     }
-    _write(folder / "request.json", request)
+    write_json(folder / "request.json", request)
     save_file({f"{index:03}": video.frames for index, video in enumerate(videos)}, folder / "frames.safetensors")
     (folder / "script.py").write_text(TRANSFORMERS_SCRIPT)
     files = [folder / name for name in ("request.json", "frames.safetensors", "result.safetensors")]
@@ -357,12 +267,3 @@ def test_transformers_with_the_real_tokenizer_and_videos(
         if part["type"] == "video":
             part["video"] = str(realdata / "videos" / "llamafactory_3.mp4")
     assert_equal_to_transformers(torchvision_path, realdata / "qwen" / "Qwen2.5-VL-7B-Instruct", messages, tmp_path)
-
-
-def test_real_chat_template(realdata: Path) -> None:
-    processor = PromptProcessor.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct")
-    assert (processor.image_token_id, processor.video_token_id) == (151655, 151656)
-    assert (processor.min_pixels, processor.max_pixels) == (3136, 12845056)
-    prompt = encode_messages([{"role": "user", "content": "hi"}], processor)
-    system = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
-    assert prompt.token_ids.tolist() == [*system, 151644, 872, 198, 6023, 151645, 198, 151644, 77091, 198]

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
-from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,81 +10,21 @@ import pytest
 import torch
 
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.data.loader import MAX_ATTEMPTS, PromptLoader, SampleOrder, Source
+from megatron_vcr1.data.loader import MAX_ATTEMPTS, PromptLoader
 from megatron_vcr1.data.manifest import read_manifest
-from megatron_vcr1.data.prompts import PreparedSample, PromptTooLongError, load_templates, prepare_sample
+from megatron_vcr1.data.order import SampleOrder, Source
+from megatron_vcr1.data.prompts import PreparedSample, PromptTooLongError, prepare_sample
 from megatron_vcr1.data.synthesize import synthesize
+from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import QualityTarget, Task, VideoSample
+from megatron_vcr1.types import Task, VideoSample
+from tests.data.orders import ids, order, samples
 from tests.data.tiny_processor import tiny_processor
 
 
-def samples(name: str, number: int) -> list[VideoSample]:
-    return [
-        VideoSample(f"{name}{index}", f"{name}{index}.mp4", QualityTarget("good"), "how?") for index in range(number)
-    ]
-
-
-def order(seed: int = 0, weights: tuple[float, float] | None = None) -> SampleOrder:
-    first, second = weights or (None, None)
-    return SampleOrder([Source("a", samples("a", 12), first), Source("b", samples("b", 5), second)], seed)
-
-
-def ids(of: SampleOrder, number: int, start: int = 0) -> list[str]:
-    return [of.sample_at(position).id for position in range(start, start + number)]
-
-
-def test_without_weights_every_epoch_holds_every_sample_once() -> None:
-    epochs = [ids(order(), 17, start) for start in (0, 17, 34)]
-    for epoch in epochs:
-        assert sorted(epoch) == sorted([f"a{index}" for index in range(12)] + [f"b{index}" for index in range(5)])
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_the_order_follows_from_the_seed_and_is_stable_over_library_versions() -> None:
-    assert ids(order(seed=1), 40) == ids(order(seed=1), 40)
-    assert ids(order(seed=1), 40) != ids(order(seed=2), 40)
-    assert ids(order(seed=0), 8) == FIRST_IDS  # changes only on purpose: running checkpoints depend on it
-
-
-FIRST_IDS = ["b0", "b2", "a4", "a7", "a9", "a6", "a8", "a0"]
-
-
-def test_positions_can_be_asked_for_in_any_order() -> None:
-    forward = ids(order(), 60)
-    assert [order().sample_at(position).id for position in reversed(range(60))] == forward[::-1]
-
-
-@pytest.mark.parametrize(("weights", "shares"), [((1, 1), (9, 8)), ((1, 3), (4, 13)), ((10, 1), (15, 2))])
-def test_weights_are_shares_and_no_sample_repeats_before_its_source_is_through(
-    weights: tuple[float, float], shares: tuple[int, int]
-) -> None:
-    drawn = ids(order(weights=weights), 17 * 6)
-    for epoch in range(6):
-        names = Counter(name[0] for name in drawn[17 * epoch : 17 * (epoch + 1)])
-        assert (names["a"], names["b"]) == shares
-    for source, size in (("a", 12), ("b", 5)):
-        own = [name for name in drawn if name[0] == source]
-        for start in range(0, len(own) - size, size):
-            assert len(set(own[start : start + size])) == size
-
-
-def test_mistaken_sources_are_user_errors() -> None:
-    with pytest.raises(UserError, match="no data sources"):
-        SampleOrder([], 0)
-    with pytest.raises(UserError, match="source a: no samples"):
-        Source("a", [])
-    with pytest.raises(UserError, match="weight must be above 0, got 0"):
-        Source("a", samples("a", 1), 0)
-    with pytest.raises(UserError, match="some data sources have a weight and some have none"):
-        SampleOrder([Source("a", samples("a", 2), 1.0), Source("b", samples("b", 2))], 0)
-    with pytest.raises(UserError, match="source b: its weight gives it none of 17 positions"):
-        order(weights=(1.0, 0.001))
-
-
 def prepare(sample: VideoSample) -> PreparedSample:
-    """Prepares everything but a3, a4 and b1."""
+    """Prepare every sample except a3, a4 and b1."""
     if sample.id in ("a3", "b1"):
         raise VideoError(sample.video, "no such file")
     if sample.id == "a4":
@@ -100,12 +37,12 @@ def take(loader: PromptLoader, number: int) -> list[str]:
     return [prepared.sample.id for prepared in islice(loader, number)]
 
 
-def test_what_was_lowered_comes_with_its_sample() -> None:
+def test_a_reduction_is_reported_with_its_sample() -> None:
     reductions = {prepared.sample.id: prepared.reduction for prepared in islice(PromptLoader(order(), prepare), 17)}
     assert reductions["a5"] == "smaller" and reductions["a0"] is None
 
 
-def test_a_bad_sample_costs_itself_only_and_is_listed() -> None:
+def test_a_bad_sample_is_replaced_and_listed() -> None:
     loader = PromptLoader(order(), prepare)
     taken, planned = take(loader, 17), ids(order(), 17)
     bad = {"a3", "a4", "b1"}
@@ -124,22 +61,34 @@ def broken(sample: VideoSample) -> PreparedSample:
     raise VideoError(sample.video, "no such file")
 
 
-def test_when_nothing_can_be_read_the_run_ends_with_what_was_tried() -> None:
+def test_a_run_without_readable_samples_ends_and_lists_what_was_tried() -> None:
     loader = PromptLoader(order(), broken)
     with pytest.raises(UserError, match=rf"{MAX_ATTEMPTS} samples in a row(.|\n)*\.mp4: no such file"):
         next(iter(loader))
     assert len(loader.skipped) == MAX_ATTEMPTS
 
 
+def mistaken(sample: VideoSample) -> PreparedSample:
+    raise TypeError("our own mistake")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_programming_error_ends_the_run_at_the_first_sample(num_workers: int) -> None:
+    loader = PromptLoader(order(), mistaken, num_workers=num_workers)
+    with pytest.raises(TypeError, match="our own mistake"):
+        next(iter(loader))
+    assert loader.skipped == []
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_ranks_share_the_positions_out(num_ranks: int) -> None:
+def test_ranks_divide_the_positions(num_ranks: int) -> None:
     whole = take(PromptLoader(order(), prepare), 24)
     for rank in range(num_ranks):
         assert take(PromptLoader(order(), prepare, rank=rank, num_ranks=num_ranks), 6) == whole[rank::num_ranks][:6]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (4, 2), (2, 3), (1, 4)])
-def test_a_resumed_run_goes_on_exactly_also_with_other_ranks(before: int, after: int) -> None:
+def test_a_run_resumes_exactly_with_any_number_of_ranks(before: int, after: int) -> None:
     whole = take(PromptLoader(order(), prepare), 48)
     states = []
     for rank in range(before):
@@ -160,7 +109,7 @@ def test_a_checkpoint_of_other_data_is_refused() -> None:
             PromptLoader(other, prepare).load_state_dict(state)
 
 
-def test_each_source_is_prepared_in_its_own_way() -> None:
+def test_each_source_has_its_own_prepare_function() -> None:
     def prepare_b(sample: VideoSample) -> PreparedSample:
         return PreparedSample(sample, EncodedPrompt(torch.tensor([2]), ()), None)
 
@@ -172,7 +121,7 @@ def test_each_source_is_prepared_in_its_own_way() -> None:
         assert loader.position == position + 2
 
 
-def test_iterating_leaves_the_global_random_generator_alone() -> None:
+def test_iterating_does_not_use_the_global_random_generator() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -186,14 +135,14 @@ def test_a_rank_must_exist() -> None:
 
 
 class StaysHere(list[VideoSample]):
-    """Samples that cannot be sent to another process, as millions of them should not be."""
+    """Samples that cannot be pickled: a manifest may have millions, and must not be sent to a worker."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise AssertionError("sent to a worker")
 
 
-def test_worker_processes_give_the_same_samples_in_the_same_order(tmp_path: Path) -> None:
-    """The whole path on real files: one of them is damaged, and the state counts what was handed out."""
+def test_workers_give_the_same_samples_in_the_same_order(tmp_path: Path) -> None:
+    """End to end on real files, one of them damaged. The state counts the samples that were yielded."""
     for _ in synthesize(tmp_path, num_videos=12, num_test_videos=1, seed=0, tasks=[Task.TEMPORAL_GROUNDING]):
         pass
     (tmp_path / "videos/train/000005.mp4").write_text("no video")
@@ -217,19 +166,3 @@ def test_worker_processes_give_the_same_samples_in_the_same_order(tmp_path: Path
     assert apart.state_dict()["next_position"] == 12
     assert [skip.id for skip in apart.skipped] == [skip.id for skip in here.skipped]
     assert set(skip.id for skip in apart.skipped) == {"train_000005"}
-
-
-READER_THAT_FAILS = """
-from megatron_vcr1.data.loader import decode_ahead
-
-if __name__ == "__main__":
-    kept = iter(decode_ahead(abs, [-1, -2, -3], num_workers=1))
-    raise SystemExit(f"read {next(kept)}, then failed")
-"""
-
-
-def test_a_reader_that_fails_ends_and_does_not_wait_for_its_workers(tmp_path: Path) -> None:
-    script = tmp_path / "reader.py"
-    script.write_text(READER_THAT_FAILS)
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (1, "read 1, then failed\n")

@@ -10,7 +10,7 @@ from megatron_vcr1.data.signals import block_job_signals_in_children
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_children_outlive_the_signals_of_the_run(number: signal.Signals) -> None:
+def test_children_survive_the_signals_of_the_job(number: signal.Signals) -> None:
     with block_job_signals_in_children():
         shielded = subprocess.Popen(["sleep", "60"])
     plain = subprocess.Popen(["sleep", "60"])

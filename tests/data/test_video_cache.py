@@ -13,7 +13,7 @@ FRAME_BYTES = 2 * 4 * 4 * 3
 
 
 class Reads(list[str]):
-    """What was really read."""
+    """Records the videos that are read from disk."""
 
     def read(self, path: str, *, fps: float = 2.0) -> VideoFrames:
         self.append(f"{path}@{fps}")
@@ -30,7 +30,7 @@ def test_a_video_is_read_once_with_the_same_options() -> None:
     assert reads == ["a@1", "a@2"]
 
 
-def test_the_videos_used_longest_ago_go_first() -> None:
+def test_the_least_recently_used_video_is_evicted_first() -> None:
     reads = Reads()
     cache = VideoCache(2 * FRAME_BYTES, reads.read)
     for path in ("a", "b", "a", "c", "a", "b"):
@@ -38,7 +38,7 @@ def test_the_videos_used_longest_ago_go_first() -> None:
     assert reads == ["a@2.0", "b@2.0", "c@2.0", "b@2.0"]
 
 
-def test_nothing_is_kept_without_room_and_errors_are_not_remembered() -> None:
+def test_large_videos_and_errors_are_not_cached() -> None:
     reads = Reads()
     cache = VideoCache(FRAME_BYTES - 1, reads.read)
     for path in ("a", "a", "bad", "bad"):
@@ -50,7 +50,7 @@ def test_nothing_is_kept_without_room_and_errors_are_not_remembered() -> None:
     assert len(reads) == 4
 
 
-def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
     file, reads = tmp_path / "a.mp4", Reads()
     cache = VideoCache(10 * FRAME_BYTES, reads.read)
     for content in (b"first", b"first", b"other one"):

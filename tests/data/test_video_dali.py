@@ -1,4 +1,4 @@
-"""DALI on the CPU against PyAV: the same frames and times, and colours that are close."""
+"""DALI on the CPU compared with PyAV: the same frames and times, and similar colours."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_variable_rate_rotation_and_more_frames_than_one_run(tmp_path: Path) -> 
     assert_same_video(dali, pyav)
 
 
-def test_a_gpu_has_read_a_runs_frames_before_the_next_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_gpu_has_read_the_frames_of_a_run_before_the_next_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """DALI's executor writes the next frames to the same memory, on a stream of its own."""
     from megatron_vcr1.data import video_dali
 

@@ -1,4 +1,4 @@
-"""The reader in a process of its own: the same frames, and a crash or a hang costs one video."""
+"""The reader in a subprocess: the same frames, and a crash or a hang costs one video."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("process") / "clip.mp4")
 
 
-def test_it_gives_what_read_frames_gives(reader: VideoReader, clip: Path) -> None:
+def test_results_equal_those_of_read_frames(reader: VideoReader, clip: Path) -> None:
     for options in ({}, {"fps": 10.0}, {"max_pixels": 20 * 784, "min_frames": 2}):
         other, here = reader.read_frames(clip, **options), read_frames(clip, **options)  # type: ignore[arg-type]
         assert torch.equal(other.frames, here.frames)
@@ -37,7 +37,7 @@ def test_it_gives_what_read_frames_gives(reader: VideoReader, clip: Path) -> Non
         )
 
 
-def test_errors_come_through(reader: VideoReader, clip: Path) -> None:
+def test_errors_are_raised_in_the_calling_process(reader: VideoReader, clip: Path) -> None:
     with pytest.raises(VideoError, match=r"gone\.mp4: no such file"):
         reader.read_frames("gone.mp4")
     with pytest.raises(VideoError, match=r"gone\.png: no such file"):
@@ -58,7 +58,7 @@ def test_a_crash_costs_one_video(reader: VideoReader, clip: Path) -> None:
     assert reader.read_frames(clip).frames.shape[0] == 4
 
 
-def test_the_kernel_ends_the_decoder_before_the_run_when_memory_is_short(reader: VideoReader, clip: Path) -> None:
+def test_the_decoder_is_killed_first_when_memory_is_short(reader: VideoReader, clip: Path) -> None:
     reader.read_frames(clip)
     assert reader._process is not None
     assert Path(f"/proc/{reader._process.pid}/oom_score_adj").read_text() == "1000\n"
@@ -72,7 +72,7 @@ def test_a_hang_is_ended_by_the_time_limit(reader: VideoReader, clip: Path, tmp_
     assert reader.read_frames(clip).frames.shape[0] == 4
 
 
-def test_the_process_ends_with_its_reader(clip: Path) -> None:
+def test_closing_a_reader_ends_its_process(clip: Path) -> None:
     with VideoReader() as reader:
         reader.read_frames(clip)
         process = reader._process

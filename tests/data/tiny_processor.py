@@ -15,7 +15,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_processor(patch_size: int = 8) -> PromptProcessor:
-    """Every character is a token, and every special token one."""
+    """Build a processor whose tokens are characters and special tokens."""
     special = ["<unk>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: index for index, token in enumerate(special + characters)}

@@ -17,7 +17,8 @@ import pytest
 from megatron_vcr1.cli.main import build_parser, main
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import section_classes
-from megatron_vcr1.data.manifest import read_manifest, sample_from_row, write_manifest
+from megatron_vcr1.data.manifest import read_manifest, write_manifest
+from megatron_vcr1.data.rows import sample_from_row
 from megatron_vcr1.types import Task
 from tests.docs.pages import ROOT, Block, blocks, pages
 from tests.training import workspace

@@ -10,7 +10,7 @@ from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_pre
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
 from megatron_vcr1.evaluation.predictions import Prediction
 from megatron_vcr1.judge import Judge
-from megatron_vcr1.judge.lexical import LexicalReader
+from megatron_vcr1.judge.lexical import LexicalBackend
 from megatron_vcr1.types import VideoSample
 from tests.evaluation.samples import captions, choices
 
@@ -42,7 +42,7 @@ def test_truncated_answers_are_counted() -> None:
     assert result.as_json()["num_truncated"] == 1
 
 
-class Unsure(LexicalReader):
+class Unsure(LexicalBackend):
     """A judge that cannot read one of the captions."""
 
     def judge_events(self, questions):
@@ -52,7 +52,7 @@ class Unsure(LexicalReader):
 
 def test_captions_are_judged_for_recall_and_precision() -> None:
     outputs = ("A dog barks. It rains. A cat runs off.", "<answer>A cat runs.</answer>", "<think>A dog barks.", None)
-    result = scored("dream1k", captions("a", "b", "c", "d"), *outputs, judge=Judge(LexicalReader()))
+    result = scored("dream1k", captions("a", "b", "c", "d"), *outputs, judge=Judge(LexicalBackend()))
     values = {row["id"]: row["metrics"] for row in result.sample_rows()}
     assert values["a"] == {"recall": 1, "precision": pytest.approx(1 / 3)}
     assert values["b"] == {"recall": 0.5, "precision": 1}
@@ -62,7 +62,7 @@ def test_captions_are_judged_for_recall_and_precision() -> None:
     assert metrics["precision"].value == pytest.approx((4 / 3) / 4)
     both = 2 * metrics["recall"].value * metrics["precision"].value
     assert metrics["F1"].value == pytest.approx(both / (metrics["recall"].value + metrics["precision"].value))
-    assert result.as_json()["judge"] == LexicalReader.name
+    assert result.as_json()["judge"] == LexicalBackend.name
     assert result.summary.zeros == {"recall": {"no <answer>": 1, "no output": 1}}
 
 
@@ -78,7 +78,7 @@ def test_captions_that_were_not_judged_are_in_no_metric() -> None:
 
 
 def test_f1_without_any_match_is_0() -> None:
-    result = scored("captioning", captions("a", "b"), "It rains.", "It snows.", judge=Judge(LexicalReader()))
+    result = scored("captioning", captions("a", "b"), "It rains.", "It snows.", judge=Judge(LexicalBackend()))
     assert result.summary.metrics["F1"].value == 0
 
 
@@ -88,7 +88,7 @@ def test_captions_need_a_judge() -> None:
 
 
 def test_the_files_of_a_result(tmp_path: Path) -> None:
-    result = scored("dream1k", captions("a", "b"), "A dog barks.", None, judge=Judge(LexicalReader()))
+    result = scored("dream1k", captions("a", "b"), "A dog barks.", None, judge=Judge(LexicalBackend()))
     files = tmp_path / "new" / "metrics.json", tmp_path / "new" / "samples.jsonl"
     write_result(result, *files, {"label": "dream", "model": "m", "thinking": True})
     details = json.loads(files[0].read_text())

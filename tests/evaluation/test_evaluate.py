@@ -20,7 +20,7 @@ from megatron_vcr1.cli.main import main
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest, write_manifest
-from megatron_vcr1.data.prompts import load_templates
+from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import evaluate
 from megatron_vcr1.evaluation.evaluate import evaluate_model, plan_jobs

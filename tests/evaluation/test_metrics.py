@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vcr1.data.prompts import load_templates, target_text
+from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.evaluation import metrics
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, Benchmark
 from megatron_vcr1.types import Box, GroundedChoiceTarget, Interval, Task, TrackingTarget

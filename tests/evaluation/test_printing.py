@@ -7,7 +7,7 @@ from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
 from megatron_vcr1.evaluation.predictions import Prediction
 from megatron_vcr1.evaluation.printing import print_result
 from megatron_vcr1.judge import Judge
-from megatron_vcr1.judge.lexical import LexicalReader
+from megatron_vcr1.judge.lexical import LexicalBackend
 from tests.evaluation.samples import captions, choices
 
 
@@ -27,7 +27,7 @@ def test_metrics_reasons_and_unusual_outputs_are_printed(capsys: pytest.CaptureF
 
 
 def test_the_judge_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    judge = Judge(LexicalReader())
+    judge = Judge(LexicalBackend())
     result = score_predictions(BENCHMARKS["captioning"], captions("a"), [Prediction("a", "A dog barks.")], judge)
     print_result(result)
-    assert f"judge: {LexicalReader.name}; 0 captions not judged" in capsys.readouterr().out
+    assert f"judge: {LexicalBackend.name}; 0 captions not judged" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vcr1.data.prompts import load_templates, target_text
+from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.evaluation.annotations import read_annotations
 from megatron_vcr1.evaluation.benchmark_result import score_predictions
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, Benchmark

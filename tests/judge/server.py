@@ -1,4 +1,4 @@
-"""A judge over real HTTP, with faults to order: it answers by word matching when it is well."""
+"""A judge server over real HTTP that matches words, and fails in the way that a test asks for."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from megatron_vcr1.config.evaluation_sections import JudgeSection
-from megatron_vcr1.judge.lexical import LexicalReader
+from megatron_vcr1.judge.lexical import LexicalBackend
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """Attributes:
-    faults: what the next requests meet, one name each; afterwards all is well.
-    always: what every request meets.
+    """A chat completion server.
+
+    Attributes:
+        faults: names of faults, one for each of the next requests; later requests succeed.
+        always: fault of every request; None means that requests succeed.
     """
 
     daemon_threads = True
@@ -40,7 +42,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     @property
     def materials(self) -> list[dict[str, Any]]:
-        """What each request carries as material, decoded."""
+        """The decoded user message of each request."""
         return [json.loads(body["messages"][1]["content"]) for body in self.bodies]
 
     def enter(self, body: dict[str, Any], key: str) -> str | None:
@@ -56,7 +58,7 @@ class JudgeServer(ThreadingHTTPServer):
             self._now -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no failure of the test."""
+        """Ignore clients that close the connection: tests do so on purpose."""
 
 
 @contextmanager
@@ -71,18 +73,18 @@ def judge_server() -> Iterator[JudgeServer]:
             thread.join()
 
 
-def honest_answer(body: dict[str, Any]) -> dict[str, Any]:
+def correct_response(body: dict[str, Any]) -> dict[str, Any]:
     material = json.loads(body["messages"][1]["content"])
-    reader = LexicalReader()
+    backend = LexicalBackend()
     if set(material) == {"description"}:
-        return {"events": list(reader.extract_events([material["description"]])[0] or ())}
+        return {"events": list(backend.extract_events([material["description"]])[0] or ())}
     events = tuple(entry["sentence"] for entry in material["events"])
-    verdicts = reader.judge_events([(events, material["description"])])[0] or ()
+    verdicts = backend.judge_events([(events, material["description"])])[0] or ()
     return {"verdicts": [{"event": number, "verdict": str(one)} for number, one in enumerate(verdicts, 1)]}
 
 
-def _spoilt(answer: dict[str, Any], fault: str) -> str:
-    """What a model makes of the answer that was asked for."""
+def _faulty_text(answer: dict[str, Any], fault: str) -> str:
+    """Return the text of a model that commits a fault."""
     key, entries = next(iter(answer.items()))
     match fault:
         case "chatty":
@@ -134,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, json.dumps({"choices": []}), "application/json")
         if fault == "no_schema" and "response_format" in body:
             return self._send(400, json.dumps({"error": {"message": "what is json_schema?"}}), "application/json")
-        text = _spoilt(honest_answer(body), fault or "")
+        text = _faulty_text(correct_response(body), fault or "")
         message = {"role": "assistant", "content": None if fault == "no_text" else text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "reader", "choices": [choice]}
@@ -151,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(payload)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Not on the tests' output."""
+        """Keep the log out of the tests' output."""
 
 
 def count(items: list[Any]) -> Counter[str]:

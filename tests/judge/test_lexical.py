@@ -31,24 +31,24 @@ def sample(events: tuple[str, ...] = EVENTS) -> VideoSample:
     ],
 )
 @pytest.mark.parametrize("events", [EVENTS, ()])
-def test_an_event_is_a_sentence_that_says_the_same(
+def test_a_sentence_with_the_words_of_an_event_entails_it(
     judge: Judge, caption: str, recall: float, events: tuple[str, ...]
 ) -> None:
     assert judge.recalls([sample(events)], [caption]) == [pytest.approx(recall)]
 
 
-def test_precision_is_of_the_captions_events(judge: Judge) -> None:
+def test_precision_counts_the_events_of_the_caption(judge: Judge) -> None:
     (verdicts,) = judge.compare([sample()], ["The red circle moves right. A dog barks."])
     assert verdicts is not None
     assert verdicts.recall == pytest.approx(1 / 3)
     assert verdicts.precision == 0.5
 
 
-def test_its_name_says_what_it_is(judge: Judge) -> None:
+def test_the_name_says_that_words_are_matched(judge: Judge) -> None:
     assert "word matching, no language model" in judge.name
 
 
-def test_it_keeps_nothing(judge: Judge, tmp_path) -> None:
+def test_nothing_is_cached(judge: Judge, tmp_path) -> None:
     judge.recalls([sample()], ["A caption."])
     assert not list(tmp_path.iterdir())
     assert judge.recalls([], []) == []

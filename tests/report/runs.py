@@ -11,9 +11,10 @@ from pathlib import Path
 from random import Random
 
 from megatron_vcr1.config.rendering import default_config, render_toml
-from megatron_vcr1.data.manifest import read_manifest, row_from_sample
-from megatron_vcr1.data.prompts import load_templates, target_text
+from megatron_vcr1.data.manifest import read_manifest
+from megatron_vcr1.data.rows import row_from_sample
 from megatron_vcr1.data.synthesize import synthesize
+from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.report.run_record import RunRecord, read_run
 from megatron_vcr1.rewards import score
 from megatron_vcr1.types import Task, VideoSample

@@ -33,7 +33,7 @@ TAG_SOUP = [*(f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")), " ", "\
         ("<think>x</think><answer>1", True, "<answer> not closed"),
     ],
 )
-def test_form(completion: str, thinking: bool, fault: str | None) -> None:
+def test_faults_of_the_form(completion: str, thinking: bool, fault: str | None) -> None:
     assert format_fault(sample(Task.TEMPORAL_GROUNDING), completion, thinking=thinking) == fault
 
 
@@ -63,7 +63,7 @@ def test_tracking_needs_readable_boxes(num_boxes: int, box: str, fault: str | No
 
 @pytest.mark.parametrize("before", ["", "<think>", "<answer>", "<think></think><answer>"])
 @pytest.mark.parametrize("after", ["", "</answer>", "</glue>", "</answer><glue>[]</glue>"])
-def test_form_is_that_of_the_published_pattern(before: str, after: str) -> None:
+def test_the_form_equals_the_published_pattern(before: str, after: str) -> None:
     for soup in soups(TAG_SOUP, 500):
         completion = before + soup + after
         for thinking in (False, True):
@@ -72,11 +72,11 @@ def test_form_is_that_of_the_published_pattern(before: str, after: str) -> None:
             assert (fault is None) == published.follows_format(completion, tags)
             fault = format_fault(sample(Task.GROUNDED_QA), completion, thinking=thinking)
             follows = published.follows_format(completion, [*tags, "glue"])
-            assert (fault in (None, "no list of (start, end)")) == follows  # the list is another matter
+            assert (fault in (None, "no list of (start, end)")) == follows  # it does not check the list
 
 
 @pytest.mark.parametrize("unit", [" ", "</think>", "</think> ", "</think><answer>", "</answer><glue>", "<answer>", "x"])
-def test_form_takes_linear_time(unit: str) -> None:
+def test_checking_takes_linear_time(unit: str) -> None:
     """A pattern of lazy wildcards would try every pair of seams: minutes. CPU time is counted."""
     text = "<think>" + (unit * 200_000)[:200_000]
     before_s = time.process_time()

@@ -37,21 +37,21 @@ def intervals(spans: list[list[int]], unit_s: float = 0.5) -> list[Interval]:
 
 @settings(deadline=None)
 @given(WHOLE, WHOLE)
-def test_temporal_iou_is_what_counting_gives(first: list[int], second: list[int]) -> None:
+def test_temporal_iou_equals_counting_cells(first: list[int], second: list[int]) -> None:
     (predicted,), (target,) = intervals([first]), intervals([second])
     assert temporal_iou(predicted, target) == pytest.approx(counted_iou(covered([first]), covered([second])), abs=1e-12)
 
 
 @settings(deadline=None)
 @given(WHOLE_SETS, WHOLE_SETS)
-def test_span_union_iou_is_what_counting_gives(first: list[list[int]], second: list[list[int]]) -> None:
+def test_span_union_iou_equals_counting_cells(first: list[list[int]], second: list[list[int]]) -> None:
     expected = counted_iou(covered(first), covered(second))
     assert span_union_iou(intervals(first), intervals(second)) == pytest.approx(expected, abs=1e-12)
 
 
 @settings(deadline=None)
 @given(WHOLE, WHOLE, WHOLE, WHOLE)
-def test_box_iou_is_what_counting_gives(ax: list[int], ay: list[int], bx: list[int], by: list[int]) -> None:
+def test_box_iou_equals_counting_cells(ax: list[int], ay: list[int], bx: list[int], by: list[int]) -> None:
     first = np.outer(covered([ay]), covered([ax]))
     second = np.outer(covered([by]), covered([bx]))
     pair = [Box(x[0] / CELLS, y[0] / CELLS, x[1] / CELLS, y[1] / CELLS) for x, y in ((ax, ay), (bx, by))]
@@ -60,9 +60,7 @@ def test_box_iou_is_what_counting_gives(ax: list[int], ay: list[int], bx: list[i
 
 @settings(deadline=None)
 @given(SETS, SETS)
-def test_span_ious_are_symmetric_within_0_and_1_and_1_for_the_same(
-    first: list[Interval], second: list[Interval]
-) -> None:
+def test_span_ious_are_symmetric_bounded_and_1_for_equal_spans(first: list[Interval], second: list[Interval]) -> None:
     for iou, a, b in ((temporal_iou, first[0], second[0]), (span_union_iou, first, second)):
         assert 0 <= iou(a, b) <= 1
         assert iou(a, b) == iou(b, a)
@@ -72,13 +70,13 @@ def test_span_ious_are_symmetric_within_0_and_1_and_1_for_the_same(
 
 @settings(deadline=None)
 @given(INTERVALS, INTERVALS)
-def test_one_span_a_set_is_the_temporal_iou(first: Interval, second: Interval) -> None:
+def test_sets_of_one_span_have_the_temporal_iou(first: Interval, second: Interval) -> None:
     assert span_union_iou([first], [second]) == pytest.approx(temporal_iou(first, second), abs=1e-9)
 
 
 @settings(deadline=None)
 @given(boxes, boxes)
-def test_box_iou_is_symmetric_within_0_and_1_and_1_for_the_same(first: Box, second: Box) -> None:
+def test_box_iou_is_symmetric_bounded_and_1_for_equal_boxes(first: Box, second: Box) -> None:
     assert 0 <= box_iou(first, second) <= 1
     assert box_iou(first, second) == box_iou(second, first)
     has_area = (first.x1 - first.x0) * (first.y1 - first.y0) > 0  # tiny sides multiply to zero
@@ -93,7 +91,7 @@ def test_worked_examples() -> None:
     assert box_iou(Box(0, 0, 0.5, 0.5), Box(0.25, 0.25, 0.75, 0.75)) == pytest.approx(1 / 7)
 
 
-def test_no_spans_at_all_are_no_agreement() -> None:
+def test_empty_sets_have_iou_0() -> None:
     assert span_union_iou([], []) == span_union_iou([], [Interval(0, 1)]) == 0
 
 

@@ -57,7 +57,7 @@ def test_the_first_glue_counts() -> None:
         ("</answer><answer>", "<answer> not closed"),
     ],
 )
-def test_an_answer_that_is_missing(completion: str, reason: str) -> None:
+def test_a_missing_answer_has_a_reason(completion: str, reason: str) -> None:
     with pytest.raises(UnparsableError, match=f"^{reason}$"):
         last_answer(completion)
 
@@ -101,7 +101,7 @@ def test_an_interval_is_the_last_two_times(answer: str, expected: tuple[float, f
         ("1 to " + "9" * 400, "time is not finite"),
     ],
 )
-def test_an_interval_that_is_none(answer: str, reason: str) -> None:
+def test_an_invalid_interval_has_a_reason(answer: str, reason: str) -> None:
     with pytest.raises(UnparsableError, match=f"^{reason}$"):
         parse_interval(answer)
 
@@ -136,7 +136,7 @@ NO_LISTS_OF_SPANS = [
 
 
 @pytest.mark.parametrize("glue", NO_LISTS_OF_SPANS)
-def test_spans_that_are_no_list(glue: str) -> None:
+def test_a_text_that_is_not_a_list_of_spans_is_unparsable(glue: str) -> None:
     with pytest.raises(UnparsableError, match=r"^no list of \(start, end\)$"):
         parse_spans(glue)
 
@@ -151,7 +151,7 @@ def test_spans_that_are_no_list(glue: str) -> None:
         ("[(1, 1e400)]", "time is not finite"),
     ],
 )
-def test_one_bad_span_spoils_the_list(glue: str, reason: str) -> None:
+def test_a_bad_span_makes_the_list_unparsable(glue: str, reason: str) -> None:
     with pytest.raises(UnparsableError, match=f"^{reason}$"):
         parse_spans(glue)
 
@@ -176,7 +176,7 @@ def test_boxes_that_are_inverted_or_out_of_range_are_none() -> None:
         ("[[0, 0, 1, 1], ...]", "no list of boxes"),
     ],
 )
-def test_boxes_that_cannot_be_read(answer: str, reason: str) -> None:
+def test_unparsable_boxes_have_a_reason(answer: str, reason: str) -> None:
     with pytest.raises(UnparsableError, match=f"^{reason}$"):
         parse_boxes(answer, 2)
 
@@ -194,25 +194,25 @@ def test_no_option_letter(answer: str) -> None:
 
 @settings(deadline=None)
 @given(INTERVALS, TIMES, TIMES)
-def test_an_interval_survives_being_written(interval: Interval, other_s: float, another_s: float) -> None:
+def test_a_formatted_interval_is_parsed_back(interval: Interval, other_s: float, another_s: float) -> None:
     assert parse_interval(f"{other_s} to {another_s}, or {interval.start_s} to {interval.end_s}") == interval
 
 
 @settings(deadline=None)
 @given(st.lists(INTERVALS, max_size=5), SPACE, SPACE)
-def test_spans_survive_being_written(spans: list[Interval], left: str, right: str) -> None:
+def test_formatted_spans_are_parsed_back(spans: list[Interval], left: str, right: str) -> None:
     rows = [f"{left}({span.start_s!r}{right},{left}{span.end_s!r}){right}" for span in spans]
     assert parse_spans(f"[{','.join(rows)}]") == tuple(spans)
 
 
 @settings(deadline=None)
 @given(st.lists(boxes, min_size=1, max_size=9))
-def test_boxes_survive_being_written(some: list[Box]) -> None:
+def test_formatted_boxes_are_parsed_back(some: list[Box]) -> None:
     rows = [[box.x0, box.y0, box.x1, box.y1] for box in some]  # str() writes the shortest text that reads the same
     assert parse_boxes(str(rows), len(some)) == tuple(some)
 
 
-def test_blocks_are_those_of_the_published_pattern() -> None:
+def test_blocks_equal_those_of_the_published_pattern() -> None:
     """Up to a tag that opens again inside its own block."""
     tags = [fragment for fragment in FRAGMENTS if fragment.startswith("<")]
     for completion in soups([*tags * 4, *FRAGMENTS], 10_000):
@@ -224,7 +224,7 @@ def test_blocks_are_those_of_the_published_pattern() -> None:
                     read(completion)
 
 
-def test_times_are_those_of_the_published_pattern() -> None:
+def test_times_equal_those_of_the_published_pattern() -> None:
     """But for signs, exponents and clock times."""
     num_read = 0
     for answer in soups([*"01237. \n", *[" to ", " and "] * 4, "12.5", "9."], 30_000):
@@ -254,7 +254,7 @@ def is_list(parse: Callable[[], object]) -> bool:
     return True
 
 
-def test_numbers_in_lists_are_those_of_python() -> None:
+def test_numbers_in_lists_equal_those_of_python() -> None:
     """But for underscores between digits."""
     num_read = 0
     for number in soups([*"0369.+-eE_ "], 30_000, max_fragments=6):

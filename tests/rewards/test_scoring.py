@@ -8,7 +8,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 
-from megatron_vcr1.data.prompts import load_templates, target_text
+from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.rewards import RewardBreakdown, score
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
 from megatron_vcr1.types import (
@@ -39,7 +39,7 @@ def parts_of(breakdown: RewardBreakdown) -> dict[str, float]:
 
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("task", Task)
-def test_the_answer_that_sft_teaches_earns_everything(task: Task, thinking: bool) -> None:
+def test_the_sft_target_earns_the_full_reward(task: Task, thinking: bool) -> None:
     completion = "<think>It <timestep>1 to 2</timestep> is.</think>\n" * thinking + target_text(
         sample(task), load_templates()
     )
@@ -51,11 +51,11 @@ def test_the_answer_that_sft_teaches_earns_everything(task: Task, thinking: bool
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-@pytest.mark.parametrize("task", [task for task in Task if task != Task.TRACKING])  # its example leaves boxes out
-def test_the_form_that_the_prompt_shows_is_right(task: Task, thinking: bool) -> None:
+@pytest.mark.parametrize("task", [task for task in Task if task != Task.TRACKING])  # its example is abridged
+def test_the_example_in_the_prompt_earns_the_format_reward(task: Task, thinking: bool) -> None:
     templates = load_templates()
-    wording = (templates.think if thinking else templates.answer)[task].template
-    example = wording[wording.rindex("in this form:") + len("in this form:") :]
+    prompt = (templates.think if thinking else templates.answer)[task].template
+    example = prompt[prompt.rindex("in this form:") + len("in this form:") :]
     assert score(sample(task), example, thinking=thinking).format == 1
 
 
@@ -69,16 +69,16 @@ def test_grounding() -> None:
 
 
 def test_grounded_qa() -> None:
-    truth = sample(Task.GROUNDED_QA, GroundedChoiceTarget("B", (Interval(0, 10), Interval(20, 30))))
-    breakdown = score(truth, "<answer>C</answer><glue>[(5, 25), (5, 7)]</glue>", thinking=False)
+    target_sample = sample(Task.GROUNDED_QA, GroundedChoiceTarget("B", (Interval(0, 10), Interval(20, 30))))
+    breakdown = score(target_sample, "<answer>C</answer><glue>[(5, 25), (5, 7)]</glue>", thinking=False)
     assert parts_of(breakdown) == {"format": 1, "iou": pytest.approx(10 / 30), "accuracy": 0}
     assert breakdown.reasons == {"accuracy": "wrong option"}
-    empty = score(truth, "<answer>B</answer><glue>[]</glue>", thinking=False)
+    empty = score(target_sample, "<answer>B</answer><glue>[]</glue>", thinking=False)
     assert parts_of(empty) == {"format": 1, "iou": 0, "accuracy": 1}
     assert empty.reasons == {"iou": "no overlap"}
-    spoilt = score(truth, "<answer>B</answer><glue>[(0, 10), (30, 20)]</glue>", thinking=False)
-    assert parts_of(spoilt) == {"format": 0, "iou": 0, "accuracy": 1}
-    assert spoilt.reasons == {"format": "start after end", "iou": "start after end"}
+    damaged = score(target_sample, "<answer>B</answer><glue>[(0, 10), (30, 20)]</glue>", thinking=False)
+    assert parts_of(damaged) == {"format": 0, "iou": 0, "accuracy": 1}
+    assert damaged.reasons == {"format": "start after end", "iou": "start after end"}
 
 
 def test_tracking_averages_over_all_frames() -> None:
@@ -91,7 +91,7 @@ def test_tracking_averages_over_all_frames() -> None:
     assert pixels.reasons == {"iou": "no box is upright and within 0..1"}
 
 
-def test_tracking_has_as_many_boxes_as_its_truth() -> None:
+def test_tracking_has_as_many_boxes_as_its_target() -> None:
     four = sample(Task.TRACKING, TrackingTarget(BOXES[:4]))
     rows = [[box.x0, box.y0, box.x1, box.y1] for box in BOXES[:4]]
     assert score(four, f"<answer>{rows}</answer>", thinking=False).total == 2
@@ -113,9 +113,9 @@ def test_multiple_choice(completion: str, total: float, reasons: dict[str, str])
 
 
 @pytest.mark.parametrize("answer, accuracy", [(" LOW quality\n", 1), ("low", 0), ("low quality.", 0), ("", 0)])
-def test_a_quality_label_matches_but_for_case(answer: str, accuracy: float) -> None:
-    truth = sample(Task.QUALITY, QualityTarget("Low quality "))
-    breakdown = score(truth, f"<answer>{answer}</answer>", thinking=False)
+def test_a_quality_label_is_compared_case_insensitively(answer: str, accuracy: float) -> None:
+    target_sample = sample(Task.QUALITY, QualityTarget("Low quality "))
+    breakdown = score(target_sample, f"<answer>{answer}</answer>", thinking=False)
     assert breakdown.accuracy == accuracy
     assert breakdown.reasons.get("accuracy") == (None if accuracy else "wrong label")
 
@@ -132,7 +132,7 @@ def test_a_caption_without_a_judge_has_no_total() -> None:
 
 
 @pytest.mark.parametrize("completion, reason", [("A dog.", "no <answer>"), ("<answer> </answer>", "empty caption")])
-def test_a_missing_caption_needs_no_judge(completion: str, reason: str) -> None:
+def test_a_missing_caption_scores_0_without_a_judge(completion: str, reason: str) -> None:
     for recall in (None, 1.0):
         breakdown = score(sample(Task.CAPTIONING), completion, thinking=False, recall=recall)
         assert breakdown.recall == 0
@@ -141,7 +141,7 @@ def test_a_missing_caption_needs_no_judge(completion: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize("task, recall", [(Task.CAPTIONING, 1.5), (Task.CAPTIONING, math.nan), (Task.QUALITY, 0.5)])
-def test_a_recall_that_cannot_be(task: Task, recall: float) -> None:
+def test_an_invalid_recall_is_refused(task: Task, recall: float) -> None:
     with pytest.raises(ValueError, match=r"recall is a number in \[0, 1\]"):
         score(sample(task), "<answer>x</answer>", thinking=False, recall=recall)
 
@@ -152,13 +152,13 @@ def test_rewards_need_no_torch() -> None:
     )
 
 
-def test_rewards_of_the_user_add_to_the_total() -> None:
+def test_user_rewards_add_to_the_total() -> None:
     breakdown = score(sample(Task.QUALITY), "<answer>low quality</answer>", thinking=False)
     assert dataclasses.replace(breakdown, extra={"mine:brevity": -0.5}).total == 1.5
 
 
 def check_reward(task: Task, completion: str) -> None:
-    """In range, complete, and with a reason for each zero and for nothing else."""
+    """Check that a reward is in range and complete, and has a reason for each zero and for nothing else."""
     for thinking in (False, True):
         breakdown = score(sample(task), completion, thinking=thinking, recall=0.5 if task is Task.CAPTIONING else None)
         parts = parts_of(breakdown)

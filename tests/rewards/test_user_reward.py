@@ -43,7 +43,7 @@ def test_a_function_is_found_and_called(my_rewards: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "brevity", "my.module:", ":brevity", "my module:f", "m:f()", "a:b:c", "..m:f"])
-def test_another_form_of_name(name: str) -> None:
+def test_a_malformed_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="write it as module:function"):
         load_reward(name)
 
@@ -58,7 +58,7 @@ def test_another_form_of_name(name: str) -> None:
         ("_broken:f", "RuntimeError\\('no licence'\\)"),
     ],
 )
-def test_a_function_that_cannot_be_used(my_rewards: str, suffix: str, message: str) -> None:
+def test_an_unusable_function_is_refused(my_rewards: str, suffix: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_reward(my_rewards + suffix)
 
@@ -71,7 +71,7 @@ def test_a_function_that_cannot_be_used(my_rewards: str, suffix: str, message: s
         ("not_a_number", "x", r"sample clip-7: reward \w+:not_a_number returned nan, not a finite number"),
     ],
 )
-def test_a_failure_names_the_sample_and_is_no_zero(
+def test_a_failure_names_the_sample_and_is_not_scored_0(
     my_rewards: str, function: str, completion: str, message: str
 ) -> None:
     with pytest.raises(UserRewardError, match=message):

@@ -55,16 +55,16 @@ def test_nulls_and_neutral_values_change_nothing(client: openai.OpenAI) -> None:
         ([text("x")], {"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ([text("when? " * 500)], {}, "tokens; at most 400 are supported"),
         ([text("x" * 100_000)], {}, "the texts have 100000 characters; at most 25600 are supported"),
-        ([text("<|video_pad|>")], {}, r"messages\[0\].content\[0\]: .*stands for a picture"),
+        ([text("<|video_pad|>")], {}, r"messages\[0\].content\[0\]: .*stands for an image"),
         ([text("x"), video("http://127.0.0.1:1/a.mp4")], {}, r"content\[1\]: http.*send data: URLs, or file:// URLs"),
         ([video("file:///etc/hostname")], {}, "is not below the folder"),
         ([text("x"), video("data:video/mp4;base64,AAAA")], {}, r"messages\[0\].content\[1\]: (?!.*/tmp)"),
-        ([text("x"), image("data:image/png;base64,AAAA")], {}, r"messages\[0\].content\[1\]: not a picture in a known"),
+        ([text("x"), image("data:image/png;base64,AAAA")], {}, r"messages\[0\].content\[1\]: not an image in a known"),
         ([image("data:image/png,AAAA")], {}, r"content\[0\]: a data: URL must be data:KIND;base64,CONTENT"),
         ([{"type": "input_audio", "input_audio": {}}], {}, r"messages\[0\].content\[0\]: type 'input_audio' is not"),
         ([{"type": "video", "video": "a.mp4"}], {}, r"messages\[0\].content\[0\]: type 'video' is not supported; use"),
         ([{"type": "image_url", "image_url": "data:"}], {}, r"content\[0\].image_url: must be an object with the key"),
-        ([video("data:video/jpeg;base64,AAAA,B")], {}, r"content\[0\]: (frame 1: .*base64|frame 0: not a picture)"),
+        ([video("data:video/jpeg;base64,AAAA,B")], {}, r"content\[0\]: (frame 1: .*base64|frame 0: not an image)"),
         ([video("data:video/mp4;base64,AA", total_pixels=10**12)], {}, r"content\[0\]: asks for 1000000000000 pixels"),
         ([video("data:video/mp4;base64,AA", nframes=4)], {}, r"content\[0\].nframes: unknown key"),
     ],
@@ -81,7 +81,7 @@ def test_a_bad_request_gets_400_with_the_reason(
 def test_a_bad_frame_is_named(client: openai.OpenAI, frames: int) -> None:
     good = picture().partition(",")[2]
     url = "data:video/jpeg;base64," + ",".join([good] * (frames - 1) + ["AAAA"])
-    with pytest.raises(openai.BadRequestError, match=rf"content\[0\], frame {frames - 1}: not a picture"):
+    with pytest.raises(openai.BadRequestError, match=rf"content\[0\], frame {frames - 1}: not an image"):
         ask(client, video(url))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_vcr1.config.data_sections import DataSource
-from megatron_vcr1.data.prompts import load_templates
+from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.rewards import score
 from megatron_vcr1.training.targets import TargetEncoder, check_thinking, completion_text

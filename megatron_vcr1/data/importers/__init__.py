@@ -1,4 +1,4 @@
-"""Published annotation formats to manifests: a reader a family of formats, one place where rows are cleaned."""
+"""Importers: conversion of published annotations to manifests, one module per family of formats."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ FORMATS = {
     "dream1k": "captioning; .jsonl (--split: a source, e.g. DREAM/videvo)",
     "huggingface": "any task; .jsonl, .json, .parquet, .arrow or a saved dataset's folder, columns as in a manifest",
 }
-"""Name to description: the task, the files that ``--annotations`` takes, what ``--split`` picks."""
+"""Description of each format by name: its task, the files of `--annotations`, and the meaning of `--split`."""

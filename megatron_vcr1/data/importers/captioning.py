@@ -10,7 +10,7 @@ from megatron_vcr1.data.importers.files import read_table
 
 
 def read_captions(annotations: tuple[Path, ...]) -> Iterator[Row]:
-    """CaReBench and FIBER-1k: rows of ``video`` and ``caption``, in a JSON list or JSON lines."""
+    """Read CaReBench and FIBER-1k: rows of ``video`` and ``caption``, in a JSON list or JSON lines."""
     for path in annotations:
         for entry in read_table(path):
             yield {
@@ -23,9 +23,9 @@ def read_captions(annotations: tuple[Path, ...]) -> Iterator[Row]:
 
 
 def read_dream1k(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
-    """DREAM-1K: JSON lines with a reference caption and its events; a split is a source, e.g. ``DREAM/videvo``.
+    """Read DREAM-1K: JSON lines with a reference caption and its events; a split is a source, e.g. ``DREAM/videvo``.
 
-    The published lines leave the file name out; a video is then looked for by its number.
+    The published lines have a placeholder instead of the file name; such a video is named by its number.
     """
     for path in annotations:
         for entry in read_table(path):

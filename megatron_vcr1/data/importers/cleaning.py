@@ -1,7 +1,7 @@
-"""What is done to a published annotation that is not right: repaired, kept or skipped, and always reported.
+"""Cleaning of published annotations: a row with a problem is repaired, kept or skipped, and always reported.
 
-Readers hand over rows as a manifest writes them, but unchecked, with two freedoms: ``video`` is the name that the
-dataset uses, and a choice may be given as ``target.answer``, the text of the right option.
+Readers yield unchecked rows with the keys of a manifest, with two exceptions: ``video`` is the name that the dataset
+uses, and a choice may be given as ``target.answer``, the text of the right option.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import fsspec
 
-from megatron_vcr1.data.manifest import RowError, is_remote, sample_from_row
+from megatron_vcr1.data.rows import RowError, is_remote, sample_from_row
 from megatron_vcr1.types import OPTION_LETTERS, VideoSample
 
 Row = dict[str, Any]
@@ -25,7 +25,14 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 @dataclass(frozen=True, slots=True)
 class Issue:
-    """Something wrong with one published row, and what was done about it."""
+    """A problem of a published row.
+
+    Attributes:
+        row_id: id of the row.
+        problem: kind of the problem, for example `missing_video`.
+        detail: description for people.
+        action: what was done with the row.
+    """
 
     row_id: str
     problem: str
@@ -34,7 +41,7 @@ class Issue:
 
 
 class SkipRow(Exception):
-    """The row cannot become a sample."""
+    """Raised for a row that cannot become a sample."""
 
     def __init__(self, problem: str, detail: str) -> None:
         super().__init__(f"{problem}: {detail}")
@@ -44,22 +51,26 @@ class SkipRow(Exception):
 
 @dataclass(frozen=True)
 class VideoFolder:
-    """Where the videos lie; ``root`` is a folder, an fsspec URL, or None: then names stay as published, unchecked."""
+    """The folder of a dataset's videos.
+
+    Attributes:
+        root: a folder or an fsspec URL. None leaves names as published, without checking that the files exist.
+    """
 
     root: str | None = None
 
     def find(self, name: str) -> str | None:
-        """The absolute path or URL of a video, or None if it is not there.
+        """Find a video; return its absolute path or URL, or None if it does not exist.
 
-        A name without a known suffix is tried with each of them; a copy without the published subfolders is found too.
-        Without a root, a bare name is given the suffix .mp4.
+        A name without a known suffix is tried with each of them. A copy without the published subfolders is found, too.
+        Without a root, a bare name gets the suffix .mp4.
         """
         if self.root is None:
             return name if _has_suffix(name) or "/" in name else name + VIDEO_SUFFIXES[0]
         root = self.root if is_remote(self.root) else os.path.abspath(self.root)
         for relative in dict.fromkeys([name, PurePosixPath(name).name]):
             for suffix in ("",) if _has_suffix(name) else (*VIDEO_SUFFIXES, ""):
-                path = os.path.join(root, relative + suffix)  # which leaves an absolute name as it is
+                path = os.path.join(root, relative + suffix)  # an absolute name stays as it is
                 if _exists(path):
                     return path
         return None
@@ -67,13 +78,13 @@ class VideoFolder:
 
 @dataclass
 class RowCleaner:
-    """Turns raw rows into samples and remembers every issue.
+    """Converts raw rows to samples and collects every issue.
 
     Attributes:
-        videos: where to look for the rows' videos.
-        keep_overruns: leave spans that end after the video as annotated (published scores count against them) rather
-            than cut them at its end.
-        issues: one entry a problem, in row order.
+        videos: folder of the rows' videos.
+        keep_overruns: whether spans that end after the video stay as annotated, as published scores count them.
+            Otherwise they are cut at the end of the video.
+        issues: one entry per problem, in row order.
     """
 
     videos: VideoFolder
@@ -81,18 +92,18 @@ class RowCleaner:
     issues: list[Issue] = field(default_factory=list)
 
     def clean(self, row: Row) -> VideoSample | None:
-        """The row's sample, or None if the row had to be skipped; `issues` tells why."""
+        """Convert a row to a sample; return None if the row is skipped, with the reason added to `issues`."""
         row_id = str(row["id"])
         notes: list[Issue] = []
         try:
             row = {**row, "target": dict(row["target"])}
             if row["task"] != "captioning" and not row["query"].strip():
-                raise SkipRow("empty_query", "the row asks nothing")
+                raise SkipRow("empty_query", "the query is empty")
             row["video"] = self._video(row["video"])
             notes += self._clean_intervals(row_id, row)
             notes += _clean_boxes(row_id, row["target"])
             notes += _clean_choice(row_id, row)
-            notes += _note_oddities(row_id, row)
+            notes += _unusual_row_issues(row_id, row)
             sample = sample_from_row(row)
         except SkipRow as skip:
             self.issues.append(Issue(row_id, skip.problem, skip.detail, "skipped"))
@@ -111,11 +122,11 @@ class RowCleaner:
     def _find(self, name: str) -> str:
         path = self.videos.find(name)
         if path is None:
-            raise SkipRow("missing_video", f"{name} is not below {self.videos.root}")
+            raise SkipRow("missing_video", f"{name} does not exist in {self.videos.root}")
         return path
 
     def _clean_intervals(self, row_id: str, row: Row) -> list[Issue]:
-        """Repairs the target's spans in place; a span that cannot be used is left out, the last such skips the row."""
+        """Repair the target's spans in place. An unusable span is left out; a row without a usable span is skipped."""
         target = row["target"]
         key = "interval" if "interval" in target else "intervals"
         if key not in target:
@@ -142,15 +153,15 @@ class RowCleaner:
 def _clean_span(
     span: list[float], duration_s: float | None, keep_overruns: bool
 ) -> tuple[list[float], list[tuple[str, Action]]]:
-    """The span within the video, and what had to be done as (problem, action).
+    """Cut a span to the video; return it with its problems as (problem, action).
 
     Raises:
-        SkipRow: the span is inverted or starts after the video's end.
+        SkipRow: the span is empty or inverted, or starts after the end of the video.
     """
     start_s, end_s = span
     notes: list[tuple[str, Action]] = []
     if start_s >= end_s:
-        raise SkipRow("inverted_span", f"{span} s")
+        raise SkipRow("empty_span" if start_s == end_s else "inverted_span", f"{span} s")
     if duration_s is not None and start_s >= duration_s:
         raise SkipRow("span_after_end", f"{span} s of {duration_s} s")
     if start_s < 0:
@@ -163,7 +174,7 @@ def _clean_span(
 
 
 def _clean_boxes(row_id: str, target: Row) -> list[Issue]:
-    """Cuts boxes at the frame's edge; a box of which nothing is left skips the row."""
+    """Cut boxes at the frame's edges; a row with a box outside of the frame is skipped."""
     notes: list[Issue] = []
     for index, box in enumerate(target.get("boxes", [])):
         inside = [min(max(value, 0.0), 1.0) for value in box]
@@ -176,24 +187,24 @@ def _clean_boxes(row_id: str, target: Row) -> list[Issue]:
 
 
 def _clean_choice(row_id: str, row: Row) -> list[Issue]:
-    """Finds the letter of an answer that is given as text."""
+    """Replace an answer that is given as text by the letter of its option."""
     if "answer" not in row["target"]:
         return []
     answer, options = row["target"].pop("answer"), row["options"]
     letters = [letter for letter, option in zip(OPTION_LETTERS, options, strict=False) if option == answer]
     if not letters:
-        raise SkipRow("answer_not_in_options", f"{answer!r} is none of {options}")
+        raise SkipRow("answer_not_in_options", f"{answer!r} is not one of {options}")
     row["target"]["choice"] = letters[0]
     if len(letters) == 1:
         return []
-    detail = f"{answer!r} is the text of options {', '.join(letters)}; {letters[0]} is taken as right"
+    detail = f"{answer!r} is the text of options {', '.join(letters)}; {letters[0]} is used"
     return [Issue(row_id, "ambiguous_answer", detail, "kept")]
 
 
-def _note_oddities(row_id: str, row: Row) -> list[Issue]:
-    """Rows that are used as they are, but that whoever reads the scores should know of."""
+def _unusual_row_issues(row_id: str, row: Row) -> list[Issue]:
+    """Report rows that are used unchanged, but are unusual enough to matter when scores are interpreted."""
     if row["target"].get("events") == []:
-        return [Issue(row_id, "no_events", "the caption is annotated with an empty list of events", "kept")]
+        return [Issue(row_id, "no_events", "the annotated list of events is empty", "kept")]
     if len(row.get("options", ())) == 1:
         return [Issue(row_id, "single_option", f"the only option is {row['options'][0]!r}", "kept")]
     return []

@@ -1,6 +1,6 @@
-"""Reading annotation files: JSON, JSON lines, CSV, and the tables of Hugging Face datasets.
+"""Reading of annotation files: JSON, JSON lines, CSV, and the tables of Hugging Face datasets.
 
-Text is UTF-8, with or without the byte order mark that some editors write.
+Text files are UTF-8, with or without a byte order mark.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_vcr1.errors import UserError
 
 
 def read_json(path: Path) -> Any:
-    """Decodes a whole JSON file.
+    """Read a JSON file.
 
     Raises:
         UserError: the file is missing or not JSON.
@@ -27,7 +27,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header line.
+    """Read the rows of a CSV file with a header line.
 
     Raises:
         UserError: the file is missing or not UTF-8 text.
@@ -40,30 +40,30 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file without their ends; blank lines are left out.
+    """Read the lines of a text file without line ends; blank lines are skipped.
 
     Raises:
         UserError: the file is missing or not UTF-8 text.
     """
     try:
-        # Not splitlines: a JSON text may hold line separators of Unicode.
+        # splitlines would also split at Unicode's line separators, which JSON strings may contain.
         return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from error
 
 
 def read_table(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a ``.json`` list, ``.jsonl``, ``.parquet`` or ``.arrow`` file, or of a folder of such files.
+    """Yield the rows of a ``.json`` list, ``.jsonl``, ``.parquet`` or ``.arrow`` file, or of a folder of such files.
 
-    A folder is what `datasets.Dataset.save_to_disk` writes or a download of a dataset repository's data folder.
+    A folder is one that `datasets.Dataset.save_to_disk` wrote, or the downloaded data folder of a dataset repository.
 
     Raises:
-        UserError: the file is missing, broken or of another kind, or pyarrow is needed and not installed.
+        UserError: the file is missing, damaged or of another type, or pyarrow is needed and not installed.
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".arrow", ".jsonl"))
         if not files:
-            raise UserError(f"{path}: holds no .parquet, .arrow or .jsonl file; give the folder that does")
+            raise UserError(f"{path}: the folder has no .parquet, .arrow or .jsonl file; name the folder that has them")
         for file in files:
             yield from read_table(file)
     elif path.suffix == ".json":

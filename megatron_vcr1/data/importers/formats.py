@@ -1,4 +1,4 @@
-"""The import itself: a format's name to its reader, rows to samples, and the report of what was wrong."""
+"""The import of a dataset: selects the reader of its format, cleans its rows, and reports every issue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ _SPLIT_FORMATS = ("got10k", "mvbench", "videomme", "perception_test", "dream1k")
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What came of an import; ``num_rows`` counts the published rows, skipped ones included."""
+    """The result of an import.
+
+    Attributes:
+        format: name of the format.
+        num_rows: number of published rows, including skipped ones.
+        num_samples: number of samples in the manifest.
+        videos_checked: whether the videos were looked for.
+        issues: all problems that were repaired, kept or skipped, in row order.
+    """
 
     format: str
     num_rows: int
@@ -29,10 +37,11 @@ class ImportReport:
     issues: tuple[Issue, ...]
 
     def issue_counts(self) -> dict[str, int]:
-        """Number of issues by ``problem (action)``, most frequent first."""
+        """Count issues by ``problem (action)``, most frequent first."""
         return dict(Counter(f"{issue.problem} ({issue.action})" for issue in self.issues).most_common())
 
     def as_json(self) -> dict[str, Any]:
+        """Convert the report to a JSON object."""
         issues = [asdict(issue) for issue in self.issues]
         return {**asdict(self), "issue_counts": self.issue_counts(), "issues": issues}
 
@@ -47,23 +56,27 @@ def import_dataset(
     limit: int | None = None,
     seed: int = 0,
 ) -> tuple[list[VideoSample], ImportReport]:
-    """Reads a published dataset.
+    """Read a published dataset.
 
     Args:
-        name: a key of `FORMATS`.
-        annotations: the files or folders that the format needs.
-        videos: where its videos lie.
-        split: the part to read, for formats whose files hold several.
-        keep_overruns: see `RowCleaner`.
-        limit: keep a random choice of this many good samples; the same seed gives the same choice.
+        name: name of the format, a key of `FORMATS`.
+        annotations: files or folders of the annotations.
+        videos: folder of the videos.
+        split: the split to read, for formats whose files contain several.
+        keep_overruns: whether spans that end after the video are kept (see `RowCleaner`).
+        limit: number of samples to keep, chosen at random; None keeps all.
+        seed: seed of that choice.
+
+    Returns:
+        The samples, and the report of the import.
 
     Raises:
-        UserError: a file is missing or not in the format.
+        UserError: a file is missing or not in this format.
     """
     if name not in FORMATS:
-        raise UserError(f"{name}: unknown format; known are {', '.join(FORMATS)}")
+        raise UserError(f"{name}: unknown format; known formats are {', '.join(FORMATS)}")
     if split is not None and name not in _SPLIT_FORMATS:
-        raise UserError(f"--split {split}: {name} has a file for each split; give that file as --annotations")
+        raise UserError(f"--split {split}: {name} has a file for each split; name that file in --annotations")
     for path in annotations:
         if not path.exists():
             raise UserError(f"--annotations {path}: no such file or folder")
@@ -125,7 +138,7 @@ def _rows(name: str, annotations: tuple[Path, ...], videos: VideoFolder, split: 
 
 
 def _manifest_rows(annotations: tuple[Path, ...]) -> Iterator[Row]:
-    """Rows with a manifest's columns; what a table stores as null counts as left out."""
+    """Read rows with the columns of a manifest. A null means that the key is left out: tables store all columns."""
     for path in annotations:
         for entry in read_table(path):
             row = {key: value for key, value in entry.items() if value is not None}
@@ -134,7 +147,7 @@ def _manifest_rows(annotations: tuple[Path, ...]) -> Iterator[Row]:
 
 
 def _choose(samples: list[VideoSample], limit: int | None, seed: int) -> list[VideoSample]:
-    """A random choice in the original order; hashes of the ids, so that it does not depend on the rows around."""
+    """Choose samples at random, in their order. Sorting by hashed ids makes the choice independent of other rows."""
     if limit is None or limit >= len(samples):
         return samples
     by_hash = sorted(samples, key=lambda sample: hashlib.blake2b(f"{seed}/{sample.id}".encode()).digest())

@@ -15,11 +15,11 @@ _CHARADES_LINE = re.compile(r"(\S+) (\S+) (\S+?)##(.*)")
 
 
 def read_charades_sta(annotations: tuple[Path, ...]) -> Iterator[Row]:
-    """Charades-STA: ``VIDEO start end##query`` lines with a CSV of video lengths, or one JSON file."""
+    """Read Charades-STA: ``VIDEO start end##query`` lines with a CSV file of video lengths, or a single JSON file."""
     if len(annotations) == 1 and annotations[0].suffix == ".json":
         yield from read_timestamps(annotations)
         return
-    text_file, lengths_file = _one_each(annotations, (".txt", ".csv"))
+    text_file, lengths_file = _file_of_each_suffix(annotations, (".txt", ".csv"))
     duration_s = {row["id"]: float(row["length"]) for row in read_csv(lengths_file)}
     queries_per_video: Counter[str] = Counter()
     for line in read_lines(text_file):
@@ -32,7 +32,7 @@ def read_charades_sta(annotations: tuple[Path, ...]) -> Iterator[Row]:
 
 
 def read_timestamps(annotations: tuple[Path, ...]) -> Iterator[Row]:
-    """``{video: {duration, timestamps: [[s, e]], sentences: []}}``, the form of ActivityNet Captions."""
+    """Read ``{video: {duration, timestamps: [[start, end]], sentences: []}}``, the format of ActivityNet Captions."""
     for path in annotations:
         for video, entry in read_json(path).items():
             for index, (span, query) in enumerate(zip(entry["timestamps"], entry["sentences"], strict=True)):
@@ -50,9 +50,9 @@ def _row(video: str, index: int, duration_s: float, span: list[float], query: st
     }
 
 
-def _one_each(annotations: tuple[Path, ...], suffixes: tuple[str, ...]) -> list[Path]:
+def _file_of_each_suffix(annotations: tuple[Path, ...], suffixes: tuple[str, ...]) -> list[Path]:
     by_suffix = {path.suffix: path for path in annotations}
     if len(annotations) != len(suffixes) or set(by_suffix) != set(suffixes):
         given = " ".join(map(str, annotations))
-        raise UserError(f"--annotations {given}: expected one file each of {', '.join(suffixes)}, or one .json")
+        raise UserError(f"--annotations {given}: expected one file for each of {', '.join(suffixes)}, or one .json")
     return [by_suffix[suffix] for suffix in suffixes]

@@ -1,4 +1,4 @@
-"""Questions with options: NExT-GQA (CSV and JSON), MVBench, Video-MME, Perception Test; and quality: VidTAB."""
+"""Question answering: NExT-GQA (CSV and JSON), MVBench, Video-MME, Perception Test; and VidTAB's quality task."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ MVBENCH_FOLDERS = {
     "state_change": "perception/videos",
     "unexpected_action": "FunQA_test/test",
 }
-"""Sub-task to folder of its videos in MVBench's own layout; several source sets reuse the same file names."""
+"""Folder of each sub-task's videos in MVBench's own layout. File names are unique within a folder only."""
 
 
 def read_nextgqa(annotations: tuple[Path, ...]) -> Iterator[Row]:
-    """NExT-GQA: one JSON list with everything, or the CSV with the gsub JSON and the video-to-path map JSON."""
+    """Read NExT-GQA: one JSON list, or the CSV file together with the gsub JSON and the video-to-path map JSON."""
     if len(annotations) == 1:
         for entry in read_json(annotations[0]):
             yield _grounded_row(
@@ -67,7 +67,7 @@ def read_nextgqa(annotations: tuple[Path, ...]) -> Iterator[Row]:
 
 
 def _without_labels(options: list[str]) -> list[str]:
-    """``(A) text`` or ``A. text`` to ``text``."""
+    """Remove the labels of options: ``(A) text`` and ``A. text`` become ``text``."""
     return [option[label.end() :].strip() if (label := _OPTION_LABEL.match(option)) else option for option in options]
 
 
@@ -87,7 +87,7 @@ def _grounded_row(
 
 
 def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[list[dict[str, str]], Row, dict[str, str]]:
-    """Tells the three files apart by their content: CSV questions, spans by video, path by video."""
+    """Read the three files, told apart by their content: CSV questions, spans per video, path per video."""
     csv_files = [path for path in annotations if path.suffix == ".csv"]
     json_files = [read_json(path) for path in annotations if path.suffix == ".json"]
     spans = [content for content in json_files if isinstance(next(iter(content.values()), None), dict)]
@@ -102,14 +102,14 @@ def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[list[dict[str, str]],
 
 
 def read_mvbench(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
-    """MVBench: the folder of 20 JSON files, or some of them; a split is a sub-task, the file's stem."""
+    """Read MVBench: the folder of its 20 JSON files, or some of them; a split is a sub-task, the file's stem."""
     files = [file for path in annotations for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     for file in files:
         sub_task = file.stem
         if split not in (None, sub_task):
             continue
         if sub_task not in MVBENCH_FOLDERS:
-            raise UserError(f"{file}: {sub_task} is none of MVBench's sub-tasks: {', '.join(MVBENCH_FOLDERS)}")
+            raise UserError(f"{file}: {sub_task} is not one of MVBench's sub-tasks: {', '.join(MVBENCH_FOLDERS)}")
         for index, entry in enumerate(read_json(file)):
             clip = [entry["start"], entry["end"]] if "start" in entry else None
             yield {
@@ -118,7 +118,7 @@ def read_mvbench(annotations: tuple[Path, ...], split: str | None) -> Iterator[R
                 "video": f"{MVBENCH_FOLDERS[sub_task]}/{entry['video']}",
                 "duration_s": clip[1] - clip[0] if clip else None,
                 "clip": clip,
-                "image_fps": entry.get("fps"),  # one sub-task's videos are folders of images
+                "image_fps": entry.get("fps"),  # in one sub-task, videos are folders of images
                 "query": entry["question"],
                 "options": entry["candidates"],
                 "category": sub_task,
@@ -127,7 +127,7 @@ def read_mvbench(annotations: tuple[Path, ...], split: str | None) -> Iterator[R
 
 
 def read_videomme(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
-    """Video-MME: the parquet file; a split is a length class: short, medium or long."""
+    """Read Video-MME: its parquet file; a split is a length class: short, medium or long."""
     for path in annotations:
         for entry in read_table(path):
             if split in (None, entry["duration"]):
@@ -144,7 +144,7 @@ def read_videomme(annotations: tuple[Path, ...], split: str | None) -> Iterator[
 
 
 def read_perception_test(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
-    """Perception Test: ``{video: {metadata, mc_question: []}}``; a split is the metadata's."""
+    """Read Perception Test: ``{video: {metadata, mc_question: []}}``; a split is the one named in the metadata."""
     for path in annotations:
         for video, entry in read_json(path).items():
             metadata = entry["metadata"]
@@ -167,7 +167,7 @@ def _perception_row(video: str, metadata: dict[str, Any], question: dict[str, An
 
 
 def read_vidtab_quality(annotations: tuple[Path, ...]) -> Iterator[Row]:
-    """VidTAB's quality task: a JSON list of ``video``, ``instruction`` and ``answer``."""
+    """Read VidTAB's quality task: a JSON list of ``video``, ``instruction`` and ``answer``."""
     for path in annotations:
         for entry in read_json(path):
             yield {

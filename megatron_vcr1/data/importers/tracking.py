@@ -1,4 +1,4 @@
-"""Tracking: GoT-10k, from its directories or from a JSON file of eight boxes a sequence."""
+"""Tracking: GOT-10k, from its folders or from a JSON file with eight boxes per sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_vcr1.data.importers.cleaning import Issue, Row, VideoFolder
 from megatron_vcr1.data.importers.files import read_json, read_lines
-from megatron_vcr1.data.manifest import is_remote
+from megatron_vcr1.data.rows import is_remote
 from megatron_vcr1.data.video_types import frames_on_screen
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import NUM_TRACKED_FRAMES
@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 def read_got10k(annotations: tuple[Path, ...], videos: VideoFolder, split: str | None) -> Iterator[Row | Issue]:
-    """GoT-10k: sequence folders, or a JSON list of ``path``, ``object`` and ``gt`` (normalised boxes).
+    """Read GOT-10k: sequence folders, or a JSON list of ``path``, ``object`` and ``gt`` (boxes in fractions).
 
-    Of each sequence eight evenly spaced frames are taken, the first and the last among them.
+    Eight evenly spaced frames of each sequence are used, including the first and the last one.
     """
     for path in annotations:
         if path.suffix == ".json":
@@ -34,13 +34,18 @@ def read_got10k(annotations: tuple[Path, ...], videos: VideoFolder, split: str |
 
 def _read_boxes_json(path: Path, videos: VideoFolder) -> Iterator[Row | Issue]:
     if videos.root is not None and is_remote(videos.root):
-        raise UserError(f"--videos {videos.root}: the frames of each sequence are listed; give a local folder")
+        raise UserError(f"--videos {videos.root}: the frames of each sequence must be listed; name a local folder")
     for entry in read_json(path):
         name = PurePosixPath(entry["path"]).name
         folder = videos.find(name) if videos.root is not None else None
         frames = _frames(Path(folder)) if folder is not None else []
         if folder is not None and len(frames) < NUM_TRACKED_FRAMES:
-            yield Issue(name, "too_few_frames", f"{folder} holds {len(frames)} images", "skipped")
+            yield Issue(
+                name,
+                "too_few_frames",
+                f"{folder} has {len(frames)} images, but tracking needs {NUM_TRACKED_FRAMES}",
+                "skipped",
+            )
             continue
         yield {
             "id": name,
@@ -55,7 +60,7 @@ def _read_boxes_json(path: Path, videos: VideoFolder) -> Iterator[Row | Issue]:
 def _read_sequences(folder: Path) -> Iterator[Row | Issue]:
     sequences = sorted(truth.parent for truth in folder.glob("*/groundtruth.txt"))
     if not sequences:
-        raise UserError(f"{folder}: no sequence folders with a groundtruth.txt; give the folder of a split")
+        raise UserError(f"{folder}: no sequence folders with a groundtruth.txt; name the folder of a split")
     for sequence in sequences:
         yield _sequence_row(sequence)
 
@@ -64,13 +69,11 @@ def _sequence_row(sequence: Path) -> Row | Issue:
     frames = _frames(sequence)
     boxes_px = [[float(value) for value in line.split(",")] for line in read_lines(sequence / "groundtruth.txt")]
     if len(boxes_px) != len(frames) or len(frames) < NUM_TRACKED_FRAMES:
-        detail = f"{len(frames)} images and {len(boxes_px)} boxes (a test split publishes no truth)"
+        detail = f"{len(frames)} images and {len(boxes_px)} boxes (a test split publishes the first box only)"
         return Issue(sequence.name, "incomplete_sequence", detail, "skipped")
     absence_file = sequence / "absence.label"
     if absence_file.exists() and "1" in _evenly([line.strip() for line in read_lines(absence_file)]):
-        return Issue(
-            sequence.name, "object_absent", "the object is out of sight in a frame that is asked about", "skipped"
-        )
+        return Issue(sequence.name, "object_absent", "the object is out of sight in one of the eight frames", "skipped")
     meta_file = configparser.ConfigParser()
     meta_file.read(sequence / "meta_info.ini", encoding="utf-8")
     meta = meta_file["METAINFO"]
@@ -87,7 +90,7 @@ def _sequence_row(sequence: Path) -> Row | Issue:
 
 
 def _normalised(box_px: list[float], width: int, height: int) -> list[float]:
-    """[left, top, width, height] in pixels to [x0, y0, x1, y1] as fractions; an absent object's box is empty."""
+    """Convert [left, top, width, height] in pixels to [x0, y0, x1, y1] in fractions; empty for an absent object."""
     left, top, box_width, box_height = box_px
     box = [left / width, top / height, (left + box_width) / width, (top + box_height) / height]
     return [round(value, 4) for value in box]
@@ -102,5 +105,5 @@ def _pick(frames: list[Path]) -> list[str]:
 
 
 def _evenly(items: list[T]) -> list[T]:
-    """Eight of them, evenly spaced, the first and the last included, by the rule that videos are sampled with."""
+    """Pick eight evenly spaced items, the first and the last included, with the rule that samples videos."""
     return [items[index] for index in frames_on_screen(np.arange(len(items)), len(items), NUM_TRACKED_FRAMES)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vcr1.config.evaluation_sections import JudgeSection
-from megatron_vcr1.data.manifest import row_from_sample
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.rows import row_from_sample
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rewards import RewardBreakdown
 from megatron_vcr1.training.grpo.advantages import group_advantages, has_reward_variance

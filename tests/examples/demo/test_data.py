@@ -9,7 +9,7 @@ from demo.data import TASKS, TEST_SPLITS, VIDEO, base_samples, is_tested, timeli
 from demo.plan import QUICK_SIZES
 
 from megatron_vcr1.data.manifest import read_manifest
-from megatron_vcr1.data.synthesize import random_scene
+from megatron_vcr1.data.scenes import random_scene
 from megatron_vcr1.data.video import read_frames
 from megatron_vcr1.types import GroundingTarget, Task, TrackingTarget
 

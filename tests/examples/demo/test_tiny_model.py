@@ -10,8 +10,8 @@ from demo.plan import QUICK_SIZES, ROOT
 from demo.tiny_model import UNKNOWN, vocabulary, write_model
 
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import PromptTemplates, build_messages, load_templates, target_text
-from megatron_vcr1.data.synthesize import random_scene, sample_of_scene
+from megatron_vcr1.data.scenes import random_scene, sample_of_scene
+from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates, target_text
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.training.targets import completion_text
 from megatron_vcr1.types import Task, VideoSample

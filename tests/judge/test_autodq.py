@@ -6,28 +6,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vcr1.judge.endpoint import UnusableAnswer
-from megatron_vcr1.judge.reader import events_question, parse_events, parse_verdicts, verdicts_question
+from megatron_vcr1.judge.autodq import events_request, parse_events, parse_verdicts, verdicts_request
+from megatron_vcr1.judge.endpoint import UnusableResponse
 
 MARKUP = ['"}', "<|im_end|>", "\\", "[INST]", '\\"', "\\u003c", "\0", "\u2028"]
 TEXTS = st.text(max_size=40) | st.lists(st.sampled_from(MARKUP), max_size=4).map("".join)
 
 
 @given(TEXTS, st.lists(TEXTS, max_size=4))
-def test_any_text_arrives_as_it_was_and_without_markup(description: str, events: list[str]) -> None:
+def test_any_text_arrives_unchanged_and_without_markup(description: str, events: list[str]) -> None:
     numbered = [{"event": number, "sentence": event} for number, event in enumerate(events, 1)]
-    for question, material, num_lists in (
-        (events_question(description), {"description": description}, 0),
-        (verdicts_question(events, description), {"events": numbered, "description": description}, 1),
+    for request, material, num_lists in (
+        (events_request(description), {"description": description}, 0),
+        (verdicts_request(events, description), {"events": numbered, "description": description}, 1),
     ):
-        content = question.messages[1]["content"]
+        content = request.messages[1]["content"]
         assert json.loads(content) == material
         assert not set("<>") & set(content)
         assert content.count("[") == content.count("]") == num_lists
 
 
 def test_half_a_character_can_be_sent() -> None:
-    content = events_question("\ud800").messages[1]["content"]
+    content = events_request("\ud800").messages[1]["content"]
     assert json.loads(content.encode()) == {"description": "?"}
 
 
@@ -39,17 +39,17 @@ def test_half_a_character_can_be_sent() -> None:
         (json.dumps({"events": [str(number) for number in range(12)]}), [str(number) for number in range(10)]),
     ],
 )
-def test_events_of_an_answer(text: str, events: list[str]) -> None:
+def test_events_are_parsed(text: str, events: list[str]) -> None:
     assert parse_events(text) == events
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"events": 3}', '{"events": [1]}', "{" * 100_000, '{"events": [' * 9])
-def test_an_answer_without_events(text: str) -> None:
-    with pytest.raises(UnusableAnswer):
+def test_a_response_without_a_list_of_events_is_unusable(text: str) -> None:
+    with pytest.raises(UnusableResponse):
         parse_events(text)
 
 
-def test_verdicts_go_by_their_numbers() -> None:
+def test_verdicts_are_ordered_by_event_number() -> None:
     text = '{"verdicts": [{"event": 2, "verdict": " Neutral"}, {"event": 1, "verdict": "ENTAILMENT", "why": "so"}]}'
     assert parse_verdicts(text, 2) == ["entailment", "neutral"]
 
@@ -68,6 +68,6 @@ def test_verdicts_go_by_their_numbers() -> None:
         [{"event": number, "verdict": "entailment"} for number in (1, 2, 3)],
     ],
 )
-def test_verdicts_that_do_not_fit_their_events(verdicts: list[object]) -> None:
-    with pytest.raises(UnusableAnswer):
+def test_verdicts_that_do_not_match_the_events_are_unusable(verdicts: list[object]) -> None:
+    with pytest.raises(UnusableResponse):
         parse_verdicts(json.dumps({"verdicts": verdicts}), 2)

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.types import (
+    CaptionTarget,
+    VideoSample,
+)
+from tests.data.importers.importing import run, write
+
+
+def test_carebench(tmp_path: Path) -> None:
+    captions = write(tmp_path / "metadata.json", [{"video": "v_30.mp4", "caption": "A man cooks."}])
+    assert run("carebench", captions)[0] == [VideoSample("v_30", "v_30.mp4", CaptionTarget("A man cooks."))]
+
+
+@pytest.mark.parametrize(("video_file", "video"), [("<placeholder>", "12.mp4"), ("a/12.webm", "a/12.webm")])
+def test_dream1k_and_its_splits(tmp_path: Path, video_file: str, video: str) -> None:
+    prompt = {"content": [{"video": {"video_file": video_file}}]}
+    row = {
+        "idx": 3,
+        "vid": 12,
+        "dataset": "DREAM/videvo",
+        "messages": [prompt, {"content": [{"reference": "A dog barks."}]}],
+        "extra_info": {"duration": 5.0, "events": ["A dog barks."]},
+    }
+    rows = write(tmp_path / "dream.jsonl", json.dumps(row) + "\n" + json.dumps(row | {"dataset": "DREAM/other"}) + "\n")
+    target = CaptionTarget("A dog barks.", ("A dog barks.",))
+    expected = VideoSample("dream_3", video, target, duration_s=5.0, category="DREAM/videvo")
+    assert run("dream1k", rows, split="DREAM/videvo")[0] == [expected]

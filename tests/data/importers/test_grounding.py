@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.types import (
+    GroundingTarget,
+    Interval,
+    VideoSample,
+)
+from tests.data.importers.importing import issues, run, write
+
+
+@pytest.fixture
+def charades(tmp_path: Path) -> tuple[Path, Path]:
+    text = write(
+        tmp_path / "train.txt",
+        "AAA 1.0 4.0##a person sits ## down.\nAAA 5.0 2.0##inverted\nBBB 8.0 12.5##past the end\n"
+        "BBB 11.0 12.0##after the end\nBBB 1.0 2.0## \n",
+    )
+    return text, write(tmp_path / "lengths.csv", "id,length,subject\nAAA,10.0,x\nBBB,10.5,y\n")
+
+
+def test_charades_text_reports_a_reason_for_every_repaired_or_skipped_row(charades: tuple[Path, Path]) -> None:
+    samples, report = run("charades_sta", *charades)
+    assert samples == [
+        VideoSample("AAA_0", "AAA.mp4", GroundingTarget(Interval(1, 4)), "a person sits ## down.", duration_s=10.0),
+        VideoSample("BBB_0", "BBB.mp4", GroundingTarget(Interval(8, 10.5)), "past the end", duration_s=10.5),
+    ]
+    assert issues(report) == [
+        ("AAA_1", "inverted_span", "skipped"),
+        ("BBB_0", "span_past_end", "repaired"),
+        ("BBB_1", "span_after_end", "skipped"),
+        ("BBB_2", "empty_query", "skipped"),
+    ]
+    assert report.num_rows == 5 == report.num_samples + sum(issue.action == "skipped" for issue in report.issues)
+    kept, report = run("charades_sta", *charades, keep_overruns=True)
+    assert kept[1].intervals == (Interval(8, 12.5),)
+    assert ("BBB_0", "span_past_end", "kept") in issues(report)
+
+
+def test_a_byte_order_mark_is_ignored(charades: tuple[Path, Path], tmp_path: Path) -> None:
+    expected = run("charades_sta", *charades)
+    for path in charades:
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert run("charades_sta", *charades) == expected
+    content = tmp_path / "train.json"
+    content.write_text('{"AAA": {"duration": 10, "timestamps": [[1, 4]], "sentences": ["a"]}}', encoding="utf-8-sig")
+    assert [sample.id for sample in run("activitynet", content)[0]] == ["AAA_0"]
+
+
+def test_charades_json_gives_the_same_samples_as_text(charades: tuple[Path, Path], tmp_path: Path) -> None:
+    content = {
+        "AAA": {
+            "duration": 10.0,
+            "timestamps": [[1.0, 4.0], [5.0, 2.0]],
+            "sentences": ["a person sits ## down.", "inverted"],
+        },
+        "BBB": {
+            "duration": 10.5,
+            "timestamps": [[8.0, 12.5], [11.0, 12.0], [1.0, 2.0]],
+            "sentences": ["past the end", "after the end", " "],
+        },
+    }
+    from_json = run("charades_sta", write(tmp_path / "train.json", content))
+    assert from_json == run("charades_sta", *charades)
+
+
+def test_activitynet(tmp_path: Path) -> None:
+    content = {"v_1": {"duration": 55.15, "timestamps": [[0, 4.14]], "sentences": [" Two men talk."]}}
+    samples, report = run("activitynet", write(tmp_path / "val.json", content))
+    assert samples == [
+        VideoSample("v_1_0", "v_1.mp4", GroundingTarget(Interval(0, 4.14)), "Two men talk.", duration_s=55.15)
+    ]
+    assert report.issues == ()
+
+
+def test_wrong_files_of_charades_are_user_errors(tmp_path: Path, charades: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=r"one file for each of .txt, .csv, or one .json"):
+        run("charades_sta", charades[0])
+    with pytest.raises(UserError, match="charades_sta has a file for each split"):
+        run("charades_sta", *charades, split="train")
+    with pytest.raises(UserError, match=r"absent\.json: no such file"):
+        run("activitynet", tmp_path / "absent.json")
+    write(tmp_path / "bad.txt", "AAA 1.0##no end\n")
+    with pytest.raises(UserError, match=r"line 'AAA 1.0##no end' is not"):
+        run("charades_sta", tmp_path / "bad.txt", charades[1])

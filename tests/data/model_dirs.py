@@ -1,0 +1,57 @@
+"""Directories of Hugging Face models without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_vcr1.data.processor import VISION_TOKENS
+
+# As the published template does it: one pad for each picture, a system turn where there is none.
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nHelp.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+IMAGE_SETTINGS = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+
+
+def write_model_dir(folder: Path, family: str = "qwen2_5_vl") -> Path:
+    """Write a published model's directory without the weights, with a byte-level tokenizer."""
+    folder.mkdir()
+    special = ["<|im_start|>", "<|im_end|>", *VISION_TOKENS]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": special})
+    fast.save_pretrained(folder)
+    config = {"model_type": family, "image_token_id": 260, "video_token_id": 261}
+    config |= {"vision_start_token_id": 258, "vision_end_token_id": 259}
+    assert [fast.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|video_pad|>")] == [260, 261]
+    write_json(folder / "config.json", config)
+    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": PROCESSORS[family]}
+    write_json(folder / "preprocessor_config.json", IMAGE_SETTINGS | names)
+    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    return folder
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content))

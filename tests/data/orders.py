@@ -1,0 +1,21 @@
+"""Sample orders of two small sources, for the tests of the order and of the loader."""
+
+from __future__ import annotations
+
+from megatron_vcr1.data.order import SampleOrder, Source
+from megatron_vcr1.types import QualityTarget, VideoSample
+
+
+def samples(name: str, number: int) -> list[VideoSample]:
+    return [
+        VideoSample(f"{name}{index}", f"{name}{index}.mp4", QualityTarget("good"), "how?") for index in range(number)
+    ]
+
+
+def order(seed: int = 0, weights: tuple[float, float] | None = None) -> SampleOrder:
+    first, second = weights or (None, None)
+    return SampleOrder([Source("a", samples("a", 12), first), Source("b", samples("b", 5), second)], seed)
+
+
+def ids(of: SampleOrder, number: int, start: int = 0) -> list[str]:
+    return [of.sample_at(position).id for position in range(start, start + number)]

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.data import video_process
+from megatron_vcr1.data.check import BadVideo, check_manifest
+from megatron_vcr1.data.video import VideoError, VideoFrames
+from tests.data.video_clips import write_clip
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    defaults = {"task": "temporal_grounding", "duration_s": 1.6, "query": "a dog barks"}
+    path.write_text("".join(json.dumps(defaults | row) + "\n" for row in rows))
+    return path
+
+
+def row(name: str, video: str, span: list[float]) -> dict[str, Any]:
+    return {"id": name, "video": video, "target": {"interval": span}}
+
+
+def test_rows_are_checked_without_decoding(tmp_path: Path) -> None:
+    manifest = write_rows(tmp_path / "m.jsonl", row("a", "gone.mp4", [0, 1]), row("b", "gone.mp4", [1, 2]), {"id": "c"})
+    check = check_manifest(manifest, decode_videos=False, num_workers=1)
+    assert (check.num_rows, check.num_samples_by_task, check.num_overruns) == (3, {"temporal_grounding": 2}, 1)
+    assert [bad.line for bad in check.bad_rows] == [3]
+    assert not check.passed and check.bad_videos == []
+
+
+def test_every_sample_of_a_bad_video_is_listed(tmp_path: Path) -> None:
+    write_clip(tmp_path / "good.mp4")
+    (tmp_path / "bad.mp4").write_text("not a video")
+    manifest = write_rows(
+        tmp_path / "m.jsonl",
+        row("a", "bad.mp4", [0, 1]),
+        row("b", "good.mp4", [0, 1]),
+        row("c", "bad.mp4", [0, 1]),
+        row("d", "good.mp4", [5, 6]) | {"duration_s": 9.0},
+    )
+    check = check_manifest(manifest, decode_videos=True, num_workers=2)
+    assert [bad.id for bad in check.bad_videos] == ["a", "c", "d"]
+    assert check.bad_videos[2] == BadVideo(
+        "d", str(tmp_path / "good.mp4"), "lasts 1.60 s, but an annotated span starts at 5.0 s"
+    )
+    assert not check.passed
+    assert check.as_json()["bad_videos"][0]["id"] == "a"
+
+
+def test_a_video_is_decoded_once_for_all_of_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+
+    def read(self: object, video: str, **options: Any) -> VideoFrames:
+        decoded.append(Path(video).name)
+        raise VideoError(video, "damaged")
+
+    monkeypatch.setattr(video_process.VideoReader, "read_frames", read)
+    rows = [row(f"{video}{index}", video, [0, 1]) for index in range(3) for video in ("a", "b")]
+    totals: list[int] = []
+    check = check_manifest(
+        write_rows(tmp_path / "m.jsonl", *rows),
+        decode_videos=True,
+        num_workers=1,
+        progress=lambda videos, total: totals.append(total) or videos,  # type: ignore[func-returns-value]
+    )
+    assert decoded == ["a", "b"] and totals == [2]
+    assert len(check.bad_videos) == 6
