@@ -4,7 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 REQUIREMENTS = [
-    "av>=14",
+    "av>=17",  # the first version with Stream.index_entries; 17 to 19 work
     "fsspec",
     "httpx",
     "jinja2>=3.1",  # the report; and transformers renders chat templates with it, and does not require it
