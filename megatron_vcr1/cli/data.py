@@ -142,6 +142,7 @@ def run_import(args: argparse.Namespace) -> int:
         write_manifest(args.out, samples)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n"
+    # Half of a surrogate pair has no UTF-8 encoding; it is written as an escape sequence, as in JSON.
     report_file.write_text(content, encoding="utf-8", errors="backslashreplace")
     if args.json:
         print(json.dumps(report.as_json()))

@@ -29,10 +29,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 def images_in_folder(folder: Path) -> list[str]:
     """List a folder's images in natural order of their names: frame_2.jpg comes before frame_10.jpg.
 
+    Hidden files are ignored.
+
     Raises:
         VideoError: the folder holds no image.
     """
-    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+    # Hidden files are not frames: macOS writes a file ._0.jpg with metadata beside 0.jpg on foreign file systems.
+    files = [
+        file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    ]
     if not files:
         raise VideoError(folder, f"the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return [os.fspath(file) for file in sorted(files, key=_natural_order)]

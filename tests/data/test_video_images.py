@@ -13,10 +13,11 @@ from tests.data.video_clips import SIDE, draw, numbers_of
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Images 1.png ... 40.png, whose alphabetical order differs from their display order, and a text file."""
+    """Images 1.png ... 40.png, whose alphabetical order differs from their display order, and files to ignore."""
     for number in range(1, 41):
         Image.fromarray(draw(number)).save(tmp_path / f"{number}.png")
     (tmp_path / "groundtruth.txt").write_text("1,2,3,4\n")
+    (tmp_path / "._1.png").write_bytes(b"metadata that macOS writes beside 1.png")
     return tmp_path
 
 

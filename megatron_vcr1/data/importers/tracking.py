@@ -97,7 +97,10 @@ def _normalised(box_px: list[float], width: int, height: int) -> list[float]:
 
 
 def _frames(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))
+    # Hidden files, such as ._0.jpg of macOS, are not frames.
+    return sorted(
+        path for path in folder.iterdir() if path.suffix in (".jpg", ".png") and not path.name.startswith(".")
+    )
 
 
 def _pick(frames: list[Path]) -> list[str]:

@@ -25,6 +25,7 @@ def got10k_sequence(folder: Path, num_frames: int, boxes: list[str]) -> None:
 def test_got10k_folders(tmp_path: Path) -> None:
     root = tmp_path / "GOT-10k"
     got10k_sequence(root / "val/GOT_1", 15, [f"{index},20.0,40,50" for index in range(15)])
+    (root / "val/GOT_1/._00000001.jpg").write_bytes(b"metadata that macOS writes beside a file")
     got10k_sequence(root / "val/GOT_2", 15, ["170,20,40,50"] * 15)  # 5 px wide of the 200 px frame is outside
     got10k_sequence(root / "val/GOT_3", 15, ["10,20,40,50"] * 14 + ["0,0,0,0"])  # absent in the last frame
     got10k_sequence(root / "val/GOT_4", 15, ["10,20,40,50"])  # as in the test split
