@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.config.evaluation_sections import BenchmarkSource, EvaluateSection, JudgeSection
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
@@ -80,7 +81,7 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
         logs: dict[str, PredictionLog] = {}  # only the first rank opens them
 
         def open_logs() -> list[list[int]]:
-            logs.update((job.label, _open_log(job, config, templates)) for job in jobs)
+            logs.update((job.label, _open_log(job, _settings(job, config), templates)) for job in jobs)
             return [_indices_to_predict(job, logs[job.label]) for job in jobs]
 
         missing = run_on_first_rank(open_logs)  # all ranks get the indices, or the first rank's UserError
@@ -89,12 +90,14 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
             try:
                 for job, indices in zip(jobs, missing, strict=True):
                     samples = [job.samples[index] for index in indices]
-                    predictor = _build_predictor(config, job.source, engine, processor, templates)
+                    predictor = _build_predictor(
+                        engine, processor, templates, config.data, config.evaluate, thinking=job.source.thinking
+                    )
                     predictor.predict(samples, logs.get(job.label), job.label)
             finally:
                 engine.close()
     # A judge may take long. The process groups are gone by now, so the other ranks do not wait for it.
-    return [_score(job, logs[job.label], judge, config) for job in jobs if logs]
+    return [_score(job, logs[job.label], judge, config.model.path) for job in jobs if logs]
 
 
 def check_run_dir(run_dir: Path, model: Path) -> None:
@@ -160,19 +163,21 @@ def _start_engine(config: RunConfig, model_config: ModelConfig, processor: Promp
 
 
 def _build_predictor(
-    config: RunConfig,
-    source: BenchmarkSource,
     engine: RolloutEngine,
     processor: PromptProcessor,
     templates: PromptTemplates,
+    data: DataSection,
+    section: EvaluateSection,
+    *,
+    thinking: bool,
 ) -> Predictor:
     return Predictor(
         engine,
         processor,
-        build_prepare_fn(config.data, templates, processor, CachedVideoReader(config.data), thinking=source.thinking),
-        max_new_tokens=config.evaluate.max_new_tokens,
-        prompts_per_batch=config.evaluate.prompts_per_batch,
-        num_workers=config.data.num_workers,
+        build_prepare_fn(data, templates, processor, CachedVideoReader(data), thinking=thinking),
+        max_new_tokens=section.max_new_tokens,
+        prompts_per_batch=section.prompts_per_batch,
+        num_workers=data.num_workers,
     )
 
 
@@ -181,14 +186,18 @@ def _indices_to_predict(job: BenchmarkJob, log: PredictionLog) -> list[int]:
     return [index for index, sample in enumerate(job.samples) if sample.id not in log.done]
 
 
-def _open_log(job: BenchmarkJob, config: RunConfig, templates: PromptTemplates) -> PredictionLog:
+def _open_log(job: BenchmarkJob, settings: Mapping[str, Any], templates: PromptTemplates) -> PredictionLog:
     """Open the predictions so far.
+
+    Args:
+        job: the benchmark.
+        settings: the settings that predictions depend on, see `_settings`.
+        templates: templates of the prompts.
 
     Raises:
         UserError: they were generated with other settings.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    settings = _settings(job, config)
     path = job.folder / SETTINGS_FILE
     if path.exists() and (job.folder / PREDICTIONS_FILE).exists():
         try:
@@ -247,14 +256,14 @@ def _fingerprint(model_dir: Path) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _score(job: BenchmarkJob, log: PredictionLog, judge: Judge | None, config: RunConfig) -> BenchmarkResult:
+def _score(job: BenchmarkJob, log: PredictionLog, judge: Judge | None, model: Path) -> BenchmarkResult:
     """Score the predictions of a benchmark, and write the files of its result."""
     log.rewrite([sample.id for sample in job.samples])
     matched = [log.done[sample.id] for sample in job.samples]
     result = score_predictions(job.benchmark, job.samples, matched, judge)
     details = {
         "label": job.label,
-        "model": str(config.model.path),
+        "model": str(model),
         "thinking": job.source.thinking,
         "manifest": str(job.source.manifest.absolute()),
     }

@@ -15,16 +15,21 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image, UnidentifiedImageError
 
 from megatron_vcr1.data.images import IMAGE_FORMATS
-from megatron_vcr1.data.video_types import VideoError
+from megatron_vcr1.data.video_index import open_video
+from megatron_vcr1.data.video_types import Deadline, VideoError
 from megatron_vcr1.serving.chat import ChatRequest, ImagePart, RefusedRequest, TextPart, VideoPart
 
 MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 """Largest image that is decoded, before resizing: 192 MiB as RGB. A small file can claim any size."""
 
+MAX_VIDEO_FRAME_PIXELS = 8192 * 4352
+"""Largest frames of a video file that are decoded, before resizing: 8K. A decoder holds dozens of frames."""
+
 MAX_FRAMES = 768
 """Most frames of a video that is sent as images; `read_frames` has the same default for video files."""
 
 _DEFAULT_FPS = 2.0
+_OPEN_LIMIT_S = 30.0
 _DEFAULT_VIDEO_PIXELS = MAX_FRAMES * 16 * 28 * 28
 """Pixels that a video may have after resizing with the default options of `read_frames`."""
 
@@ -86,7 +91,9 @@ class RequestFiles:
                 self._check_pixels(options.get("total_pixels", 0), num_frames * options.get("min_pixels", 28 * 28))
             if part.video_url.url.startswith(f"{_FRAMES_HEADER},"):
                 return {"type": "video", **self._frames(part.video_url.url, place, options)}
-            return {"type": "video", "video": self._file(part.video_url.url, place), **options}
+            video = self._file(part.video_url.url, place)
+            self._check_video(video)
+            return {"type": "video", "video": video, **options}
         except VideoError as error:
             raise RefusedRequest(self.explain(error)) from None
         except RefusedRequest as error:
@@ -111,6 +118,16 @@ class RequestFiles:
             return
         if num_pixels > MAX_IMAGE_PIXELS:
             raise VideoError(file, f"has more than {MAX_IMAGE_PIXELS} pixels; make the image smaller")
+
+    def _check_video(self, file: str) -> None:
+        """Refuse a video file with too large frames by reading its headers alone."""
+        if Path(file).is_dir():  # frames in a folder of the server's owner
+            return
+        with open_video(file, Deadline(file, _OPEN_LIMIT_S)) as source:
+            context = source.stream.codec_context
+            num_pixels = context.width * context.height
+        if num_pixels > MAX_VIDEO_FRAME_PIXELS:
+            raise VideoError(file, f"has frames of more than {MAX_VIDEO_FRAME_PIXELS} pixels; make the video smaller")
 
     def _file(self, url: str, place: str) -> str:
         """Return the local path of a URL."""

@@ -122,7 +122,7 @@ def test_an_unreadable_video_is_counted_and_tried_again(folder: Path, whole: dic
 
 def _open(config: RunConfig) -> tuple[evaluate.BenchmarkJob, evaluate.PredictionLog]:
     (job,) = plan_jobs(config.evaluate, config.train.run_dir)
-    return job, evaluate._open_log(job, config, load_templates(config.data.templates))
+    return job, evaluate._open_log(job, evaluate._settings(job, config), load_templates(config.data.templates))
 
 
 def wait_for_end_of_session(session: int) -> None:

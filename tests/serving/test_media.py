@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from megatron_vcr1.serving import media
 from megatron_vcr1.serving.chat import ChatRequest, RefusedRequest
 from megatron_vcr1.serving.media import MAX_FRAMES, request_files
+from tests.data.video_clips import write_clip
 from tests.serving.requests import picture, picture_file, text, video
 
 
@@ -46,11 +48,10 @@ def test_more_frames_than_are_read_are_refused(most: int, options: dict[str, Any
 
 
 def test_options_of_a_part_win_over_those_of_the_request(tmp_path: Path) -> None:
-    (tmp_path / "a b.mp4").write_bytes(b"video")
-    url = (tmp_path / "a b.mp4").as_uri()
+    clip = write_clip(tmp_path / "a b.mp4", num_frames=4)
     shared = {"media_io_kwargs": {"video": {"fps": 5, "num_frames": 12}}}
-    converted = convert(video(url, fps=1), tmp_path, **shared)
-    assert (converted["fps"], converted["max_frames"], converted["read"]) == (1, 12, [b"video"])
+    converted = convert(video(clip.as_uri(), fps=1), tmp_path, **shared)
+    assert (converted["fps"], converted["max_frames"], converted["video"]) == (1, 12, str(clip))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,16 @@ def test_bad_urls_are_refused_with_their_place(tmp_path: Path, url: str, message
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RefusedRequest, match=rf"messages\[0\].content\[1\]: .*{message}"):
         convert(video(url.format(folder=f"//{tmp_path}")), tmp_path)
+
+
+def test_a_video_with_too_large_frames_is_refused_before_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", num_frames=4)
+    assert convert(video(clip.as_uri()), tmp_path)["video"] == str(clip)
+    monkeypatch.setattr(media, "MAX_VIDEO_FRAME_PIXELS", 100)
+    with pytest.raises(RefusedRequest, match=r"messages\[0\].content\[1\]: .*has frames of more than 100 pixels"):
+        convert(video(clip.as_uri()), tmp_path)
 
 
 def test_files_need_permission(tmp_path: Path) -> None:
