@@ -232,6 +232,6 @@ def _open_for_writing(path: Path | None) -> Iterator[TextIO | None]:
     try:
         with path.open("w", encoding="utf-8") as file:
             yield file
-    except BaseException:  # a failure or Ctrl-C leaves nothing behind
+    except BaseException:  # a failure or Ctrl-C leaves no partial file
         path.unlink(missing_ok=True)
         raise

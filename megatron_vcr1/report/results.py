@@ -87,7 +87,7 @@ def main_table(runs: Sequence[RunRecord]) -> ResultTable:
     ]
     table = _table(runs, better)
     most = max(map(len, table.columns.values()), default=1)
-    widths = [sum(min(number, len(one)) for one in table.columns.values()) for number in range(1, most + 1)]
+    widths = [sum(min(number, len(metrics)) for metrics in table.columns.values()) for number in range(1, most + 1)]
     fitting = max(sum(width <= MAX_COLUMNS for width in widths), 1)
     return replace(table, columns={label: metrics[:fitting] for label, metrics in table.columns.items()})
 
@@ -133,11 +133,11 @@ def _table(runs: Sequence[RunRecord], results: Sequence[tuple[int, EvaluationRes
         by_label.setdefault(result.label, []).append(result)
         by_row.setdefault((number, result.model), {}).update({(result.label, name): result for name in result.metrics})
     rows = list(by_row.values())
-    num_models = [sum(number == one for one, _ in by_row) for number in range(len(runs))]
+    num_models = [sum(number == index for index, _ in by_row) for number in range(len(runs))]
     return ResultTable(
         columns,
         {label: _caption(of_label) for label, of_label in by_label.items()},
-        frozenset(label for label, of_label in by_label.items() if len({one.thinking for one in of_label}) > 1),
+        frozenset(label for label, of_label in by_label.items() if len({result.thinking for result in of_label}) > 1),
         [
             ResultRow(
                 runs[number].name,
@@ -171,9 +171,11 @@ def _first_value(result: EvaluationResult) -> float:
 
 def _caption(results: Sequence[EvaluationResult]) -> str:
     """Describe what a label does not: the benchmark, thinking or answering if all results agree, and the judge."""
-    benchmarks = dict.fromkeys(words(one.benchmark) for one in results if not one.label.startswith(one.benchmark))
-    ways = {one.thinking for one in results}
-    judges = dict.fromkeys(str(judge) for one in results if (judge := one.details.get("judge")))
+    benchmarks = dict.fromkeys(
+        words(result.benchmark) for result in results if not result.label.startswith(result.benchmark)
+    )
+    ways = {result.thinking for result in results}
+    judges = dict.fromkeys(str(judge) for result in results if (judge := result.details.get("judge")))
     how = _HOW[results[0].thinking] if len(ways) == 1 else ""
     if how in results[0].label:
         how = ""
@@ -199,7 +201,8 @@ def _cell(
     )
 
 
-def _apart(one: Estimate, other: Estimate) -> bool:
-    if one.low is None or one.high is None or other.low is None or other.high is None:
+def _apart(first: Estimate, second: Estimate) -> bool:
+    """Return whether two intervals do not overlap."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
         return False
-    return one.low > other.high or one.high < other.low
+    return first.low > second.high or first.high < second.low

@@ -182,7 +182,7 @@ class ChatApp:
         """Parse a request, decode its images and videos, and tokenize it. Runs in a worker thread.
 
         Raises:
-            RefusedRequest: the request, or a file of it, is at fault.
+            RefusedRequest: the request or one of its files is invalid.
         """
         request = parse_request(body)
         limits, processor = self._limits, self._processor

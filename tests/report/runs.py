@@ -110,7 +110,7 @@ def add_evaluation(
     answers = [right_answer(sample) if i < num_right else wrong_answer(sample) for i, sample in enumerate(samples)]
     lines = [{"id": sample.id, "output": answer} for sample, answer in zip(samples, answers, strict=True)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figures = [
+    rows = [
         {
             "id": sample.id,
             "metrics": {"mIoU": float(i < num_right)},
@@ -118,7 +118,7 @@ def add_evaluation(
         }
         for i, sample in enumerate(samples)
     ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {"mIoU": right, "R@0.5": 0.9 * right, "R@0.7": 0.7 * right}
     summary = {
         "benchmark": "charades_sta",
@@ -142,9 +142,9 @@ def report_run(
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.toml").write_text(config)
-    for label, figures in benchmarks.items():
+    for label, estimates in benchmarks.items():
         (folder / "evaluation" / label).mkdir(parents=True)
-        metrics = {name: dict(zip(("value", "low", "high"), one, strict=True)) for name, one in figures.items()}
+        metrics = {name: dict(zip(("value", "low", "high"), values, strict=True)) for name, values in estimates.items()}
         summary = {"benchmark": "charades_sta", "model": "m", "num_samples": 9, "metrics": metrics, "judge": "words"}
         (folder / "evaluation" / label / "metrics.json").write_text(json.dumps(summary))
     return read_run(folder)

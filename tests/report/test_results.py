@@ -94,18 +94,18 @@ def test_a_runs_own_model_is_recognized_by_relative_paths(runs, tmp_path, monkey
 
 @pytest.mark.parametrize("changed", [{"manifest": "longer.jsonl"}, {"judge": "words"}])
 def test_results_that_differ_in_more_than_thinking_have_separate_columns(runs, changed):
-    one, *_ = runs
+    base, *_ = runs
     results = (
-        grounding(one, "grounding", 0.3, thinking=False),
-        grounding(one, "grounding_thinking", 0.4, thinking=True, **changed),
+        grounding(base, "grounding", 0.3, thinking=False),
+        grounding(base, "grounding_thinking", 0.4, thinking=True, **changed),
     )
-    assert list(main_table([replace(one, evaluations=results)]).columns) == ["grounding", "grounding_thinking"]
+    assert list(main_table([replace(base, evaluations=results)]).columns) == ["grounding", "grounding_thinking"]
 
 
 def test_two_labels_without_difference_in_thinking_are_two_columns(runs):
-    one, *_ = runs
-    results = [grounding(one, label, 0.3, thinking=label == "c") for label in ("a", "b", "c")]
-    assert list(main_table([replace(one, evaluations=results)]).columns) == ["a", "b", "c"]
+    base, *_ = runs
+    results = [grounding(base, label, 0.3, thinking=label == "c") for label in ("a", "b", "c")]
+    assert list(main_table([replace(base, evaluations=results)]).columns) == ["a", "b", "c"]
 
 
 def test_every_answer_is_counted_and_every_sample_once(runs):

@@ -25,7 +25,9 @@ class Engine:
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
         self.batches.append(([request.seed for request in requests], params))
         self.on_batch()
-        return [RolloutGroup(one.id, (Rollout((one.seed,), (0.0,), FinishReason.STOP, 0),)) for one in requests]
+        return [
+            RolloutGroup(request.id, (Rollout((request.seed,), (0.0,), FinishReason.STOP, 0),)) for request in requests
+        ]
 
 
 def pending(seed: int, params: SamplingParams = COLD) -> PendingPrompt:
