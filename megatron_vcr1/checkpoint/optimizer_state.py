@@ -72,8 +72,8 @@ def _parameter_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
 
 def _single_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     """Return the optimizers in a chain that have parameters on this rank."""
-    single = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [one for one in single if not one.is_stub_optimizer]
+    singles = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [single for single in singles if not single.is_stub_optimizer]
 
 
 def _main_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
