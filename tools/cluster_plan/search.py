@@ -95,7 +95,8 @@ def search(job: Job, cluster: Cluster, longest_response: int) -> tuple[list[Plan
     sizes = [size for size in product(tensors, PIPELINES) if math.prod(size) <= cluster.num_gpus]
     found = [best_variant(job, cluster, tensor, pipeline, longest_response) for tensor, pipeline in sizes]
     plans = [plan for plan in found if isinstance(plan, Plan)]
-    return sorted(plans, key=lambda plan: plan.time.total), [one for one in found if isinstance(one, Refusal)]
+    refusals = [refusal for refusal in found if isinstance(refusal, Refusal)]
+    return sorted(plans, key=lambda plan: plan.time.total), refusals
 
 
 def best_variant(job: Job, cluster: Cluster, tensor: int, pipeline: int, longest_response: int) -> Plan | Refusal:

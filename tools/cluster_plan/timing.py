@@ -34,7 +34,7 @@ OPTIMIZER_BYTES = 30  # bytes that Adam reads and writes for each parameter
 class StepTime:
     """Seconds of each phase of a step."""
 
-    decode: float  # video decoding, as far as it takes longer than the other phases, which it overlaps with
+    decode: float  # video decoding that the other phases do not hide
     rollout: float
     reference: float
     update: float  # forward, backward, gradient reduction over replicas, optimizer

@@ -26,7 +26,7 @@ ReadClip = Callable[[str], int]
 
 def serve(backend: str, threads: int) -> None:
     """Answer requests until stdin is closed."""
-    # Libraries print to stdout: keep a copy of it for the answers, and send everything else to stderr.
+    # Libraries print to stdout. Answers go to a duplicate of its descriptor; everything else goes to stderr.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
             "Median (range). MFU is relative to the published bfloat16 peak, on a CPU to the measured matmul rate.",
         )
     if failures:
-        print_table("Not possible", ("", "reason"), [(_name(one["point"]), one["reason"]) for one in failures])
+        print_table(
+            "Not possible", ("", "reason"), [(_name(failure["point"]), failure["reason"]) for failure in failures]
+        )
     if args.plot and results:
         plot(results, args.plot)
     return 0 if results else 1
