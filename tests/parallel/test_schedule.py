@@ -66,10 +66,13 @@ def _run_stages(num_stages: int) -> tuple[list[float], list[float], Tensor]:
     model = DistributedDataParallel(config, DistributedDataParallelConfig(), _Stage(config))
     sums = schedule.forward_only(model, _microbatches(), lambda microbatch, output: output.sum().item())
 
-    def loss(microbatch: Tensor, output: Tensor) -> tuple[Tensor, float]:
-        return output.square().sum(), float(len(microbatch))
+    # Microbatches that hold more than the model's input: the loss gets all of it.
+    microbatches = [(hidden, float(length)) for hidden, length in zip(_microbatches(), LENGTHS, strict=True)]
 
-    lengths = schedule.forward_backward(model, _microbatches(), loss)
+    def loss(microbatch: tuple[Tensor, float], output: Tensor) -> tuple[Tensor, float]:
+        return output.square().sum(), microbatch[1]
+
+    lengths = schedule.forward_backward(model, microbatches, loss, model_input=lambda microbatch: microbatch[0])
     return sums, lengths, model.module.weight.main_grad.clone()
 
 

@@ -83,7 +83,7 @@ class RolloutSource(ABC):
 
     @property
     def policy_version(self) -> int:
-        """Number of training steps behind the policy's present weights."""
+        """Number of training steps that led to the policy's present weights."""
         return self._policy_version
 
     @property

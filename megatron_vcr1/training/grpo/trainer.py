@@ -65,6 +65,8 @@ class GrpoTrainer:
         """Get scored groups from the rollout source and update the policy with the objective (equation 2)."""
         version = self._source.policy_version
         groups = self._source.next_groups(step, metrics)
+        # All replicas have the same number of minibatches, though some of a replica's may be empty. All ranks therefore
+        # do the same number of updates, whose collectives need every rank.
         minibatches = self._make_minibatches(groups.kept)
         if self._reference is not None:
             with metrics.time_phase("reference"), self._reference.in_place():
@@ -117,7 +119,7 @@ class GrpoTrainer:
         def log_probs(batch: PolicyBatch, hidden: Tensor) -> Tensor:
             return self._model.log_probs(hidden, batch.packed.target_ids, temperature=self._rollout.temperature)
 
-        if not batches:
+        if not batches:  # a forward pass has collectives within a replica only, so a replica without groups can skip it
             return batches
         values = schedule.forward_only(self._model, batches, log_probs, model_input=lambda batch: batch.packed)
         if not mesh.is_last_stage():

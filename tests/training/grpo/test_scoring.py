@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.trainer import TrainingStopped
 from megatron_vcr1.types import Task
 from tests.training import workspace
-from tests.training.grpo.steps import build_trainer, config
+from tests.training.grpo.steps import VARIETY, build_trainer, config
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world() -> Iterator[None]:
     with mesh.world(ParallelSection()):
         yield
+
+
+def test_rollout_rows_hold_every_response_with_its_reward(folder: Path, world: None) -> None:
+    _, trainer = build_trainer(config(folder))
+    result = trainer.step(1, Metrics())
+    row = json.loads(json.dumps(result.rollouts[0]))
+    assert (row["step"], row["policy_version"], row["trained"], row["thinking"]) == (1, 0, True, False)
+    assert row["sample"]["task"] == "temporal_grounding" and len(row["responses"]) == 4
+    assert sum(response["advantage"] for response in row["responses"]) == pytest.approx(0)
+    for response in row["responses"]:
+        reward = response["reward"]
+        assert reward["total"] == pytest.approx(reward["format"] + reward["iou"] + reward["extra"][VARIETY])
+        assert 0 < response["num_tokens"] <= 8 and response["finish_reason"] in ("stop", "length")
 
 
 class _FailingJudge:
