@@ -54,7 +54,9 @@ def ask(demo: Demo, video: Path, thing: str, console: Console) -> None:
     )
     video_part = {"type": "video", "video": str(video), **options}
     with mesh.world(config.parallel):
-        model = build_model(ModelConfig.from_pretrained(model_dir), config).eval()
+        model = build_model(
+            ModelConfig.from_pretrained(model_dir), config.model, config.parallel, config.recompute
+        ).eval()
         load_model_weights(model, model_dir)
         engine = build_engine(config, model, processor)
         for text in _prompts(thing):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,17 +20,23 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import TensorLayout, model_layout
 
 
-def load_model_weights(model: ShardedModel, model_dir: Path) -> None:
+class LoadableModel(ShardedModel, Protocol):
+    """The interface that loading expects of a model: its configuration and its sharded parameters."""
+
+    model_config: ModelConfig
+
+
+def load_model_weights(model: LoadableModel, model_dir: Path) -> None:
     """Load the model's parameters from a model directory, converted to the parameters' own dtype.
 
     Args:
-        model: this rank's part of the model that config.json in ``model_dir`` describes.
+        model: this rank's part of the model, built for the configuration of ``model_dir``.
         model_dir: a Hugging Face directory, an imported model or a training checkpoint.
 
     Raises:
         UserError: the directory is incomplete or damaged, or contains another model; names the tensor or file.
     """
-    layouts = model_layout(ModelConfig.from_pretrained(model_dir))
+    layouts = model_layout(model.model_config)
     if is_imported(model_dir):
         tensors = read_model_metadata(model_dir / MEGATRON_DIR, layouts)
         read_slices(model_dir / MEGATRON_DIR, tensors, _shards(model))

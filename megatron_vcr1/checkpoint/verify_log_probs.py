@@ -39,7 +39,7 @@ def log_prob_differences(hf_dir: Path, model_dir: Path) -> Tensor:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}})
     with mesh.world(run.parallel), torch.inference_mode():
         expected = _transformers_log_probs(hf_dir, config, prompt, response)
-        model = build_model(config, run).eval()
+        model = build_model(config, run.model, run.parallel, run.recompute).eval()
         load_model_weights(model, model_dir)
         batch = pack([Group("probe", prompt, (response,))], config).to(mesh.device())
         return model.log_probs(model(batch), batch.target_ids).cpu() - expected

@@ -155,7 +155,7 @@ def _judge_for(jobs: Sequence[BenchmarkJob], section: JudgeSection, cache: Path)
 
 def _start_engine(config: RunConfig, model_config: ModelConfig, processor: PromptProcessor) -> RolloutEngine:
     """Load the model and start its engine. All ranks call it."""
-    model = build_model(model_config, config).to(mesh.device()).eval()
+    model = build_model(model_config, config.model, config.parallel, config.recompute).to(mesh.device()).eval()
     load_model_weights(model, config.model.path)
     engine = build_engine(config, model, processor)
     engine.update_weights(stream_hf_tensors(model), version=0)  # the user's own servers may hold other weights

@@ -119,7 +119,7 @@ def write_log_probs(run: RunConfig, data: Path, out: Path, *, temperature: float
     check_layout(config.shape, run.parallel, run.recompute, mesh.launched_world_size())
     processor = read_processor(run.model.path)
     with mesh.world(run.parallel):
-        model = build_model(config, run).to(mesh.device()).eval()
+        model = build_model(config, run.model, run.parallel, run.recompute).to(mesh.device()).eval()
         load_model_weights(model, run.model.path)
         scorer = LogProbScorer(model, processor, temperature, microbatch_tokens)
         return _write_rows(scorer, requests, out)

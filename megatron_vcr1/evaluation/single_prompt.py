@@ -72,7 +72,7 @@ def generate_response(
     with mesh.world(run.parallel):
         (request,) = broadcast_prompts(requests)  # replica leaders decode, the other ranks receive
         stopwatch.lap("prompt")
-        model = build_model(config, run).to(mesh.device())
+        model = build_model(config, run.model, run.parallel, run.recompute).to(mesh.device())
         load_model_weights(model, run.model.path)
         stopwatch.lap("load")
         decode = partial(processor.decode, skip_special_tokens=False)

@@ -24,7 +24,7 @@ from torch import Tensor
 from vcr1_kernels import linear_log_probs
 from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 
-from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, RecomputeSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, RotaryTables
 from megatron_vcr1.model.config import ModelConfig
@@ -224,12 +224,21 @@ class QwenVLModel(MegatronModule):
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
-def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool = False) -> QwenVLModel:
+def build_model(
+    config: ModelConfig,
+    section: ModelSection,
+    parallel: ParallelSection,
+    recompute: RecomputeSection,
+    *,
+    initialize_weights: bool = False,
+) -> QwenVLModel:
     """Build this rank's part of a model. Call it after `parallel.mesh.initialize`.
 
     Args:
         config: the model's configuration.
-        run: the run's settings; [model], [parallel] and [recompute] are used.
+        section: dtype, FP8 recipe, layer implementation and frozen parts.
+        parallel: the layout.
+        recompute: activation recomputation.
         initialize_weights: fill the parameters with random numbers. Otherwise they are undefined until they are loaded.
 
     Raises:
@@ -238,16 +247,16 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
     """
     # megatron-core compares MLP classes by identity, and would warn about ours in every layer.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-    backend = choose_backend(run.model.layer_spec)
-    fp8 = run.model.fp8
+    backend = choose_backend(section.layer_spec)
+    fp8 = section.fp8
     if fp8 is not None:
         if isinstance(backend, LocalBackend):
             raise UserError(f"model.fp8 = '{fp8}' needs TransformerEngine and a GPU; unset model.fp8")
-        check_fp8(fp8, config.text, run.parallel, torch.cuda.get_device_capability(), torch.version.cuda or "")
+        check_fp8(fp8, config.text, parallel, torch.cuda.get_device_capability(), torch.version.cuda or "")
         logger.info("matmuls of the language model's layers: FP8, %s", fp8)
     logger.info("attention: %s", _attention_name())
-    dtype = getattr(torch, run.model.dtype)
-    settings = (run.parallel, run.recompute)
+    dtype = getattr(torch, section.dtype)
+    settings = (parallel, recompute)
     model = QwenVLModel(
         config,
         text_transformer_config(config.text, *settings, dtype=dtype, fp8=fp8, initialize_weights=initialize_weights),
@@ -255,7 +264,7 @@ def build_model(config: ModelConfig, run: RunConfig, *, initialize_weights: bool
         backend,
     )
     _set_sharding_attributes(model)
-    freeze(model, run.model.freeze)
+    freeze(model, section.freeze)
     return model
 
 

@@ -43,7 +43,7 @@ def serve(
     limits = replace(limits, repetition_penalty=penalty)
     model_config, processor = ModelConfig.from_pretrained(folder), read_processor(folder)
     with mesh.world(config.parallel):
-        model = build_model(model_config, config).to(mesh.device()).eval()
+        model = build_model(model_config, config.model, config.parallel, config.recompute).to(mesh.device()).eval()
         load_model_weights(model, folder)
         engine = build_engine(config, model, processor)
         host, port = address

@@ -46,23 +46,23 @@ def train(config: RunConfig) -> int:
         UserError: the settings, the model or the data are wrong.
         TrainingStopped: the run cannot continue sensibly.
     """
-    shape = ModelConfig.from_pretrained(config.model.path).shape
-    check_layout(shape, config.parallel, config.recompute, mesh.launched_world_size())
+    model_config = ModelConfig.from_pretrained(config.model.path)
+    check_layout(model_config.shape, config.parallel, config.recompute, mesh.launched_world_size())
     disable_nccl_cumem(config.rollout, config.sglang)
     # Longer than the watchdog's timeout: the watchdog must end a hung job first, because it reports where each rank is.
     timeout_s = config.train.step_timeout_s + mesh.COLLECTIVE_TIMEOUT_S
     with mesh.world(config.parallel, seed=config.train.seed, timeout_s=timeout_s):
-        return train_in_world(config)
+        return train_in_world(config, model_config)
 
 
-def train_in_world(config: RunConfig) -> int:
+def train_in_world(config: RunConfig, model_config: ModelConfig) -> int:
     """Do what `train` does, in a process that has called parallel.mesh.initialize already."""
     # The folder comes first: if another process trains in it, or it cannot be written to, the user should learn that
     # before servers are started.
     folder = RunDir(config.train.run_dir)
     run_on_first_rank(folder.create)
     store = RunStore(folder.checkpoints, config.checkpoint)
-    learner, trainer, num_steps = build(config)
+    learner, trainer, num_steps = build(config, model_config)
     with closing(trainer):
         if config.train.stage == "grpo" and config.grpo.kl_coef > 0:
             store.pin_reference(learner.model)  # before Run resumes: the model still has the weights of model.path
@@ -89,7 +89,7 @@ def train_in_world(config: RunConfig) -> int:
             return run.run(lifecycle, reporter, profile)
 
 
-def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
+def build(config: RunConfig, model_config: ModelConfig) -> tuple[Learner, Trainer, int]:
     """Build the learner with the weights of model.path, the trainer, and the run's number of steps.
 
     Everything that can be wrong with the settings and the data is checked before the model is loaded, because loading a
@@ -105,7 +105,7 @@ def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
     check_warmup(config.optimizer, num_steps)
     if config.train.stage == "sft":
         check_thinking(config.data.sources, stream.samples)
-        learner = _build_learner(config, num_steps)
+        learner = _build_learner(config, model_config, num_steps)
         trainer = SftTrainer(
             learner,
             stream,
@@ -117,12 +117,12 @@ def build(config: RunConfig) -> tuple[Learner, Trainer, int]:
         return learner, trainer, num_steps
     check_grpo_settings(config.grpo, config.rollout, config.sglang)
     scorer = _build_scorer(config, stream, processor)
-    learner = _build_learner(config, num_steps)
+    learner = _build_learner(config, model_config, num_steps)
     return learner, _build_grpo_trainer(config, learner, stream, processor, scorer, num_steps), num_steps
 
 
-def _build_learner(config: RunConfig, num_steps: int) -> Learner:
-    model = build_model(ModelConfig.from_pretrained(config.model.path), config).to(mesh.device())
+def _build_learner(config: RunConfig, model_config: ModelConfig, num_steps: int) -> Learner:
+    model = build_model(model_config, config.model, config.parallel, config.recompute).to(mesh.device())
     load_model_weights(model, config.model.path)
     return Learner(model, config.optimizer, num_steps)
 

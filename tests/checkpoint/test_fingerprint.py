@@ -23,7 +23,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = ({}, {"tensor": 4}, {"pipeline": 2}, {"ten
 def _load(model_dir: Path, parallel: dict[str, Any]) -> QwenVLModel:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}, "parallel": parallel})
     mesh.initialize(run.parallel)
-    model = build_model(ModelConfig.from_pretrained(model_dir), run)
+    model = build_model(ModelConfig.from_pretrained(model_dir), run.model, run.parallel, run.recompute)
     load_model_weights(model, model_dir)
     return model
 

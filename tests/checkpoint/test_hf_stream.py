@@ -29,7 +29,7 @@ def _stream(folder: Path, parallel: dict[str, Any], dtype: str) -> dict[str, Ten
     """Iterate, double the weights, iterate again and compare; returns the tensors of the first iteration."""
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": dtype}, "parallel": parallel})
     mesh.initialize(run.parallel)
-    model = build_model(ModelConfig.from_pretrained(folder), run)
+    model = build_model(ModelConfig.from_pretrained(folder), run.model, run.parallel, run.recompute)
     load_model_weights(model, folder)
     stream = stream_hf_tensors(model)
     first = {name: tensor.clone() for name, tensor in stream}

@@ -37,7 +37,7 @@ def _load_and_save(hf_dir: Path, imported_dir: Path, saved_dir: Path, parallel: 
     """Load from both directories, compare bitwise, and save; returns the number of parameters on this rank."""
     run = RunConfig.model_validate({"model": {"path": hf_dir}, "parallel": parallel})
     mesh.initialize(run.parallel)
-    model = build_model(ModelConfig.from_pretrained(hf_dir), run)
+    model = build_model(ModelConfig.from_pretrained(hf_dir), run.model, run.parallel, run.recompute)
     loaded = []
     for source in (hf_dir, imported_dir):
         with torch.no_grad():
@@ -109,6 +109,7 @@ class _PaddedEmbedding:
     key = "language_model.embedding.word_embeddings.weight"
 
     def __init__(self) -> None:
+        self.model_config = ModelConfig.from_dict(small_config())
         self.shards = {f"{row}{column}": torch.full((96, 48), torch.nan) for row in range(2) for column in range(2)}
 
     def sharded_state_dict(self) -> dict[str, Any]:

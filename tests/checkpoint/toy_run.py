@@ -37,7 +37,9 @@ class ToyRun:
         optimizer = {**OPTIMIZER, **settings.get("optimizer", {})}
         self.config = RunConfig.model_validate({**settings, "model": model, "optimizer": optimizer})
         mesh.initialize(self.config.parallel)
-        self.model = build_model(ModelConfig.from_pretrained(model_dir), self.config)
+        self.model = build_model(
+            ModelConfig.from_pretrained(model_dir), self.config.model, self.config.parallel, self.config.recompute
+        )
         load_model_weights(self.model, model_dir)
         self.learner = Learner(self.model, self.config.optimizer, num_steps=8)
         self.store = RunStore(directory, self.config.checkpoint)

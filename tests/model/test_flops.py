@@ -85,7 +85,7 @@ def _counted(folder: Path, **settings: object) -> tuple[int, int, ModelConfig, P
     )
     config = ModelConfig.from_pretrained(folder)
     with mesh.world(run.parallel):
-        model = build_model(config, run).train()
+        model = build_model(config, run.model, run.parallel, run.recompute).train()
         load_model_weights(model, folder)
         batch = _batch(config)
         with _counter() as forward:

@@ -88,7 +88,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def _build(folder: Path, settings: dict[str, Any], weights: str) -> QwenVLModel:
     run = RunConfig.model_validate({"model": {"path": folder / "model", "dtype": "float32"}, **settings})
-    model = build_model(ModelConfig.from_pretrained(folder / "model"), run)
+    model = build_model(ModelConfig.from_pretrained(folder / "model"), run.model, run.parallel, run.recompute)
     load_model_weights(model, folder / weights)
     return model
 
@@ -165,7 +165,9 @@ def test_a_shared_prefix_gives_the_loss_and_gradient_of_separate_prompts(referen
 def _has_gradient(folder: Path, frozen: str) -> dict[str, bool]:
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32", "freeze": [frozen]}})
     mesh.initialize(run.parallel)
-    model = build_model(ModelConfig.from_pretrained(folder / "model"), run, initialize_weights=True).train()
+    model = build_model(
+        ModelConfig.from_pretrained(folder / "model"), run.model, run.parallel, run.recompute, initialize_weights=True
+    ).train()
     _, gradients = _loss_and_gradients(model, [pack([_group(1)], model.model_config)])
     return {name: name in gradients for name, _ in model.named_parameters()}
 

@@ -67,7 +67,7 @@ def test_imported_weights_answer_as_transformers_does(smollm2_dir: Path, tmp_pat
     run = RunConfig.model_validate({"model": {"path": tmp_path / "imported", "dtype": "float32"}})
     token_ids = tokenizer("The capital of France is", return_tensors="pt").input_ids[0]
     with mesh.world(run.parallel), torch.no_grad():
-        model = build_model(config, run).eval()
+        model = build_model(config, run.model, run.parallel, run.recompute).eval()
         load_model_weights(model, tmp_path / "imported")
         batch = pack([Group("question", EncodedPrompt(token_ids, ()), (token_ids[:1],))], config)
         logits = model.logits(model(batch))[0]

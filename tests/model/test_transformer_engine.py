@@ -96,14 +96,16 @@ def test_fp8_needs_transformer_engine_and_half_precision(monkeypatch: pytest.Mon
     monkeypatch.setattr(qwen_vl, "choose_backend", lambda requested: LocalBackend())
     run = RunConfig.model_validate({"model": {"path": "model", "fp8": "tensorwise"}})
     with pytest.raises(UserError, match=r"model\.fp8 = 'tensorwise' needs TransformerEngine and a GPU"):
-        build_model(ModelConfig.from_dict(PRESETS["tiny"]), run)
+        build_model(ModelConfig.from_dict(PRESETS["tiny"]), run.model, run.parallel, run.recompute)
 
 
 @pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 16), ("blockwise", 128)])
 def test_fp8_pads_tokens_and_is_off_in_generation(world: None, recipe: str, multiple: int) -> None:
     """Checks the settings only, since a CPU has no FP8 matmuls."""
     run = RunConfig.model_validate({"model": {"path": "model", "dtype": "float32"}})
-    model = build_model(ModelConfig.from_dict(PRESETS["tiny"]), run, initialize_weights=True)
+    model = build_model(
+        ModelConfig.from_dict(PRESETS["tiny"]), run.model, run.parallel, run.recompute, initialize_weights=True
+    )
     assert model.token_multiple == 1
     model.config.fp8, model.config.fp8_recipe = "hybrid", recipe
     assert model.language_model.decoder.config.fp8 == "hybrid"  # megatron-core reads this before each layer
@@ -172,7 +174,9 @@ def test_on_a_gpu_fp8_is_near_bf16(te: BackendSpecProvider, model_dir: Path, rec
 @on_gpu
 def test_on_a_gpu_generation_with_fp8_equals_bf16(world: None, model_dir: Path) -> None:
     run = RunConfig.model_validate({"model": {"path": model_dir, "fp8": "tensorwise"}})
-    model = build_model(ModelConfig.from_pretrained(model_dir), run).to(mesh.device())
+    model = build_model(ModelConfig.from_pretrained(model_dir), run.model, run.parallel, run.recompute).to(
+        mesh.device()
+    )
     load_model_weights(model, model_dir)
     with generation_mode(model):  # the number of tokens is not a multiple of 16
         found = compare_specs.logits(model)

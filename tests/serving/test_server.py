@@ -77,7 +77,9 @@ def test_responses_equal_the_engines(folder: Path, client: openai.OpenAI, tmp_pa
     pairs[2][0][0]["min_pixels"] = 28 * 28
     reading = {"media_io_kwargs": {"video": {"num_frames": 4}}}
     with mesh.world(config.parallel):
-        model = build_model(ModelConfig.from_pretrained(folder / "model"), config)
+        model = build_model(
+            ModelConfig.from_pretrained(folder / "model"), config.model, config.parallel, config.recompute
+        )
         load_model_weights(model, folder / "model")
         engine = build_engine(config, model, processor)
         for sent, ours in pairs:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.train import train, train_in_world
 from tests.gloo import GlooPool
@@ -67,7 +68,7 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(config: RunConfig) -> int:
     mesh.initialize(config.parallel)
-    return train_in_world(config)
+    return train_in_world(config, ModelConfig.from_pretrained(config.model.path))
 
 
 def _texts(run_dir: Path, step: int) -> list[tuple[str, list[str]]]:

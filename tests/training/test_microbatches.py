@@ -21,7 +21,9 @@ def model(tmp_path: Path) -> Iterator[QwenVLModel]:
     tiny.create("qwen2_5_vl", tmp_path)
     run = RunConfig.model_validate({"model": {"path": tmp_path, "dtype": "float32"}})
     with mesh.world(ParallelSection()):
-        yield build_model(ModelConfig.from_pretrained(tmp_path), run, initialize_weights=True)
+        yield build_model(
+            ModelConfig.from_pretrained(tmp_path), run.model, run.parallel, run.recompute, initialize_weights=True
+        )
 
 
 def _groups() -> list[Group]:

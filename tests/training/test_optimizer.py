@@ -40,7 +40,7 @@ def world() -> Iterator[None]:
 def _learner(model_dir: Path, dtype: str = "float32", **settings: Any) -> tuple[Learner, Microbatch]:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": dtype}, "optimizer": settings})
     config = ModelConfig.from_pretrained(model_dir)
-    model = build_model(config, run)
+    model = build_model(config, run.model, run.parallel, run.recompute)
     load_model_weights(model, model_dir)
     packed = pack([Group("g", tiny.prompt("i", seed=0), tiny.responses((5,), seed=1))], config)
     return Learner(model, run.optimizer, num_steps=10), Microbatch(packed)

@@ -84,7 +84,7 @@ class TransformersLearner:
 
 def test_sft_matches_cross_entropy_with_adamw(folder: Path, world: None) -> None:
     config = workspace.config(folder, "sft", optimizer=OPTIMIZER, train={"num_steps": NUM_STEPS})
-    _, trainer, _ = build(config)
+    _, trainer, _ = build(config, ModelConfig.from_pretrained(config.model.path))
     theirs = TransformersLearner(config.model.path)
     processor = PromptProcessor.from_pretrained(config.model.path)
     stream, targets = PromptStream(config.data, processor, seed=config.train.seed), TargetEncoder(processor)
@@ -137,7 +137,7 @@ def test_grpo_matches_the_paper_with_adamw(folder: Path, world: None) -> None:
         grpo={"group_size": 3, "kl_coef": kl_coef},
         data={**base.data.model_dump(), "sources": [source]},
     )
-    _, trainer, _ = build(config)
+    _, trainer, _ = build(config, ModelConfig.from_pretrained(config.model.path))
     assert isinstance(trainer, GrpoTrainer)
     theirs = TransformersLearner(config.model.path)
     sampled = _record_groups(trainer)

@@ -25,6 +25,7 @@ from megatron_vcr1.checkpoint.step_dirs import saved_steps
 from megatron_vcr1.checkpoint.torch_dist import read_chunk, read_metadata
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.train import train_in_world
 from tests.gloo import GlooPool
@@ -179,7 +180,7 @@ def test_run_that_is_killed_repeatedly_ends_bitwise_identical(folder: Path) -> N
 
 def _train(config: RunConfig) -> int:
     mesh.initialize(config.parallel)
-    return train_in_world(config)
+    return train_in_world(config, ModelConfig.from_pretrained(config.model.path))
 
 
 def test_run_stopped_by_signals_resumes_in_the_same_and_in_another_layout(folder: Path, gloo_pool: GlooPool) -> None:

@@ -17,6 +17,7 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.config.training_sections import TrainSection
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training import train as train_module
 from megatron_vcr1.training.lifecycle import STOP_SIGNALS
@@ -73,12 +74,16 @@ def test_missing_user_reward_is_found_before_the_model_is_loaded(
     monkeypatch.setattr(train_module, "build_model", lambda *_: pytest.fail("loading a large model takes minutes"))
     source = {"manifest": folder / "data" / "train.jsonl", "rewards": ["tests.training.own_rewards:nowhere"]}
     with pytest.raises(UserError, match="no function nowhere"):
-        build(workspace.config(folder, "grpo", data={"sources": [source]}))
+        build(
+            workspace.config(folder, "grpo", data={"sources": [source]}), ModelConfig.from_pretrained(folder / "model")
+        )
 
 
 def test_one_step_off_needs_servers(folder: Path, world: None) -> None:
     with pytest.raises(UserError, match=r"one_step_off needs rollout\.engine = 'sglang'"):
-        build(workspace.config(folder, "grpo", grpo={"one_step_off": True}))
+        build(
+            workspace.config(folder, "grpo", grpo={"one_step_off": True}), ModelConfig.from_pretrained(folder / "model")
+        )
 
 
 def test_profile_ranks_must_exist(folder: Path, tmp_path: Path) -> None:
@@ -89,7 +94,7 @@ def test_profile_ranks_must_exist(folder: Path, tmp_path: Path) -> None:
 def test_unusable_run_directory_is_found_before_anything_is_built(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "build", lambda config: pytest.fail("starting servers takes minutes"))
+    monkeypatch.setattr(train_module, "build", lambda *_: pytest.fail("starting servers takes minutes"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train\.run_dir = .*file/run: cannot be written to"):
         train(_config(folder, tmp_path / "file" / "run"))

@@ -99,7 +99,9 @@ class _Ours:
     def __init__(self, case: UpdateCase) -> None:
         self._case = case
         config = ModelConfig.from_pretrained(case.model_dir)
-        model = build_model(config, case.run_config).to(mesh.device())
+        model = build_model(config, case.run_config.model, case.run_config.parallel, case.run_config.recompute).to(
+            mesh.device()
+        )
         load_model_weights(model, Path(case.model_dir))
         self._groups = case.groups(config)
         pads = (config.image_token_id, config.video_token_id)

@@ -80,7 +80,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
         config = ModelConfig.from_pretrained(folder)
         check_layout(config.shape, run_config.parallel, run_config.recompute, mesh.launched_world_size())
         with mesh.world(run_config.parallel):
-            model = build_model(config, run_config, initialize_weights=True).to(mesh.device())
+            model = build_model(
+                config, run_config.model, run_config.parallel, run_config.recompute, initialize_weights=True
+            ).to(mesh.device())
             send = _engine_update(run_config, model, folder) if args.urls else _stream_alone(model)
             sizes = [tensor.nbytes for _, tensor in stream_hf_tensors(model)]
             send()  # warm up

@@ -34,7 +34,13 @@ class OurUpdate:
         self.run_config = case.run_config
         config = ModelConfig.from_pretrained(case.model_dir)
         has_weights = (Path(case.model_dir) / "model.safetensors.index.json").is_file()
-        self.model = build_model(config, self.run_config, initialize_weights=not has_weights).to(mesh.device())
+        self.model = build_model(
+            config,
+            self.run_config.model,
+            self.run_config.parallel,
+            self.run_config.recompute,
+            initialize_weights=not has_weights,
+        ).to(mesh.device())
         self.learner = Learner(self.model, self.run_config.optimizer, num_steps=10**6)
         self.reference: Reference | None = None
         if case.reference_dir is not None:

@@ -76,7 +76,7 @@ def _engine(
 ) -> tuple[LocalEngine, QwenVLModel]:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}, "parallel": parallel or {}})
     mesh.initialize(run.parallel)
-    model = build_model(ModelConfig.from_pretrained(model_dir), run)
+    model = build_model(ModelConfig.from_pretrained(model_dir), run.model, run.parallel, run.recompute)
     load_model_weights(model, model_dir)
     decode = partial(tiny_processor().decode, skip_special_tokens=False)
     engine = LocalEngine(model, SpecialTokens(frozenset(end), PADS), decode, max_batch_responses=max_batch_responses)
@@ -231,7 +231,7 @@ def test_max_new_tokens_stop_strings_and_banned_tokens(model_dir: Path, one_proc
 def test_build_engine_shares_the_trained_weights(model_dir: Path, one_process: None) -> None:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}})
     mesh.initialize(run.parallel)
-    model = build_model(ModelConfig.from_pretrained(model_dir), run)
+    model = build_model(ModelConfig.from_pretrained(model_dir), run.model, run.parallel, run.recompute)
     load_model_weights(model, model_dir)
     (model_dir / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     engine = build_engine(run, model, tiny_processor())

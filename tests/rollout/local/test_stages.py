@@ -24,7 +24,7 @@ def test_generation_mode_is_undone_after_an_error(tmp_path: Path) -> None:
     tiny.create("qwen2_5_vl", tmp_path)
     config = RunConfig.model_validate({"model": {"path": tmp_path, "dtype": "float32"}})
     with mesh.world(config.parallel):
-        model = build_model(ModelConfig.from_pretrained(tmp_path), config)
+        model = build_model(ModelConfig.from_pretrained(tmp_path), config.model, config.parallel, config.recompute)
         model.config.sequence_parallel = True  # as with tensor parallelism
         with pytest.raises(RuntimeError, match="in generation"), generation_mode(model):
             assert not (model.training or model.config.sequence_parallel or torch.is_grad_enabled())

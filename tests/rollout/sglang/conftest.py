@@ -150,7 +150,7 @@ def model(world: None, serving: Serving) -> QwenVLModel:
 
 
 def load(config: RunConfig) -> QwenVLModel:
-    model = build_model(ModelConfig.from_pretrained(config.model.path), config)
+    model = build_model(ModelConfig.from_pretrained(config.model.path), config.model, config.parallel, config.recompute)
     load_model_weights(model, config.model.path)
     return model
 

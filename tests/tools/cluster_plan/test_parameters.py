@@ -36,7 +36,7 @@ def _built_parameters(folder: Path, layout: Layout) -> tuple[int, int]:
     """Return the pipeline stage and the number of parameters of this rank's model."""
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32"}, "parallel": layout.parallel})
     mesh.initialize(run.parallel)
-    model = build_model(ModelConfig.from_pretrained(folder), run)
+    model = build_model(ModelConfig.from_pretrained(folder), run.model, run.parallel, run.recompute)
     from megatron.core import parallel_state
 
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -59,7 +59,7 @@ def test_parameters_of_the_7b_model_equal_megatrons(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["qwen2.5-vl-7b"]))
     run = RunConfig.model_validate({"model": {"path": tmp_path}})
     with mesh.world(run.parallel), torch.device("meta"):
-        model = build_model(ModelConfig.from_pretrained(tmp_path), run)
+        model = build_model(ModelConfig.from_pretrained(tmp_path), run.model, run.parallel, run.recompute)
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS_7B
     config = model_config("qwen2.5-vl-7b")
     assert num_parameters(config) == stage_parameters(config, Layout())[0].total == NUM_PARAMETERS_7B

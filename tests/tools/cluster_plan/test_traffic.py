@@ -59,7 +59,9 @@ def _record(folder: Path, layout: Layout, prompt: Any, responses: Any) -> dict[s
     settings = {"parallel": layout.parallel, "recompute": layout.recompute_section}
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32"}, **settings})
     mesh.initialize(run.parallel)
-    model = build_model(ModelConfig.from_pretrained(folder), run, initialize_weights=True).train()
+    model = build_model(
+        ModelConfig.from_pretrained(folder), run.model, run.parallel, run.recompute, initialize_weights=True
+    ).train()
     batch = pack([Group("a", prompt, responses)], model.model_config, pad_to_multiple_of=layout.tensor)
 
     def loss(batch: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -69,7 +69,9 @@ def test_no_trainable_group_means_no_minibatch() -> None:
 def test_every_target_token_has_the_values_of_its_response(tmp_path: Path) -> None:
     tiny.create("qwen2_5_vl", tmp_path)
     run = RunConfig.model_validate({"model": {"path": tmp_path, "dtype": "float32"}})
-    model = build_model(ModelConfig.from_pretrained(tmp_path), run, initialize_weights=True)
+    model = build_model(
+        ModelConfig.from_pretrained(tmp_path), run.model, run.parallel, run.recompute, initialize_weights=True
+    )
     groups = [_group(position, (1.0 + position, -1.0 - position)) for position in range(3)]
     ((minibatch, counts),) = split_into_minibatches(groups, 1)
     batches = make_policy_batches(

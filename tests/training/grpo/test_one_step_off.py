@@ -42,7 +42,9 @@ class ServerLikeEngine:
 
     def __init__(self, config: RunConfig, folder: Path, processor: PromptProcessor) -> None:
         self._folder = folder
-        self._model = build_model(ModelConfig.from_pretrained(config.model.path), config)
+        self._model = build_model(
+            ModelConfig.from_pretrained(config.model.path), config.model, config.parallel, config.recompute
+        )
         load_model_weights(self._model, config.model.path)
         tokens = SpecialTokens.from_pretrained(config.model.path, processor)
         decode = partial(processor.decode, skip_special_tokens=False)
