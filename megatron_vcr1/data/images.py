@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import fsspec
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageOps import exif_transpose
 from torch import Tensor
 
+from megatron_vcr1.data.media_files import open_media
 from megatron_vcr1.data.video_types import PROGRAMMING_ERRORS, VideoError
 
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read. Pillow supports more, among them EPS, which it runs through Ghostscript: an image from the
 internet would then be a program that we execute."""
+MAX_IMAGE_PIXELS = 2**26
+"""Largest image that is decoded, in pixels: 8192 x 8192. A PNG of a few hundred kB may claim to have far more, and
+decoding takes up to 12 bytes per pixel."""
 
 
 def read_image(path: str) -> Tensor:
@@ -26,13 +29,18 @@ def read_image(path: str) -> Tensor:
         uint8 [height, width, 3].
 
     Raises:
-        VideoError: the file is missing, truncated, or not an image.
+        VideoError: the file is missing, truncated, too large, or not an image.
     """
     try:
-        with fsspec.open(path, "rb") as stream, Image.open(stream, formats=IMAGE_FORMATS) as image:
+        with open_media(path) as stream, Image.open(stream, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                reason = f"{image.width}x{image.height} pixels are more than {MAX_IMAGE_PIXELS}; scale the image down"
+                raise VideoError(path, reason)
             return torch.from_numpy(np.array(_to_rgb(_decode_upright(path, image))))
     except FileNotFoundError as error:
         raise VideoError(path, "no such file") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which it checks while it reads the header
+        raise VideoError(path, f"too large to be decoded; scale the image down ({error})") from error
     except UnidentifiedImageError as error:
         raise VideoError(path, "not an image in a known format") from error
     except (VideoError, *PROGRAMMING_ERRORS):

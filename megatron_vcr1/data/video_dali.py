@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
+from megatron_vcr1.data.media_files import open_media
 from megatron_vcr1.data.resize import resize_frame
-from megatron_vcr1.data.video_index import PacketIndex, VideoSource, open_video, read_packet_index
+from megatron_vcr1.data.video_index import PacketIndex, read_packet_index
+from megatron_vcr1.data.video_open import VideoSource, open_video
 from megatron_vcr1.data.video_pyav import Orientation, orientation_of
 from megatron_vcr1.data.video_types import Deadline, Sampling, VideoError, VideoFrames, choose_frames
 
@@ -56,7 +57,7 @@ def decode_with_dali(file: str, sampling: Sampling, *, device: str, deadline: De
 
 def _check_countable(source: VideoSource, index: PacketIndex) -> None:
     """Check that every packet gives one frame, in the order of the time stamps: DALI selects frames by number."""
-    if not source.has_pts or not index.shown.all():
+    if not source.has_pts or not index.shown.all() or index.is_spliced:
         raise VideoError(source.file, "DALI numbers its frames differently from its time stamps; use backend='pyav'")
 
 
@@ -69,7 +70,7 @@ def _orientation(source: VideoSource) -> Orientation:
 
 def _decode(file: str, frame_indices: NDArray[np.int64], device: str, deadline: Deadline) -> Iterator[Tensor]:
     """Yield frames in their original size, uint8 [height, width, 3] on the device; each is valid until the next one."""
-    with fsspec.open(file, "rb") as stream:
+    with open_media(file) as stream:
         encoded = np.frombuffer(stream.read(), dtype=np.uint8)
     pipeline = _pipeline(torch.cuda.current_device() if device == "gpu" else None)
     for start in range(0, len(frame_indices), FRAMES_PER_RUN):

@@ -1,60 +1,29 @@
-"""Opening a video, reading its packets without decoding them, and checking them against the container's header."""
+"""Reading a video's packets without decoding them, and checking them against the container's header."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import av
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vcr1.data.video_types import Deadline, FrameTable, VideoError
+from megatron_vcr1.data.video_open import VideoSource
+from megatron_vcr1.data.video_types import FrameTable, VideoError
 
-PLAYLIST_FORMATS = frozenset({"hls", "dash", "concat", "concatf"})
-"""FFmpeg formats that are lists of other files. They are refused: a data set must not make us open other files."""
-CONTAINERS_WITHOUT_PTS = ("avi",)
-"""Containers that store no presentation time stamps. FFmpeg derives them from the decoding order, which is wrong if the
-stream has B-frames. Only the order in which the decoder returns the frames is right."""
 BROADCAST_CONTAINERS = ("mpegts", "mpeg")
-"""Containers that may start anywhere in a stream, before its next keyframe."""
-STRICT_ERROR_DETECTION = "crccheck+bitstream+buffer+explode"
-"""FFmpeg's err_detect flags: decoders check all that they can, and fail instead of concealing errors."""
+"""Containers that may start anywhere in a stream, before its next keyframe. Their headers store no duration, and their
+clock may jump where recordings were joined."""
+SPLICE_GAP_S = 10.0
+"""Jump of the decoding time stamps from which FFmpeg assumes another clock (its option dts_delta_threshold)."""
+SPLICE_STEP_BACK_S = 0.1
+"""Time by which the decoding time stamps must step back to be taken for another clock."""
 DURATION_SLACK_S = 0.1
 """Largest difference, in addition to one frame, between the end of an intact file's last packet and its header."""
 MAX_DURATION_S = 1e6
 """Longest accepted video, 11 days. A longer time between time stamps means that they are damaged."""
-
-# PyAV before 19 decodes metadata strictly by default, so that a title in another encoding than UTF-8 would make a video
-# unreadable. PyAV 19 removed the argument: it never fails on metadata.
-_METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
-@dataclass(frozen=True)
-class VideoSource:
-    """An open video."""
-
-    file: str
-    container: av.container.InputContainer
-    stream: av.VideoStream
-    time_base: Fraction
-    """Seconds per unit of the stream's time stamps."""
-    deadline: Deadline
-
-    @property
-    def has_pts(self) -> bool:
-        """Whether packets carry the presentation time stamps of their own frames."""
-        return self.container.format.name not in CONTAINERS_WITHOUT_PTS
-
-    @property
-    def has_packet_table(self) -> bool:
-        """Whether the container's header lists every packet, as MP4 and QuickTime do."""
-        return self.container.format.name.startswith("mov")
 
 
 @dataclass(frozen=True)
@@ -65,6 +34,8 @@ class PacketIndex:
     """[num_packets] presentation time stamp of the packet's frame, in units of time_base."""
     dts: NDArray[np.int64]
     """[num_packets] decoding time stamp, which seeking uses."""
+    is_spliced: bool
+    """Whether the clock of the stream jumps. Then `pts` and `dts` are continuous, and differ from the stored ones."""
     keyframes: NDArray[np.int64]
     """Positions of the keyframes among the packets; decoding can start at the first of them."""
     shown: NDArray[np.bool_]
@@ -81,51 +52,6 @@ class PacketIndex:
     def table(self) -> FrameTable:
         """The displayed frames in display order."""
         return FrameTable(np.sort(self.pts[self.shown]), self.time_base, self.last_duration)
-
-
-@contextmanager
-def open_video(file: str, deadline: Deadline, num_threads: int = 0) -> Iterator[VideoSource]:
-    """Open a video's main stream; errors of FFmpeg and of the file system inside the with-block become VideoErrors."""
-    try:
-        with _open_container(file, deadline) as container:
-            if PLAYLIST_FORMATS & set(container.format.name.split(",")):
-                raise VideoError(file, "this is a playlist, which may name any other file; give the video itself")
-            stream = container.streams.best("video")
-            if not isinstance(stream, av.VideoStream):
-                raise VideoError(file, "no video stream")
-            # An unknown time base is None before PyAV 19, and a false value of its own rational type since then.
-            if stream.codec_context is None or not stream.time_base:
-                raise VideoError(file, "damaged, or encoded with a codec that FFmpeg does not decode")
-            # FRAME threads, where the codec has them. SLICE threads lose the decoder's flags on damaged frames.
-            stream.thread_type = "AUTO"
-            stream.codec_context.thread_count = num_threads
-            stream.codec_context.options = {"err_detect": STRICT_ERROR_DETECTION}
-            time_base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
-            yield VideoSource(file, container, stream, time_base, deadline)
-    except FileNotFoundError as error:
-        raise VideoError(file, "no such file") from error
-    except OSError as error:
-        raise VideoError(file, f"cannot be read ({error.strerror or error})") from error
-    except av.FFmpegError as error:
-        deadline.check()  # FFmpeg reports a read that ran out of time as an ordinary error
-        raise VideoError(file, f"damaged, or not a video ({error.strerror})") from error
-
-
-@contextmanager
-def _open_container(file: str, deadline: Deadline) -> Iterator[av.container.InputContainer]:
-    timeout_s = deadline.remaining_s
-    if "://" not in file:
-        if os.path.isfile(file) and os.path.getsize(file) == 0:
-            raise VideoError(file, "the file is empty")
-        # The prefix keeps FFmpeg from reading a protocol into a file name with a colon.
-        with av.open(f"file:{file}", "r", timeout=timeout_s, **_METADATA_OPTIONS) as container:
-            yield container
-    else:
-        with (
-            fsspec.open(file, "rb") as stream,
-            av.open(stream, "r", timeout=timeout_s, **_METADATA_OPTIONS) as container,
-        ):
-            yield container
 
 
 def read_packets(source: VideoSource, *streams: av.VideoStream) -> Iterator[av.Packet]:
@@ -157,11 +83,14 @@ def read_packet_index(source: VideoSource) -> PacketIndex:
     packets, end_s = _demux_all(source)
     if not packets:
         raise VideoError(source.file, "no video packets")
-    if any(packet.is_corrupt for packet in packets):
-        raise VideoError(source.file, "a packet is damaged or truncated")
     if any(packet.pts is None for packet in packets):
         raise VideoError(source.file, "packets without time stamps; remux the video, e.g. to MP4 or Matroska")
-    index = _index_packets(packets, source)
+    splices = _find_splices(packets, source)
+    # At a splice, the counters of the transport stream jump, too, so FFmpeg marks a packet before it as damaged.
+    whole = {position - before for position in splices for before in range(3)}
+    if any(packet.is_corrupt for position, packet in enumerate(packets) if position not in whole):
+        raise VideoError(source.file, "a packet is damaged or truncated")
+    index = _index_packets(packets, splices, source)
     _check_against_header(source, index, end_s)
     return index
 
@@ -212,9 +141,45 @@ def _is_invisible_vp8(packet: av.Packet) -> bool:
     return not memoryview(packet)[0] & 0x10
 
 
-def _index_packets(packets: Sequence[_PacketInfo], source: VideoSource) -> PacketIndex:
+def _find_splices(packets: Sequence[_PacketInfo], source: VideoSource) -> dict[int, int]:
+    """Find where the clock of a broadcast stream jumps: recordings that were joined, or a clock that was reset.
+
+    FFmpeg's rule: the clock jumps if the decoding time steps back, or is more than 10 s from where it was expected. The
+    first packet after a jump is taken to follow the one before it at once.
+
+    Returns:
+        Position of the first packet after each jump, and the units of time to add to the time stamps from there on, in
+        addition to those of earlier jumps.
+    """
+    if source.container.format.name not in BROADCAST_CONTAINERS:
+        return {}
+    dts = _decoding_times(packets)
+    step = max(int(np.median(np.diff(dts))), 1) if len(dts) > 1 else 1
+    splices = {}
+    for position in range(1, len(packets)):
+        gap = int(dts[position] - dts[position - 1])
+        unexpected = gap - (packets[position - 1].duration or step)
+        if abs(unexpected) * source.time_base > SPLICE_GAP_S or gap * source.time_base < -SPLICE_STEP_BACK_S:
+            splices[position] = -unexpected
+    return splices
+
+
+def _decoding_times(packets: Sequence[_PacketInfo]) -> NDArray[np.int64]:
+    return np.array([packet.pts if packet.dts is None else packet.dts for packet in packets], dtype=np.int64)
+
+
+def _index_packets(packets: Sequence[_PacketInfo], splices: dict[int, int], source: VideoSource) -> PacketIndex:
     pts = np.array([packet.pts for packet in packets], dtype=np.int64)
-    dts = np.array([packet.pts if packet.dts is None else packet.dts for packet in packets], dtype=np.int64)
+    dts = _decoding_times(packets)
+    if splices:
+        # FFmpeg gives the last frames before a splice the time stamp after it. They are shown as late as frames usually
+        # are after they are decoded.
+        delays = pts - dts
+        is_wrong = np.abs(delays) * float(source.time_base) > SPLICE_GAP_S
+        pts[is_wrong] = dts[is_wrong] + delays[~is_wrong].max(initial=0)
+    for position, offset in splices.items():
+        pts[position:] += offset
+        dts[position:] += offset
     is_keyframe = np.array([packet.is_keyframe for packet in packets])
     shown = np.array([not (packet.is_discard or packet.is_invisible) for packet in packets])
     keyframes = np.flatnonzero(is_keyframe)
@@ -225,7 +190,7 @@ def _index_packets(packets: Sequence[_PacketInfo], source: VideoSource) -> Packe
     if last_duration <= 0:
         last_duration = _typical_duration(np.sort(pts[shown]), source)
     smallest_packet = min(packet.size for packet in packets)
-    return PacketIndex(pts, dts, keyframes, shown, source.time_base, last_duration, smallest_packet)
+    return PacketIndex(pts, dts, bool(splices), keyframes, shown, source.time_base, last_duration, smallest_packet)
 
 
 def _typical_duration(sorted_pts: NDArray[np.int64], source: VideoSource) -> int:
@@ -253,8 +218,8 @@ def _check_against_header(source: VideoSource, index: PacketIndex, end_s: float)
         raise VideoError(source.file, "no frame is displayed; its edit list may hide them all")
     if index.table.duration_s > MAX_DURATION_S:
         raise VideoError(source.file, f"damaged time stamps: {index.table.duration_s:.3g} s from first to last")
-    if container.duration is None:
-        return
+    if container.duration is None or container.format.name in BROADCAST_CONTAINERS:
+        return  # FFmpeg's estimate for broadcast streams ignores clocks that wrap or jump
     length_s = container.duration / av.time_base
     if container.format.name == "avi":
         # FFmpeg estimates the duration of a truncated AVI file from what is left; the header counts the frames.
@@ -262,7 +227,9 @@ def _check_against_header(source: VideoSource, index: PacketIndex, end_s: float)
     slack_s = DURATION_SLACK_S + float(index.last_duration * index.time_base)
     if end_s < length_s - slack_s:
         raise VideoError(source.file, f"truncated: ends at {end_s:.2f} s of {length_s:.2f} s")
-    last_s = float(index.pts[index.shown].max() * index.time_base)
+    # The decoding time: some muxers leave the last frame's time out of the length if it is held for long before it
+    # (its packet then is decoded seconds before the frame is shown).
+    last_s = float(index.dts.max() * index.time_base)
     last_expected_s = length_s + (container.start_time or 0) / av.time_base
     if last_s > last_expected_s + slack_s:
         raise VideoError(source.file, f"damaged time stamps: {last_s:.2f} s in a video of {last_expected_s:.2f} s")

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vcr1.data.resize import resize_frame
-from megatron_vcr1.data.video_index import PacketIndex, VideoSource, open_video, read_packet_index, read_packets
+from megatron_vcr1.data.video_index import PacketIndex, read_packet_index, read_packets
+from megatron_vcr1.data.video_open import VideoSource, open_video
 from megatron_vcr1.data.video_types import Deadline, Sampling, VideoError, VideoFrames, choose_frames
 
 NONREF_SKIPPING_CODECS = ("h264",)
@@ -54,7 +55,7 @@ def decode_with_pyav(file: str, sampling: Sampling, *, deadline: Deadline, num_t
         choice = choose_frames(table, sampling, file)
         chosen_pts = table.pts[choice.indices]
         whole = [PacketRange(0, len(index.pts))]
-        ranges = plan_packet_ranges(index, chosen_pts) if source.has_pts else whole
+        ranges = plan_packet_ranges(index, chosen_pts) if source.has_pts and not index.is_spliced else whole
         try:
             frames = _decode_ranges(source, index, ranges, chosen_pts, sampling)
         except (VideoError, av.FFmpegError):
@@ -168,10 +169,16 @@ def _decode_range(
 
 def _packets_of_range(source: VideoSource, index: PacketIndex, packet_range: PacketRange) -> Iterator[av.Packet]:
     # Seeking also flushes the decoder, which the previous range has drained.
-    source.container.seek(int(index.dts[packet_range.start]), stream=source.stream)
+    if index.is_spliced:  # its time stamps occur repeatedly; such a stream is always decoded from its first byte
+        source.container.seek(0, unsupported_byte_offset=True)
+    else:
+        source.container.seek(int(index.dts[packet_range.start]), stream=source.stream)
     position = None
     for packet in read_packets(source, source.stream):
-        if position is None and packet.pts == index.pts[packet_range.start]:
+        if index.is_spliced:
+            position = position or 0
+            packet.pts, packet.dts = int(index.pts[position]), int(index.dts[position])
+        elif position is None and packet.pts == index.pts[packet_range.start]:
             position = packet_range.start
         if position is None:
             continue  # seeking may end at an earlier keyframe

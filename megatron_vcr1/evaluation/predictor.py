@@ -26,8 +26,8 @@ class Predictor:
     """A model and the way it is prompted.
 
     Attributes:
-        prepare: makes a sample's prompt. A ValueError that it raises (VideoError, PromptTooLongError) is the sample's
-            fault and becomes a prediction without output.
+        prepare: makes a sample's prompt. A VideoError or PromptTooLongError that it raises is the sample's fault
+            and becomes a prediction without output.
         max_new_tokens: longest output.
         prompts_per_batch: samples that a replica generates for at a time.
         num_workers: processes that decode ahead; `prepare` is pickled for them.

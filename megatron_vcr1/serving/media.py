@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image, UnidentifiedImageError
 
 from megatron_vcr1.data.images import IMAGE_FORMATS
-from megatron_vcr1.data.video_index import open_video
+from megatron_vcr1.data.video_open import open_video
 from megatron_vcr1.data.video_types import Deadline, VideoError
 from megatron_vcr1.serving.chat import ChatRequest, ImagePart, RefusedRequest, TextPart, VideoPart
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +75,16 @@ def test_a_programming_error_is_not_a_damaged_image(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(images.Image, "open", open_without_formats)
     with pytest.raises(TypeError, match="unexpected keyword argument 'formats'"):
         read_image(str(tmp_path / "good.png"))
+
+
+@pytest.mark.parametrize("size", [(20000, 4000), (30000, 20000)], ids=["over_our_limit", "over_pillows_limit"])
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, size: tuple[int, int]) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))))
+    with pytest.raises(VideoError, match=r"bomb\.png: .*(20000x4000|600000000) pixels.*") as error:
+        read_image(str(path))
+    assert "scale the image down" in error.value.reason

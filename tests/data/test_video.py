@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vcr1.data import video, video_index
+from megatron_vcr1.data import video, video_open
 from megatron_vcr1.data.video import VideoError, read_frames
 from tests.data.video_clips import write_clip
 
@@ -98,7 +98,7 @@ def test_a_programming_error_is_not_a_bad_video(monkeypatch: pytest.MonkeyPatch,
 def test_an_argument_that_pyav_does_not_know_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of PyAV that drops an argument must not turn every video into a damaged one."""
     path = write_clip(tmp_path / "good.mp4", num_frames=4)
-    monkeypatch.setattr(video_index, "_METADATA_OPTIONS", {"argument_of_another_version": 1})
+    monkeypatch.setattr(video_open, "_METADATA_OPTIONS", {"argument_of_another_version": 1})
     with pytest.raises(TypeError, match="argument_of_another_version"):
         read_frames(path)
 

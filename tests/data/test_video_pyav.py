@@ -13,7 +13,8 @@ import torch
 
 from megatron_vcr1.data import video_pyav
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
-from megatron_vcr1.data.video_index import open_video, read_packet_index
+from megatron_vcr1.data.video_index import read_packet_index
+from megatron_vcr1.data.video_open import open_video
 from megatron_vcr1.data.video_types import Deadline, Sampling
 from tests.data.video_clips import RATE, SIDE, draw, number_of, numbers_of, replace_packets, write_clip
 

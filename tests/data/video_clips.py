@@ -73,7 +73,7 @@ def write_clip(
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop_size
-        stream.codec_context.time_base = time_base
+        stream.codec_context.time_base = Fraction(1, RATE) if path.suffix == ".mpg" else time_base
         if rotation:
             stream.set_display_rotation(rotation)
         for number in range(num_frames):
