@@ -79,7 +79,7 @@ class RolloutEngine(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """Number of weight updates that the policy had seen when `generate` got its current weights."""
+        """Version of the weights that `generate` samples from, as the last `update_weights` gave it; 0 before."""
         ...
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
@@ -91,7 +91,7 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over the policy's weights. All ranks of the job must call it, because replicas may share servers.
+        """Send the policy's weights to the engine. All ranks of the job must call it: replicas may share servers.
 
         Args:
             tensors: all weights, unsharded, under their Hugging Face names. Each tensor is gathered when the iterator
@@ -111,4 +111,4 @@ class EngineError(RuntimeError):
 
 
 class WeightsNeeded(EngineError):
-    """Servers are running, but none of them has the policy's weights; `update_weights` solves it."""
+    """Servers are running, but none of them has the policy's weights: call `update_weights`."""

@@ -1,4 +1,4 @@
-"""The environment of a run's start: command, machine and versions, for its records."""
+"""Describes the environment that a run starts in (command, machine, package versions) for starts.jsonl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lifecycle of a training process: stop signals, the hang watchdog and what to finish when training stops."""
+"""The lifecycle of a training process: stop signals, the hang watchdog, and the save that must finish at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STDERR_FD = 2
 
 
 class Lifecycle:
-    """Handles stop signals and hangs of this process while a run trains. A context manager."""
+    """Context manager that handles stop signals and detects hangs of this process while a run trains."""
 
     def __init__(self, *, step_timeout_s: float, finish_saving: Callable[[], None]) -> None:
         """

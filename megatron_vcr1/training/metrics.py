@@ -108,6 +108,7 @@ def throughput(metrics: Mapping[str, float], num_ranks: int, device_name: str | 
 
     Args:
         metrics: "tokens" and "model_flops" may be missing; then the rates that need them are left out.
+        num_ranks: number of ranks of the job.
         device_name: the GPU's name as CUDA reports it; None without a GPU.
 
     Returns:

@@ -65,27 +65,27 @@ class Learner:
         model.config.finalize_model_grads_func = _finalize_gradients
         self.model = model
         self.max_grad_norm = section.max_grad_norm
-        # A single replica has no one to shard the state with, and megatron-core would still copy all weights and
-        # gradients at every step.
+        # With a single replica there is nothing to shard the optimizer state over, but megatron-core's distributed
+        # optimizer would still copy all weights and gradients at every step.
         is_distributed = section.distributed and mesh.num_replicas() > 1
-        self.parallel = DistributedDataParallel(
+        self.ddp_model = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(use_distributed_optimizer=is_distributed, grad_reduce_in_fp32=True),
             model,
         )
         _fuse_gradient_accumulation(model)
-        self.optimizer = _optimizer(self.parallel, section, is_distributed=is_distributed)
-        self.scheduler = _scheduler(self.optimizer, section, num_steps)
+        self.optimizer = _build_optimizer(self.ddp_model, section, is_distributed=is_distributed)
+        self.scheduler = _build_scheduler(self.optimizer, section, num_steps)
 
     def update(self, batches: Sequence[Batch], loss: Loss[Batch]) -> Update:
         """Do one optimizer step on the sum of the losses of all microbatches of all replicas.
 
         Args:
-            batches: this replica's microbatches. May be empty if other replicas have some: the replica still takes part
-                in the gradient reduction.
+            batches: this replica's microbatches. May be empty if other replicas have microbatches: this replica still
+                takes part in the gradient reduction.
             loss: its scalar must be normalized by counts over all replicas (see `schedule.forward_backward`).
         """
-        self.parallel.zero_grad_buffer()
+        self.ddp_model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.model.train()
         results = self._forward_backward(batches, loss)
@@ -113,10 +113,11 @@ class Learner:
 
         if batches:
             return schedule.forward_backward(
-                self.parallel, batches, loss_and_results, model_input=lambda batch: batch.packed
+                self.ddp_model, batches, loss_and_results, model_input=lambda batch: batch.packed
             )
-        # The schedule would have called this at its end. Without it the other replicas' gradient reduction would hang.
-        _finalize_gradients([self.parallel])
+        # The schedule calls this at its end. A replica without microbatches must call it, too: otherwise the gradient
+        # reduction of the other replicas would hang.
+        _finalize_gradients([self.ddp_model])
         return []
 
     def _clip_gradients(self, grad_norm: float) -> None:
@@ -159,10 +160,10 @@ def _fuse_gradient_accumulation(model: QwenVLModel) -> None:
         )
 
 
-def _optimizer(
-    parallel: DistributedDataParallel, section: OptimizerSection, *, is_distributed: bool
+def _build_optimizer(
+    ddp_model: DistributedDataParallel, section: OptimizerSection, *, is_distributed: bool
 ) -> ChainedOptimizer:
-    dtype = next(parallel.module.parameters()).dtype
+    dtype = next(ddp_model.module.parameters()).dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=section.learning_rate,
@@ -176,10 +177,10 @@ def _optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=is_distributed,
     )
-    return get_megatron_optimizer(config, [parallel])
+    return get_megatron_optimizer(config, [ddp_model])
 
 
-def _scheduler(optimizer: ChainedOptimizer, section: OptimizerSection, num_steps: int) -> OptimizerParamScheduler:
+def _build_scheduler(optimizer: ChainedOptimizer, section: OptimizerSection, num_steps: int) -> OptimizerParamScheduler:
     """Build megatron-core's schedule of the learning rate. It also exempts biases and norms from weight decay."""
     return OptimizerParamScheduler(
         optimizer,
@@ -193,6 +194,6 @@ def _scheduler(optimizer: ChainedOptimizer, section: OptimizerSection, num_steps
         end_wd=section.weight_decay,
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,  # a resumed run follows its present settings, not the checkpoint's
+        use_checkpoint_opt_param_scheduler=False,  # a resumed run uses its current settings, not the checkpoint's
         override_opt_param_scheduler=True,
     )

@@ -41,21 +41,21 @@ class StepProfile:
         self._section = section
         self._is_enabled = section.enabled and dist.get_rank() in section.ranks
         self._folder = folder
-        self._num_started = 0  # steps
+        self._num_started_steps = 0
         self._profile = ExitStack()
 
     def next_step(self) -> None:
-        """Note the start of a step: start the profile before its first step, write it after its last step."""
-        self._num_started += 1
-        if self._is_enabled and self._num_started == self._section.first_step:
+        """Tell the profile that a step starts. It begins at first_step and is written after last_step."""
+        self._num_started_steps += 1
+        if self._is_enabled and self._num_started_steps == self._section.first_step:
             self._profile.enter_context(profiled(self._folder, f"rank_{dist.get_rank()}"))
-        if self._num_started == self._section.last_step + 1:
+        if self._num_started_steps == self._section.last_step + 1:
             self.close()
 
     def close(self) -> None:
         """Write the profile if it is in progress."""
         self._profile.close()
-        if self._is_enabled and self._num_started < self._section.first_step:
+        if self._is_enabled and self._num_started_steps < self._section.first_step:
             logger.warning(
                 "no profile: the run ended before profile.first_step = %d of this start", self._section.first_step
             )
@@ -144,7 +144,7 @@ def operator_table(averages: Any) -> str:
 
 
 def merge_spans(spans: Sequence[Span]) -> list[Span]:
-    """Return the union of spans as spans that do not overlap, in order."""
+    """Return the union of spans, as spans that do not overlap, in the order of time."""
     merged: list[Span] = []
     for span in sorted(spans, key=lambda span: span.start_ns):
         if merged and span.start_ns <= merged[-1].end_ns:
@@ -165,7 +165,7 @@ def total_seconds(spans: Sequence[Span]) -> float:
 
 
 def _clip(span: Span, start_ns: int, end_ns: int) -> Span | None:
-    """Return the part of a span within a window; None if there is none."""
+    """Return the part of a span that is within a window; None if the two do not overlap."""
     start_ns, end_ns = max(span.start_ns, start_ns), min(span.end_ns, end_ns)
     return Span(span.name, span.track, start_ns, end_ns) if start_ns < end_ns else None
 

@@ -24,7 +24,7 @@ from megatron_vcr1.types import VideoSample
 
 @dataclass(frozen=True, slots=True)
 class DrawnPrompt:
-    """A prompt of a step.
+    """A prompt that has been drawn for a step.
 
     Attributes:
         position: index in the run's endless order of samples; unique in the run.
@@ -45,7 +45,9 @@ class DrawnPrompt:
 
 
 class PromptStream:
-    """This replica's part of the run's prompts: every `num_replicas`-th one. Its ranks call the methods together.
+    """This replica's part of the run's prompts: every `num_replicas`-th prompt.
+
+    All ranks of the replica must call the methods together.
 
     Attributes:
         samples: the samples of each source.
@@ -112,7 +114,7 @@ class PromptStream:
         return self._loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's position. Raises UserError if the data are not those of the checkpoint."""
+        """Continue from a checkpoint's position. Raises UserError if the checkpoint was written with other data."""
         self._loader.load_state_dict(state)
         self.num_drawn = state["next_position"]
         self._iterator = None  # a new iterator starts at the loader's new position

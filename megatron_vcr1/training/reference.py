@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 
 class Reference:
-    """A copy of a model's trainable parameters. Frozen parameters need none: they never change."""
+    """A copy of a model's trainable parameters. Frozen parameters never change, so they are not copied."""
 
     def __init__(self, model: nn.Module, placement: Literal["swap", "resident"]) -> None:
         """Copy the parameters as they are now.
 
         Args:
             placement: "swap" keeps the copy in pinned host memory while it is not in use, "resident" on the model's
-                device. On a CPU both are the same.
+                device. On a CPU there is no difference.
         """
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._on_host = placement == "swap" and any(parameter.is_cuda for parameter in self._parameters)
-        # The weights that are not in the model: the reference's, or the policy's within `in_place`.
+        # The weights that are not in the model now: the reference's, or the policy's within `swapped_in`.
         self._stored = [self._copy(parameter) for parameter in self._parameters]
 
     def _copy(self, parameter: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ class Reference:
         return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True).copy_(parameter.detach())
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Turn the model into the reference within the with-block. Nothing may change its parameters there."""
+    def swapped_in(self) -> Iterator[None]:
+        """Give the model the reference's weights within the with-block, in which nothing may change parameters."""
         self._swap()
         try:
             yield

@@ -27,13 +27,13 @@ class Reporter:
     A context manager. All ranks of the job must enter it and call `report` together; only rank 0 writes.
     """
 
-    def __init__(self, folder: RunDir, open_sinks: Callable[[], list[Sink]], *, mismatch_threshold: float) -> None:
+    def __init__(self, run_dir: RunDir, open_sinks: Callable[[], list[Sink]], *, mismatch_threshold: float) -> None:
         """
         Args:
             open_sinks: prepares the run directory and opens the sinks. Called on rank 0 when the reporter is entered.
             mismatch_threshold: logging.mismatch_threshold.
         """
-        self._folder = folder
+        self._run_dir = run_dir
         self._open_sinks = open_sinks
         self._mismatch_threshold = mismatch_threshold
         self._sinks: list[Sink] = []
@@ -84,9 +84,9 @@ class Reporter:
         ]
         if mesh.is_first_rank():
             if rollouts:
-                self._folder.write_rollouts(step, [rollout for _, rollout in sorted(rollouts.items())])
-            self._folder.add_skipped(step, all_skipped)
-            self._folder.add_metrics(row)
+                self._run_dir.write_rollouts(step, [rollout for _, rollout in sorted(rollouts.items())])
+            self._run_dir.add_skipped(step, all_skipped)
+            self._run_dir.add_metrics(row)
             for sink in self._sinks:
                 sink.step(step, row)
             self._warn_about_mismatch(step, reduced)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A run in its directory. All ranks of the job must call the methods together.
+    """A training run and its run directory. All ranks of the job must call the methods together.
 
     Attributes:
         step: steps done, including those before a resume.
@@ -37,7 +37,7 @@ class Run:
         checkpoint: CheckpointSection,
         model_dir: Path,
         *,
-        folder: RunDir,
+        run_dir: RunDir,
         store: RunStore,
         learner: Learner,
         trainer: Trainer,
@@ -47,16 +47,16 @@ class Run:
 
         Args:
             model_dir: model.path, whose configuration and tokenizer files are copied into checkpoints.
-            folder, store: train.run_dir and its checkpoints.
+            run_dir, store: train.run_dir and its checkpoints.
             num_steps: length of the run; it may end earlier if the trainer is out of data.
 
         Raises:
-            UserError: the checkpoint is of another model, of other data or of the other stage.
+            UserError: the checkpoint was written by a run of another model, other data or the other stage.
         """
         self._train = train
         self._checkpoint = checkpoint
         self._model_dir = model_dir
-        self._folder = folder
+        self._run_dir = run_dir
         self._store = store
         self._learner = learner
         self._trainer = trainer
@@ -74,7 +74,7 @@ class Run:
         state = self._store.load(newest, self._learner.model, self._learner.optimizer, self._learner.scheduler)
         if state["stage"] != self._train.stage:
             raise UserError(
-                f"train.run_dir = {self._folder.path} holds a run with train.stage = '{state['stage']}', not "
+                f"train.run_dir = {self._run_dir.path} holds a run with train.stage = '{state['stage']}', not "
                 f"'{self._train.stage}'; choose another folder (model.path can be the export of that run, or one of "
                 "its checkpoints)"
             )
@@ -89,7 +89,8 @@ class Run:
             0, or `EXIT_STOPPED_BY_SIGNAL` if a stop signal ended the run after a checkpoint.
 
         Raises:
-            TrainingStopped: too many steps in a row were not finite, or the trainer cannot continue.
+            TrainingStopped: too many steps in a row had a loss or a gradient that is not finite, or the trainer cannot
+                continue.
         """
         if self._is_finished():
             logger.info(
@@ -152,15 +153,15 @@ class Run:
 
     def _export(self) -> None:
         """Export the newest checkpoint as a Hugging Face directory, replacing an earlier export of that name."""
-        directory = self._folder.export_of(self.step, self._checkpoint.export)
-        run_on_first_rank(lambda: self._folder.remove_old_export(directory))
+        directory = self._run_dir.export_dir(self.step, self._checkpoint.export)
+        run_on_first_rank(lambda: self._run_dir.remove_old_export(directory))
         export_checkpoint(self._store.path(self.step), directory)
-        run_on_first_rank(lambda: self._folder.note_export(self.step, directory))
+        run_on_first_rank(lambda: self._run_dir.note_export(self.step, directory))
         logger.info("exported: %s", directory)
 
     def _export_unless_done(self) -> None:
-        directory = self._folder.export_of(self.step, self._checkpoint.export)
-        if not run_on_first_rank(lambda: self._folder.is_exported(self.step, directory)):
+        directory = self._run_dir.export_dir(self.step, self._checkpoint.export)
+        if not run_on_first_rank(lambda: self._run_dir.is_exported(self.step, directory)):
             self._export()
 
     def _abort_if_not_finite(self, result: StepResult) -> None:
@@ -189,8 +190,8 @@ class Run:
     def _agree_to_stop(self, lifecycle: Lifecycle) -> bool:
         """Return whether any rank has received a stop signal, the same on every rank.
 
-        Raises the error of an asynchronous save that has failed on any rank: it is not worth computing steps that no
-        checkpoint will hold.
+        Raises the error of an asynchronous save that has failed on any rank: there is no point in computing steps that
+        cannot be saved.
         """
         num_stopping, num_failed = collectives.sum_over_ranks(
             [float(lifecycle.stop_requested), float(self._store.has_failed)]

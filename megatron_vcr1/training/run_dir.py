@@ -43,7 +43,7 @@ class RunDir:
         self._exported = path / "exported.json"
 
     def create(self) -> None:
-        """Create the folders. Raises UserError if that or writing to them is impossible."""
+        """Create the folders. Raises UserError if they cannot be created or written to."""
         try:
             for folder in (self.checkpoints, self._rollouts):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class RunDir:
     def open(self, config: RunConfig, step: int) -> None:
         """Record the settings and this start, log the settings that changed, and drop the records of later steps.
 
-        A run that was killed has recorded steps after its newest checkpoint. The resumed run computes them again.
+        A run that was killed may have recorded steps after its newest checkpoint. The resumed run computes them again.
 
         Args:
             step: step of the checkpoint that the run resumes from; 0 for a new run.
@@ -67,7 +67,7 @@ class RunDir:
         changed = changed_settings(settings.read_text(encoding="utf-8"), text) if step > 0 and settings.exists() else {}
         for name, (before, after) in changed.items():
             logger.info("changed since the last start: %s = %s (was %s)", name, after, before)
-        _replace(settings, text.encode())
+        _write_atomically(settings, text.encode())
         _append(self.path / "starts.jsonl", [{"step": step, "changed": changed, **environment(launched_world_size())}])
         for file in (self._metrics, self._skipped):
             if file.exists():
@@ -92,13 +92,13 @@ class RunDir:
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a step's groups, one per line. The file appears under its name when it is complete."""
-        _replace(self._rollouts / f"step_{step}.jsonl", _lines(rows))
+        _write_atomically(self._rollouts / f"step_{step}.jsonl", _lines(rows))
 
-    def export_of(self, step: int, when: Literal["never", "end", "always"]) -> Path:
+    def export_dir(self, step: int, when: Literal["never", "end", "always"]) -> Path:
         """Return the directory that a step's checkpoint is exported to.
 
         Args:
-            when: checkpoint.export.
+            when: the setting checkpoint.export.
         """
         return self.export / f"step_{step}" if when == "always" else self.export
 
@@ -152,22 +152,22 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it has its name only when it is complete."""
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, and rename it when it is complete."""
     unfinished = path.with_suffix(".part")
-    with _errors_name(path):
+    with _file_named_in_errors(path):
         unfinished.write_bytes(content)
         os.replace(unfinished, path)
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if lines := _lines(rows):
-        with _errors_name(path), path.open("ab") as file:
+        with _file_named_in_errors(path), path.open("ab") as file:
             file.write(lines)
 
 
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
+def _file_named_in_errors(path: Path) -> Iterator[None]:
     """Add the file's name to OSErrors of the with-block: the error of a full disk does not name it."""
     try:
         yield
@@ -186,4 +186,4 @@ def _drop_rows_after(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
-    _replace(path, "".join(kept).encode())
+    _write_atomically(path, "".join(kept).encode())

@@ -1,4 +1,4 @@
-"""Metric sinks: where a run's metrics are shown while it trains. Terminal, TensorBoard, Weights & Biases."""
+"""Metric sinks show or store a run's metrics while it trains: terminal, log, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LINE_INTERVAL_S = 10.0
 
 
 class Sink(Protocol):
-    """Receives the metrics of each step."""
+    """The interface of a metric sink."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show or store the metrics of a step."""
@@ -52,7 +52,7 @@ class Sink(Protocol):
 def open_sinks(
     section: LoggingSection, run_dir: Path, settings: Mapping[str, Any], *, first_step: int, num_steps: int
 ) -> list[Sink]:
-    """Open the sinks that the settings ask for and the terminal sink. Called by rank 0 only.
+    """Open the sinks that [logging] enables, and the sink for the terminal or the log. Only rank 0 calls it.
 
     Args:
         run_dir: the run's directory, for TensorBoard events and Weights & Biases files.
@@ -80,7 +80,7 @@ def format_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
 
 
 class LogFileSink:
-    """Logs a line every ten seconds, and for the first and the last step: for output that is not a terminal."""
+    """The sink for output that is not a terminal: logs the first and the last step, and a line every ten seconds."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps

@@ -56,22 +56,22 @@ def train(config: RunConfig) -> int:
 
 
 def train_in_world(config: RunConfig, model_config: ModelConfig) -> int:
-    """Do what `train` does, in a process that has called parallel.mesh.initialize already."""
-    # The folder comes first: if another process trains in it, or it cannot be written to, the user should learn that
-    # before servers are started.
-    folder = RunDir(config.train.run_dir)
-    run_on_first_rank(folder.create)
-    store = RunStore(folder.checkpoints, config.checkpoint)
+    """Train in a process that has called parallel.mesh.initialize already; `train` initializes the mesh itself."""
+    # The run directory is opened first: if another process trains in it, or it cannot be written to, the user should
+    # learn that before servers are started.
+    run_dir = RunDir(config.train.run_dir)
+    run_on_first_rank(run_dir.create)
+    store = RunStore(run_dir.checkpoints, config.checkpoint)
     learner, trainer, num_steps = build(config, model_config)
     with closing(trainer):
         if config.train.stage == "grpo" and config.grpo.kl_coef > 0:
             store.pin_reference(learner.model)  # before Run resumes: the model still has the weights of model.path
-        profile = StepProfile(config.profile, folder.profile)
+        profile = StepProfile(config.profile, run_dir.profile)
         run = Run(
             config.train,
             config.checkpoint,
             config.model.path,
-            folder=folder,
+            run_dir=run_dir,
             store=store,
             learner=learner,
             trainer=trainer,
@@ -79,12 +79,12 @@ def train_in_world(config: RunConfig, model_config: ModelConfig) -> int:
         )
 
         def open_outputs() -> list[Sink]:
-            folder.open(config, run.step)
+            run_dir.open(config, run.step)
             settings = config.model_dump(mode="json")
-            return open_sinks(config.logging, folder.path, settings, first_step=run.step, num_steps=num_steps)
+            return open_sinks(config.logging, run_dir.path, settings, first_step=run.step, num_steps=num_steps)
 
         lifecycle = Lifecycle(step_timeout_s=config.train.step_timeout_s, finish_saving=store.finish)
-        reporter = Reporter(folder, open_outputs, mismatch_threshold=config.logging.mismatch_threshold)
+        reporter = Reporter(run_dir, open_outputs, mismatch_threshold=config.logging.mismatch_threshold)
         with lifecycle, closing(profile), reporter:
             return run.run(lifecycle, reporter, profile)
 

@@ -12,7 +12,7 @@ from megatron_vcr1.training.metrics import Metrics
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The outcome of a step, besides its metrics.
+    """The outcome of a training step, apart from its metrics.
 
     Attributes:
         applied: False if an update was skipped because its loss or gradient norm was not finite.
@@ -52,7 +52,7 @@ class Trainer(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to resume from, as JSON values. Checkpoints store that of rank 0."""
+        """Return the state to resume from, as JSON values. Checkpoints store the state of rank 0."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

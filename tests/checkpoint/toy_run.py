@@ -69,7 +69,7 @@ class ToyRun:
         state = {"steps": self.steps, "epoch": 0.1}
         learner = self.learner
         self.store.save(
-            self.steps, learner.parallel, learner.optimizer, learner.scheduler, state, self.config.model.path
+            self.steps, learner.ddp_model, learner.optimizer, learner.scheduler, state, self.config.model.path
         )
 
     def resume(self) -> int | None:

@@ -1,4 +1,4 @@
-"""User rewards that an untrained policy gets sometimes."""
+"""User rewards for tests that an untrained policy sometimes gets."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def _weights(model: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("on_host", [False, True], ids=["swap-storages", "copy-values"])
-def test_model_has_the_reference_weights_only_in_place(on_host: bool) -> None:
+def test_model_has_the_reference_weights_only_while_swapped_in(on_host: bool) -> None:
     model = _model()
     reference = Reference(model, "swap")
     reference._on_host = on_host  # as it is for a policy on a GPU
@@ -27,7 +27,7 @@ def test_model_has_the_reference_weights_only_in_place(on_host: bool) -> None:
     with torch.no_grad():
         model[0].weight += 1
     trained = _weights(model)
-    with reference.in_place():
+    with reference.swapped_in():
         assert all(map(torch.equal, _weights(model), initial))
     assert all(map(torch.equal, _weights(model), trained))
 
@@ -38,7 +38,7 @@ def test_policy_comes_back_after_an_error() -> None:
     with torch.no_grad():
         model[0].weight += 1
     trained = _weights(model)
-    with pytest.raises(RuntimeError, match="out of memory"), reference.in_place():
+    with pytest.raises(RuntimeError, match="out of memory"), reference.swapped_in():
         raise RuntimeError("out of memory")
     assert all(map(torch.equal, _weights(model), trained))
 
@@ -48,7 +48,7 @@ def test_optimizer_views_follow_the_policy() -> None:
     model = _model()
     reference = Reference(model, "resident")
     view = model[0].weight.data.view(-1)
-    with reference.in_place():
+    with reference.swapped_in():
         pass
     view.fill_(3.0)
     assert (model[0].weight == 3).all()

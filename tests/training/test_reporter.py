@@ -49,11 +49,11 @@ def world() -> Iterator[None]:
         yield
 
 
-def _folder(path: Path) -> RunDir:
-    folder = RunDir(path)
-    folder.create()
-    folder.open(default_config(), 0)
-    return folder
+def _run_dir(path: Path) -> RunDir:
+    run_dir = RunDir(path)
+    run_dir.create()
+    run_dir.open(default_config(), 0)
+    return run_dir
 
 
 def _metrics(difference: float = 0.0) -> Metrics:
@@ -64,7 +64,7 @@ def _metrics(difference: float = 0.0) -> Metrics:
 
 def test_a_step_is_written_to_the_run_directory_and_the_sinks(tmp_path: Path) -> None:
     sink = RecordingSink()
-    with Reporter(_folder(tmp_path), lambda: [sink], mismatch_threshold=0.1) as reporter:
+    with Reporter(_run_dir(tmp_path), lambda: [sink], mismatch_threshold=0.1) as reporter:
         reporter.report(1, RESULT, _metrics(), [SkippedSample("broken", "cannot be decoded")])
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (row["step"], row["loss"], row["lr"], row["grad_norm"]) == (1, 0.5, 1e-3, 2.0)
@@ -82,7 +82,7 @@ def test_a_step_is_written_to_the_run_directory_and_the_sinks(tmp_path: Path) ->
 def test_large_mismatch_of_rollout_and_training_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, difference: float, warns: bool
 ) -> None:
-    with Reporter(_folder(tmp_path), list, mismatch_threshold=0.1) as reporter:
+    with Reporter(_run_dir(tmp_path), list, mismatch_threshold=0.1) as reporter:
         reporter.report(1, RESULT, _metrics(difference), [])
     assert ("log-probs of rollout and training differ by" in caplog.text) == warns
 
@@ -91,7 +91,7 @@ def test_all_sinks_are_closed_and_told_of_a_failure(tmp_path: Path) -> None:
     first, last = RecordingSink(), RecordingSink()
     with (
         pytest.raises(OSError, match="no space left"),
-        Reporter(_folder(tmp_path), lambda: [first, BrokenSink(), last], mismatch_threshold=0.1),
+        Reporter(_run_dir(tmp_path), lambda: [first, BrokenSink(), last], mismatch_threshold=0.1),
     ):
         raise ValueError("the run fails")
     assert first.failed is last.failed is True

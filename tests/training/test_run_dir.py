@@ -13,10 +13,10 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.training.run_dir import RunDir
 
 
-def _folder(path: Path) -> RunDir:
-    folder = RunDir(path)
-    folder.create()
-    return folder
+def _run_dir(path: Path) -> RunDir:
+    run_dir = RunDir(path)
+    run_dir.create()
+    return run_dir
 
 
 def _rows(path: Path) -> list[dict[str, object]]:
@@ -24,18 +24,18 @@ def _rows(path: Path) -> list[dict[str, object]]:
 
 
 def test_resume_drops_the_records_of_later_steps_and_keeps_the_users_files(tmp_path: Path) -> None:
-    folder = _folder(tmp_path / "run")
-    folder.open(default_config(), 0)
+    run_dir = _run_dir(tmp_path / "run")
+    run_dir.open(default_config(), 0)
     for step in (1, 2, 3):
-        folder.add_metrics({"step": step, "loss": step / 10})
-        folder.add_skipped(step, [(f"sample{step}", "damaged")])
-        folder.write_rollouts(step, [{"step": step}])
+        run_dir.add_metrics({"step": step, "loss": step / 10})
+        run_dir.add_skipped(step, [(f"sample{step}", "damaged")])
+        run_dir.write_rollouts(step, [{"step": step}])
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed here
     (tmp_path / "run" / "rollouts" / "step_4.part").write_text("{")
     (tmp_path / "run" / "rollouts" / "figures").mkdir()
     (tmp_path / "run" / "rollouts" / "notes.txt").write_text("keep me")
-    folder.open(default_config(), 2)
+    run_dir.open(default_config(), 2)
     assert _rows(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
     assert [row["id"] for row in _rows(tmp_path / "run" / "skipped.jsonl")] == ["sample1", "sample2"]
     kept = sorted(file.name for file in (tmp_path / "run" / "rollouts").iterdir())
@@ -43,29 +43,29 @@ def test_resume_drops_the_records_of_later_steps_and_keeps_the_users_files(tmp_p
 
 
 def test_row_that_ends_within_a_character_is_dropped(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
-    folder.open(default_config(), 0)
-    folder.add_skipped(1, [("é", "damaged")])
+    run_dir = _run_dir(tmp_path)
+    run_dir.open(default_config(), 0)
+    run_dir.add_skipped(1, [("é", "damaged")])
     skipped = tmp_path / "skipped.jsonl"
     skipped.write_bytes(skipped.read_bytes() + '{"step": 2, "id": "é'.encode()[:-1])
-    folder.open(default_config(), 1)
+    run_dir.open(default_config(), 1)
     assert [row["id"] for row in _rows(skipped)] == ["é"]
 
 
 def test_half_a_surrogate_pair_can_be_recorded(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
-    folder.open(default_config(), 0)
-    folder.write_rollouts(1, [{"step": 1, "text": "é \ud83d"}])
+    run_dir = _run_dir(tmp_path)
+    run_dir.open(default_config(), 0)
+    run_dir.write_rollouts(1, [{"step": 1, "text": "é \ud83d"}])
     assert _rows(tmp_path / "rollouts" / "step_1.jsonl") == [{"step": 1, "text": "é \ud83d"}]
 
 
 def test_recorded_settings_load_back(tmp_path: Path) -> None:
-    _folder(tmp_path).open(default_config(), 0)
+    _run_dir(tmp_path).open(default_config(), 0)
     assert load_config(tmp_path / "config.toml") == default_config()
 
 
 def test_changed_settings_are_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder, before = _folder(tmp_path), default_config()
+    run_dir, before = _run_dir(tmp_path), default_config()
     after = RunConfig.model_validate(
         {
             **before.model_dump(),
@@ -73,11 +73,11 @@ def test_changed_settings_are_logged_and_recorded(tmp_path: Path, caplog: pytest
             "data": {"sources": [{"manifest": "other.jsonl"}]},
         }
     )
-    folder.open(before, 0)
+    run_dir.open(before, 0)
     with caplog.at_level("INFO"):
-        folder.open(before, 3)
+        run_dir.open(before, 3)
         assert "changed" not in caplog.text
-        folder.open(after, 4)
+        run_dir.open(after, 4)
     assert "train.num_steps = 9 (was None)" in caplog.text
     starts = _rows(tmp_path / "starts.jsonl")
     assert [row["step"] for row in starts] == [0, 3, 4] and starts[1]["changed"] == {}
@@ -88,35 +88,35 @@ def test_changed_settings_are_logged_and_recorded(tmp_path: Path, caplog: pytest
 
 
 def test_numbers_that_are_not_finite_are_recorded_as_null(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
-    folder.open(default_config(), 0)
-    folder.add_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    run_dir = _run_dir(tmp_path)
+    run_dir.open(default_config(), 0)
+    run_dir.add_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     assert _rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None}]
 
 
 def test_folder_that_cannot_be_written_to_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train\.run_dir"):
-        _folder(tmp_path / "file" / "run")
+        _run_dir(tmp_path / "file" / "run")
 
 
 def test_exports_of_single_steps_are_not_removed(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
-    (folder.export / "step_3").mkdir(parents=True)
+    run_dir = _run_dir(tmp_path)
+    (run_dir.export / "step_3").mkdir(parents=True)
     with pytest.raises(UserError, match="holds exports of single steps: move them elsewhere"):
-        folder.remove_old_export(folder.export)
-    assert (folder.export / "step_3").is_dir()
+        run_dir.remove_old_export(run_dir.export)
+    assert (run_dir.export / "step_3").is_dir()
 
 
 def test_full_disk_error_names_the_file(tmp_path: Path) -> None:
-    folder = _folder(tmp_path)
-    folder.open(default_config(), 0)
+    run_dir = _run_dir(tmp_path)
+    run_dir.open(default_config(), 0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"/metrics\.jsonl'"):
-            folder.add_metrics({"step": 1, **{f"metric {number}": 1.0 for number in range(99)}})
+            run_dir.add_metrics({"step": 1, **{f"metric {number}": 1.0 for number in range(99)}})
         with pytest.raises(OSError, match=r"/step_1\.jsonl'"):
-            folder.write_rollouts(1, [{"text": "x" * 2000}])
+            run_dir.write_rollouts(1, [{"text": "x" * 2000}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

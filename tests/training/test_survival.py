@@ -35,7 +35,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 
 NUM_KILLS = int(os.environ.get("VCR1_KILLS", "4"))
 NUM_STEPS = 3 * NUM_KILLS
-SERVER_TIMEOUT_S = 240  # the machine may be loaded
+TIMEOUT_S = 240  # the machine may be loaded
 TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
 
 
@@ -72,7 +72,7 @@ class Command:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds or the command ends."""
-        deadline = time.monotonic() + SERVER_TIMEOUT_S
+        deadline = time.monotonic() + TIMEOUT_S
         while self.process.poll() is None and not condition():
             assert time.monotonic() < deadline, self._run_dir.with_suffix(".log").read_text()
             time.sleep(0.002)
@@ -89,9 +89,9 @@ class Command:
         self.until(lambda: any((self._run_dir / "checkpoints").glob(".step_*.partial-*")))
 
     def end(self) -> int:
-        """Wait for the command's end and return its exit code; no process of it may survive."""
+        """Wait for the end of the command and return its exit code; none of its processes may survive."""
         try:
-            code = self.process.wait(SERVER_TIMEOUT_S)
+            code = self.process.wait(TIMEOUT_S)
             self._wait_for_workers()
         finally:
             if self._is_alive():

@@ -92,7 +92,7 @@ class OurUpdate:
         def collect(batch: PolicyBatch, hidden: Tensor) -> Tensor:
             return self.model.log_probs(hidden, batch.packed.target_ids)
 
-        with self.reference.in_place():
+        with self.reference.swapped_in():
             log_probs = schedule.forward_only(self.model, self.batches, collect, model_input=lambda batch: batch.packed)
         if not log_probs:  # not the last stage
             return self.batches

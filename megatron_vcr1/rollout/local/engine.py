@@ -1,4 +1,4 @@
-"""The in-process engine: the trained model samples responses, and computes the prompt of a group only once."""
+"""The in-process engine: the trained model itself samples the responses, and prefills each group's prompt once."""
 
 from __future__ import annotations
 

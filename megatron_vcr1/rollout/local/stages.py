@@ -1,4 +1,4 @@
-"""Forward passes of generation through the pipeline stages, in which every rank computes whole sequences."""
+"""Forward passes of the in-process engine through the pipeline stages, without sequence parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waves: responses that are decoded together. Their prompts are prefilled in passes of bounded size."""
+"""Waves of the in-process engine: a wave decodes a batch of responses, after prefilling their prompts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OnToken = Callable[[int, int, int], None]
 
 # Maximum number of prompt tokens of one prefill pass: enough to fill a GPU. A longer prompt gets a pass of its own.
 PREFILL_TOKENS = 16384
-# Finished responses leave the batch once they are this share of it, and not earlier: removing responses copies the KV
-# cache of all the others.
-COMPACTION_SHARE = 1 / 4
+# Finished responses stay in the batch until they make up this fraction of it, because removing them copies the KV cache
+# of all other responses.
+COMPACTION_FRACTION = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)
 class WaveEntry:
-    """Responses to one request that are in the same wave: the whole group, unless the group exceeds a wave.
+    """Responses to one request that are in the same wave: the whole group, unless the group is larger than a wave.
 
     Attributes:
         request: index of the request.
@@ -117,7 +117,7 @@ class Wave:
         self._uniforms = torch.stack(
             [response_uniforms(requests[row.request].seed, row.index, params.max_new_tokens) for row in self._rows]
         ).to(self._device)
-        self._seen = self._prompt_tokens() if params.repetition_penalty != 1 else None
+        self._seen = self._prompt_token_mask() if params.repetition_penalty != 1 else None
         self._cache = KVCache(
             [len(request.prompt.token_ids) for request in self._requests],
             [row.entry for row in self._rows],
@@ -145,7 +145,7 @@ class Wave:
             if not unfinished:
                 break
             token_ids = sampled[0].long()
-            if len(self._rows) - len(unfinished) >= COMPACTION_SHARE * len(self._rows):
+            if len(self._rows) - len(unfinished) >= COMPACTION_FRACTION * len(self._rows):
                 token_ids = self._remove_finished(unfinished, token_ids)
             hidden = self._decode(token_ids, step)
         responses: list[list[Response]] = [[] for _ in self._requests]
@@ -153,8 +153,8 @@ class Wave:
             responses[response.entry].append(response)
         return responses
 
-    def _prompt_tokens(self) -> Tensor:
-        """Return which tokens occur in the prompt of each row; bool [rows, vocab_size]."""
+    def _prompt_token_mask(self) -> Tensor:
+        """Mark the tokens that occur in the prompt of each row; bool [rows, vocab_size]."""
         seen = torch.zeros(len(self._rows), self._model.model_config.text.vocab_size, dtype=torch.bool)
         for row, response in zip(seen, self._rows, strict=True):
             row[self._requests[response.entry].prompt.token_ids] = True

@@ -106,7 +106,7 @@ class SglangEngine:
             UserError: a setting cannot work.
             EngineError: a server does not start or does not respond; the message says where its log is.
         """
-        # A server sizes its memory by what is free on the GPU when it starts.
+        # A server allocates memory according to what is free on the GPU when it starts.
         _empty_cuda_cache(Placement.from_section(section))
         fleet = find_or_start_servers(section, model, run_dir=run_dir, seed=seed)
         folder = run_dir.absolute() / "sglang" / "weights" / f"replica_{mesh.replica_index()}"
@@ -142,7 +142,7 @@ class SglangEngine:
 
         Raises:
             EngineError: as for `generate`; also if `abort` was called since the last `generate` or `update_weights`.
-            WeightsNeeded: no server has the policy's weights; `update_weights` solves it.
+            WeightsNeeded: no server has the policy's weights; call `update_weights`.
         """
         self._memory.resume()
         try:

@@ -1,4 +1,4 @@
-"""The servers of a replica: running servers that the settings name are checked, the run's own servers are started."""
+"""The servers of a replica: checks the running servers that the settings name, or starts the run's own servers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Fleet:
 
     Attributes:
         urls: servers that the replica sends requests and weights to.
-        shared: other replicas may use the same servers.
+        shared: whether other replicas may use the same servers.
         releasing: servers that release their memory while training computes.
         processes: the servers that this rank has started and supervises; None if there are none.
         is_leader: whether this rank talks to the servers.
-        job_id: a random name that all ranks of the job have in common and no other job has.
+        job_id: random id of the job; the same on all its ranks.
         placement: how servers and training share the machines.
     """
 
@@ -171,7 +171,7 @@ def check_server(url: str) -> bool:
     if info.get("enable_deterministic_inference"):
         raise UserError(
             f"{url} runs with --enable-deterministic-inference, which makes all responses of a group equal; start it "
-            "without that"
+            "without this option"
         )
     if info.get("dp_size", 1) > 1 or info.get("pp_size", 1) > 1:
         raise UserError(

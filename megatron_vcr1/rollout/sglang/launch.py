@@ -1,4 +1,4 @@
-"""How a server is started: its command line, its environment, and checks of both."""
+"""Specifications of servers to start: command line, environment, and checks of both."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _RANK_VARIABLES = (
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
 )
 _RANK_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_")
-# Names of SGLang. The memory of CUDA graphs is released, too. Training may use the GPUs of a server unequally, which
-# SGLang's check would reject.
+# SGLang's environment variables for colocated servers. The first makes them release the memory of CUDA graphs, too. The
+# second turns off a check that rejects GPUs with different free memory: training may use the GPUs unequally.
 _COLOCATED_ENVIRONMENT = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 # Server arguments that break training, and why.
 _REJECTED_ARGUMENTS = {
@@ -42,7 +42,7 @@ _REJECTED_ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """How one server is started.
+    """The specification of one server to start.
 
     Attributes:
         port: its HTTP port.
@@ -110,7 +110,7 @@ def server_specs(
         model: path and dtype of the model that they serve.
         placement: which GPUs they use, and whether they must be able to release memory.
         run_dir: run directory; logs go to its subfolder sglang/logs.
-        seed: the run's seed; each server adds its port to it, so that no two servers sample the same.
+        seed: the run's seed; each server adds its port to it, so that no two servers sample the same responses.
         num_training_ranks: ranks of this job on this node.
         host: address that the servers listen on. Servers do not authenticate clients.
 
@@ -137,15 +137,15 @@ def server_specs(
         if placement.colocated:
             command += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
         log = folder / "logs" / f"server_{port}.log"
-        # The user's arguments come last: of two equal ones, the last one counts.
+        # The user's arguments come last, because SGLang uses the last of two equal arguments.
         specs.append(ServerSpec(port, (*command, *section.server_args), environment, log, host))
     return specs
 
 
 def _environment(folder: Path, placement: Placement) -> dict[str, str]:
     """Return the environment of a server: this process's, without the variables of a rank, with the plug-in."""
-    # The servers' interpreter may lack this package. A folder with a link to the package makes it importable there, and
-    # only it: the package's parent folder may hold all other packages of this environment, too.
+    # The servers' interpreter may lack this package. A folder that holds only a link to the package makes it
+    # importable there. The package's parent folder would not do: it may hold all other packages of this environment.
     link = folder / "plugin" / "megatron_vcr1"
     _link(link, Path(__file__).parents[2])
     environment = {

@@ -15,17 +15,17 @@ RELEASED = "released:"
 """Prefix of a server's weight version while its memory is released.
 
 The server stores this marker, so it survives a trainer that is killed and disappears with the server. Without it, the
-next trainer could not know: SGLang does not report whether memory is released, and its scheduler ends if it is told to
-resume memory that it has not released. The marker is set before the release. If a trainer is killed in the millisecond
-between the two calls, the server ends at the next resume, and its supervisor restarts it.
+next trainer could not know whether memory is released: SGLang does not report it, and its scheduler ends if it is told
+to resume memory that it has not released. The marker is set before the release. If a trainer is killed in the
+millisecond between the two calls, the server ends at the next resume, and its supervisor restarts it.
 """
 
 
 class MemoryRelease:
-    """The release of GPU memory (KV cache, weights, CUDA graphs) of a replica's colocated servers, and the resume.
+    """Makes the colocated servers of a replica release and resume their GPU memory (KV cache, weights, CUDA graphs).
 
-    Servers keep a copy of their weights in host memory meanwhile (--enable-weights-cpu-backup), so that they are
-    complete after the resume. The replica leader calls the methods, from one thread at a time. On other
+    While their memory is released, servers keep a copy of their weights in host memory (--enable-weights-cpu-backup),
+    from which the resume restores them. The replica leader calls the methods, from one thread at a time. On other
     ranks, there are no servers and the methods do nothing.
     """
 
@@ -57,7 +57,7 @@ class MemoryRelease:
 
     def resume(self) -> None:
         """Make all servers allocate their memory again. A server that fails is restarted if this job started it."""
-        # First, so that servers that died or were killed meanwhile are starting while the others resume.
+        # Before the calls, so that servers that died or were killed meanwhile start while the others resume.
         if self._processes is not None:
             self._processes.restarts_paused = False
         for url, error in self._on_each_server(resume_memory).items():

@@ -31,7 +31,7 @@ _FORMAT = "1"
 
 @dataclass(frozen=True, slots=True)
 class PatchSettings:
-    """The settings by which frames become patches of the vision tower."""
+    """The settings that convert frames to patches of the vision tower."""
 
     patch_size: int
     temporal_patch_size: int

@@ -177,9 +177,9 @@ class ServerPool:
     def _choose(self, tried: Set[str]) -> Server | None:
         """Return the least-loaded usable server with a free slot, or None if the request has to wait for one.
 
-        A server that fails at once always has the smallest load and would attract all requests. So a server whose last
-        response was a fault gets one request at a time, and only if no other server is free. A request returns to a
-        server that it has tried only if there is no other usable one.
+        A server that fails immediately always has the smallest load and would attract all requests. So a server whose
+        last response was a fault gets one request at a time, and only if no other server is free. A request goes to a
+        server that it has tried before only if no other server is usable.
 
         Raises:
             WeightsNeeded, EngineError: no server will become free.
@@ -200,7 +200,7 @@ class ServerPool:
         raise EngineError("no SGLang server is left: " + "; ".join(self._lost.values()))
 
     def _drop(self, server: Server, reason: str) -> None:
-        """Send no more requests to a server until it has shown that it is alive and has the right weights."""
+        """Send no more requests to a server until it passes a health check and has the right weights."""
         # Several requests may fail on the same server; only the first of them finds it among the usable ones.
         if self._usable.pop(server.url, None) is not None:
             self._wait_for_return(server, reason)

@@ -248,7 +248,7 @@ class ServerProcess:
             self.failure = f"{event}, and has no restart left (sglang.max_restarts). {self.log_tail()}"
             logger.error("%s", self.failure)
             return
-        # Counted before the start: if that fails, each further attempt uses up a restart, so attempts come to an end.
+        # Counted before the start: a start that fails uses up a restart, too, so the number of attempts is limited.
         self.restarts_left -= 1
         logger.warning("%s; it is restarted (%d restarts left)", event, self.restarts_left)
         self.start()

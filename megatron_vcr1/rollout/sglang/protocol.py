@@ -20,12 +20,12 @@ BAN = 40.0
 """The value by which a ban lowers a token's logit, after the division by the temperature.
 
 It lowers the token's probability by a factor of e^-40, so a run will never sample it. The lowered probability is still
-a normal float32, so the log-probs of the response can be corrected for the ban. An infinite value would lose it.
+a normal float32, so the log-probs of the response can be corrected for the ban. With an infinite ban it would be lost.
 """
 
 
 class PromptEncoder:
-    """Converts the prompts of a model to the form that its servers take."""
+    """Converts the images, videos and positions of prompts to payloads for servers."""
 
     def __init__(self, config: ModelConfig) -> None:
         vision = config.vision

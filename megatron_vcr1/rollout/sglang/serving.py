@@ -1,4 +1,4 @@
-"""Servers of a node without a training run: `vcr1 rollout serve`."""
+"""Runs SGLang servers on a node without training: `vcr1 rollout serve`."""
 
 from __future__ import annotations
 

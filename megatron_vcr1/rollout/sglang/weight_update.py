@@ -1,4 +1,4 @@
-"""One transfer of all weights to some servers, in buckets. A server that fails is excluded; the others go on."""
+"""One transfer of all weights to a set of servers, in buckets. Servers that fail are excluded; the others continue."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def split_into_buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) ->
 
 
 class WeightUpdate(Generic[Prepared]):
-    """One transfer of all weights to some servers at the same time.
+    """One transfer of all weights to a set of servers at the same time.
 
     The calls to each server, in order:
 

@@ -1,4 +1,4 @@
-"""Advantages from rewards (VideoChat-R1, equation 1), and the overlong penalty that shapes the rewards before."""
+"""Advantages from rewards (VideoChat-R1, equation 1), and the overlong penalty that is a part of the rewards."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def split_into_minibatches(
     Returns:
         For each minibatch, this replica's groups and the counts over all replicas.
     """
-    trainable = [group for group in groups if group.scored]
+    trainable = [group for group in groups if group.scored_indices]
     positions = all_positions(trainable)
     minibatch_of = {position: rank * num_minibatches // len(positions) for rank, position in enumerate(positions)}
     minibatches: list[list[PolicyGroup]] = [[] for _ in range(num_minibatches)]
@@ -145,7 +145,7 @@ def make_policy_batches(
 
 def _policy_group(group: ScoredGroup) -> PolicyGroup:
     """Return the group without the responses that have no advantage."""
-    rollouts = [group.rollouts[index] for index in group.scored]
+    rollouts = [group.rollouts[index] for index in group.scored_indices]
     return PolicyGroup(
         group.prompt.id,
         group.prompt.prompt,

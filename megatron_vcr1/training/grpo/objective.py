@@ -1,4 +1,4 @@
-"""The GRPO objective of a microbatch, and the metrics that come out of its forward pass."""
+"""The GRPO objective of a microbatch, and the metrics of its forward pass."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def grpo_loss(
 
 
 def policy_statistics(result: LinearGrpoLoss) -> dict[str, Tensor]:
-    """Return what `add_policy_metrics` needs of a microbatch's loss.
+    """Reduce the outputs of a microbatch's loss to the tensors that `add_policy_metrics` reads.
 
     Returns:
         "sums": float32 [4], the sums over tokens of the KL estimate, the entropy, the ratio and whether it is clipped;

@@ -1,4 +1,4 @@
-"""One step off: the next step's responses are sampled by a thread while the present step trains."""
+"""One step off: a thread samples the next step's responses while the current step trains."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class OneStepOffSource(RolloutSource):
         return groups
 
     def policy_updated(self, version: int, metrics: Metrics) -> None:
-        """Note the new version only: the engine needs the old weights until its sampling has ended."""
+        """Record the new version, but sync no weights: the engine needs the old ones until its sampling has ended."""
         self._policy_version = version
 
     @property
@@ -118,7 +118,7 @@ class OneStepOffSource(RolloutSource):
         # Recorded on the thread's own track of a profile. The metric time/rollout_s counts only the time that the main
         # thread waits.
         with timeline.span("rollout"):
-            return self._background_engine.sample(requests, self._sampling)
+            return self._background_engine.sample(requests, self._sampling_params)
 
     def _finish_sampling(self, metrics: Metrics) -> tuple[list[DrawnPrompt], list[RolloutGroup] | None]:
         """Wait for the responses in progress and share them within the replica.
@@ -133,14 +133,14 @@ class OneStepOffSource(RolloutSource):
         responses: list[RolloutGroup] | None
         with metrics.time_phase("rollout"):
             try:
-                responses = collectives.broadcast_within_replica(self._sampled)
+                responses = collectives.broadcast_within_replica(self._wait_for_responses)
             except WeightsNeeded as error:
                 logger.warning("the responses of this step could not be sampled ahead and are sampled now: %s", error)
                 responses = None
         self._responses = self._state_before = None
         return self._prompts, responses
 
-    def _sampled(self) -> list[RolloutGroup]:
+    def _wait_for_responses(self) -> list[RolloutGroup]:
         assert self._responses is not None
         return self._responses.result()
 

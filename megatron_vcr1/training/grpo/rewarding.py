@@ -104,7 +104,7 @@ def judge_for_samples(section: JudgeSection, samples: Sequence[Sequence[VideoSam
     Raises:
         UserError: the judge's client is not installed or its API key is missing.
     """
-    has_captions = any(sample.task == Task.CAPTIONING for of_source in samples for sample in of_source)
+    has_captions = any(sample.task == Task.CAPTIONING for source_samples in samples for sample in source_samples)
     return build_judge(section, cache_dir) if has_captions else None
 
 

@@ -1,4 +1,4 @@
-"""Rollout sources: where the GRPO trainer gets the scored groups of each step from."""
+"""Rollout sources supply the GRPO trainer with the scored groups of each step."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class RolloutSource(ABC):
         self._scorer = scorer
         self._train = train
         self._grpo = grpo
-        self._sampling = SamplingParams(
+        self._sampling_params = SamplingParams(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.stop
         )
         # Limit on the prompts of all replicas, if the length of the run is given in epochs.
@@ -159,7 +159,7 @@ class RolloutSource(ABC):
     def _generate(self, prompts: Sequence[DrawnPrompt], metrics: Metrics) -> list[RolloutGroup]:
         """Sample the responses to prompts, in their order, and wait for them. Raises EngineError."""
         with metrics.time_phase("rollout"):
-            return self._engine.generate(self._requests(prompts), self._sampling)
+            return self._engine.generate(self._requests(prompts), self._sampling_params)
 
     def _complete_step(
         self, prompts: Sequence[DrawnPrompt], responses: Sequence[RolloutGroup], metrics: Metrics

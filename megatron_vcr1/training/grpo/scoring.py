@@ -37,7 +37,7 @@ class ScoredGroup:
     has_reward_variance: bool
 
     @property
-    def scored(self) -> list[int]:
+    def scored_indices(self) -> list[int]:
         """Indices of the responses that have an advantage and can be trained on."""
         return [index for index, advantage in enumerate(self.advantages) if advantage is not None]
 

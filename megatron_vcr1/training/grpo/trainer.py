@@ -1,4 +1,4 @@
-"""Group relative policy optimization (VideoChat-R1, section 3.1; DeepSeekMath, arXiv:2402.03300)."""
+"""The GRPO trainer: group relative policy optimization (VideoChat-R1, section 3.1; DeepSeekMath, arXiv:2402.03300)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_vcr1.training.trainer import StepResult
 
 
 class GrpoTrainer:
-    """Trains the policy on groups of responses: those above their group's mean reward become more likely."""
+    """Trains the policy so that responses with more than their group's mean reward become more likely."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class GrpoTrainer:
         # do the same number of updates, whose collectives need every rank.
         minibatches = self._make_minibatches(groups.kept)
         if self._reference is not None:
-            with metrics.time_phase("reference"), self._reference.in_place():
+            with metrics.time_phase("reference"), self._reference.swapped_in():
                 minibatches = [self._with_log_probs(batches, "ref_log_probs") for batches in minibatches]
         with metrics.time_phase("update"):
             num_passes = self._grpo.epochs_per_rollout
@@ -107,7 +107,7 @@ class GrpoTrainer:
         ]
 
     def _with_log_probs(self, batches: list[PolicyBatch], field: str) -> list[PolicyBatch]:
-        """Compute the log-probs of all targets with the model's present weights.
+        """Compute the log-probs of all targets with the model's current weights.
 
         Args:
             field: the field of `PolicyBatch` to set.
@@ -141,7 +141,7 @@ class GrpoTrainer:
         return result.loss, policy_statistics(result)
 
     def _add_group_metrics(self, groups: StepGroups, version: int, metrics: Metrics) -> None:
-        """Add how many groups were dropped and how old their policy was.
+        """Add the number of dropped groups, and the policy lag of the groups that were trained on.
 
         Args:
             version: version of the policy that the step trained.
@@ -154,7 +154,7 @@ class GrpoTrainer:
 
     def _rollout_rows(self, step: int, groups: StepGroups) -> dict[int, dict[str, Any]]:
         """Return the rows of rollouts/step_N.jsonl by the position of their prompt."""
-        trained = {group.prompt.position for group in groups.kept if group.scored}
+        trained = {group.prompt.position for group in groups.kept if group.scored_indices}
         return {
             group.prompt.position: rollout_row(
                 step,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.optimizer import Learner
@@ -24,7 +25,7 @@ def config(folder: Path, rewards: Sequence[str] = (VARIETY,), **sections: dict[s
 
 
 def build_trainer(run: RunConfig) -> tuple[Learner, GrpoTrainer]:
-    learner, trainer, _ = build(run)
+    learner, trainer, _ = build(run, ModelConfig.from_pretrained(run.model.path))
     assert isinstance(trainer, GrpoTrainer)
     return learner, trainer
 

@@ -101,7 +101,7 @@ def _trainer(
         return ServerLikeEngine(config, folder / "server", processor)
 
     monkeypatch.setattr(train_module, "build_engine", build_engine)
-    _, trainer, _ = build(config)
+    _, trainer, _ = build(config, ModelConfig.from_pretrained(config.model.path))
     assert isinstance(trainer, GrpoTrainer)
     return trainer
 

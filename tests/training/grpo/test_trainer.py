@@ -77,7 +77,7 @@ def test_reference_stays_frozen_while_the_policy_trains(folder: Path, world: Non
     assert do_step(trainer, 1)["kl"] == 0 and do_step(trainer, 2)["kl"] > 0
     after = _weights(learner)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    with trainer._reference.in_place():
+    with trainer._reference.swapped_in():
         inside = _weights(learner)
     assert all(torch.equal(before[name], inside[name]) for name in before)
     assert all(torch.equal(after[name], weight) for name, weight in _weights(learner).items())

@@ -11,7 +11,7 @@ from megatron_vcr1.rollout.sglang.http import RequestRefused, call
 NamedTensors = list[tuple[str, Tensor]]
 Prepared = TypeVar("Prepared")
 LIVENESS_TIMEOUT_S = 15.0
-"""Maximum wait for the first response of a server, and for its side of a clean-up.
+"""Maximum wait for a server's first response, and for the server's part of a clean-up.
 
 It is much shorter than the timeout of a transfer: a server that hangs must not delay the others for that long.
 """

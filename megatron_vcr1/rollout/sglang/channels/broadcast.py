@@ -114,7 +114,7 @@ class _ServerGroup:
         return group
 
     def broadcast(self, bucket: NamedTensors) -> None:
-        """Send a bucket. If the server refuses the request, raise at once: nobody would receive the broadcast."""
+        """Send a bucket. If the server refuses the request, raise at once: no rank would receive it."""
         body = {
             "names": [name for name, _ in bucket],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
