@@ -150,7 +150,7 @@ def run_jobs(jobs: Sequence[Job], record: Record, num_workers: int) -> None:
 
 
 class _Worker:
-    """The parent's handle of a process that runs one job after another."""
+    """The parent's handle to a process that runs one job after another."""
 
     def __init__(self) -> None:
         context = get_context("spawn")

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def log_probs_of(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-    """Log-prob of each target token; [tokens]."""
+    """Return the log-prob of each target token; float32 [tokens]."""
     return (hidden @ weight.t()).log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]
 
 

@@ -32,11 +32,11 @@ def positive_float(text: str) -> float:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, sharded: bool) -> None:
-    """Add --model and the options of how to build it, for `run_config`.
+    """Add --model and the options that say how to build it, for `run_config`.
 
     Args:
         parser: the parser of a command.
-        sharded: whether several processes may share the model; adds the parallel sizes.
+        sharded: whether the model may be sharded across processes; adds the options for the parallel sizes.
     """
     parser.add_argument(
         "--model",

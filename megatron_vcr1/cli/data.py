@@ -56,8 +56,8 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--split", help="split to import, for formats whose files contain several")
-    parser.add_argument("--limit", type=positive, metavar="N", help="keep N samples, chosen at random")
-    parser.add_argument("--seed", type=int, default=0, help="seed of that choice (default: 0)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="keep N randomly chosen samples")
+    parser.add_argument("--seed", type=int, default=0, help="seed for --limit (default: 0)")
     parser.add_argument(
         "--keep-overruns",
         action="store_true",
@@ -75,7 +75,7 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "unseen_pairs.jsonl and longer_events.jsonl.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the videos and manifests")
-    parser.add_argument("--num-videos", type=positive, required=True, metavar="N", help="videos of the split train")
+    parser.add_argument("--num-videos", type=positive, required=True, metavar="N", help="number of training videos")
     parser.add_argument(
         "--num-test-videos",
         type=positive,

@@ -1,4 +1,4 @@
-"""`vcr1 evaluate`: the arguments; `megatron_vcr1.evaluation` does the work."""
+"""Defines the arguments of `vcr1 evaluate`; `megatron_vcr1.evaluation` does the work."""
 
 from __future__ import annotations
 

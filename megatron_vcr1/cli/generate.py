@@ -1,4 +1,4 @@
-"""`vcr1 generate`: the arguments; `megatron_vcr1.evaluation.single_prompt` does the work."""
+"""Defines the arguments of `vcr1 generate`; `megatron_vcr1.evaluation.single_prompt` does the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vcr1 report`: the arguments; `megatron_vcr1.report` does the work."""
+"""Defines the arguments of `vcr1 report`; `megatron_vcr1.report` does the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vcr1 score`: the arguments; `megatron_vcr1.evaluation.log_probs` does the work."""
+"""Defines the arguments of `vcr1 score`; `megatron_vcr1.evaluation.log_probs` does the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vcr1 serve`: the arguments; `megatron_vcr1.serving` does the work."""
+"""Defines the arguments of `vcr1 serve`; `megatron_vcr1.serving` does the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vcr1 train`: the arguments; `megatron_vcr1.training` does the work."""
+"""Defines the arguments of `vcr1 train`; `megatron_vcr1.training` does the work."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Evaluates models: predictions for benchmarks, their metrics, and log-probs of given responses.
 
-- `evaluate`: `vcr1 evaluate CONFIG.toml`, a model on benchmarks: `predictor`, then `benchmark_result`
-- `benchmark_result`: the result of a benchmark from `predictions`, by `metrics`, `summary` and `bootstrap`
-- `log_probs`: `vcr1 score`
-- `single_prompt`: `vcr1 generate`
+- `evaluate`: evaluates a model on benchmarks (`vcr1 evaluate CONFIG.toml`) with `predictor` and `benchmark_result`
+- `benchmark_result`: scores `predictions` for a benchmark, with `metrics`, `summary` and `bootstrap`
+- `log_probs`: computes the log-probs of given responses (`vcr1 score`)
+- `single_prompt`: generates one response (`vcr1 generate`)
 """

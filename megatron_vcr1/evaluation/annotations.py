@@ -18,7 +18,7 @@ def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[
     Spans in published files that end after the video are kept as they are, as published scores count them.
 
     Raises:
-        UserError: a file is missing, is neither of the two, or holds no sample of the benchmark.
+        UserError: a file is missing, is neither a manifest nor a published file, or holds no sample of the benchmark.
     """
     for path in annotations:
         if not path.exists():
@@ -29,7 +29,7 @@ def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[
         raise UserError(
             f"{annotations[0]}: not a manifest; benchmark {benchmark.name} needs one (`vcr1 data import` makes it)"
         )
-    # The importers import torch. With a manifest, scoring starts at once.
+    # Imported here: the importers import torch, which takes seconds and which a manifest does not need.
     from megatron_vcr1.data.importers.cleaning import VideoFolder
     from megatron_vcr1.data.importers.formats import import_dataset
 
@@ -40,7 +40,7 @@ def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[
 
 
 def _is_manifest(path: Path) -> bool:
-    """Tell by the first line: a published file may be JSON lines too."""
+    """Decide by the first line whether a file is a manifest: a published file may be JSON lines, too."""
     if path.suffix != ".jsonl" or not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:

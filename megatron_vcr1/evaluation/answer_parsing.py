@@ -40,7 +40,7 @@ def read_choice(output: str) -> str:
     for.
 
     Raises:
-        UnparsableError: there is no such letter.
+        UnparsableError: the answer contains no letter of an option.
     """
     answer = read_answer(output)
     lone = _LONE_LETTER.search(answer)

@@ -92,7 +92,7 @@ def score_predictions(
         verdicts = _judge_captions(judge, samples, captions)
         sample_metrics = [_caption_metrics(sample.id, unreadable, verdicts) for sample in samples]
     else:
-        sample_metrics = [_metrics(benchmark, *pair) for pair in zip(samples, predictions, strict=True)]
+        sample_metrics = [_metrics_of_sample(benchmark, *pair) for pair in zip(samples, predictions, strict=True)]
     return BenchmarkResult(
         benchmark,
         samples,
@@ -147,7 +147,7 @@ def _write(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _metrics(benchmark: Benchmark, sample: VideoSample, prediction: Prediction) -> SampleMetrics:
+def _metrics_of_sample(benchmark: Benchmark, sample: VideoSample, prediction: Prediction) -> SampleMetrics:
     function = benchmark.metric_function
     assert function is not None, f"{benchmark.name} needs a judge"
     if prediction.output is not None:

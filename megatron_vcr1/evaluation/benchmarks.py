@@ -24,11 +24,12 @@ _METRIC_FUNCTIONS: dict[Task, MetricFunction | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A benchmark.
+    """A benchmark: samples of one task, and how their metrics are averaged.
 
     Attributes:
-        format: format of the published annotations (`vcr1 data import`); None: nothing is published, and any manifest
-            of the task will do.
+        description: its metrics, for help texts.
+        format: format of the published annotations (`vcr1 data import`). None if there are none: any manifest of the
+            task can be used.
         mean_of_categories: whether the authors average the metrics of the categories instead of those of the samples.
         category: prefix of the categories that belong to the benchmark; empty for all.
     """
@@ -42,7 +43,7 @@ class Benchmark:
 
     @property
     def metric_function(self) -> MetricFunction | None:
-        """The function from a sample and an output to metrics; None if a judge has to read the outputs."""
+        """The function that computes the metrics of a sample and an output; None if a judge has to read the outputs."""
         return _METRIC_FUNCTIONS[self.task]
 
     def select(self, samples: Sequence[VideoSample], where: object) -> list[VideoSample]:

@@ -1,4 +1,4 @@
-"""Means and their bootstrap distribution, with numpy alone."""
+"""Means of clustered samples and their bootstrap confidence intervals."""
 
 from __future__ import annotations
 
@@ -80,6 +80,10 @@ def percentile_interval(resampled: Matrix, level: float = 0.95) -> tuple[Matrix,
 
 
 def _enumerate(names: Sequence[Hashable]) -> tuple[NDArray[np.intp], int]:
-    """Return each name's number, in order of first appearance, and how many different names there are."""
+    """Number the names in order of first appearance.
+
+    Returns:
+        The number of each name, and how many different names there are.
+    """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names], dtype=np.intp), len(numbers)

@@ -53,7 +53,7 @@ class BenchmarkJob:
 
     @property
     def label(self) -> str:
-        """The benchmark's name in this run."""
+        """The benchmark's name in this evaluation."""
         return self.folder.name
 
 
@@ -187,7 +187,7 @@ def _indices_to_predict(job: BenchmarkJob, log: PredictionLog) -> list[int]:
 
 
 def _open_log(job: BenchmarkJob, settings: Mapping[str, Any], templates: PromptTemplates) -> PredictionLog:
-    """Open the predictions so far.
+    """Open the log of the predictions that exist already.
 
     Args:
         job: the benchmark.
@@ -213,8 +213,8 @@ def _open_log(job: BenchmarkJob, settings: Mapping[str, Any], templates: PromptT
     else:
         (job.folder / PREDICTIONS_FILE).unlink(missing_ok=True)
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    asked = {sample.id: _prompt_digest(sample, templates, thinking=job.source.thinking) for sample in job.samples}
-    log = PredictionLog(job.folder / PREDICTIONS_FILE, asked)
+    digests = {sample.id: _prompt_digest(sample, templates, thinking=job.source.thinking) for sample in job.samples}
+    log = PredictionLog(job.folder / PREDICTIONS_FILE, digests)
     if log.num_outdated:
         logger.warning(
             "%s: the prompts of %d samples have changed since their predictions were generated: they are repeated",

@@ -151,8 +151,8 @@ class LogProbScorer:
     def _encode(self, request: ScoreRequest) -> Group | FailedRequest:
         """Decode, resize and tokenize a request.
 
-        Values of any type and text of any kind reach this function, so errors of any type may occur. None of them may
-        cost the rows of the other requests.
+        Messages are not validated before, so errors of any type may occur here. An error must not affect the rows of
+        other requests.
         """
         try:
             return self._encode_checked(request)
@@ -164,11 +164,12 @@ class LogProbScorer:
     def _encode_checked(self, request: ScoreRequest) -> Group | FailedRequest:
         response = request.response
         vocab_size = self.model.model_config.text.vocab_size
+        # Checked before the conversion to a tensor, which fails for integers above 64 bits.
         if not isinstance(response, str) and max(response) >= vocab_size:
             return FailedRequest(request.id, f"token id {max(response)} is not in the vocabulary of {vocab_size}")
         token_ids = self.processor.tokenize(response) if isinstance(response, str) else torch.tensor(response)
         if not len(token_ids):
-            return FailedRequest(request.id, "the tokenizer makes no tokens of the response")
+            return FailedRequest(request.id, "the tokenizer returns no tokens for the response")
         if int(token_ids.max()) >= vocab_size:
             return FailedRequest(
                 request.id, f"token id {int(token_ids.max())} is not in the vocabulary of {vocab_size}"

@@ -25,7 +25,7 @@ class Prediction:
         error: why there is no output.
         num_tokens, finish_reason: number of tokens of the output and why it ended, if known.
         reduction: how the video was made smaller so that the prompt fits; None if it was not, or if unknown.
-        asked: digest of the prompt, if known.
+        prompt_digest: digest of the prompt that was answered, if known.
     """
 
     id: str
@@ -34,10 +34,10 @@ class Prediction:
     num_tokens: int | None = None
     finish_reason: str | None = None
     reduction: str | None = None
-    asked: str | None = None
+    prompt_digest: str | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """Return the object of the file's line, without unknown values."""
+        """Return the JSON object of the file's line; values that are None are left out."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -103,31 +103,35 @@ class PredictionLog:
         num_outdated: number of predictions that were dropped because the prompt has changed.
     """
 
-    def __init__(self, path: Path, asked: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, prompt_digests: Mapping[str, str]) -> None:
         """Open the file, or create it.
 
         Args:
             path: the file; its folder must exist.
-            asked: digest of each sample's prompt, by id.
+            prompt_digests: digest of each sample's prompt, by id.
 
         Raises:
             UserError: the file holds a complete line that is not a prediction.
         """
         self._path = path
-        self._asked = asked
+        self._prompt_digests = prompt_digests
         found = {
             prediction.id: prediction for prediction in _read_complete_lines(path) if prediction.output is not None
         }
-        # Ids that are not asked now are kept: the manifest may be filtered differently the next time.
+        # Predictions of samples that are not evaluated now are kept: the next evaluation may include them again.
         self.done = {
-            id: prediction for id, prediction in found.items() if asked.get(id, prediction.asked) == prediction.asked
+            id: prediction
+            for id, prediction in found.items()
+            if prompt_digests.get(id, prediction.prompt_digest) == prediction.prompt_digest
         }
         self.num_outdated = len(found) - len(self.done)
         self.rewrite([])
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Add a batch. It is on the disk when this returns."""
-        predictions = [replace(prediction, asked=self._asked[prediction.id]) for prediction in predictions]
+        predictions = [
+            replace(prediction, prompt_digest=self._prompt_digests[prediction.id]) for prediction in predictions
+        ]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_lines(predictions))
             file.flush()
@@ -168,10 +172,10 @@ def _parse_line(line: str, where: str) -> Prediction:
         raise UserError(f'{where}: "output" must be a string')
     if output is None:
         return Prediction(str(row["id"]), None, str(row.get("error") or "no output"))
-    known = {key: row.get(key) for key in ("num_tokens", "finish_reason", "reduction", "asked")}
+    known = {key: row.get(key) for key in ("num_tokens", "finish_reason", "reduction", "prompt_digest")}
     return Prediction(str(row["id"]), output, **known)
 
 
 def _named(ids: Sequence[str]) -> str:
-    """List the first few ids."""
+    """Join the first few ids for an error message."""
     return ", ".join(map(repr, ids[:_MAX_NAMED])) + (" ..." if len(ids) > _MAX_NAMED else "")

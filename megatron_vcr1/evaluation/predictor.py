@@ -1,4 +1,4 @@
-"""Generates a model's predictions for the samples of a benchmark: greedy, distributed over the replicas, in batches."""
+"""Generates a model's predictions for a benchmark by greedy decoding, in batches distributed over the replicas."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from megatron_vcr1.types import VideoSample
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """A model and the way it is prompted.
+    """A model's engine, and the settings of its prompts and outputs.
 
     Attributes:
-        prepare: makes a sample's prompt. A VideoError or PromptTooLongError that it raises is the sample's fault
-            and becomes a prediction without output.
+        prepare: builds a sample's prompt. If it raises VideoError or PromptTooLongError, the sample gets a prediction
+            without output.
         max_new_tokens: longest output.
         prompts_per_batch: samples that a replica generates for at a time.
         num_workers: processes that decode ahead; `prepare` is pickled for them.
@@ -43,7 +43,7 @@ class Predictor:
     def predict(self, samples: Sequence[VideoSample], log: PredictionLog | None, label: str) -> None:
         """Generate predictions for the samples and append them to the log batch by batch. All ranks call it.
 
-        The replica that generates a prediction makes no difference to it.
+        A prediction does not depend on the replica that generates it.
 
         Args:
             samples: the samples, the same on all ranks.

@@ -1,4 +1,4 @@
-"""The function that decoding processes call for each sample.
+"""The function that decoding processes call for each sample of a benchmark.
 
 These processes import this module, so it does not import megatron-core.
 """

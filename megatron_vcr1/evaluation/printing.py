@@ -1,4 +1,4 @@
-"""Prints results to the terminal."""
+"""Prints the results of benchmarks to the terminal."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ F1 = "F1"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A metric and its 95 % bootstrap interval; there is no interval if all samples are about the same video."""
+    """A metric and the bounds of its 95 % bootstrap interval, which are None if all samples are of the same video."""
 
     value: float
     low: float | None

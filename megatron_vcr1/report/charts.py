@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_POINTS = 100
-"""Most points of a line. A point is the mean of its steps, so the page stays small for runs of any length."""
+"""Maximum number of points of a line. A point is the mean of several steps, so the page of a long run stays small."""
 
 WIDTH, HEIGHT = 400.0, 210.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 8.0, 8.0, 30.0

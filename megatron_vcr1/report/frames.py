@@ -14,7 +14,7 @@ from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.types import VideoSample
 
 MAX_FRAMES = 8
-"""Most frames of a sample. For tracking, they are frames that the model sees."""
+"""Maximum number of frames of a sample. For tracking, they are frames that the model sees."""
 
 TIME_LIMIT_S = 20.0
 _MIN_PIXELS, _MAX_PIXELS = 112 * 112, 176 * 176

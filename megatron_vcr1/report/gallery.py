@@ -27,10 +27,10 @@ from megatron_vcr1.rewards.parsing import (
 from megatron_vcr1.types import Box, GroundedChoiceTarget, GroundingTarget, Interval, TrackingTarget, VideoSample
 
 MAX_TEXT = 3000
-"""Most characters of a response that are shown."""
+"""Maximum number of characters of a response that are shown."""
 
 MAX_METRICS = 4
-"""Most metrics that are shown with a prediction."""
+"""Maximum number of metrics that are shown with a prediction."""
 
 Row = Mapping[str, Any]
 

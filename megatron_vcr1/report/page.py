@@ -55,7 +55,7 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
     Args:
         runs: the runs; the others are compared with the first.
         out: the page.
-        max_samples: most samples in the gallery, over all runs; each takes about 60 kB.
+        max_samples: maximum number of samples in the gallery, over all runs; each takes about 60 kB.
         json_path: where to write the numbers; None does not write them.
     """
     problems: dict[str, list[str]] = {run.name: [] for run in runs}
@@ -130,7 +130,7 @@ def _gallery(
 
 
 def _spread(exhibits: Sequence[Exhibit], count: int) -> list[Exhibit]:
-    """Select `count` exhibits at even intervals, so that early and late steps and all benchmarks remain."""
+    """Select `count` exhibits at even intervals, so that early and late steps and all benchmarks are included."""
     if len(exhibits) <= count:
         return list(exhibits)
     return [exhibits[index * len(exhibits) // count] for index in range(count)]
@@ -165,11 +165,11 @@ def _grouped(notes: Sequence[tuple[str, str]], num_runs: int) -> list[str]:
 
 
 def _notes(run: RunRecord, problems: Sequence[str]) -> Iterator[str]:
-    """Yield what a reader should know before trusting the numbers."""
-    yield from (*run.problems, *problems, *_doubts(run))
+    """Yield the notes of a run: files that cannot be read, and reasons to interpret the numbers with care."""
+    yield from (*run.problems, *problems, *_caveats(run))
 
 
-def _doubts(run: RunRecord) -> Iterator[str]:
+def _caveats(run: RunRecord) -> Iterator[str]:
     """Yield reasons to interpret the numbers with care."""
     columns = run.metrics.columns
     if not run.evaluations:
@@ -195,7 +195,7 @@ def _doubts(run: RunRecord) -> Iterator[str]:
 
 
 def _last_tenth(run: RunRecord, key: str) -> float:
-    """Return the mean over the last tenth of the steps; 0 if there is no such metric."""
+    """Return a metric's mean over the last tenth of the steps; 0 if the run does not have the metric."""
     values = run.metrics.columns.get(key, np.array([]))
     last = values[-max(len(values) // 10, 1) :]
     return float(np.nanmean(last)) if np.isfinite(last).any() else 0.0

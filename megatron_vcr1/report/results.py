@@ -11,14 +11,14 @@ from megatron_vcr1.report.charts import words
 from megatron_vcr1.report.run_record import Estimate, EvaluationResult, RunRecord
 
 MAX_COLUMNS = 14
-"""Most columns of the main table, unless there are more benchmarks than that."""
+"""Maximum number of columns of the main table, unless there are more benchmarks than that."""
 
 _HOW = {True: "thinking", False: "answering", None: ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One metric of one model, and its difference to the first row."""
+    """One metric of one model, and its difference from the first row."""
 
     estimate: Estimate
     num_samples: int
@@ -33,9 +33,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A model of a run, with its cells by (label, metric).
+    """A model that a run evaluated, with its cells by (label, metric).
 
-    `own` tells that the model is the run's only one and is stored in the run's folder.
+    Attributes:
+        own: whether the model is the only one that the run evaluated and is stored in the run's folder.
     """
 
     run: str
@@ -77,13 +78,13 @@ def main_table(runs: Sequence[RunRecord]) -> ResultTable:
     first metric.
     """
     columns = _benchmark_columns([result for run in runs for result in run.evaluations])
-    asked: dict[tuple[int, str, str], list[EvaluationResult]] = {}
+    by_column: dict[tuple[int, str, str], list[EvaluationResult]] = {}
     for number, run in enumerate(runs):
         for result in run.evaluations:
-            asked.setdefault((number, result.model, columns[result.label]), []).append(result)
+            by_column.setdefault((number, result.model, columns[result.label]), []).append(result)
     better = [
         (number, replace(max(results, key=_first_value), label=column))
-        for (number, _, column), results in asked.items()
+        for (number, _, column), results in by_column.items()
     ]
     table = _table(runs, better)
     most = max(map(len, table.columns.values()), default=1)
@@ -112,7 +113,7 @@ def result_json(table: ResultTable) -> list[dict[str, Any]]:
 
 
 def num_answers_and_samples(runs: Sequence[RunRecord]) -> tuple[int, int]:
-    """Return the number of answers behind all results, and the number of samples; each manifest counts once."""
+    """Return the number of answers that all results are based on, and of samples; each manifest counts once."""
     num_answers, num_samples = 0, dict[object, int]()
     for run in runs:
         for result in run.evaluations:
@@ -136,8 +137,8 @@ def _table(runs: Sequence[RunRecord], results: Sequence[tuple[int, EvaluationRes
     num_models = [sum(number == index for index, _ in by_row) for number in range(len(runs))]
     return ResultTable(
         columns,
-        {label: _caption(of_label) for label, of_label in by_label.items()},
-        frozenset(label for label, of_label in by_label.items() if len({result.thinking for result in of_label}) > 1),
+        {label: _caption(labelled) for label, labelled in by_label.items()},
+        frozenset(label for label, labelled in by_label.items() if len({result.thinking for result in labelled}) > 1),
         [
             ResultRow(
                 runs[number].name,
@@ -159,7 +160,7 @@ def _benchmark_columns(results: Sequence[EvaluationResult]) -> dict[str, str]:
             labels.setdefault(test, {}).setdefault(result.thinking, set()).add(result.label)
     columns = {result.label: result.label for result in results}
     for ways in labels.values():
-        if ways.keys() == {True, False} and all(len(of_way) == 1 for of_way in ways.values()):
+        if ways.keys() == {True, False} and all(len(way_labels) == 1 for way_labels in ways.values()):
             pair = set.union(*ways.values())
             columns |= dict.fromkeys(pair, min(pair, key=lambda label: (len(label), label)))
     return columns
@@ -170,7 +171,7 @@ def _first_value(result: EvaluationResult) -> float:
 
 
 def _caption(results: Sequence[EvaluationResult]) -> str:
-    """Describe what a label does not: the benchmark, thinking or answering if all results agree, and the judge."""
+    """Describe the results of a label as far as the label does not: benchmark, judge, and thinking or answering."""
     benchmarks = dict.fromkeys(
         words(result.benchmark) for result in results if not result.label.startswith(result.benchmark)
     )

@@ -227,7 +227,7 @@ def _read_evaluations(folder: Path, problems: list[str]) -> Iterator[EvaluationR
             if (estimate := _estimate(entry)) is not None
         }
         if not metrics:
-            problems.append(f"{name}: no metrics in it; it is left out")
+            problems.append(f"{name}: contains no metrics and is left out")
             continue
         yield EvaluationResult(
             label=path.parent.name,

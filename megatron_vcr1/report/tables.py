@@ -14,12 +14,12 @@ from megatron_vcr1.report.curves import MIN_PHASE_FRACTION, phases
 from megatron_vcr1.report.run_record import RunRecord
 
 MAX_REASONS = 20
-"""Most rows of the table of zero rewards; further ones are only counted."""
+"""Maximum number of rows of the table of zero rewards; further reasons are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ZeroRow:
-    """How often a part of the reward was 0 for one reason; the rates are counts per step."""
+    """The number of zeros of a part of the reward for one reason; the rates are zeros per step."""
 
     run: str
     task: str

@@ -27,7 +27,7 @@ from megatron_vcr1.serving.media import request_files
 
 MAX_BODY_BYTES = 256 << 20
 MAX_BODIES_BYTES = 2 << 30
-"""Bodies of all requests that are being read or prepared."""
+"""Maximum total size of the bodies that are being read or prepared."""
 
 MAX_CHARACTERS_PER_TOKEN = 64
 """A text longer than this times the longest prompt is refused before it is tokenized. Text has about 4 characters per
@@ -45,7 +45,7 @@ class Limits:
         max_prompt_tokens: longest prompt, vision tokens included.
         max_new_tokens: longest response, and the limit of a request that sets none.
         prompts_per_batch: prompts in one call of the engine.
-        files: the folder below which file:// URLs may point; None allows none.
+        files: the folder that holds all files that file:// URLs may name; None allows no file:// URLs.
         repetition_penalty: the penalty of a request that sets none.
     """
 
@@ -93,16 +93,16 @@ class ChatApp:
         return app
 
     async def health(self, request: Request) -> Response:
-        """Tell that the server is up."""
+        """Report that the server is up."""
         return JSONResponse({})
 
     async def models(self, request: Request) -> Response:
-        """List the one model."""
+        """List the served model."""
         model = {"id": self._name, "object": "model", "created": 0, "owned_by": "vcr1"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def chat_completions(self, request: Request) -> Response:
-        """Answer a chat request, or explain in OpenAI's format why not."""
+        """Answer a chat request, with the responses or with an error in OpenAI's format."""
         if self._num_in_flight >= self._limits.max_in_flight:
             return _overloaded(f"{self._num_in_flight} requests are in flight; try again later")
         self._num_in_flight += 1

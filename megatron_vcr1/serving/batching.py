@@ -58,7 +58,7 @@ class Batcher:
             self.refuse_waiting()
 
     def run(self) -> None:
-        """Generate responses until `stop` is called; prompts that still wait then fail with ServerStopping."""
+        """Generate responses until `stop` is called; prompts that are still waiting then fail with ServerStopping."""
         try:
             while not self._stopped.is_set():
                 for batch in self._next_batches():

@@ -1,7 +1,7 @@
 """The request and response bodies of OpenAI's chat completions, as far as this server supports them.
 
 Every key of a request is either followed, known to change nothing, or refused. A key is never ignored silently: an
-evaluation would then measure something else than what it asked for.
+evaluation would then measure something else than it asked for.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ class ChatRequest(_Object):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_followed(cls, body: Any) -> Any:
+    def _refuse_unsupported_keys(cls, body: Any) -> Any:
         """Drop the keys that change nothing, and name a key that would change the response and is not supported."""
         if not isinstance(body, dict):
             raise ValueError("the body must be a JSON object")
@@ -288,7 +288,7 @@ class ChatRequest(_Object):
         return strings + sum(len(part.text) for part in self.parts() if isinstance(part, TextPart))
 
     def sampling(self, max_new_tokens: int, repetition_penalty: float) -> SamplingParams:
-        """Return how to sample the response.
+        """Return the sampling parameters of the responses.
 
         Args:
             max_new_tokens: the server's limit, which also applies to a request without a limit.

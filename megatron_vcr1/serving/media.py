@@ -1,4 +1,4 @@
-"""The images and videos of a request: sent in data: URLs, or named below a folder that the server's owner opened."""
+"""The images and videos of a request: sent in data: URLs, or named by file:// URLs in the folder of --files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron_vcr1.data.video_types import Deadline, VideoError
 from megatron_vcr1.serving.chat import ChatRequest, ImagePart, RefusedRequest, TextPart, VideoPart
 
 MAX_IMAGE_PIXELS = 64 * 1024 * 1024
-"""Largest image that is decoded, before resizing: 192 MiB as RGB. A small file can claim any size."""
+"""Maximum number of pixels of an image before resizing: 192 MiB as RGB. A small file can claim any size."""
 
 MAX_VIDEO_FRAME_PIXELS = 8192 * 4352
-"""Largest frames of a video file that are decoded, before resizing: 8K. A decoder holds dozens of frames."""
+"""Maximum number of pixels of a video's frame before resizing: 8K. A decoder holds dozens of frames."""
 
 MAX_FRAMES = 768
-"""Most frames of a video that is sent as images; `read_frames` has the same default for video files."""
+"""Maximum number of frames of a video that is sent as images; `read_frames` has the same default for video files."""
 
 _DEFAULT_FPS = 2.0
 _OPEN_LIMIT_S = 30.0
@@ -42,8 +42,8 @@ class RequestFiles:
 
     Attributes:
         folder: a temporary folder for the contents of data: URLs.
-        root: the folder below which ``file://`` URLs may point; None allows none.
-        max_pixels: most pixels that a video's options may ask for.
+        root: the folder that holds all files that ``file://`` URLs may name; None allows no such URLs.
+        max_pixels: maximum number of pixels that the options of an image or a video may ask for.
         places: for each file, its place in the request and the name to show for it.
     """
 
@@ -120,7 +120,7 @@ class RequestFiles:
             raise VideoError(file, f"has more than {MAX_IMAGE_PIXELS} pixels; make the image smaller")
 
     def _check_video(self, file: str) -> None:
-        """Refuse a video file with too large frames by reading its headers alone."""
+        """Refuse a video file whose frames are too large, by reading its headers alone."""
         if Path(file).is_dir():  # frames in a folder of the server's owner
             return
         with open_video(file, Deadline(file, _OPEN_LIMIT_S)) as source:
@@ -135,7 +135,7 @@ class RequestFiles:
             file = str(self._write(_data_url_content(url)))
             self.places[file] = place
             return file
-        # Nothing is fetched over a network: a request could make the server ask what its sender may not.
+        # Nothing is fetched over a network: clients could use the server to reach addresses that they cannot reach.
         parsed = urlsplit(url)
         if parsed.scheme != "file" or parsed.netloc not in ("", "localhost"):
             shown = url if len(url) <= 100 else url[:97] + "..."
@@ -144,7 +144,7 @@ class RequestFiles:
             raise RefusedRequest("file:// URLs need a server that was started with --files FOLDER")
         name = unquote(parsed.path)
         if "\0" in name:
-            raise RefusedRequest("the file's name holds a null character")
+            raise RefusedRequest("the file's name contains a null character")
         path = Path(name).resolve()
         if not path.is_relative_to(self.root.resolve()):
             raise RefusedRequest(f"{name}: is not below the folder that this server was given")
@@ -186,9 +186,9 @@ def request_files(root: Path | None, max_pixels: int) -> Iterator[RequestFiles]:
     """Provide the files of one request; those that were sent along are deleted at the end of the with-block.
 
     Args:
-        root: the folder below which ``file://`` URLs may point; None allows none.
-        max_pixels: most pixels after resizing that the options of an image or a video may ask for; the default options
-            of `read_frames` are always allowed.
+        root: the folder that holds all files that ``file://`` URLs may name; None allows no such URLs.
+        max_pixels: maximum number of pixels after resizing that the options of an image or a video may ask for; the
+            default options of `read_frames` are always allowed.
     """
     with tempfile.TemporaryDirectory(prefix="vcr1-serve-") as folder:
         yield RequestFiles(Path(folder), root, max(max_pixels, _DEFAULT_VIDEO_PIXELS))

@@ -17,7 +17,7 @@ from megatron_vcr1.serving.connections import KEEP_ALIVE_S, BoundedConnection
 from megatron_vcr1.serving.hosts import allowed_hosts
 
 MAX_CONNECTIONS = 1000
-"""Beyond it, uvicorn answers 503. A process may usually open 1,024 files."""
+"""uvicorn answers 503 to further connections. A process may usually open 1,024 files."""
 
 _BACKLOG = 1024  # clients that connect at the same instant; the kernel resets further ones
 _SHUTDOWN_S = 5  # for responses that are being sent

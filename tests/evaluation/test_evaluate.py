@@ -201,7 +201,7 @@ def test_samples_with_edited_prompts_are_predicted_again(
     after = rows(predictions)
     assert after[2:] == before[2:]
     assert [row["id"] for row in after] == [row["id"] for row in before]
-    assert all(new["asked"] != old["asked"] for new, old in zip(after[:2], before[:2], strict=True))
+    assert all(new["prompt_digest"] != old["prompt_digest"] for new, old in zip(after[:2], before[:2], strict=True))
 
 
 def test_an_imported_model_gives_the_same_predictions(folder: Path, whole: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def test_a_log_resumes_after_an_incomplete_line(tmp_path: Path) -> None:
         file.write('{"id": "c", "out')
     log = PredictionLog(path, ASKED)
     assert list(log.done) == ["a"]  # what failed is tried again
-    assert log.done["a"] == Prediction("a", "A \ud800", None, 3, "stop", asked="qa")
+    assert log.done["a"] == Prediction("a", "A \ud800", None, 3, "stop", prompt_digest="qa")
     log.append([Prediction("b", "B"), Prediction("c", None, "no video")])
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
     assert read_predictions(path)["c"] == Prediction("c", None, "no video")

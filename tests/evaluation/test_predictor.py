@@ -55,5 +55,5 @@ def test_predictions_are_logged_in_order_and_batch_by_batch(tmp_path: Path) -> N
     assert engine.batches == [["a"], ["c", "d"], ["e"]]
     assert engine.params == {SamplingParams(7, temperature=0.0)}
     assert list(log.done) == [sample.id for sample in samples]
-    assert log.done["c"] == Prediction("c", "c", None, 1, "stop", asked="prompt c")
-    assert log.done["bad"] == Prediction("bad", None, "the video is damaged", asked="prompt bad")
+    assert log.done["c"] == Prediction("c", "c", None, 1, "stop", prompt_digest="prompt c")
+    assert log.done["bad"] == Prediction("bad", None, "the video is damaged", prompt_digest="prompt bad")

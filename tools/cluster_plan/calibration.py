@@ -20,7 +20,7 @@ from megatron_vcr1.model.flops import bf16_peak
 
 PARTS = ("text", "vision", "attention", "head")
 """The efficiencies that are fitted."""
-PRIOR_WEIGHT = 0.005  # of the assumed efficiencies, which decide where the measurements do not
+PRIOR_WEIGHT = 0.005  # weight of the assumed efficiencies, which matter for parts that the runs hardly measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Measured:
         """Read a result of `benchmark_throughput.py train --json`.
 
         Raises:
-            UserError: the file is something else.
+            UserError: the file is not such a result.
         """
         try:
             raw = json.loads(path.read_text())

@@ -42,7 +42,7 @@ class Job:
     dtype_bytes: int = 2  # of parameters and activations
     freeze: tuple[str, ...] = ()
     with_reference: bool = True  # whether the log-probs of the reference are computed
-    reference_resident: bool = False  # the reference stays on the device, or is swapped in from host memory
+    reference_resident: bool = False  # True: the reference stays on the device; False: it is swapped in from the host
 
     @property
     def num_steps(self) -> int:
@@ -58,7 +58,7 @@ class Job:
         return square_video(self.config, self.prompt_tokens)[0] * self.config.vision.temporal_patch_size
 
     def groups(self, num_groups: int) -> Workload:
-        """Return the workload of a forward pass over some groups."""
+        """Return the workload of a forward pass over `num_groups` groups."""
         group = _group(self.config, self.prompt_tokens, (self.response_tokens,) * self.group_size)
         return Workload(*(num_groups * getattr(group, part.name) for part in fields(group)))
 

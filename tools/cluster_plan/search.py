@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def update_mfu(self) -> float:
-        """Return the same over the seconds of update and reference alone."""
+        """Return the MFU of the phases update and reference alone."""
         return self._mfu(self.time.update + self.time.reference)
 
     def _mfu(self, seconds: float) -> float:

@@ -96,7 +96,7 @@ def write_clip(path: Path, num_seconds: int) -> Path:
 
 
 class Worker:
-    """The parent's handle of a process that reads clips with one backend.
+    """A handle to a process that reads clips with one backend.
 
     The process reads one path per line from stdin and answers with one JSON object per line. Its first line says
     whether the backend is installed. It ends when its stdin is closed.

@@ -1,4 +1,4 @@
-"""Measuring code that all commands share: clocks, memory, the machine's description, subprocesses, tables."""
+"""Measurements that all commands share: clocks, memory, the machine's description, subprocesses, tables."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def command_line(args: argparse.Namespace) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine: date, processor, device and versions, without which a measurement means nothing."""
+    """Return the date, processor, device and package versions, which every result records."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": f"{processor_name()}, {os.cpu_count()} cores",
@@ -152,7 +152,7 @@ def run_again(
 ) -> subprocess.CompletedProcess[str]:
     """Run this tool in a new process, or under torchrun in several; exit with its last messages if it fails.
 
-    Each candidate gets a new process because memory that an earlier one left behind would count for the next.
+    Each candidate gets a new process: memory that an earlier candidate did not free would count for the next one.
     """
     launcher = [sys.executable]
     if num_processes > 1:
