@@ -84,7 +84,7 @@ def test_import_of_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
         vcr1("import", "activitynet", "--annotations", tmp_path / "absent.json", "--out", tmp_path / "m.jsonl")
 
 
-def test_a_mistyped_task_is_told_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_task_is_refused_with_the_known_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         vcr1("synthesize", "--out", "a", "--num-videos", "1", "--tasks", "grounding")
     assert "invalid choice: 'grounding' (choose from 'temporal_grounding', 'tracking'" in capsys.readouterr().err

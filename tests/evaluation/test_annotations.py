@@ -59,7 +59,9 @@ def test_published_json_lines_are_not_taken_for_a_manifest(tmp_path: Path) -> No
         ("dream1k", '{"id": "a", "task": "dance", "target": {}}', "'dance\\\\?\"? is not one of|bad rows"),
     ],
 )
-def test_a_file_that_is_neither_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_a_file_that_is_neither_a_manifest_nor_published_is_refused(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     (tmp_path / "m.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         read_annotations(BENCHMARKS[name], [tmp_path / "m.jsonl"])

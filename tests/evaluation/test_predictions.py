@@ -10,7 +10,7 @@ from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog, matc
 from tests.evaluation.samples import choices
 
 SAMPLES = choices("a", "b", "c")
-ASKED = {"a": "qa", "b": "qb", "c": "qc"}  # digests of the prompts
+DIGESTS = {"a": "qa", "b": "qb", "c": "qc"}  # digests of the prompts
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -72,11 +72,11 @@ def test_ids_must_match_the_samples() -> None:
 
 def test_a_log_resumes_after_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
-    log = PredictionLog(path, ASKED)
+    log = PredictionLog(path, DIGESTS)
     log.append([Prediction("a", "A \ud800", num_tokens=3, finish_reason="stop"), Prediction("b", None, "no video")])
     with path.open("a") as file:
         file.write('{"id": "c", "out')
-    log = PredictionLog(path, ASKED)
+    log = PredictionLog(path, DIGESTS)
     assert list(log.done) == ["a"]  # what failed is tried again
     assert log.done["a"] == Prediction("a", "A \ud800", None, 3, "stop", prompt_digest="qa")
     log.append([Prediction("b", "B"), Prediction("c", None, "no video")])
@@ -88,18 +88,18 @@ def test_a_log_resumes_after_an_incomplete_line(tmp_path: Path) -> None:
 
 def test_predictions_for_changed_prompts_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
-    PredictionLog(path, ASKED).append([Prediction(id, id.upper()) for id in "abc"])
+    PredictionLog(path, DIGESTS).append([Prediction(id, id.upper()) for id in "abc"])
     with path.open("a") as file:
         file.write('{"id": "b2", "output": "for an unknown prompt"}\n')
     log = PredictionLog(path, {"a": "qa", "b": "another", "b2": "qb2"})
     assert list(log.done) == ["a", "c"]  # c is not evaluated now, but may be again
     assert log.num_outdated == 2
-    assert list(PredictionLog(path, ASKED).done) == ["a", "c"]
+    assert list(PredictionLog(path, DIGESTS).done) == ["a", "c"]
 
 
 def test_a_log_refuses_a_file_of_other_content(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text("some notes\n")
     with pytest.raises(UserError, match=r"predictions.jsonl:1: not JSON"):
-        PredictionLog(path, ASKED)
+        PredictionLog(path, DIGESTS)
     assert path.read_text() == "some notes\n"

@@ -84,7 +84,7 @@ def test_the_page_of_one_run(html):
         assert text in page.text
     assert "Step 1: tracking" in page.text and "Step 40: captioning" in page.text
     assert "charades_sta: worst of 6" in page.text
-    # 3 steps and 1 benchmark; 8 frames a sample
+    # 3 steps and 1 benchmark; 8 frames per sample
     assert page.count("article") == 3 * 6 + 3 and page.count("img") == 8 * (3 * 6 + 3)
     assert page.count("rect", **{"class": "truth"}) >= 3 * 8  # true boxes of the tracking sample at three steps
     assert page.count("div", **{"class": "bar best"}) and page.count("div", **{"class": "bar truth"})

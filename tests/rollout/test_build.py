@@ -1,4 +1,4 @@
-"""Tests of what `disable_nccl_cumem` does to the environment; local/test_engine.py builds an engine."""
+"""Tests of the environment variable that `disable_nccl_cumem` sets; local/test_engine.py builds an engine."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_sampling_follows_the_request_and_the_models_defaults(keys: dict[str, An
         ),
     ],
 )
-def test_keys_that_are_not_followed_are_refused_by_name(keys: dict[str, Any], message: str) -> None:
+def test_unsupported_keys_are_refused_by_name(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(RefusedRequest, match=message):
         parse(**keys)
 

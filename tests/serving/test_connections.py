@@ -1,4 +1,4 @@
-"""Connections of slow, rude and confused clients, on the real process."""
+"""Connections of clients that are slow, leave early or send no valid HTTP, on the real process."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_keep_alive_stays_in_sync_after_refused_requests(server: ServerProcess) 
             assert read_response(connection)[0] == status
 
 
-def test_what_is_not_http_gets_400(server: ServerProcess) -> None:
+def test_bytes_that_are_not_http_get_400(server: ServerProcess) -> None:
     with server.connect() as connection:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         status, body = read_response(connection)

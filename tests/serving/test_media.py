@@ -47,7 +47,7 @@ def test_more_frames_than_are_read_are_refused(most: int, options: dict[str, Any
         convert(video(url, **options), None)
 
 
-def test_options_of_a_part_win_over_those_of_the_request(tmp_path: Path) -> None:
+def test_options_of_a_part_override_those_of_the_request(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "a b.mp4", num_frames=4)
     shared = {"media_io_kwargs": {"video": {"fps": 5, "num_frames": 12}}}
     converted = convert(video(clip.as_uri(), fps=1), tmp_path, **shared)
@@ -70,7 +70,7 @@ def test_bad_urls_are_refused_with_their_place(tmp_path: Path, url: str, message
         convert(video(url.format(folder=f"//{tmp_path}")), tmp_path)
 
 
-def test_a_video_with_too_large_frames_is_refused_before_decoding(
+def test_a_video_whose_frames_are_too_large_is_refused_before_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = write_clip(tmp_path / "clip.mp4", num_frames=4)
@@ -80,7 +80,7 @@ def test_a_video_with_too_large_frames_is_refused_before_decoding(
         convert(video(clip.as_uri()), tmp_path)
 
 
-def test_files_need_permission(tmp_path: Path) -> None:
+def test_file_urls_need_a_folder_of_files(tmp_path: Path) -> None:
     with pytest.raises(RefusedRequest, match="--files FOLDER"):
         convert(video((tmp_path / "a.mp4").as_uri()), None)
 

@@ -124,7 +124,7 @@ def test_a_stop_text_is_cut_out_of_the_response(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_repetition_penalty_of_a_request_is_followed(client: openai.OpenAI) -> None:
+def test_repetition_penalty_of_a_request_is_applied(client: openai.OpenAI) -> None:
     plain, penalized = (
         ask(client, text("when?"), max_tokens=12, extra_body={"repetition_penalty": penalty}).choices[0].message.content
         for penalty in (1.0, 100.0)

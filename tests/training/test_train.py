@@ -1,4 +1,4 @@
-"""How a run is built and opened: mistakes that are found before the model is loaded, and what is closed afterwards."""
+"""Building and opening a run: mistakes are found before the model is loaded, and everything is closed afterwards."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _scored(model: QwenVLModel, request: GenerationRequest, group: RolloutGroup,
 
 @pytest.mark.parametrize("end", [END, ()])
 def test_log_probs_equal_those_of_a_forward_pass(model_dir: Path, one_process: None, end: tuple[int, ...]) -> None:
-    """Checks responses that leave the batch early, and full-length ones, for which the cache grows."""
+    """Checks responses that are removed from the batch early, and full-length responses, for which the cache grows."""
     engine, model = _engine(model_dir, end=end)
     generated = engine.generate(_requests(), SamplingParams(max_new_tokens=70, temperature=0.7))
     lengths = {len(rollout.token_ids) for group in generated for rollout in group.rollouts}
@@ -149,9 +149,9 @@ def test_the_fast_token_step_equals_the_modules(
     assert decode.supports(model.language_model.decoder)
     generated = engine.generate(_requests(), SAMPLING)
     monkeypatch.setattr(decode, "supports", lambda decoder: False)
-    by_modules = engine.generate(_requests(), SAMPLING)
-    assert _tokens(generated) == _tokens(by_modules)
-    for group, other in zip(generated, by_modules, strict=True):
+    from_modules = engine.generate(_requests(), SAMPLING)
+    assert _tokens(generated) == _tokens(from_modules)
+    for group, other in zip(generated, from_modules, strict=True):
         for rollout, same in zip(group.rollouts, other.rollouts, strict=True):
             assert rollout.log_probs == pytest.approx(same.log_probs, abs=TOLERANCE)
 

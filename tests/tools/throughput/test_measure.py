@@ -1,4 +1,4 @@
-"""Measuring code that all commands share."""
+"""Measurements that all commands share."""
 
 from __future__ import annotations
 
