@@ -190,10 +190,10 @@ def _peak_rates(device: torch.device) -> PeakRates:
 
 def _print_case(results: list[Result], case: Case) -> None:
     """Print a table of the providers of one case."""
-    of_case = [result for result in results if result.case == case.name]
+    case_results = [result for result in results if result.case == case.name]
     print(f"\n{case.name}  {case.shape}")
     print(f"  {'':40} {'ms':>9} {'GB/s':>8} {'TFLOP/s':>8} {'of peak':>8} {'peak MB':>9}")
-    for result in of_case:
+    for result in case_results:
         if result.failure:
             print(f"  {result.provider:40} failed: {result.failure}")
             continue

@@ -97,7 +97,7 @@ class Batcher:
             for pending in batch:
                 pending.result.set_exception(error)
             return
-        except BaseException:  # Ctrl-C: the server ends, and nobody may be left waiting
+        except BaseException:  # Ctrl-C: the server ends, and no client may be left waiting
             for pending in batch:
                 pending.result.set_exception(ServerStopping("the server was interrupted"))
             raise

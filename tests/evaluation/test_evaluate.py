@@ -206,10 +206,10 @@ def test_samples_with_edited_prompts_are_predicted_again(
 
 def test_an_imported_model_gives_the_same_predictions(folder: Path, whole: dict[str, Any]) -> None:
     import_checkpoint(folder / "model", folder / "imported")
-    config = run_config(folder, folder / "of_imported", "captioning", model={"path": folder / "imported"})
+    config = run_config(folder, folder / "from_imported", "captioning", model={"path": folder / "imported"})
     evaluate_model(config)
     predictions = "evaluation/captioning/predictions.jsonl"
-    assert results(folder / "of_imported")[predictions] == whole[predictions]
+    assert results(folder / "from_imported")[predictions] == whole[predictions]
 
 
 @pytest.mark.parametrize(

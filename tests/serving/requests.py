@@ -63,7 +63,7 @@ class ServerProcess:
         self.process.wait(timeout=60)
 
     def errors(self) -> str:
-        """What the process has written to standard error."""
+        """Return the text that the process has written to standard error."""
         self._errors.seek(0)
         return self._errors.read()
 
@@ -72,7 +72,7 @@ class ServerProcess:
 
 
 def post(url: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-    """POST a body; returns the status and the response's body."""
+    """POST a body, and return the status and the body of the response."""
     request = urllib.request.Request(f"{url}/chat/completions", data=body, headers=headers or {}, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:

@@ -40,7 +40,7 @@ def test_responses_equal_the_engines(folder: Path, client: openai.OpenAI, tmp_pa
         (tmp_path / f"{number}.jpg").write_bytes(picture_file(number, "JPEG"))
         frames.append(str(tmp_path / f"{number}.jpg"))
     frames_url = "data:video/jpeg;base64," + ",".join(
-        base64.b64encode(Path(one).read_bytes()).decode() for one in frames
+        base64.b64encode(Path(frame).read_bytes()).decode() for frame in frames
     )
     clip = first_video(folder)
     pairs = [

@@ -74,7 +74,7 @@ def _group(config: ModelConfig, num_prompt_tokens: int, response_lengths: tuple[
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a job is split across GPUs."""
+    """The split of a job across GPUs."""
 
     tensor: int = 1
     pipeline: int = 1

@@ -33,7 +33,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What one rank sends within its tensor-parallel group for one microbatch."""
+    """The traffic of one rank within its tensor-parallel group, for one microbatch."""
 
     bytes: float = 0.0
     collectives: int = 0

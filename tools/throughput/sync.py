@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         args.worker.write_text(json.dumps(result))
         return 0
     write_json(args.json, result)
-    rates = Spread.of([result["bytes"] / each / 1e9 for each in result["seconds"]])
+    rates = Spread.of([result["bytes"] / round_s / 1e9 for round_s in result["seconds"]])
     print_table(
         f"Weights of {args.model}, {result['bytes'] / 1e9:.2f} GB, {result['num_tensors']} tensors, {result['device']}",
         ("", "seconds", "GB/s"),

@@ -248,7 +248,7 @@ def report(result: dict[str, Any]) -> None:
         spread = Spread.of(side[clock])
         devices = num_devices if name == OURS else 1
         mfu = useful / spread.median / devices / (peak or side["matmul_flops_per_s"])
-        above, ours_above = (each["peak_bytes"] - each["libraries_bytes"] for each in (side, ours))
+        above, ours_above = (measured["peak_bytes"] - measured["libraries_bytes"] for measured in (side, ours))
         rows.append(
             (
                 name,

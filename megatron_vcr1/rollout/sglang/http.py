@@ -14,7 +14,7 @@ INITIAL_WEIGHTS = "default"
 """Weight version of a server that was started with weights, unless it is told another one (SGLang's own default)."""
 
 HEALTH_TIMEOUT_S = 25.0
-"""Maximum time of a health check, in which a server computes a token. SGLang itself gives up after 20 s."""
+"""Maximum time of a health check, in which a server computes a token. SGLang's own limit is 20 s."""
 
 
 # One client for all threads: creating a client takes 18 ms (it loads certificates), a call takes 1 ms. It keeps no
@@ -58,7 +58,7 @@ async def call_async(client: httpx.AsyncClient, method: str, url: str, body: Any
     SGLang aborts a request whose connection is closed.
     """
     try:
-        # httpx's timeout limits each read, so a response that arrives in small pieces could take for ever.
+        # httpx's timeout limits each read, so a response that arrives in small pieces could take forever.
         async with asyncio.timeout(timeout_s):
             response = await client.request(method, url, json=body, timeout=None)
     except TimeoutError:

@@ -185,7 +185,7 @@ class ServerProcess:
         self.popen: subprocess.Popen[bytes] | None = None
         self.ready = threading.Event()
         self.failure: str | None = None
-        """Why the server will not be restarted any more."""
+        """The reason why the server will not be restarted any more; None while it may be."""
         self._death_reason: str | None = None
         self._started_at_s = self._probed_at_s = 0.0
         self._num_failed_probes = 0

@@ -125,7 +125,7 @@ class WeightSync:
         if self._update is not None:
             self._finish(self._update)
             self._update = None
-        # Cannot wait for ever: a replica that dies with a lock ends the whole job.
+        # This cannot wait forever: if a replica dies while it holds a lock, the whole job ends.
         while not self.current and any(self._locks.is_locked(url) for url in self._fleet.urls):
             time.sleep(POLL_INTERVAL_S)
         if not self.current:

@@ -44,7 +44,7 @@ class WeightUpdate(Generic[Prepared]):
         finish    `Channel.finish`; clear its prefix cache; set the new version; let it continue; check the version
 
     The version is `LOADING` before the first tensor is sent, and new only after the last one is in use. So if this
-    process or the server dies at any point in between, nobody takes the mixed weights for the old or the new ones.
+    process or the server dies at any point in between, mixed weights are never taken for the old or the new ones.
 
     Attributes:
         urls: the servers.

@@ -66,8 +66,8 @@ def test_inversion_equals_a_search_in_the_cumulative_sums(vocab_size: int) -> No
     expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
     assert torch.equal(token_ids[:1], expected[:1]) and torch.equal(token_ids[2:], expected[2:])
     assert bool((probs.gather(1, token_ids[:, None]) > 0).all())
-    of_nan = invert_distribution(torch.full_like(probs, torch.nan), uniforms)
-    assert bool((of_nan == vocab_size - 1).all())
+    for_nan = invert_distribution(torch.full_like(probs, torch.nan), uniforms)
+    assert bool((for_nan == vocab_size - 1).all())
 
 
 def test_sampled_distribution_is_the_softmax_at_the_temperature() -> None:
