@@ -1,4 +1,9 @@
-"""Triton kernels for reinforcement learning of video language models, each with a PyTorch path and a reference."""
+"""Triton kernels for reinforcement learning of video language models, each with a PyTorch path and a reference.
+
+`ops` has a module for each operation: argument checks, autograd, and the PyTorch path. `triton_ops` has the kernels
+under the same module names. `reference` has each operation in plain PyTorch, for tests. `layout` and `records` define
+the data structures that they share.
+"""
 
 from vcr1_kernels.layout import SegmentLayout
 from vcr1_kernels.ops.attention import shared_prefix_attention

@@ -35,7 +35,9 @@ def use_triton(tensor: Tensor) -> bool:
 def _triton_is_installed() -> bool:
     installed = find_spec("triton") is not None
     if not installed:
-        logging.getLogger(__name__).warning("vcr1_kernels: PyTorch on the GPU (triton is not installed)")
+        logging.getLogger(__name__).warning(
+            "triton is not installed: vcr1_kernels runs its slower PyTorch code on the GPU"
+        )
     return installed
 
 
@@ -64,9 +66,9 @@ def interpreter() -> Iterator[None]:
 
 @lru_cache(maxsize=1)  # cached, so that the patch is applied once
 def _patch_interpreter_loop_bounds() -> None:
-    """Let the interpreter's scalars be bounds of `range`.
+    """Patch the interpreter so that scalars that a kernel has loaded can be bounds of `range`.
 
-    Triton 3.6's interpreter calls int() on arrays with one element, which numpy 2.4 refuses.
+    Triton 3.6's interpreter converts them by calling int() on arrays with one element, which numpy 2.4 refuses.
     """
     from triton.runtime import interpreter as triton_interpreter
 

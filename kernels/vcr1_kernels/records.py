@@ -92,7 +92,10 @@ class LinearGrpoLoss(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """Softmax statistics of each row over one part of the vocabulary; all [tokens], float32 (float64 for float64)."""
+    """Softmax statistics of each row over one part of the vocabulary; all [tokens].
+
+    The dtype is float32, or float64 for float64 logits.
+    """
 
     max: Tensor  # max_j x_j
     sum_exp: Tensor  # sum_j exp(d_j) with d_j = (x_j - max) / temperature

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch, written like its equation: the reference that the tests compare the ops with.
+"""The reference that tests compare the ops with: every op in plain PyTorch, written the way its equation is.
 
 Arguments and shapes are those of the public ops, gradients come from autograd, and the vocabulary is not sharded.
 Nothing here saves memory or time, and arguments are not checked.

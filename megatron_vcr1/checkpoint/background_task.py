@@ -10,23 +10,23 @@ class BackgroundTask:
     """At most one running task. All methods are called from the same thread (the one that trains).
 
     The thread is a daemon: if the main thread ends with an error, the process exits without waiting for the task. That
-    is safe for a checkpoint, which has no name yet at that time.
+    is safe for a checkpoint, which gets its final name only in the last step of its task.
     """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         # Written by the background thread, once, before it ends. Read by the main thread: after `join` by `finish`,
-        # and at any time by `has_failed`, where a late answer does no harm.
+        # and at any time by `has_failed`, where a stale value does no harm.
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None], name: str) -> None:
-        """Start a task in a new thread; the one before must have been finished.
+        """Start a task in a new thread. Call `finish` for the previous task first.
 
         Args:
             work: the task.
             name: name of the thread, which stack traces show.
         """
-        assert self._thread is None, "finish the last task first"
+        assert self._thread is None, "call finish() before starting another task"
 
         def run() -> None:
             try:
@@ -48,5 +48,5 @@ class BackgroundTask:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the task has failed with an error that `finish` has not raised yet."""
+        """True if the task has failed with an error that `finish` has not raised yet."""
         return self._error is not None

@@ -78,9 +78,9 @@ def _split_rows(layout: TensorLayout, itemsize: int) -> Iterator[RowRange]:
     num_chunks = 1
     while num_rows * layout.num_columns * itemsize > num_chunks * CHUNK_BYTES and num_chunks < num_rows:
         num_chunks *= 2
-    rows_each = -(-num_rows // num_chunks)
-    for start in range(0, num_rows, rows_each):
-        yield RowRange(layout, start, min(start + rows_each, num_rows))
+    rows_per_chunk = -(-num_rows // num_chunks)
+    for start in range(0, num_rows, rows_per_chunk):
+        yield RowRange(layout, start, min(start + rows_per_chunk, num_rows))
 
 
 def _read_chunks(weights: HfWeights, ranges: list[RowRange], progress: Progress) -> Iterator[ChunkData]:

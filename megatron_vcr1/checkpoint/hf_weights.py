@@ -141,6 +141,7 @@ class HfWeights:
         return rows
 
     def _fill(self, name: str, row: int, rows: Tensor) -> None:
+        """Read rows of a Hugging Face tensor into `rows`, and check that a tied head, if it is stored, has the same."""
         first, *copies = self.locations[name]
         self._readers[first.file].read_rows(first.tensor, row, rows)
         for copy in copies:

@@ -31,7 +31,7 @@ def check_files(directory: Path, *, share: int = 0, num_shares: int = 1) -> None
     the ranks: this call reads every ``num_shares``-th file, starting with number ``share``.
 
     Raises:
-        UserError: a file is missing, truncated or changed; names it.
+        UserError: a file is missing, truncated or changed; the message names the file.
     """
     path = directory / CHECKSUMS_FILE
     try:

@@ -34,7 +34,8 @@ def load_model_weights(model: LoadableModel, model_dir: Path) -> None:
         model_dir: a Hugging Face directory, an imported model or a training checkpoint.
 
     Raises:
-        UserError: the directory is incomplete or damaged, or contains another model; names the tensor or file.
+        UserError: the directory is incomplete or damaged, or contains another model; the message names the tensor or
+            file.
     """
     layouts = model_layout(model.model_config)
     if is_imported(model_dir):

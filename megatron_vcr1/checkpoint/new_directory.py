@@ -66,8 +66,8 @@ def _create_partial(path: Path, num_bytes: int, lock: ExitStack) -> Path:
     if free < needed:
         raise UserError(f"{path.parent}: disk full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
     if path.exists():
-        # Remove an empty directory now rather than at the end: if it is a mount point, its name can never be taken,
-        # and all the work would be lost.
+        # Remove an empty directory now rather than at the end. A mount point cannot be removed or renamed over; found
+        # out at the end, that would lose all the work.
         try:
             path.rmdir()
         except OSError as error:

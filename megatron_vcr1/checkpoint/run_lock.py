@@ -24,7 +24,7 @@ def lock_run(directory: Path) -> IO[str]:
 
     The lock is a POSIX record lock (lockf), which also works on NFS. The kernel releases it when the process ends,
     however it ends, or when the returned file is closed. A job that Slurm restarts may start before the lock of its
-    predecessor has been released, so a lock that is held is waited for.
+    predecessor has been released, so this function waits for a lock that another process holds.
 
     Returns:
         The open lock file. Keep it open for as long as the lock is needed, and do not open the file again in this

@@ -147,8 +147,8 @@ class RunStore:
     ) -> None:
         """Save a checkpoint. With ``checkpoint.asynchronous``, only copy it, and write it in the background.
 
-        A background save is complete when the next method of this object has returned, or `finish`. If this run has
-        already saved this step, or was resumed from it, nothing is done.
+        A background save is complete when `finish` has returned; `save`, `latest` and `load` call it first. Does
+        nothing if this run has already saved this step or was resumed from it.
 
         Args:
             step: number of training steps done.
@@ -166,7 +166,7 @@ class RunStore:
         if step == self._newest:
             return
         updates = max(run_on_every_rank(lambda: num_updates(optimizer), self._group))
-        # Serialized now, because training goes on to change the state.
+        # Serialized now, because training changes the state while a background thread writes.
         text = TrainingState(step, updates, scheduler.state_dict(), state, self._reference).to_json()
         slices = slices_to_write(model, optimizer)
         if not self._section.asynchronous:
@@ -181,7 +181,7 @@ class RunStore:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed on this rank; the next method that is called raises the error."""
+        """True if a background save has failed on this rank. `finish` and the other methods raise its error."""
         return self._task.has_failed
 
     def latest(self) -> int | None:
@@ -214,7 +214,7 @@ class RunStore:
 
         Raises:
             UserError: the checkpoint is damaged, or belongs to another model, reference, dtype or choice of frozen
-                parts; names the tensor.
+                parts; the message names the tensor.
         """
         self.finish()
         state = run_on_first_rank(lambda: read_state(self.path(step)), self._group)
@@ -231,8 +231,9 @@ class RunStore:
     def _write(
         self, step: int, slices: list[ShardSlice], chunks: Iterable[ChunkData], state: str, model_dir: Path
     ) -> None:
-        """Write a checkpoint, in the five steps of the module's docstring. Runs on all ranks, in the background thread
-        or in the main thread.
+        """Write a checkpoint, in the five steps of the module's docstring.
+
+        Runs on all ranks: in the background thread, or in the main thread for a save during which training waits.
         """
         num_bytes = sum(run_on_every_rank(lambda: sum(part.values.nbytes for part in slices), self._group))
         with _explain_full_disk(self._directory, step):

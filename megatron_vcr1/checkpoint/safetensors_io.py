@@ -32,7 +32,7 @@ class StoredTensor:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    position: int  # of the first byte in the file
+    position: int  # position of the first byte in the file
 
     @property
     def num_columns(self) -> int:

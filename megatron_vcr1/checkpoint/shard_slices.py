@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from megatron_vcr1.checkpoint.torch_dist import ChunkData, GlobalTensor, read_chunk
 from megatron_vcr1.errors import UserError
 
-# Maximum size of a chunk, if its rows are not longer. Whoever needs a part of a chunk must read all of it.
+# Maximum size of a chunk, except that a chunk has at least one row. Chunks are always read whole.
 MAX_CHUNK_BYTES = 2**26
 
 
@@ -43,11 +43,11 @@ class ShardedModel(Protocol):
 class ShardSlice:
     """Values [start, start + len(values)) of a shard, counted in row-major order."""
 
-    key: str  # of the global tensor
+    key: str  # key of the global tensor
     global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]  # of the shard in the global tensor
-    shape: tuple[int, ...]  # of the shard
-    start: int
+    offsets: tuple[int, ...]  # position of the shard's first value in the global tensor, one index per dimension
+    shape: tuple[int, ...]  # shape of the shard
+    start: int  # flat index of the slice's first value in the shard
     values: Tensor  # [num_values], a view of the live tensor
     is_padded: bool  # whether the global tensor may have more or fewer rows here than in a file (padded vocabulary)
     is_main_replica: bool  # False if another rank of the same data-parallel replica holds the same values
@@ -55,14 +55,16 @@ class ShardSlice:
     def rectangles(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Yield the slice's rectangles: offsets in the global tensor, and values with as many dimensions."""
         position = 0
-        for corner, shape in rectangles(self.start, self.start + len(self.values), self.shape):
+        for corner, shape in split_into_rectangles(self.start, self.start + len(self.values), self.shape):
             num_values = math.prod(shape)
             offsets = tuple(base + offset for base, offset in zip(self.offsets, corner, strict=True))
             yield offsets, self.values[position : position + num_values].view(shape)
             position += num_values
 
 
-def rectangles(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def split_into_rectangles(
+    start: int, stop: int, shape: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Split a flat range of a tensor's values into rectangles, in row-major order.
 
     The range consists of a partial first row, complete rows, and a partial last row, each of which may be missing. A
@@ -70,7 +72,7 @@ def rectangles(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[tu
 
     Args:
         start, stop: the range [start, stop).
-        shape: of the tensor.
+        shape: shape of the tensor.
 
     Yields:
         (corner, shape) of each rectangle.
@@ -85,12 +87,12 @@ def rectangles(start: int, stop: int, shape: Sequence[int]) -> Iterator[tuple[tu
     if start < first * row_size:
         row_stop = min(stop, first * row_size)  # the range may end within its first row
         base = (first - 1) * row_size
-        for corner, part in rectangles(start - base, row_stop - base, shape[1:]):
+        for corner, part in split_into_rectangles(start - base, row_stop - base, shape[1:]):
             yield (first - 1, *corner), (1, *part)
     if first < last:
         yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
     if first <= last and last * row_size < stop:
-        for corner, part in rectangles(0, stop - last * row_size, shape[1:]):
+        for corner, part in split_into_rectangles(0, stop - last * row_size, shape[1:]):
             yield (last, *corner), (1, *part)
 
 
@@ -108,6 +110,7 @@ def parameter_slices(model: ShardedModel) -> dict[nn.Parameter, list[ShardSlice]
 
 
 def _whole_shard(shard: ShardedTensor) -> ShardSlice:
+    """Convert megatron-core's description of a shard to a slice that covers the whole shard."""
     assert shard.data is not None and shard.prepend_axis_num == 0, shard
     # replica_id is a number, or a tuple that counts copies over pipeline stages (tied embeddings), tensor-parallel
     # ranks and data-parallel ranks. The last one is left out: data-parallel ranks split the writing among themselves.

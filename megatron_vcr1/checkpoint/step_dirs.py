@@ -6,8 +6,8 @@
     .step_N.removed-XXXX      a checkpoint that is being removed
 
 A directory becomes step_N, and stops being it, by a single rename. So a crash at any instant leaves either a complete
-checkpoint under that name or none. Names that start with a dot are only ever leftovers once the run holds the lock
-again, and are removed.
+checkpoint under that name or none. A run that has just locked the directory removes all directories whose names start
+with a dot: they can only be leftovers of earlier runs.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def step_dir(directory: Path, step: int) -> Path:
 def create_partial(directory: Path, step: int, num_bytes: int) -> Path:
     """Create the hidden directory in which a checkpoint is written.
 
-    Its name is random, so that a rank of an earlier, dead run that has not noticed yet cannot write into it.
+    Its name is random, so that a rank that is left over from a dead run, and still writes, cannot write into it.
 
     Args:
         directory: the run's checkpoint directory.
-        step: of the checkpoint.
+        step: step of the checkpoint.
         num_bytes: size of its tensors; checked against the free disk space.
 
     Raises:

@@ -36,9 +36,9 @@ class StoredModel:
 
     megatron_dir: Path
     layouts: Mapping[str, TensorLayout]
-    headers: Mapping[str, SafetensorsHeader]  # of the safetensors files that an export writes
-    locations: Mapping[str, tuple[TensorLocation, ...]]  # of the tensors in those files, by published name
-    chunks: tuple[Chunk, ...]  # of the model's tensors, without the optimizer's
+    headers: Mapping[str, SafetensorsHeader]  # headers of the safetensors files that an export writes, by file name
+    locations: Mapping[str, tuple[TensorLocation, ...]]  # places of the tensors in those files, by published name
+    chunks: tuple[Chunk, ...]  # all chunks of the model's tensors, without those of the optimizer
 
     @property
     def num_bytes(self) -> int:

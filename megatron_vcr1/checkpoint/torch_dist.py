@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_vcr1.checkpoint.disk import Checksum, create, start_writeback
+from megatron_vcr1.checkpoint.disk import Checksum, create_file, start_writeback
 from megatron_vcr1.errors import UserError
 
 _METADATA_FILE = ".metadata"
@@ -59,11 +59,11 @@ ChunkData = tuple[str, tuple[int, ...], Tensor]  # key of the global tensor, off
 class Chunk:
     """A rectangle of a global tensor, and the location of its serialized form."""
 
-    key: str  # of the global tensor
-    offsets: tuple[int, ...]  # of the rectangle in the global tensor
-    shape: tuple[int, ...]  # of the rectangle
+    key: str  # key of the global tensor
+    offsets: tuple[int, ...]  # position of the rectangle's first value in the global tensor, one index per dimension
+    shape: tuple[int, ...]  # shape of the rectangle
     file: str  # name of a .distcp file
-    position: int  # of the first byte in the file
+    position: int  # position of the first byte in the file
     num_bytes: int  # length of the serialized form
 
 
@@ -92,7 +92,7 @@ def write_chunks(path: Path, tensors: Iterable[ChunkData], checksum: Checksum | 
         OSError: the disk is full or failed.
     """
     chunks = []
-    with create(path, checksum) as file, _without_zip_checksums(), _disk_errors(path):
+    with create_file(path, checksum) as file, _without_zip_checksums(), _restore_disk_errors(path):
         for key, offsets, tensor in tensors:
             position = file.tell()
             torch.save(tensor, file)
@@ -116,7 +116,7 @@ def _without_zip_checksums() -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def _restore_disk_errors(path: Path) -> Iterator[None]:
     """Restore the OSError that torch.save turns into a RuntimeError when the file raises one."""
     try:
         yield

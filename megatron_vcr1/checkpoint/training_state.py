@@ -21,9 +21,9 @@ class TrainingState:
 
     step: int  # training steps done
     num_updates: int  # steps that Adam has taken; fewer than `step` if updates were skipped
-    schedule: Mapping[str, Any]  # of the learning rate
+    schedule: Mapping[str, Any]  # state of the learning-rate schedule
     trainer: Mapping[str, Any]  # data position and whatever else the trainer stores
-    reference: str | None = None  # fingerprint of the reference's weights, if the run has needed them
+    reference: str | None = None  # fingerprint of the reference's weights, if the run has ever needed it
 
     def to_json(self) -> str:
         content = {

@@ -28,7 +28,7 @@ from megatron_vcr1.parallel import mesh
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """The file of chunks that one rank has written, as rank 0 needs to know it to write the index."""
+    """Description of the file of chunks that one rank has written. Rank 0 needs it to write the index."""
 
     name: str
     chunks: list[Chunk]
@@ -79,7 +79,7 @@ def write_rank_file(megatron_dir: Path, slices: list[ShardSlice], chunks: Iterab
 
     Args:
         megatron_dir: the torch_dist checkpoint.
-        slices: what the chunks are made of; only dtypes and shapes are used.
+        slices: the slices that the chunks were cut from; only their dtypes and shapes are used.
         chunks: copies of their values in host memory.
 
     Raises:
@@ -103,8 +103,8 @@ def load_tensors(megatron_dir: Path, model: nn.Module, optimizer: MegatronOptimi
     weights = list(chain.from_iterable(parameters.values()))
     for part in weights:
         stored = tensors.get(part.key)
-        # Reading would convert, but then training could not continue exactly: float32 weights would be rounded, and
-        # master weights would be missing.
+        # `read_slices` would convert the values, but training could then not continue exactly: float32 weights would be
+        # rounded, and master weights would be missing.
         if stored is not None and stored.dtype != part.values.dtype:
             dtypes = f"{part.key} is {stored.dtype} in the checkpoint, but {part.values.dtype} in this run"
             raise UserError(

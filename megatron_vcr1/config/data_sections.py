@@ -1,4 +1,4 @@
-"""Section [data]: what is trained on, and how videos are decoded."""
+"""Section [data]: the training data, and how videos are decoded."""
 
 from __future__ import annotations
 

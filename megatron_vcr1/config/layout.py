@@ -78,7 +78,7 @@ def possible_tensor_sizes(shape: ModelShape) -> list[int]:
 
 
 def _indivisible_sizes(shape: ModelShape, tensor: int) -> Iterator[str]:
-    """Yield the sizes of the model that are not divisible by `tensor`, in words."""
+    """Yield the sizes that are not divisible by `tensor`, as text for a message, such as "28 attention heads"."""
     sizes = {
         "attention heads": shape.num_heads,
         "FFN features": shape.ffn_hidden_size,
@@ -115,7 +115,7 @@ def _world_problems(parallel: ParallelSection, world_size: int) -> Iterator[str]
     ranks_per_replica = parallel.tensor * parallel.pipeline
     if world_size % ranks_per_replica:
         yield (
-            f"{world_size} ranks do not divide into replicas of parallel.tensor * parallel.pipeline = "
+            f"{world_size} ranks cannot be split into replicas of parallel.tensor * parallel.pipeline = "
             f"{ranks_per_replica} ranks; launch a multiple of {ranks_per_replica}, or lower parallel.tensor or "
             "parallel.pipeline"
         )

@@ -124,4 +124,4 @@ def _fields_of(section: str, keys: Sequence[str]) -> Iterable[str]:
 def _suggest(unknown: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(unknown, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"

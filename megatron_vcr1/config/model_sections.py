@@ -21,7 +21,7 @@ class ModelSection(Section):
     layer_spec: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto",
         description="Implementation of the layers: 'transformer_engine', 'local' (plain PyTorch), or 'auto', which "
-        "takes TransformerEngine if it is installed and a GPU is available. Attention always comes from vcr1_kernels.",
+        "uses TransformerEngine if it is installed and a GPU is available. Attention always comes from vcr1_kernels.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16",
@@ -31,9 +31,10 @@ class ModelSection(Section):
     fp8: Literal["tensorwise", "blockwise"] | None = Field(
         default=None,
         description="Run the matmuls of the language model's layers in FP8 during training, with TransformerEngine: "
-        "'tensorwise' (per-tensor scaling; needs compute capability 8.9) or 'blockwise' (one scale per block of 128 "
-        "values; needs 9.0). Parameters, attention, head and vision tower stay in model.dtype, and so does the "
-        "in-process engine. The FP8 copies of the weights take up to 2 more bytes per parameter. Unset: no FP8.",
+        "'tensorwise' (per-tensor scaling; needs compute capability 8.9 or higher) or 'blockwise' (one scale per "
+        "block of 128 values; needs 9.0 or higher). Parameters, attention, head and vision tower stay in model.dtype, "
+        "and so does the in-process engine. The FP8 copies of the weights take up to 2 more bytes per parameter. "
+        "Unset: no FP8.",
     )
     freeze: Names[Literal["vision_tower", "merger", "language_model"]] = Field(
         default=(),

@@ -27,7 +27,11 @@ class RolloutSection(Section):
         description="Sampling temperature in training; log-probs are computed at the same temperature.",
     )
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Nucleus sampling: the smallest set of tokens with this total probability."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: sample from the smallest set of most probable tokens whose total probability "
+        "reaches this value. 1: from all tokens.",
     )
     top_k: int = Field(default=0, ge=0, description="Sample from the k most probable tokens; 0: from all tokens.")
     stop: Texts = Field(
@@ -48,7 +52,10 @@ class SglangSection(Section):
     num_servers: int = Field(default=1, ge=1, description="Number of servers per node.")
     tensor: int = Field(default=1, ge=1, description="Tensor-parallel size (number of GPUs) of one server.")
     port: int = Field(
-        default=30000, ge=1024, le=65000, description="Port of the first server of a node; the others count up from it."
+        default=30000,
+        ge=1024,
+        le=65000,
+        description="Port of the first server of a node; its other servers use the next ports.",
     )
     python: Path | None = Field(
         default=None,
@@ -60,8 +67,9 @@ class SglangSection(Section):
         default=0.85,
         gt=0,
         lt=1,
-        description="Fraction of the GPU memory that is free when a server starts, to use for weights and KV cache. "
-        "Colocated training allocates the optimizer state later, in its first step: leave room for it.",
+        description="Fraction of the GPU memory that a server uses for weights and KV cache, out of the memory that is "
+        "free when it starts. Colocated training allocates the optimizer state later, in its first step: leave room "
+        "for it.",
     )
     colocated: bool = Field(
         default=True,
@@ -73,7 +81,9 @@ class SglangSection(Section):
         description="How weights reach the servers: 'broadcast' (NCCL or gloo; colocated servers on GPUs use 'tensor' "
         "instead), 'tensor' (shared memory of one host) or 'disk' (a Hugging Face directory).",
     )
-    weight_sync_bucket_mb: int = Field(default=512, ge=1, description="Weights that are sent at once, in MiB.")
+    weight_sync_bucket_mb: int = Field(
+        default=512, ge=1, description="Size of the buckets in which weights are sent, in MiB."
+    )
     transport: Literal["inline", "file"] = Field(
         default="inline",
         description="How video frames reach the servers: 'inline' (inside the request) or 'file' (shared memory of one "

@@ -1,6 +1,7 @@
-"""The attention of both towers: packed tokens or patches in, `vcr1_kernels.shared_prefix_attention` inside.
+"""Attention over packed sequences, for the language model and the vision tower.
 
-The vision tower packs patches, the language model tokens. This module calls both tokens.
+`PackedAttention` is the core attention of megatron-core's layers. It calls `vcr1_kernels.shared_prefix_attention`. The
+language model packs tokens, the vision tower packs patches; this module calls both tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class CachedAttention(Protocol):
         """Store the keys and values of one layer and return the attention output.
 
         Args:
-            layer_number: megatron-core's, 1-based, over all pipeline stages.
+            layer_number: megatron-core's number of the layer: 1-based, counted over all pipeline stages.
             query: [tokens, heads, head_dim], with rotary positions.
             key: [tokens, kv_heads, head_dim], with rotary positions.
             value: [tokens, kv_heads, head_dim].
@@ -89,7 +90,7 @@ class PackedAttention(MegatronModule):
 
         Args:
             config: the tower's configuration.
-            layer_number: 1-based.
+            layer_number: 1-based number of the layer.
             windowed_layers: 1-based numbers of the layers with windowed attention.
             selects_tokens: whether to return the selected tokens only.
             softmax_scale: factor of the scores; None for head_dim ** -0.5.

@@ -1,9 +1,9 @@
 """The model's floating-point operations by part, for model FLOPs utilization (MFU) and for planning.
 
 A multiplication and an addition count as two operations. Matmuls and attention are counted. Norms, activations and
-rotary positions are well under 1 % and are not. Attention counts the query-key pairs that the mask allows: causal
-attention is half a square, and a prompt that G responses share is counted once. After the last layer's attention, only
-the tokens that predict targets are counted, since no others are computed.
+rotary positions are not counted: they are well under 1 %. Attention counts the query-key pairs that the mask allows:
+causal attention is half a square, and a prompt that G responses share is counted once. After the last layer's
+attention, only the tokens that predict targets are counted, because only those are computed.
 
 Backward has one matmul per gradient: the weight's, unless it is frozen, and the input's, if anything before it is
 trained. Model FLOPs are those of forward and backward without recomputation. MFU is model FLOPs divided by the time and
@@ -228,9 +228,8 @@ def _vision_workload(vision: VisionConfig, grids: Iterable[Grid]) -> Workload:
         step_patches = height * width  # attention never crosses temporal steps
         window_pairs = step_patches**2
         if vision.window_size is not None:
-            side = (
-                vision.window_size // vision.merge_size // vision.patch_size
-            )  # in merge units (blocks of patches that become one token)
+            # Side of a window in merge units (squares of patches that become one token).
+            side = vision.window_size // vision.merge_size // vision.patch_size
             # The sum over windows of (rows * columns)^2 is a product of two sums, over rows and over columns.
             window_pairs = _sum_of_squares(height // vision.merge_size, side)
             window_pairs *= _sum_of_squares(width // vision.merge_size, side) * vision.patches_per_token**2

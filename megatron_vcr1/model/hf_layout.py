@@ -22,7 +22,7 @@ from megatron_vcr1.model.config import ModelConfig, TextConfig, VisionConfig
 class RowBlock:
     """A range of rows that is contiguous both in a Hugging Face tensor and in a Megatron tensor."""
 
-    hf_name: str
+    hf_name: str  # published name of the Hugging Face tensor, see `published_name`
     hf_row: int  # first row in the Hugging Face tensor
     row: int  # first row in the Megatron tensor
     num_rows: int

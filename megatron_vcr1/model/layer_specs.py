@@ -1,4 +1,4 @@
-"""The modules that layers are built of: TransformerEngine's where it is installed, otherwise the local ones here.
+"""The modules that layers are built from: TransformerEngine's if it is installed, otherwise the local ones below.
 
 The local modules use TransformerEngine's fused parameter names, so both backends read and write the same checkpoints.
 """
@@ -42,7 +42,7 @@ class RMSNorm(nn.RMSNorm):
         set_sequence_parallel_attribute(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; [..., hidden_size] to the same shape."""
+        """Normalize the last dimension; [..., hidden_size] to the same shape."""
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
 
@@ -58,7 +58,7 @@ class LayerNorm(nn.LayerNorm):
 def set_sequence_parallel_attribute(module: nn.Module, config: TransformerConfig) -> None:
     """Mark the parameters of a norm, so that megatron-core sums their gradients over the tensor-parallel ranks.
 
-    Under sequence parallelism each rank normalises only its part of the tokens, so each has a partial gradient.
+    Under sequence parallelism each rank normalizes only its part of the tokens, so each has a partial gradient.
     """
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -99,8 +99,9 @@ def recompute_in_backward(result: Tensor, compute: Callable[[], Tensor]) -> Iter
 
     Use it for tensors that are cheap to compute from inputs that are saved anyway.
 
-    A weight that is saved in the with-block is restored without its Python attributes. The layers keep a reference to
-    its `main_grad` themselves; where they would return an empty gradient for the weight, they return none.
+    Trap: a weight that is saved in the with-block reaches the backward pass without its Python attributes, such as
+    `main_grad`. The linear layers tolerate that: they keep their own reference to `main_grad`, and return None instead
+    of an empty tensor as the weight's gradient.
 
     Args:
         result: the tensor; it may be saved under any shape.
@@ -230,7 +231,8 @@ def transformer_engine_backend() -> BackendSpecProvider:
         UserError: TransformerEngine does not load.
     """
     try:
-        # Imported here, since megatron-core treats one that fails to load as not installed, and would fail later.
+        # Import it before megatron-core does. megatron-core treats a TransformerEngine that fails to load as if it were
+        # not installed, and fails later with an error that hides the cause.
         import transformer_engine.pytorch
     except (AssertionError, ImportError, OSError, RuntimeError) as error:
         raise UserError(

@@ -64,7 +64,7 @@ def prompt_positions(
     """
     is_vision = vision_token_mask(token_ids, vision_token_ids).tolist()
     blocks: list[Tensor] = []
-    index, position = 0, 0  # of the next token
+    index, position = 0, 0  # index and position of the next token
 
     def add_text_until(end: int) -> None:
         nonlocal index, position

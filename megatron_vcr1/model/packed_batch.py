@@ -51,7 +51,7 @@ def pack(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: in
 
     Args:
         groups: prompts and their responses, of at least one token each.
-        config: the model's; its vision pads and the time scale of its positions are used.
+        config: configuration of the model: ids of the vision pads, and parameters of the mRoPE positions.
         pad_to_multiple_of: the number of tokens is padded to a multiple of this (`QwenVLModel.token_multiple`). The
             padding is a segment that nothing attends to and that predicts nothing.
 
@@ -94,6 +94,7 @@ class _Packer:
         self.num_tokens += len(token_ids)
 
     def add(self, prompt: EncodedPrompt, responses: Sequence[Tensor]) -> None:
+        """Append a prompt and its responses: a segment for the prompt, then a segment for each response."""
         if not len(prompt.token_ids) or any(not len(response) for response in responses):
             raise ValueError("a prompt and each of its responses need at least one token")
         positions = prompt_positions(
@@ -121,12 +122,14 @@ class _Packer:
             self._add_segment(inputs, response_positions, prefix=prompt_segment)
 
     def pad(self, multiple: int) -> None:
+        """Append a segment of padding, unless the number of tokens is a multiple of `multiple` already."""
         padding = -self.num_tokens % multiple
         if padding:
             token_ids = torch.zeros(padding, dtype=torch.long)
             self._add_segment(token_ids, torch.zeros(3, padding, dtype=torch.long), prefix=-1)
 
     def finish(self) -> PackedBatch:
+        """Concatenate everything that was added."""
         empty = torch.empty(0, dtype=torch.long)  # torch.cat refuses an empty list
         return PackedBatch(
             token_ids=torch.cat(self.token_ids),

@@ -124,8 +124,9 @@ class QwenVLModel(MegatronModule):
             [targets, hidden_size] on the last stage, [tokens, 1, hidden_size] on others (of this rank's tokens only,
             under sequence parallelism).
         """
-        # The last layer drops the tokens that predict nothing after its attention. Two cases drop them after the layer:
-        # under sequence parallelism the tokens are sharded across ranks, and FP8 needs a multiple of tokens.
+        # The last layer drops the tokens that predict nothing, right after its attention. In two cases they are dropped
+        # after the whole layer instead: under sequence parallelism, because the tokens are sharded across ranks, and
+        # with FP8, whose matmuls need a number of tokens that is a multiple of `FP8_TOKEN_MULTIPLE`.
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
         text = self.model_config.text
@@ -256,11 +257,14 @@ def build_model(
         logger.info("matmuls of the language model's layers: FP8, %s", fp8)
     logger.info("attention: %s", _attention_name())
     dtype = getattr(torch, section.dtype)
-    settings = (parallel, recompute)
     model = QwenVLModel(
         config,
-        text_transformer_config(config.text, *settings, dtype=dtype, fp8=fp8, initialize_weights=initialize_weights),
-        vision_transformer_config(config.vision, *settings, dtype=dtype, initialize_weights=initialize_weights),
+        text_transformer_config(
+            config.text, parallel, recompute, dtype=dtype, fp8=fp8, initialize_weights=initialize_weights
+        ),
+        vision_transformer_config(
+            config.vision, parallel, recompute, dtype=dtype, initialize_weights=initialize_weights
+        ),
         backend,
     )
     _set_sharding_attributes(model)
@@ -272,7 +276,7 @@ def _set_sharding_attributes(model: QwenVLModel) -> None:
     """Mark the weights that are sharded across tensor-parallel ranks.
 
     The gradient norm counts a weight without this mark on one tensor-parallel rank only. megatron-core's layers set it
-    when they initialise their weights, which are loaded here instead.
+    when they initialize their weights, but here the weights are usually loaded instead.
     """
     for module in model.modules():
         if not isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):

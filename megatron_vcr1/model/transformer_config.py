@@ -18,9 +18,11 @@ Fp8Recipe = Literal["tensorwise", "blockwise"]
 # scaling E4M3 is enough. Delayed scaling is not offered: its history of maxima would have to be saved in checkpoints.
 FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
 FP8_CAPABILITIES = {"tensorwise": (8, 9), "blockwise": (9, 0)}
-FP8_FEATURE_MULTIPLE = 16  # of the features of an FP8 GEMM: the GPU loads 16 bytes at a time
+# The feature dimensions of an FP8 GEMM must be multiples of this: the GPU loads 16 bytes at a time.
+FP8_FEATURE_MULTIPLE = 16
+# Each rank's number of tokens must be a multiple of this, by recipe. Blockwise: sequence-parallel ranks exchange whole
+# scaling blocks of 128 values.
 FP8_TOKEN_MULTIPLE = {"tensorwise": FP8_FEATURE_MULTIPLE, "blockwise": 128}
-"""Each rank's number of tokens must be a multiple of this; sequence-parallel ranks exchange whole scaling blocks."""
 
 
 def check_fp8(

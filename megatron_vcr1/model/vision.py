@@ -35,8 +35,8 @@ def window_order(grid: Grid, config: VisionConfig) -> tuple[Tensor, tuple[int, .
     Windows tile each temporal step from its top left corner; those at the right and lower edges may be smaller.
 
     Returns:
-        order: int64 [units]; order[i] is the index of the unit at place i.
-        lengths: number of patches of each window, in that order.
+        order: int64 [units]; order[i] is the raster index of the i-th unit in window order.
+        lengths: number of patches of each window, in window order.
     """
     assert config.window_size is not None
     num_steps, rows, columns = grid[0], grid[1] // config.merge_size, grid[2] // config.merge_size
@@ -75,8 +75,9 @@ def rotary_angles(coordinates: Tensor, head_dim: int) -> Tensor:
 def join_inputs(inputs: Sequence[VisionInput], temporal_patch_size: int) -> list[VisionInput]:
     """Join neighbouring inputs of the same frame size into one video.
 
-    Temporal steps do not attend to each other, so the features do not change, and many small videos cost the Python
-    overhead of one. Inputs with an incomplete temporal patch are not joined, since their last frame is repeated.
+    Temporal steps do not attend to each other, so the features do not change, and many small videos together cost only
+    the Python overhead of a single video. Inputs with an incomplete temporal patch are not joined: their last frame
+    must be repeated.
     """
     runs: list[list[VisionInput]] = []
     key_before: object = None
@@ -94,7 +95,8 @@ def join_inputs(inputs: Sequence[VisionInput], temporal_patch_size: int) -> list
 def _join_run(run: Sequence[VisionInput]) -> VisionInput:
     _, height, width = run[0].grid_thw
     num_steps = sum(item.grid_thw[0] for item in run)
-    return VisionInput(torch.cat([item.frames for item in run]), (num_steps, height, width), None)
+    # The vision tower does not use the time between temporal patches, so it may be None.
+    return VisionInput(torch.cat([item.frames for item in run]), (num_steps, height, width), seconds_per_grid=None)
 
 
 class PatchEmbed(nn.Module):
@@ -158,7 +160,7 @@ class PatchMerger(MegatronModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Merge patches, which are ordered by merge unit: [patches, hidden_size] -> [tokens, out_hidden_size]."""
-        # Each patch is normalised on its own; then the patches of a unit, which are neighbours, are concatenated.
+        # Each patch is normalized on its own; then the patches of a unit, which are neighbours, are concatenated.
         units = self.norm(hidden).view(-1, 1, self.unit_size)
         inner, _ = self.linear_fc1(units)
         output, _ = self.linear_fc2(F.gelu(inner))
@@ -238,7 +240,7 @@ class VisionTower(MegatronModule):
         return self.merger(hidden).index_select(0, places)
 
     def _patches(self, item: VisionInput, order: Tensor) -> Tensor:
-        """Return the normalised patches of an input, [patches, patch_dim], with its merge units in the given order."""
+        """Return the normalized patches of an input, [patches, patch_dim], with its merge units in the given order."""
         weight = self.patch_embed.weight
         return frames_to_patches(
             item.frames.to(weight.device, non_blocking=True),

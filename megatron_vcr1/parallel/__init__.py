@@ -1,1 +1,1 @@
-"""Process groups, collectives and megatron-core's pipeline schedule."""
+"""Everything about ranks: process groups, collectives, megatron-core's pipeline schedule and Slurm's variables."""

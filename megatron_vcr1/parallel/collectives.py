@@ -1,7 +1,7 @@
-"""Collectives on Python objects and numbers: among all ranks, among the ranks of one replica, and error propagation.
+"""Collectives on Python objects and numbers, among all ranks or among the ranks of one replica.
 
-A collective that one rank leaves with an exception would hang the others, so the functions here that run a callable
-send its exception to every rank that takes part.
+All ranks of the group must call each function, in the same order. If one rank raised an exception instead, the others
+would wait for it forever. So the functions that run a callable send its exception to every rank of the group.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def broadcast_within_stage(produce: Callable[[], T]) -> T:
 
 def _broadcast(produce: Callable[[], T], source: int, group: dist.ProcessGroup) -> T:
     if group.size() == 1:
-        return produce()  # no pickling: the caller gets the very object
+        return produce()  # the object itself: nothing is pickled
     if dist.get_rank() != source:
         box: list[Any] = [None, None]
         dist.broadcast_object_list(box, src=source, group=group)

@@ -20,9 +20,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel.slurm import rank_variables
 
+# Default time limit of a collective, in seconds. Ranks wait in a collective while another rank starts a server, decodes
+# a video or samples responses.
 COLLECTIVE_TIMEOUT_S = 3600.0
-"""Default time limit of a collective, in seconds. Ranks wait in one while a server starts, a video is decoded or
-responses are sampled on another rank."""
 
 
 def launched_world_size() -> int:
@@ -113,7 +113,8 @@ def _start_distributed(timeout_s: float) -> None:
 
 
 def _require_cuda_or_emulation() -> None:
-    # This package is below `model` and cannot ask model.cpu; its emulation replaces torch's own function.
+    # This package must not import `model`, so it cannot ask model.cpu whether the emulation is installed. But the
+    # emulation replaces torch's current_device, which shows in the function's module.
     if not torch.cuda.is_available() and torch.cuda.current_device.__module__.startswith("torch."):
         raise RuntimeError(
             "this machine has no CUDA device; call megatron_vcr1.model.cpu.install() once at start-up to run "

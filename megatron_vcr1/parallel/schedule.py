@@ -1,4 +1,4 @@
-"""megatron-core's pipeline schedule as two calls: microbatches in, results of the last stage out."""
+"""megatron-core's pipeline schedule as two functions, `forward_only` and `forward_backward`."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def forward_backward(
         The metrics of each microbatch, in order, on the last stage; an empty list on the other stages.
     """
 
-    # megatron-core divides the gradients by the number of tokens at the end. Our losses are normalised by global counts
-    # already, so it is told that there are none.
+    # megatron-core divides the gradients by the total number of tokens at the end, unless that is 0. Our losses are
+    # normalized by global counts already, so we report 0 tokens.
     no_tokens = torch.zeros((), dtype=torch.int)
 
     def forward_step(data: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -1,4 +1,4 @@
-"""The variables that torchrun would set, derived from srun's: `srun vcr1 train` needs no other launcher."""
+"""The environment variables that torchrun sets, derived from srun's, so that `srun vcr1 train` needs no launcher."""
 
 from __future__ import annotations
 

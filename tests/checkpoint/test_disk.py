@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1.checkpoint.disk import WRITE_BYTES, Checksum, checksum_of, create, publish, write_durably
+from megatron_vcr1.checkpoint.disk import WRITE_BYTES, Checksum, checksum_of, create_file, publish, write_durably
 
 
 def test_large_writes_are_split_and_checksummed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = os.urandom(2 * WRITE_BYTES + 12345)
     checksum = Checksum()
-    with create(tmp_path / "file", checksum) as file:
+    with create_file(tmp_path / "file", checksum) as file:
         file.write(b"head")
         file.write(content)
     assert (tmp_path / "file").read_bytes() == b"head" + content
@@ -23,7 +23,7 @@ def test_large_writes_are_split_and_checksummed(tmp_path: Path, monkeypatch: pyt
 def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     write_durably(tmp_path / "file", b"old")
     with pytest.raises(FileExistsError):
-        create(tmp_path / "file")
+        create_file(tmp_path / "file")
     with pytest.raises(FileExistsError):
         write_durably(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"

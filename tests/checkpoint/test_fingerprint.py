@@ -34,7 +34,7 @@ def _fingerprints(model_dir: Path) -> list[str]:
 
 @pytest.mark.xdist_group("gloo")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_layout_and_format_do_not_matter(tmp_path: Path, gloo_pool: GlooPool, family: str) -> None:
+def test_the_fingerprint_does_not_depend_on_layout_or_format(tmp_path: Path, gloo_pool: GlooPool, family: str) -> None:
     tiny.create(family, tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "imported")
     found = {
@@ -47,7 +47,7 @@ def test_layout_and_format_do_not_matter(tmp_path: Path, gloo_pool: GlooPool, fa
 
 
 @pytest.mark.usefixtures("single_process")
-def test_every_change_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_changed_or_moved_value_changes_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.create("qwen2_5_vl", tmp_path)
     model = _load(tmp_path, {})
     original = weights_fingerprint(model)

@@ -38,7 +38,7 @@ def test_import_and_export_restore_every_file_byte_for_byte(
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 1000, 5000])
-def test_the_number_of_chunks_does_not_matter(
+def test_exports_are_equal_for_any_number_of_chunks(
     hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
     monkeypatch.setattr(hf_import, "CHUNK_BYTES", chunk_bytes)

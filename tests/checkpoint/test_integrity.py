@@ -27,7 +27,7 @@ def test_intact_files_pass(directory: Path) -> None:
     [
         (b"bbb", "4 bytes were written, it has 3"),
         (b"bbbc", "CRC-32 differs"),
-        (None, "4 bytes were written, it is miss"),
+        (None, "4 bytes were written, it is missing"),
     ],
 )
 def test_damaged_files_are_named(directory: Path, content: bytes | None, message: str) -> None:
@@ -39,7 +39,7 @@ def test_damaged_files_are_named(directory: Path, content: bytes | None, message
         check_files(directory)
 
 
-def test_each_share_reads_other_files(directory: Path) -> None:
+def test_each_share_reads_different_files(directory: Path) -> None:
     (directory / "inner/b").write_bytes(b"bbbc")  # the second file in sorted order
     check_files(directory, share=0, num_shares=2)
     with pytest.raises(UserError, match="CRC-32 differs"):

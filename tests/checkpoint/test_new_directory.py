@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcr1.checkpoint.disk import create
+from megatron_vcr1.checkpoint.disk import create_file
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.checkpoint.new_directory import new_directory
@@ -61,7 +61,7 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(
 
 def test_an_error_removes_the_directory(tmp_path: Path) -> None:
     with pytest.raises(KeyError), new_directory(tmp_path / "out", 0) as partial:
-        create(partial / "file").close()
+        create_file(partial / "file").close()
         raise KeyError("a tensor")
     assert file_names(tmp_path) == []
 
@@ -73,7 +73,7 @@ def test_symbolic_links_are_followed(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
         with new_directory(tmp_path / name, 0) as partial:
             assert partial.parent == tmp_path / "disk"
-            create(partial / "file").close()
+            create_file(partial / "file").close()
         assert (tmp_path / name).is_symlink()
         assert [path.name for path in (tmp_path / "disk" / name).iterdir()] == ["file"]
 

@@ -29,16 +29,16 @@ def _slices(run: ToyRun) -> list[ShardSlice]:
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-@pytest.mark.parametrize("dtype, names", [("float32", 2), ("bfloat16", 3)])
-def test_every_parameter_has_moments_and_bfloat16_ones_master_weights(
-    tmp_path: Path, distributed: bool, dtype: str, names: int
+@pytest.mark.parametrize("dtype, num_states", [("float32", 2), ("bfloat16", 3)])
+def test_every_parameter_has_moments_and_bfloat16_parameters_have_master_weights(
+    tmp_path: Path, distributed: bool, dtype: str, num_states: int
 ) -> None:
     run = _run(tmp_path, optimizer={"distributed": distributed}, model={"dtype": dtype})
     weights = list(chain.from_iterable(parameter_slices(run.model).values()))
     state = _slices(run)
-    kinds = ("exp_avg", "exp_avg_sq", "param")[:names]
+    kinds = ("exp_avg", "exp_avg_sq", "param")[:num_states]
     assert {part.key for part in state} == {f"optimizer.state.{kind}.{part.key}" for kind in kinds for part in weights}
-    assert sum(len(part.values) for part in state) == names * sum(len(part.values) for part in weights)
+    assert sum(len(part.values) for part in state) == num_states * sum(len(part.values) for part in weights)
     assert all(part.values.dtype == torch.float32 for part in state)
 
 

@@ -23,7 +23,7 @@ def _hold_lock(directory: Path, holds: Connection, release: Connection) -> None:
         release.recv()
 
 
-def test_a_lock_that_another_process_holds_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lock_run_waits_for_a_lock_of_another_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     context = multiprocessing.get_context("spawn")
     holds, theirs = context.Pipe(duplex=False)
     release, ours = context.Pipe(duplex=False)

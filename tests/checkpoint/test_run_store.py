@@ -67,11 +67,8 @@ def _resume(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, 
     [
         ("qwen2_5_vl", "tp2-pp2", {}),
         ("qwen2_5_vl", "dp4", {"model": {"dtype": "bfloat16"}}),
-        (
-            "qwen2_5_vl",
-            "pp2",
-            {"model": {"freeze": ["vision_tower", "language_model"]}},
-        ),  # nothing is trained on stage 2
+        # No parameter is trained on the second stage.
+        ("qwen2_5_vl", "pp2", {"model": {"freeze": ["vision_tower", "language_model"]}}),
         ("qwen2_vl", "tp2-pp2", {"model": {"freeze": ["vision_tower"]}, "optimizer": {"distributed": False}}),
         ("qwen2_vl", "tp2-sp", {"model": {"dtype": "bfloat16"}, "optimizer": {"distributed": False}}),
         ("qwen2_vl", "pp2", {"checkpoint": {"asynchronous": False}}),

@@ -31,6 +31,7 @@ from megatron_vcr1.config.training_sections import CheckpointSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.packed_batch import pack
+from tests.checkpoint.malicious_pickle import PickleThatCreatesFile
 from tests.checkpoint.toy_run import ToyRun, train_until_killed
 from tests.model import tiny
 
@@ -60,7 +61,8 @@ def saved(model_dir: Path, tmp_path: Path) -> ToyRun:
 
 def test_the_settings_decide_which_checkpoints_are_kept(model_dir: Path, tmp_path: Path) -> None:
     run = ToyRun(model_dir, tmp_path, {"checkpoint": {"keep_last": 2, "keep_every": 3}})
-    for run.steps in range(1, 9):
+    for step in range(1, 9):
+        run.steps = step
         run.save()
     run.store.finish()
     assert saved_steps(tmp_path) == [3, 6, 7, 8]
@@ -138,19 +140,9 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
     assert saved_steps(saved.store.path(2).parent) == [1, 2]
 
 
-class _RunsCode:
-    """An object whose pickle creates a file when it is loaded by an unrestricted unpickler."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (open, (str(self.path), "w"))
-
-
 def test_pickles_cannot_run_code(saved: ToyRun, tmp_path: Path) -> None:
     path = saved.store.path(2)
-    pickled = pickle.dumps(_RunsCode(tmp_path / "ran"))
+    pickled = pickle.dumps(PickleThatCreatesFile(tmp_path / "ran"))
     checksums = json.loads((path / "checksums.json").read_text())
     for name in ("megatron/common.pt", "megatron/.metadata"):
         (path / name).write_bytes(pickled)
@@ -313,8 +305,9 @@ def _free_port() -> int:
 def test_processes_killed_at_any_moment_leave_an_intact_checkpoint(
     model_dir: Path, tmp_path: Path, mode: dict[str, dict[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks that save every step are killed at random moments, one of them or both. After each restart, the losses
-    of steps that had been trained before are the same.
+    """Kill one or both of two ranks, which save every step, at random moments, and restart them.
+
+    After each restart, the losses of steps that had been trained before must be the same.
     """
     monkeypatch.setattr(run_lock, "LOCK_TIMEOUT_S", 0.0)
     context = multiprocessing.get_context("forkserver")

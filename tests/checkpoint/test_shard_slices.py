@@ -12,10 +12,10 @@ from megatron_vcr1.checkpoint import torch_dist
 from megatron_vcr1.checkpoint.shard_slices import (
     ShardSlice,
     read_slices,
-    rectangles,
     slices_of_range,
     slices_of_replica,
     split_into_chunks,
+    split_into_rectangles,
 )
 from megatron_vcr1.checkpoint.torch_dist import read_metadata
 from megatron_vcr1.errors import UserError
@@ -30,13 +30,13 @@ def test_rectangles_cover_a_flat_range_in_order(shape: tuple[int, ...]) -> None:
     numbers = torch.arange(math.prod(shape)).view(shape)
     for start, stop in combinations(range(math.prod(shape) + 1), 2):
         found = []
-        for corner, size in rectangles(start, stop, shape):
+        for corner, size in split_into_rectangles(start, stop, shape):
             part = numbers[tuple(slice(at, at + length) for at, length in zip(corner, size, strict=True))]
             assert tuple(part.shape) == size
             found += part.flatten().tolist()
         assert found == list(range(start, stop))
-        assert len(list(rectangles(start, stop, shape))) <= 2 * len(shape) - 1
-    assert not list(rectangles(2, 2, shape))
+        assert len(list(split_into_rectangles(start, stop, shape))) <= 2 * len(shape) - 1
+    assert not list(split_into_rectangles(2, 2, shape))
 
 
 def test_a_range_over_two_shards_gives_a_slice_of_each() -> None:

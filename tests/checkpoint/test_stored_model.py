@@ -33,7 +33,7 @@ def test_chunks_give_the_rows_of_hugging_face_tensors(imported_dir: Path) -> Non
 
 
 def _write_index(directory: Path, changes: dict[str, tuple[int, ...] | None]) -> None:
-    """Write a checkpoint of the model with zeros, with some tensors of another shape (None: without them)."""
+    """Write a checkpoint of zeros. `changes` gives some tensors another shape; None leaves a tensor out."""
     shapes = {key: layout.shape for key, layout in LAYOUTS.items()} | changes
     kept = {key: shape for key, shape in shapes.items() if shape is not None}
     specs: dict[str, TensorSpec] = {key: (torch.float32, shape) for key, shape in kept.items()}

@@ -10,16 +10,7 @@ import torch
 from megatron_vcr1.checkpoint import torch_dist
 from megatron_vcr1.checkpoint.torch_dist import Chunk, read_chunk, read_metadata
 from megatron_vcr1.errors import UserError
-
-
-class _RunsCode:
-    """An object whose pickle creates a file when it is loaded by an unrestricted unpickler."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (open, (str(self.path), "w"))
+from tests.checkpoint.malicious_pickle import PickleThatCreatesFile
 
 
 def _write(directory: Path, tensor: torch.Tensor) -> None:
@@ -48,14 +39,14 @@ def test_a_chunk_is_written_without_the_rest_of_its_buffer(tmp_path: Path) -> No
 
 
 def test_an_index_that_runs_code_is_refused_before_it_runs(imported_dir: Path, tmp_path: Path) -> None:
-    (imported_dir / "megatron/.metadata").write_bytes(pickle.dumps(_RunsCode(tmp_path / "ran")))
+    (imported_dir / "megatron/.metadata").write_bytes(pickle.dumps(PickleThatCreatesFile(tmp_path / "ran")))
     with pytest.raises(UserError, match=r"\.metadata: refused or damaged: .*it names .*open"):
         read_metadata(imported_dir / "megatron")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_chunk_that_runs_code_is_refused(tmp_path: Path) -> None:
-    torch.save(_RunsCode(tmp_path / "ran"), tmp_path / "a.distcp")
+    torch.save(PickleThatCreatesFile(tmp_path / "ran"), tmp_path / "a.distcp")
     chunk = Chunk("w", (0,), (4,), "a.distcp", 0, (tmp_path / "a.distcp").stat().st_size)
     with pytest.raises(UserError, match=r"a\.distcp: w at \(0,\) cannot be read"):
         read_chunk(tmp_path, chunk)

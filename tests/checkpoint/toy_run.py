@@ -23,9 +23,9 @@ from megatron_vcr1.training.microbatches import Microbatch
 from megatron_vcr1.training.optimizer import Learner
 from tests.model import tiny
 
-NUM_GROUPS = 4  # per step
-LENGTHS = (5, 3)  # of the two responses of a group, in tokens
-NUM_TARGETS = NUM_GROUPS * sum(LENGTHS)
+GROUPS_PER_STEP = 4
+RESPONSE_LENGTHS = (5, 3)  # number of tokens of the two responses of each group
+TARGETS_PER_STEP = GROUPS_PER_STEP * sum(RESPONSE_LENGTHS)
 OPTIMIZER = {"learning_rate": 1e-3, "warmup_steps": 2, "decay": "cosine", "weight_decay": 0.1}
 
 
@@ -50,11 +50,10 @@ class ToyRun:
         return [self._step() for _ in range(num_steps)]
 
     def _step(self) -> tuple[float, float]:
-        first = NUM_GROUPS * self.steps
-        seeds = range(first + mesh.replica_index(), first + NUM_GROUPS, mesh.num_replicas())
-        rows_multiple = self.model.config.tensor_model_parallel_size if self.model.config.sequence_parallel else 1
+        first = GROUPS_PER_STEP * self.steps
+        seeds = range(first + mesh.replica_index(), first + GROUPS_PER_STEP, mesh.num_replicas())
         batches = [
-            Microbatch(pack([_group(seed)], self.model.model_config, pad_to_multiple_of=rows_multiple))
+            Microbatch(pack([_group(seed)], self.model.model_config, pad_to_multiple_of=self.model.token_multiple))
             for seed in seeds
         ]
         update = self.learner.update(batches, self._loss)
@@ -63,7 +62,7 @@ class ToyRun:
         return update.loss, update.grad_norm
 
     def _loss(self, batch: Microbatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        return -self.model.log_probs(hidden, batch.packed.target_ids).sum() / NUM_TARGETS, {}
+        return -self.model.log_probs(hidden, batch.packed.target_ids).sum() / TARGETS_PER_STEP, {}
 
     def save(self) -> None:
         state = {"steps": self.steps, "epoch": 0.1}
@@ -86,7 +85,7 @@ class ToyRun:
 
 
 def _group(seed: int) -> Group:
-    return Group(str(seed), tiny.prompt(("i", "", "v")[seed % 3], seed), tiny.responses(LENGTHS, seed + 1000))
+    return Group(str(seed), tiny.prompt(("i", "", "v")[seed % 3], seed), tiny.responses(RESPONSE_LENGTHS, seed + 1000))
 
 
 def train_until_killed(

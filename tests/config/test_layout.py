@@ -82,7 +82,7 @@ def test_all_problems_are_reported_at_once_with_a_solution():
         "parallel.tensor = 8 does not divide 28 attention heads nor 3420 vision FFN features; it can be 1, 2, 4",
         "parallel.pipeline = 3: 28 layers (first stage: an equal share, last stage: an equal share) cannot be split "
         "into 3 stages; set parallel.first_stage_layers = 8 alone, which leaves 10 layers to each other stage",
-        "6 ranks do not divide into replicas of parallel.tensor * parallel.pipeline = 24 ranks; "
+        "6 ranks cannot be split into replicas of parallel.tensor * parallel.pipeline = 24 ranks; "
         "launch a multiple of 24, or lower parallel.tensor or parallel.pipeline",
     ]
 

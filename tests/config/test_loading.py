@@ -72,7 +72,7 @@ def test_the_last_of_two_options_wins():
         (["--parallel.tensor", "0"], "--parallel.tensor: input should be greater than or equal to 1, not '0'"),
         (["--parallel.tenser", "2"], "--parallel.tenser: unknown key; did you mean tensor?"),
         (["--paralel.tensor", "2"], "--paralel.tensor: unknown section; did you mean parallel?"),
-        (["--parallel.zzz", "2"], "--parallel.zzz: unknown key; known are tensor, pipeline, sequence_parallel"),
+        (["--parallel.zzz", "2"], "--parallel.zzz: unknown key; use one of tensor, pipeline, sequence_parallel"),
         (["--model.dtype", "int8"], "--model.dtype: input should be 'float32' or 'bfloat16', not 'int8'"),
         (["--model.freeze", "head"], "--model.freeze: input should be 'vision_tower', 'merger' or 'language_model'"),
         (["--model.freeze", "vision_tower,merger,language_model"], "nothing would be trained"),
@@ -101,7 +101,7 @@ def test_invalid_options_are_named(run_toml, options, message):
         ("[parallel]\ntensor = 2", "run.toml: model: missing; add it to the file as a table [model]"),
         ("[model]\ndtype = 'float32'", "run.toml: model.path: missing; add it to the file or give --model.path VALUE"),
         (RUN + "tenser = 1", "run.toml: parallel.tenser: unknown key; did you mean tensor?"),
-        (RUN + "[quux]\n", "run.toml: quux: unknown section; known are model, parallel, recompute"),
+        (RUN + "[quux]\n", "run.toml: quux: unknown section; use one of model, parallel, recompute"),
         (
             RUN + "[[data.sources]]\nmanifesto = 1\nmanifest = 'm'",
             "data.sources.0.manifesto: unknown key; did you mean manifest?",

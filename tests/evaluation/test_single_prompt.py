@@ -144,7 +144,7 @@ def test_a_video_is_decoded_once_for_all_ranks(workspace: Path, gloo_pool: GlooP
     [
         (("--video", "nowhere.mp4"), "nowhere.mp4: "),
         (("--model", "nowhere"), "nowhere/config.json: not found"),
-        (("--tensor-parallel", "2"), "1 ranks do not divide into replicas"),
+        (("--tensor-parallel", "2"), "1 ranks cannot be split into replicas"),
     ],
 )
 def test_bad_input_is_refused_with_its_name(

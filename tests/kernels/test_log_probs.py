@@ -48,7 +48,7 @@ def test_extreme_logits_and_masked_entries(device: torch.device) -> None:
     logits[0] += 1e4  # an offset of the whole row changes nothing
     logits[1, 7] = 1e4  # one token has probability 1
     logits[2, ::2] = -math.inf  # masked entries
-    logits[3, 1000:] = -3e38  # masked in the way of Hugging Face
+    logits[3, 1000:] = -3e38  # masked with a large negative number, as transformers does
     target_ids = torch.tensor([5, 7, 11, 12, 13], device=device)
     logits = logits.to(device)
 

@@ -9,9 +9,8 @@ from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 
 def _inputs(dtype: torch.dtype, device: torch.device, head_dim: int = 20) -> list[Tensor]:
-    angles = 10 * torch.randn(
-        7, head_dim
-    )  # the two halves differ, which the op allows although RoPE tables have equal halves
+    # The two halves differ. The op allows that, although the halves of a real RoPE table are equal.
+    angles = 10 * torch.randn(7, head_dim)
     tensors = (torch.randn(7, 5, head_dim), torch.randn(7, 2, head_dim))
     return [*(tensor.to(device, dtype) for tensor in tensors), angles.cos().to(device), angles.sin().to(device)]
 

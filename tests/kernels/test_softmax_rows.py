@@ -33,8 +33,8 @@ def test_softmax_matches_torch(device: torch.device) -> None:
 
 def test_statistics_of_shards_merge_into_those_of_the_row(device: torch.device) -> None:
     logits, target_ids = _inputs(device)
-    logits[2, :100] = -torch.inf  # nothing of this row in the first shard
-    logits[3, 100:] = -torch.inf  # and of this one in the others
+    logits[2, :100] = -torch.inf  # all logits of this row in the first shard
+    logits[3, 100:] = -torch.inf  # all logits of this row in the second and third shards
     whole = row_statistics(logits, target_ids, first_id=0, temperature=TEMPERATURE, with_entropy=True)
     shards = [
         row_statistics(shard, target_ids, first_id=first_id, temperature=TEMPERATURE, with_entropy=True)

@@ -48,11 +48,11 @@ def test_key_blocks_cover_the_mask(layout: SegmentLayout, resident: int, streame
     blocks, ranges = _key_blocks(layout, _Tiles(resident, streamed, num_warps=1, num_stages=1), CPU)
     count = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64)
     num_queries = []
-    for start, end, diagonal_end, first_range, last_range in blocks.tolist():
+    for start, end, diagonal_end, first_range, end_range in blocks.tolist():
         keys = slice(start, min(start + resident, end))
         diagonal = torch.ones(diagonal_end - start, keys.stop - start, dtype=torch.int64)
         count[start:diagonal_end, keys] += diagonal.tril()
-        block_ranges: list[list[int]] = ranges[first_range:last_range].tolist()
+        block_ranges: list[list[int]] = ranges[first_range:end_range].tolist()
         for range_start, range_end in block_ranges:
             count[range_start:range_end, keys] += 1
         num_queries.append(diagonal_end - start + sum(last - first for first, last in block_ranges))

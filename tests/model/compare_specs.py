@@ -1,6 +1,7 @@
-"""Differences between the model with TransformerEngine's layers and with local layers, with the same weights.
+"""Comparison of the model with TransformerEngine's layers and with local layers, for the same weights.
 
-As a program it prints them as JSON: a subprocess can have the stand-in for TransformerEngine on its path.
+Run as a program, it prints the differences as JSON. test_transformer_engine.py runs it in a subprocess, which has the
+stand-in for TransformerEngine on its path.
 
     python -m tests.model.compare_specs MODEL_DIR...
 """
@@ -99,9 +100,9 @@ def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[st
     found = {}
     for name, keys in (("logits", ["logits"]), ("gradient", [key for key in ours if key != "logits"])):
         pairs = [(ours[key].double(), expected[key].double()) for key in keys]
-        found[name] = max(float((one - other).abs().max()) for one, other in pairs)
-        error = sum(float((one - other).square().sum()) for one, other in pairs)
-        found[f"{name}, relative"] = (error / sum(float(other.square().sum()) for _, other in pairs)) ** 0.5
+        found[name] = max(float((actual - target).abs().max()) for actual, target in pairs)
+        error = sum(float((actual - target).square().sum()) for actual, target in pairs)
+        found[f"{name}, relative"] = (error / sum(float(target.square().sum()) for _, target in pairs)) ** 0.5
     return found
 
 
@@ -110,12 +111,12 @@ def compare(folder: Path) -> dict[str, Any]:
     with mesh.world(ParallelSection()):
         model = build(folder, transformer_engine_backend(), torch.float32)
         expected = run(build(folder, LocalBackend(), torch.float32))
-        learned, expected_to_learn = (
+        learned, expected_learned = (
             learn(build(folder, backend, torch.float32)) for backend in (transformer_engine_backend(), LocalBackend())
         )
-        assert learned.keys() == expected_to_learn.keys()
+        assert learned.keys() == expected_learned.keys()
         return {
-            "learned": max(float((learned[key] - expected_to_learn[key]).abs().max()) for key in learned),
+            "learned": max(float((learned[key] - expected_learned[key]).abs().max()) for key in learned),
             "keys": sorted(part.key for slices in parameter_slices(model).values() for part in slices),
             "expected_keys": sorted(model_layout(model.model_config)),
             "classes": sorted({type(module).__name__ for module in model.modules()}),

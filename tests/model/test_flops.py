@@ -34,7 +34,10 @@ aten = torch.ops.aten
 
 
 def _pairs(query: torch.Size, key: torch.Size, is_causal: bool) -> int:
-    """Multiplications of one of the two matmuls of attention, [batch, heads, length, head_dim]; causal is square."""
+    """Count the multiplications of one of attention's two matmuls, for inputs [batch, heads, length, head_dim].
+
+    Causal attention requires queries and keys of the same length.
+    """
     batch, heads, length, head_dim = query
     pairs = length * (length + 1) // 2 if is_causal else length * key[2]
     return batch * heads * head_dim * pairs
@@ -55,7 +58,7 @@ COUNTED = {  # PyTorch's counter has no entries for the CPU's attention
 
 
 def _rotary(config: ModelConfig, num_tokens: int) -> int:
-    """transformers computes the rotary angles of the three axes by matmuls, which we do not count."""
+    """Count the matmuls by which transformers computes rotary angles on three axes. Our counts leave them out."""
     return 2 * 3 * num_tokens * config.text.head_dim // 2
 
 
@@ -152,13 +155,13 @@ def test_a_group_is_counted_as_it_is_packed() -> None:
     grids = [item.grid_thw for item in prompt.vision]
     of_group = Workload.of_group(config, len(prompt.token_ids), lengths, grids)
     assert of_group == Workload.of_batch(config, pack([Group("a", prompt, responses)], config))
-    apart = sum((Workload.of_group(config, len(prompt.token_ids), [n], grids) for n in lengths), Workload())
-    assert apart.patches == 4 * of_group.patches and apart.targets == of_group.targets
-    assert apart.tokens == of_group.tokens + 3 * len(prompt.token_ids)
+    separate = sum((Workload.of_group(config, len(prompt.token_ids), [n], grids) for n in lengths), Workload())
+    assert separate.patches == 4 * of_group.patches and separate.targets == of_group.targets
+    assert separate.tokens == of_group.tokens + 3 * len(prompt.token_ids)
 
 
 def test_the_rule_of_thumb_holds_for_seven_billion() -> None:
-    """Six operations a parameter and token, for long rows of text without attention."""
+    """Training takes six operations per parameter and token, without attention and the embedding table."""
     config = ModelConfig.from_dict(
         {
             "model_type": "qwen2_5_vl",

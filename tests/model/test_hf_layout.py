@@ -35,7 +35,7 @@ def _vision_2_5(ffn: int, out: int) -> dict[str, Any]:
     return {"hidden_size": 1280, "intermediate_size": ffn, "out_hidden_size": out}
 
 
-# What the published config.json files say, and the number of parameters that their model pages show.
+# Sizes in the published config.json files, and the number of parameters that the model pages show.
 PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "Qwen2.5-VL-3B": (
         "qwen2_5_vl",

@@ -1,4 +1,4 @@
-"""What layers keep for the backward pass; what they compute is compared with transformers in test_qwen_vl.py."""
+"""The tensors that layers save for the backward pass. test_qwen_vl.py compares their results with transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_vcr1.model.layer_specs import LayerNormColumnParallelLinear, recom
 from megatron_vcr1.parallel import mesh
 
 
-def test_a_result_that_is_computed_again_is_not_kept() -> None:
+def test_a_recomputed_tensor_is_not_saved_for_backward() -> None:
     generator = torch.Generator().manual_seed(0)
     inner, weight = (torch.randn(shape, generator=generator, requires_grad=True) for shape in ((5, 8), (3, 8)))
     F.linear(F.silu(inner), weight).square().sum().backward()
@@ -26,7 +26,7 @@ def test_a_result_that_is_computed_again_is_not_kept() -> None:
     activated = F.silu(inner)
     with recompute_in_backward(activated, lambda: F.silu(inner.detach())):
         output = F.linear(activated, weight)
-    activated.data.fill_(math.nan)  # a kept one would make the weight's gradient that
+    activated.data.fill_(math.nan)  # a saved tensor would make the weight's gradient NaN
     output.square().sum().backward()
     torch.testing.assert_close((inner.grad, weight.grad), expected)
 

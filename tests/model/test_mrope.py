@@ -1,5 +1,7 @@
-"""mRoPE positions against examples by hand, and against transformers where its rule is the same; angles against
-float64.
+"""mRoPE positions and rotary angles.
+
+Positions are compared with examples computed by hand, and with transformers where its rule is the same. Angles are
+compared with float64.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def test_angles_of_long_videos_are_exact_where_matmuls_use_tf32() -> None:
     positions = torch.tensor([[4099, 30_001], [2049, 7], [5001, 12_345]])
     with _Tf32Matmuls():
         assert float(torch.tensor([[4099.0]]) @ torch.ones(1, 1)) == 4100
-        angles = rotary_angles(positions, (16, 24, 24), 1e6)  # the published models'
+        angles = rotary_angles(positions, (16, 24, 24), 1e6)  # sections and base of the published models
     axes = torch.tensor([0] * 16 + [1] * 24 + [2] * 24)
     exact = positions.double()[axes].T / 1e6 ** (torch.arange(64).double() / 64)
     torch.testing.assert_close(angles.double(), exact.repeat(1, 2), rtol=1e-6, atol=0)

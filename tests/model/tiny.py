@@ -84,7 +84,7 @@ def prompt(kinds: str, seed: int) -> EncodedPrompt:
 
     Args:
         kinds: one letter for each: i(mage) or v(ideo).
-        seed: of the text and the pixels.
+        seed: seed of the random text and pixels.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -109,8 +109,9 @@ def responses(lengths: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
 
 
 def _pixel_values(item: VisionInput) -> Tensor:
-    """Return flattened patches as the published processors order them: rows (t, h/2, w/2, 2, 2), columns (channel,
-    frame, y, x).
+    """Return flattened patches in the order of the published processors.
+
+    Rows are ordered by (t, h/2, w/2, 2, 2), columns by (channel, frame, y, x).
     """
     frames = item.frames if len(item.frames) > 1 else item.frames.repeat(2, 1, 1, 1)
     pixels = (frames.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)

@@ -72,12 +72,12 @@ def _failure_on_rank_2() -> str:
 
     with pytest.raises(UserError) as caught:
         collectives.run_on_every_rank(work)
-    return "".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
 
 
 def test_a_failure_on_one_rank_is_raised_on_all(gloo_pool: GlooPool) -> None:
-    told = "disk fullraised on rank 2 and sent to all ranks"
-    assert gloo_pool.run(_failure_on_rank_2) == [told, told, "disk full", told]
+    with_note = "disk full\nraised on rank 2 and sent to all ranks"
+    assert gloo_pool.run(_failure_on_rank_2) == [with_note, with_note, "disk full", with_note]
 
 
 def _first_rank_only() -> int:

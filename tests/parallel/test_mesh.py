@@ -1,4 +1,4 @@
-"""Start-up of the process groups: what is read, what is written, and what is refused."""
+"""Start-up of the process groups, and this rank's place in them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_a_task_of_a_step_gets_the_variables_of_its_rank():
 
 def test_all_tasks_agree_on_the_master_and_each_step_has_its_own_port():
     masters = [rank_variables(TASK | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank // 8)}) for rank in range(16)]
-    assert len({(one["MASTER_ADDR"], one["MASTER_PORT"]) for one in masters}) == 1
+    assert len({(master["MASTER_ADDR"], master["MASTER_PORT"]) for master in masters}) == 1
     ports = {
         int(rank_variables(TASK | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"])
         for job in range(500, 600)

@@ -185,7 +185,8 @@ class _BlockwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum_exp = ctx.saved_tensors
-        # Not initialized: the blocks of the first kind write every token before a prefix block adds to it.
+        # Not initialized: the blocks of segments that attend to themselves come first and write every token. The prefix
+        # blocks after them add to that.
         grads = [torch.empty(tensor.shape, dtype=log_sum_exp.dtype) for tensor in (query, key, value)]
         blocks = _dense_blocks(ctx.layout)
         for block in blocks:

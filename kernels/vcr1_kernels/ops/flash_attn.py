@@ -1,4 +1,7 @@
-"""Attention by flash-attn, if it is installed, for packed segments that share no prefix. Nothing else imports it."""
+"""Attention by flash-attn, if it is installed, for packed segments that share no prefix.
+
+No other module imports flash-attn.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _MAX_HEAD_DIM = 256
 def use_flash_attn(query: Tensor, layout: SegmentLayout) -> bool:
     """Return whether flash-attn computes this attention.
 
-    It does so for half-precision GPU tensors with independent segments, if flash-attn is installed.
+    It is used if it is installed, the tensors are half-precision GPU tensors, and no segment has a prefix.
     """
     return (
         query.is_cuda
@@ -42,14 +45,14 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLa
     """Compute `shared_prefix_attention` of independent segments; same arguments and shapes."""
     from flash_attn import flash_attn_varlen_func
 
-    boundaries = _boundaries(layout, query.device)
+    cu_seqlens = _cu_seqlens(layout, query.device)
     longest = max(layout.lengths)
     return flash_attn_varlen_func(
         query,
         key,
         value,
-        cu_seqlens_q=boundaries,
-        cu_seqlens_k=boundaries,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_k=longest,
         softmax_scale=scale,
@@ -58,6 +61,6 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLa
 
 
 @lru_cache(maxsize=64)
-def _boundaries(layout: SegmentLayout, device: torch.device) -> Tensor:
-    """Return the first token of each segment, followed by the number of tokens; int32 [num_segments + 1]."""
+def _cu_seqlens(layout: SegmentLayout, device: torch.device) -> Tensor:
+    """Return the cumulative sequence lengths that flash-attn expects: `layout.starts`, int32 [num_segments + 1]."""
     return torch.tensor(layout.starts, dtype=torch.int32, device=device)

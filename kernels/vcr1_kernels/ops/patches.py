@@ -53,7 +53,8 @@ def frames_to_patches(
     unit_size = patch_size * merge_size
     if height % unit_size or width % unit_size:
         raise ValueError(
-            f"frames of {height} x {width} pixels are not multiples of patch_size * merge_size ({unit_size}); resize"
+            f"frames of {height} x {width} pixels are not multiples of patch_size * merge_size ({unit_size}); resize "
+            "them first"
         )
     num_units = -(-num_frames // temporal_patch_size) * (height // unit_size) * (width // unit_size)
     if unit_order is not None:

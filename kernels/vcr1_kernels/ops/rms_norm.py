@@ -37,6 +37,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
+    """Saves its inputs and the inverse root mean square of each vector."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         compute_dtype = torch.promote_types(x.dtype, torch.float32)

@@ -99,7 +99,7 @@ def logit_gradient(
 
     Args:
         logits, target_ids, first_id, temperature: as for `row_statistics`.
-        softmax: of the same rows, over the whole vocabulary.
+        softmax: softmax of the same rows over the whole vocabulary, from `row_softmax`.
         grad_log_probs: [tokens].
         grad_entropy: [tokens], or None for zeros.
         out: tensor of the shape of `logits` that receives the gradient; may be `logits` itself.

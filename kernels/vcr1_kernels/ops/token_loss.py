@@ -173,7 +173,8 @@ def _kl_and_grad(delta: Tensor, estimator: KlEstimator) -> tuple[Tensor, Tensor]
 def _segment_mean(values: Tensor, segment_ids: Tensor) -> Tensor:
     """Return for each token the mean over its segment; [tokens].
 
-    The sums have room for as many segments as tokens: the number of segments is not read back from the device.
+    The sums have one entry per token, because there cannot be more segments than tokens. Computing the exact number of
+    segments would make the host wait for the device.
     """
     sums = torch.zeros_like(values).index_add_(0, segment_ids, values)
     counts = torch.zeros_like(values).index_add_(0, segment_ids, torch.ones_like(values))

@@ -159,6 +159,7 @@ def _query_blocks(layout: SegmentLayout, block_queries: int, device: torch.devic
         own_start, end = layout.starts[segment], layout.starts[segment + 1]
         prefix_start, prefix_end = (0, 0) if prefix < 0 else layout.starts[prefix : prefix + 2]
         for start in range(own_start, end, block_queries):
+            # Keys on the causal diagonal are left out: all blocks have about equally many of them.
             num_keys = prefix_end - prefix_start + (start if layout.causal else end) - own_start
             blocks.append((num_keys, (start, end, own_start, prefix_start, prefix_end)))
     return _table([block for _, block in sorted(blocks, reverse=True)], 5, device)
@@ -172,20 +173,21 @@ def _key_blocks(layout: SegmentLayout, tiles: _Tiles, device: torch.device) -> t
     index of its query ranges. A query range holds queries that attend to all keys of the block: the rest of its segment
     and the segments whose prefix it is in. The blocks with the most queries come first.
     """
-    readers: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]  # by prefix: the segments that attend to it
+    # For each segment, the token ranges of the segments that have it as their prefix.
+    follower_ranges: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]
     for segment, prefix in enumerate(layout.prefixes):
         if prefix >= 0:
-            readers[prefix].append((layout.starts[segment], layout.starts[segment + 1]))
+            follower_ranges[prefix].append((layout.starts[segment], layout.starts[segment + 1]))
     blocks: list[tuple[int, tuple[int, ...]]] = []
     ranges: list[tuple[int, ...]] = []
-    for segment, reader_ranges in enumerate(readers):
+    for segment, followers in enumerate(follower_ranges):
         own_start, end = layout.starts[segment], layout.starts[segment + 1]
         for start in range(own_start, end, tiles.resident):
             # The kernel iterates over whole tiles of queries, so the masked part is rounded up to whole tiles.
             diagonal_length = -(-tiles.resident // tiles.streamed) * tiles.streamed
             diagonal_end = min(start + diagonal_length, end) if layout.causal else start
-            block_ranges = _joined([(diagonal_end if layout.causal else own_start, end), *reader_ranges])
-            num_queries = diagonal_end - start + sum(last - first for first, last in block_ranges)
+            block_ranges = _joined([(diagonal_end if layout.causal else own_start, end), *followers])
+            num_queries = diagonal_end - start + sum(range_end - range_start for range_start, range_end in block_ranges)
             block = (start, end, diagonal_end, len(ranges), len(ranges) + len(block_ranges))
             blocks.append((num_queries, block))
             ranges += block_ranges

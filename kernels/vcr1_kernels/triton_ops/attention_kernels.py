@@ -133,7 +133,7 @@ def forward_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,  # head_dim rounded up to a power of two; the channels above HEAD_DIM are 0
-    PRECISION: tl.constexpr,  # of matmuls of float32 inputs
+    PRECISION: tl.constexpr,  # input precision of tl.dot for float32 inputs: "ieee" or "tf32"
 ):
     """Compute O = softmax(S) V and L for one block of queries of one head. Grid: (query blocks, num_heads)."""
     start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
@@ -343,7 +343,7 @@ def key_gradient_kernel(
     """Compute dK and dV for one block of keys of one key-value head. Grid: (key blocks, num_kv_heads)."""
     block_ptr = blocks_ptr + tl.program_id(0) * 5
     start, end, diagonal_end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
-    first_range, last_range = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
+    first_range, end_range = tl.load(block_ptr + 3), tl.load(block_ptr + 4)  # indices into the table of ranges
     kv_head = tl.program_id(1).to(tl.int64)
 
     channels = tl.arange(0, BLOCK_DIM)
@@ -369,7 +369,7 @@ def key_gradient_kernel(
                 token_stride, start, diagonal_end, end, exp2_scale, channels,
                 True, BLOCK_QUERIES, HEAD_DIM, PRECISION,
             )  # fmt: skip
-        for range_index in range(first_range, last_range):
+        for range_index in range(first_range, end_range):
             range_start, range_end = tl.load(ranges_ptr + 2 * range_index), tl.load(ranges_ptr + 2 * range_index + 1)
             grad_key, grad_value = _accumulate_key_gradients(
                 grad_key, grad_value, key, value, key_tokens, q_ptr, do_ptr, lse_head_ptr, delta_head_ptr, query_stride,

@@ -37,8 +37,8 @@ def _token_loss_kernel(
     old_ptr,
     ref_ptr,
     rollout_ptr,
-    log_ratio_ptr,  # of the token or of its sequence
-    loss_ptr,  # the outputs, from here on: float32 [tokens], clipped is bool
+    log_ratio_ptr,  # log-ratio of the token, or the mean over its sequence
+    loss_ptr,  # this and the next four are outputs: float32 [tokens], except for clipped, which is bool
     kl_ptr,
     ratio_ptr,
     clipped_ptr,

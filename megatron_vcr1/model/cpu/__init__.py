@@ -1,4 +1,4 @@
-"""Everything that only a machine without CUDA, TransformerEngine and Apex needs.
+"""Code that is needed only on machines without CUDA, or without TransformerEngine and Apex.
 
     cuda_emulation  megatron-core without CUDA, over gloo
     adam            an AdamW that megatron-core can save and resume, where TransformerEngine and Apex are missing
@@ -20,7 +20,7 @@ def install() -> None:
 
     Call it once in each process, in the main thread, before `parallel.mesh.initialize`. Further calls do nothing.
 
-    - Without CUDA, megatron-core's questions about the CUDA device are answered with the CPU (`cuda_emulation`).
+    - Without CUDA, megatron-core gets the CPU wherever it asks for the CUDA device (`cuda_emulation`).
     - Without TransformerEngine and Apex, with or without CUDA, megatron-core's optimizers get an Adam whose state they
       can save and resume (`adam`).
 

@@ -1,8 +1,8 @@
 """An Adam for megatron-core's optimizers, for machines without TransformerEngine and Apex.
 
-There megatron-core falls back to torch.optim.AdamW, which counts steps per parameter. Its distributed optimizer saves
-and restores one step count per parameter group, as the fused optimizers of TransformerEngine and Apex keep it, so a
-run with torch.optim.AdamW could not be resumed.
+On such machines megatron-core falls back to torch.optim.AdamW, which counts steps per parameter. But megatron-core's
+distributed optimizer saves and restores one step count per parameter group, because the fused optimizers of
+TransformerEngine and Apex count that way. So a run with torch.optim.AdamW could not be resumed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient. `closure` is ignored."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:

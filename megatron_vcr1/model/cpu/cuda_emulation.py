@@ -1,8 +1,8 @@
-"""megatron-core on a machine without CUDA, over gloo.
+"""Patches that let megatron-core run on a machine without CUDA, over gloo.
 
-megatron-core asks for the current CUDA device, keeps its random states on it, writes ``device="cuda"`` in places, and
-its optimizers recognise parameters by the names of CUDA's tensor types. `install` makes torch and megatron-core answer
-with the CPU instead. It patches the process for good; only `model.cpu.install` calls it, and only without CUDA.
+megatron-core asks for the current CUDA device, keeps its random states on it, passes ``device="cuda"`` in places, and
+its optimizers recognize parameters by the names of CUDA's tensor types. `install` patches torch and megatron-core to
+use the CPU instead. The patches cannot be undone; only `model.cpu.install` calls it, and only without CUDA.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def _run_layers(decoder: TransformerBlock, hidden: Tensor, rope: RotaryTables, c
 
 
 def _attention(attention: Any, x: Tensor, cos: Tensor, signed_sin: Tensor, cache: KVCache) -> Tensor:
-    """Self-attention with its norm and both projections.
+    """Apply self-attention with its norm and both projections.
 
     Args:
         attention: megatron-core's SelfAttention.
@@ -82,7 +82,7 @@ def _attention(attention: Any, x: Tensor, cos: Tensor, signed_sin: Tensor, cache
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    """SwiGLU MLP with its norm; [responses, hidden_size] to the same shape, without the residual."""
+    """Apply the SwiGLU MLP with its norm; [responses, hidden_size] to the same shape, without the residual."""
     gate, up = skinny_linear(_normalize(mlp.linear_fc1, x), mlp.linear_fc1.weight).chunk(2, -1)
     activated = F.silu(gate.float()) * up  # in float32, as vcr1_kernels.swiglu
     return skinny_linear(activated.to(x.dtype), mlp.linear_fc2.weight)

@@ -54,7 +54,7 @@ def test_state_dict_is_enough_to_resume() -> None:
     for own_parameters, own_optimizer in ((parameters, optimizer), (copies, resumed)):
         _set_gradients(own_parameters, 3)
         own_optimizer.step()
-    assert all(torch.equal(one, other) for one, other in zip(parameters, copies, strict=True))
+    assert all(torch.equal(original, copied) for original, copied in zip(parameters, copies, strict=True))
     assert [group["step"] for group in resumed.param_groups] == [4, 2]
 
 

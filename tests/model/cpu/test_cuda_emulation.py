@@ -1,4 +1,4 @@
-"""What the emulation answers where megatron-core asks for CUDA."""
+"""Behavior of torch and megatron-core with the emulation of CUDA installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_vcr1.model.cpu.cuda_emulation import CudaMeansCpu
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
-def test_cuda_tensors_are_made_on_the_cpu() -> None:
+def test_cuda_tensors_are_created_on_the_cpu() -> None:
     x = torch.ones(2, device="cuda")
     assert x.device.type == "cpu"
     assert x.cuda() is x
@@ -28,7 +28,7 @@ def test_a_second_install_enters_no_second_mode() -> None:
     assert torch._C._len_torch_function_stack() == depth >= 1
 
 
-def test_the_mode_holds_for_one_thread() -> None:
+def test_the_mode_applies_to_one_thread_only() -> None:
     devices: list[str] = []
 
     def work() -> None:

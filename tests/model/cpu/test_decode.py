@@ -21,7 +21,10 @@ from tests.model import compare_specs, tiny
 
 
 def test_rounds_where_the_modules_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the engine's half-precision log-probs would differ from training's more than both from exact ones."""
+    """Compare half-precision log-probs of the two decode paths.
+
+    With other rounding, the engine's log-probs would differ more from training's than either differs from exact ones.
+    """
     tiny.create("qwen2_5_vl", tmp_path / "model")
     request = GenerationRequest("0", tiny.prompt("v", seed=3), 8, 0)
     with mesh.world(ParallelSection()):

@@ -25,8 +25,9 @@ def _mark(parameter: Tensor, axis: int) -> None:
 
 
 class _LinearFunction(torch.autograd.Function):
-    """x @ weight.T + bias. If there is a gradient buffer, the weight's gradient is written or added to it.
+    """Computes x @ weight.T + bias.
 
+    If there is a gradient buffer, backward adds the weight's gradient to it, or overwrites it if `writes` is True.
     Autograd then receives NaN or None as the weight's gradient, so that a test fails if anything reads it.
     """
 
