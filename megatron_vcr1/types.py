@@ -11,8 +11,9 @@ OPTION_LETTERS = "ABCDEFG"
 """Letters of multiple-choice options; the accuracy reward parses answers with the same letters."""
 
 NUM_TRACKED_FRAMES = 8
-"""Number of frames of a tracking sample, and of the boxes in its answer (VideoChat-R1)."""
+"""Number of frames of a tracking sample in VideoChat-R1. Its answer has one box per frame."""
 
+# A tokenizer encodes such text (<|im_end|>, <|video_pad|>) as a control token: it would end a turn or add a vision pad.
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
@@ -29,7 +30,7 @@ class Task(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A span of video time, in seconds from the first frame.
+    """A span of time in a video, in seconds from its first frame.
 
     Raises:
         ValueError: unless 0 <= start_s < end_s, both finite.
@@ -77,7 +78,10 @@ class GroundingTarget:
 
 @dataclass(frozen=True, slots=True)
 class TrackingTarget:
-    """The target of tracking: the object's box in each frame that the model sees. The prompt contains the first one."""
+    """The target of tracking: the object's box in each frame that the model sees.
+
+    The prompt contains the first box, which tells the model which object to track.
+    """
 
     boxes: tuple[Box, ...]
 
@@ -98,7 +102,7 @@ class ChoiceTarget:
 
 @dataclass(frozen=True, slots=True)
 class GroundedChoiceTarget:
-    """The target of grounded QA: the letter of the right option, and the spans that support it."""
+    """The target of grounded QA: the letter of the right option, and the spans of time that contain the evidence."""
 
     choice: str
     intervals: tuple[Interval, ...]
@@ -154,8 +158,9 @@ class VideoSample:
         query: the event to find, the name of the object to track, the question or the instruction. Only captioning may
             leave it empty.
         options: texts of the multiple-choice options in the order of their letters; empty for the other tasks.
-        duration_s: length of the video in seconds (of the clip, if there is one); None if the annotation has none.
-        clip: the part of the video that is shown; None for all of it. Times in `target` count from the clip's start.
+        duration_s: length of the video in seconds (of the clip, if there is one); None if it is unknown.
+        clip: the part of the video that is shown; None for the whole video. Times in `target` are
+            measured from the clip's start.
         image_fps: images per second if `video` is a folder of images.
         category: the dataset's own category (question type, sub-task), for reports.
         thinking: reasoning that leads to the target, for SFT with thinking; empty if there is none.
@@ -192,16 +197,16 @@ class VideoSample:
         self._check_options()
         for interval in self.intervals:
             if self.duration_s is not None and interval.start_s >= self.duration_s:
-                raise ValueError(f"interval starts at {interval.start_s} s, after the video's {self.duration_s} s")
+                raise ValueError(f"interval starts at {interval.start_s} s, but the video ends at {self.duration_s} s")
 
     @property
     def task(self) -> Task:
-        """The task, which follows from the type of the target."""
+        """The task, determined by the type of the target."""
         return _TASK_OF_TARGET[type(self.target)]
 
     @property
     def intervals(self) -> tuple[Interval, ...]:
-        """Spans of the target; empty for tasks without spans."""
+        """Time spans of the target; empty for tasks without spans."""
         match self.target:
             case GroundingTarget(interval):
                 return (interval,)
@@ -225,9 +230,9 @@ class FinishReason(StrEnum):
     """The reason why a response ended."""
 
     STOP = "stop"
-    """The policy ended it: its last token is an end token, or it ends with a stop string."""
+    """The policy ended the response: its last token is an end token, or its text ends with a stop string."""
     LENGTH = "length"
-    """The token limit cut it."""
+    """The response was cut at the token limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +243,8 @@ class Rollout:
         token_ids: sampled tokens including the end token, at least one.
         log_probs: log-probability of each token at the sampling temperature, over the whole vocabulary (before top-p
             and top-k).
-        finish_reason: the reason why it ended.
-        policy_version: number of weight updates of the policy that sampled it.
+        finish_reason: the reason why the response ended.
+        policy_version: policy version of the weights that sampled it: their number of training steps.
     """
 
     token_ids: tuple[int, ...]

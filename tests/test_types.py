@@ -68,7 +68,7 @@ def test_the_task_follows_from_the_type_of_the_target(target: Any, extra: dict[s
         ({"query": "  "}, "query is empty"),
         ({"duration_s": 0.0}, "duration_s must be positive"),
         ({"duration_s": float("nan")}, "duration_s must be positive"),
-        ({"duration_s": 1.0}, "starts at 1.0 s, after the video's 1.0 s"),
+        ({"duration_s": 1.0}, "starts at 1.0 s, but the video ends at 1.0 s"),
         ({"options": ("x", "y")}, "temporal_grounding has none"),
         ({"target": ChoiceTarget("A")}, "need 1 to 7, got 0"),
         ({"target": ChoiceTarget("C"), "options": ("x", "y")}, "'C' is not one of the options' letters AB"),

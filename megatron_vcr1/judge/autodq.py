@@ -1,9 +1,9 @@
 """AutoDQ with a language model: the two prompts, the parsing of their responses, and the backend that sends them.
 
-A caption is data, never instructions. It reaches the model as a JSON string in a message of its own, so that no quote
-or bracket in it can end the string. The brackets of chat markup (``<|im_end|>``, ``[INST]``) are escaped, so that no
-tokenizer takes them for the end of a turn. Verdicts refer to events by number, and a response must have one verdict
-for each event.
+A caption is data, never instructions: a policy could otherwise learn to talk to the judge. A caption is sent as a JSON
+string in a message of its own, so that no quote or bracket in it can end the string. The brackets of chat markup
+(``<|im_end|>``, ``[INST]``) are escaped, so that no tokenizer mistakes them for the end of a turn. Verdicts refer to
+events by number, and a response must have one verdict for each event.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron_vcr1.judge.endpoint import Endpoint, JudgeRequest, UnusableRespons
 from megatron_vcr1.rewards.recall import Verdict
 
 MAX_EVENTS = 10
+"""Largest number of events of a description; part of the prompt."""
 
 # The judge's prompts. Results depend on every character of them, and so do the keys of cached responses.
 _EVENTS_TASK = f"""\
@@ -49,10 +50,15 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class EndpointBackend:
-    """A judge backend that asks a language model and caches its responses on disk, so that each is requested once."""
+    """A judge backend that asks a language model and caches its responses on disk, so that no request is sent twice."""
 
     def __init__(self, endpoint: Endpoint, cache: Path) -> None:
-        """Use an endpoint, and a folder for the cache (see `ResponseCache`)."""
+        """Initialize the backend.
+
+        Args:
+            endpoint: the endpoint of the language model.
+            cache: folder of the `ResponseCache`.
+        """
         self._endpoint = endpoint
         self._cache = ResponseCache(cache)
 
@@ -72,7 +78,7 @@ class EndpointBackend:
         return [None if verdicts is None else tuple(map(Verdict, verdicts)) for verdicts in parsed]
 
     def _request_all(self, items: Sequence[Item], make_request: Callable[[Item], JudgeRequest]) -> list[Any | None]:
-        """Return the parsed response for each item, in order. Equal items and cached ones are not requested again."""
+        """Return the parsed response for each item, in order. Equal items share a request; cached items need none."""
         requests = {item: make_request(item) for item in dict.fromkeys(items)}
         keys = {item: self._key(request) for item, request in requests.items()}
         parsed = {item: self._cache.get(keys[item]) for item in requests}
@@ -84,18 +90,18 @@ class EndpointBackend:
         return [parsed[item] for item in items]
 
     def _key(self, request: JudgeRequest) -> dict[str, Any]:
-        """Return all that a response depends on: the model and the messages."""
+        """Return a request's key in the cache: everything that the response depends on, the model and the messages."""
         return {"model": self._endpoint.model, "messages": list(request.messages)}
 
 
 def events_request(description: str) -> JudgeRequest:
-    """Build the request for the events of a description."""
+    """Build the request to list the events of a description."""
     schema = _object_schema(events={"type": "array", "items": {"type": "string"}, "maxItems": MAX_EVENTS})
     return JudgeRequest(_messages(_EVENTS_TASK, {"description": description}), schema, parse_events)
 
 
 def verdicts_request(events: Sequence[str], description: str) -> JudgeRequest:
-    """Build the request for one verdict per event: whether a description entails or contradicts it."""
+    """Build the request for one verdict per event: whether the description entails or contradicts the event."""
     numbered = [{"event": number, "sentence": event} for number, event in enumerate(events, start=1)]
     verdict = _object_schema(
         event={"type": "integer", "minimum": 1, "maximum": len(events)},
@@ -109,7 +115,7 @@ def verdicts_request(events: Sequence[str], description: str) -> JudgeRequest:
 
 
 def parse_events(text: str) -> list[str]:
-    """Parse the events of a response, without repeated and empty ones; the first 10 if the model lists more.
+    """Parse the events of a response, without empty and repeated events; only the first 10 if the model lists more.
 
     Raises:
         UnusableResponse: the response has no list of strings.
@@ -124,7 +130,7 @@ def parse_verdicts(text: str, num_events: int) -> list[str]:
     """Parse the verdicts of a response: a value of `Verdict` for each event, in order.
 
     Raises:
-        UnusableResponse: an event has no verdict or several, or a verdict is unknown.
+        UnusableResponse: an event has no verdict or more than one, or a verdict is not a value of `Verdict`.
     """
     verdicts: dict[int, str] = {}
     entries = _find_object(text, "verdicts")["verdicts"]
@@ -134,7 +140,7 @@ def parse_verdicts(text: str, num_events: int) -> list[str]:
         number, verdict = entry.get("event"), entry["verdict"].strip().lower()
         if verdict not in set(Verdict):
             raise UnusableResponse("a verdict is not one of entailment, neutral, contradiction")
-        if type(number) is not int or number in verdicts:
+        if type(number) is not int or number in verdicts:  # True is an int for isinstance
             raise UnusableResponse("the event of a verdict is not a number, or has a verdict already")
         verdicts[number] = verdict
     if sorted(verdicts) != list(range(1, num_events + 1)):
@@ -149,6 +155,7 @@ def _messages(task: str, material: Mapping[str, Any]) -> list[dict[str, str]]:
 def _as_material(value: object) -> str:
     """Encode a value as JSON whose strings contain no bracket of any chat markup: brackets become JSON escapes."""
     if isinstance(value, str):
+        # A lone surrogate cannot be encoded as UTF-8; "?" replaces it.
         text = json.dumps(value.encode(errors="replace").decode(), ensure_ascii=False)
         for bracket in "<>[]":
             text = text.replace(bracket, f"\\u{ord(bracket):04x}")
@@ -161,14 +168,14 @@ def _as_material(value: object) -> str:
 
 
 def _find_object(text: str, key: str) -> dict[str, Any]:
-    """Find the first JSON object with a key. Text around it (a code fence, reasoning, courtesies) is ignored."""
+    """Find the first JSON object with a key. Text around it (a code fence, reasoning, pleasantries) is ignored."""
     decoder = json.JSONDecoder()
     text = text.rpartition("</think>")[2]
     start = text.find("{")
     while start >= 0:
         try:
             value, _ = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):
+        except (json.JSONDecodeError, RecursionError):  # RecursionError: thousands of nested brackets
             value = None
         if isinstance(value, dict) and key in value:
             return value

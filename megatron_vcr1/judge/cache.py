@@ -1,4 +1,4 @@
-"""Cache of judge responses on disk, so that no run pays for a request twice: one small file per response."""
+"""On-disk cache of the judge's responses, so that no run pays for a request twice. Each response is one small file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 class ResponseCache:
     """A folder of responses that any number of processes may share, also on a network file system.
 
-    A file is named by the hash of its request, and appears under its name only when it is complete. Of two processes
-    that write the same file, the later one wins; both hold a valid response, so no lock is needed. A file that cannot
-    be read counts as missing and is written again.
+    A file is named after the hash of its request, and gets this name only when it is complete. If two processes write
+    the same file, the later one wins; both files hold a valid response, so no lock is needed. A file that cannot be
+    read counts as missing and is written again.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, request: object) -> Any | None:
-        """Return the stored response; None if there is none."""
+        """Return the stored response to a request; None if there is none."""
         try:
             return json.loads(self._path(request).read_text(encoding="utf-8"))["answer"]
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""Requests for JSON responses to an OpenAI-compatible endpoint, in parallel and with retries.
+"""Client of an OpenAI-compatible endpoint that requests JSON responses, in parallel and with retries.
 
-No other file imports the `openai` client.
+This is the only file that imports the `openai` package.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from megatron_vcr1.errors import UserError
 try:
     import openai
 except ImportError as error:
-    raise UserError("[judge] kind 'openai' needs the client: pip install 'openai>=2,<4'") from error
+    raise UserError("[judge] kind 'openai' needs the openai package: pip install 'openai>=2,<4'") from error
 
-MIN_FAILURES_OF_AN_OUTAGE = 4
+MIN_OUTAGE_FAILURES = 4
+"""Smallest number of consecutive failures after which the server is considered down."""
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +48,12 @@ class JudgeRequest:
 
 
 class Endpoint:
-    """An OpenAI-compatible server.
+    """An OpenAI-compatible server, and the requests that are sent to it.
 
-    The client retries network errors and busy servers with exponential backoff and jitter. A request with an unusable
-    response is sent again at a temperature above 0. A request that still fails has no result, which the caller counts.
-    Once as many requests in a row as run in parallel have failed to reach the server, the remaining ones are not sent.
+    The `openai` client retries network errors and busy servers with exponential backoff and jitter. If a response is
+    unusable, the request is sent again at a temperature above 0. A request that still fails has no result; the caller
+    counts these. If as many requests in a row as run in parallel (at least 4) fail to reach the server, the server is
+    considered down and the remaining requests are not sent.
     """
 
     def __init__(self, section: JudgeSection) -> None:
@@ -62,18 +64,18 @@ class Endpoint:
         self._client = openai.OpenAI(
             base_url=section.base_url, api_key=api_key, timeout=section.timeout_s, max_retries=section.max_retries
         )
-        self._has_responded = False
+        self._has_responded = False  # from the first chat completion on, the settings are known to be right
         self._supports_schemas = True  # until the endpoint refuses a request because of its JSON schema
-        # Guards _supports_schemas, so that its change is logged once. Requests run in the threads of a pool.
+        # Guards _supports_schemas, which all threads of the pool may change, so that the change is logged only once.
         self._lock = threading.Lock()
 
     def send(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, Any]]:
-        """Send requests in parallel; yield the index and parsed response of each that succeeds, as they complete.
+        """Send requests in parallel; yield the index and parsed response of each successful one as it completes.
 
         Raises:
             UserError: the endpoint refuses the key or does not know the model, so that no request can succeed.
         """
-        outage = _Outage(max(self._section.concurrency, MIN_FAILURES_OF_AN_OUTAGE))
+        outage = _Outage(max(self._section.concurrency, MIN_OUTAGE_FAILURES))
         pool = ThreadPoolExecutor(self._section.concurrency, thread_name_prefix="judge")
         try:
             futures = {pool.submit(self._send, request, outage): index for index, request in enumerate(requests)}
@@ -81,11 +83,12 @@ class Endpoint:
                 if (parsed := future.result()) is not None:
                     yield futures[future], parsed
         finally:
-            # Also if the caller stops iterating or an error ends the run: do not wait for requests under way.
+            # This runs also if the caller stops iterating or an error ends the run. Do not wait for running requests.
             pool.shutdown(wait=False, cancel_futures=True)
         outage.report(self._section.base_url)
 
     def _send(self, request: JudgeRequest, outage: _Outage) -> Any | None:
+        """Send a request until its response can be parsed; return the parsed response, or None if it failed."""
         if outage.detected():
             return None
         for attempt in range(self._section.max_retries + 1):
@@ -107,13 +110,14 @@ class Endpoint:
         return None
 
     def _complete(self, request: JudgeRequest, *, temperature: float) -> str:
-        """Return the text of a completion; if the endpoint refuses a JSON schema, this and later requests have none."""
+        """Return the text of a completion. If the endpoint refuses JSON schemas, this and later requests have none."""
         if not self._supports_schemas:
             return self._request(request, temperature, openai.omit)
         schema = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": request.schema}}
         try:
             return self._request(request, temperature, schema)
         except (openai.BadRequestError, openai.UnprocessableEntityError):
+            # If this fails too, the schema was not the cause: the error propagates and schemas stay enabled.
             text = self._request(request, temperature, openai.omit)
         with self._lock:
             if self._supports_schemas:
@@ -122,6 +126,12 @@ class Endpoint:
         return text
 
     def _request(self, request: JudgeRequest, temperature: float, response_format: Any) -> str:
+        """Request one chat completion and return its text.
+
+        Raises:
+            UnusableResponse: the response is not a chat completion, or has no text.
+            openai.OpenAIError: the request failed.
+        """
         try:
             completion = self._client.chat.completions.create(
                 model=self.model,
@@ -134,14 +144,15 @@ class Endpoint:
         except (json.JSONDecodeError, openai.APIResponseValidationError, AttributeError, IndexError, TypeError):
             raise UnusableResponse("not a chat completion") from None
         if not isinstance(text, str):
-            raise UnusableResponse("a completion without text")
+            raise UnusableResponse("the completion has no text")
         self._has_responded = True
         return text
 
     def _raise_if_misconfigured(self, error: openai.APIStatusError) -> None:
         """Raise a UserError if the first response shows that the settings are wrong.
 
-        After a good response the settings are known to be right: a failing proxy returns the same status codes.
+        After a good response the settings are known to be right, and the error is temporary: a failing proxy returns
+        the same status codes.
         """
         if self._has_responded:
             return
@@ -159,7 +170,7 @@ class Endpoint:
 
 
 class _Outage:
-    """Counts consecutive failures to reach the server, over all threads, and keeps the reason of the last one."""
+    """Counts consecutive failures to reach the server, over all threads, and keeps the reason of the last failure."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -168,7 +179,7 @@ class _Outage:
         self._lock = threading.Lock()
 
     def detected(self) -> bool:
-        """Return whether the server is taken to be down."""
+        """Return whether the server is considered down."""
         return self._num_failures >= self._limit
 
     def record_failure(self, reason: str) -> None:
@@ -178,13 +189,13 @@ class _Outage:
             self._last_reason = reason
 
     def record_response(self, reason: str | None) -> None:
-        """Record that the server responded; `reason` tells why the response is no use, None that it is good."""
+        """Record that the server responded. `reason` says why the response is unusable; None if it is usable."""
         with self._lock:
             self._num_failures = 0
             self._last_reason = reason or self._last_reason
 
     def report(self, base_url: str) -> None:
-        """Log the last failure, if there was one."""
+        """Log the last failure or unusable response, if there was one."""
         if self._last_reason is not None:
-            down = "; it is taken to be down" if self.detected() else ""
+            down = "; the server is considered down" if self.detected() else ""
             log.warning("judge: %s: %s%s", base_url, self._last_reason, down)

@@ -1,7 +1,8 @@
 """AutoDQ (Tarsier, arXiv 2407.00634): compares a caption with its reference event by event.
 
-Each event of one description is judged against the other description: entailed, contradicted, or neither. Only
-entailment counts. Recall is the entailed fraction of the reference's events, precision that of the caption's events.
+Each event of one description is judged against the other description: entailed, contradicted, or neither. Only an
+entailed event counts. Recall is the entailed fraction of the reference's events, precision the entailed fraction of the
+caption's events.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class JudgeBackend(Protocol):
-    """The interface of a judge backend: a language model, or word matching. A failure is None in its results."""
+    """The interface of a judge backend: a language model, or word matching. None in a result marks a failure."""
 
     @property
     def name(self) -> str:
@@ -36,7 +37,7 @@ class JudgeBackend(Protocol):
         ...
 
     def judge_events(self, pairs: Sequence[tuple[Events, str]]) -> list[Verdicts | None]:
-        """Judge each event of an (events, description) pair against the description, for each pair."""
+        """For each (events, description) pair, judge each event against the description."""
         ...
 
 
@@ -46,9 +47,9 @@ class CaptionVerdicts:
 
     Attributes:
         reference_events: events of the reference.
-        reference_verdicts: a verdict for each of them, judged against the caption.
+        reference_verdicts: verdict on each reference event, judged against the caption.
         caption_events: events of the caption.
-        caption_verdicts: a verdict for each of them, judged against the reference.
+        caption_verdicts: verdict on each caption event, judged against the reference.
     """
 
     reference_events: Events
@@ -70,7 +71,7 @@ class CaptionVerdicts:
 class Judge:
     """Compares captions with the references of their samples.
 
-    A caption that could not be judged has the result None. It must not count as 0.
+    The result of a caption that could not be judged is None. It must not count as 0.
     """
 
     def __init__(self, backend: JudgeBackend) -> None:
@@ -90,7 +91,9 @@ class Judge:
         """
         events = self._reference_events(samples)
         verdicts = self._judge(list(zip(events, captions, strict=True)))
-        recalls = [None if of_caption is None else event_recall(of_caption) for of_caption in verdicts]
+        recalls = [
+            None if caption_verdicts is None else event_recall(caption_verdicts) for caption_verdicts in verdicts
+        ]
         _report_failures(sum(recall is None for recall in recalls), len(recalls))
         return recalls
 
@@ -101,6 +104,7 @@ class Judge:
         references = [_target(sample).caption for sample in samples]
         reference_verdicts = self._judge(list(zip(reference_events, captions, strict=True)))
         caption_verdicts = self._judge(list(zip(caption_events, references, strict=True)))
+        # None if any of the four parts failed.
         compared = [
             None if a is None or b is None or c is None or d is None else CaptionVerdicts(a, b, c, d)
             for a, b, c, d in zip(reference_events, reference_verdicts, caption_events, caption_verdicts, strict=True)
@@ -119,26 +123,36 @@ class Judge:
         return self._backend.extract_events(descriptions) if descriptions else []
 
     def _judge(self, pairs: Sequence[tuple[Events | None, str]]) -> list[Verdicts | None]:
-        """Judge each (events, description) pair. A pair without events needs no request: its verdicts are empty."""
+        """Judge each (events, description) pair.
+
+        Only pairs with events reach the backend. No events (an empty tuple) have no verdicts; if the extraction of the
+        events failed (None), so did the verdicts.
+        """
         with_events = [(events, description) for events, description in pairs if events]
-        verdicts = iter(self._backend.judge_events(with_events) if with_events else [])
-        return [next(verdicts) if events else None if events is None else () for events, _ in pairs]
+        judged = iter(self._backend.judge_events(with_events) if with_events else [])
+        verdicts: list[Verdicts | None] = []
+        for events, _ in pairs:
+            if events:
+                verdicts.append(next(judged))
+            else:
+                verdicts.append(None if events is None else ())
+        return verdicts
 
 
 def build_judge(section: JudgeSection, cache: Path) -> Judge:
-    """Build the judge of the settings.
+    """Build the judge that the settings describe.
 
     Args:
         section: the section [judge].
-        cache: folder for a language model's responses, unless the settings name one. It may exist already, and several
-            processes may share it.
+        cache: folder for a language model's responses, used unless `section.cache` is set. It may exist already, and
+            several processes may share it.
 
     Raises:
-        UserError: the `openai` client is not installed.
+        UserError: the settings ask for a language model, and the `openai` package is not installed.
     """
     if section.kind == "lexical":
         return Judge(LexicalBackend())
-    # Imported here, since importing the endpoint fails without the optional client.
+    # Imported here, because importing the endpoint fails without the optional openai package.
     from megatron_vcr1.judge.autodq import EndpointBackend
     from megatron_vcr1.judge.endpoint import Endpoint
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from megatron_vcr1.rewards.recall import Verdict
 
 MAX_EVENTS = 10
+"""Largest number of events of a description, as in `autodq`."""
 _MIN_MATCHED_FRACTION = 0.8
-"""Fraction of an event's content words that a sentence must contain to entail it: all of four, four of five."""
+"""Fraction of an event's content words that a sentence must contain to entail it: 4 of 4 words, or 4 of 5."""
 
 _SENTENCE_END = re.compile(r"[.!?;\n]+|,? (?:and )?then\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W_]+")
@@ -22,9 +23,10 @@ _SUFFIXES = ("ing", "ed", "es", "s", "e")
 
 
 class LexicalBackend:
-    """A judge backend that takes sentences for events. A sentence that contains the words of an event entails it.
+    """A judge backend that treats each sentence as an event, and matches words.
 
-    It never finds a contradiction.
+    A description entails an event if one of its sentences contains the event's words. Every other verdict is neutral:
+    a contradiction is never detected.
     """
 
     name = "lexical (word matching, no language model)"
@@ -61,7 +63,7 @@ def _content_words(text: str) -> set[str]:
 
 
 def _stem(word: str) -> str:
-    """Remove an English suffix: "moves", "moved" and "moving" all become "mov"."""
+    """Remove a common English suffix: "moves", "moved" and "moving" all become "mov"."""
     for suffix in _SUFFIXES:
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
             return word.removesuffix(suffix)

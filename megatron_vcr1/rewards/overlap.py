@@ -25,12 +25,12 @@ def span_union_iou(predicted: Sequence[Interval], target: Sequence[Interval]) ->
     union_s = _total_s(merge([*predicted, *target]))
     if union_s == 0:
         return 0.0
-    # The rounded sum of many short intersections may exceed the union.
+    # Due to rounding, the sum of many short intersections may exceed the union.
     return min(_total_s(_intersection(merge(predicted), merge(target))) / union_s, 1.0)
 
 
 def merge(spans: Iterable[Interval]) -> list[Interval]:
-    """Merge overlapping and adjacent spans; return disjoint spans in order."""
+    """Merge overlapping and adjacent spans; return disjoint spans in order of time."""
     merged: list[Interval] = []
     for span in sorted(spans, key=lambda span: span.start_s):
         if merged and span.start_s <= merged[-1].end_s:
@@ -53,8 +53,8 @@ def mean_box_iou(predicted: Sequence[Box | None], target: Sequence[Box]) -> floa
     """Compute the mean IoU over the frames of a video.
 
     Args:
-        predicted: a box per frame; None, an invalid box, counts as IoU 0.
-        target: a box per frame.
+        predicted: box of each frame; None for an invalid box, which counts as IoU 0.
+        target: box of each frame.
 
     Raises:
         ValueError: the numbers of frames differ.
@@ -68,7 +68,7 @@ def _total_s(spans: Iterable[Interval]) -> float:
 
 
 def _intersection(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """Intersect two lists of disjoint spans in order; the result is disjoint and in order, too."""
+    """Intersect two lists of disjoint spans, each in order of time; the result is also disjoint and in order."""
     common, i, j = [], 0, 0
     while i < len(first) and j < len(second):
         start_s = max(first[i].start_s, second[j].start_s)

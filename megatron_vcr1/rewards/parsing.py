@@ -1,8 +1,8 @@
 """Parsing of completions: tagged blocks, and the spans, boxes and option letters in them.
 
 A policy may emit any text. Every function accepts any text, runs in time linear in its length, and either returns a
-value or raises `UnparsableError`. Patterns use possessive quantifiers (`*+`, `++`, `?+`), so that a number that was
-matched is never tried again in parts. Only ASCII digits form numbers.
+value or raises `UnparsableError`. Patterns use possessive quantifiers (`*+`, `++`, `?+`), so that the regex engine
+never backtracks into a number that it has matched. Only ASCII digits form numbers.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ from megatron_vcr1.types import OPTION_LETTERS, Box, Interval
 _DECIMAL = r"[0-9]++(?:\.[0-9]*+)?+"
 _EXPONENT = r"(?:[eE][+-]?+[0-9]++)?+"
 _TIME = rf"(?:[0-9]++:(?=[0-9]))*+{_DECIMAL}{_EXPONENT}"  # 12.5, or a clock time such as 1:05
-# A match must not start in the middle of a number: it would find nothing new, and take quadratic time on many digits.
+# The lookbehinds keep a match from starting in the middle of a number or clock time. Starting there would find nothing
+# new, and would take quadratic time on a long run of digits.
 _TIMES = re.compile(rf"(?<![0-9])(?<![0-9]:)((?:(?<!\w)-)?+{_TIME}) (?:to|and) (-?+{_TIME})")
 
 
 def _list_of_rows(opening: str, closing: str) -> re.Pattern[str]:
+    """Compile a pattern for a possibly empty list of rows of numbers; a comma after the last row is allowed.
+
+    Args:
+        opening, closing: patterns of the brackets of a row.
+    """
     number = rf"[+-]?+(?:{_DECIMAL}|\.[0-9]++){_EXPONENT}"
     row = rf"{opening}\s*+{number}(?:\s*+,\s*+{number})*+\s*+{closing}"
     return re.compile(rf"\[\s*+(?:{row}(?:\s*+,\s*+{row})*+\s*+,?+)?+\s*+\]", re.ASCII)
 
 
-_TUPLES = _list_of_rows(r"\(", r"\)")
-_LISTS = _list_of_rows(r"\[", r"\]")
+_SPAN_LIST = _list_of_rows(r"\(", r"\)")
+_BOX_LIST = _list_of_rows(r"\[", r"\]")
 _ROW = re.compile(r"[(\[]([^()\[\]]++)[)\]]")
 
 
 class UnparsableError(ValueError):
-    """Raised if a completion cannot be parsed; its message is one of a small set of reasons that can be counted."""
+    """Raised if a completion cannot be parsed. There is a small set of messages, so that they can be counted."""
 
 
 def last_answer(completion: str) -> str:
@@ -42,7 +48,7 @@ def last_answer(completion: str) -> str:
         UnparsableError: there is no complete block.
     """
     answers = list(_blocks(completion, "answer"))
-    return _found(answers[-1] if answers else None, completion, "answer")
+    return _require_block(answers[-1] if answers else None, completion, "answer")
 
 
 def first_glue(completion: str) -> str:
@@ -51,17 +57,17 @@ def first_glue(completion: str) -> str:
     Raises:
         UnparsableError: there is no complete block.
     """
-    return _found(next(_blocks(completion, "glue"), None), completion, "glue")
+    return _require_block(next(_blocks(completion, "glue"), None), completion, "glue")
 
 
 def parse_interval(answer: str) -> Interval:
     """Parse the last ``START to END`` (or ``START and END``) in seconds.
 
-    Unlike in the published reward, a sign, an exponent and the minutes of a clock time belong to their number. The
-    published one reads "-5 to 9" as 5 to 9, "1e400 to 500" as 400 to 500, and "1:00 to 2:30" as 0 to 2.
+    Unlike in the published reward, a sign, an exponent and the minutes of a clock time are part of their number. The
+    published reward reads "-5 to 9" as 5 to 9, "1e400 to 500" as 400 to 500, and "1:00 to 2:30" as 0 to 2.
 
     Raises:
-        UnparsableError: there is none, or it is not a valid span.
+        UnparsableError: the text has no start and end, or they do not form a valid span.
     """
     times = _TIMES.findall(answer)
     if not times:
@@ -76,13 +82,13 @@ def parse_interval(answer: str) -> Interval:
 
 
 def parse_spans(glue: str) -> tuple[Interval, ...]:
-    """Parse a list of ``(start, end)`` in seconds, possibly empty. Spans of length 0 are left out: they cover no time.
+    """Parse a list of ``(start, end)`` in seconds, possibly empty. Spans of length 0 are dropped.
 
     Raises:
         UnparsableError: the text is not such a list, or a span is invalid.
     """
     spans = []
-    for row in _parse_rows(glue, _TUPLES, "no list of (start, end)"):
+    for row in _parse_rows(glue, _SPAN_LIST, "no list of (start, end)"):
         if len(row) != 2:
             raise UnparsableError("a span is not two numbers")
         start_s, end_s = row
@@ -103,7 +109,7 @@ def parse_boxes(answer: str, num_boxes: int) -> tuple[Box | None, ...]:
 
 def parse_box_rows(answer: str, num_boxes: int) -> list[tuple[float, ...]]:
     """Parse the four numbers of each box like `parse_boxes`, without checking that the box is valid."""
-    rows = _parse_rows(answer, _LISTS, "no list of boxes")
+    rows = _parse_rows(answer, _BOX_LIST, "no list of boxes")
     if len(rows) != num_boxes:
         raise UnparsableError("wrong number of boxes")
     if any(len(row) != 4 for row in rows):
@@ -115,7 +121,7 @@ def parse_choice(answer: str) -> str:
     """Return the first capital letter of an option, anywhere in the text.
 
     Raises:
-        UnparsableError: there is none.
+        UnparsableError: the text has no such letter.
     """
     letter = next((character for character in answer if character in OPTION_LETTERS), None)
     if letter is None:
@@ -136,22 +142,28 @@ def parse_caption(completion: str) -> str:
 
 
 def _blocks(text: str, tag: str) -> Iterator[str]:
-    """Yield the text between each ``<tag>`` and the next ``</tag>``. If it is opened twice, the second one counts."""
+    """Yield the text between each ``<tag>`` and the next ``</tag>``.
+
+    If the tag is opened again before it is closed, the block starts at the last opening tag.
+    """
     opening, closing = f"<{tag}>", f"</{tag}>"
     end = 0
     while (start := text.find(opening, end)) >= 0 and (end := text.find(closing, start)) >= 0:
         yield text[text.rfind(opening, start, end) + len(opening) : end]
 
 
-def _found(block: str | None, completion: str, tag: str) -> str:
+def _require_block(block: str | None, completion: str, tag: str) -> str:
+    """Return the text of a block, stripped; if there is none, raise an error that says whether the tag was opened."""
     if block is None:
         raise UnparsableError(f"<{tag}> not closed" if f"<{tag}>" in completion else f"no <{tag}>")
     return block.strip()
 
 
-def _parse_rows(text: str, pattern: re.Pattern[str], otherwise: str) -> list[tuple[float, ...]]:
+def _parse_rows(text: str, pattern: re.Pattern[str], mismatch_reason: str) -> list[tuple[float, ...]]:
+    """Parse the rows of a list; raise `mismatch_reason` if the text does not match the pattern of the list."""
     if not pattern.fullmatch(text):
-        raise UnparsableError(otherwise)
+        raise UnparsableError(mismatch_reason)
+    # The search starts at character 1, after the opening bracket of the list itself.
     return [tuple(map(float, row.split(","))) for row in _ROW.findall(text, 1)]
 
 

@@ -1,4 +1,4 @@
-"""Event recall of a caption (VideoChat-R1, equation 6), computed from a judge's verdicts."""
+"""Event recall of a caption (VideoChat-R1, equation 6), computed from the verdicts of `megatron_vcr1.judge`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Verdict(StrEnum):
 
 
 def event_recall(verdicts: Sequence[Verdict]) -> float:
-    """Compute the fraction of the reference's events that the caption entails; 1 without events, as in AutoDQ.
+    """Compute the fraction of events that are entailed; 1 if there are no events, as in AutoDQ.
 
     Args:
-        verdicts: a verdict for each event of the reference.
+        verdicts: verdict on each event. For recall, these are the reference's events, judged against the caption.
     """
     if not verdicts:
         return 1.0

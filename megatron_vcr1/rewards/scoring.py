@@ -1,4 +1,4 @@
-"""The reward of a completion: the parts of each task, and their sum (VideoChat-R1, section 3.3)."""
+"""The reward of a completion: the sum of the parts that its task has (VideoChat-R1, section 3.3)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_vcr1.types import (
 )
 
 NOT_JUDGED = "not judged"
-"""Reason of a caption without recall: it was not judged."""
+"""Reason reported for the recall of a caption that was not judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class RewardBreakdown:
 
     Attributes:
         format, iou, accuracy, recall: parts in [0, 1]; None if the task has no such part, or it was not judged.
-        reasons: the reason of each part that is 0 or was not judged, by its name. There is a small set of reasons, so
-            that they can be counted.
+        reasons: the reason for each part that is 0 or was not judged, by name of the part. There is a small set of
+            reasons, so that they can be counted.
         extra: values of user-defined rewards by name; set with `dataclasses.replace`.
     """
 
@@ -52,7 +52,7 @@ class RewardBreakdown:
 
     @property
     def total(self) -> float | None:
-        """The unweighted sum of the parts; None if a part was not judged, because a missing reward is not a low one.
+        """The unweighted sum of the parts; None if a part was not judged: a missing reward is not a low reward.
 
         Format + IoU for grounding and tracking, format + accuracy for QA and quality, all three for grounded QA,
         format + recall for captioning.
@@ -64,17 +64,17 @@ class RewardBreakdown:
 
 
 def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float | None = None) -> RewardBreakdown:
-    """Compute the reward of a completion with any content. A part that cannot be parsed is 0, with the reason.
+    """Compute the reward of a completion, which may be any text. A part that cannot be parsed is 0, with a reason.
 
     Intended differences from the paper or its published code:
 
-    - Equation 3 gives 0 for a right format. The text and the code mean 1, and so do we.
+    - Equation 3 gives 0 for a correct format. The text of the paper and its code give 1, and so does this function.
     - An answer without an option letter is wrong. The published accuracy counts two empty answers as equal.
     - An empty list of spans scores 0. The published IoU of two empty lists is 1.
     - Numbers include their sign and exponent and have ASCII digits only; a clock time (1:05) is not a number
       (`parse_interval`).
-    - A tag that is opened again inside of its block starts the block anew.
-    - Tracking has as many boxes as frames. The published prompt shows 7 frames and asks for 8 boxes.
+    - If a tag is opened again inside its block, the block starts at the last opening tag.
+    - A tracking answer has as many boxes as there are frames. The published prompt shows 7 frames and asks for 8 boxes.
     - White space between the numbers of ``<glue>`` is allowed.
 
     Args:
@@ -85,10 +85,10 @@ def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float
             A completion without a caption has recall 0 in any case.
 
     Raises:
-        ValueError: `recall` is outside of [0, 1], or given for another task. No completion raises an error.
+        ValueError: `recall` is outside [0, 1], or is given for another task. No completion raises an error.
     """
     if recall is not None and not (isinstance(sample.target, CaptionTarget) and 0 <= recall <= 1):
-        raise ValueError(f"recall is a number in [0, 1] and for captioning only, got {recall} for {sample.task}")
+        raise ValueError(f"recall must be a number in [0, 1], for captioning only; got {recall} for {sample.task}")
     fault = format_fault(sample, completion, thinking=thinking)
     parts = _task_parts(sample, completion, recall)
     values = {name: part.value for name, part in parts.items()}
@@ -104,46 +104,46 @@ def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The value of a part, and the reason if it is 0 or was not judged."""
+    """The value of a part of the reward, and the reason if it is 0 or was not judged."""
 
     value: float | None
     reason: str | None
 
 
 def _task_parts(sample: VideoSample, completion: str, recall: float | None) -> dict[str, _Part]:
-    """Compute the parts of a task other than the format."""
+    """Compute all parts of the reward except the format, by name."""
     match sample.target:
         case GroundingTarget(interval):
-            iou = _measured(lambda: temporal_iou(parse_interval(last_answer(completion)), interval), "no overlap")
+            iou = _compute_part(lambda: temporal_iou(parse_interval(last_answer(completion)), interval), "no overlap")
             return {"iou": iou}
         case TrackingTarget(boxes):
-            return {"iou": _measured(lambda: _tracking_iou(completion, boxes), "no overlap")}
+            return {"iou": _compute_part(lambda: _tracking_iou(completion, boxes), "no overlap")}
         case GroundedChoiceTarget(choice, intervals):
-            iou = _measured(lambda: span_union_iou(parse_spans(first_glue(completion)), intervals), "no overlap")
-            return {"iou": iou, "accuracy": _measured(lambda: _accuracy(completion, choice), "wrong option")}
+            iou = _compute_part(lambda: span_union_iou(parse_spans(first_glue(completion)), intervals), "no overlap")
+            return {"iou": iou, "accuracy": _compute_part(lambda: _accuracy(completion, choice), "wrong option")}
         case ChoiceTarget(choice):
-            return {"accuracy": _measured(lambda: _accuracy(completion, choice), "wrong option")}
+            return {"accuracy": _compute_part(lambda: _accuracy(completion, choice), "wrong option")}
         case QualityTarget(label):
-            return {"accuracy": _measured(lambda: _label_match(completion, label), "wrong label")}
+            return {"accuracy": _compute_part(lambda: _label_match(completion, label), "wrong label")}
         case CaptionTarget():
-            return {"recall": _measured(lambda: _recall_of_caption(completion, recall), "no event entailed")}
+            return {"recall": _compute_part(lambda: _recall_of_caption(completion, recall), "no event entailed")}
 
 
-def _measured(measure: Callable[[], float | None], zero_means: str) -> _Part:
-    """Run a measure. An unparsable completion gives 0 with its reason; `zero_means` is the reason of any other 0."""
+def _compute_part(compute: Callable[[], float | None], zero_reason: str) -> _Part:
+    """Compute a part. If the completion cannot be parsed, it is 0; `zero_reason` is the reason for any other 0."""
     try:
-        value = measure()
+        value = compute()
     except UnparsableError as unparsable:
         return _Part(0.0, str(unparsable))
     if value is None:
         return _Part(None, NOT_JUDGED)
-    return _Part(value, None if value > 0 else zero_means)
+    return _Part(value, None if value > 0 else zero_reason)
 
 
 def _tracking_iou(completion: str, target: tuple[Box, ...]) -> float:
     predicted = parse_boxes(last_answer(completion), len(target))
     if not any(predicted):
-        raise UnparsableError("no box is upright and within 0..1")
+        raise UnparsableError("no valid box within 0..1")
     return mean_box_iou(predicted, target)
 
 
@@ -156,5 +156,5 @@ def _label_match(completion: str, label: str) -> float:
 
 
 def _recall_of_caption(completion: str, recall: float | None) -> float | None:
-    parse_caption(completion)  # a completion without a caption is 0, judged or not
+    parse_caption(completion)  # raises without a caption: such a completion scores 0, judged or not
     return recall

@@ -15,18 +15,18 @@ RewardFunction = Callable[[VideoSample, str], float]
 
 
 class UserRewardError(RuntimeError):
-    """A user's reward function failed on a sample; names the sample. The function's exception is the cause."""
+    """Raised if a user's reward function fails. The message names the sample; the function's exception is the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class UserReward:
-    """A user's reward function, and the name under which its values are reported."""
+    """A user's reward function, and the name under which its values are reported: ``module:function``."""
 
     name: str
     function: RewardFunction
 
     def __call__(self, sample: VideoSample, completion: str) -> float:
-        """Call the function. A failure ends the run: a reward of 0 instead would train the policy on it.
+        """Call the function. A failure ends the run, because scoring it as 0 would train the policy on a bug.
 
         Raises:
             UserRewardError: the function raises, or does not return a finite number.
@@ -41,7 +41,10 @@ class UserReward:
 
 
 def load_reward(name: str) -> UserReward:
-    """Load the function ``module:function``, which takes a sample and a completion and returns a number.
+    """Load a reward function, which takes a sample and a completion and returns a number.
+
+    Args:
+        name: ``module:function``; the module must be importable.
 
     Raises:
         UserError: the name is malformed, the module cannot be imported or has no such function, or the function does
@@ -59,7 +62,7 @@ def load_reward(name: str) -> UserReward:
         ) from error
     function = getattr(module, function_name, None)
     if not inspect.isfunction(function):
-        raise UserError(f"reward {name!r}: the module has no function {function_name}")
+        raise UserError(f"reward {name!r}: the module has no function {function_name}; define it or correct the name")
     try:
         inspect.signature(function).bind("sample", "completion")
     except TypeError as error:

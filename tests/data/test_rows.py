@@ -36,7 +36,7 @@ def test_rows_are_equal_after_a_round_trip(row: dict[str, Any]) -> None:
         (changed(0, target={"interval": [1, 2], "end": 2}), "key 'target.end' is unknown"),
         (changed(0, target={"interval": [1]}), r"key 'target.interval': expected \[start_s, end_s\], got \[1\]"),
         (changed(0, target={"interval": [4, 1]}), "key 'target.interval': an interval needs 0 <= start < end"),
-        (changed(0, target={"interval": [12.5, 13]}), "interval starts at 12.5 s, after the video's 12.5 s"),
+        (changed(0, target={"interval": [12.5, 13]}), "interval starts at 12.5 s, but the video ends at 12.5 s"),
         (changed(1, target={"boxes": [[0, 0, 640, 480]] * 2}), r"'target.boxes\[0\]'.*divide pixels"),
         (changed(1, target={"boxes": [[0, 0, 1, 1]] * 7}), "even number of frames"),
         (changed(2, target={"choice": "C", "intervals": [[0, 1]]}), "'C' is not one of the options' letters AB"),

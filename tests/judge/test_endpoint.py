@@ -115,7 +115,7 @@ def test_requests_stop_when_the_server_is_down(
     captions = [f"Caption {number}." for number in range(40)]
     assert judge.recalls([sample()] * 40, captions) == [None] * 40
     assert len(server.bodies) <= 8  # concurrency is 4
-    assert "taken to be down" in caplog.text
+    assert "considered down" in caplog.text
     server.always = None
     assert judge.recalls([sample()] * 40, captions) == [0] * 40
 

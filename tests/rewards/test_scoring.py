@@ -88,7 +88,7 @@ def test_tracking_averages_over_all_frames() -> None:
     assert parts_of(breakdown) == {"format": 1, "iou": pytest.approx(4 * 0.5 / 8)}
     pixels = score(sample(Task.TRACKING), f"<answer>{[[10, 20, 300, 400]] * 8}</answer>", thinking=False)
     assert parts_of(pixels) == {"format": 1, "iou": 0}
-    assert pixels.reasons == {"iou": "no box is upright and within 0..1"}
+    assert pixels.reasons == {"iou": "no valid box within 0..1"}
 
 
 def test_tracking_has_as_many_boxes_as_its_target() -> None:
@@ -142,7 +142,7 @@ def test_a_missing_caption_scores_0_without_a_judge(completion: str, reason: str
 
 @pytest.mark.parametrize("task, recall", [(Task.CAPTIONING, 1.5), (Task.CAPTIONING, math.nan), (Task.QUALITY, 0.5)])
 def test_an_invalid_recall_is_refused(task: Task, recall: float) -> None:
-    with pytest.raises(ValueError, match=r"recall is a number in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"recall must be a number in \[0, 1\]"):
         score(sample(task), "<answer>x</answer>", thinking=False, recall=recall)
 
 
