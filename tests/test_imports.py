@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL_PACKAGES = {"apex", "flash_attn", "nvidia", "openai", "sglang", "transformer_engine", "triton"}
-# The modules that model.cpu patches, and torch's own.
+# The modules that model.cpu patches, and torch itself.
 WATCHED = (
     "torch",
     "torch.cuda",
@@ -70,7 +70,7 @@ def snapshot() -> dict[str, Any]:
     }
     for name in WATCHED:
         module = sys.modules[name]
-        # Submodules appear in a package's namespace as they are imported, which is no change of state.
+        # Submodules appear in a package's namespace as they are imported, which is not a change of state.
         state |= {f"{name}.{key}": value for key, value in vars(module).items() if not isinstance(value, ModuleType)}
     tracker = sys.modules["megatron.core.tensor_parallel.random"].CudaRNGStatesTracker
     state |= {f"CudaRNGStatesTracker.{key}": value for key, value in vars(tracker).items()}
@@ -86,15 +86,15 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return changed + [name for name in after.keys() - before.keys() if name.startswith("os.environ")]
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (isinstance(one, (str, int, bool, list)) and one == other)
+def _is_same(before: Any, after: Any) -> bool:
+    return before is after or (isinstance(before, (str, int, bool, list)) and before == after)
 
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     for name in WATCHED:
         importlib.import_module(name)
-    import megatron.core.transformer.transformer_layer  # noqa: F401, its logger exists before the snapshot
+    import megatron.core.transformer.transformer_layer  # noqa: F401, creates its logger before the snapshot
 
     before = snapshot()
     num_imported = 0

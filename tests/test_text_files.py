@@ -15,7 +15,7 @@ HOSTILE_JSON = {
     "deep list": "[" * 100_000,
     "deep object": '{"a":' * 100_000,
     "long integer": "9" * 5_000,
-    "open text": '"',
+    "unterminated string": '"',
     "empty": "",
     "two values": "1 2",
 }

@@ -1,4 +1,4 @@
-"""Spans of threads and worker processes, and the recordings that collect them."""
+"""Timeline spans of threads and worker processes, and the recordings that collect them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from megatron_vcr1 import timeline
 from megatron_vcr1.timeline import Span
 
 
-def test_spans_have_their_threads_name_and_open_ones_are_cut_at_the_end() -> None:
-    begun, ended = threading.Event(), threading.Event()
+def test_spans_are_named_after_their_thread_and_open_spans_end_with_the_recording() -> None:
+    started, may_end = threading.Event(), threading.Event()
 
     def sample() -> None:
         with timeline.span("rollout"):
-            begun.set()
-            ended.wait()
+            started.set()
+            may_end.wait()
 
     thread = threading.Thread(target=sample, name="rollout_0")
     with timeline.recording() as spans:
         thread.start()
-        begun.wait()
+        started.wait()
         with timeline.span("update"):
             pass
-    ended.set()
+    may_end.set()
     thread.join()
     update, rollout = spans
     assert (update.name, update.track) == ("update", "MainThread")
@@ -30,7 +30,7 @@ def test_spans_have_their_threads_name_and_open_ones_are_cut_at_the_end() -> Non
     assert rollout.start_ns <= update.start_ns <= update.end_ns <= rollout.end_ns
 
 
-def test_nothing_is_kept_without_a_recording() -> None:
+def test_spans_outside_a_recording_are_dropped() -> None:
     with timeline.span("update"):
         pass
     timeline.add(Span("decode", "worker 0", 1, 2))

@@ -97,7 +97,7 @@ def test_empty_targets_are_refused() -> None:
         QualityTarget("")
 
 
-def test_a_span_may_end_after_the_video() -> None:
+def test_an_interval_may_end_after_the_video() -> None:
     assert sample(duration_s=1.5).intervals == (Interval(1.0, 2.0),)
 
 

@@ -17,8 +17,8 @@
 #
 # Environment: PYTHON is the interpreter (default: python3), TOTAL_S the time limit in seconds (default: 525).
 # Results are written to the folder OUT (default: a new temporary folder): gpu_check.json (machine, versions, the outcome
-# of every section), log.txt, and one JSON file per measurement. They are written after each section, so a call that is
-# interrupted leaves the results of the sections before.
+# of every section), log.txt, and one JSON file per measurement. They are written after each section, so an
+# interrupted call keeps the results of the finished sections.
 # Exit code: 0 (success), 1 (a section failed), 2 (no GPU, or bad usage).
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2

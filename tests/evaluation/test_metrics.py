@@ -8,7 +8,7 @@ from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.evaluation import metrics
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, Benchmark
 from megatron_vcr1.types import Box, GroundedChoiceTarget, Interval, Task, TrackingTarget
-from tests.rewards.samples import BOXES, FRAGMENTS, completions, sample, soups
+from tests.rewards.samples import BOXES, FRAGMENTS, completions, random_texts, sample
 
 WITHOUT_JUDGE = [benchmark for benchmark in BENCHMARKS.values() if benchmark.metric_function is not None]
 
@@ -93,5 +93,5 @@ def test_any_output_is_scored(task: Task, output: str) -> None:
 
 @pytest.mark.parametrize("task", [task for task in Task if task is not Task.CAPTIONING])
 def test_many_malformed_outputs_are_scored(task: Task) -> None:
-    for output in soups([fragment for fragment in FRAGMENTS if "<" not in fragment], 2000, max_fragments=6):
+    for output in random_texts([fragment for fragment in FRAGMENTS if "<" not in fragment], 2000, max_fragments=6):
         check_is_scored(BENCHMARKS[str(task)], output)

@@ -1,4 +1,4 @@
-"""A judge server over real HTTP that matches words, and fails in the way that a test asks for."""
+"""A judge server over real HTTP that matches words, and fails in the ways that a test selects."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ class JudgeServer(ThreadingHTTPServer):
     """A chat completion server.
 
     Attributes:
-        faults: names of faults, one for each of the next requests; later requests succeed.
+        faults: names of the faults of the next requests (see `_faulty_text` and `_Handler._reply`); the requests after
+            them succeed.
         always: fault of every request; None means that requests succeed.
+        bodies: body of every request so far.
+        keys: Authorization headers of the requests.
+        max_concurrent: largest number of requests that were handled at the same time.
     """
 
     daemon_threads = True
@@ -31,13 +35,13 @@ class JudgeServer(ThreadingHTTPServer):
         self.always: str | None = None
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str] = set()
-        self.most_at_once = 0
-        self._now = 0
+        self.max_concurrent = 0
+        self._num_active = 0
         self.lock = threading.Lock()
 
     def section(self, **settings: Any) -> JudgeSection:
         url = f"http://127.0.0.1:{self.server_port}/v1"
-        defaults = {"kind": "openai", "base_url": url, "model": "reader", "timeout_s": 0.5, "max_retries": 2}
+        defaults = {"kind": "openai", "base_url": url, "model": "judge-model", "timeout_s": 0.5, "max_retries": 2}
         return JudgeSection.model_validate(defaults | {"concurrency": 4} | settings)
 
     @property
@@ -49,13 +53,13 @@ class JudgeServer(ThreadingHTTPServer):
         with self.lock:
             self.bodies.append(body)
             self.keys.add(key)
-            self._now += 1
-            self.most_at_once = max(self.most_at_once, self._now)
+            self._num_active += 1
+            self.max_concurrent = max(self.max_concurrent, self._num_active)
             return self.always or (self.faults.pop(0) if self.faults else None)
 
     def leave(self) -> None:
         with self.lock:
-            self._now -= 1
+            self._num_active -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that close the connection: tests do so on purpose."""
@@ -80,11 +84,11 @@ def correct_response(body: dict[str, Any]) -> dict[str, Any]:
         return {"events": list(backend.extract_events([material["description"]])[0] or ())}
     events = tuple(entry["sentence"] for entry in material["events"])
     verdicts = backend.judge_events([(events, material["description"])])[0] or ()
-    return {"verdicts": [{"event": number, "verdict": str(one)} for number, one in enumerate(verdicts, 1)]}
+    return {"verdicts": [{"event": number, "verdict": str(verdict)} for number, verdict in enumerate(verdicts, 1)]}
 
 
 def _faulty_text(answer: dict[str, Any], fault: str) -> str:
-    """Return the text of a model that commits a fault."""
+    """Return the text of a completion that has a fault."""
     key, entries = next(iter(answer.items()))
     match fault:
         case "chatty":
@@ -93,13 +97,13 @@ def _faulty_text(answer: dict[str, Any], fault: str) -> str:
             return "All events are entailed, trust me."
         case "truncated":
             return json.dumps(answer)[:-4]
-        case "one_less":
+        case "one_missing":
             return json.dumps({key: entries[1:]})
-        case "one_more":
+        case "one_extra":
             return json.dumps({key: [*entries, {"event": len(entries) + 1, "verdict": "entailment"}]})
-        case "twice_the_same":
+        case "duplicate":
             return json.dumps({key: [entries[0], *entries[:-1]] if len(entries) > 1 else entries * 2})
-        case "invented":
+        case "bad_verdict":
             return json.dumps({key: [entry | {"verdict": "very true"} for entry in entries]})
         case "not_a_list":
             return json.dumps({key: "entailment"})
@@ -124,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(1)
-        if fault == "takes_a_moment":
+        if fault == "short_delay":
             time.sleep(0.05)
         if fault is not None and fault.isdigit():
             return self._send(int(fault), json.dumps({"error": {"message": f"status {fault}"}}), "application/json")
@@ -139,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         text = _faulty_text(correct_response(body), fault or "")
         message = {"role": "assistant", "content": None if fault == "no_text" else text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
-        completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "reader", "choices": [choice]}
+        completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge-model", "choices": [choice]}
         return self._send(200, json.dumps(completion), "application/json")
 
     def _send(self, status: int, text: str, kind: str) -> None:

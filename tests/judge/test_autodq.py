@@ -26,7 +26,7 @@ def test_any_text_arrives_unchanged_and_without_markup(description: str, events:
         assert content.count("[") == content.count("]") == num_lists
 
 
-def test_half_a_character_can_be_sent() -> None:
+def test_a_lone_surrogate_can_be_sent() -> None:
     content = events_request("\ud800").messages[1]["content"]
     assert json.loads(content.encode()) == {"description": "?"}
 

@@ -1,4 +1,4 @@
-"""The judge with a language model, against a real HTTP server that is slow, fails, returns nonsense and recovers."""
+"""A judge with a language model at a real HTTP server that is slow, fails, returns nonsense and recovers."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_recalls_are_in_the_order_of_the_captions(server: JudgeServer, tmp_path:
     judge = judge_at(server, tmp_path)
     captions = [REFERENCE, "A cat runs away quickly.", "Nothing.", REFERENCE]
     assert judge.recalls([sample()] * 4, captions) == [1, 0.5, 0, 1]
-    assert judge.name == "reader"
-    assert len(server.bodies) == 3  # the same caption is read once
+    assert judge.name == "judge-model"
+    assert len(server.bodies) == 3  # one request for equal captions
     assert server.bodies[0]["temperature"] == 0
     assert server.bodies[0]["response_format"]["json_schema"]["schema"]["required"] == ["verdicts"]
 
 
-def test_both_directions(server: JudgeServer, tmp_path: Path) -> None:
+def test_captions_and_references_are_compared_in_both_directions(server: JudgeServer, tmp_path: Path) -> None:
     judge = judge_at(server, tmp_path)
     (verdicts,) = judge.compare([sample()], ["The cat runs away. A bird sings. A bird flies off. It rains."])
     assert verdicts is not None
@@ -75,13 +75,13 @@ def test_a_caption_without_events_has_precision_1(server: JudgeServer, tmp_path:
 @pytest.mark.parametrize(
     "fault", ["slow", "500", "503", "429", "hangs_up", "html", "broken_json", "no_choices", "no_text", "no_json"]
 )
-def test_a_server_that_fails_once_is_asked_again(server: JudgeServer, tmp_path: Path, fault: str) -> None:
+def test_a_request_is_retried_after_a_temporary_failure(server: JudgeServer, tmp_path: Path, fault: str) -> None:
     server.faults = [fault]
     assert judge_at(server, tmp_path).recalls([sample()], [REFERENCE]) == [1]
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("fault", ["truncated", "one_less", "one_more", "twice_the_same", "invented", "not_a_list"])
+@pytest.mark.parametrize("fault", ["truncated", "one_missing", "one_extra", "duplicate", "bad_verdict", "not_a_list"])
 def test_an_unusable_response_is_requested_again(server: JudgeServer, tmp_path: Path, fault: str) -> None:
     server.faults = [fault, fault]
     assert judge_at(server, tmp_path).recalls([sample()], [REFERENCE]) == [1]
@@ -97,14 +97,14 @@ def test_reasoning_and_a_code_fence_around_a_response_are_ignored(server: JudgeS
 def test_a_caption_without_a_usable_response_is_not_judged(
     server: JudgeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.always = "one_more"
+    server.always = "one_extra"
     judge = judge_at(server, tmp_path)
     assert judge.recalls([sample()], [REFERENCE]) == [None]
     assert judge.compare([sample()], [REFERENCE]) == [None]
     assert "1 of 1 captions could not be judged" in caplog.text
     assert "3 verdicts, or wrong event numbers, for 2 events" in caplog.text
     server.always = None
-    assert judge.recalls([sample()], [REFERENCE]) == [1]  # a failure is not remembered
+    assert judge.recalls([sample()], [REFERENCE]) == [1]  # failures are not cached
 
 
 def test_requests_stop_when_the_server_is_down(
@@ -120,17 +120,17 @@ def test_requests_stop_when_the_server_is_down(
     assert judge.recalls([sample()] * 40, captions) == [0] * 40
 
 
-def test_part_of_a_batch_may_fail(server: JudgeServer, tmp_path: Path) -> None:
+def test_a_failed_request_leaves_the_rest_of_the_batch_alone(server: JudgeServer, tmp_path: Path) -> None:
     server.faults = ["503", "503"]
     judge = judge_at(server, tmp_path, max_retries=0, concurrency=1)
     assert judge.recalls([sample()] * 3, [REFERENCE, "Nothing.", "The cat runs away."]) == [None, None, 0.5]
 
 
 def test_concurrency_is_limited(server: JudgeServer, tmp_path: Path) -> None:
-    server.always = "takes_a_moment"
+    server.always = "short_delay"
     judge = judge_at(server, tmp_path, concurrency=3, timeout_s=5)
     judge.recalls([sample()] * 12, [f"Caption {number}." for number in range(12)])
-    assert server.most_at_once == 3
+    assert server.max_concurrent == 3
 
 
 def test_a_server_without_json_schemas_is_supported(
@@ -145,7 +145,7 @@ def test_a_server_without_json_schemas_is_supported(
 
 
 @pytest.mark.parametrize(
-    "status, message", [("401", "refuses the key.*JUDGE_KEY"), ("404", "does not know the model reader")]
+    "status, message", [("401", "refuses the key.*JUDGE_KEY"), ("404", "does not know the model judge-model")]
 )
 def test_wrong_settings_stop_the_run(server: JudgeServer, tmp_path: Path, status: str, message: str) -> None:
     server.always = status
@@ -180,11 +180,11 @@ def test_other_tasks_than_captioning_are_refused(server: JudgeServer, tmp_path: 
 
 def test_a_second_run_sends_no_requests(server: JudgeServer, tmp_path: Path) -> None:
     first = judge_at(server, tmp_path).compare([sample(events=())], ["The cat runs away."])
-    num_paid = len(server.bodies)
+    num_requests = len(server.bodies)
     assert judge_at(server, tmp_path).compare([sample(events=())], ["The cat runs away."]) == first
-    assert len(server.bodies) == num_paid
+    assert len(server.bodies) == num_requests
     judge_at(server, tmp_path, model="another").recalls([sample(events=())], ["The cat runs away."])
-    assert len(server.bodies) == num_paid + 2
+    assert len(server.bodies) == num_requests + 2
 
 
 def test_damaged_cache_files_are_written_again(server: JudgeServer, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ CAPTIONS = [f"Caption {number}." for number in range(60)]
 
 
 def test_cached_responses_survive_a_kill(server: JudgeServer, tmp_path: Path) -> None:
-    server.always = "takes_a_moment"
+    server.always = "short_delay"
     section = server.section(timeout_s=5)
     command = [sys.executable, "-c", KILLED_RUN, section.model_dump_json(), str(tmp_path)]
     root = str(Path(__file__).parents[2])

@@ -11,8 +11,8 @@ from megatron_vcr1.judge.lexical import LexicalBackend
 from megatron_vcr1.types import CaptionTarget, VideoSample
 
 
-class CountingBackend(LexicalBackend):
-    """Counts what it is asked, and fails on descriptions that contain "unreadable"."""
+class RecordingBackend(LexicalBackend):
+    """Records its arguments, and fails on descriptions that contain "unreadable"."""
 
     def __init__(self) -> None:
         self.extracted: list[str] = []
@@ -34,14 +34,14 @@ def sample(caption: str = "A dog barks.", events: tuple[str, ...] = ()) -> Video
 
 
 def test_annotated_events_are_used_and_others_are_extracted_once_per_reference() -> None:
-    backend = CountingBackend()
+    backend = RecordingBackend()
     samples = [sample(events=("It rains.",)), sample(), sample()]
     assert Judge(backend).recalls(samples, ["It rains.", "A dog barks.", "A cat."]) == [1.0, 1.0, 0.0]
     assert backend.extracted == ["A dog barks."]
 
 
 def test_a_failure_is_none_and_leaves_the_other_captions_alone(caplog: pytest.LogCaptureFixture) -> None:
-    judge = Judge(CountingBackend())
+    judge = Judge(RecordingBackend())
     assert judge.recalls([sample()] * 3, ["A dog barks.", "unreadable", "A cat."]) == [1.0, None, 0.0]
     assert "1 of 3 captions could not be judged" in caplog.text
     assert judge.recalls([sample("unreadable")], ["A dog barks."]) == [None]
@@ -50,7 +50,7 @@ def test_a_failure_is_none_and_leaves_the_other_captions_alone(caplog: pytest.Lo
 
 
 def test_captions_without_events_are_not_sent_to_the_backend() -> None:
-    backend = CountingBackend()
+    backend = RecordingBackend()
     (verdicts,) = Judge(backend).compare([sample()], ["..."])
     assert verdicts is not None and (verdicts.recall, verdicts.precision) == (0.0, 1.0)
     assert [events for events, _ in backend.judged] == [("A dog barks",)]

@@ -1,4 +1,4 @@
-"""The published rules for text, as plain patterns: slow for long texts, but an independent truth for short ones."""
+"""The published parsing rules as plain regular expressions: an independent reference, too slow for long texts."""
 
 from __future__ import annotations
 

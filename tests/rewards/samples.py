@@ -1,4 +1,4 @@
-"""One sample a task, and text as a policy in trouble would write it."""
+"""A sample of each task, and malformed completions such as an untrained policy writes."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ _edges = st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda edges: edges[
 boxes = st.tuples(_edges, _edges).map(lambda sides: Box(sides[0][0], sides[1][0], sides[0][1], sides[1][1]))
 
 
-def soups(fragments: Sequence[str], count: int, max_fragments: int = 12) -> Iterator[str]:
-    """Fragments put together at random, the same ones each time: many more a second than hypothesis has."""
+def random_texts(fragments: Sequence[str], count: int, max_fragments: int = 12) -> Iterator[str]:
+    """Yield `count` random concatenations of fragments, the same ones in every run; much faster than hypothesis."""
     rng = random.Random(7)
     for _ in range(count):
         yield "".join(rng.choices(fragments, k=rng.randint(0, max_fragments)))

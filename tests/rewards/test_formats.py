@@ -7,10 +7,10 @@ import pytest
 from megatron_vcr1.rewards.formats import format_fault
 from megatron_vcr1.types import Task
 from tests.rewards import published
-from tests.rewards.samples import sample, soups
+from tests.rewards.samples import random_texts, sample
 
 TAGS = ("think", "answer", "glue")
-TAG_SOUP = [*(f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")), " ", "\n", "\u2003", "x", "[]"]
+TAG_FRAGMENTS = [*(f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")), " ", "\n", "\u2003", "x", "[]"]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ TAG_SOUP = [*(f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")), " ", "\
         ("<think>x</think><answer>1", True, "<answer> not closed"),
     ],
 )
-def test_faults_of_the_form(completion: str, thinking: bool, fault: str | None) -> None:
+def test_the_format_fault_is_named(completion: str, thinking: bool, fault: str | None) -> None:
     assert format_fault(sample(Task.TEMPORAL_GROUNDING), completion, thinking=thinking) == fault
 
 
@@ -48,7 +48,7 @@ def test_faults_of_the_form(completion: str, thinking: bool, fault: str | None) 
         ("<answer>A</answer><glue>[(2, 1)]</glue>", "start after end"),
     ],
 )
-def test_grounded_qa_needs_readable_spans(completion: str, fault: str | None) -> None:
+def test_grounded_qa_needs_parsable_spans(completion: str, fault: str | None) -> None:
     assert format_fault(sample(Task.GROUNDED_QA), completion, thinking=False) == fault
 
 
@@ -56,28 +56,28 @@ def test_grounded_qa_needs_readable_spans(completion: str, fault: str | None) ->
     "num_boxes, box, fault",
     [(8, "[0, 0, 1, 1]", None), (8, "[0, 0, 640, 480]", None), (7, "[0, 0, 1, 1]", "wrong number of boxes")],
 )
-def test_tracking_needs_readable_boxes(num_boxes: int, box: str, fault: str | None) -> None:
+def test_tracking_needs_parsable_boxes(num_boxes: int, box: str, fault: str | None) -> None:
     completion = f"<answer>[{', '.join([box] * num_boxes)}]</answer>"
     assert format_fault(sample(Task.TRACKING), completion, thinking=False) == fault
 
 
 @pytest.mark.parametrize("before", ["", "<think>", "<answer>", "<think></think><answer>"])
 @pytest.mark.parametrize("after", ["", "</answer>", "</glue>", "</answer><glue>[]</glue>"])
-def test_the_form_equals_the_published_pattern(before: str, after: str) -> None:
-    for soup in soups(TAG_SOUP, 500):
-        completion = before + soup + after
+def test_the_format_agrees_with_the_published_pattern(before: str, after: str) -> None:
+    for middle in random_texts(TAG_FRAGMENTS, 500):
+        completion = before + middle + after
         for thinking in (False, True):
             tags = [*["think"] * thinking, "answer"]
             fault = format_fault(sample(Task.QUALITY), completion, thinking=thinking)
             assert (fault is None) == published.follows_format(completion, tags)
             fault = format_fault(sample(Task.GROUNDED_QA), completion, thinking=thinking)
             follows = published.follows_format(completion, [*tags, "glue"])
-            assert (fault in (None, "no list of (start, end)")) == follows  # it does not check the list
+            assert (fault in (None, "no list of (start, end)")) == follows  # it does not parse the list
 
 
 @pytest.mark.parametrize("unit", [" ", "</think>", "</think> ", "</think><answer>", "</answer><glue>", "<answer>", "x"])
 def test_checking_takes_linear_time(unit: str) -> None:
-    """A pattern of lazy wildcards would try every pair of seams: minutes. CPU time is counted."""
+    """A pattern of lazy wildcards would try every pair of boundaries, which takes minutes. CPU time is measured."""
     text = "<think>" + (unit * 200_000)[:200_000]
     before_s = time.process_time()
     for task in Task:

@@ -13,7 +13,7 @@ EDGES = st.floats(0, 1e5)
 INTERVALS = st.tuples(EDGES, EDGES).filter(lambda e: e[0] != e[1]).map(lambda e: Interval(min(e), max(e)))
 SETS = st.lists(INTERVALS, min_size=1, max_size=6)
 
-# On a grid of whole numbers, counting cells is exact integration.
+# If all edges are whole numbers, counting grid cells gives the exact IoU.
 CELLS = 40
 WHOLE = st.tuples(st.integers(0, CELLS), st.integers(0, CELLS)).filter(lambda e: e[0] != e[1]).map(sorted)
 WHOLE_SETS = st.lists(WHOLE, max_size=6)
@@ -26,7 +26,7 @@ def covered(spans: list[list[int]]) -> np.ndarray:
     return cells
 
 
-def counted_iou(first: np.ndarray, second: np.ndarray) -> float:
+def iou_of_cells(first: np.ndarray, second: np.ndarray) -> float:
     union = (first | second).sum()
     return (first & second).sum() / union if union else 0.0
 
@@ -39,13 +39,15 @@ def intervals(spans: list[list[int]], unit_s: float = 0.5) -> list[Interval]:
 @given(WHOLE, WHOLE)
 def test_temporal_iou_equals_counting_cells(first: list[int], second: list[int]) -> None:
     (predicted,), (target,) = intervals([first]), intervals([second])
-    assert temporal_iou(predicted, target) == pytest.approx(counted_iou(covered([first]), covered([second])), abs=1e-12)
+    assert temporal_iou(predicted, target) == pytest.approx(
+        iou_of_cells(covered([first]), covered([second])), abs=1e-12
+    )
 
 
 @settings(deadline=None)
 @given(WHOLE_SETS, WHOLE_SETS)
 def test_span_union_iou_equals_counting_cells(first: list[list[int]], second: list[list[int]]) -> None:
-    expected = counted_iou(covered(first), covered(second))
+    expected = iou_of_cells(covered(first), covered(second))
     assert span_union_iou(intervals(first), intervals(second)) == pytest.approx(expected, abs=1e-12)
 
 
@@ -55,7 +57,7 @@ def test_box_iou_equals_counting_cells(ax: list[int], ay: list[int], bx: list[in
     first = np.outer(covered([ay]), covered([ax]))
     second = np.outer(covered([by]), covered([bx]))
     pair = [Box(x[0] / CELLS, y[0] / CELLS, x[1] / CELLS, y[1] / CELLS) for x, y in ((ax, ay), (bx, by))]
-    assert box_iou(*pair) == pytest.approx(counted_iou(first, second), abs=1e-12)
+    assert box_iou(*pair) == pytest.approx(iou_of_cells(first, second), abs=1e-12)
 
 
 @settings(deadline=None)
@@ -70,7 +72,7 @@ def test_span_ious_are_symmetric_bounded_and_1_for_equal_spans(first: list[Inter
 
 @settings(deadline=None)
 @given(INTERVALS, INTERVALS)
-def test_sets_of_one_span_have_the_temporal_iou(first: Interval, second: Interval) -> None:
+def test_span_union_iou_of_single_spans_equals_temporal_iou(first: Interval, second: Interval) -> None:
     assert span_union_iou([first], [second]) == pytest.approx(temporal_iou(first, second), abs=1e-9)
 
 

@@ -20,7 +20,7 @@ from megatron_vcr1.rewards.parsing import (
 )
 from megatron_vcr1.types import Box, Interval
 from tests.rewards import published
-from tests.rewards.samples import FRAGMENTS, boxes, soups
+from tests.rewards.samples import FRAGMENTS, boxes, random_texts
 
 TIMES = st.floats(0, 1e6).map(lambda value: round(value, 2))
 INTERVALS = st.tuples(TIMES, TIMES).filter(lambda pair: pair[0] != pair[1]).map(lambda pair: Interval(*sorted(pair)))
@@ -74,7 +74,7 @@ def test_a_missing_answer_has_a_reason(completion: str, reason: str) -> None:
         ("seconds:12 to 17: there", (12, 17)),
     ],
 )
-def test_an_interval_is_the_last_two_times(answer: str, expected: tuple[float, float]) -> None:
+def test_the_last_start_and_end_count(answer: str, expected: tuple[float, float]) -> None:
     assert parse_interval(answer) == Interval(*expected)
 
 
@@ -84,7 +84,7 @@ def test_an_interval_is_the_last_two_times(answer: str, expected: tuple[float, f
         ("", "no start and end"),
         ("null", "no start and end"),
         ("NaN to inf", "no start and end"),
-        ("१२ to १७", "no start and end"),  # digits, for Python's \d and float
+        ("१२ to १७", "no start and end"),  # Devanagari digits, which Python's \d and float() accept
         ("12 - 17", "no start and end"),
         ("12  to 17", "no start and end"),
         ("1:00 to 2:30", "clock times instead of seconds"),
@@ -116,11 +116,11 @@ def test_an_invalid_interval_has_a_reason(answer: str, reason: str) -> None:
         ("[]", []),
     ],
 )
-def test_spans(glue: str, expected: list[tuple[float, float]]) -> None:
+def test_lists_of_spans_are_parsed(glue: str, expected: list[tuple[float, float]]) -> None:
     assert parse_spans(glue) == tuple(Interval(*span) for span in expected)
 
 
-NO_LISTS_OF_SPANS = [
+NOT_LISTS_OF_SPANS = [
     *("", "null", "(1, 2)", "[1, 2]", "[[1, 2]]", "[(1, 2)", "[(1, 2)] s", "[(1, 2) (3, 4)]", "[(1,)]", "[()]", "[,]"),
     *(
         "[(nan, 2)]",
@@ -135,7 +135,7 @@ NO_LISTS_OF_SPANS = [
 ]
 
 
-@pytest.mark.parametrize("glue", NO_LISTS_OF_SPANS)
+@pytest.mark.parametrize("glue", NOT_LISTS_OF_SPANS)
 def test_a_text_that_is_not_a_list_of_spans_is_unparsable(glue: str) -> None:
     with pytest.raises(UnparsableError, match=r"^no list of \(start, end\)$"):
         parse_spans(glue)
@@ -159,8 +159,8 @@ def test_a_bad_span_makes_the_list_unparsable(glue: str, reason: str) -> None:
 def test_boxes_that_are_inverted_or_out_of_range_are_none() -> None:
     good = "[0, .25, 1., 7.5e-1]"
     bad = ["[0.5, 0, 0.4, 1]", "[0, 0, 0, 1]", "[-0.1, 0, 1, 1]", "[0, 0, 640, 480]", "[0, 0, 1, 1e400]"]
-    read = parse_boxes(f"[{', '.join([good, *bad])}]", 6)
-    assert read == (Box(0, 0.25, 1, 0.75), None, None, None, None, None)
+    parsed = parse_boxes(f"[{', '.join([good, *bad])}]", 6)
+    assert parsed == (Box(0, 0.25, 1, 0.75), None, None, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_first_option_letter_counts(answer: str, letter: str) -> None:
 
 
 @pytest.mark.parametrize("answer", ["", "a", "H", "1", "Ａ"])  # noqa: RUF001 - the last is a full-width A
-def test_no_option_letter(answer: str) -> None:
+def test_an_answer_without_an_option_letter_is_unparsable(answer: str) -> None:
     with pytest.raises(UnparsableError, match="no option letter"):
         parse_choice(answer)
 
@@ -207,35 +207,35 @@ def test_formatted_spans_are_parsed_back(spans: list[Interval], left: str, right
 
 @settings(deadline=None)
 @given(st.lists(boxes, min_size=1, max_size=9))
-def test_formatted_boxes_are_parsed_back(some: list[Box]) -> None:
-    rows = [[box.x0, box.y0, box.x1, box.y1] for box in some]  # str() writes the shortest text that reads the same
-    assert parse_boxes(str(rows), len(some)) == tuple(some)
+def test_formatted_boxes_are_parsed_back(original: list[Box]) -> None:
+    rows = [[box.x0, box.y0, box.x1, box.y1] for box in original]  # str() of a float can be read back exactly
+    assert parse_boxes(str(rows), len(original)) == tuple(original)
 
 
 def test_blocks_equal_those_of_the_published_pattern() -> None:
-    """Up to a tag that opens again inside its own block."""
+    """The only intended difference: if a tag is opened again inside its block, the block starts there."""
     tags = [fragment for fragment in FRAGMENTS if fragment.startswith("<")]
-    for completion in soups([*tags * 4, *FRAGMENTS], 10_000):
-        for tag, read, index in (("answer", last_answer, -1), ("glue", first_glue, 0)):
+    for completion in random_texts([*tags * 4, *FRAGMENTS], 10_000):
+        for tag, parse, index in (("answer", last_answer, -1), ("glue", first_glue, 0)):
             if blocks := published.blocks(completion, tag):
-                assert read(completion) == blocks[index].rpartition(f"<{tag}>")[2].strip()
+                assert parse(completion) == blocks[index].rpartition(f"<{tag}>")[2].strip()
             else:
                 with pytest.raises(UnparsableError):
-                    read(completion)
+                    parse(completion)
 
 
 def test_times_equal_those_of_the_published_pattern() -> None:
-    """But for signs, exponents and clock times."""
-    num_read = 0
-    for answer in soups([*"01237. \n", *[" to ", " and "] * 4, "12.5", "9."], 30_000):
+    """Signs, exponents and clock times, where the two differ on purpose, do not occur in these texts."""
+    num_parsed = 0
+    for answer in random_texts([*"01237. \n", *[" to ", " and "] * 4, "12.5", "9."], 30_000):
         times = published.last_times(answer)
         if times is not None and times[0] < times[1]:
             assert parse_interval(answer) == Interval(*times)
-            num_read += 1
+            num_parsed += 1
         else:
             with pytest.raises(UnparsableError, match="start and end" if times is None else "start (after|equals) end"):
                 parse_interval(answer)
-    assert num_read > 1000
+    assert num_parsed > 1000
 
 
 def is_number(text: str) -> bool:
@@ -255,14 +255,14 @@ def is_list(parse: Callable[[], object]) -> bool:
 
 
 def test_numbers_in_lists_equal_those_of_python() -> None:
-    """But for underscores between digits."""
-    num_read = 0
-    for number in soups([*"0369.+-eE_ "], 30_000, max_fragments=6):
+    """Python's underscores between digits are the only exception."""
+    num_parsed = 0
+    for number in random_texts([*"0369.+-eE_ "], 30_000, max_fragments=6):
         expected = is_number(number)
         assert is_list(partial(parse_spans, f"[(1, {number})]")) == expected
         assert is_list(partial(parse_boxes, f"[[0, 0, 1, {number}]]", 1)) == expected
-        num_read += expected
-    assert num_read > 1000
+        num_parsed += expected
+    assert num_parsed > 1000
 
 
 NUM_CHARACTERS = 200_000
@@ -281,7 +281,7 @@ HOSTILE = [
     ),
     *("<glue>", "</glue>", "</answer><glue>", "<glue>[(1,2)]</glue>", "<think>", "</think> ", "<", "A", "\0"),
 ]
-READERS = [
+PARSERS = [
     last_answer,
     first_glue,
     parse_interval,
@@ -291,17 +291,17 @@ READERS = [
 ]
 
 
-def read_all(text: str) -> None:
-    for read in READERS:
+def parse_with_all(text: str) -> None:
+    for parse in PARSERS:
         with contextlib.suppress(UnparsableError):
-            read(text)
+            parse(text)
 
 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_any_text_takes_linear_time(unit: str) -> None:
-    """Linear takes some milliseconds; quadratic, 4e10 steps, minutes. CPU time, so that a busy machine does no harm."""
+    """Linear time is milliseconds; quadratic time (4e10 steps) is minutes. CPU time is immune to a busy machine."""
     body = (unit * NUM_CHARACTERS)[:NUM_CHARACTERS]
     before_s = time.process_time()
     for text in (body, f"[{body}", f"[({body}", f"[{body}]", f"1 {body}", f"<answer>{body}", f"{body}1 to 2"):
-        read_all(text)
+        parse_with_all(text)
     assert time.process_time() - before_s < 5

@@ -20,7 +20,7 @@ from megatron_vcr1.types import (
     Task,
     TrackingTarget,
 )
-from tests.rewards.samples import BOXES, FRAGMENTS, completions, sample, soups
+from tests.rewards.samples import BOXES, FRAGMENTS, completions, random_texts, sample
 
 PARTS = {
     Task.TEMPORAL_GROUNDING: {"format", "iou"},
@@ -51,7 +51,7 @@ def test_the_sft_target_earns_the_full_reward(task: Task, thinking: bool) -> Non
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-@pytest.mark.parametrize("task", [task for task in Task if task != Task.TRACKING])  # its example is abridged
+@pytest.mark.parametrize("task", [task for task in Task if task != Task.TRACKING])  # its example is shortened
 def test_the_example_in_the_prompt_earns_the_format_reward(task: Task, thinking: bool) -> None:
     templates = load_templates()
     prompt = (templates.think if thinking else templates.answer)[task].template
@@ -59,7 +59,7 @@ def test_the_example_in_the_prompt_earns_the_format_reward(task: Task, thinking:
     assert score(sample(task), example, thinking=thinking).format == 1
 
 
-def test_grounding() -> None:
+def test_reward_of_grounding() -> None:
     breakdown = score(sample(Task.TEMPORAL_GROUNDING), "<answer>12.5 to 14</answer>", thinking=False)
     assert parts_of(breakdown) == {"format": 1, "iou": pytest.approx(1.5 / 4.5)}
     assert breakdown.total == pytest.approx(4 / 3)
@@ -68,7 +68,7 @@ def test_grounding() -> None:
     assert chatty.reasons == {"format": "text before <answer>"}
 
 
-def test_grounded_qa() -> None:
+def test_reward_of_grounded_qa() -> None:
     target_sample = sample(Task.GROUNDED_QA, GroundedChoiceTarget("B", (Interval(0, 10), Interval(20, 30))))
     breakdown = score(target_sample, "<answer>C</answer><glue>[(5, 25), (5, 7)]</glue>", thinking=False)
     assert parts_of(breakdown) == {"format": 1, "iou": pytest.approx(10 / 30), "accuracy": 0}
@@ -107,7 +107,7 @@ def test_tracking_has_as_many_boxes_as_its_target() -> None:
         ("<answer>A</answer> <answer>B</answer>", 1, {"accuracy": "wrong option"}),
     ],
 )
-def test_multiple_choice(completion: str, total: float, reasons: dict[str, str]) -> None:
+def test_reward_of_multiple_choice(completion: str, total: float, reasons: dict[str, str]) -> None:
     breakdown = score(sample(Task.MULTIPLE_CHOICE_QA, ChoiceTarget("A")), completion, thinking=False)
     assert (breakdown.total, breakdown.reasons) == (total, reasons)
 
@@ -122,9 +122,9 @@ def test_a_quality_label_is_compared_case_insensitively(answer: str, accuracy: f
 
 def test_a_caption_without_a_judge_has_no_total() -> None:
     caption = sample(Task.CAPTIONING)
-    waiting = score(caption, "<answer>A dog.</answer>", thinking=False)
-    assert (waiting.format, waiting.recall, waiting.total) == (1, None, None)
-    assert waiting.reasons == {"recall": NOT_JUDGED}
+    unjudged = score(caption, "<answer>A dog.</answer>", thinking=False)
+    assert (unjudged.format, unjudged.recall, unjudged.total) == (1, None, None)
+    assert unjudged.reasons == {"recall": NOT_JUDGED}
     assert score(caption, "<answer>A dog.</answer>", thinking=False, recall=0.25).total == 1.25
     assert score(caption, "<answer>A dog.</answer>", thinking=False, recall=0).reasons == {
         "recall": "no event entailed"
@@ -178,5 +178,5 @@ def test_any_completion_has_a_reward(task: Task, completion: str) -> None:
 
 @pytest.mark.parametrize("task", Task)
 def test_ten_thousand_completions_have_a_reward(task: Task) -> None:
-    for completion in soups(FRAGMENTS, 10_000):
+    for completion in random_texts(FRAGMENTS, 10_000):
         check_reward(task, completion)

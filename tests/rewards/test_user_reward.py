@@ -19,10 +19,10 @@ def brevity(sample, completion):
 def not_a_number(sample, completion):
     return float("nan")
 
-def forgets(sample, completion):
+def returns_nothing(sample, completion):
     completion.upper()
 
-def of_one(sample):
+def takes_only_a_sample(sample):
     return 1.0
 """
 
@@ -53,7 +53,7 @@ def test_a_malformed_name_is_refused(name: str) -> None:
     [
         (":length", "the module has no function length"),
         (":SCALE", "the module has no function SCALE"),
-        (":of_one", r"called as of_one\(sample, completion\), but too many positional"),
+        (":takes_only_a_sample", r"called as takes_only_a_sample\(sample, completion\), but too many positional"),
         ("_absent:f", "No module named .* PYTHONPATH"),
         ("_broken:f", "RuntimeError\\('no licence'\\)"),
     ],
@@ -67,7 +67,7 @@ def test_an_unusable_function_is_refused(my_rewards: str, suffix: str, message: 
     "function, completion, message",
     [
         ("brevity", "", r"sample clip-7: reward \w+:brevity raised ZeroDivisionError"),
-        ("forgets", "x", r"sample clip-7: reward \w+:forgets raised TypeError.*NoneType"),
+        ("returns_nothing", "x", r"sample clip-7: reward \w+:returns_nothing raised TypeError.*NoneType"),
         ("not_a_number", "x", r"sample clip-7: reward \w+:not_a_number returned nan, not a finite number"),
     ],
 )

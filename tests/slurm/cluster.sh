@@ -2,8 +2,8 @@
 # A real Slurm cluster with three nodes on this machine, for tests: munged, slurmctld and three slurmd on the loopback
 # interface.
 #   cluster.sh DIR start | stop | cut-power NODE | boot NODE
-# All files (settings, keys, sockets, logs) are in DIR, whose path must be short because it contains Unix sockets. Needs root
-# and Debian's slurmctld, slurmd, slurm-client and munge. Clients need SLURM_CONF=DIR/slurm.conf.
+# All files (settings, keys, sockets, logs) are in DIR. Its path must be short, because paths of Unix sockets are limited to
+# about 100 characters. Needs root and Debian's slurmctld, slurmd, slurm-client and munge. Clients need SLURM_CONF=DIR/slurm.conf.
 # The nodes claim to have 128 CPUs and 8 GPUs each; no limits are enforced.
 set -euo pipefail
 
@@ -79,7 +79,7 @@ wait_until() { # SECONDS COMMAND...
     done
 }
 
-all_nodes_serve() { [ "$(sinfo -h -N -o %t | grep -cE '^(idle|alloc|mix|comp)$')" = ${#nodes[@]} ]; }
+all_nodes_up() { [ "$(sinfo -h -N -o %t | grep -cE '^(idle|alloc|mix|comp)$')" = ${#nodes[@]} ]; }
 
 boot() {
     mkdir -p "$dir/spool/$1"
@@ -93,7 +93,7 @@ start() {
     slurmctld
     local node
     for node in "${nodes[@]}"; do boot "$node"; done
-    wait_until 30 all_nodes_serve || { tail -n 20 "$dir"/*.log >&2; return 1; }
+    wait_until 30 all_nodes_up || { tail -n 20 "$dir"/*.log >&2; return 1; }
 }
 
 descendants() {
@@ -112,6 +112,7 @@ step_managers() {
     done
 }
 
+# Kills a node's daemon and everything that its jobs started, and deletes its state.
 cut_power() {
     local pid pids
     pids=$(running "$dir/slurmd-$1.pid" slurmd || true)
@@ -136,6 +137,6 @@ case $2 in
     start) start ;;
     stop) stop ;;
     cut-power) cut_power "$3" ;;
-    boot) boot "$3" && wait_until 30 all_nodes_serve ;;
+    boot) boot "$3" && wait_until 30 all_nodes_up ;;
     *) echo "usage: $0 DIR start | stop | cut-power NODE | boot NODE" >&2; exit 2 ;;
 esac

@@ -1,4 +1,7 @@
-"""A real Slurm cluster with three nodes for the session. Without Slurm's daemons or root, the tests are skipped."""
+"""A real Slurm cluster with three nodes, shared by all tests of a session.
+
+Without Slurm's daemons or root, the tests are skipped.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,11 @@ class Cluster:
         return done.stdout
 
     def submit(self, folder: Path, *arguments: object, **environment: str) -> str:
-        """Call sbatch in a folder and return the job's id."""
+        """Submit a job with sbatch from a folder and return its id."""
         return self.call("sbatch", "--parsable", *arguments, cwd=folder, **environment).strip()
 
     def fields(self, job: str) -> dict[str, str]:
-        """Return the fields of `scontrol show job`. While a node dies, the controller may drop a connection: retry."""
+        """Return the fields of `scontrol show job`; retry, since the controller may drop connections while a node dies."""
         for retries_left in (4, 3, 2, 1, 0):
             try:
                 text = self.call("scontrol", "--oneliner", "show", "job", job)
@@ -86,8 +89,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """A directory to submit jobs from: it has examples/, tools/ and, as .venv, the environment of the tests."""
+def submit_dir(tmp_path: Path) -> Path:
+    """A directory to submit jobs from. It has examples/, tools/ and, as .venv, the environment of the tests."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / ".venv").symlink_to(sys.prefix)

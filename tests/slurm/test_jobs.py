@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm: signals, requeues, crashes, bad nodes. A fake `vcr1` makes the tests fast."""
+"""The job scripts on a real Slurm cluster, with a fake `vcr1` to be fast: signals, requeues, crashes, bad nodes."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ elif scenario == "crash" or (scenario == "crash once" and start == 0):
 print("finished", *sys.argv[3:], flush=True)
 """
 
-PRINTS_ITS_ARGUMENTS = """#!/bin/sh
+PRINT_ARGUMENTS = """#!/bin/sh
 echo "$SLURMD_NODENAME $(basename "$0") $*"; echo "PYTHONPATH=$PYTHONPATH"
 """
 
 
 @pytest.fixture
-def workdir(workplace: Path) -> Path:
-    (workplace / ".venv").unlink()
-    (workplace / ".venv/bin").mkdir(parents=True)
-    (workplace / ".venv/bin/activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
-    programs = {"vcr1": FAKE_VCR1, "python": PRINTS_ITS_ARGUMENTS, "torchrun": PRINTS_ITS_ARGUMENTS}
+def workdir(submit_dir: Path) -> Path:
+    (submit_dir / ".venv").unlink()
+    (submit_dir / ".venv/bin").mkdir(parents=True)
+    (submit_dir / ".venv/bin/activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
+    programs = {"vcr1": FAKE_VCR1, "python": PRINT_ARGUMENTS, "torchrun": PRINT_ARGUMENTS}
     for name, text in programs.items():
-        (workplace / ".venv/bin" / name).write_text(text)
-        (workplace / ".venv/bin" / name).chmod(0o755)
-    return workplace
+        (submit_dir / ".venv/bin" / name).write_text(text)
+        (submit_dir / ".venv/bin" / name).chmod(0o755)
+    return submit_dir
 
 
 SMALL = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2", "--time=10")

@@ -1,4 +1,4 @@
-"""`vcr1 train` on a real Slurm: a run that is requeued twice gives the results of an uninterrupted run."""
+"""`vcr1 train` on a real Slurm cluster: a run that is requeued twice gives the results of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=30
 
 
 @pytest.fixture
-def settings(workplace: Path) -> Path:
-    """The workplace with a run.toml; the run directory is given on the command line."""
-    workspace.create(workplace, num_videos=8)
-    source = {"manifest": workplace / "data" / "train.jsonl", "thinking": False}
+def settings(submit_dir: Path) -> Path:
+    """The directory to submit from, with a run.toml; the run directory is given on the command line."""
+    workspace.create(submit_dir, num_videos=8)
+    source = {"manifest": submit_dir / "data" / "train.jsonl", "thinking": False}
     source["rewards"] = ["tests.training.own_rewards:variety"]
     config = workspace.config(
-        workplace,
+        submit_dir,
         "grpo",
         train={"stage": "grpo", "num_steps": NUM_STEPS, "prompts_per_step": 4},
-        data={**workspace.config(workplace, "grpo").data.model_dump(), "sources": [source]},
+        data={**workspace.config(submit_dir, "grpo").data.model_dump(), "sources": [source]},
         checkpoint={"every_steps": 5, "export": "never"},
     )
-    (workplace / "run.toml").write_text(render_toml(config, documented=False))
-    return workplace
+    (submit_dir / "run.toml").write_text(render_toml(config, documented=False))
+    return submit_dir
 
 
 def rows(run_dir: Path) -> list[dict[str, object]]:
-    """Read the metrics without times."""
+    """Read the metrics that do not depend on time or memory."""
     return [
         {key: value for key, value in row.items() if not key.startswith(TIMED)} for row in workspace.metrics(run_dir)
     ]
