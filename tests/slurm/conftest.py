@@ -43,7 +43,7 @@ class Cluster:
         return self.call("sbatch", "--parsable", *arguments, cwd=folder, **environment).strip()
 
     def fields(self, job: str) -> dict[str, str]:
-        """Return the fields of `scontrol show job`; retry, since the controller may drop connections while a node dies."""
+        """Return the fields of `scontrol show job`; retry, as the controller may drop connections while a node dies."""
         for retries_left in (4, 3, 2, 1, 0):
             try:
                 text = self.call("scontrol", "--oneliner", "show", "job", job)
