@@ -1,4 +1,10 @@
-"""Manifests, videos, prompts, packing and loading."""
+"""From manifests and videos to the prompts that the model computes.
+
+A sample takes this way: `rows` and `manifest` read it, `order` decides when it is used, `templates` and `prompts` make
+its prompt, `video` and its backends decode the frames, `encoding` makes token ids and vision inputs, `loader` does this
+ahead of training in the processes of `workers`, and `packing` puts groups into microbatches. `importers` convert
+published annotations to manifests, `synthesize` makes videos with exact targets, `check` looks for bad rows and videos.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a manifest: its rows, spans that end after the video, and on request the videos themselves."""
+"""Checks of a manifest: its rows, spans that end after the video, and optionally the videos themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a check of the rows alone needs no decoders
 
 @dataclass(frozen=True, slots=True)
 class BadVideo:
-    """A sample whose video cannot be used, or does not fit its annotation."""
+    """A sample whose video cannot be read, or is too short for its annotation."""
 
     id: str
     video: str
@@ -122,7 +122,7 @@ def _bad_videos(
 
 
 def _check_video(samples: list[VideoSample], reader: VideoReader) -> list[BadVideo]:
-    """Decode the video of some samples and return those samples that cannot be used."""
+    """Decode the video that all these samples share; return the samples that cannot be used."""
     from megatron_vcr1.data.video import VideoError
 
     video = samples[0].video
@@ -140,4 +140,5 @@ def _check_video(samples: list[VideoSample], reader: VideoReader) -> list[BadVid
 
 
 def _has_overrun(sample: VideoSample) -> bool:
+    """Return whether a span ends after the video. This is tolerated: many published annotations are rounded up."""
     return sample.duration_s is not None and any(span.end_s > sample.duration_s for span in sample.intervals)

@@ -28,7 +28,7 @@ class BadRow:
 
     Attributes:
         line: line number, from 1.
-        id: id of the row, if it has a readable one.
+        id: id of the row; None if it cannot be read.
         problem: description of the problem, and what to do.
     """
 
@@ -84,7 +84,7 @@ def scan_manifest(path: str | Path) -> Iterator[VideoSample | BadRow]:
 
 
 def write_manifest(path: str | Path, samples: Iterable[VideoSample]) -> None:
-    """Write samples as JSON lines. The file appears under its name only when it is complete.
+    """Write samples as JSON lines. The file gets its name only when it is complete.
 
     A video below the manifest's folder is written as a relative path, so that the folder can be moved.
     """
@@ -98,6 +98,7 @@ def write_manifest(path: str | Path, samples: Iterable[VideoSample]) -> None:
 
 
 def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str, int]) -> VideoSample | BadRow:
+    """Parse a line; `lines_by_id` collects the line number of each id, to find repeated ids."""
     row_id = None
     try:
         row = json.loads(line)
@@ -107,7 +108,7 @@ def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str
         return BadRow(line_number, None, f"not JSON ({error.msg} at column {error.colno}); write one object per line")
     except RowError as error:
         return BadRow(line_number, row_id, str(error))
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits; deeply nested brackets
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deeply nested brackets
         return BadRow(line_number, None, f"JSON that Python cannot read ({error})")
     first_line = lines_by_id.setdefault(sample.id, line_number)
     if first_line != line_number:

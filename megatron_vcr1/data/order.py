@@ -1,8 +1,8 @@
 """The order of samples: a pure function of the sources, the seed and the position.
 
 A run consumes an endless sequence of positions 0, 1, 2, ... Rank r of n takes positions r, r + n, r + 2n, ... The
-sample at a position depends on nothing but the data, the weights and the seed. Therefore a run that stopped after some
-number of positions resumes exactly, with any number of ranks.
+sample at a position depends only on the data, the weights and the seed. Therefore a run that stopped at any position
+resumes exactly, with any number of ranks.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Source:
 
 
 class SampleOrder:
-    """Maps positions to samples.
+    """Mapping from positions to samples.
 
     An epoch has as many positions as there are samples. Each source gets its share of them, rounded by largest
-    remainder, at shuffled places. A source goes through its samples in shuffled passes of its own: no sample occurs
-    again before all others of its source have occurred. Shuffles sort by hashes, so that they are the same with every
-    version of every library.
+    remainder, at shuffled places. A source goes through its samples in shuffled passes of its own: no sample is
+    repeated before all others of its source have been used. A shuffle sorts by hashes, not by a random generator, so
+    that it is the same with every version of Python and of every library.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
@@ -59,7 +59,7 @@ class SampleOrder:
             UserError: only some of the sources have weights, or a source's share is rounded to 0.
         """
         if not sources:
-            raise UserError("no data sources; name at least one manifest")
+            raise UserError("no data sources; name at least one manifest in data.sources")
         if len({source.weight is None for source in sources}) > 1:
             raise UserError("some data sources have a weight and some do not; give a weight to all of them or to none")
         self._sources = tuple(sources)
@@ -91,11 +91,11 @@ class SampleOrder:
         return self._draw(*divmod(position, self.epoch_size))[0]
 
     def _draw(self, epoch: int, place: int) -> tuple[int, int]:
-        """Return the source at a place of an epoch, and how often the epoch has drawn from that source before."""
+        """Return the source at a place of an epoch, and the number of earlier draws from that source in this epoch."""
         return _epoch_draws(self._shares, self._seed, epoch)[place]
 
     def fingerprint(self) -> str:
-        """Return a hash of all that determines the order: sample ids, sources, their shares, and the seed."""
+        """Return a hash of everything that determines the order: sample ids, sources, their shares, and the seed."""
         digest = hashlib.blake2b(repr((self._seed, self._shares)).encode(), digest_size=16)
         for source in self._sources:
             digest.update(repr((source.name, [sample.id for sample in source.samples])).encode())
@@ -112,7 +112,7 @@ def _shares(weights: Sequence[float], num_positions: int) -> tuple[int, ...]:
     return tuple(shares)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # an epoch is a list of millions of entries; positions are read almost in order
 def _epoch_draws(shares: tuple[int, ...], seed: int, epoch: int) -> list[tuple[int, int]]:
     """Return (source, number of the draw from that source in this epoch) for each place of an epoch."""
     ends = list(itertools.accumulate(shares))
@@ -127,9 +127,10 @@ def _epoch_draws(shares: tuple[int, ...], seed: int, epoch: int) -> list[tuple[i
 
 @lru_cache(maxsize=64)
 def _shuffled(num_items: int, seed: int, purpose: str, number: int) -> list[int]:
+    """Return a permutation of range(num_items) that depends only on the arguments."""
     return sorted(range(num_items), key=lambda item: _digest(seed, purpose, number, item))
 
 
 def _digest(seed: int, purpose: str, number: int, item: int) -> bytes:
-    # Running checkpoints depend on this text: changing it changes the order of all data sets.
+    # Checkpoints depend on this format. Changing it changes the order of every data set, and no run resumes exactly.
     return hashlib.blake2b(f"{seed}/{purpose}/{number}/{item}".encode(), digest_size=16).digest()

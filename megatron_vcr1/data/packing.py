@@ -36,7 +36,7 @@ AnyGroup = TypeVar("AnyGroup", bound=Group)
 
 
 def pack_groups(groups: Sequence[AnyGroup], max_tokens: int) -> list[tuple[AnyGroup, ...]]:
-    """Pack groups into as few microbatches as best-fit decreasing finds. A group is never split.
+    """Pack groups into few microbatches by best-fit decreasing. A group is never split.
 
     Groups are placed from the longest to the shortest, each into the microbatch with the least space that still holds
     it; a tie goes to the earlier microbatch. The result depends only on the sizes and the order of the groups, so that
@@ -48,7 +48,7 @@ def pack_groups(groups: Sequence[AnyGroup], max_tokens: int) -> list[tuple[AnyGr
         max_tokens: token budget of a microbatch.
 
     Raises:
-        UserError: a single group exceeds the budget; names it and what to change.
+        UserError: a single group exceeds the budget; the message names it and says what to change.
     """
     sizes = [group.num_tokens for group in groups]
     for group, num_tokens in zip(groups, sizes, strict=True):

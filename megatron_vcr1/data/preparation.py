@@ -1,4 +1,4 @@
-"""The functions that turn a run's samples into prompts, in the training process or in its decoding workers.
+"""Functions that turn the samples of a run into prompts, in the training process or in its decoding workers.
 
 Decoding workers import this module, so it must not import the model or megatron-core.
 """
@@ -23,7 +23,7 @@ _BYTES_PER_MB = 1 << 20
 
 
 def build_prepare_fns(section: DataSection, templates: PromptTemplates, processor: PromptProcessor) -> list[PrepareFn]:
-    """Build the function that decodes and encodes samples for each source; the sources share cached videos."""
+    """Build a function for each source that decodes and encodes its samples; the sources share cached videos."""
     reader = CachedVideoReader(section)
     return [
         build_prepare_fn(section, templates, processor, reader, thinking=source.thinking) for source in section.sources
@@ -60,7 +60,7 @@ class CachedVideoReader:
     """Reads videos with the settings of [data], through a cache that all readers of a process share.
 
     It can be pickled. In the training process it decodes itself. In a decoding worker it decodes in a subprocess that
-    the worker starts (`VideoReader`), so that a decoder that crashes or hangs costs one video.
+    the worker starts (`VideoReader`), so that a decoder that crashes or hangs costs one video, not the run.
     """
 
     def __init__(self, section: DataSection) -> None:
@@ -73,9 +73,9 @@ class CachedVideoReader:
         return _cache_of_process(self._in_worker, self._backend, self._cache_bytes).read_frames(path, **options)
 
 
-@lru_cache(maxsize=1)  # other settings replace the cache, so that memory stays bounded
+@lru_cache(maxsize=1)  # a call with other settings replaces the cache, so that memory stays bounded
 def _cache_of_process(in_worker: bool, backend: str, max_bytes: int) -> VideoCache:
-    """Create this process's cache once. Training and evaluation share it: each finds what the other has decoded."""
+    """Create the cache of this process once. Training and evaluation share it, and so the videos that it holds."""
     read = VideoReader().read_frames if in_worker else read_frames
     num_threads = 1 if in_worker else torch.get_num_threads()  # the workers run in parallel already
     return VideoCache(max_bytes, partial(read, backend=backend, num_threads=num_threads))

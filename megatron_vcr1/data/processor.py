@@ -19,7 +19,10 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 
 @dataclass(frozen=True)
 class PromptProcessor:
-    """The processor of a Qwen-VL model. transformers' own processor requires torchvision."""
+    """The tokenizer and vision settings of a Qwen-VL model.
+
+    It replaces transformers' own processor, which requires torchvision.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str
@@ -31,12 +34,13 @@ class PromptProcessor:
     temporal_patch_size: int = 2
     merge_size: int = 2
     min_pixels: int = 56 * 56
-    """Smallest area of an image after resizing. For videos, the options of `read_frames` apply."""
+    """Smallest area of an image after resizing, in pixels. For videos, the options of `read_frames` apply."""
     max_pixels: int = 28 * 28 * 1280
+    """Largest area of an image after resizing, in pixels."""
 
     @property
     def factor(self) -> int:
-        """Sides of a resized frame are multiples of this; factor x factor pixels are one token."""
+        """Side of the square of pixels that makes one token; the sides of resized frames are multiples of it."""
         return self.patch_size * self.merge_size
 
     @classmethod
@@ -44,7 +48,7 @@ class PromptProcessor:
         """Read a model directory that transformers 4 or 5 saved.
 
         Raises:
-            FileNotFoundError: there is no directory, no config.json or no processor file.
+            FileNotFoundError: the directory, its config.json or its processor file does not exist.
             ValueError: the chat template or a vision token id is missing, or patch sizes of images and videos differ.
         """
         folder = Path(model_dir)
@@ -76,7 +80,11 @@ class PromptProcessor:
 
 
 def read_processor(model_dir: Path) -> PromptProcessor:
-    """Read a model directory that the user named, like `PromptProcessor.from_pretrained`, with UserErrors."""
+    """Read the model directory that the user named with `PromptProcessor.from_pretrained`.
+
+    Raises:
+        UserError: the tokenizer or the processor cannot be read.
+    """
     try:
         return PromptProcessor.from_pretrained(model_dir)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Preparation of a sample: its messages, encoded so that the prompt fits into the token limit."""
+"""Preparation of a sample: its messages are encoded, with a smaller video if the prompt exceeds the token limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_vcr1.types import TrackingTarget, VideoSample
 
 
 class PromptTooLongError(ValueError):
-    """A prompt that does not fit even with its video at the smallest size; the message names the sample."""
+    """Raised if a prompt does not fit even with its video at the smallest size; the message names the sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def prepare_sample(
     video_options: Mapping[str, float] | None = None,
     read: Callable[..., VideoFrames] = read_frames,
 ) -> PreparedSample:
-    """Encode a sample's prompt within a token limit. If the video is too long for it, it is decoded again, smaller.
+    """Encode the prompt of a sample within a token limit. A video that is too long is decoded again at a smaller size.
 
     The token sequence itself is never cut. First the video's frames are made smaller; when they have the smallest size,
     their number is reduced.
@@ -66,7 +66,7 @@ def prepare_sample(
     if num_tokens > max_tokens:
         num_text_tokens = num_tokens - sum(vision.num_tokens(processor.merge_size) for vision in prompt.vision)
         num_frames = len(prompt.vision[0].frames)
-        options |= smaller_video(num_frames, max_tokens - num_text_tokens, processor, options)
+        options |= reduced_video_options(num_frames, max_tokens - num_text_tokens, processor, options)
         prompt = encode()
         reduction = f"{num_tokens} prompt tokens lowered to {len(prompt.token_ids)}: {_size_change(num_frames, prompt)}"
         if len(prompt.token_ids) > max_tokens:
@@ -82,10 +82,10 @@ def prepare_sample(
     return PreparedSample(sample, prompt, reduction)
 
 
-def smaller_video(
+def reduced_video_options(
     num_frames: int, max_video_tokens: int, processor: PromptProcessor, options: Mapping[str, float]
 ) -> dict[str, int]:
-    """Return options with which a video of `num_frames` takes at most `max_video_tokens`, if the minimum sizes allow.
+    """Return options that reduce a video of `num_frames` to at most `max_video_tokens`, if the minimum sizes allow it.
 
     A video within `total_pixels` takes at most total_pixels / factor**2 tokens, unless its frames are at their minimum
     of `min_pixels` (plus 5 %, see `max_pixels_per_frame`). In that case the number of frames is reduced.

@@ -1,4 +1,4 @@
-"""Frame sizes as Qwen-VL chooses them, and the resizing of frames."""
+"""Frame sizes by the rules of Qwen-VL, and the resizing of frames to them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 MAX_ASPECT_RATIO = 200
 PIXELS_PER_TOKEN = 28 * 28
+"""Number of pixels that one language-model token covers in Qwen2-VL and Qwen2.5-VL."""
 MAX_FRAME_PIXELS = 768 * PIXELS_PER_TOKEN
 """Largest number of pixels of a video frame, also in a video of few frames."""
 
@@ -20,7 +21,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     Args:
         height, width: original size in pixels.
         factor: patch_size * merge_size; one language-model token covers factor x factor pixels.
-        min_pixels, max_pixels: bounds on the area after resizing. A side is never smaller than `factor`, so that an
+        min_pixels, max_pixels: bounds on the area after resizing. A side is never smaller than `factor`, so an image of
             extreme aspect ratio may exceed `max_pixels`.
 
     Returns:
@@ -67,7 +68,7 @@ def max_pixels_per_frame(
 def resize_frame(frame: Tensor, height: int, width: int) -> Tensor:
     """Resize with antialiased bicubic interpolation, like torchvision for uint8: integers on the CPU, fp32 on the GPU.
 
-    On photographs, the two differ by less than 0.2 of 255 levels on average.
+    On photographs, the results of CPU and GPU differ by less than 0.2 of 255 levels on average.
 
     Args:
         frame: uint8 [old_height, old_width, 3].

@@ -1,4 +1,4 @@
-"""Manifest rows: decoded JSON objects to samples and back, with every check of a row.
+"""Manifest rows: conversion of decoded JSON objects to samples and back, with all checks of a row.
 
 A row holds ``id``, ``task``, ``video``, ``duration_s`` (null if unknown), ``query``, ``target`` and optionally
 ``options``, ``clip`` ([start_s, end_s]), ``image_fps`` (for a folder of images), ``category`` and ``thinking``
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 class RowError(ValueError):
-    """A manifest row that is not a valid sample; the message names the key and what to do."""
+    """Raised for a manifest row that is not a valid sample; the message names the key and what to do."""
 
 
 def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
@@ -173,8 +173,10 @@ def _text(value: object, key: str) -> str:
         raise RowError(f"key {key!r}: expected text, got {_shown(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which no tokenizer accepts
-        raise RowError(f"key {key!r}: half a character at position {error.start}; repair the text") from None
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which cannot be encoded
+        raise RowError(
+            f"key {key!r}: lone surrogate (half a character) at position {error.start}; repair the text"
+        ) from None
     return value
 
 
@@ -188,12 +190,14 @@ def _number(value: object, key: str) -> float:
 
 
 def _list_of(read: Callable[[object, str], T], value: object, key: str) -> tuple[T, ...]:
+    """Read a list; `read` converts each item, given the item and its key for error messages."""
     if not isinstance(value, list):
         raise RowError(f"key {key!r}: expected a list, got {_shown(value)}")
     return tuple(read(item, f"{key}[{index}]") for index, item in enumerate(value))
 
 
 def _numbers(value: object, key: str, names: str) -> tuple[float, ...]:
+    """Read a list of numbers, one for each of the comma-separated `names`."""
     if not isinstance(value, list) or len(value) != len(names.split(", ")):
         raise RowError(f"key {key!r}: expected [{names}], got {_shown(value)}")
     return tuple(_number(item, f"{key}[{index}]") for index, item in enumerate(value))
@@ -240,5 +244,6 @@ def _relative_path(path: str, folder: Path | None) -> str:
 
 
 def _shown(value: object) -> str:
+    """Return a value as JSON for an error message, shortened to 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,7 @@
-"""Scenes of synthetic videos: moving shapes that come and go, and the question and target of each of the six tasks.
+"""Scenes of synthetic videos: moving shapes that appear and disappear, with a query and a target for each task.
 
-Everything follows from (seed, split, index).
+A scene is a function of (seed, split, index) and the task. The order of the random draws is part of the data set: an
+additional draw changes all videos.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ CORNERS = ("top left", "top right", "bottom left", "bottom right")
 QUALITY_LABELS = ("low quality", "high quality")
 
 SPLITS = ("train", "test", "unseen_pairs", "longer_events")
-"""Names of the splits. `unseen_pairs` asks about pairs of colour and shape that the other splits never ask about, and
-the events of `longer_events` last longer."""
+"""Names of the splits. The queries of `unseen_pairs` are about pairs of colour and shape that no query of another split
+is about. The events of `longer_events` last longer."""
 
 _NUM_OBJECTS = 2
 BAR_HEIGHT = 1 / 8
@@ -80,7 +81,7 @@ class VideoFormat:
 
 @dataclass(frozen=True, slots=True)
 class MovingObject:
-    """A moving shape: its look, the frames in which it is visible, and its place in every frame.
+    """A moving shape: its appearance, the frames in which it is visible, and its position in every frame.
 
     Attributes:
         colour, shape: a key of COLOURS and one of SHAPES.
@@ -104,7 +105,7 @@ class MovingObject:
         return Interval(self.first_frame / fps, self.end_frame / fps)
 
     def box(self, frame: int) -> Box:
-        """Return its bounding box in a frame, rounded to four decimals."""
+        """Return the bounding box in a frame, rounded to four decimals."""
         x, y = self.centers[frame]
         edges = (x - self.radius, y - self.radius, x + self.radius, y + self.radius)
         return Box(*(round(edge, 4) for edge in edges))
@@ -130,19 +131,19 @@ class Scene:
 
 
 def random_scene(split: str, index: int, *, seed: int, task: Task, video_format: VideoFormat) -> Scene:
-    """Generate the scene number `index` of a split."""
+    """Generate scene number `index` of a split."""
     random = Random(f"{seed}/{split}/{index}")
-    num_asked = _NUM_OBJECTS if task == Task.CAPTIONING else 1
-    looks = _random_looks(random, num_asked, unseen=split == "unseen_pairs")
+    num_queried = _NUM_OBJECTS if task == Task.CAPTIONING else 1  # a caption describes all objects
+    looks = _random_looks(random, num_queried, unseen=split == "unseen_pairs")
     event_s = _LONG_EVENT_S if split == "longer_events" else _EVENT_S
     objects = []
     for number, (colour, shape) in enumerate(looks):
-        asked = number == 0
+        is_queried = number == 0
         first_frame, end_frame = _random_event(random, event_s, video_format)
-        if asked and task == Task.TRACKING:
+        if is_queried and task == Task.TRACKING:
             first_frame, end_frame = 0, video_format.num_frames
         radius = random.uniform(*_RADIUS)
-        corner = random.randrange(len(CORNERS)) if asked and task == Task.GROUNDED_QA else None
+        corner = random.randrange(len(CORNERS)) if is_queried and task == Task.GROUNDED_QA else None
         centers = _random_walk(random, radius, corner, video_format)
         objects.append(MovingObject(colour, shape, radius, first_frame, end_frame, centers))
     low_quality = task == Task.QUALITY and random.random() < 0.5
@@ -159,24 +160,24 @@ def sample_of_scene(scene: Scene, video: str) -> VideoSample:
 
 def _task_fields(scene: Scene) -> tuple[str, tuple[str, ...], Target]:
     """Return the query, options and target of the scene's task."""
-    asked, fps = scene.objects[0], scene.format.fps
+    queried, fps = scene.objects[0], scene.format.fps
     match scene.task:
         case Task.TEMPORAL_GROUNDING:
-            return f"the {asked.name} is visible", (), GroundingTarget(asked.interval(fps))
+            return f"the {queried.name} is visible", (), GroundingTarget(queried.interval(fps))
         case Task.TRACKING:
             num_frames = scene.format.num_frames
             picked = frames_on_screen(np.arange(num_frames), num_frames, NUM_TRACKED_FRAMES)
-            return asked.name, (), TrackingTarget(tuple(asked.box(int(frame)) for frame in picked))
+            return queried.name, (), TrackingTarget(tuple(queried.box(int(frame)) for frame in picked))
         case Task.GROUNDED_QA:
-            corner = OPTION_LETTERS[CORNERS.index(_place(asked, asked.first_frame))]
-            target = GroundedChoiceTarget(corner, (asked.interval(fps),))
-            return f"In which corner is the {asked.name}?", CORNERS, target
+            corner = OPTION_LETTERS[CORNERS.index(_place(queried, queried.first_frame))]
+            target = GroundedChoiceTarget(corner, (queried.interval(fps),))
+            return f"In which corner is the {queried.name}?", CORNERS, target
         case Task.MULTIPLE_CHOICE_QA:
             random = Random(scene.id)
-            colours = [asked.colour, *random.sample([colour for colour in COLOURS if colour != asked.colour], 3)]
+            colours = [queried.colour, *random.sample([colour for colour in COLOURS if colour != queried.colour], 3)]
             random.shuffle(colours)
-            choice = OPTION_LETTERS[colours.index(asked.colour)]
-            return f"What colour is the {asked.shape}?", tuple(colours), ChoiceTarget(choice)
+            choice = OPTION_LETTERS[colours.index(queried.colour)]
+            return f"What colour is the {queried.shape}?", tuple(colours), ChoiceTarget(choice)
         case Task.CAPTIONING:
             events = _events(scene)
             return "", (), CaptionTarget(" ".join(events), events)
@@ -190,8 +191,7 @@ def _events(scene: Scene) -> tuple[str, ...]:
     events: list[tuple[int, str]] = []
     for moving in scene.objects:
         place = _place(moving, moving.first_frame)
-        seen_from_start = moving.first_frame == 0
-        verb = "is there from the start" if seen_from_start else "appears"
+        verb = "is there from the start" if moving.first_frame == 0 else "appears"
         events.append((moving.first_frame, f"A {moving.name} {verb} in the {place}."))
         if direction := _direction(moving):
             events.append((moving.first_frame + 1, f"The {moving.name} moves {direction}."))
@@ -215,13 +215,13 @@ def _direction(moving: MovingObject) -> str | None:
     return "down" if y1 > y0 else "up"
 
 
-def _random_looks(random: Random, num_asked: int, *, unseen: bool) -> list[tuple[str, str]]:
-    """Choose distinct colours and shapes for the objects; the first `num_asked` are pairs that belong to the split."""
+def _random_looks(random: Random, num_queried: int, *, unseen: bool) -> list[tuple[str, str]]:
+    """Choose distinct colours and shapes for the objects; the first `num_queried` pairs belong to the split."""
     while True:
         colours, shapes = random.sample(range(len(COLOURS)), _NUM_OBJECTS), random.sample(range(3), _NUM_OBJECTS)
         # A third of the pairs, two colours of each shape, is reserved for the split unseen_pairs.
         reserved = [(colour + shape) % 3 == 0 for colour, shape in zip(colours, shapes, strict=True)]
-        if all(is_reserved == unseen for is_reserved in reserved[:num_asked]):
+        if all(is_reserved == unseen for is_reserved in reserved[:num_queried]):
             names = list(COLOURS)
             return [(names[colour], SHAPES[shape]) for colour, shape in zip(colours, shapes, strict=True)]
 
@@ -237,7 +237,7 @@ def _random_event(random: Random, event_s: tuple[float, float], video_format: Vi
 def _random_walk(
     random: Random, radius: float, corner: int | None, video_format: VideoFormat
 ) -> tuple[tuple[float, float], ...]:
-    """Return the centres [num_frames] of an object that moves straight and bounces off the edges.
+    """Return the centres [num_frames] of an object that moves in a straight line and bounces off the edges.
 
     Args:
         corner: index into CORNERS; the object starts there and moves slowly. None starts anywhere.

@@ -3,8 +3,8 @@
 A job scheduler sends SIGTERM and SIGUSR1 to every process of a job. The training process saves a checkpoint when it
 receives them. Until it has done so, its child processes must keep working; they end when the training process ends.
 
-A signal mask is inherited by child processes and survives exec, whereas a handler does not. So the signals are blocked
-in the parent while a child starts, and unblocked in the parent afterwards.
+A signal mask is inherited by child processes and survives exec, whereas a signal handler does not. Therefore the
+signals are blocked in the parent while a child starts, and unblocked in the parent afterwards.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def block_job_signals_in_children() -> Iterator[None]:
 
 
 def start_fork_server() -> None:
-    """Start multiprocessing's fork server with the job's signals blocked; the processes that it forks inherit that.
+    """Start multiprocessing's fork server with the job's signals blocked; the processes that it forks inherit the mask.
 
-    Does nothing if the fork server runs already.
+    Does nothing if the fork server is already running.
     """
     with block_job_signals_in_children():
         resource_tracker.ensure_running()

@@ -52,7 +52,7 @@ def synthesize(
 
 
 def render_frames(scene: Scene, seed: int) -> NDArray[np.uint8]:
-    """Draw a scene. The first object covers the others; low quality adds blocks and noise.
+    """Draw a scene. The first object is drawn on top of the others; low quality adds blocks and noise.
 
     Returns:
         uint8 [num_frames, side, side, 3].
@@ -96,7 +96,7 @@ def write_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
 
 
 def _inside(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Return the mask of a shape that spans -1..1, given x [1, side] and y [side, 1]."""
+    """Return the mask [side, side] of a shape that spans -1..1, given coordinates x [1, side] and y [side, 1]."""
     square = (np.abs(x) <= 1) & (np.abs(y) <= 1)
     if shape == "square":
         return square
@@ -106,7 +106,7 @@ def _inside(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDA
 
 
 def _blocky(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Replace the picture by 8 x 8 blocks of uniform colour."""
+    """Replace each frame with 8 x 8 blocks of uniform colour."""
     num_frames, side = frames.shape[:2]
     block = side // 8
     means = frames.reshape(num_frames, 8, block, 8, block, 3).mean(axis=(2, 4))

@@ -1,4 +1,4 @@
-"""Prompt templates: their file, the messages made of them, and the target text in the form that they ask for."""
+"""Prompt templates: reading their file, building messages from them, and formatting targets as they ask for it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PromptTemplates:
 
 
 def load_templates(path: str | Path | None = None) -> PromptTemplates:
-    """Read a template file; None reads the one that is part of the package.
+    """Read a template file; None reads `templates.toml` of this package.
 
     Raises:
         UserError: the file is not TOML, or a task, key or placeholder is missing or unknown; names the file and key.
@@ -100,7 +100,7 @@ def build_messages(
 
 
 def video_arguments(sample: VideoSample, options: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Return a sample's video and the options to read it with: the given ones, overridden by the sample's own."""
+    """Return a sample's video and the options to read it with: the given options, overridden by the sample's own."""
     video = sample.video if isinstance(sample.video, str) else list(sample.video)
     return {"video": video, **_video_options(sample, options or {})}
 
@@ -128,6 +128,7 @@ def target_text(sample: VideoSample, templates: PromptTemplates) -> str:
 
 
 def _video_options(sample: VideoSample, options: Mapping[str, float]) -> dict[str, float]:
+    """Override options with those that the sample determines: number of tracked frames, image rate and clip."""
     merged = dict(options)
     if isinstance(sample.target, TrackingTarget):
         merged |= {"min_frames": len(sample.target.boxes), "max_frames": len(sample.target.boxes)}
@@ -141,10 +142,13 @@ def _video_options(sample: VideoSample, options: Mapping[str, float]) -> dict[st
 
 
 def _placeholders(sample: VideoSample, templates: PromptTemplates) -> dict[str, str]:
+    """Return the value of each placeholder that a template of the sample's task may use."""
     values = {"query": sample.query}
     if sample.options:
         letters = OPTION_LETTERS[: len(sample.options)]
-        values["options"] = "\n".join(f"({a}) {text}" for a, text in zip(letters, sample.options, strict=True))
+        values["options"] = "\n".join(
+            f"({letter}) {text}" for letter, text in zip(letters, sample.options, strict=True)
+        )
     if isinstance(sample.target, TrackingTarget):
         values["num_frames"] = str(len(sample.target.boxes))
         values["first_box"] = _box_text(sample.target.boxes[0], templates)
@@ -157,6 +161,7 @@ def _box_text(box: Box, templates: PromptTemplates) -> str:
 
 
 def _template(content: Mapping[str, Any], task: Task, key: str, file: object) -> Template:
+    """Read and check the template `key` ("answer" or "think") of a task."""
     section = content[task]
     if not isinstance(section, dict) or set(section) != {"answer", "think"}:
         raise UserError(f"{file}: [{task}] must hold two strings, 'answer' and 'think'")

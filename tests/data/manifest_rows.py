@@ -69,8 +69,10 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 
 def changed(index: int, **changes: Any) -> dict[str, Any]:
+    """Return ROWS[index] with some keys replaced or added."""
     return {**ROWS[index], **changes}
 
 
 def without(index: int, key: str) -> dict[str, Any]:
+    """Return ROWS[index] without a key."""
     return {name: value for name, value in ROWS[index].items() if name != key}

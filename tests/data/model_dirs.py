@@ -11,9 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_vcr1.data.processor import VISION_TOKENS
 
-# As the published template does it: one pad for each picture, a system turn where there is none.
-
-
+# Like the published template: one pad for each image or video, and a default system turn if there is none.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nHelp.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
@@ -23,17 +21,13 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
 IMAGE_SETTINGS = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
 PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 
 
 def write_model_dir(folder: Path, family: str = "qwen2_5_vl") -> Path:
-    """Write a published model's directory without the weights, with a byte-level tokenizer."""
+    """Write a model directory as it is published, but without weights and with a byte-level tokenizer."""
     folder.mkdir()
     special = ["<|im_start|>", "<|im_end|>", *VISION_TOKENS]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -6,9 +6,9 @@ from megatron_vcr1.data.order import SampleOrder, Source
 from megatron_vcr1.types import QualityTarget, VideoSample
 
 
-def samples(name: str, number: int) -> list[VideoSample]:
+def samples(name: str, count: int) -> list[VideoSample]:
     return [
-        VideoSample(f"{name}{index}", f"{name}{index}.mp4", QualityTarget("good"), "how?") for index in range(number)
+        VideoSample(f"{name}{index}", f"{name}{index}.mp4", QualityTarget("good"), "how?") for index in range(count)
     ]
 
 
@@ -17,5 +17,5 @@ def order(seed: int = 0, weights: tuple[float, float] | None = None) -> SampleOr
     return SampleOrder([Source("a", samples("a", 12), first), Source("b", samples("b", 5), second)], seed)
 
 
-def ids(of: SampleOrder, number: int, start: int = 0) -> list[str]:
-    return [of.sample_at(position).id for position in range(start, start + number)]
+def ids(order: SampleOrder, count: int, start: int = 0) -> list[str]:
+    return [order.sample_at(position).id for position in range(start, start + count)]

@@ -4,32 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vcr1.types import (
-    Box,
-    CaptionTarget,
-    ChoiceTarget,
-    GroundedChoiceTarget,
-    GroundingTarget,
-    Interval,
-    QualityTarget,
-    Target,
-    Task,
-    TrackingTarget,
-    VideoSample,
-)
-
-BOXES = tuple(Box(0.1, 0.25, 0.5 + index / 100, 0.75) for index in range(8))
-
-
-TARGETS: dict[Task, Target] = {
-    Task.TEMPORAL_GROUNDING: GroundingTarget(Interval(12.5, 17.0)),
-    Task.TRACKING: TrackingTarget(BOXES),
-    Task.GROUNDED_QA: GroundedChoiceTarget("B", (Interval(1, 2.25), Interval(4, 5))),
-    Task.MULTIPLE_CHOICE_QA: ChoiceTarget("A"),
-    Task.CAPTIONING: CaptionTarget("A dog barks."),
-    Task.QUALITY: QualityTarget("low quality"),
-}
-
+from megatron_vcr1.types import Task, VideoSample
+from tests.rewards.samples import TARGETS
 
 ANSWERS = {
     Task.TEMPORAL_GROUNDING: "<answer>12.50 to 17.00</answer>",

@@ -1,4 +1,4 @@
-"""Prompts against transformers' own processors: token ids, frames, grids and seconds per grid."""
+"""Encoded prompts match those of transformers' processors: token ids, frames, grids and seconds per grid."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from vcr1_kernels import frames_to_patches
 from megatron_vcr1.data.encoding import encode_frames, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video import VideoFrames, read_frames
-
-# As the published template does it: one pad for each picture, a system turn where there is none.
 from tests.data.model_dirs import IMAGE_SETTINGS, MEAN, PROCESSORS, STD, write_json, write_model_dir
 from tests.data.video_clips import write_clip
 
@@ -38,7 +36,7 @@ def processor(model_dir: Path) -> PromptProcessor:
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """clip.mp4 of 1.6 s and 112 x 112 pixels; photo.png of 231 x 197."""
+    """A folder with clip.mp4 (1.6 s, 112 x 112 pixels) and photo.png (231 x 197 pixels)."""
     folder = tmp_path_factory.mktemp("media")
     write_clip(folder / "clip.mp4")
     picture = np.random.default_rng(0).integers(0, 256, (197, 231, 3), dtype=np.uint8)
@@ -47,7 +45,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def conversation(media: Path) -> list[dict[str, Any]]:
-    """Images and videos mixed, several turns, letters beyond ASCII."""
+    """Build a conversation of several turns with images, videos and non-ASCII text."""
     photo = {"type": "image", "image": str(media / "photo.png")}
     clip = {"type": "video", "video": str(media / "clip.mp4"), "fps": 10, "max_frames": 10, "min_pixels": 20 * 784}
     return [
@@ -60,9 +58,9 @@ def conversation(media: Path) -> list[dict[str, Any]]:
 def test_pads_are_expanded_in_order(processor: PromptProcessor, media: Path) -> None:
     prompt = encode_messages(conversation(media), processor)
     assert prompt.token_ids.dtype == torch.int64
-    assert [one.grid_thw for one in prompt.vision] == [(5, 10, 10), (1, 14, 16), (1, 14, 16), (2, 8, 8)]
-    assert [one.seconds_per_grid for one in prompt.vision] == pytest.approx([0.32, None, None, 0.8])
-    assert [tuple(one.frames.shape) for one in prompt.vision] == [
+    assert [vision.grid_thw for vision in prompt.vision] == [(5, 10, 10), (1, 14, 16), (1, 14, 16), (2, 8, 8)]
+    assert [vision.seconds_per_grid for vision in prompt.vision] == pytest.approx([0.32, None, None, 0.8])
+    assert [tuple(vision.frames.shape) for vision in prompt.vision] == [
         (10, 140, 140, 3),
         (1, 196, 224, 3),
         (1, 196, 224, 3),
@@ -76,7 +74,7 @@ def test_pads_are_expanded_in_order(processor: PromptProcessor, media: Path) -> 
     ).replace("<|image_pad|>", "")
 
 
-def test_text_alone(processor: PromptProcessor) -> None:
+def test_a_prompt_of_text_only_has_no_vision_inputs(processor: PromptProcessor) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     prompt = encode_messages(messages, processor)
     text = "<|im_start|>system\nHelp.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -91,7 +89,7 @@ def test_an_image_is_resized_as_transformers_does(processor: PromptProcessor, me
     (image,) = encode_messages(messages, processor).vision
     theirs = Qwen2VLImageProcessorPil(**IMAGE_SETTINGS)(Image.open(media / "photo.png"), return_tensors="pt")
     assert theirs["image_grid_thw"].tolist() == [list(image.grid_thw)]
-    # Pillow, which that processor uses, differs by one of 255 levels at most; test_transformers compares exactly.
+    # That processor resizes with Pillow, which differs by at most one of 255 levels. The tests below are exact.
     one_level = 1 / 255 / min(STD)
     torch.testing.assert_close(patches(image.frames, processor), theirs["pixel_values"], atol=one_level * 1.01, rtol=0)
 
@@ -144,8 +142,8 @@ def test_the_reader_is_given_the_options_and_the_factor(processor: PromptProcess
         ("Hi", r"messages\[0\]\.content: must be a string or a list"),
         ({"type": "text", "text": 3}, r"content\[1\]: text is 3; it must be a string"),
         ({"type": "text"}, r"content\[1\]: the key 'text' is missing"),
-        ({"type": "image", "image": "gone.png"}, r"gone\.png: no such file"),
-        ({"type": "video", "video": "gone.mp4"}, r"gone\.mp4: no such file"),
+        ({"type": "image", "image": "gvision.png"}, r"gone\.png: no such file"),
+        ({"type": "video", "video": "gvision.mp4"}, r"gone\.mp4: no such file"),
     ],
 )
 def test_bad_parts_are_named(processor: PromptProcessor, part: Any, message: str) -> None:
@@ -164,6 +162,8 @@ def test_a_template_without_vision_tokens_is_refused(processor: PromptProcessor,
         encode_messages(conversation(media), text_only)
 
 
+# transformers' processors import torchvision. Its wheel for CUDA works with a CPU build of torch only if two of its
+# operators are declared first, so this script runs in a process of its own.
 TRANSFORMERS_SCRIPT = """
 import json, sys
 import torch
@@ -203,7 +203,7 @@ def run_transformers(
     max_pixels: int,
     folder: Path,
 ) -> dict[str, torch.Tensor]:
-    """What transformers' processor of the model makes of the messages, with the videos' frames as we decoded them."""
+    """Encode the messages with transformers' processor of the model, given the frames that we decoded."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     request = {
         "messages": messages,
@@ -241,24 +241,25 @@ def assert_equal_to_transformers(
         ("image", "image_grid_thw", "pixel_values"),
         ("video", "video_grid_thw", "pixel_values_videos"),
     ):
-        mine = [one for one in prompt.vision if (one.seconds_per_grid is not None) == (kind == "video")]
-        assert [list(one.grid_thw) for one in mine] == theirs[grids].tolist()
-        my_pixels = torch.cat([patches(one.frames, processor) for one in mine])
-        torch.testing.assert_close(my_pixels, theirs[pixels], atol=1e-6, rtol=1e-6)
+        ours = [vision for vision in prompt.vision if (vision.seconds_per_grid is not None) == (kind == "video")]
+        assert [list(vision.grid_thw) for vision in ours] == theirs[grids].tolist()
+        our_pixels = torch.cat([patches(vision.frames, processor) for vision in ours])
+        torch.testing.assert_close(our_pixels, theirs[pixels], atol=1e-6, rtol=1e-6)
     if "second_per_grid_ts" in theirs:  # Qwen2-VL's positions do not use it
-        seconds = torch.tensor([one.seconds_per_grid for one in prompt.vision if one.seconds_per_grid is not None])
+        durations = [vision.seconds_per_grid for vision in prompt.vision if vision.seconds_per_grid is not None]
+        seconds = torch.tensor(durations)
         torch.testing.assert_close(seconds, theirs["second_per_grid_ts"].to(seconds.dtype))
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
-def test_transformers(torchvision_path: Path, tmp_path: Path, media: Path, family: str) -> None:
+def test_prompts_equal_those_of_transformers(torchvision_path: Path, tmp_path: Path, media: Path, family: str) -> None:
     messages = conversation(media)
-    messages[-1]["content"][0].pop("max_pixels")  # transformers has one bound for all images
+    messages[-1]["content"][0].pop("max_pixels")  # transformers has one max_pixels for all images
     assert_equal_to_transformers(torchvision_path, write_model_dir(tmp_path / "model", family), messages, tmp_path)
 
 
 @pytest.mark.parametrize("model", ["Qwen2.5-VL-7B-Instruct"])
-def test_transformers_with_the_real_tokenizer_and_videos(
+def test_prompts_with_the_real_tokenizer_and_videos_equal_those_of_transformers(
     torchvision_path: Path, realdata: Path, tmp_path: Path, media: Path, model: str
 ) -> None:
     messages = conversation(media)

@@ -59,7 +59,7 @@ def test_unreadable_images_are_video_errors_that_name_the_file(tmp_path: Path) -
 
 def test_any_error_of_a_decoder_is_a_damaged_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(image: Image.Image) -> None:
-        raise TypeError("what a decoder of Pillow makes of damaged data")
+        raise TypeError("an error that Pillow's decoders raise on damaged data")
 
     Image.fromarray(draw(1)).save(tmp_path / "odd.png")
     monkeypatch.setattr(images, "exif_transpose", fail)

@@ -12,7 +12,7 @@ from megatron_vcr1.types import VideoSample
 from tests.data.manifest_rows import ROWS, changed, write_rows
 
 
-def test_written_manifest_is_read_back_with_videos_beside_it(tmp_path: Path) -> None:
+def test_a_written_manifest_is_read_back(tmp_path: Path) -> None:
     manifest = write_rows(tmp_path / "in.jsonl", ROWS)
     samples = read_manifest(manifest)
     assert samples[0].video == str(tmp_path / "a.mp4")
@@ -20,7 +20,7 @@ def test_written_manifest_is_read_back_with_videos_beside_it(tmp_path: Path) -> 
     assert samples[2].video == "s3://bucket/b.mp4"
     write_manifest(tmp_path / "out.jsonl", samples)
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert written == ROWS  # below the manifest's folder: relative again
+    assert written == ROWS  # videos below the manifest's folder have relative paths again
     write_manifest(tmp_path / "elsewhere" / "out.jsonl", samples)
     assert read_manifest(tmp_path / "elsewhere" / "out.jsonl") == samples
 

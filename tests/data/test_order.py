@@ -16,10 +16,10 @@ def test_without_weights_an_epoch_contains_every_sample_once() -> None:
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_order_follows_from_the_seed_and_is_stable_over_library_versions() -> None:
+def test_the_order_depends_on_the_seed_only_and_is_stable_across_versions() -> None:
     assert ids(order(seed=1), 40) == ids(order(seed=1), 40)
     assert ids(order(seed=1), 40) != ids(order(seed=2), 40)
-    assert ids(order(seed=0), 8) == FIRST_IDS  # changes only on purpose: running checkpoints depend on it
+    assert ids(order(seed=0), 8) == FIRST_IDS  # must not change by accident: checkpoints depend on it
 
 
 FIRST_IDS = ["b0", "b2", "a4", "a7", "a9", "a6", "a8", "a0"]
@@ -44,7 +44,7 @@ def test_weights_are_shares_and_no_sample_repeats_within_a_pass(
             assert len(set(own[start : start + size])) == size
 
 
-def test_mistaken_sources_are_user_errors() -> None:
+def test_wrong_sources_are_user_errors() -> None:
     with pytest.raises(UserError, match="no data sources"):
         SampleOrder([], 0)
     with pytest.raises(UserError, match="source a: no samples"):

@@ -23,13 +23,13 @@ def test_the_prompt_counts_once_for_all_responses() -> None:
     assert group("a", 100, 5, 7, 0, 8).num_tokens == 120
 
 
-def test_best_fit_by_hand() -> None:
-    # 9; 7 and 3; 6 and 4: three microbatches of 10 where taking groups in order needs four
+def test_groups_are_packed_by_best_fit() -> None:
+    # 9; 7 and 3; 6 and 4: three microbatches of 10 tokens. Packing the groups in their order needs four.
     groups = [group("a", 4, 0), group("b", 7, 0), group("c", 5, 1), group("d", 2, 1), group("e", 9, 0)]
     assert names(pack_groups(groups, 10)) == [["a", "c"], ["b", "d"], ["e"]]
 
 
-def test_a_group_of_exactly_the_budget_fits_and_no_groups_give_nothing() -> None:
+def test_a_group_may_fill_the_budget_exactly_and_an_empty_list_has_no_microbatches() -> None:
     assert names(pack_groups([group("a", 8, 1, 1)], 10)) == [["a"]]
     assert pack_groups([], 10) == []
 
@@ -54,5 +54,5 @@ def test_random_groups_are_packed_once_within_budget_and_no_two_microbatches_cou
     assert sorted(packed, key=int) == [member.id for member in groups]
     sizes = [sum(member.num_tokens for member in microbatch) for microbatch in microbatches]
     assert max(sizes) <= 100
-    assert len(sizes) < 2 or sum(sorted(sizes)[:2]) > 100  # no two of them could have been one
+    assert len(sizes) < 2 or sum(sorted(sizes)[:2]) > 100  # no two microbatches fit into one
     assert names(pack_groups(groups, 100)) == names(microbatches)

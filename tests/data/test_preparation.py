@@ -9,6 +9,6 @@ from tests.data.video_clips import write_clip
 
 def test_all_readers_of_a_process_share_its_cache(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
-    kept = [CachedVideoReader(DataSection(video_cache_mb=64)).read_frames(str(clip)) for _ in range(2)]
-    assert kept[0] is kept[1]
-    assert CachedVideoReader(DataSection(video_cache_mb=0)).read_frames(str(clip)) is not kept[0]
+    videos = [CachedVideoReader(DataSection(video_cache_mb=64)).read_frames(str(clip)) for _ in range(2)]
+    assert videos[0] is videos[1]
+    assert CachedVideoReader(DataSection(video_cache_mb=0)).read_frames(str(clip)) is not videos[0]

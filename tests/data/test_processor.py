@@ -12,8 +12,6 @@ import pytest
 
 from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
-
-# As the published template does it: one pad for each picture, a system turn where there is none.
 from tests.data.model_dirs import CHAT_TEMPLATE, write_json, write_model_dir
 
 
@@ -28,7 +26,7 @@ def processor(model_dir: Path) -> PromptProcessor:
 
 
 @pytest.mark.parametrize("layout", ["processor_config", "video_preprocessor_config", "jinja", "size"])
-def test_every_layout_of_a_model_directory(tmp_path: Path, model_dir: Path, layout: str) -> None:
+def test_every_layout_of_a_model_directory_is_read(tmp_path: Path, model_dir: Path, layout: str) -> None:
     folder = write_model_dir(tmp_path / "model")
     image = json.loads((folder / "preprocessor_config.json").read_text())
     if layout == "processor_config":  # transformers 5
@@ -45,9 +43,9 @@ def test_every_layout_of_a_model_directory(tmp_path: Path, model_dir: Path, layo
     else:
         size = {"min_pixels": image.pop("min_pixels"), "max_pixels": image.pop("max_pixels")}
         write_json(folder / "preprocessor_config.json", image | {"size": size})
-    ours, plain = PromptProcessor.from_pretrained(folder), PromptProcessor.from_pretrained(model_dir)
+    processor, expected = PromptProcessor.from_pretrained(folder), PromptProcessor.from_pretrained(model_dir)
     for name in ("chat_template", "image_token_id", "patch_size", "min_pixels", "max_pixels", "factor"):
-        assert getattr(ours, name) == getattr(plain, name)
+        assert getattr(processor, name) == getattr(expected, name)
 
 
 def test_incomplete_model_directories_are_named(tmp_path: Path) -> None:
@@ -78,11 +76,7 @@ def test_reading_a_processor_needs_no_torchvision(model_dir: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-# transformers' processors import torchvision, whose wheel for CUDA works on a CPU torch only if two of its operators
-# are declared first; so they run in a process of their own.
-
-
-def test_real_chat_template(realdata: Path) -> None:
+def test_the_published_qwen2_5_vl_directory_is_read(realdata: Path) -> None:
     processor = PromptProcessor.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct")
     assert (processor.image_token_id, processor.video_token_id) == (151655, 151656)
     assert (processor.min_pixels, processor.max_pixels) == (3136, 12845056)

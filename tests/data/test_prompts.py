@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vcr1.data.prompts import PromptTooLongError, prepare_sample, smaller_video
+from megatron_vcr1.data.prompts import PromptTooLongError, prepare_sample, reduced_video_options
 from megatron_vcr1.data.synthesize import write_video
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.data.video import VideoError, VideoFrames
-from megatron_vcr1.types import (
-    Interval,
-    Task,
-)
+from megatron_vcr1.types import Interval, Task
 from tests.data.prompt_samples import sample, text_of
 from tests.data.tiny_processor import tiny_processor
 
@@ -25,7 +22,7 @@ def templates() -> PromptTemplates:
 
 
 class FakeVideo:
-    """A reader of a video that is longer than any limit: records the options and returns square frames within them."""
+    """A reader that records its options and returns square frames of a made-up video, within the options' bounds."""
 
     def __init__(self, num_frames: int, side: int) -> None:
         self.num_frames, self.side = num_frames, side
@@ -56,10 +53,10 @@ def prepare(read: FakeVideo, templates: PromptTemplates, max_tokens: int, **chan
 
 def num_text_tokens(templates: PromptTemplates, task: Task = Task.QUALITY) -> int:
     text = text_of(build_messages(sample(task), templates, thinking=False))
-    return len(text) + len("user ") + len("assistant ") + 5  # <|im_start|> and the like
+    return len(text) + len("user ") + len("assistant ") + 5  # special tokens are one token each
 
 
-def test_a_prompt_that_fits_is_left_alone(templates: PromptTemplates) -> None:
+def test_a_prompt_that_fits_is_not_reduced(templates: PromptTemplates) -> None:
     read = FakeVideo(16, 64)
     prepared = prepare(read, templates, max_tokens=num_text_tokens(templates) + 8 * 16)
     assert prepared.reduction is None and len(read.calls) == 1
@@ -93,7 +90,7 @@ def test_a_prompt_that_cannot_fit_names_the_sample(templates: PromptTemplates) -
         prepare(FakeVideo(16, 64), templates, max_tokens=20)
 
 
-def test_tracking_keeps_its_frames_or_fails(templates: PromptTemplates) -> None:
+def test_tracking_keeps_its_number_of_frames_or_fails(templates: PromptTemplates) -> None:
     text = num_text_tokens(templates, Task.TRACKING)
     prepared = prepare(FakeVideo(100, 64), templates, max_tokens=text + 4, task=Task.TRACKING)
     assert len(prepared.prompt.vision[0].frames) == 8
@@ -105,17 +102,17 @@ def test_tracking_keeps_its_frames_or_fails(templates: PromptTemplates) -> None:
 
 @pytest.mark.parametrize("num_frames", [4, 24, 768])
 @pytest.mark.parametrize("max_video_tokens", [8, 100, 5000])
-def test_a_smaller_video_never_exceeds_its_tokens(num_frames: int, max_video_tokens: int) -> None:
+def test_reduced_video_options_keep_the_token_limit(num_frames: int, max_video_tokens: int) -> None:
     processor = tiny_processor()
     options = {"min_pixels": 256, "min_frames": 4}
-    changes = smaller_video(num_frames, max_video_tokens, processor, options)
+    changes = reduced_video_options(num_frames, max_video_tokens, processor, options)
     video = FakeVideo(num_frames, 4096)("v", factor=processor.factor, **{**options, **changes})
     tokens = len(video.frames) // 2 * (video.frames.shape[1] // processor.factor) ** 2
     assert tokens <= max_video_tokens
 
 
 def test_only_the_clip_of_a_file_is_shown(templates: PromptTemplates, tmp_path: Path) -> None:
-    brightness = np.arange(24, dtype=np.uint8) * 10  # frame k, shown at k / 2 seconds, is 10 k bright
+    brightness = np.arange(24, dtype=np.uint8) * 10  # frame k appears at k / 2 seconds and has brightness 10 k
     write_video(tmp_path / "v.mp4", np.broadcast_to(brightness[:, None, None, None], (24, 64, 64, 3)).copy(), fps=2)
     prepared = prepare_sample(
         sample(Task.QUALITY, video=str(tmp_path / "v.mp4"), clip=Interval(3.0, 7.0)),

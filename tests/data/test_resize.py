@@ -1,4 +1,4 @@
-"""Frame sizes against transformers' rule and the published numbers, and the resize against Pillow."""
+"""Frame sizes match transformers and the published numbers; resized frames match Pillow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_smart_resize_equals_transformers(
     assert size[0] % factor == size[1] % factor == 0
 
 
-def test_smart_resize_keeps_what_fits_and_refuses_impossible_bounds() -> None:
+def test_smart_resize_keeps_a_fitting_size_and_refuses_impossible_bounds() -> None:
     assert smart_resize(420, 784, factor=28, min_pixels=784, max_pixels=420 * 784) == (420, 784)
     with pytest.raises(ValueError, match=r"min_pixels <= max_pixels, got 100\.\.99"):
         smart_resize(10, 10, factor=28, min_pixels=100, max_pixels=99)
@@ -42,18 +42,18 @@ def test_smart_resize_keeps_what_fits_and_refuses_impossible_bounds() -> None:
 @pytest.mark.parametrize(
     ("num_frames", "expected"),
     [
-        (4, 768 * 784),  # a short video: the most that a frame may have
+        (4, 768 * 784),  # a short video: limited by MAX_FRAME_PIXELS
         (20, 358 * 784 + 313),  # 3584 / 20 * 2 = 358.4 tokens
         (448, 16 * 784 + 627),  # 3584 / 448 * 2 = 16 tokens, below 1.05 * 16
         (768, 16 * 784 + 627),
     ],
 )
-def test_a_frames_share_of_the_budget(num_frames: int, expected: int) -> None:
+def test_max_pixels_of_a_frame_within_the_pixel_budget(num_frames: int, expected: int) -> None:
     assert max_pixels_per_frame(num_frames, total_pixels=3584 * 784, min_pixels=16 * 784) == expected
 
 
 @pytest.mark.parametrize("size", [(56, 84), (112, 140), (308, 252)])
-def test_resize_frame_is_pillows_antialiased_bicubic(size: tuple[int, int]) -> None:
+def test_resize_frame_equals_pillows_antialiased_bicubic(size: tuple[int, int]) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (197, 231, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
     resized = resize_frame(torch.from_numpy(picture), *size)
@@ -62,6 +62,6 @@ def test_resize_frame_is_pillows_antialiased_bicubic(size: tuple[int, int]) -> N
     assert np.abs(resized.numpy().astype(int) - expected).max() <= 1
 
 
-def test_resize_frame_leaves_a_fitting_frame_alone() -> None:
+def test_resize_frame_returns_a_frame_of_the_right_size_itself() -> None:
     frame = torch.zeros(56, 84, 3, dtype=torch.uint8)
     assert resize_frame(frame, 56, 84) is frame

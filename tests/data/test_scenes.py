@@ -5,13 +5,7 @@ import pytest
 
 from megatron_vcr1.data.scenes import CORNERS, Scene, VideoFormat, random_scene, sample_of_scene
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import (
-    CaptionTarget,
-    ChoiceTarget,
-    GroundedChoiceTarget,
-    GroundingTarget,
-    Task,
-)
+from megatron_vcr1.types import CaptionTarget, ChoiceTarget, GroundedChoiceTarget, GroundingTarget, Task
 
 FORMAT = VideoFormat()
 
@@ -33,8 +27,8 @@ def test_events_have_the_documented_lengths() -> None:
 
 def test_unseen_pairs_occur_in_no_other_split() -> None:
     def pairs(split: str) -> set[str]:
-        asked = {scene.objects[0].name for task in Task for scene in scenes(task, split, 200)}
-        return asked | {moving.name for scene in scenes(Task.CAPTIONING, split, 200) for moving in scene.objects}
+        queried = {scene.objects[0].name for task in Task for scene in scenes(task, split, 200)}
+        return queried | {moving.name for scene in scenes(Task.CAPTIONING, split, 200) for moving in scene.objects}
 
     unseen = pairs("unseen_pairs")
     assert len(unseen) == 6
@@ -74,7 +68,7 @@ def test_captions_describe_every_event_in_order() -> None:
                 assert x1 - x0 >= 0.1
 
 
-def test_unusable_formats_are_refused() -> None:
+def test_invalid_video_formats_are_refused() -> None:
     with pytest.raises(UserError, match="multiple of 16"):
         VideoFormat(side=50)
     with pytest.raises(UserError, match="needs at least 8 seconds"):

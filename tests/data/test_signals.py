@@ -12,12 +12,12 @@ from megatron_vcr1.data.signals import block_job_signals_in_children
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_children_survive_the_signals_of_the_job(number: signal.Signals) -> None:
     with block_job_signals_in_children():
-        shielded = subprocess.Popen(["sleep", "60"])
+        protected = subprocess.Popen(["sleep", "60"])
     plain = subprocess.Popen(["sleep", "60"])
-    for process in (shielded, plain):
+    for process in (protected, plain):
         process.send_signal(number)
     assert plain.wait(30) == -number
     time.sleep(0.05)
-    assert shielded.poll() is None
-    shielded.kill()
-    assert shielded.wait(30) == -signal.SIGKILL
+    assert protected.poll() is None
+    protected.kill()
+    assert protected.wait(30) == -signal.SIGKILL

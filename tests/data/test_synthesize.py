@@ -43,7 +43,7 @@ def colour_mask(frames: np.ndarray, colour: str) -> np.ndarray:
     return distances.argmin(0) == list(COLOURS).index(colour)
 
 
-def test_manifests_hold_all_tasks_and_their_videos(folder: Path) -> None:
+def test_manifests_contain_all_tasks_and_name_existing_videos(folder: Path) -> None:
     for split in SPLITS:
         samples = read_manifest(folder / f"{split}.jsonl")
         assert len(samples) == (24 if split == "train" else 6)
@@ -85,7 +85,7 @@ for index in range(18):
 
 
 def test_the_encoder_does_not_depend_on_uninitialized_memory(tmp_path: Path) -> None:
-    """Fresh memory of two processes is filled with different bytes, which an encoder must not read."""
+    """malloc fills the memory of two processes with different bytes (MALLOC_PERTURB_); the videos must be the same."""
     outputs: set[str] = set()
     for filler in ("85", "200"):
         environment = os.environ | {"MALLOC_PERTURB_": filler, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -95,7 +95,7 @@ def test_the_encoder_does_not_depend_on_uninitialized_memory(tmp_path: Path) -> 
     assert len(outputs) == 18
 
 
-def test_decoded_frames_equal_the_drawn_ones(folder: Path) -> None:
+def test_decoded_frames_equal_the_rendered_frames(folder: Path) -> None:
     for index in range(24):
         scene = random_scene("train", index, seed=3, task=list(Task)[index % 6], video_format=FORMAT)
         drawn = render_frames(scene, seed=3)

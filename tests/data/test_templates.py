@@ -9,12 +9,9 @@ import pytest
 
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates, target_text
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import (
-    Interval,
-    Task,
-    VideoSample,
-)
-from tests.data.prompt_samples import ANSWERS, BOXES, sample, text_of
+from megatron_vcr1.types import Interval, Task, VideoSample
+from tests.data.prompt_samples import ANSWERS, sample, text_of
+from tests.rewards.samples import BOXES
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +35,7 @@ def test_prompts_contain_the_query_and_an_example_of_the_form(
 
 
 @pytest.mark.parametrize("task", ANSWERS)
-def test_target_texts(templates: PromptTemplates, task: Task) -> None:
+def test_the_target_text_of_each_task(templates: PromptTemplates, task: Task) -> None:
     assert target_text(sample(task), templates) == ANSWERS[task]
 
 
@@ -51,10 +48,10 @@ def test_the_tracking_target_parses_back_to_its_boxes(templates: PromptTemplates
 
 
 def test_options_of_the_sample_override_those_of_the_run(templates: PromptTemplates) -> None:
-    def video_part(of: VideoSample) -> dict[str, Any]:
-        return build_messages(of, templates, thinking=False, video_options={"fps": 1.0, "max_frames": 64})[0][
-            "content"
-        ][0]
+    def video_part(sample: VideoSample) -> dict[str, Any]:
+        options = {"fps": 1.0, "max_frames": 64}
+        (message,) = build_messages(sample, templates, thinking=False, video_options=options)
+        return message["content"][0]
 
     plain = {"type": "video", "video": "a.mp4", "fps": 1.0, "max_frames": 64}
     assert video_part(sample(Task.QUALITY)) == plain

@@ -1,4 +1,4 @@
-"""A processor with a tokenizer of a few hundred words, for tests that need token counts but no language."""
+"""A processor whose tokens are single characters, for tests that only need token counts."""
 
 from __future__ import annotations
 
