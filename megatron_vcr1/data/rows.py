@@ -174,9 +174,7 @@ def _text(value: object, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which cannot be encoded
-        raise RowError(
-            f"key {key!r}: lone surrogate (half a character) at position {error.start}; repair the text"
-        ) from None
+        raise RowError(f"key {key!r}: lone surrogate, half a character, at {error.start}; repair the text") from None
     return value
 
 

@@ -146,9 +146,8 @@ def _placeholders(sample: VideoSample, templates: PromptTemplates) -> dict[str, 
     values = {"query": sample.query}
     if sample.options:
         letters = OPTION_LETTERS[: len(sample.options)]
-        values["options"] = "\n".join(
-            f"({letter}) {text}" for letter, text in zip(letters, sample.options, strict=True)
-        )
+        options = zip(letters, sample.options, strict=True)
+        values["options"] = "\n".join(f"({letter}) {text}" for letter, text in options)
     if isinstance(sample.target, TrackingTarget):
         values["num_frames"] = str(len(sample.target.boxes))
         values["first_box"] = _box_text(sample.target.boxes[0], templates)

@@ -142,8 +142,8 @@ def test_the_reader_is_given_the_options_and_the_factor(processor: PromptProcess
         ("Hi", r"messages\[0\]\.content: must be a string or a list"),
         ({"type": "text", "text": 3}, r"content\[1\]: text is 3; it must be a string"),
         ({"type": "text"}, r"content\[1\]: the key 'text' is missing"),
-        ({"type": "image", "image": "gvision.png"}, r"gone\.png: no such file"),
-        ({"type": "video", "video": "gvision.mp4"}, r"gone\.mp4: no such file"),
+        ({"type": "image", "image": "gone.png"}, r"gone\.png: no such file"),
+        ({"type": "video", "video": "gone.mp4"}, r"gone\.mp4: no such file"),
     ],
 )
 def test_bad_parts_are_named(processor: PromptProcessor, part: Any, message: str) -> None:
