@@ -48,7 +48,7 @@ def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     with os.fdopen(open_regular(path), "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise UserError(f"{path}: larger than {max_bytes} bytes, which is no size for this kind of file")
+        raise UserError(f"{path}: larger than {max_bytes} bytes, too large for this kind of file; name the right file")
     return content
 
 

@@ -1,4 +1,9 @@
-"""Video reading: frames sampled over time, resized for the model, with their time stamps."""
+"""Video reading: frames are sampled over time and resized for the model; each has its time stamp.
+
+`read_frames` dispatches to a backend: `video_pyav`, `video_dali` or `video_images`. All share the choice of frames in
+`video_types`; the decoders share the checks of a file's packets in `video_index`. `video_process` runs `read_frames`
+in a subprocess.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "pyav", "dali-cpu", "dali-gpu")
 TIME_LIMIT_S = 120.0
+"""Default time limit for one video, in seconds."""
 
 
 def read_frames(
@@ -65,7 +71,7 @@ def read_frames(
         start_s, end_s: the clip to read, in seconds from the video's first frame. Not allowed for a list of images.
         image_fps: images per second, for a folder or a list of images.
         backend: "auto", "pyav", "dali-cpu" or "dali-gpu"; "auto" is PyAV, which reads every codec.
-        num_threads: number of decoder threads of PyAV; 0 means one per core.
+        num_threads: number of decoder threads of PyAV; 0 uses one per core.
         time_limit_s: time limit for this video. It is checked between packets; `VideoReader` also ends a decoder that
             never returns.
 
@@ -90,7 +96,7 @@ def read_frames(
         return _decode(path, sampling, decode, image_fps=image_fps, time_limit_s=time_limit_s)
     except (VideoError, *PROGRAMMING_ERRORS):
         raise
-    except Exception as error:  # an unforeseen error about this file costs one video, not the run
+    except Exception as error:  # an unforeseen error of a decoder costs one video, not the run
         logger.warning("%s: unexpected error of the decoder", path, exc_info=True)
         raise VideoError(path, f"cannot be read ({type(error).__name__}: {error})") from error
 

@@ -1,4 +1,4 @@
-"""A cache of decoded videos: a small data set is decoded once instead of once per epoch or per question."""
+"""Cache of decoded videos, so that a small data set is not decoded again for every epoch and every question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class VideoCache:
     """
 
     def __init__(self, max_bytes: int, read: Callable[..., VideoFrames] = read_frames) -> None:
-        """Start empty.
+        """Create an empty cache.
 
         Args:
             max_bytes: total size of the cached frames; 0 disables the cache.

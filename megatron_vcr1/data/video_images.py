@@ -32,14 +32,14 @@ def images_in_folder(folder: Path) -> list[str]:
     Hidden files are ignored.
 
     Raises:
-        VideoError: the folder holds no image.
+        VideoError: the folder contains no image.
     """
-    # Hidden files are not frames: macOS writes a file ._0.jpg with metadata beside 0.jpg on foreign file systems.
+    # Hidden files are not frames: on file systems of other systems, macOS writes metadata of 0.jpg into a file ._0.jpg.
     files = [
         file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
     ]
     if not files:
-        raise VideoError(folder, f"the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise VideoError(folder, f"the folder contains no images ({', '.join(IMAGE_SUFFIXES)})")
     return [os.fspath(file) for file in sorted(files, key=_natural_order)]
 
 
@@ -76,6 +76,7 @@ def decode_images(
 
 
 def _sampled(files: Sequence[str], sampling: Sampling, image_fps: float) -> FrameChoice:
+    """Choose images at sampling.fps, as from a video with a constant frame rate."""
     table = FrameTable(pts=np.arange(len(files), dtype=np.int64), time_base=1 / Fraction(image_fps), last_duration=1)
     return choose_frames(table, sampling, Path(files[0]).parent)
 
@@ -88,5 +89,5 @@ def _all(files: Sequence[str], image_fps: float) -> FrameChoice:
 
 def _natural_order(file: Path) -> list[tuple[int, int, str]]:
     """Return a sort key that compares runs of digits as numbers."""
-    pieces = re.split(r"(\d+)", file.name)
-    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece]
+    parts = re.split(r"(\d+)", file.name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]

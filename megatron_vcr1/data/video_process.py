@@ -29,7 +29,7 @@ from megatron_vcr1.data.signals import block_job_signals_in_children
 from megatron_vcr1.data.video import TIME_LIMIT_S, VideoError, VideoFrames, VideoPath, read_frames
 
 GRACE_S = 1.0
-"""Time from the time limit, which the decoding loop checks itself, to the alarm that ends the process."""
+"""Seconds from the time limit, which the decoding loop checks itself, to the alarm that ends the process."""
 
 
 class VideoReader:
@@ -89,6 +89,7 @@ class VideoReader:
 
 
 def _start() -> subprocess.Popen[bytes]:
+    """Start the subprocess with the same module search path and with the job's signals blocked."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with block_job_signals_in_children():
         return subprocess.Popen(
@@ -110,10 +111,10 @@ def _parse_reply(reply: dict[str, Any], stream: io.BufferedReader) -> VideoFrame
 
 
 def _error_of_dead_process(process: subprocess.Popen[bytes], path: VideoPath) -> Exception:
-    """Wait for the process to end and make an error of its exit status.
+    """Wait for the process to end and return an error for its exit status.
 
-    Death by a signal is the decoder's, so it costs one video. An exit code is an uncaught Python exception, which is a
-    mistake in our code: the RuntimeError ends the run.
+    A signal means that the decoder crashed or hung, which costs one video. An exit code means an uncaught Python
+    exception, which is a mistake in our code: the RuntimeError ends the run.
     """
     process.communicate()
     code = process.returncode
@@ -129,7 +130,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     for line in requests:
         request = json.loads(line)
         limit_s = request["options"].get("time_limit_s", TIME_LIMIT_S)
-        # SIGALRM has its default action here: it ends the process, wherever it is.
+        # SIGALRM has its default action here: it ends the process, even inside a C library.
         signal.setitimer(signal.ITIMER_REAL, limit_s + GRACE_S)
         try:
             video = read_frames(request["path"], **request["options"])

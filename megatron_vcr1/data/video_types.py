@@ -1,4 +1,4 @@
-"""Types that the video backends share: result, error, sampling settings, frame table; and the choice of frames."""
+"""Types that the video backends share (result, error, sampling settings, frame table), and the choice of frames."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ TIME_ROUNDING_S = 1e-6
 """Tolerance for times that containers round: 12 s may be stored as 11.9999999."""
 
 PROGRAMMING_ERRORS = (TypeError, AttributeError, NameError, ImportError, AssertionError)
-"""Errors that are about our code, or about an installed package that it does not fit, never about a file. They must end
-the run with their traceback at the first sample. Counted as damaged videos they would skip every sample."""
+"""Errors of our code, or of an installed package that does not fit it, but never of a file. They must end the run with
+their traceback at the first sample. If they counted as damaged videos, every sample would be skipped."""
 
 
 class VideoError(ValueError):
-    """A video or image that cannot be used; names the file and the reason."""
+    """Raised for a video or image that cannot be used; the message names the file and the reason."""
 
     def __init__(self, file: object, reason: str) -> None:
         self.file = str(file)
         self.reason = reason
-        super().__init__(self.file, reason)  # pickle calls the class with these args in another process
+        super().__init__(self.file, reason)  # unpickling in another process calls VideoError(*args)
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}"
@@ -116,7 +116,7 @@ class FrameChoice:
     """The frames to decode."""
 
     indices: NDArray[np.int64]
-    """[num_frames] rows of the frame table, ascending; a frame that stays on screen for long may occur repeatedly."""
+    """[num_frames] rows of the frame table, ascending; a frame that stays on screen for a long time may be repeated."""
     timestamps_s: tuple[float, ...]
     """[num_frames] time at which each frame appears, in seconds from the start of the clip."""
     duration_s: float
@@ -183,8 +183,8 @@ def frames_on_screen(appears: NDArray[np.int64], duration: int, num_frames: int)
     """
     last = int(appears[-1])
     first_shown_for = int(appears[1]) if len(appears) > 1 else duration
-    # The first and the last instant in units of 1 / (2 * num_frames). A frame that is shown for long has several
-    # instants, so these two keep no more than half a part's distance from the ends.
+    # The first and the last instant, in units of 1 / (2 * num_frames). A frame that is shown for long has several
+    # instants, so these two are at most half a part away from the ends.
     start = min(num_frames * first_shown_for, duration)
     end = max(num_frames * (2 * last + min(duration - last, first_shown_for)), (2 * num_frames - 1) * duration)
     # Time stamps are integers, so the frame on screen at t is the one on screen at floor(t). Python's integers do not
@@ -197,8 +197,8 @@ def frames_on_screen(appears: NDArray[np.int64], duration: int, num_frames: int)
 def _max_frames_worth_sampling(table: FrameTable, first: int, stop: int) -> float:
     """Return the largest number of frames to sample from the rows first..stop - 1 of a frame table.
 
-    At a constant rate that is the number of frames: sampling faster would only repeat them. A video that shows a frame
-    at least twice as long as most others (a screen recording, a variable frame rate) has no such limit, because its
+    At a constant frame rate this is the number of frames: sampling faster would only repeat them. A video that shows a
+    frame at least twice as long as most others (a screen recording, a variable frame rate) has no such limit, because its
     instants must cover that frame, too.
     """
     shown_for = np.sort(np.diff(table.pts, append=table.pts[-1] + table.last_duration)[first:stop])
@@ -207,7 +207,7 @@ def _max_frames_worth_sampling(table: FrameTable, first: int, stop: int) -> floa
 
 
 class Deadline:
-    """A time limit for one video, checked between packets."""
+    """A time limit for decoding one video, checked between packets."""
 
     def __init__(self, file: object, limit_s: float) -> None:
         self._file = file
@@ -216,10 +216,10 @@ class Deadline:
 
     @property
     def remaining_s(self) -> float:
-        """Remaining time; always above 0, because some libraries take 0 for no limit."""
+        """Remaining time; always above 0, because some libraries interpret 0 as no limit."""
         return max(self._end_s - time.monotonic(), 1e-3)
 
     def check(self) -> None:
-        """Raise VideoError if the time is over."""
+        """Raise VideoError if the time limit is exceeded."""
         if time.monotonic() > self._end_s:
             raise VideoError(self._file, f"decoding took longer than {self._limit_s:g} s")

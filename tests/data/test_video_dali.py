@@ -1,4 +1,4 @@
-"""DALI on the CPU compared with PyAV: the same frames and times, and similar colours."""
+"""DALI on the CPU gives the same frames and times as PyAV, and similar colours."""
 
 from __future__ import annotations
 
@@ -63,25 +63,25 @@ def test_the_gpu_has_read_the_frames_of_a_run_before_the_next_run(
     """DALI's executor writes the next frames to the same memory, on a stream of its own."""
     from megatron_vcr1.data import video_dali
 
-    happened: list[str] = []
+    calls: list[str] = []
     pipeline = video_dali._pipeline(None)
 
     class Recorded:
         feed_input = staticmethod(pipeline.feed_input)
 
         def run(self) -> Any:
-            happened.append("run")
+            calls.append("run")
             return pipeline.run()
 
         def synchronize(self) -> None:
-            happened.append("synchronize")
+            calls.append("synchronize")
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", Recorded)
     monkeypatch.setattr(video_dali, "_pipeline", lambda device_id: Recorded())
     path = write_clip(tmp_path / "long.mp4", num_frames=100)
     assert len(read_frames(path, fps=25, backend="dali-gpu").timestamps_s) == 100
-    assert happened == ["run", "synchronize"] * 2
+    assert calls == ["run", "synchronize"] * 2
 
 
 def test_bad_files_are_refused_and_the_next_one_decodes(tmp_path: Path) -> None:

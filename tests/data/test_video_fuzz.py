@@ -62,7 +62,7 @@ def reader() -> Iterator[VideoReader]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_files(reader: VideoReader, tmp_path: Path, kind: str) -> None:
+def test_damaged_files_are_refused_or_decoded_correctly(reader: VideoReader, tmp_path: Path, kind: str) -> None:
     path = write_clip(tmp_path / kind, **KINDS[kind])
     whole = reader.read_frames(path, fps=10)
     content = path.read_bytes()
@@ -81,4 +81,4 @@ def test_damaged_files(reader: VideoReader, tmp_path: Path, kind: str) -> None:
             wrong.append(seed)
     assert refused >= FILES_PER_KIND // 4
     if kind in DETECTABLE:
-        assert len(wrong) <= 1, f"damage that went unnoticed: seeds {wrong}"
+        assert len(wrong) <= 1, f"damage was not detected for seeds {wrong}"

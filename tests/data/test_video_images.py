@@ -52,5 +52,5 @@ def test_bad_images_are_named(folder: Path) -> None:
     with pytest.raises(VideoError, match="the list of frames is empty"):
         read_frames([])
     (folder / "empty").mkdir()
-    with pytest.raises(VideoError, match="the folder holds no images"):
+    with pytest.raises(VideoError, match="the folder contains no images"):
         read_frames(folder / "empty")

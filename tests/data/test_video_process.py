@@ -1,4 +1,4 @@
-"""The reader in a subprocess: the same frames, and a crash or a hang costs one video."""
+"""`VideoReader` returns the same frames as `read_frames`, and a crash or a hang costs one video."""
 
 from __future__ import annotations
 
@@ -29,13 +29,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_results_equal_those_of_read_frames(reader: VideoReader, clip: Path) -> None:
     for options in ({}, {"fps": 10.0}, {"max_pixels": 20 * 784, "min_frames": 2}):
-        other, here = reader.read_frames(clip, **options), read_frames(clip, **options)  # type: ignore[arg-type]
-        assert torch.equal(other.frames, here.frames)
-        assert (other.timestamps_s, other.duration_s, other.backend) == (
-            here.timestamps_s,
-            here.duration_s,
-            here.backend,
-        )
+        actual, expected = reader.read_frames(clip, **options), read_frames(clip, **options)  # type: ignore[arg-type]
+        assert torch.equal(actual.frames, expected.frames)
+        assert actual.timestamps_s == expected.timestamps_s
+        assert (actual.duration_s, actual.backend) == (expected.duration_s, expected.backend)
 
 
 def test_errors_are_raised_in_the_calling_process(reader: VideoReader, clip: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny videos whose frames carry their own number, and functions that read the number back."""
+"""Tiny videos in whose frames the frame number is drawn, and functions that read the number from a frame."""
 
 from __future__ import annotations
 

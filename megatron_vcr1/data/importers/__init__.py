@@ -1,4 +1,8 @@
-"""Importers: conversion of published annotations to manifests, one module per family of formats."""
+"""Importers convert published annotations to manifests.
+
+`formats` selects the reader of a format, `captioning`, `grounding`, `questions` and `tracking` contain the readers,
+`files` reads annotation files, and `cleaning` repairs or skips bad rows and reports each of them.
+"""
 
 from __future__ import annotations
 

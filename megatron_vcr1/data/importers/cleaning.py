@@ -1,7 +1,7 @@
 """Cleaning of published annotations: a row with a problem is repaired, kept or skipped, and always reported.
 
-Readers yield unchecked rows with the keys of a manifest, with two exceptions: ``video`` is the name that the dataset
-uses, and a choice may be given as ``target.answer``, the text of the right option.
+The readers of the formats yield unchecked rows with the keys of a manifest, with two exceptions: ``video`` is the name
+that the dataset uses, and a choice may be given as ``target.answer``, the text of the right option.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import fsspec
 
-from megatron_vcr1.data.rows import RowError, is_remote, sample_from_row
+from megatron_vcr1.data.paths import is_remote
+from megatron_vcr1.data.rows import RowError, sample_from_row
 from megatron_vcr1.types import OPTION_LETTERS, VideoSample
 
 Row = dict[str, Any]
@@ -30,8 +31,8 @@ class Issue:
     Attributes:
         row_id: id of the row.
         problem: kind of the problem, for example `missing_video`.
-        detail: description for people.
-        action: what was done with the row.
+        detail: description in words.
+        action: whether the row was skipped, repaired or kept as it is.
     """
 
     row_id: str
@@ -62,7 +63,7 @@ class VideoFolder:
     def find(self, name: str) -> str | None:
         """Find a video; return its absolute path or URL, or None if it does not exist.
 
-        A name without a known suffix is tried with each of them. A copy without the published subfolders is found, too.
+        A name without a known suffix is tried with each of them. A copy without the published subfolders is also found.
         Without a root, a bare name gets the suffix .mp4.
         """
         if self.root is None:
@@ -70,7 +71,7 @@ class VideoFolder:
         root = self.root if is_remote(self.root) else os.path.abspath(self.root)
         for relative in dict.fromkeys([name, PurePosixPath(name).name]):
             for suffix in ("",) if _has_suffix(name) else (*VIDEO_SUFFIXES, ""):
-                path = os.path.join(root, relative + suffix)  # an absolute name stays as it is
+                path = os.path.join(root, relative + suffix)  # join() returns an absolute name unchanged
                 if _exists(path):
                     return path
         return None
@@ -126,7 +127,7 @@ class RowCleaner:
         return path
 
     def _clean_intervals(self, row_id: str, row: Row) -> list[Issue]:
-        """Repair the target's spans in place. An unusable span is left out; a row without a usable span is skipped."""
+        """Repair the target's spans in place. An unusable span is removed; a row without a usable span is skipped."""
         target = row["target"]
         key = "interval" if "interval" in target else "intervals"
         if key not in target:
@@ -139,7 +140,7 @@ class RowCleaner:
             except SkipRow as skip:
                 if len(raw_spans) == 1:
                     raise
-                issues.append(Issue(row_id, skip.problem, f"{skip.detail}; this span was left out", "repaired"))
+                issues.append(Issue(row_id, skip.problem, f"{skip.detail}; this span was removed", "repaired"))
             else:
                 spans.append(span)
                 shown = f"{raw_span} s of {row['duration_s']} s"
@@ -202,7 +203,7 @@ def _clean_choice(row_id: str, row: Row) -> list[Issue]:
 
 
 def _unusual_row_issues(row_id: str, row: Row) -> list[Issue]:
-    """Report rows that are used unchanged, but are unusual enough to matter when scores are interpreted."""
+    """Report rows that are kept unchanged, but are unusual enough to matter for the interpretation of scores."""
     if row["target"].get("events") == []:
         return [Issue(row_id, "no_events", "the annotated list of events is empty", "kept")]
     if len(row.get("options", ())) == 1:

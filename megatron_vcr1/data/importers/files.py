@@ -40,7 +40,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read the lines of a text file without line ends; blank lines are skipped.
+    """Read the lines of a text file, without line ends and without blank lines.
 
     Raises:
         UserError: the file is missing or not UTF-8 text.

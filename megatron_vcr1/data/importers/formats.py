@@ -1,4 +1,4 @@
-"""The import of a dataset: selects the reader of its format, cleans its rows, and reports every issue."""
+"""Import of a dataset: selects the reader of its format, cleans its rows, and reports every issue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ImportReport:
         format: name of the format.
         num_rows: number of published rows, including skipped ones.
         num_samples: number of samples in the manifest.
-        videos_checked: whether the videos were looked for.
+        videos_checked: whether the import checked that the videos exist.
         issues: all problems that were repaired, kept or skipped, in row order.
     """
 
@@ -138,7 +138,7 @@ def _rows(name: str, annotations: tuple[Path, ...], videos: VideoFolder, split: 
 
 
 def _manifest_rows(annotations: tuple[Path, ...]) -> Iterator[Row]:
-    """Read rows with the columns of a manifest. A null means that the key is left out: tables store all columns."""
+    """Read rows with the columns of a manifest. Null values are dropped: a table has every column in every row."""
     for path in annotations:
         for entry in read_table(path):
             row = {key: value for key, value in entry.items() if value is not None}
@@ -147,7 +147,7 @@ def _manifest_rows(annotations: tuple[Path, ...]) -> Iterator[Row]:
 
 
 def _choose(samples: list[VideoSample], limit: int | None, seed: int) -> list[VideoSample]:
-    """Choose samples at random, in their order. Sorting by hashed ids makes the choice independent of other rows."""
+    """Choose samples at random, in their order: those with the smallest hashes, whatever other samples there are."""
     if limit is None or limit >= len(samples):
         return samples
     by_hash = sorted(samples, key=lambda sample: hashlib.blake2b(f"{seed}/{sample.id}".encode()).digest())

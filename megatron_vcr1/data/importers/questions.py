@@ -36,7 +36,7 @@ MVBENCH_FOLDERS = {
     "state_change": "perception/videos",
     "unexpected_action": "FunQA_test/test",
 }
-"""Folder of each sub-task's videos in MVBench's own layout. File names are unique within a folder only."""
+"""Folder of each sub-task's videos in MVBench's own layout. File names are only unique within a folder."""
 
 
 def read_nextgqa(annotations: tuple[Path, ...]) -> Iterator[Row]:
@@ -87,7 +87,7 @@ def _grounded_row(
 
 
 def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[list[dict[str, str]], Row, dict[str, str]]:
-    """Read the three files, told apart by their content: CSV questions, spans per video, path per video."""
+    """Read the three files, recognized by their content: CSV questions, spans per video, path per video."""
     csv_files = [path for path in annotations if path.suffix == ".csv"]
     json_files = [read_json(path) for path in annotations if path.suffix == ".json"]
     spans = [content for content in json_files if isinstance(next(iter(content.values()), None), dict)]

@@ -1,4 +1,4 @@
-"""Tracking: GOT-10k, from its folders or from a JSON file with eight boxes per sequence."""
+"""Tracking: GOT-10k, from its sequence folders or from a JSON file with eight boxes per sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_vcr1.data.importers.cleaning import Issue, Row, VideoFolder
 from megatron_vcr1.data.importers.files import read_json, read_lines
-from megatron_vcr1.data.rows import is_remote
+from megatron_vcr1.data.paths import is_remote
 from megatron_vcr1.data.video_types import frames_on_screen
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import NUM_TRACKED_FRAMES
@@ -50,7 +50,7 @@ def _read_boxes_json(path: Path, videos: VideoFolder) -> Iterator[Row | Issue]:
         yield {
             "id": name,
             "task": "tracking",
-            "video": _pick(frames) if frames else f"{name}/",
+            "video": _chosen_files(frames) if frames else f"{name}/",
             "duration_s": None,
             "query": entry["object"],
             "target": {"boxes": entry["gt"]},
@@ -72,7 +72,7 @@ def _sequence_row(sequence: Path) -> Row | Issue:
         detail = f"{len(frames)} images and {len(boxes_px)} boxes (a test split publishes the first box only)"
         return Issue(sequence.name, "incomplete_sequence", detail, "skipped")
     absence_file = sequence / "absence.label"
-    if absence_file.exists() and "1" in _evenly([line.strip() for line in read_lines(absence_file)]):
+    if absence_file.exists() and "1" in _choose_evenly([line.strip() for line in read_lines(absence_file)]):
         return Issue(sequence.name, "object_absent", "the object is out of sight in one of the eight frames", "skipped")
     meta_file = configparser.ConfigParser()
     meta_file.read(sequence / "meta_info.ini", encoding="utf-8")
@@ -82,31 +82,34 @@ def _sequence_row(sequence: Path) -> Row | Issue:
     return {
         "id": sequence.name,
         "task": "tracking",
-        "video": _pick(frames),
+        "video": _chosen_files(frames),
         "duration_s": len(frames) / float(meta["anno_fps"].removesuffix("Hz")),
         "query": meta["object_class"],
-        "target": {"boxes": [_normalised(box_px, width, height) for box_px in _evenly(boxes_px)]},
+        "target": {"boxes": [_box_in_fractions(box_px, width, height) for box_px in _choose_evenly(boxes_px)]},
     }
 
 
-def _normalised(box_px: list[float], width: int, height: int) -> list[float]:
-    """Convert [left, top, width, height] in pixels to [x0, y0, x1, y1] in fractions; empty for an absent object."""
+def _box_in_fractions(box_px: list[float], width: int, height: int) -> list[float]:
+    """Convert [left, top, width, height] in pixels to [x0, y0, x1, y1] in fractions of the frame.
+
+    The box of an absent object has no area; `RowCleaner` skips its row.
+    """
     left, top, box_width, box_height = box_px
     box = [left / width, top / height, (left + box_width) / width, (top + box_height) / height]
     return [round(value, 4) for value in box]
 
 
 def _frames(folder: Path) -> list[Path]:
-    # Hidden files, such as ._0.jpg of macOS, are not frames.
+    # Hidden files are not frames; macOS writes metadata of 0.jpg into a file ._0.jpg.
     return sorted(
         path for path in folder.iterdir() if path.suffix in (".jpg", ".png") and not path.name.startswith(".")
     )
 
 
-def _pick(frames: list[Path]) -> list[str]:
-    return [str(frame.absolute()) for frame in _evenly(frames)]
+def _chosen_files(frames: list[Path]) -> list[str]:
+    return [str(frame.absolute()) for frame in _choose_evenly(frames)]
 
 
-def _evenly(items: list[T]) -> list[T]:
-    """Pick eight evenly spaced items, the first and the last included, with the rule that samples videos."""
+def _choose_evenly(items: list[T]) -> list[T]:
+    """Choose eight evenly spaced items, including the first and the last, by the rule that samples video frames."""
     return [items[index] for index in frames_on_screen(np.arange(len(items)), len(items), NUM_TRACKED_FRAMES)]

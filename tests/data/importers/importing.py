@@ -9,7 +9,7 @@ from typing import Any
 from megatron_vcr1.data.importers.cleaning import VideoFolder
 from megatron_vcr1.data.importers.formats import ImportReport, import_dataset
 
-NOWHERE = VideoFolder(None)
+UNCHECKED_VIDEOS = VideoFolder(None)
 
 
 def write(path: Path, content: Any) -> Path:
@@ -19,8 +19,8 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def run(name: str, *annotations: Path, videos: VideoFolder = NOWHERE, **options: Any) -> Any:
-    """Import annotations, by default without looking for the videos."""
+def run(name: str, *annotations: Path, videos: VideoFolder = UNCHECKED_VIDEOS, **options: Any) -> Any:
+    """Import annotations; by default, do not check that the videos exist."""
     return import_dataset(name, annotations, videos, **options)
 
 

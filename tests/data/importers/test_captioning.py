@@ -5,20 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1.types import (
-    CaptionTarget,
-    VideoSample,
-)
+from megatron_vcr1.types import CaptionTarget, VideoSample
 from tests.data.importers.importing import run, write
 
 
-def test_carebench(tmp_path: Path) -> None:
+def test_carebench_rows_become_samples(tmp_path: Path) -> None:
     captions = write(tmp_path / "metadata.json", [{"video": "v_30.mp4", "caption": "A man cooks."}])
     assert run("carebench", captions)[0] == [VideoSample("v_30", "v_30.mp4", CaptionTarget("A man cooks."))]
 
 
 @pytest.mark.parametrize(("video_file", "video"), [("<placeholder>", "12.mp4"), ("a/12.webm", "a/12.webm")])
-def test_dream1k_and_its_splits(tmp_path: Path, video_file: str, video: str) -> None:
+def test_dream1k_rows_of_a_split_become_samples(tmp_path: Path, video_file: str, video: str) -> None:
     prompt = {"content": [{"video": {"video_file": video_file}}]}
     row = {
         "idx": 3,

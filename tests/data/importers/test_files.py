@@ -16,7 +16,7 @@ from megatron_vcr1.types import (
 from tests.data.importers.importing import run, write
 
 
-def test_huggingface_tables_of_every_kind(tmp_path: Path) -> None:
+def test_huggingface_tables_of_every_file_type_give_the_same_samples(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [

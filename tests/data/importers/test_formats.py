@@ -9,14 +9,14 @@ from megatron_vcr1.errors import UserError
 from tests.data.importers.importing import run, write
 
 
-def test_limit_is_a_seeded_choice_in_the_original_order(tmp_path: Path) -> None:
+def test_limit_chooses_at_random_and_keeps_the_order(tmp_path: Path) -> None:
     rows = [{"video": f"{index}.mp4", "instruction": "How good?", "answer": "low"} for index in range(200)]
     annotations = write(tmp_path / "quality.json", rows)
     ids = [int(sample.id) for sample in run("vidtab_quality", annotations, limit=50, seed=1)[0]]
     assert len(ids) == 50 and ids == sorted(ids)
     assert ids == [int(sample.id) for sample in run("vidtab_quality", annotations, limit=50, seed=1)[0]]
     assert ids != [int(sample.id) for sample in run("vidtab_quality", annotations, limit=50, seed=2)[0]]
-    assert 60 < sum(ids) / 50 < 140  # from all over the file
+    assert 60 < sum(ids) / 50 < 140  # spread over the whole file
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_published_files_give_the_published_counts(
     num_videos: int | None,
     spans: tuple[int, int],
 ) -> None:
-    """``spans``: how many are inverted, and how many others end after their video."""
+    """`spans`: number of empty or inverted spans, and number of other spans that end after their video."""
     if name == "videomme":
         pytest.importorskip("pyarrow")
     samples, report = run(name, *(realdata / "annotations" / file for file in files), split=split)

@@ -87,7 +87,7 @@ def test_mvbench_clips_and_folders(tmp_path: Path) -> None:
     assert len(MVBENCH_FOLDERS) == 20
 
 
-def test_perception_test(tmp_path: Path) -> None:
+def test_perception_test_rows_of_a_split_become_samples(tmp_path: Path) -> None:
     question = {
         "id": 4,
         "question": "where?",
@@ -114,7 +114,7 @@ def test_perception_test(tmp_path: Path) -> None:
     ]
 
 
-def test_vidtab_quality(tmp_path: Path) -> None:
+def test_vidtab_quality_rows_become_samples(tmp_path: Path) -> None:
     rows = write(tmp_path / "quality.json", [{"video": "7.mp4", "instruction": "How good?", "answer": "low quality"}])
     assert run("vidtab_quality", rows)[0] == [VideoSample("7", "7.mp4", QualityTarget("low quality"), "How good?")]
 

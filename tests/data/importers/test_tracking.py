@@ -22,7 +22,7 @@ def got10k_sequence(folder: Path, num_frames: int, boxes: list[str]) -> None:
     write(folder / "meta_info.ini", "[METAINFO]\nanno_fps: 10Hz\nobject_class: sloth\nresolution: (200, 100)\n")
 
 
-def test_got10k_folders(tmp_path: Path) -> None:
+def test_got10k_sequence_folders_become_samples(tmp_path: Path) -> None:
     root = tmp_path / "GOT-10k"
     got10k_sequence(root / "val/GOT_1", 15, [f"{index},20.0,40,50" for index in range(15)])
     (root / "val/GOT_1/._00000001.jpg").write_bytes(b"metadata that macOS writes beside a file")
