@@ -198,7 +198,7 @@ def _max_frames_worth_sampling(table: FrameTable, first: int, stop: int) -> floa
     """Return the largest number of frames to sample from the rows first..stop - 1 of a frame table.
 
     At a constant frame rate this is the number of frames: sampling faster would only repeat them. A video that shows a
-    frame at least twice as long as most others (a screen recording, a variable frame rate) has no such limit, because its
+    frame at least twice as long as most others (a screen recording, a variable rate) has no such limit, because its
     instants must cover that frame, too.
     """
     shown_for = np.sort(np.diff(table.pts, append=table.pts[-1] + table.last_duration)[first:stop])
