@@ -8,16 +8,6 @@ from megatron_vcr1.data.importers.cleaning import VideoFolder
 from tests.data.importers.importing import issues, run, write
 
 
-@pytest.fixture
-def charades(tmp_path: Path) -> tuple[Path, Path]:
-    text = write(
-        tmp_path / "train.txt",
-        "AAA 1.0 4.0##a person sits ## down.\nAAA 5.0 2.0##inverted\nBBB 8.0 12.5##past the end\n"
-        "BBB 11.0 12.0##after the end\nBBB 1.0 2.0## \n",
-    )
-    return text, write(tmp_path / "lengths.csv", "id,length,subject\nAAA,10.0,x\nBBB,10.5,y\n")
-
-
 def test_videos_are_found_under_any_suffix_and_missing_ones_skip_their_rows(
     charades: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -5,22 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import (
-    GroundingTarget,
-    Interval,
-    VideoSample,
-)
+from megatron_vcr1.types import GroundingTarget, Interval, VideoSample
 from tests.data.importers.importing import issues, run, write
-
-
-@pytest.fixture
-def charades(tmp_path: Path) -> tuple[Path, Path]:
-    text = write(
-        tmp_path / "train.txt",
-        "AAA 1.0 4.0##a person sits ## down.\nAAA 5.0 2.0##inverted\nBBB 8.0 12.5##past the end\n"
-        "BBB 11.0 12.0##after the end\nBBB 1.0 2.0## \n",
-    )
-    return text, write(tmp_path / "lengths.csv", "id,length,subject\nAAA,10.0,x\nBBB,10.5,y\n")
 
 
 def test_charades_text_reports_a_reason_for_every_repaired_or_skipped_row(charades: tuple[Path, Path]) -> None:
@@ -68,7 +54,7 @@ def test_charades_json_gives_the_same_samples_as_text(charades: tuple[Path, Path
     assert from_json == run("charades_sta", *charades)
 
 
-def test_activitynet(tmp_path: Path) -> None:
+def test_activitynet_rows_become_samples(tmp_path: Path) -> None:
     content = {"v_1": {"duration": 55.15, "timestamps": [[0, 4.14]], "sentences": [" Two men talk."]}}
     samples, report = run("activitynet", write(tmp_path / "val.json", content))
     assert samples == [

@@ -6,13 +6,7 @@ import pytest
 
 from megatron_vcr1.data.importers.questions import MVBENCH_FOLDERS
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import (
-    ChoiceTarget,
-    GroundedChoiceTarget,
-    Interval,
-    QualityTarget,
-    VideoSample,
-)
+from megatron_vcr1.types import ChoiceTarget, GroundedChoiceTarget, Interval, QualityTarget, VideoSample
 from tests.data.importers.importing import issues, run, write
 
 
@@ -28,7 +22,7 @@ def nextgqa_files(folder: Path) -> list[Path]:
     ]
 
 
-def test_nextgqa_csv(tmp_path: Path) -> None:
+def test_nextgqa_csv_rows_become_samples_with_every_problem_reported(tmp_path: Path) -> None:
     samples, report = run("nextgqa", *nextgqa_files(tmp_path))
     assert samples[0] == VideoSample(
         "48_1",
@@ -48,7 +42,7 @@ def test_nextgqa_csv(tmp_path: Path) -> None:
     ]
 
 
-def test_nextgqa_json_leaves_out_a_bad_span_among_several(tmp_path: Path) -> None:
+def test_a_bad_span_of_nextgqa_is_removed_and_a_row_without_a_good_span_is_skipped(tmp_path: Path) -> None:
     entry = {
         "id": "48_1",
         "video": "1104/48.mp4",
@@ -71,7 +65,7 @@ def test_missing_files_of_nextgqa_are_user_errors(tmp_path: Path) -> None:
         run("nextgqa", *nextgqa_files(tmp_path)[:2])
 
 
-def test_mvbench_clips_and_folders(tmp_path: Path) -> None:
+def test_mvbench_rows_become_samples_with_clips_and_folders(tmp_path: Path) -> None:
     timed = {"video": "Z.mp4", "question": "what?", "candidates": ["x", "y"], "answer": "y", "start": 1.5, "end": 17.0}
     write(tmp_path / "json/action_sequence.json", [timed])
     write(tmp_path / "json/episodic_reasoning.json", [{**timed, "video": "clip_1", "fps": 3}])
