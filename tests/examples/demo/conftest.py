@@ -1,4 +1,4 @@
-"""A quick demo that runs once for all tests."""
+"""Fixtures of the demo's tests: a quick demo runs once and is shared by all tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RunDemo = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def run_demo() -> RunDemo:
-    """Runs the demo's program in a new process."""
+    """A function that runs the demo's program in a new process."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join((str(ROOT / "tools"), str(ROOT / "examples")))
@@ -30,7 +30,7 @@ def run_demo() -> RunDemo:
 
 @pytest.fixture(scope="session")
 def out(run_demo: RunDemo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output directory of a finished quick demo. Tests that use it are marked xdist_group("demo"), to share it."""
+    """The output directory of a finished quick demo. Tests that use it are marked xdist_group("demo"), so that one worker runs it."""
     out = tmp_path_factory.mktemp("demo") / "out"
     first = run_demo("--quick", "--seeds", "3", "--workers", "2", "--out", str(out))
     assert first.returncode == 0, first.stdout + first.stderr

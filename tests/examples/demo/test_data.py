@@ -70,11 +70,11 @@ def test_weak_boxes_of_a_video_have_the_same_size(data: Path) -> None:
 
 
 def test_a_timeline_has_one_token_per_half_second() -> None:
-    thing = random_scene("train", 0, seed=0, task=Task.TEMPORAL_GROUNDING, video_format=VIDEO).objects[0]
-    start_s, end_s = thing.first_frame / VIDEO.fps, thing.end_frame / VIDEO.fps
-    line = timeline(thing)
-    assert line.startswith("-" * thing.first_frame + f"{start_s:.1f}")
-    assert line.endswith(f"{end_s - 0.5:.1f}" + "-" * (VIDEO.num_frames - thing.end_frame))
+    moving = random_scene("train", 0, seed=0, task=Task.TEMPORAL_GROUNDING, video_format=VIDEO).objects[0]
+    start_s, end_s = moving.first_frame / VIDEO.fps, moving.end_frame / VIDEO.fps
+    line = timeline(moving)
+    assert line.startswith("-" * moving.first_frame + f"{start_s:.1f}")
+    assert line.endswith(f"{end_s - 0.5:.1f}" + "-" * (VIDEO.num_frames - moving.end_frame))
 
 
 def test_longer_events_are_not_tracked() -> None:

@@ -1,4 +1,4 @@
-"""The demo from videos to tables, with only a few steps of each job."""
+"""The whole demo, from videos to result tables, with only a few steps of each job."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_a_second_call_runs_no_jobs(out: Path, run_demo: RunDemo) -> None:
 
 
 def test_results_of_another_demo_are_not_mixed_in(out: Path, run_demo: RunDemo) -> None:
-    whole = run_demo("--seeds", "3", "--out", str(out))
-    assert whole.returncode == 2
-    assert f"{out} holds results of another demo" in whole.stderr
+    other = run_demo("--seeds", "3", "--out", str(out))
+    assert other.returncode == 2
+    assert f"{out} holds results of another demo" in other.stderr
 
 
 @pytest.mark.parametrize("arguments", [("--workers", "-1"), ("--workers", "0"), ("--seeds", "-1"), ("--seeds", "")])

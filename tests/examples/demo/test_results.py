@@ -1,4 +1,4 @@
-"""The demo's expectations and findings."""
+"""The demo's expected results, and its findings about the models."""
 
 from __future__ import annotations
 
