@@ -1,9 +1,11 @@
-"""From manifests and videos to the prompts that the model computes.
+"""Manifests, videos, prompts, packing and loading: from a line of a manifest to a microbatch.
 
-A sample takes this way: `rows` and `manifest` read it, `order` decides when it is used, `templates` and `prompts` make
-its prompt, `video` and its backends decode the frames, `encoding` makes token ids and vision inputs, `loader` does this
-ahead of training in the processes of `workers`, and `packing` puts groups into microbatches. `importers` convert
-published annotations to manifests, `synthesize` makes videos with exact targets, `check` looks for bad rows and videos.
+`manifest` and `rows` read samples, and `order` decides when each is used. `templates` and `prompts` build a sample's
+prompt, `video` and its backends decode its frames, and `encoding` converts both to token ids and vision inputs.
+`loader` does this ahead of training in the processes of `workers`. `packing` puts groups into microbatches.
+
+`importers` convert published annotations to manifests, `synthesize` writes videos with exact targets, and `check` finds
+bad rows and videos.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def run_demo() -> RunDemo:
 
 @pytest.fixture(scope="session")
 def out(run_demo: RunDemo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output directory of a finished quick demo. Tests that use it are marked xdist_group("demo"), so that one worker runs it."""
+    """The output directory of a finished quick demo. Tests that use it are marked xdist_group("demo"), to share it."""
     out = tmp_path_factory.mktemp("demo") / "out"
     first = run_demo("--quick", "--seeds", "3", "--workers", "2", "--out", str(out))
     assert first.returncode == 0, first.stdout + first.stderr
