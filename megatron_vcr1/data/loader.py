@@ -12,6 +12,7 @@ from typing import Any
 from megatron_vcr1 import timeline
 from megatron_vcr1.data.order import SampleOrder
 from megatron_vcr1.data.prompts import PreparedSample, PromptTooLongError
+from megatron_vcr1.data.shared_memory import PREFETCH_PER_WORKER
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.data.workers import decode_ahead, worker_name
 from megatron_vcr1.errors import UserError
@@ -62,7 +63,7 @@ class PromptLoader:
         rank: int = 0,
         num_ranks: int = 1,
         num_workers: int = 0,
-        prefetch_per_worker: int = 2,
+        prefetch_per_worker: int = PREFETCH_PER_WORKER,
     ) -> None:
         """Start at position 0. Nothing is decoded before the first iteration.
 
@@ -92,7 +93,8 @@ class PromptLoader:
         """Continue after the last iteration or the loaded state.
 
         Raises:
-            UserError: none of the samples tried at a position could be used; lists them.
+            UserError: none of the samples tried at a position could be used (lists them), or a decoding worker found
+                no room in shared memory.
         """
         for loaded in self._loaded():
             timeline.add(loaded.span)

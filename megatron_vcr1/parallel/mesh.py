@@ -175,3 +175,13 @@ def is_output_rank() -> bool:
 def is_replica_leader() -> bool:
     """Return whether this rank is its replica's first, on which `collectives.broadcast_within_replica` runs."""
     return dist.get_rank() == parallel_state.get_model_parallel_src_rank()
+
+
+def is_first_rank_on_host() -> bool:
+    """Return whether this rank is the first one on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def num_leaders_on_host() -> int:
+    """Return the number of replica leaders on this host, at least 1 (a replica may span hosts)."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // ranks_per_replica())

@@ -15,6 +15,7 @@ from megatron_vcr1.data.order import SampleOrder, Source
 from megatron_vcr1.data.preparation import build_prepare_fns
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample
+from megatron_vcr1.data.shared_memory import warn_if_shared_memory_is_small
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import mesh
@@ -81,6 +82,8 @@ class PromptStream:
             num_ranks=mesh.num_replicas(),
             num_workers=section.num_workers,
         )
+        if mesh.is_first_rank_on_host():
+            warn_if_shared_memory_is_small(section, num_readers=mesh.num_leaders_on_host())
         self._iterator: Generator[PreparedSample, None, None] | None = None  # owns the decoding processes
         self.num_drawn = 0
 

@@ -52,11 +52,15 @@ def test_without_cuda_and_without_install_the_error_names_the_call() -> None:
     assert "RuntimeError: this machine has no CUDA device; call megatron_vcr1.model.cpu.install()" in program.stderr
 
 
-def test_a_process_that_was_started_alone_is_its_own_job() -> None:
+def test_a_process_that_was_started_alone_is_its_own_job(monkeypatch: pytest.MonkeyPatch) -> None:
     with mesh.world(ParallelSection()):
         assert (mesh.rank(), mesh.num_ranks(), mesh.num_replicas(), mesh.ranks_per_replica()) == (0, 1, 1, 1)
         assert mesh.is_first_rank() and mesh.is_replica_leader() and mesh.is_output_rank()
         assert mesh.is_first_stage() and mesh.is_last_stage()
+        assert mesh.is_first_rank_on_host() and mesh.num_leaders_on_host() == 1
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+        assert not mesh.is_first_rank_on_host() and mesh.num_leaders_on_host() == 8
     assert (mesh.rank(), mesh.num_ranks()) == (0, 1)
     mesh.shutdown()  # does nothing the second time
 

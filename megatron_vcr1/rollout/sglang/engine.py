@@ -77,7 +77,10 @@ class SglangEngine:
         self._keeps_weight_stream = not weights_change_while_sampling
         self._aborted = threading.Event()
         if fleet.is_leader and section.transport == "file":
-            payload.remove_orphans()
+            try:
+                payload.remove_orphans()
+            except OSError as error:
+                raise EngineError(f"sglang.transport = 'file': {error}; or set it to 'inline'") from error
 
     @classmethod
     def start(
@@ -271,7 +274,9 @@ class SglangEngine:
         try:
             return None if contents is None else payload.pack(contents, self._section.transport)
         except OSError as error:
-            raise EngineError(f"sglang.transport: {error}; free shared memory, or set it to 'inline'") from error
+            raise EngineError(
+                f"sglang.transport = 'file': {error}; free shared memory, or set it to 'inline'"
+            ) from error
 
 
 def _empty_cuda_cache(placement: Placement) -> bool:

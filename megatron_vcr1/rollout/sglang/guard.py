@@ -6,11 +6,14 @@ Exit handlers do not run when a process is killed by SIGKILL, and a server has p
 process runs between the two and covers every case:
 
     the parent ends (even by SIGKILL)   The kernel gives the guard another parent. The guard polls for that and ends.
-    the guard gets SIGTERM, SIGINT or   It raises SystemExit, and the `finally` block kills all descendants.
-    SIGHUP
+    the guard gets SIGHUP, SIGINT or    It raises SystemExit, and the `finally` block kills all descendants.
+    SIGTERM
     the guard is killed by SIGKILL or   The kernel kills the server (PR_SET_PDEATHSIG). The server's own processes are
     another signal (SIGUSR1)            up to the server: SGLang's end with it.
     the server ends                     The guard kills what is left of its processes, and returns its exit code.
+
+A rank starts guards with SIGTERM and SIGUSR1 blocked, and everything below them inherits that: a job scheduler sends
+both to all processes of a job, and servers must work until the rank has saved. The rank itself sends SIGHUP.
 
 Processes whose own parent has ended become children of the guard (PR_SET_CHILD_SUBREAPER), so it still finds them. This
 file is run by itself (-I: isolated mode) and only needs the standard library and psutil.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import parse_json
 
 INITIAL_WEIGHTS = "default"
 """Weight version of a server that was started with weights, unless it is told another one (SGLang's own default)."""
@@ -16,6 +20,10 @@ INITIAL_WEIGHTS = "default"
 HEALTH_TIMEOUT_S = 25.0
 """Maximum time of a health check, in which a server computes a token. SGLang's own limit is 20 s."""
 
+MAX_RESPONSE_BYTES = 2**30
+"""Largest response of a server. A group of 64 responses of 32k tokens with log-probs takes about 200 MB."""
+MAX_SERVER_RANKS = 4096
+"""Largest size that a server may report for its parallelism."""
 
 # One client for all threads: creating a client takes 18 ms (it loads certificates), a call takes 1 ms. It keeps no
 # connections open, because a restarted server would reset them.
@@ -42,14 +50,22 @@ def call(url: str, method: str, path: str, body: Any = None, *, timeout_s: float
     """Call a server and return the parsed JSON of its response, or the text if it is not JSON.
 
     Raises:
-        ServerFault: no response in time, or status 5xx or 429.
+        ServerFault: no response in time, or status 5xx or 429, or a response of more than `MAX_RESPONSE_BYTES`.
         RequestRefused: any other status from 400 on.
     """
+    url += path
+    content = bytearray()
+    deadline = time.monotonic() + timeout_s
     try:
-        response = _client.request(method, url + path, json=body, timeout=timeout_s)
+        with _client.stream(method, url, json=body, timeout=timeout_s) as response:
+            for chunk in response.iter_bytes():
+                _append(content, chunk, url)
+                # httpx's timeout limits each read, so a response that arrives in small pieces could take forever.
+                if time.monotonic() > deadline:
+                    raise _timeout_fault(url, timeout_s)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise _connection_fault(url + path, error) from error
-    return _parse(response)
+        raise _connection_fault(url, error) from error
+    return _parse(url, response.status_code, bytes(content))
 
 
 async def call_async(client: httpx.AsyncClient, method: str, url: str, body: Any = None, *, timeout_s: float) -> Any:
@@ -57,44 +73,52 @@ async def call_async(client: httpx.AsyncClient, method: str, url: str, body: Any
 
     SGLang aborts a request whose connection is closed.
     """
+    content = bytearray()
     try:
-        # httpx's timeout limits each read, so a response that arrives in small pieces could take forever.
-        async with asyncio.timeout(timeout_s):
-            response = await client.request(method, url, json=body, timeout=None)
+        async with asyncio.timeout(timeout_s), client.stream(method, url, json=body, timeout=None) as response:
+            async for chunk in response.aiter_bytes():
+                _append(content, chunk, url)
     except TimeoutError:
-        raise ServerFault(f"{url}: no response within {timeout_s:.0f} s", unreachable=True) from None
-    except httpx.HTTPError as error:
+        raise _timeout_fault(url, timeout_s) from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _connection_fault(url, error) from error
-    return _parse(response)
+    return _parse(url, response.status_code, bytes(content))
+
+
+def _append(content: bytearray, chunk: bytes, url: str) -> None:
+    content += chunk
+    if len(content) > MAX_RESPONSE_BYTES:
+        raise ServerFault(f"{url}: the response has more than {MAX_RESPONSE_BYTES} bytes", unreachable=False)
+
+
+def _timeout_fault(url: str, timeout_s: float) -> ServerFault:
+    return ServerFault(f"{url}: no response within {timeout_s:.0f} s", unreachable=True)
 
 
 def _connection_fault(url: str, error: Exception) -> ServerFault:
     return ServerFault(f"{url}: {type(error).__name__} {error}".rstrip(), unreachable=True)
 
 
-def _parse(response: httpx.Response) -> Any:
+def _parse(url: str, status: int, content: bytes) -> Any:
     """Return the content of a response. Raises ServerFault or RequestRefused for an error status."""
-    if response.status_code >= 500 or response.status_code == 429:
-        raise ServerFault(
-            f"{response.url}: status {response.status_code}: {_error_message(response)}", unreachable=False
-        )
-    if response.status_code >= 400:
-        raise RequestRefused(f"{response.url}: status {response.status_code}: {_error_message(response)}")
     try:
-        return response.json()
-    except ValueError:
-        return response.text
+        parsed = parse_json(content, url)
+    except UserError:  # not JSON, or nested too deeply to be one of SGLang's
+        parsed = content.decode(errors="replace")
+    if status >= 500 or status == 429:
+        raise ServerFault(f"{url}: status {status}: {_error_message(parsed)}", unreachable=False)
+    if status >= 400:
+        raise RequestRefused(f"{url}: status {status}: {_error_message(parsed)}")
+    return parsed
 
 
-def _error_message(response: httpx.Response) -> str:
+def _error_message(parsed: Any) -> str:
     """Extract the explanation from an error response; SGLang's endpoints use different keys for it."""
-    try:
-        parsed = response.json()
-        message = parsed.get("message") or parsed.get("error") or parsed.get("detail") or parsed
-        message = message.get("message", message) if isinstance(message, dict) else message
-    except (ValueError, AttributeError):
-        message = response.text
-    return str(message)[:500]
+    if isinstance(parsed, dict):
+        parsed = parsed.get("message") or parsed.get("error") or parsed.get("detail") or parsed
+    if isinstance(parsed, dict):
+        parsed = parsed.get("message", parsed)
+    return str(parsed)[:500]
 
 
 def addresses(url: str) -> tuple[str, str]:
@@ -119,8 +143,19 @@ def is_on_this_host(url: str) -> bool:
 
 
 def server_info(url: str, *, timeout_s: float) -> dict[str, Any]:
-    """Return the settings of a server. Raises ServerFault or RequestRefused."""
-    return _require_key("tp_size", call(url, "GET", "/server_info", timeout_s=timeout_s), f"{url}/server_info")
+    """Return the settings of a server, of which the sizes of its parallelism are integers that make sense.
+
+    Raises:
+        ServerFault, RequestRefused: the call failed, or the response is not an SGLang server's.
+    """
+    info = _require_key("tp_size", call(url, "GET", "/server_info", timeout_s=timeout_s), f"{url}/server_info")
+    for key in ("tp_size", "dp_size", "pp_size"):
+        value = info.get(key, 1)
+        if type(value) is not int or not 1 <= value <= MAX_SERVER_RANKS:
+            raise ServerFault(
+                f"{url}/server_info: {key!r} is {str(value)[:50]!r}; is this an SGLang server?", unreachable=False
+            )
+    return info
 
 
 def weight_version(url: str, *, timeout_s: float = 15.0) -> str:

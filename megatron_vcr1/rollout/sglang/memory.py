@@ -48,8 +48,7 @@ class MemoryRelease:
         """
         if self._urls and self._processes is not None:
             # A server that is starting cannot release memory yet, and would allocate it during training.
-            self._processes.wait_until_started()
-            self._processes.restarts_paused = True
+            self._processes.pause_restarts()
         # Killed servers stay down until `resume`, because the watcher restarts nothing meanwhile.
         for url in self._on_each_server(release_memory):
             if self._processes is not None:
@@ -59,7 +58,7 @@ class MemoryRelease:
         """Make all servers allocate their memory again. A server that fails is restarted if this job started it."""
         # Before the calls, so that servers that died or were killed meanwhile start while the others resume.
         if self._processes is not None:
-            self._processes.restarts_paused = False
+            self._processes.resume_restarts()
         for url, error in self._on_each_server(resume_memory).items():
             if self._processes is not None:
                 self._processes.restart(url, f"did not resume its memory: {error}")

@@ -3,18 +3,20 @@
 The process tree, from the rank that owns a server:
 
     rank                  owns a `ServerGroup`, whose watcher thread starts and restarts the server
-      guard.py            one per server; ends when the rank has ended, or on SIGTERM, SIGINT or SIGHUP
+      guard.py            one per server; ends when the rank has ended, or on SIGHUP or SIGINT
         SGLang server     `python -m sglang.launch_server`; gets SIGKILL when its guard ends
           scheduler, ...  SGLang's own processes; the guard kills them, too
 
-A rank ends a server with SIGTERM to its guard. If the rank itself is killed (SIGKILL runs no exit handler), the guard
-notices within a fraction of a second that its parent has changed.
+A job scheduler sends SIGTERM or SIGUSR1 to every process of a job. Both signals are blocked in guards and servers, so
+that servers keep working until the rank has saved. A rank ends a server with SIGHUP to its guard. If the rank itself is
+killed (SIGKILL runs no exit handler), the guard notices within a fraction of a second that its parent has changed.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vcr1.data.signals import block_job_signals_in_children
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.rollout.engine import EngineError
 from megatron_vcr1.rollout.sglang import guard
@@ -66,8 +69,8 @@ class ServerGroup:
         self._servers = [ServerProcess(spec, startup_timeout_s, max_restarts) for spec in specs]
         self._closing = threading.Event()
         self.restarts_paused = False
-        """Set while the servers' memory is released: training uses it, and a new server would not find enough. A check
-        that the watcher has begun before may still restart a server."""
+        """Set while the servers' memory is released: training uses it, and a new server would not find enough."""
+        self._restart_lock = threading.Lock()  # held during a restart, and while restarts are paused or resumed
         self._watcher = threading.Thread(target=self._watch, name="sglang-watcher", daemon=True)
         try:
             for server in self._servers:
@@ -97,6 +100,24 @@ class ServerGroup:
         for server in self._servers:
             while not server.ready.wait(0.1) and server.failure is None:
                 continue
+
+    def pause_restarts(self) -> None:
+        """Wait until no server is starting, and restart none until `resume_restarts`.
+
+        When it returns, no restart is under way, either: the watcher restarts servers under the same lock.
+        """
+        while True:
+            self.wait_until_started()
+            with self._restart_lock:
+                # A server may have been restarted between the two lines above.
+                if all(server.ready.is_set() or server.failure is not None for server in self._servers):
+                    self.restarts_paused = True
+                    return
+
+    def resume_restarts(self) -> None:
+        """Let the watcher restart servers again, also those that have ended meanwhile."""
+        with self._restart_lock:
+            self.restarts_paused = False
 
     def is_ready(self, url: str) -> bool:
         """Return whether the server at a URL has completed its start-up."""
@@ -149,7 +170,10 @@ class ServerGroup:
         while not self._closing.wait(WATCH_INTERVAL_S):
             for server in self._servers if not self.restarts_paused else ():
                 try:
-                    server.check()
+                    reason = server.check()  # may wait for a response, so it does not hold the lock
+                    with self._restart_lock:
+                        if reason is not None and not self.restarts_paused:
+                            server.replace(reason)
                 except OSError as error:  # no memory or disk space to start it; the next check tries again
                     logger.warning("SGLang server %s: %s", server.spec.url, error)
 
@@ -174,7 +198,7 @@ class ServerProcess:
     """One server and its restarts.
 
     `start` is called by the constructor of `ServerGroup`, and later only by the watcher, which is also the only thread
-    that calls `check`. All other methods may be called from any thread.
+    that calls `check` and `replace`. All other methods may be called from any thread.
     """
 
     def __init__(self, spec: ServerSpec, startup_timeout_s: float, max_restarts: int) -> None:
@@ -195,7 +219,7 @@ class ServerProcess:
         spec = self.spec
         server = [*spec.command, *self.extra_arguments]
         command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *server]
-        with spec.log.open("ab") as log:
+        with spec.log.open("ab") as log, block_job_signals_in_children():
             log.write(f"{' '.join(server)}\n".encode())
             log.flush()  # before the server writes to the same file
             self.popen = subprocess.Popen(
@@ -206,40 +230,46 @@ class ServerProcess:
         logger.info("SGLang server on port %d starts; its log is %s", spec.port, spec.log)
 
     def mark_dead(self, reason: str) -> None:
-        """Have the next `check` replace the server. A server that is starting is left alone."""
+        """Have the watcher's next check replace the server. A server that is starting is left alone."""
         if self.ready.is_set():
             self._death_reason = reason
 
-    def check(self) -> None:
-        """Detect that the server is ready, has ended or does not respond, and replace it where necessary."""
+    def check(self) -> str | None:
+        """Detect that the server is ready, has ended or does not respond.
+
+        Returns:
+            Why the server must be replaced; None if it need not be. If it is not replaced, a later check says so again.
+        """
         if self.failure is not None or self.popen is None:
-            return
+            return None
         code = self.popen.poll()  # the guard ends with its server's exit code
         if code is not None:
-            self._replace(f"ended with exit code {code}")
-        elif self._death_reason is not None:
-            self._replace(self._death_reason)
-        elif not self.ready.is_set():
+            return f"ended with exit code {code}"
+        if self._death_reason is not None:
+            return self._death_reason
+        if not self.ready.is_set():
             if is_ready(self.spec.url):
                 self.ready.set()
                 logger.info("SGLang server %s is ready", self.spec.url)
             elif time.monotonic() - self._started_at_s > self.startup_timeout_s:
-                self._replace(f"was not ready within {self.startup_timeout_s:.0f} s (sglang.startup_timeout_s)")
+                return f"was not ready within {self.startup_timeout_s:.0f} s (sglang.startup_timeout_s)"
         elif time.monotonic() - self._probed_at_s > PROBE_INTERVAL_S:
-            self._probe()
+            return self._probe()
+        return None
 
-    def _probe(self) -> None:
+    def _probe(self) -> str | None:
         try:
             call(self.spec.url, "GET", "/model_info", timeout_s=PROBE_INTERVAL_S)
             self._num_failed_probes = 0
         except (ServerFault, RequestRefused):
             # A busy server may miss a probe; a single one is no reason to lose all of its requests.
             self._num_failed_probes += 1
-            if self._num_failed_probes == MAX_FAILED_PROBES:
-                self._replace(f"has not responded for {MAX_FAILED_PROBES * PROBE_INTERVAL_S:.0f} s")
         self._probed_at_s = time.monotonic()
+        if self._num_failed_probes < MAX_FAILED_PROBES:
+            return None
+        return f"has not responded for {MAX_FAILED_PROBES * PROBE_INTERVAL_S:.0f} s"
 
-    def _replace(self, reason: str) -> None:
+    def replace(self, reason: str) -> None:
         """Stop the server, and start it again if it has a restart left; otherwise set `failure`."""
         self.stop()  # also if it has ended: its guard may still be killing the server's other processes
         self.ready.clear()
@@ -254,10 +284,14 @@ class ServerProcess:
         self.start()
 
     def stop(self) -> None:
-        """End the server and wait for it: SIGTERM to the guard, which kills the server and all of its processes."""
+        """End the server and wait for it: SIGHUP to the guard, which kills the server and all of its processes.
+
+        Not SIGTERM, which is blocked in the guard. The guard cannot wait for one from its parent, either: the kernel
+        merges it with a SIGTERM of the scheduler that is still pending.
+        """
         if self.popen is None:
             return
-        self.popen.terminate()
+        self.popen.send_signal(signal.SIGHUP)
         try:
             self.popen.wait(2 * guard.KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired:

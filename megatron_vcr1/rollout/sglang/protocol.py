@@ -14,6 +14,7 @@ from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS
 from megatron_vcr1.rollout.sglang.payload import MediaItem, PatchSettings, Payload
 from megatron_vcr1.rollout.sglang.pool import UnusableResponse, WrongWeights
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.text_files import require_object
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
 
 BAN = 40.0
@@ -114,11 +115,11 @@ def read_group(request: GenerationRequest, response: Any, weight_version: str, t
     if len(choices) != request.num_responses:
         raise UnusableResponse(f"{len(choices)} responses instead of {request.num_responses}")
     try:
-        metas = [choice["meta_info"] for choice in choices]
+        metas = [require_object(require_object(choice, "response")["meta_info"], "meta_info") for choice in choices]
         rollouts = tuple(_read_rollout(meta, weight_version, tokens) for meta in metas)
         return RolloutGroup(request.id, rollouts, tuple(int(meta["cached_tokens"]) for meta in metas))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UnusableResponse(f"the response is not in the expected format ({error!r})") from error
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise UnusableResponse(f"the response is not in the expected format ({repr(error)[:500]})") from error
 
 
 def _read_rollout(meta: Mapping[str, Any], weight_version: str, tokens: SpecialTokens) -> Rollout:
@@ -127,7 +128,7 @@ def _read_rollout(meta: Mapping[str, Any], weight_version: str, tokens: SpecialT
     versions = {str(version) for version in (*spans, meta["weight_version"])}
     if versions != {weight_version}:
         raise WrongWeights(f"sampled from weights {sorted(versions)} instead of {weight_version}")
-    reason = meta["finish_reason"]
+    reason = require_object(meta["finish_reason"], "finish_reason")
     if reason["type"] not in ("stop", "length"):
         raise UnusableResponse(f"cut off: {reason.get('message') or reason['type']}")
     sampled = meta["output_token_logprobs"]  # (log-prob, token id, text) of each token
@@ -138,6 +139,8 @@ def _read_rollout(meta: Mapping[str, Any], weight_version: str, tokens: SpecialT
         _correct_for_ban(float(token[0]), [float(banned[0]) for banned in banned_tokens])
         for token, banned_tokens in zip(sampled, meta["output_token_ids_logprobs"], strict=True)
     ]
+    if not all(map(math.isfinite, log_probs)):
+        raise UnusableResponse("a log-prob is not a finite number")
     finish = FinishReason.LENGTH if reason["type"] == "length" else FinishReason.STOP
     return Rollout(token_ids, tuple(log_probs), finish, version_number(weight_version))
 

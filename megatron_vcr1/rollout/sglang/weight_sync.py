@@ -137,10 +137,11 @@ class WeightSync:
         self.current += tuple(update.current)
         processes = self._fleet.processes
         if self._disk is not None and update.current:
-            # The new directory is complete and in use: restarts load it from now on, and the older ones can go.
-            self._disk.remove_other_versions()
+            # The new directory is complete and in use: restarts load it from now on, and the older ones can go. In this
+            # order, because a server may be restarted at any moment.
             for url in self._fleet.urls if processes is not None else ():
                 processes.set_restart_weights(url, self._disk.directory, self.version)  # type: ignore[union-attr]
+            self._disk.remove_other_versions()
         if processes is not None:
             for url, reason in update.failed.items():
                 processes.restart(url, f"did not take over new weights: {reason}")

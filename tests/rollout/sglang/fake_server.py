@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import httpx
 
-Reply = tuple[int, Any]  # status and JSON
+Reply = tuple[int, Any]  # status, and a value to send as JSON, or bytes to send as they are
 
 
 class FakeServer:
@@ -34,7 +34,7 @@ class FakeServer:
             def _answer(self, body: Any) -> None:
                 outer.requests.append((self.path, body))
                 status, answer = reply(self.path, body)
-                content = json.dumps(answer).encode()
+                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()

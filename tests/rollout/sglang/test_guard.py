@@ -24,7 +24,8 @@ os.rename(sys.argv[1] + ".part", sys.argv[1])
 time.sleep(float(sys.argv[2]))
 """
 PARENT = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])  # as a rank does
 guard = subprocess.Popen([sys.executable, "-I", sys.argv[1], str(os.getpid()), *sys.argv[2:]])
 time.sleep(600)
 """
@@ -57,7 +58,7 @@ def test_the_server_ends_when_the_parent_is_killed(tmp_path: Path) -> None:
     wait_until_gone(pids)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
 def test_the_server_ends_when_the_guard_ends(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *guarded(tmp_path / "ids")]
     process = subprocess.Popen(command)

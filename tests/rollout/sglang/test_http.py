@@ -11,6 +11,7 @@ import httpx
 import psutil
 import pytest
 
+from megatron_vcr1.rollout.sglang import http
 from megatron_vcr1.rollout.sglang.http import (
     RequestRefused,
     ServerFault,
@@ -18,6 +19,7 @@ from megatron_vcr1.rollout.sglang.http import (
     call_async,
     is_on_this_host,
     is_ready,
+    server_info,
     weight_version,
 )
 from tests.rollout.sglang.fake_server import FakeServer
@@ -64,6 +66,43 @@ def test_a_server_that_does_not_respond_is_unreachable() -> None:
 def test_another_http_server_is_not_taken_for_sglang() -> None:
     with FakeServer(lambda path, body: (200, "hello")) as server, pytest.raises(ServerFault, match="an SGLang server"):
         weight_version(server.url)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"\xff\xfe", b"", b"[]", b"null", b'"tp_size"', b"{}"]
+)
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_hostile_response_is_an_error_of_the_server(status: int, content: bytes) -> None:
+    with FakeServer(lambda path, body: (status, content)) as server:
+        for ask in (weight_version, server_info):
+            with pytest.raises(RequestRefused if status == 400 else ServerFault):
+                ask(server.url, timeout_s=5)
+        if status != 200:
+            with pytest.raises(RequestRefused if status == 400 else ServerFault):
+                asyncio.run(ask_async(f"{server.url}/x"))
+
+
+async def ask_async(url: str) -> Any:
+    async with httpx.AsyncClient() as client:
+        return await call_async(client, "GET", url, timeout_s=5)
+
+
+@pytest.mark.parametrize("size", ["2", None, 0, -1, 10**9, 1e999, True, [1]])
+@pytest.mark.parametrize("key", ["tp_size", "dp_size", "pp_size"])
+def test_sizes_that_no_server_has_are_refused(key: str, size: Any) -> None:
+    with (
+        FakeServer(lambda path, body: (200, {"tp_size": 1, key: size})) as server,
+        pytest.raises(ServerFault, match=f"{key}.*an SGLang server"),
+    ):
+        server_info(server.url, timeout_s=5)
+
+
+def test_a_huge_response_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "MAX_RESPONSE_BYTES", 10**6)
+    with FakeServer(lambda path, body: (200, "x" * 10**7)) as server:
+        for ask in (lambda: call(server.url, "GET", "/x", timeout_s=5), lambda: asyncio.run(ask_async(server.url))):
+            with pytest.raises(ServerFault, match="more than 1000000 bytes"):
+                ask()
 
 
 def test_all_addresses_of_this_host_are_recognized() -> None:

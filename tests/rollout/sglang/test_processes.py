@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,13 +138,59 @@ def test_nothing_is_restarted_while_memory_is_released(start: Start) -> None:
     group = start()
     group.wait_until_ready()
     pid = response(group)["pid"]
-    group.restarts_paused = True
+    group.pause_restarts()
     os.kill(pid, signal.SIGKILL)
     time.sleep(0.5)
     with pytest.raises(httpx.HTTPError):
         httpx.get(group.urls[0], timeout=0.5)
-    group.restarts_paused = False
+    group.resume_restarts()
     response_of_new_process(group, pid)
+
+
+def test_a_check_that_is_under_way_restarts_nothing_after_the_pause(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watcher may wait for a response while another thread pauses restarts, and decide afterwards."""
+    group = start()
+    group.wait_until_ready()
+    pid = response(group)["pid"]
+    [server] = group._servers
+    is_checking, is_paused, is_checked = threading.Event(), threading.Event(), threading.Event()
+
+    def slow_check() -> str:
+        is_checking.set()
+        assert is_paused.wait(60)
+        is_checked.set()
+        return "does not respond"
+
+    monkeypatch.setattr(server, "check", slow_check)
+    assert is_checking.wait(60)
+    group.pause_restarts()
+    is_paused.set()
+    assert is_checked.wait(60)
+    group.close()  # waits for the end of the check, in which the watcher would have replaced the server
+    assert server.restarts_left == 1 and server.ready.is_set() and not psutil.pid_exists(pid)
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_servers_survive_the_signals_of_the_job(start: Start, number: signal.Signals) -> None:
+    """A scheduler sends them to every process of a job; the rank still needs its servers to finish the step."""
+    group = start()
+    group.wait_until_ready()
+    pid = response(group)["pid"]
+    for guard_pid in group.guard_pids():
+        tree = [psutil.Process(guard_pid), *children_of(guard_pid)]
+        assert pid in [process.pid for process in tree]
+        for process in tree:
+            process.send_signal(number)
+    time.sleep(0.5)
+    assert response(group)["pid"] == pid and group.is_ready(group.urls[0])
+    group.close()  # the rank can still end them
+    assert not any(process.is_running() for process in tree)
 
 
 def test_a_release_waits_for_starting_servers_and_kills_those_that_fail(start: Start) -> None:

@@ -123,9 +123,15 @@ def test_a_response_of_two_versions_is_rejected() -> None:
         (meta(output_token_logprobs=None), "not in the expected format"),
         (meta(output_token_logprobs=[], output_token_ids_logprobs=[]), "not in the expected format"),
         ({}, "not in the expected format"),
+        ({"meta_info": ["finish_reason"]}, "not in the expected format"),
+        ("meta_info", "not in the expected format"),
+        (meta(finish_reason="stop"), "not in the expected format"),
+        (meta(output_token_logprobs=[[-1.0, float("inf"), None], [-2.0, 1, None]]), "not in the expected format"),
+        (meta(output_token_ids_logprobs=[[[1e9, 5, None]], [[1e9, 5, None]]]), "not in the expected format"),
+        (meta(output_token_logprobs=[[float("nan"), 9, None], [-2.0, 1, None]]), "not a finite number"),
     ],
 )
-def test_a_malformed_response_is_unusable(answer: dict[str, Any], message: str) -> None:
+def test_a_malformed_response_is_unusable(answer: Any, message: str) -> None:
     with pytest.raises(UnusableResponse, match=message):
         read(answer)
 

@@ -74,3 +74,34 @@ def test_a_pass_without_a_server_that_takes_the_weights_fails(tmp_path: Path) ->
         assert not UpdateLocks("job").is_locked(server.url)
     with pytest.raises(EngineError, match=f"no SGLang server is left: {server.url} does not respond"):
         sync.wait_for_server()
+
+
+class RecordingProcesses:
+    """Supervised servers; records which weight directories exist when restarts are told to load one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.directories: list[tuple[str, list[str]]] = []
+
+    def failure(self, url: str) -> str | None:
+        return None
+
+    def set_restart_weights(self, url: str, model_dir: Path, weight_version: str) -> None:
+        self.directories.append((model_dir.name, sorted(path.name for path in self.folder.iterdir())))
+
+
+def test_a_restart_never_loads_a_directory_that_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    (folder / "1@job").mkdir(parents=True)
+    with FakeServer(VersionedServer("1@job")) as server:
+        section = SglangSection(urls=(server.url,), weight_sync="disk", startup_timeout_s=0.1)
+        processes = RecordingProcesses(folder)
+        placement = Placement.from_section(section)
+        fleet = Fleet((server.url,), False, (), processes, True, "job", placement)  # type: ignore[arg-type]
+        sync = WeightSync(fleet, section, tmp_path, folder)
+        sync.begin("2@job")
+        sync.send([("w", torch.zeros(1))])
+        assert sync.end()
+    # Until restarts load the new directory, they load the old one.
+    assert processes.directories == [("2@job", ["1@job", "2@job"])]
+    assert [path.name for path in folder.iterdir()] == ["2@job"]

@@ -16,6 +16,7 @@ fail and leave the other one waiting:
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 import uuid
@@ -83,9 +84,8 @@ class _ServerGroup:
         self.name = f"vcr1-{uuid.uuid4().hex}"
         num_ranks = 1 + int(server_info(url, timeout_s=timeout_s)["tp_size"])
         address, _ = addresses(url)
-        # A store of our own on any free port. torch's rendezvous would use torchrun's store if torchrun started us.
-        timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(address, 0, num_ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+        # A store of our own. torch's rendezvous would use torchrun's store if torchrun started us.
+        store = _open_store(address, num_ranks, timeout_s)
         body = {"master_address": address, "master_port": store.port, "rank_offset": 1, "world_size": num_ranks}
         server_joins = _in_thread(lambda: self._call("/init_weights_update_group", body | {"backend": backend}))
         we_join = _in_thread(lambda: self._join(store, num_ranks, backend))
@@ -158,6 +158,24 @@ class _ServerGroup:
 
     def _call(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
         return call(self.url, "POST", path, body | {"group_name": self.name}, timeout_s=timeout_s or self.timeout_s)
+
+
+def _open_store(address: str, num_ranks: int, timeout_s: float) -> dist.TCPStore:
+    """Open a store that listens on a free port of one address only: loopback for a server that is reached by it.
+
+    The store does not authenticate its clients, and by itself it would listen on all interfaces.
+    """
+    with socket.create_server((address, 0)) as listener:
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            address,
+            port,
+            num_ranks,
+            is_master=True,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),  # the store owns the socket from here on
+        )
 
 
 _environment_lock = threading.Lock()

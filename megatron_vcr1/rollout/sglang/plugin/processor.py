@@ -46,7 +46,7 @@ class ExactQwenVLProcessor(QwenVLImageProcessor):
         if not isinstance(input_text, list):
             raise ValueError("a payload needs input_ids with expanded pad tokens, not text")
         # In a thread: reading and cutting frames takes long, and must not block the server's event loop.
-        return await asyncio.to_thread(self._output, unpack(videos[0]), input_text)
+        return await asyncio.to_thread(lambda: self._output(unpack(videos[0]), input_text))
 
     def _output(self, payload: Payload, token_ids: list[int]) -> MultimodalProcessorOutput:
         if payload.positions.shape[1] != len(token_ids):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -173,3 +174,20 @@ def test_nccl_does_not_end_the_process_if_a_server_is_lost(
     channel.abort(url)
     assert created == [("nccl", "0", True)]
     assert os.environ[name] == "3"
+
+
+def test_the_store_listens_on_one_address_only() -> None:
+    """The store takes commands from everybody who reaches it, so it must not listen on all interfaces."""
+
+    def listening() -> set[tuple[str, int]]:
+        connections = psutil.Process().net_connections(kind="inet")
+        return {tuple(connection.laddr) for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    store = broadcast._open_store("127.0.0.1", 1, 60)
+    assert listening() - before == {("127.0.0.1", store.port)}
+    client = dist.TCPStore("127.0.0.1", store.port, 1, is_master=False)
+    client.set("key", "value")
+    assert store.get("key") == b"value"
+    del client, store
+    assert listening() == before
