@@ -29,10 +29,12 @@ LAUNCHERS = ("torchrun --nproc-per-node 8 --no-python ", "torchrun --nproc-per-n
 PROGRAMS = ("vcr1", "python")
 # Commands that are run elsewhere, and where.
 ELSEWHERE = {
+    "source .venv/bin/activate": "the shell of a reader",
     "bash tools/demo.sh": "tests/examples/demo/test_main.py",
     "bash tools/test.sh": "this run",
     "bash tools/gpu_check.sh": "needs a GPU",
     "vcr1 serve": "tests/serving/test_server.py",
+    "curl http://127.0.0.1:8000": "tests/serving/test_server.py",
     "torchrun --nproc-per-node 4 --no-python vcr1 score": "tests/evaluation/test_log_probs.py",
     "python -m pytest": "this run",
     "python tools/benchmark_kernels.py": "tests/kernels",
@@ -48,12 +50,21 @@ SMALL_RUN = ["--train.num_steps", "1", "--train.prompts_per_step", "3", "--grpo.
 SMALL_RUN += ["--rollout.max_new_tokens", "4", "--logging.tensorboard", "false"]
 ADDED = {
     "vcr1 data synthesize": ["--num-videos", "6", "--num-test-videos", "1"],
-    "vcr1 train": [*SMALL_MODEL, *SMALL_RUN],
+    "vcr1 train examples/configs/grpo": [*SMALL_MODEL, *SMALL_RUN],
+    "vcr1 train examples/configs/laptop.toml": ["--train.num_steps", "1", "--rollout.max_new_tokens", "4"],
     "vcr1 evaluate examples": [*SMALL_MODEL, "--judge.kind", "lexical", "--evaluate.max_new_tokens", "4"],
     "vcr1 generate": ["--dtype", "float32", "--max-new-tokens", "4"],
     "vcr1 score": ["--dtype", "float32"],
 }
-WRITTEN = ("data/test.jsonl", "charades.jsonl", "runs/joint/report.html", "metrics.json", "scores.jsonl", "exported")
+WRITTEN = (
+    "data/test.jsonl",
+    "charades.jsonl",
+    "runs/laptop/report.html",
+    "runs/joint/report.html",
+    "metrics.json",
+    "scores.jsonl",
+    "exported",
+)
 
 
 def commands(block: Block) -> list[str]:
@@ -96,6 +107,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace.create(path, tasks=list(Task), num_videos=6)
     (path / "model").rename(path / "Qwen2.5-VL-7B-Instruct")
     (path / "models").symlink_to(path)
+    (path / "runs/demo/base-0").mkdir(parents=True)  # what the demo leaves
+    (path / "runs/demo/base-0/export").symlink_to(path / "Qwen2.5-VL-7B-Instruct")
     for name in ("examples", "tools"):
         (path / name).symlink_to(ROOT / name)
     samples = {sample.task: sample for sample in read_manifest(path / "data/train.jsonl")}
@@ -212,10 +225,35 @@ def test_every_setting_that_is_named_exists() -> None:
         (page.name, section, key)
         for page in pages()
         for section, key in re.findall(r"`(?:--)?([a-z]+)\.([a-z_0-9]+)[` .=]", page.read_text(encoding="utf-8"))
-        if section in sections and key not in ("sbatch", "toml", "py")
+        if section in sections and key not in ("jsonl", "py", "sbatch", "toml")
     }
     assert len(named) > 50
     assert not {entry for entry in named if entry[2] not in sections[entry[1]].model_fields}
+
+
+def test_every_file_that_is_named_exists() -> None:
+    """Covers `tests/...`, `tools/...` and the like in backticks; NAME and so on are placeholders."""
+    named = {
+        (page, path)
+        for page in pages()
+        for path in re.findall(
+            r"`((?:tests|tools|examples|docs|kernels|megatron_vcr1)/[\w./-]+)", page.read_text(encoding="utf-8")
+        )
+        if "NAME" not in path
+    }
+    assert len(named) > 30
+    assert not [f"{page.name}: {path}" for page, path in named if not (ROOT / path).exists()]
+
+
+def test_every_metric_is_explained(folder: Path) -> None:
+    """The metrics of the runs that the commands left; run after `test_commands_run_in_reading_order`."""
+    page = (ROOT / "docs/monitoring.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`([a-z_0-9]+(?:/[A-Za-z_0-9]+)*)`", page))
+    rows = [json.loads(line) for file in folder.glob("runs/*/metrics.jsonl") for line in file.read_text().splitlines()]
+    assert rows
+    patterns = [re.compile(r"(reward|zero_rewards)/[a-z_]+/.*"), re.compile(r"time/[a-z]+_s")]
+    names = {name for row in rows for name in row if name != "step"}
+    assert not {name for name in names - explained if not any(pattern.fullmatch(name) for pattern in patterns)}
 
 
 def test_every_job_script_and_its_variables_are_explained() -> None:
