@@ -1,8 +1,11 @@
 """One GRPO update by hand: sample a group, reward it, compute advantages, and take one optimizer step.
 
-    python examples/library/grpo_update.py --model runs/demo/base-0/export --manifest data/train.jsonl
+    python examples/library/grpo_update.py --model runs/demo/base-0/export --manifest data/train.jsonl \
+        --templates examples/demo/templates.toml
 
-This is what `vcr1 train` does in a step, on one process, for one prompt and without the reference model.
+This is what `vcr1 train` does in a step, on one process, for one prompt and without the reference model. The model of
+`bash tools/demo.sh` needs the demo's templates, because it knows few words. If all responses get the same reward, for
+example 0 from an untrained model, nothing changes.
 """
 
 from __future__ import annotations
