@@ -63,7 +63,7 @@ def update(settings: RunConfig, manifest: Path, templates: Path | None) -> None:
     """Print the group with its rewards, and the log-prob of each response before and after the update."""
     # The policy: a megatron-core model with the weights of the Hugging Face directory.
     config = ModelConfig.from_pretrained(settings.model.path)
-    policy = build_model(config, settings).to(mesh.device())
+    policy = build_model(config, settings.model, settings.parallel, settings.recompute).to(mesh.device())
     load_model_weights(policy, settings.model.path)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
 

@@ -45,7 +45,7 @@ def score(model: Path, video: str, prompt: str, responses: list[str]) -> list[to
     settings = RunConfig(model=ModelSection(path=model, dtype=dtype))
     with mesh.world(settings.parallel):  # megatron-core needs its process groups, even for one process
         config = ModelConfig.from_pretrained(model)
-        policy = build_model(config, settings).to(mesh.device()).eval()
+        policy = build_model(config, settings.model, settings.parallel, settings.recompute).to(mesh.device()).eval()
         load_model_weights(policy, model)
 
         # Encode the prompt as the published processor does: chat template, frames, one pad token per video token.
