@@ -23,7 +23,7 @@ from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import build_messages, load_templates
+from megatron_vcr1.data.templates import build_messages, load_templates
 from megatron_vcr1.model import cpu
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,11 +12,10 @@ from PIL import Image
 
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.video import read_frames
-from tests.examples.library.conftest import LoadExample
 
 
 def test_saved_frames_are_those_that_the_model_sees(
-    load_example: LoadExample, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load_example: Callable[[str], ModuleType], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     video = str(read_manifest(folder / "data/train.jsonl")[0].video)
     load_example("decode_video").main([video, "--out", str(tmp_path / "frames"), "--max-frames", "6"])

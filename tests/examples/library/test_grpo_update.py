@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.types import VideoSample
-from tests.examples.library.conftest import LoadExample
 
 
 def test_update_makes_better_responses_more_likely(
-    load_example: LoadExample, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    load_example: Callable[[str], ModuleType],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     example = load_example("grpo_update")
     for name, value in {"GROUP_SIZE": 4, "MAX_NEW_TOKENS": 6, "LEARNING_RATE": 1e-3}.items():
@@ -31,7 +35,7 @@ def test_update_makes_better_responses_more_likely(
     assert after[best] > before[best] and after[worst] < before[worst]
 
 
-def test_paper_reward_of_an_exact_answer(load_example: LoadExample, folder: Path) -> None:
+def test_paper_reward_of_an_exact_answer(load_example: Callable[[str], ModuleType], folder: Path) -> None:
     sample = read_manifest(folder / "data/train.jsonl")[0]
     (interval,) = sample.intervals
     example = load_example("grpo_update")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,14 +14,13 @@ from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.config import ModelConfig
-from tests.examples.library.conftest import LoadExample
 from tests.model import tiny
 
 RESPONSES = ["at 2.0 s", "from 1.0 to 3.0"]
 
 
 def test_log_probs_match_transformers(
-    load_example: LoadExample, folder: Path, capsys: pytest.CaptureFixture[str]
+    load_example: Callable[[str], ModuleType], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model_dir = folder / "model"
     video = str(read_manifest(folder / "data/train.jsonl")[0].video)
