@@ -9,7 +9,7 @@ import torch
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import PreparedSample
+from megatron_vcr1.data.prompts import PreparedSample, PromptTooLongError
 from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
 from megatron_vcr1.evaluation.predictor import Predictor
 from megatron_vcr1.parallel import mesh
@@ -40,7 +40,7 @@ class Engine:
 
 def prepare(sample: VideoSample) -> PreparedSample:
     if sample.id == "bad":
-        raise ValueError("the video is damaged")
+        raise PromptTooLongError("the prompt is too long")
     return PreparedSample(sample, EncodedPrompt(torch.tensor([1]), ()), reduction=None)
 
 
@@ -56,4 +56,4 @@ def test_predictions_are_logged_in_order_and_batch_by_batch(tmp_path: Path) -> N
     assert engine.params == {SamplingParams(7, temperature=0.0)}
     assert list(log.done) == [sample.id for sample in samples]
     assert log.done["c"] == Prediction("c", "c", None, 1, "stop", prompt_digest="prompt c")
-    assert log.done["bad"] == Prediction("bad", None, "the video is damaged", prompt_digest="prompt bad")
+    assert log.done["bad"] == Prediction("bad", None, "the prompt is too long", prompt_digest="prompt bad")
