@@ -34,6 +34,7 @@ FLOORS = {
     "types": 0,
     "timeline": 0,
     "vcr1_kernels": 0,
+    "json_fields": 0,
     "text_files": -1,
     "errors": -2,
 }

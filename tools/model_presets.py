@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.text_files import read_json, require_object
 
 
 def _config(
@@ -122,7 +122,8 @@ def _preset_or_directory(name: str) -> str:
 
 def raw_config(model: str) -> dict[str, Any]:
     """Return the parsed config.json of a preset or of a directory."""
-    return PRESETS[model] if model in PRESETS else json.loads((Path(model) / "config.json").read_text())
+    path = Path(model) / "config.json"
+    return PRESETS[model] if model in PRESETS else require_object(read_json(path), path)
 
 
 def model_config(model: str) -> ModelConfig:

@@ -21,6 +21,7 @@ from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
 
 NUM_FRAMES = 24
 _FRAMES_PER_ROW = 8
@@ -40,7 +41,9 @@ def ask(demo: Demo, video: Path, thing: str, console: Console) -> None:
     if not model_dir.is_dir():
         raise UserError(f"{model_dir} does not exist yet: run `bash tools/demo.sh` first")
     config = load_config(demo.config("test_others"), ("--model.path", str(model_dir)))
-    processor = PromptProcessor.from_pretrained(model_dir)
+    model_config = ModelConfig.from_pretrained(model_dir)
+    processor = PromptProcessor.from_pretrained(model_dir, model_config)
+    tokens = SpecialTokens.from_pretrained(model_dir, processor, model_config.num_embeddings)
     options = _video_options(config.data)
     start_s = time.perf_counter()
     frames = read_frames(video, factor=processor.factor, **options)  # type: ignore[arg-type]
@@ -54,11 +57,9 @@ def ask(demo: Demo, video: Path, thing: str, console: Console) -> None:
     )
     video_part = {"type": "video", "video": str(video), **options}
     with mesh.world(config.parallel):
-        model = build_model(
-            ModelConfig.from_pretrained(model_dir), config.model, config.parallel, config.recompute
-        ).eval()
+        model = build_model(model_config, config.model, config.parallel, config.recompute).eval()
         load_model_weights(model, model_dir)
-        engine = build_engine(config, model, processor)
+        engine = build_engine(config, model, processor, tokens)
         for text in _prompts(thing):
             console.print(f"\n{text.splitlines()[0]}", style="bold", markup=False, highlight=False)
             content = [video_part, {"type": "text", "text": text}]

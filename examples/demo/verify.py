@@ -36,8 +36,9 @@ def compare_answers(export: Path, tests: Sequence[Path], evaluation: Path, num_s
     Returns:
         num_answers, num_equal, and up to five responses that differ.
     """
-    config, processor = ModelConfig.from_pretrained(export), PromptProcessor.from_pretrained(export)
-    special = SpecialTokens.from_pretrained(export, processor)
+    config = ModelConfig.from_pretrained(export)
+    processor = PromptProcessor.from_pretrained(export, config)
+    special = SpecialTokens.from_pretrained(export, processor, config.num_embeddings)
     model = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
     num_answers, different = 0, []
     for run in map(load_config, tests):

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_vcr1.checkpoint.disk import Checksum, checksum_of, write_durably
 from megatron_vcr1.checkpoint.model_dir import CHECKSUMS_FILE
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.json_fields import Fields
 
 
 def write_checksums(directory: Path, known: Mapping[str, Checksum]) -> None:
@@ -34,10 +35,7 @@ def check_files(directory: Path, *, share: int = 0, num_shares: int = 1) -> None
         UserError: a file is missing, truncated or changed; the message names the file.
     """
     path = directory / CHECKSUMS_FILE
-    try:
-        listed = {str(name): Checksum(**entry) for name, entry in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged or missing ({error})") from None
+    listed = _read_checksums(path)
     for index, (name, expected) in enumerate(sorted(listed.items())):
         file = directory / name
         num_bytes = file.stat().st_size if file.is_file() else None
@@ -46,3 +44,17 @@ def check_files(directory: Path, *, share: int = 0, num_shares: int = 1) -> None
             raise UserError(f"{file}: {expected.num_bytes} bytes were written, {found}; the checkpoint is damaged")
         if index % num_shares == share and checksum_of(file) != expected:
             raise UserError(f"{file}: the content is not what was written (CRC-32 differs); the checkpoint is damaged")
+
+
+def _read_checksums(path: Path) -> dict[str, Checksum]:
+    try:
+        entries = {name: Fields(entry, name) for name, entry in Fields.from_file(path).values.items()}
+        return {
+            name: Checksum(
+                entry.integer("num_bytes", minimum=0, maximum=2**62),
+                entry.integer("crc32", minimum=0, maximum=2**32 - 1),
+            )
+            for name, entry in entries.items()
+        }
+    except UserError as error:
+        raise UserError(f"{path}: damaged or missing ({str(error).removeprefix(f'{path}: ')})") from None

@@ -11,11 +11,13 @@ and two files of its own: checksums.json and state.json.
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 
 from megatron_vcr1.checkpoint.disk import write_durably
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsHeader, SafetensorsReader, parse_header
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.json_fields import Fields
 
 MEGATRON_DIR = "megatron"
 HF_LAYOUT_FILE = "hf_layout.json"
@@ -57,13 +59,11 @@ def weight_files(hf_dir: Path) -> list[str]:
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index_path.read_text())["weight_map"]
-        if any(Path(name).name != name for name in weight_map.values()):
-            raise ValueError("a file name in weight_map has a directory part")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
-    return weight_map
+    files = Fields.from_file(index_path).section("weight_map")
+    for tensor, name in files.values.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise files.error(tensor, "must be the name of a file in the same directory; download the index again")
+    return dict(files.values)
 
 
 def read_headers(hf_dir: Path) -> dict[str, SafetensorsHeader]:
@@ -97,24 +97,20 @@ def read_hf_layout(model_dir: Path) -> dict[str, SafetensorsHeader]:
         UserError: the file is missing or damaged.
     """
     path = model_dir / HF_LAYOUT_FILE
-    try:
-        content = json.loads(path.read_text())
-        if content["version"] != _HF_LAYOUT_VERSION:
-            raise UserError(
-                f"{path}: has version {content['version']}, but only version {_HF_LAYOUT_VERSION} can be read; import "
-                "the model again"
-            )
-        texts = {str(name): str(text) for name, text in content["headers"].items()}
-        if any(Path(name).name != name for name in texts):
-            raise ValueError("a file name has a directory part")
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"{path}: not found; give the path of an imported model, or of a checkpoint that training has written"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: damaged ({error!r}); import the model again") from None
+        )
+    content = Fields.from_file(path)
+    version = content.values.get("version")
+    if version != _HF_LAYOUT_VERSION:
+        raise UserError(
+            f"{path}: has version {reprlib.repr(version)}, but only version {_HF_LAYOUT_VERSION} can be read; import "
+            "the model again"
+        )
+    texts = content.section("headers").values
+    if any(Path(name).name != name or not isinstance(text, str) for name, text in texts.items()):
+        raise UserError(f"{path}: damaged: headers must be the texts of headers by file name; import the model again")
     return {name: parse_header(text, path) for name, text in texts.items()}
 
 

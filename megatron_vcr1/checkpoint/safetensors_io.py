@@ -7,7 +7,6 @@ because every page that was ever touched would count towards the memory of the p
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -19,10 +18,13 @@ from torch import Tensor
 
 from megatron_vcr1.checkpoint.disk import WRITE_BYTES, start_writeback
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.json_fields import Fields
+from megatron_vcr1.text_files import open_regular, parse_json, require_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors package
+_MAX_FILE_BYTES = 2**50
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,13 @@ def parse_header(text: str, path: Path) -> SafetensorsHeader:
     Raises:
         UserError: the text is not a header, a dtype is not supported, or the byte ranges have gaps or overlap.
     """
-    try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in entries.items())
-        dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
-        shapes = {name: tuple(int(size) for size in entry["shape"]) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: the safetensors header is damaged ({error!r}); download the file again") from None
+    where = f"{path}: the safetensors header"
+    values = dict(require_object(parse_json(text, where), where))
+    values.pop("__metadata__", None)
+    entries = {name: Fields(value, f"{where}: {name}") for name, value in values.items()}
+    spans = sorted((_span(entry), name) for name, entry in entries.items())
+    dtypes = {name: entry.text("dtype") for name, entry in entries.items()}
+    shapes = {name: entry.integers("shape", below=_MAX_FILE_BYTES) for name, entry in entries.items()}
     data_start = _LENGTH_BYTES + len(text.encode())
     position = 0
     tensors = []
@@ -94,6 +95,12 @@ def parse_header(text: str, path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(text, tuple(tensors))
 
 
+def _span(entry: Fields) -> tuple[int, int]:
+    """Return the first byte of a tensor and the byte after its last, counted from the end of the header."""
+    start, stop = entry.integers("data_offsets", length=2, below=_MAX_FILE_BYTES)
+    return start, stop
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
     return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
@@ -110,7 +117,7 @@ class SafetensorsReader:
         """
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = open_regular(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be opened: {error.strerror}") from None
         try:

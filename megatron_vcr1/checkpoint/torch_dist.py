@@ -8,21 +8,18 @@ Such a checkpoint is a torch.distributed.checkpoint directory with two additiona
 The chunks of a global tensor are rectangles that cover it without overlap. A reader takes from each chunk the part that
 it needs, so how a tensor was cut into chunks does not matter.
 
-``.metadata`` is a pickle. It is read with an unpickler that accepts the few classes of this format and no others.
+``.metadata`` is a pickle. It is read as plain data, without unpickling; see `plain_pickle` and `metadata_index`.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +35,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_vcr1.checkpoint.disk import Checksum, create_file, start_writeback
+from megatron_vcr1.checkpoint.metadata_index import Chunk, GlobalTensor, read_index
+from megatron_vcr1.checkpoint.plain_pickle import load_plain
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import read_bytes, read_json, require_object
 
 _METADATA_FILE = ".metadata"
+_MAX_METADATA_BYTES = 2**28  # a checkpoint of a million chunks has about 2**27
 _COMMON_FILE = "common.pt"
 _CONFIG_FILE = "metadata.json"
 _CONFIG = {
@@ -53,27 +54,6 @@ _CONFIG = {
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a global tensor
 ChunkData = tuple[str, tuple[int, ...], Tensor]  # key of the global tensor, offsets of the chunk in it, values
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A rectangle of a global tensor, and the location of its serialized form."""
-
-    key: str  # key of the global tensor
-    offsets: tuple[int, ...]  # position of the rectangle's first value in the global tensor, one index per dimension
-    shape: tuple[int, ...]  # shape of the rectangle
-    file: str  # name of a .distcp file
-    position: int  # position of the first byte in the file
-    num_bytes: int  # length of the serialized form
-
-
-@dataclass(frozen=True, slots=True)
-class GlobalTensor:
-    """A whole tensor in a checkpoint, and the chunks that cover it."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
 
 
 def write_chunks(path: Path, tensors: Iterable[ChunkData], checksum: Checksum | None = None) -> list[Chunk]:
@@ -163,48 +143,22 @@ def read_metadata(directory: Path) -> dict[str, GlobalTensor]:
     """Read the index of a checkpoint; returns its tensors by key, without other objects (such as random states).
 
     Raises:
-        UserError: the index is missing or damaged, has another format, or names classes that do not belong in it.
+        UserError: the index is missing or damaged, or has another format.
     """
     _check_config(directory)
     path = directory / _METADATA_FILE
     try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        return {
-            key: _global_tensor(directory, metadata, key, entry)
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything, and can leave objects without their fields
-        raise UserError(f"{path}: refused or damaged: {error!r}") from None
-
-
-def _global_tensor(directory: Path, metadata: Metadata, key: str, entry: TensorStorageMetadata) -> GlobalTensor:
-    shape = tuple(entry.size)
-    chunks = tuple(_find_chunk(directory, metadata, key, stored) for stored in entry.chunks)
-    if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):  # chunks never overlap
-        raise UserError(f"{directory}: the chunks of {key} do not cover its shape {shape}; the checkpoint is damaged")
-    return GlobalTensor(entry.properties.dtype, shape, chunks)
-
-
-def _find_chunk(directory: Path, metadata: Metadata, key: str, stored: ChunkStorageMetadata) -> Chunk:
-    info = metadata.storage_data.get(MetadataIndex(key, stored.offsets))
-    if info is None or info.transform_descriptors or Path(info.relative_path).name != info.relative_path:
-        where = f"{key} at {tuple(stored.offsets)}"
-        raise UserError(
-            f"{directory / _METADATA_FILE}: {where} is not in a file of this directory; the index is damaged"
-        )
-    return Chunk(key, tuple(stored.offsets), tuple(stored.sizes), info.relative_path, info.offset, info.length)
+        data = read_bytes(path, max_bytes=_MAX_METADATA_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; the checkpoint is incomplete") from None
+    return read_index(load_plain(data, path), path)
 
 
 def _check_config(directory: Path) -> None:
     path = directory / _CONFIG_FILE
-    try:
-        backend = json.loads(path.read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a Megatron checkpoint, or an incomplete one ({error!r})") from None
+    if not path.exists():
+        raise UserError(f"{path}: not found; not a Megatron checkpoint, or an incomplete one")
+    backend = require_object(read_json(path), path).get("sharded_backend")
     if backend != "torch_dist":
         raise UserError(f"{path}: a checkpoint of format {backend!r}; only torch_dist can be read")
 
@@ -227,40 +181,3 @@ def read_chunk(directory: Path, chunk: Chunk) -> Tensor:
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.shape:
         raise UserError(f"{path}: {chunk.key} at {chunk.offsets} is not the tensor that {_METADATA_FILE} describes")
     return tensor
-
-
-# Classes that the pickle of ``.metadata`` may name, by module.
-_ALLOWED_CLASSES = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """An unpickler that refuses all classes but those of ``.metadata``: other classes could run arbitrary code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _ALLOWED_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong in a checkpoint's index")
-        return super().find_class(module, name)

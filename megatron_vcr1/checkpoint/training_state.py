@@ -11,6 +11,7 @@ from typing import Any
 from megatron_vcr1.checkpoint.disk import write_durably
 from megatron_vcr1.checkpoint.model_dir import STATE_FILE
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.json_fields import Fields
 
 _VERSION = 2
 
@@ -50,18 +51,18 @@ def read_state(checkpoint: Path) -> TrainingState:
     """
     path = checkpoint / STATE_FILE
     try:
-        content = json.loads(path.read_text())
-        version = content["version"]
+        content = Fields.from_file(path)
+        version = content.integer("version")
         if version == _VERSION:
             return TrainingState(
-                content["step"],
-                content["updates"],
-                content["schedule"],
-                content["state"],
-                content.get("reference"),  # missing in checkpoints that were written before it was introduced
+                content.integer("step", minimum=0, maximum=2**62),
+                content.integer("updates", minimum=0, maximum=2**62),
+                content.section("schedule").values,
+                content.section("state").values,
+                content.text("reference", None),  # missing in checkpoints that were written before it was introduced
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged or missing ({error!r})") from None
+    except UserError as error:
+        raise UserError(f"{path}: damaged or missing ({str(error).removeprefix(f'{path}: ')})") from None
     raise UserError(
         f"{path}: has version {version}, but only version {_VERSION} can be read; choose another train.run_dir, with "
         "the checkpoint as model.path"

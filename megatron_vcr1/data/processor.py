@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_vcr1.data.chat_template import check_chat_template, read_chat_template
+from megatron_vcr1.data.image_settings import COMBINED_FILE, IMAGE_FILE, read_image_settings
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.json_fields import Fields
+from megatron_vcr1.text_files import open_regular
 
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD)
+
+# The files that transformers may read for a tokenizer. It reads config.json too.
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
+_TOKENIZER_JSON_FILES = (
+    *_VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
+_MERGES_FILE = "merges.txt"
+
+
+class ModelTokens(Protocol):
+    """The token ids that a model defines; `model.config.ModelConfig` has them."""
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows of the embedding: token ids are below it."""
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the image pad."""
+
+    @property
+    def video_token_id(self) -> int:
+        """Id of the video pad."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +76,37 @@ class PromptProcessor:
         return self.patch_size * self.merge_size
 
     @classmethod
-    def from_pretrained(cls, model_dir: str | Path) -> PromptProcessor:
+    def from_pretrained(cls, model_dir: str | Path, model: ModelTokens) -> PromptProcessor:
         """Read a model directory that transformers 4 or 5 saved.
 
+        Args:
+            model_dir: the directory.
+            model: the token ids that the model's config.json defines.
+
         Raises:
-            FileNotFoundError: the directory, its config.json or its processor file does not exist.
-            ValueError: the chat template or a vision token id is missing, or patch sizes of images and videos differ.
+            UserError: a file is missing or damaged, or tokenizer and model do not fit together; names the file.
         """
         folder = Path(model_dir)
-        config = _read_json(folder / "config.json")
-        if config is None:
-            raise FileNotFoundError(f"{folder / 'config.json'}: not found; name a Hugging Face model directory")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        settings = read_image_settings(folder)
+        if settings is None:
+            raise UserError(
+                f"{folder}: neither {COMBINED_FILE} nor {IMAGE_FILE} has image settings; add the model's file"
+            )
+        template, template_file = read_chat_template(folder)
+        tokenizer = _read_tokenizer(folder)
+        _check_vocabulary(tokenizer, model, folder)
+        check_chat_template(template, tokenizer.special_tokens_map, template_file)
+        min_pixels, max_pixels = settings.min_pixels, settings.max_pixels
         return cls(
             tokenizer=tokenizer,
-            chat_template=_chat_template(folder, tokenizer),
-            image_token_id=_token_id(config, "image_token_id", tokenizer, "<|image_pad|>", folder),
-            video_token_id=_token_id(config, "video_token_id", tokenizer, "<|video_pad|>", folder),
-            **_vision_settings(folder),
+            chat_template=template,
+            image_token_id=model.image_token_id,
+            video_token_id=model.video_token_id,
+            patch_size=settings.patch_size,
+            temporal_patch_size=settings.temporal_patch_size,
+            merge_size=settings.merge_size,
+            min_pixels=cls.min_pixels if min_pixels is None else min_pixels,
+            max_pixels=cls.max_pixels if max_pixels is None else max_pixels,
         )
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
@@ -79,75 +124,60 @@ class PromptProcessor:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
-def read_processor(model_dir: Path) -> PromptProcessor:
-    """Read the model directory that the user named with `PromptProcessor.from_pretrained`.
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a model directory, without running code from it.
 
     Raises:
-        UserError: the tokenizer or the processor cannot be read.
+        UserError: a file is missing or damaged.
     """
+    # transformers would wait for a writer of a FIFO for ever, and fails in many ways for JSON of another shape.
+    for name in _TOKENIZER_JSON_FILES:
+        if (folder / name).exists():
+            Fields.from_file(folder / name)
+    if (folder / _MERGES_FILE).exists():
+        os.close(open_regular(folder / _MERGES_FILE))
+    if not any((folder / name).exists() for name in _VOCABULARY_FILES):
+        raise UserError(f"{folder}: no tokenizer ({' or '.join(_VOCABULARY_FILES)}); add the model's tokenizer files")
     try:
-        return PromptProcessor.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_dir}: its tokenizer or processor cannot be read: {error}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # damaged files make transformers and tokenizers raise anything, even a bare Exception
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); download its files again"
+        ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ModelTokens, folder: Path) -> None:
+    """Check that the model has an embedding for every token, and that both sides agree about the vision pads.
 
+    The embedding may have more rows than the tokenizer has tokens: published models are padded.
 
-def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the processor's chat template, or else the tokenizer's, which may support text only."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    legacy = _read_json(folder / "chat_template.json")
-    template = legacy["chat_template"] if legacy else tokenizer.chat_template
-    if not isinstance(template, str):
-        raise ValueError(f"{folder}: no chat template; add the model's chat_template.jinja or chat_template.json")
-    return template
-
-
-def _token_id(config: Mapping[str, Any], key: str, tokenizer: PreTrainedTokenizerBase, token: str, folder: Path) -> int:
-    token_id = config.get(key, tokenizer.get_vocab().get(token))
-    if token_id is None:
-        raise ValueError(f"{folder / 'config.json'}: no {key}, and the tokenizer has no {token}")
-    return int(token_id)
-
-
-def _vision_settings(folder: Path) -> dict[str, Any]:
-    """Read patch sizes and the pixel bounds of images.
-
-    transformers 5 saves processor_config.json with a section for images and one for videos. Earlier versions save
-    preprocessor_config.json for both, or for images alone beside a video_preprocessor_config.json.
+    Raises:
+        UserError: a token has no embedding, or a pad has another id than config.json says.
     """
-    combined = _read_json(folder / "processor_config.json") or {}
-    image = combined.get("image_processor") or _read_json(folder / "preprocessor_config.json")
-    video = combined.get("video_processor") or _read_json(folder / "video_preprocessor_config.json")
-    if image is None:
-        raise FileNotFoundError(
-            f"{folder}: neither processor_config.json nor preprocessor_config.json has image settings"
+    vocabulary = tokenizer.get_vocab()
+    num_embeddings = model.num_embeddings
+    advice = "use the tokenizer that the model was saved with, or resize the model's embedding for the added tokens"
+    if beyond := sorted((token_id, token) for token, token_id in vocabulary.items() if token_id >= num_embeddings):
+        token_id, token = beyond[0]
+        others = "" if len(beyond) == 1 else f" (nor do {len(beyond) - 1} more)"
+        raise UserError(
+            f"{folder}: token {token_id} of the tokenizer, {token!r}, has no embedding{others}: the model has "
+            f"{num_embeddings} embeddings (vocab_size in config.json); {advice}"
         )
-    defaults: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-    settings = {key: image.get(key, default) for key, default in defaults.items()}
-    # The model normalizes images and videos alike, so their mean and standard deviation must agree, too.
-    expected = settings | {key: image[key] for key in ("image_mean", "image_std") if key in image}
-    for key, value in expected.items():
-        if video is not None and (found := video.get(key, defaults.get(key, value))) != value:
-            raise ValueError(f"{folder}: {key} is {value} for images and {found} for videos")
-    return settings | _image_pixel_bounds(image)
-
-
-def _image_pixel_bounds(image: Mapping[str, Any]) -> dict[str, int]:
-    """Read min_pixels and max_pixels, for which versions of transformers use different names."""
-    size = image.get("size") or {}
-    bounds = {}
-    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        value = image.get(key) or size.get(edge) or size.get(key)
-        if value is not None:
-            bounds[key] = int(value)
-    return bounds
+    for key, text, expected in (
+        ("image_token_id", IMAGE_PAD, model.image_token_id),
+        ("video_token_id", VIDEO_PAD, model.video_token_id),
+    ):
+        where = folder / "config.json"
+        if expected >= num_embeddings:
+            raise UserError(
+                f"{where}: {key} is {expected}, but the model has only {num_embeddings} embeddings; set it to the id "
+                f"of {text}"
+            )
+        if vocabulary.get(text, expected) != expected:
+            raise UserError(
+                f"{where}: {key} is {expected}, but {text} is token {vocabulary[text]} of the tokenizer; use the "
+                "tokenizer that the model was saved with"
+            )

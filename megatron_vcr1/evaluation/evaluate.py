@@ -18,7 +18,7 @@ from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.preparation import CachedVideoReader, build_prepare_fn
-from megatron_vcr1.data.processor import PromptProcessor, read_processor
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_predictions, write_result
@@ -32,6 +32,7 @@ from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import Task, VideoSample
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
     model_config = ModelConfig.from_pretrained(config.model.path)
     check_layout(model_config.shape, config.parallel, config.recompute, mesh.launched_world_size())
     templates = load_templates(config.data.templates)
-    processor = read_processor(config.model.path)
+    processor = PromptProcessor.from_pretrained(config.model.path, model_config)
+    tokens = SpecialTokens.from_pretrained(config.model.path, processor, model_config.num_embeddings)
     disable_nccl_cumem(config.rollout, config.sglang)
     with mesh.world(config.parallel, seed=config.train.seed):
         logs: dict[str, PredictionLog] = {}  # only the first rank opens them
@@ -86,7 +88,7 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
 
         missing = run_on_first_rank(open_logs)  # all ranks get the indices, or the first rank's UserError
         if any(missing):
-            engine = _start_engine(config, model_config, processor)
+            engine = _start_engine(config, model_config, processor, tokens)
             try:
                 for job, indices in zip(jobs, missing, strict=True):
                     samples = [job.samples[index] for index in indices]
@@ -153,11 +155,13 @@ def _judge_for(jobs: Sequence[BenchmarkJob], section: JudgeSection, cache: Path)
     return build_judge(section, cache) if needed else None
 
 
-def _start_engine(config: RunConfig, model_config: ModelConfig, processor: PromptProcessor) -> RolloutEngine:
+def _start_engine(
+    config: RunConfig, model_config: ModelConfig, processor: PromptProcessor, tokens: SpecialTokens
+) -> RolloutEngine:
     """Load the model and start its engine. All ranks call it."""
     model = build_model(model_config, config.model, config.parallel, config.recompute).to(mesh.device()).eval()
     load_model_weights(model, config.model.path)
-    engine = build_engine(config, model, processor)
+    engine = build_engine(config, model, processor, tokens)
     engine.update_weights(stream_hf_tensors(model), version=0)  # the user's own servers may hold other weights
     return engine
 

@@ -19,7 +19,7 @@ from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.packing import Group, pack_groups
-from megatron_vcr1.data.processor import PromptProcessor, read_processor
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
@@ -117,7 +117,7 @@ def write_log_probs(run: RunConfig, data: Path, out: Path, *, temperature: float
         raise UserError(f"{out}: must be a file in an existing folder; it is written at the end")
     config = ModelConfig.from_pretrained(run.model.path)
     check_layout(config.shape, run.parallel, run.recompute, mesh.launched_world_size())
-    processor = read_processor(run.model.path)
+    processor = PromptProcessor.from_pretrained(run.model.path, config)
     with mesh.world(run.parallel):
         model = build_model(config, run.model, run.parallel, run.recompute).to(mesh.device()).eval()
         load_model_weights(model, run.model.path)

@@ -16,7 +16,7 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
-from megatron_vcr1.data.processor import PromptProcessor, read_processor
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
@@ -59,8 +59,8 @@ def generate_response(
     """
     config = ModelConfig.from_pretrained(run.model.path)
     check_layout(config.shape, run.parallel, run.recompute, mesh.launched_world_size())
-    processor = read_processor(run.model.path)
-    tokens = SpecialTokens.from_pretrained(run.model.path, processor)
+    processor = PromptProcessor.from_pretrained(run.model.path, config)
+    tokens = SpecialTokens.from_pretrained(run.model.path, processor, config.num_embeddings)
     stopwatch = _Stopwatch()
 
     def requests() -> list[GenerationRequest]:

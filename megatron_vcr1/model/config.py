@@ -11,14 +11,17 @@ takes seconds, and more memory than the conversion of a checkpoint needs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_vcr1.config.layout import ModelShape
+from megatron_vcr1.data.image_settings import ImageSettings, read_image_settings
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.json_fields import Fields
+
+_MAX_LAYERS = 4096
 
 Family = Literal["qwen2_vl", "qwen2_5_vl"]
 
@@ -101,56 +104,41 @@ class ModelConfig:
             vision_ffn_hidden_size=self.vision.ffn_hidden_size,
         )
 
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows of the embedding: token ids are below it."""
+        return self.text.vocab_size
+
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
         """Read ``config.json``, and the processor's pixel statistics, of a Hugging Face or imported directory.
 
         Raises:
-            UserError: the file is missing, is not JSON, lacks a key, or describes a model of another kind; the message
-                names the file and the key.
+            UserError: a file is missing, is not JSON, lacks a key, has a value of the wrong type or describes a model
+                of another kind, or the processor's patch sizes are not the model's; the message names the file, the
+                key and the value.
         """
-        path = Path(model_dir) / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: not found; {_advice_without_config(path.parent)}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-        try:
-            config = cls.from_dict(raw)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        mean, std = _pixel_statistics(Path(model_dir)) or (config.vision.pixel_mean, config.vision.pixel_std)
-        return replace(config, vision=replace(config.vision, pixel_mean=mean, pixel_std=std))
+        folder = Path(model_dir)
+        path = folder / "config.json"
+        if not path.exists():
+            raise UserError(f"{path}: not found; {_advice_without_config(folder)}")
+        config = _model_config(Fields.from_file(path))
+        settings = read_image_settings(folder)
+        if settings is None:
+            return config
+        _check_patch_sizes(config.vision, settings, path)
+        if settings.mean is None or settings.std is None:
+            return config
+        return replace(config, vision=replace(config.vision, pixel_mean=settings.mean, pixel_std=settings.std))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Build the configuration from the parsed JSON object.
+        """Build the configuration from the decoded content of a ``config.json``.
 
         Raises:
             UserError: a key is missing or has a value that is not supported; the message names the key.
         """
-        family = raw.get("model_type")
-        if family not in ("qwen2_vl", "qwen2_5_vl"):
-            raise UserError(f"model_type is {family!r}; the supported types are qwen2_vl and qwen2_5_vl")
-        if raw.get("quantization_config"):
-            raise UserError("quantization_config is set; convert the unquantized checkpoint instead")
-        text_raw = {**raw, **raw.get("text_config", {})}
-        if not raw.get("vision_config"):
-            raise UserError("vision_config is missing")
-        # transformers 4.52 to 4.57 wrote this key, which concerns the whole model, to text_config only.
-        tied = any(part.get("tie_word_embeddings") for part in (raw, raw.get("text_config", {})))
-        text = _text_config(text_raw, tied=tied)
-        vision = _vision_config(family, raw["vision_config"], text.hidden_size)
-        config = cls(
-            family=family,
-            text=text,
-            vision=vision,
-            image_token_id=int(raw.get("image_token_id", 151655)),
-            video_token_id=int(raw.get("video_token_id", 151656)),
-        )
-        _check(config)
-        return config
+        return _model_config(Fields(raw, "config.json"))
 
 
 def _advice_without_config(model_dir: Path) -> str:
@@ -163,83 +151,140 @@ def _advice_without_config(model_dir: Path) -> str:
     )
 
 
-def _require(raw: Mapping[str, Any], key: str, where: str) -> Any:
-    """Return the value of a key that has no default."""
-    if raw.get(key) is None:
-        raise UserError(f"{where} lacks {key!r}")
-    return raw[key]
+def _model_config(raw: Fields) -> ModelConfig:
+    family = next((name for name in get_args(Family) if name == raw.values.get("model_type")), None)
+    if family is None:
+        raise raw.error("model_type", "must be qwen2_vl or qwen2_5_vl, the supported types")
+    if raw.values.get("quantization_config"):
+        raise raw.error("quantization_config", "is not supported; take the unquantized checkpoint instead")
+    nested = raw.section("text_config")
+    # The keys of the language model are at the top level or in text_config, whose values take precedence.
+    is_nested = "hidden_size" in nested or "num_hidden_layers" in nested
+    present = {key: value for key, value in nested.values.items() if value is not None}
+    merged = Fields({**raw.values, **present}, nested.where if is_nested else raw.where)
+    # transformers 4.52 to 4.57 wrote this key, which concerns the whole model, to text_config only.
+    tied = any([part.boolean("tie_word_embeddings") for part in (raw, nested)])
+    text = _text_config(merged, tied=tied)
+    if not raw.values.get("vision_config"):
+        raise UserError(f"{raw.where}: vision_config is missing; only vision-language models are supported")
+    vision = _vision_config(family, raw.section("vision_config"), text.hidden_size)
+    config = ModelConfig(
+        family=family,
+        text=text,
+        vision=vision,
+        image_token_id=_pad_id(raw, "image_token_id", 151655, text.vocab_size),
+        video_token_id=_pad_id(raw, "video_token_id", 151656, text.vocab_size),
+    )
+    try:
+        _check(config)
+    except UserError as error:
+        raise UserError(f"{raw.where}: {error}") from None
+    return config
 
 
-def _text_config(raw: Mapping[str, Any], *, tied: bool) -> TextConfig:
-    where = "the language model's configuration"
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if (kind := rope.get("rope_type") or rope.get("type")) not in (None, "default", "mrope"):
-        raise UserError(f"rope type {kind!r} is set; only 'mrope', the published models' type, is supported")
-    if raw.get("use_sliding_window"):
-        raise UserError(
-            "use_sliding_window is true; it is not supported, and no published Qwen2-VL or Qwen2.5-VL model uses it"
-        )
+def _pad_id(raw: Fields, key: str, default: int, vocab_size: int) -> int:
+    """Return the id of a pad. The default, which is that of the published models, may lie beyond the vocabulary of a
+    small model that has no pads.
+    """
+    token_id = raw.integer(key, default, minimum=0)
+    if key in raw and token_id >= vocab_size:
+        raise raw.error(key, f"must be below vocab_size, which is {vocab_size}: the embedding has no row for it")
+    return token_id
+
+
+def _text_config(raw: Fields, *, tied: bool) -> TextConfig:
+    rope = raw.section("rope_parameters" if raw.values.get("rope_parameters") else "rope_scaling")
+    for key in ("rope_type", "type"):
+        if rope.text(key, None) not in (None, "default", "mrope"):
+            raise rope.error(key, "is not supported; only 'mrope', the published models' rope type, is")
+    if raw.boolean("use_sliding_window"):
+        raise raw.error("use_sliding_window", "is not supported, and no published Qwen2-VL or Qwen2.5-VL model uses it")
+    if raw.values.get("hidden_act", "silu") != "silu":
+        raise raw.error("hidden_act", "must be 'silu'; no other value is supported")
+    num_layers = raw.integer("num_hidden_layers", maximum=_MAX_LAYERS)
+    _check_layer_types(raw, num_layers)
+    num_heads = raw.integer("num_attention_heads")
     return TextConfig(
-        num_layers=_require(raw, "num_hidden_layers", where),
-        hidden_size=_require(raw, "hidden_size", where),
-        ffn_hidden_size=_require(raw, "intermediate_size", where),
-        num_heads=_require(raw, "num_attention_heads", where),
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        vocab_size=_require(raw, "vocab_size", where),
-        norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 1e6),
-        mrope_section=tuple(_require(rope, "mrope_section", f"{where} (rope_scaling or rope_parameters)")),
+        num_layers=num_layers,
+        hidden_size=raw.integer("hidden_size"),
+        ffn_hidden_size=raw.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=raw.integer("num_key_value_heads", num_heads),
+        vocab_size=raw.integer("vocab_size"),
+        norm_epsilon=raw.number("rms_norm_eps", 1e-6, below=1),
+        rope_theta=float((rope if "rope_theta" in rope else raw).number("rope_theta", 1e6)),
+        mrope_section=_three(rope.integers("mrope_section", length=3)),
         tied_embeddings=tied,
     )
 
 
-def _vision_config(family: Family, raw: Mapping[str, Any], text_hidden_size: int) -> VisionConfig:
+def _three(values: tuple[int, ...]) -> tuple[int, int, int]:
+    first, second, third = values
+    return first, second, third
+
+
+def _check_layer_types(raw: Fields, num_layers: int) -> None:
+    """Check the list of attention types that transformers 5 writes, one per layer; all of them must be full."""
+    if "layer_types" not in raw:
+        return
+    types = raw.values["layer_types"]
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise raw.error("layer_types", "must be a list of strings, one per layer")
+    if len(types) != num_layers:
+        raise UserError(
+            f"{raw.where}: layer_types has {len(types)} entries, but num_hidden_layers is {num_layers}; correct one of "
+            "them, or remove layer_types"
+        )
+    if other := sorted(set(types) - {"full_attention"}):
+        raise UserError(f"{raw.where}: layer_types contains {other[0]!r}; only 'full_attention' is supported")
+
+
+def _vision_config(family: Family, raw: Fields, text_hidden_size: int) -> VisionConfig:
     # Published files omit keys that have the family's default values (depth 32, 16 heads, patches of 2 x 14 x 14).
     if family == "qwen2_5_vl":
-        hidden_size = _require(raw, "hidden_size", "vision_config")
-        ffn_hidden_size = _require(raw, "intermediate_size", "vision_config")
-        out_hidden_size = raw.get("out_hidden_size", text_hidden_size)
+        hidden_size = raw.integer("hidden_size")
+        ffn_hidden_size = raw.integer("intermediate_size")
+        out_hidden_size = raw.integer("out_hidden_size", text_hidden_size)
     else:  # in Qwen2-VL's file, "hidden_size" is the size of the merger's output
-        hidden_size = raw.get("embed_dim", 1280)
-        ffn_hidden_size = int(hidden_size * raw.get("mlp_ratio", 4))
-        out_hidden_size = raw.get("hidden_size", text_hidden_size)
+        hidden_size = raw.integer("embed_dim", 1280)
+        ffn_hidden_size = int(hidden_size * raw.number("mlp_ratio", 4, below=1000))
+        out_hidden_size = raw.integer("hidden_size", text_hidden_size)
     windowed = family == "qwen2_5_vl"
-    num_layers = raw.get("depth", 32)
+    for key, supported in (("in_channels", 3), ("in_chans", 3), ("hidden_act", "silu" if windowed else "quick_gelu")):
+        if raw.values.get(key, supported) != supported:
+            raise raw.error(key, f"must be {supported!r}; no other value is supported")
+    full_attention: tuple[int, ...] = (7, 15, 23, 31)
+    if "fullatt_block_indexes" in raw:
+        full_attention = raw.integers("fullatt_block_indexes", below=_MAX_LAYERS)
     return VisionConfig(
-        num_layers=num_layers,
+        num_layers=raw.integer("depth", 32, maximum=_MAX_LAYERS),
         hidden_size=hidden_size,
         ffn_hidden_size=ffn_hidden_size,
-        num_heads=raw.get("num_heads", 16),
+        num_heads=raw.integer("num_heads", 16),
         out_hidden_size=out_hidden_size,
-        patch_size=raw.get("patch_size", 14),
-        temporal_patch_size=raw.get("temporal_patch_size", 2),
-        merge_size=raw.get("spatial_merge_size", 2),
-        window_size=raw.get("window_size", 112) if windowed else None,
-        full_attention_layers=tuple(raw.get("fullatt_block_indexes", (7, 15, 23, 31))) if windowed else (),
-        tokens_per_second=raw.get("tokens_per_second", 4) if windowed else None,
+        patch_size=raw.integer("patch_size", 14, maximum=1024),
+        temporal_patch_size=raw.integer("temporal_patch_size", 2, maximum=64),
+        merge_size=raw.integer("spatial_merge_size", 2, maximum=64),
+        window_size=raw.integer("window_size", 112) if windowed else None,
+        full_attention_layers=full_attention if windowed else (),
+        tokens_per_second=raw.integer("tokens_per_second", 4) if windowed else None,
         gated=windowed,
-        in_channels=raw.get("in_channels", 3),
     )
 
 
-def _pixel_statistics(model_dir: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return the mean and standard deviation of pixels from the processor's file; None if it has none.
-
-    transformers 5 nests them in processor_config.json; earlier versions wrote preprocessor_config.json.
-    """
-    for name, read in (
-        ("processor_config.json", lambda raw: raw.get("image_processor", {})),
-        ("preprocessor_config.json", lambda raw: raw),
+def _check_patch_sizes(vision: VisionConfig, settings: ImageSettings, config_path: Path) -> None:
+    """Refuse a processor that cuts images into other patches than the vision tower takes."""
+    for key, ours, theirs in (
+        ("patch_size", "patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size", "temporal_patch_size"),
+        ("spatial_merge_size", "merge_size", "merge_size"),
     ):
-        path = model_dir / name
-        if path.is_file():
-            try:
-                settings = read(json.loads(path.read_text()))
-            except ValueError as error:
-                raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-            if "image_mean" in settings and "image_std" in settings:
-                return tuple(settings["image_mean"]), tuple(settings["image_std"])
-    return None
+        expected, found = getattr(vision, ours), getattr(settings, theirs)
+        if found != expected:
+            raise UserError(
+                f"{settings.where}: {theirs} is {found}, but {config_path}: vision_config: {key} is {expected}; take "
+                "both files from one model"
+            )
 
 
 def _check(config: ModelConfig) -> None:

@@ -15,19 +15,21 @@ from megatron_vcr1.rollout.placement import Placement
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 
 
-def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcessor) -> RolloutEngine:
+def build_engine(
+    config: RunConfig, model: QwenVLModel, processor: PromptProcessor, tokens: SpecialTokens
+) -> RolloutEngine:
     """Build the engine that `rollout.engine` selects. Every rank calls it, after the model's weights are loaded.
 
     Args:
-        config: all settings; `model.path` names the directory with the end tokens.
+        config: all settings.
         model: this rank's shard of the policy.
-        processor: tokenizer, image and video settings of the model.
+        processor: the model's tokenizer.
+        tokens: end tokens, and tokens that are never sampled.
 
     Raises:
-        UserError: no end token is known, or a setting of the servers cannot work.
+        UserError: a setting of the servers cannot work.
         EngineError: a server does not start or does not answer.
     """
-    tokens = SpecialTokens.from_pretrained(config.model.path, processor)
     if config.rollout.engine == "sglang":
         from megatron_vcr1.rollout.sglang.engine import SglangEngine
 

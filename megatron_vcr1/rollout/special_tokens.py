@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.json_fields import Fields
 
 _FILE = "generation_config.json"
 
@@ -28,16 +26,22 @@ class SpecialTokens:
     never_sampled: tuple[int, ...]
 
     @classmethod
-    def from_pretrained(cls, model_dir: Path, processor: PromptProcessor) -> SpecialTokens:
+    def from_pretrained(cls, model_dir: Path, processor: PromptProcessor, num_embeddings: int) -> SpecialTokens:
         """Read the end tokens from generation_config.json, or from the tokenizer if the file names none.
 
+        Args:
+            model_dir: the model's directory.
+            processor: the model's processor.
+            num_embeddings: number of rows of the model's embedding; token ids are below it.
+
         Raises:
-            UserError: the file is not valid, or neither of the two names an end token.
+            UserError: the file is not valid, an end token has no embedding, or neither the file nor the tokenizer names
+                an end token.
         """
         vocabulary = processor.tokenizer.get_vocab()
         vision = {vocabulary[token] for token in processor.vision_tokens if token in vocabulary}
         vision |= {processor.image_token_id, processor.video_token_id}
-        end = _configured_end_tokens(model_dir)
+        end = _configured_end_tokens(model_dir, num_embeddings)
         if not end and processor.tokenizer.eos_token_id is not None:
             end = frozenset([processor.tokenizer.eos_token_id])
         if not end:
@@ -48,11 +52,17 @@ class SpecialTokens:
         return cls(end, tuple(sorted(vision)))
 
 
-def _configured_end_tokens(model_dir: Path) -> frozenset[int]:
-    value = _generation_config(model_dir).get("eos_token_id")
+def _configured_end_tokens(model_dir: Path, num_embeddings: int) -> frozenset[int]:
+    fields = _generation_config(model_dir)
+    value = fields.values.get("eos_token_id")
     token_ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token_id) is int for token_id in token_ids):  # `isinstance` would accept true and false
-        raise UserError(f"{model_dir / _FILE}: eos_token_id is {value!r}; it must be a token id or a list of them")
+    # `type`, because isinstance accepts true and false as integers.
+    if not all(type(token_id) is int and 0 <= token_id < num_embeddings for token_id in token_ids):
+        raise fields.error(
+            "eos_token_id",
+            f"must be a token id from 0 to {num_embeddings - 1} (the model has {num_embeddings} embeddings), or a list "
+            "of them",
+        )
     return frozenset(token_ids)
 
 
@@ -62,22 +72,9 @@ def read_repetition_penalty(model_dir: Path) -> float:
     Raises:
         UserError: the file is not valid.
     """
-    value = _generation_config(model_dir).get("repetition_penalty")
-    if value is None:
-        return 1.0
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise UserError(f"{model_dir / _FILE}: repetition_penalty is {value!r}; it must be a number above 0")
-    return float(value)
+    return float(_generation_config(model_dir).number("repetition_penalty", 1.0))
 
 
-def _generation_config(model_dir: Path) -> dict[str, Any]:
+def _generation_config(model_dir: Path) -> Fields:
     path = model_dir / _FILE
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a JSON object: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: cannot be read as a JSON object: it is a {type(content).__name__}")
-    return content
+    return Fields.from_file(path) if path.exists() else Fields({}, path)

@@ -10,13 +10,13 @@ from types import FrameType
 
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.processor import read_processor
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
-from megatron_vcr1.rollout.special_tokens import read_repetition_penalty
+from megatron_vcr1.rollout.special_tokens import SpecialTokens, read_repetition_penalty
 from megatron_vcr1.serving.app import Limits
 from megatron_vcr1.serving.server import ChatServer
 
@@ -41,11 +41,13 @@ def serve(
     folder = config.model.path
     penalty = read_repetition_penalty(folder)
     limits = replace(limits, repetition_penalty=penalty)
-    model_config, processor = ModelConfig.from_pretrained(folder), read_processor(folder)
+    model_config = ModelConfig.from_pretrained(folder)
+    processor = PromptProcessor.from_pretrained(folder, model_config)
+    tokens = SpecialTokens.from_pretrained(folder, processor, model_config.num_embeddings)
     with mesh.world(config.parallel):
         model = build_model(model_config, config.model, config.parallel, config.recompute).to(mesh.device()).eval()
         load_model_weights(model, folder)
-        engine = build_engine(config, model, processor)
+        engine = build_engine(config, model, processor, tokens)
         host, port = address
         try:
             server = ChatServer(address, name or folder.resolve().name, engine, processor, limits, extra_hosts)

@@ -10,12 +10,13 @@ from megatron_vcr1.checkpoint.run_store import RunStore
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.config.training_sections import TrainSection
-from megatron_vcr1.data.processor import PromptProcessor, read_processor
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.training.grpo.one_step_off import OneStepOffSource
 from megatron_vcr1.training.grpo.rewarding import Rewarder, judge_for_samples
 from megatron_vcr1.training.grpo.rollout_source import RolloutSource, SynchronousSource
@@ -99,7 +100,7 @@ def build(config: RunConfig, model_config: ModelConfig) -> tuple[Learner, Traine
         UserError: the settings, the model or the data are wrong.
     """
     check_batch_size(config.train, config.grpo, mesh.num_replicas())
-    processor = read_processor(config.model.path)
+    processor = PromptProcessor.from_pretrained(config.model.path, model_config)
     stream = PromptStream(config.data, processor, seed=config.train.seed)
     num_steps = config.train.num_steps or steps_of_epochs(config.train, stream.epoch_size)
     check_warmup(config.optimizer, num_steps)
@@ -116,9 +117,10 @@ def build(config: RunConfig, model_config: ModelConfig) -> tuple[Learner, Traine
         )
         return learner, trainer, num_steps
     check_grpo_settings(config.grpo, config.rollout, config.sglang)
+    tokens = SpecialTokens.from_pretrained(config.model.path, processor, model_config.num_embeddings)
     scorer = _build_scorer(config, stream, processor)
     learner = _build_learner(config, model_config, num_steps)
-    return learner, _build_grpo_trainer(config, learner, stream, processor, scorer, num_steps), num_steps
+    return learner, _build_grpo_trainer(config, learner, stream, processor, tokens, scorer, num_steps), num_steps
 
 
 def _build_learner(config: RunConfig, model_config: ModelConfig, num_steps: int) -> Learner:
@@ -142,13 +144,14 @@ def _build_grpo_trainer(
     learner: Learner,
     stream: PromptStream,
     processor: PromptProcessor,
+    tokens: SpecialTokens,
     scorer: GroupScorer,
     num_steps: int,
 ) -> GrpoTrainer:
     """Build the GRPO trainer and start its engine. The model must hold the weights that training starts from."""
     train, grpo, rollout = config.train, config.grpo, config.rollout
     reference = Reference(learner.model, grpo.reference) if grpo.kl_coef > 0 else None
-    engine = build_engine(config, learner.model, processor)
+    engine = build_engine(config, learner.model, processor, tokens)
     source: RolloutSource
     if grpo.one_step_off:
         source = OneStepOffSource(

@@ -151,7 +151,7 @@ def test_pickles_cannot_run_code(saved: ToyRun, tmp_path: Path) -> None:
         if name == "megatron/common.pt":
             assert saved.resume() == 2  # the file is never loaded
         else:
-            with pytest.raises(UserError, match=r"\.metadata: refused or damaged: .*it names .*open"):
+            with pytest.raises(UserError, match=r"\.metadata: refused or damaged: "):
                 saved.resume()
     assert not (tmp_path / "ran").exists()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -95,15 +96,31 @@ def _header(**entries: object) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "damaged"),
-        ("{", "damaged"),
-        (_header(a={"dtype": "F32", "shape": [2]}), "damaged"),
+        ("[]", "a.safetensors: the safetensors header: expected a JSON object, got a list"),
+        ("{", "the safetensors header: not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        (_header(a=[1]), "header: a: expected a JSON object"),
+        (_header(a={"dtype": "F32", "shape": [2]}), "header: a: lacks 'data_offsets'"),
+        (_header(a={"dtype": 7, "shape": [2], "data_offsets": [0, 8]}), "dtype is 7; it must be a string"),
+        (_header(a={"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}), r"shape is \['2'\]; it must be a list"),
+        (_header(a={"dtype": "F32", "shape": [10**30], "data_offsets": [0, 8]}), "shape is .*; it must be a list"),
+        (
+            '{"a": {"dtype": "F32", "data_offsets": [0, 8], "shape": [' + "9" * 5_000 + "]}}",
+            "not JSON that can be read",
+        ),
+        (_header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 9]}), "data_offsets is .* a list of 2"),
         (_header(a={"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}), "a has dtype F8_E4M3"),
         (_header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}), "a bytes 0..4"),
         (_header(a={"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}), "a bytes 4..12"),
-        (_header(a={"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}), "a bytes 0..-8"),
+        (_header(a={"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}), "data_offsets is .* a list of 2"),
     ],
 )
 def test_a_header_that_contradicts_itself_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_header(text, Path("a.safetensors"))
+
+
+def test_a_fifo_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: not a regular file"):
+        SafetensorsReader(tmp_path / "a.safetensors")

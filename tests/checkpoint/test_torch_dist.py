@@ -40,7 +40,7 @@ def test_a_chunk_is_written_without_the_rest_of_its_buffer(tmp_path: Path) -> No
 
 def test_an_index_that_runs_code_is_refused_before_it_runs(imported_dir: Path, tmp_path: Path) -> None:
     (imported_dir / "megatron/.metadata").write_bytes(pickle.dumps(PickleThatCreatesFile(tmp_path / "ran")))
-    with pytest.raises(UserError, match=r"\.metadata: refused or damaged: .*it names .*open"):
+    with pytest.raises(UserError, match=r"\.metadata: refused or damaged: it names .*open instead of torch's Metadata"):
         read_metadata(imported_dir / "megatron")
     assert not (tmp_path / "ran").exists()
 
@@ -61,7 +61,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, field: str) -> None:
         path.write_bytes(pickle.dumps({"state_dict_metadata": {}}))
     else:
         path.write_bytes(path.read_bytes().replace(field.encode(), field.upper().encode()))
-    with pytest.raises(UserError, match=r"c/\.metadata: refused or damaged: AttributeError"):
+    with pytest.raises(UserError, match=r"c/\.metadata: refused or damaged: "):
         read_metadata(tmp_path / "c")
 
 
@@ -112,7 +112,7 @@ def test_a_chunk_outside_the_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metadata\.json: not a Megatron checkpoint"):
+    with pytest.raises(UserError, match=r"metadata\.json: not found; not a Megatron checkpoint"):
         read_metadata(tmp_path)
     (tmp_path / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(UserError, match="only torch_dist can be read"):

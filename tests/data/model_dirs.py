@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ CHAT_TEMPLATE = (
 )
 IMAGE_SETTINGS = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    num_embeddings: int = 264
+    image_token_id: int = 260
+    video_token_id: int = 261
+
+
+TOKENS = _Tokens()
+"""The token ids of `write_model_dir`; its tokenizer has 256 bytes and 6 special tokens."""
+
 PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 
 

@@ -20,7 +20,7 @@ from vcr1_kernels import frames_to_patches
 from megatron_vcr1.data.encoding import encode_frames, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video import VideoFrames, read_frames
-from tests.data.model_dirs import IMAGE_SETTINGS, MEAN, PROCESSORS, STD, write_json, write_model_dir
+from tests.data.model_dirs import IMAGE_SETTINGS, MEAN, PROCESSORS, STD, TOKENS, write_json, write_model_dir
 from tests.data.video_clips import write_clip
 
 
@@ -31,7 +31,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor(model_dir: Path) -> PromptProcessor:
-    return PromptProcessor.from_pretrained(model_dir)
+    return PromptProcessor.from_pretrained(model_dir, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def run_transformers(
 def assert_equal_to_transformers(
     torchvision_path: Path, model_dir: Path, messages: list[dict[str, Any]], folder: Path
 ) -> None:
-    processor = PromptProcessor.from_pretrained(model_dir)
+    processor = PromptProcessor.from_pretrained(model_dir, TOKENS)
     videos = []
 
     def read(path: str, **options: Any) -> VideoFrames:

@@ -66,7 +66,8 @@ def _requests(clip: Path, picture: Path) -> list[dict[str, Any]]:
 def _transformers_log_probs(
     model: torch.nn.Module, model_dir: Path, requests: list[dict[str, Any]]
 ) -> dict[str, list[float]]:
-    processor, config = PromptProcessor.from_pretrained(model_dir), ModelConfig.from_pretrained(model_dir)
+    config = ModelConfig.from_pretrained(model_dir)
+    processor = PromptProcessor.from_pretrained(model_dir, config)
     expected = {}
     for request in requests:
         prompt = encode_messages(request["messages"], processor)

@@ -59,7 +59,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _transformers_answer(model: torch.nn.Module, folder: Path) -> list[int]:
-    processor, config = PromptProcessor.from_pretrained(folder / "model"), ModelConfig.from_pretrained(folder / "model")
+    config = ModelConfig.from_pretrained(folder / "model")
+    processor = PromptProcessor.from_pretrained(folder / "model", config)
     content = [
         {"type": "image", "image": str(folder / "picture.png")},
         {"type": "video", "video": str(folder / "clip.mp4"), "fps": 1.0},
@@ -100,7 +101,7 @@ def test_the_response_equals_transformers_greedy_response(workspace: Path) -> No
 
 
 def test_text_goes_to_stdout_and_timings_to_stderr(workspace: Path) -> None:
-    processor = PromptProcessor.from_pretrained(workspace / "model")
+    processor = PromptProcessor.from_pretrained(workspace / "model", ModelConfig.from_pretrained(workspace / "model"))
     result = _generate(workspace, *VISION, "--tensor-parallel", "2", ranks=2)
     assert result.returncode == 0, result.stderr
     expected = processor.decode(json.loads((workspace / "expected.json").read_text()))

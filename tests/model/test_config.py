@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ import transformers
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig, TextConfig
 from tests.model import tiny
+
+HOSTILE_JSON = [
+    ("[" * 100_000, "nested too deeply"),
+    ('{"vocab_size": ' + "9" * 5_000 + "}", "not JSON that can be read"),
+]
 
 
 def test_published_qwen2_5_vl_7b(realdata: Path) -> None:
@@ -120,14 +127,17 @@ def test_tied_embeddings_are_found_wherever_a_transformers_version_wrote_them(
     "change, message",
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; it is not supported"),
         ({"vision_config": None}, "vision_config is missing"),
         ({"text_config": {"num_hidden_layers": None}}, "lacks 'num_hidden_layers'"),
         ({"text_config": {"num_attention_heads": 7}}, "hidden size 96 is not a multiple of 7 heads"),
         ({"text_config": {"num_key_value_heads": 5}}, "12 heads are not a multiple of 5 key-value heads"),
         ({"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1]}}}, "mrope_section [1, 1, 1] must sum to"),
-        ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}}, "rope type 'yarn' is set"),
-        ({"text_config": {"use_sliding_window": True}}, "use_sliding_window"),
+        (
+            {"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}},
+            "rope_parameters: rope_type is 'yarn'",
+        ),
+        ({"text_config": {"use_sliding_window": True}}, "use_sliding_window is True"),
         (
             {"vision_config": {"out_hidden_size": 64}},
             "the merger's output has 64 features, but the language model's hidden size is 96",
@@ -153,12 +163,17 @@ def test_unsupported_models_are_errors_that_name_the_key(tmp_path: Path, change:
 def test_pixel_statistics_come_from_the_processor_file(tmp_path: Path, name: str, nest: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny.hf_config("qwen2_5_vl").to_dict()))
     assert ModelConfig.from_pretrained(tmp_path).vision.pixel_mean[0] == 0.48145466
-    (tmp_path / name).write_text(json.dumps(nest({"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 2, 3]})))
+    sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 2, 3]}
+    (tmp_path / name).write_text(json.dumps(nest(sizes | statistics)))
     vision = ModelConfig.from_pretrained(tmp_path).vision
     assert (vision.pixel_mean, vision.pixel_std) == ((0.5, 0.4, 0.3), (1, 2, 3))
 
 
-@pytest.mark.parametrize("content, message", [(None, "not found"), ("{", "cannot be read as JSON")])
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "not found"), ("{", "not JSON"), ("[]", "expected a JSON object, got a list"), *HOSTILE_JSON],
+)
 def test_missing_and_damaged_files_are_errors(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -175,3 +190,118 @@ def test_the_error_for_a_directory_without_a_model_gives_advice(
         ModelConfig.from_pretrained("run")
     with pytest.raises(UserError, match=r"hf download Qwen/Qwen2\.5-VL-7B-Instruct --local-dir DIR"):
         ModelConfig.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
+
+
+WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"text_config": {"num_hidden_layers": "4"}}, "num_hidden_layers is '4'; it must be an integer from 1 to"),
+    ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000; it must be an integer"),
+    ({"text_config": {"num_hidden_layers": 4.5}}, "num_hidden_layers is 4.5; it must be an integer"),
+    ({"text_config": {"num_hidden_layers": True}}, "num_hidden_layers is True; it must be an integer"),
+    ({"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers is 0; it must be an integer"),
+    ({"text_config": {"num_attention_heads": -12}}, "num_attention_heads is -12; it must be an integer"),
+    ({"text_config": {"num_attention_heads": [12]}}, "num_attention_heads is [12]; it must be an integer"),
+    ({"text_config": {"num_key_value_heads": 0}}, "num_key_value_heads is 0; it must be an integer"),
+    ({"text_config": {"hidden_size": {"a": 1}}}, "hidden_size is {'a': 1}; it must be an integer"),
+    ({"text_config": {"vocab_size": 10**30}}, "vocab_size is 1000000000000000000000000000000; it must be an integer"),
+    ({"text_config": {"rms_norm_eps": "1e-6"}}, "rms_norm_eps is '1e-6'; it must be a number above 0 and below 1"),
+    ({"text_config": {"rms_norm_eps": float("nan")}}, "rms_norm_eps is nan; it must be a number above 0"),
+    ({"text_config": {"hidden_act": "gelu"}}, "hidden_act is 'gelu'; it must be 'silu'"),
+    ({"text_config": {"rope_parameters": {"mrope_section": [1, 1, "2"]}}}, "mrope_section is [1, 1, '2']; it must be"),
+    ({"text_config": {"rope_parameters": {"mrope_section": [4]}}}, "mrope_section is [4]; it must be a list of 3"),
+    ({"text_config": {"rope_parameters": {"mrope_section": 4}}}, "mrope_section is 4; it must be a list of 3"),
+    ({"text_config": {"rope_parameters": [1]}}, "rope_parameters: expected a JSON object, got a list"),
+    ({"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2], "rope_theta": -1}}}, "rope_theta is -1; it must"),
+    ({"text_config": {"layer_types": ["full_attention"] * 6}}, "layer_types has 6 entries, but num_hidden_layers is 4"),
+    ({"text_config": {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}}, "contains 'sliding_attention'"),
+    ({"text_config": {"layer_types": "full_attention"}}, "layer_types is 'full_attention'; it must be a list"),
+    ({"text_config": {"layer_types": [1, 2, 3, 4]}}, "layer_types is [1, 2, 3, 4]; it must be a list of strings"),
+    ({"text_config": {"tie_word_embeddings": "no"}}, "tie_word_embeddings is 'no'; it must be true or false"),
+    ({"text_config": {"use_sliding_window": 0}}, "use_sliding_window is 0; it must be true or false"),
+    ({"text_config": None}, "lacks 'num_hidden_layers'"),
+    ({"text_config": []}, "text_config: expected a JSON object, got a list"),
+    ({"text_config": 7}, "text_config: expected a JSON object, got a number"),
+    ({"vision_config": [1]}, "vision_config: expected a JSON object, got a list"),
+    ({"vision_config": {"hidden_size": "32"}}, "vision_config: hidden_size is '32'; it must be an integer"),
+    ({"vision_config": {"intermediate_size": None}}, "vision_config: lacks 'intermediate_size'"),
+    ({"vision_config": {"depth": -1}}, "vision_config: depth is -1; it must be an integer"),
+    ({"vision_config": {"patch_size": 0}}, "vision_config: patch_size is 0; it must be an integer"),
+    ({"vision_config": {"spatial_merge_size": 10**6}}, "vision_config: spatial_merge_size is 1000000; it must be"),
+    ({"vision_config": {"temporal_patch_size": "2"}}, "vision_config: temporal_patch_size is '2'; it must be"),
+    ({"vision_config": {"fullatt_block_indexes": 7}}, "fullatt_block_indexes is 7; it must be a list"),
+    ({"vision_config": {"fullatt_block_indexes": [-1]}}, "fullatt_block_indexes is [-1]; it must be a list"),
+    ({"vision_config": {"tokens_per_second": 0}}, "tokens_per_second is 0; it must be an integer"),
+    ({"vision_config": {"in_channels": 1}}, "in_channels is 1; it must be 3"),
+    ({"image_token_id": "190"}, "image_token_id is '190'; it must be an integer"),
+    ({"image_token_id": 204}, "image_token_id is 204; it must be below vocab_size, which is 204"),
+    ({"video_token_id": -1}, "video_token_id is -1; it must be an integer"),
+    ({"model_type": ["qwen2_vl"]}, "model_type is ['qwen2_vl']"),
+    ({"model_type": None}, "model_type is None"),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG_VALUES)
+def test_a_wrong_value_is_an_error_that_names_file_key_and_value(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    raw = tiny.hf_config("qwen2_5_vl").to_dict()
+    for key, value in change.items():
+        raw[key] = {**raw[key], **value} if isinstance(value, dict) and key in raw else value
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError) as error:
+        ModelConfig.from_pretrained(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "config.json"))
+    assert message in str(error.value)
+
+
+def test_text_config_null_means_that_the_keys_are_at_the_top_level(tmp_path: Path) -> None:
+    raw = tiny.hf_config("qwen2_5_vl").to_dict()
+    (tmp_path / "config.json").write_text(
+        json.dumps({**raw, **raw["text_config"], "text_config": None, "model_type": "qwen2_5_vl"})
+    )
+    assert ModelConfig.from_pretrained(tmp_path) == ModelConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    "key, config_key, value",
+    [("patch_size", "patch_size", 16), ("merge_size", "spatial_merge_size", 1), ("temporal_patch_size", "", 4)],
+)
+@pytest.mark.parametrize("section", [None, "image_processor"])
+def test_a_processor_with_other_patches_than_the_model_is_refused(
+    tmp_path: Path, key: str, config_key: str, value: int, section: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny.hf_config("qwen2_5_vl").to_dict()))
+    file = tmp_path / ("processor_config.json" if section else "preprocessor_config.json")
+    settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    expected, settings[key] = settings[key], value
+    file.write_text(json.dumps({section: settings} if section else settings))
+    with pytest.raises(UserError) as error:
+        ModelConfig.from_pretrained(tmp_path)
+    assert str(error.value).startswith(f"{file}: ")
+    assert f"{key} is {value}, but {tmp_path / 'config.json'}: " in str(error.value)
+    assert f"{config_key or key} is {expected}" in str(error.value)
+
+
+def test_a_fifo_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: not a regular file"):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_random_values_are_read_or_refused(tmp_path: Path) -> None:
+    """No value of any key makes another exception than UserError."""
+    raw = tiny.hf_config("qwen2_5_vl").to_dict()
+    junk = [None, True, -1, 0, 3, 10**30, 1.5, float("nan"), float("inf"), "", "7", [], [1], {}, {"a": []}]
+    sections: list[dict[str, Any]] = [
+        raw,
+        raw["text_config"],
+        raw["vision_config"],
+        raw["text_config"]["rope_parameters"],
+    ]
+    for section in sections:
+        for key in list(section):
+            before = section[key]
+            for value in junk:
+                section[key] = value
+                with contextlib.suppress(UserError):
+                    ModelConfig.from_dict(json.loads(json.dumps(raw)))
+            section[key] = before

@@ -12,11 +12,13 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.rollout.special_tokens import SpecialTokens, read_repetition_penalty
 from tests.data.tiny_processor import tiny_processor
 
+NUM_EMBEDDINGS = 103  # of tiny_processor's tokenizer
+
 
 @pytest.mark.parametrize("value, expected", [(7, {7}), ([7, 9], {7, 9})])
 def test_end_tokens_come_from_the_generation_config(tmp_path: Path, value: object, expected: set[int]) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value, "top_k": 1}))
-    assert SpecialTokens.from_pretrained(tmp_path, tiny_processor()).end == expected
+    assert SpecialTokens.from_pretrained(tmp_path, tiny_processor(), NUM_EMBEDDINGS).end == expected
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"eos_token_id": null}', '{"eos_token_id": []}'])
@@ -25,9 +27,9 @@ def test_end_tokens_default_to_those_of_the_tokenizer(tmp_path: Path, content: s
         (tmp_path / "generation_config.json").write_text(content)
     processor = tiny_processor()
     with pytest.raises(UserError, match=r"neither generation_config\.json nor the tokenizer names an end token"):
-        SpecialTokens.from_pretrained(tmp_path, processor)
+        SpecialTokens.from_pretrained(tmp_path, processor, NUM_EMBEDDINGS)
     processor.tokenizer.eos_token = "<|im_end|>"
-    end = SpecialTokens.from_pretrained(tmp_path, processor).end
+    end = SpecialTokens.from_pretrained(tmp_path, processor, NUM_EMBEDDINGS).end
     assert end == {processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
@@ -35,7 +37,7 @@ def test_end_tokens_default_to_those_of_the_tokenizer(tmp_path: Path, content: s
 def test_an_invalid_generation_config_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match=r"generation_config\.json"):
-        SpecialTokens.from_pretrained(tmp_path, tiny_processor())
+        SpecialTokens.from_pretrained(tmp_path, tiny_processor(), NUM_EMBEDDINGS)
 
 
 def test_the_repetition_penalty_comes_from_the_generation_config(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_vision_tokens_are_never_sampled(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
     processor = tiny_processor()
     vocabulary = processor.tokenizer.get_vocab()
-    never = SpecialTokens.from_pretrained(tmp_path, processor).never_sampled
+    never = SpecialTokens.from_pretrained(tmp_path, processor, NUM_EMBEDDINGS).never_sampled
     assert set(never) == {vocabulary[token] for token in processor.vision_tokens}
     other = replace(processor, image_token_id=50, video_token_id=51)
-    assert {50, 51} < set(SpecialTokens.from_pretrained(tmp_path, other).never_sampled)
+    assert {50, 51} < set(SpecialTokens.from_pretrained(tmp_path, other, NUM_EMBEDDINGS).never_sampled)

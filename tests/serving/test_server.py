@@ -16,12 +16,13 @@ import pytest
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import encode_messages
-from megatron_vcr1.data.processor import PromptProcessor, read_processor
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.serving.app import Limits
 from megatron_vcr1.serving.server import ChatServer
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
@@ -32,7 +33,7 @@ QUESTIONS = ["when?", "where?", "which and when?", "how good?"]
 
 def test_responses_equal_the_engines(folder: Path, client: openai.OpenAI, tmp_path: Path) -> None:
     config = RunConfig.model_validate({"model": {"path": folder / "model", "dtype": "float32"}})
-    processor = read_processor(folder / "model")
+    processor = PromptProcessor.from_pretrained(folder / "model", ModelConfig.from_pretrained(folder / "model"))
     picture_path = tmp_path / "picture.png"
     picture_path.write_bytes(picture_file())
     frames = []
@@ -81,7 +82,12 @@ def test_responses_equal_the_engines(folder: Path, client: openai.OpenAI, tmp_pa
             ModelConfig.from_pretrained(folder / "model"), config.model, config.parallel, config.recompute
         )
         load_model_weights(model, folder / "model")
-        engine = build_engine(config, model, processor)
+        engine = build_engine(
+            config,
+            model,
+            processor,
+            SpecialTokens.from_pretrained(folder / "model", processor, model.model_config.num_embeddings),
+        )
         for sent, ours in pairs:
             parts = ours if ours[-1]["type"] == "text" else [*ours, sent[-1]]
             prompt = encode_messages([{"role": "user", "content": parts}], processor)
@@ -157,7 +163,7 @@ class Recorder:
 
 @pytest.fixture
 def processor(folder: Path) -> PromptProcessor:
-    return read_processor(folder / "model")
+    return PromptProcessor.from_pretrained(folder / "model", ModelConfig.from_pretrained(folder / "model"))
 
 
 def server_of(engine: Recorder, processor: PromptProcessor) -> ChatServer:

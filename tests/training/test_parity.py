@@ -86,7 +86,7 @@ def test_sft_matches_cross_entropy_with_adamw(folder: Path, world: None) -> None
     config = workspace.config(folder, "sft", optimizer=OPTIMIZER, train={"num_steps": NUM_STEPS})
     _, trainer, _ = build(config, ModelConfig.from_pretrained(config.model.path))
     theirs = TransformersLearner(config.model.path)
-    processor = PromptProcessor.from_pretrained(config.model.path)
+    processor = PromptProcessor.from_pretrained(config.model.path, ModelConfig.from_pretrained(config.model.path))
     stream, targets = PromptStream(config.data, processor, seed=config.train.seed), TargetEncoder(processor)
     for number in range(NUM_STEPS):
         prompts = stream.take(config.train.prompts_per_step)

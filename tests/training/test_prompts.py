@@ -11,6 +11,7 @@ import pytest
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.prompts import PromptStream
 from tests.training import workspace
@@ -27,16 +28,24 @@ def world() -> Iterator[None]:
         yield
 
 
+def _processor(folder: Path) -> PromptProcessor:
+    return PromptProcessor.from_pretrained(folder / "model", ModelConfig.from_pretrained(folder / "model"))
+
+
 def _stream(folder: Path, **data: Any) -> PromptStream:
     section = workspace.config(folder, "grpo").data
     manifest = folder / "data" / "train.jsonl"
     both = [{"manifest": manifest, "thinking": False}, {"manifest": manifest, "thinking": True}]
     section = type(section).model_validate(section.model_dump() | {"sources": both} | data)
-    return PromptStream(section, PromptProcessor.from_pretrained(folder / "model"), seed=0)
+    return PromptStream(
+        section,
+        _processor(folder),
+        seed=0,
+    )
 
 
 def test_each_source_has_its_own_thinking_setting(folder: Path) -> None:
-    processor = PromptProcessor.from_pretrained(folder / "model")
+    processor = _processor(folder)
     prompts = _stream(folder).take(8)
     assert sorted((prompt.source, prompt.sample.id) for prompt in prompts) == [
         (source, f"train_00000{index}") for source in (0, 1) for index in range(4)

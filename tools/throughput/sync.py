@@ -130,9 +130,12 @@ def _stream_alone(model: QwenVLModel) -> Callable[[], None]:
 
 def _engine_update(run_config: RunConfig, model: QwenVLModel, folder: Path) -> Callable[[], None]:
     from megatron_vcr1.rollout.build import build_engine
+    from megatron_vcr1.rollout.special_tokens import SpecialTokens
 
     load_model_weights(model, folder)
-    engine = build_engine(run_config, model, PromptProcessor.from_pretrained(folder))
+    processor = PromptProcessor.from_pretrained(folder, model.model_config)
+    tokens = SpecialTokens.from_pretrained(folder, processor, model.model_config.num_embeddings)
+    engine = build_engine(run_config, model, processor, tokens)
     version = 0
 
     def send() -> None:

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor(folder: Path) -> PromptProcessor:
-    return PromptProcessor.from_pretrained(folder)
+    return PromptProcessor.from_pretrained(folder, ModelConfig.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ class ServerLikeEngine:
             ModelConfig.from_pretrained(config.model.path), config.model, config.parallel, config.recompute
         )
         load_model_weights(self._model, config.model.path)
-        tokens = SpecialTokens.from_pretrained(config.model.path, processor)
+        tokens = SpecialTokens.from_pretrained(config.model.path, processor, self._model.model_config.num_embeddings)
         decode = partial(processor.decode, skip_special_tokens=False)
         self._engine = LocalEngine(self._model, tokens, decode, max_batch_responses=64)
         self.fails = False
@@ -97,7 +97,9 @@ def _trainer(
         optimizer={"learning_rate": 1e-2},
     )
 
-    def build_engine(config: RunConfig, model: QwenVLModel, processor: PromptProcessor) -> ServerLikeEngine:
+    def build_engine(
+        config: RunConfig, model: QwenVLModel, processor: PromptProcessor, tokens: SpecialTokens
+    ) -> ServerLikeEngine:
         return ServerLikeEngine(config, folder / "server", processor)
 
     monkeypatch.setattr(train_module, "build_engine", build_engine)
