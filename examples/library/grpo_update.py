@@ -68,13 +68,13 @@ def update(settings: RunConfig, manifest: Path, templates: Path | None) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
 
     # The prompt: the sample's video and question, as frames and token ids.
-    processor = PromptProcessor.from_pretrained(settings.model.path)
+    processor = PromptProcessor.from_pretrained(settings.model.path, config)
     sample = read_manifest(manifest)[0]
     messages = build_messages(sample, load_templates(templates), thinking=False)
     prompt = encode_messages(messages, processor)
 
     # Rollout: the policy itself samples the responses. The prompt is computed once for all of them.
-    tokens = SpecialTokens.from_pretrained(settings.model.path, processor)
+    tokens = SpecialTokens.from_pretrained(settings.model.path, processor, config.num_embeddings)
     engine = LocalEngine(policy, tokens, processor.decode, max_batch_responses=GROUP_SIZE)
     request = GenerationRequest(sample.id, prompt, num_responses=GROUP_SIZE, seed=0)
     (group,) = engine.generate([request], SamplingParams(MAX_NEW_TOKENS, temperature=1.0))

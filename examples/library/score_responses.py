@@ -49,7 +49,7 @@ def score(model: Path, video: str, prompt: str, responses: list[str]) -> list[to
         load_model_weights(policy, model)
 
         # Encode the prompt as the published processor does: chat template, frames, one pad token per video token.
-        processor = PromptProcessor.from_pretrained(model)
+        processor = PromptProcessor.from_pretrained(model, config)
         content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
         encoded = encode_messages([{"role": "user", "content": content}], processor)
 

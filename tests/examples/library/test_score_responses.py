@@ -28,13 +28,14 @@ def test_log_probs_match_transformers(
     log_probs = example.score(model_dir, video, "when?", RESPONSES)
 
     reference = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir).float().eval()
-    processor = PromptProcessor.from_pretrained(model_dir)
+    config = ModelConfig.from_pretrained(model_dir)
+    processor = PromptProcessor.from_pretrained(model_dir, config)
     content = [{"type": "video", "video": video}, {"type": "text", "text": "when?"}]
     prompt = encode_messages([{"role": "user", "content": content}], processor)
     for response, values in zip(RESPONSES, log_probs, strict=True):
         ids = processor.tokenize(response)
         with torch.no_grad():
-            logits = tiny.transformers_logits(reference, ModelConfig.from_pretrained(model_dir), prompt, ids)
+            logits = tiny.transformers_logits(reference, config, prompt, ids)
         expected = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
 
