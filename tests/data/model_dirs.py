@@ -33,6 +33,7 @@ class _Tokens:
     video_token_id: int = 261
 
 
+QWEN_7B_TOKENS = _Tokens(152064, 151655, 151656)
 TOKENS = _Tokens()
 """The token ids of `write_model_dir`; its tokenizer has 256 bytes and 6 special tokens."""
 

@@ -18,9 +18,18 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vcr1_kernels import frames_to_patches
 
 from megatron_vcr1.data.encoding import encode_frames, encode_messages
-from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.processor import ModelTokens, PromptProcessor
 from megatron_vcr1.data.video import VideoFrames, read_frames
-from tests.data.model_dirs import IMAGE_SETTINGS, MEAN, PROCESSORS, STD, TOKENS, write_json, write_model_dir
+from tests.data.model_dirs import (
+    IMAGE_SETTINGS,
+    MEAN,
+    PROCESSORS,
+    QWEN_7B_TOKENS,
+    STD,
+    TOKENS,
+    write_json,
+    write_model_dir,
+)
 from tests.data.video_clips import write_clip
 
 
@@ -225,9 +234,9 @@ def run_transformers(
 
 
 def assert_equal_to_transformers(
-    torchvision_path: Path, model_dir: Path, messages: list[dict[str, Any]], folder: Path
+    torchvision_path: Path, model_dir: Path, messages: list[dict[str, Any]], folder: Path, tokens: ModelTokens = TOKENS
 ) -> None:
-    processor = PromptProcessor.from_pretrained(model_dir, TOKENS)
+    processor = PromptProcessor.from_pretrained(model_dir, tokens)
     videos = []
 
     def read(path: str, **options: Any) -> VideoFrames:
@@ -267,4 +276,5 @@ def test_prompts_with_the_real_tokenizer_and_videos_equal_those_of_transformers(
         part.pop("max_pixels", None)
         if part["type"] == "video":
             part["video"] = str(realdata / "videos" / "llamafactory_3.mp4")
-    assert_equal_to_transformers(torchvision_path, realdata / "qwen" / "Qwen2.5-VL-7B-Instruct", messages, tmp_path)
+    model_dir = realdata / "qwen" / "Qwen2.5-VL-7B-Instruct"
+    assert_equal_to_transformers(torchvision_path, model_dir, messages, tmp_path, QWEN_7B_TOKENS)

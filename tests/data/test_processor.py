@@ -14,7 +14,7 @@ import pytest
 from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
-from tests.data.model_dirs import CHAT_TEMPLATE, TOKENS, write_json, write_model_dir
+from tests.data.model_dirs import CHAT_TEMPLATE, QWEN_7B_TOKENS, TOKENS, write_json, write_model_dir
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,7 @@ def test_reading_a_processor_needs_no_torchvision(model_dir: Path) -> None:
 
 
 def test_the_published_qwen2_5_vl_directory_is_read(realdata: Path) -> None:
-    tokens = replace(TOKENS, num_embeddings=152064, image_token_id=151655, video_token_id=151656)
-    processor = PromptProcessor.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct", tokens)
+    processor = PromptProcessor.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct", QWEN_7B_TOKENS)
     assert (processor.image_token_id, processor.video_token_id) == (151655, 151656)
     assert (processor.min_pixels, processor.max_pixels) == (3136, 12845056)
     prompt = encode_messages([{"role": "user", "content": "hi"}], processor)
