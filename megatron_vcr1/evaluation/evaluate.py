@@ -19,6 +19,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.preparation import CachedVideoReader, build_prepare_fn
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.shared_memory import warn_if_shared_memory_is_small
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_predictions, write_result
@@ -88,6 +89,8 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
 
         missing = run_on_first_rank(open_logs)  # all ranks get the indices, or the first rank's UserError
         if any(missing):
+            if mesh.is_first_rank_on_host():
+                warn_if_shared_memory_is_small(config.data, num_readers=mesh.num_leaders_on_host())
             engine = _start_engine(config, model_config, processor, tokens)
             try:
                 for job, indices in zip(jobs, missing, strict=True):
