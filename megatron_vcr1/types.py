@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,9 +11,6 @@ OPTION_LETTERS = "ABCDEFG"
 
 NUM_TRACKED_FRAMES = 8
 """Number of frames of a tracking sample in VideoChat-R1. Its answer has one box per frame."""
-
-# A tokenizer encodes such text (<|im_end|>, <|video_pad|>) as a control token: it would end a turn or add a vision pad.
-_CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
 class Task(StrEnum):
@@ -191,9 +187,6 @@ class VideoSample:
             raise ValueError(f"duration_s must be positive and finite, or null if unknown; got {self.duration_s}")
         if self.image_fps is not None and not 0 < self.image_fps < math.inf:
             raise ValueError(f"image_fps must be positive and finite, got {self.image_fps}")
-        for text in (self.query, self.thinking, *self.options):
-            if control_token := _CONTROL_TOKEN.search(text):
-                raise ValueError(f"{control_token.group()} is a control token, not text; remove it")
         self._check_options()
         for interval in self.intervals:
             if self.duration_s is not None and interval.start_s >= self.duration_s:

@@ -71,6 +71,9 @@ def encode_messages(
 ) -> EncodedPrompt:
     """Encode a conversation with images and videos exactly as transformers' Qwen2-VL and Qwen2.5-VL processors do.
 
+    Control tokens in its texts, such as `<|im_end|>` and `<|video_pad|>`, are encoded as text; transformers takes them
+    for the end of a turn or for an image.
+
     Args:
         messages: chat messages. `content` is a string or a list of `{"type": "text", "text": str}`,
             `{"type": "image", "image": path}` and `{"type": "video", "video": path or list of frame paths}` parts. An
@@ -81,7 +84,7 @@ def encode_messages(
 
     Raises:
         VideoError: an image or video cannot be read; names the file and the reason.
-        ValueError: a part is malformed, or its text contains a vision token, which the model would take for an image.
+        ValueError: a part is malformed.
     """
     vision = []
     for where, part in _parts(messages):
@@ -93,14 +96,12 @@ def encode_messages(
         if kind == "text":
             if not isinstance(part["text"], str):
                 raise ValueError(f"{where}: text is {part['text']!r}; it must be a string")
-            _refuse_vision_tokens(part["text"], processor, where)
         elif kind == "image":
             vision.append(_encode_image(part, processor, where))
         else:
             vision.append(_encode_video(part, processor, read, where))
-    text = processor.render(messages, add_generation_prompt=add_generation_prompt)
-    token_ids = expand_vision_pads(processor.tokenize(text), vision, processor)
-    return EncodedPrompt(token_ids, tuple(vision))
+    token_ids = processor.tokenize_conversation(messages, add_generation_prompt=add_generation_prompt)
+    return EncodedPrompt(expand_vision_pads(token_ids, vision, processor), tuple(vision))
 
 
 def expand_vision_pads(token_ids: Tensor, vision: Sequence[VisionInput], processor: PromptProcessor) -> Tensor:
@@ -178,9 +179,3 @@ def _options(part: Message, kind: str, allowed: Sequence[str], where: str) -> di
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; {kind} parts may have {', '.join(allowed)}")
     return options
-
-
-def _refuse_vision_tokens(text: str, processor: PromptProcessor, where: str) -> None:
-    for token in processor.vision_tokens:
-        if token in text:
-            raise ValueError(f"{where}: the text contains {token!r}, which stands for an image; remove it")

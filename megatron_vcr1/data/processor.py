@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_vcr1.data.chat_template import check_chat_template, read_chat_template
+from megatron_vcr1.data.control_tokens import ControlTokens
 from megatron_vcr1.data.image_settings import COMBINED_FILE, IMAGE_FILE, read_image_settings
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
@@ -61,7 +63,7 @@ class PromptProcessor:
     image_token_id: int
     video_token_id: int
     vision_tokens: tuple[str, ...] = VISION_TOKENS
-    """Strings that the tokenizer encodes as vision tokens; the text of a prompt must not contain them."""
+    """Strings that the tokenizer encodes as vision tokens."""
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
@@ -116,8 +118,38 @@ class PromptProcessor:
         )
 
     def tokenize(self, text: str) -> Tensor:
-        """Tokenize a text; return token ids, int64 [num_tokens]."""
+        """Tokenize a text in which control tokens have their meaning; return token ids, int64 [num_tokens]."""
         return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64)
+
+    def tokenize_text(self, text: str) -> Tensor:
+        """Tokenize a text in which control tokens such as `<|im_end|>` are plain text.
+
+        Returns:
+            Token ids, int64 [num_tokens].
+        """
+        if not self._control_tokens.occur_in(text):
+            return self.tokenize(text)
+        return torch.tensor(self._control_tokens.encode_as_text(text), dtype=torch.int64)
+
+    def tokenize_conversation(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> Tensor:
+        """Render and tokenize a conversation, with one vision pad for each image or video.
+
+        Only the chat template writes control tokens; those in the messages' texts are encoded as text.
+
+        Returns:
+            Token ids, int64 [num_tokens].
+        """
+        marked, mark = self._control_tokens.mark(messages)
+        text = self.render(messages if mark is None else marked, add_generation_prompt=add_generation_prompt)
+        if mark is None:
+            return self.tokenize(text)
+        return torch.tensor(self._control_tokens.encode_rendered(text, mark), dtype=torch.int64)
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer, self.vision_tokens)
 
     def decode(self, token_ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """Decode token ids [num_tokens] to text."""

@@ -51,8 +51,8 @@ class TargetEncoder:
         self.end_token_id = _end_of_turn(processor)
 
     def encode(self, text: str) -> Tensor:
-        """Return the tokens of a completion, the end token last; int64 [num_tokens]."""
-        return torch.cat((self._processor.tokenize(text), torch.tensor([self.end_token_id])))
+        """Return the tokens of a completion, the end token last; int64 [num_tokens]. Control tokens in it are text."""
+        return torch.cat((self._processor.tokenize_text(text), torch.tensor([self.end_token_id])))
 
 
 def _end_of_turn(processor: PromptProcessor) -> int:
