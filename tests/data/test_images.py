@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,3 +89,94 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, size: tuple
     with pytest.raises(VideoError, match=r"bomb\.png: .*(20000x4000|600000000) pixels.*") as error:
         read_image(str(path))
     assert "scale the image down" in error.value.reason
+
+
+def save_grey(path: Path, values: np.ndarray) -> str:
+    Image.fromarray(values).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "jp2", "pgm"])
+def test_16_bit_grey_is_scaled_to_8_bits(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 257, 128 * 257, 65535]] * 4, dtype=np.uint16)
+    path = tmp_path / f"depth.{suffix}"
+    if suffix == "pgm":
+        path.write_bytes(b"P5 4 4 65535\n" + values.astype(">u2").tobytes())
+    else:
+        save_grey(path, values)
+    image = read_image(str(path))
+    assert image[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
+
+
+def test_big_endian_16_bit_grey_is_scaled(tmp_path: Path) -> None:
+    image = Image.frombytes("I;16B", (2, 1), np.array([0, 65535], dtype=">u2").tobytes())
+    image.save(tmp_path / "big.tiff")
+    assert read_image(str(tmp_path / "big.tiff"))[0].tolist() == [[0] * 3, [255] * 3]
+
+
+def test_16_bit_grey_is_turned_upright_and_transparency_becomes_white(tmp_path: Path) -> None:
+    values = np.array([[0, 100 * 257]], dtype=np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # half a turn
+    Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
+    assert read_image(str(tmp_path / "turned.png"))[0, :, 0].tolist() == [100, 0]
+    Image.fromarray(values).save(tmp_path / "glass.png", transparency=0)
+    assert read_image(str(tmp_path / "glass.png"))[0, :, 0].tolist() == [255, 100]
+
+
+def test_floating_point_pixels_from_0_to_1_are_scaled_and_others_refused(tmp_path: Path) -> None:
+    path = save_grey(tmp_path / "unit.tiff", np.array([[0, 0.5, 1]], dtype=np.float32))
+    assert read_image(path)[0, :, 0].tolist() == [0, 128, 255]
+    for number, value in enumerate([1.5, -0.1, float("nan")]):
+        path = save_grey(tmp_path / f"{number}.tiff", np.array([[0, value]], dtype=np.float32))
+        with pytest.raises(VideoError, match=r"\.tiff: floating-point pixels outside of 0 to 1"):
+            read_image(path)
+
+
+def test_32_bit_integers_are_refused(tmp_path: Path) -> None:
+    path = save_grey(tmp_path / "wide.tiff", np.array([[0, 1 << 20]], dtype=np.int32))
+    with pytest.raises(VideoError, match=r"wide\.tiff: integer pixels of 32 bits"):
+        read_image(path)
+
+
+def test_lab_colours_are_refused_by_name(tmp_path: Path) -> None:
+    Image.new("LAB", (4, 4)).save(tmp_path / "lab.tiff")
+    with pytest.raises(VideoError, match=r"lab\.tiff: an image in LAB colours"):
+        read_image(str(tmp_path / "lab.tiff"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "colour", "expected"),
+    [
+        ("1", "png", 1, [255, 255, 255]),
+        ("L", "png", 77, [77, 77, 77]),
+        ("LA", "png", (77, 255), [77, 77, 77]),
+        ("LA", "png", (77, 0), [255, 255, 255]),
+        ("RGBA", "png", (10, 20, 30, 255), [10, 20, 30]),
+        ("RGBA", "tiff", (10, 20, 30, 0), [255, 255, 255]),
+        ("CMYK", "tiff", (0, 255, 0, 0), [255, 0, 255]),
+        ("CMYK", "jpg", (255, 0, 0, 0), [0, 255, 255]),
+    ],
+)
+def test_every_mode_keeps_its_colours(tmp_path: Path, mode: str, suffix: str, colour: Any, expected: list[int]) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    Image.new(mode, (16, 16), colour).save(path)
+    assert np.abs(np.array(read_image(str(path))[3, 3].tolist()) - expected).max() <= 2
+
+
+def test_palettes_keep_their_colours_and_transparency(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "palette.png")
+    assert read_image(str(tmp_path / "palette.png"))[0].tolist() == [[10, 20, 30], [40, 50, 60]]
+    image.save(tmp_path / "glass.gif", transparency=1)
+    assert read_image(str(tmp_path / "glass.gif"))[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    path = tmp_path / f"moving.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert np.abs(np.array(read_image(str(path))[0, 0].tolist()) - [255, 0, 0]).max() <= 4

@@ -142,3 +142,9 @@ def test_options_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             read_frames("any.mp4", **options)  # type: ignore[arg-type]
+
+
+def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoError, match=r"pipe\.mp4: not a regular file"):
+        read_frames(tmp_path / "pipe.mp4")
