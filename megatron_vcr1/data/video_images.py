@@ -34,12 +34,17 @@ def images_in_folder(folder: Path) -> list[str]:
     Raises:
         VideoError: the folder contains no image.
     """
-    # Hidden files are not frames: on file systems of other systems, macOS writes metadata of 0.jpg into a file ._0.jpg.
+    if not (files := list_images(folder)):
+        raise VideoError(folder, f"the folder contains no images ({', '.join(IMAGE_SUFFIXES)})")
+    return files
+
+
+def list_images(folder: Path) -> list[str]:
+    """List a folder's images like `images_in_folder`; an empty list if there are none."""
+    # Hidden files are not frames: macOS writes a file ._0.jpg with metadata beside 0.jpg on foreign file systems.
     files = [
         file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
     ]
-    if not files:
-        raise VideoError(folder, f"the folder contains no images ({', '.join(IMAGE_SUFFIXES)})")
     return [os.fspath(file) for file in sorted(files, key=_natural_order)]
 
 
@@ -87,7 +92,7 @@ def _all(files: Sequence[str], image_fps: float) -> FrameChoice:
     return FrameChoice(indices, tuple((indices / image_fps).tolist()), len(indices) / image_fps)
 
 
-def _natural_order(file: Path) -> list[tuple[int, int, str]]:
-    """Return a sort key that compares runs of digits as numbers."""
-    parts = re.split(r"(\d+)", file.name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+def _natural_order(file: Path) -> tuple[list[tuple[int, int, str]], str]:
+    """Return a sort key that compares runs of digits as numbers; 01.jpg and 1.jpg are in the order of their texts."""
+    pieces = re.split(r"(\d+)", file.name)
+    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece], file.name

@@ -10,15 +10,15 @@ import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import fsspec
 
+from megatron_vcr1.data.importers.files import Row
 from megatron_vcr1.data.paths import is_remote
 from megatron_vcr1.data.rows import RowError, sample_from_row
 from megatron_vcr1.types import OPTION_LETTERS, VideoSample
 
-Row = dict[str, Any]
 Action = Literal["skipped", "repaired", "kept"]
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -93,7 +93,12 @@ class RowCleaner:
     issues: list[Issue] = field(default_factory=list)
 
     def clean(self, row: Row) -> VideoSample | None:
-        """Convert a row to a sample; return None if the row is skipped, with the reason added to `issues`."""
+        """Convert a row to a sample; return None if the row is skipped, with the reason added to `issues`.
+
+        Raises:
+            KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError: a value of the row is missing,
+                or of another type than its format has.
+        """
         row_id = str(row["id"])
         notes: list[Issue] = []
         try:
@@ -160,6 +165,9 @@ def _clean_span(
         SkipRow: the span is empty or inverted, or starts after the end of the video.
     """
     start_s, end_s = span
+    for value in (start_s, end_s):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"the span {span!r:.100} is not two numbers")
     notes: list[tuple[str, Action]] = []
     if start_s >= end_s:
         raise SkipRow("empty_span" if start_s == end_s else "inverted_span", f"{span} s")

@@ -1,41 +1,109 @@
 """Reading of annotation files: JSON, JSON lines, CSV, and the tables of Hugging Face datasets.
 
-Text files are UTF-8, with or without a byte order mark.
+Text files are UTF-8, with or without a byte order mark. Readers of rows go on after a malformed row: they yield a
+`MalformedRow` in its place.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from megatron_vcr1 import text_files
 from megatron_vcr1.errors import UserError
 
+Row = dict[str, Any]
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+T = TypeVar("T")
+
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""Errors of code that takes a row apart whose values are of other types, missing, or out of range."""
+
+
+@dataclass(frozen=True, slots=True)
+class MalformedRow:
+    """A published row that does not have the form of its format.
+
+    Attributes:
+        row_id: id of the row; its place in the file if it has no readable id.
+        problem: description for people.
+    """
+
+    row_id: str
+    problem: str
+
+
+def convert_rows(
+    entries: Iterable[tuple[str, Any]], convert: Callable[[Any], T | None], row_id: Callable[[Any], str] | None = None
+) -> Iterator[T | MalformedRow]:
+    """Convert published entries to rows, and go on after a malformed entry.
+
+    Args:
+        entries: the entries, each with its place in the file.
+        convert: function that takes an entry apart; None leaves the entry out. It may raise the errors of `MALFORMED`.
+        row_id: function that returns the id of an entry, which may be malformed; by default its place.
+    """
+    for place, entry in entries:
+        if isinstance(entry, MalformedRow):
+            yield entry
+            continue
+        try:
+            row = convert(entry)
+        except MALFORMED as error:
+            yield MalformedRow(_readable_id(entry, row_id) or place, describe(error))
+        else:
+            if row is not None:
+                yield row
+
+
+def describe(error: Exception) -> str:
+    """Describe why an entry could not be taken apart."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+
+
+def read_json_list(path: Path) -> list[tuple[str, Any]]:
+    """Read a JSON file that holds a list; return its entries, each with its place in the file.
 
     Raises:
-        UserError: the file is missing or not JSON.
+        UserError: the file is missing, not JSON, or holds something else than a list.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    content = text_files.read_json(path)
+    if not isinstance(content, list):
+        kind = "an object" if isinstance(content, dict) else f"{content!r:.40}"
+        raise UserError(f"{path}: expected a JSON list of rows, got {kind}; is it a file of another format?")
+    return [(f"{path.name}, row {number}", entry) for number, entry in enumerate(content, start=1)]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: the file is missing, not JSON, or holds something else than an object.
+    """
+    content = text_files.read_json(path)
+    if not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else f"{content!r:.40}"
+        raise UserError(
+            f"{path}: expected a JSON object with one entry for each video, got {kind}; is it a file of another format?"
+        )
+    return content
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Read the rows of a CSV file with a header line.
 
     Raises:
-        UserError: the file is missing or not UTF-8 text.
+        UserError: the file is missing, not UTF-8 text, or not CSV.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+        return list(csv.DictReader(io.StringIO(text_files.read_text(path), newline="")))
+    except csv.Error as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from error
 
 
@@ -45,57 +113,75 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: the file is missing or not UTF-8 text.
     """
-    try:
-        # splitlines would also split at Unicode's line separators, which JSON strings may contain.
-        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from error
+    # splitlines would also split at Unicode's line separators, which JSON strings may contain.
+    return [line.rstrip("\r") for line in text_files.read_text(path).split("\n") if line.strip()]
 
 
-def read_table(path: Path) -> Iterator[dict[str, Any]]:
+def read_table(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a ``.json`` list, ``.jsonl``, ``.parquet`` or ``.arrow`` file, or of a folder of such files.
 
     A folder is one that `datasets.Dataset.save_to_disk` wrote, or the downloaded data folder of a dataset repository.
+    Hidden files in it are ignored.
+
+    Yields:
+        The place of a row in its file, and the row; a `MalformedRow` for a line that is not JSON.
 
     Raises:
         UserError: the file is missing, damaged or of another type, or pyarrow is needed and not installed.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".parquet", ".arrow", ".jsonl"))
+        files = visible_files(path, (".parquet", ".arrow", ".jsonl"))
         if not files:
             raise UserError(f"{path}: the folder has no .parquet, .arrow or .jsonl file; name the folder that has them")
         for file in files:
             yield from read_table(file)
     elif path.suffix == ".json":
-        yield from read_json(path)
+        yield from read_json_list(path)
     elif path.suffix == ".jsonl":
         yield from _read_json_lines(path)
     elif path.suffix in (".parquet", ".arrow"):
-        yield from _read_arrow(path)
+        for number, row in enumerate(_read_arrow(path), start=1):
+            yield f"{path.name}, row {number}", row
     else:
         raise UserError(f"{path}: expected a .json, .jsonl, .parquet or .arrow file, or a folder of them")
 
 
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line_number, line in enumerate(read_lines(path), start=1):
+def visible_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """List the files of a folder by name, without hidden ones such as the ``._a.json`` that macOS writes."""
+    return sorted(file for file in folder.iterdir() if file.suffix in suffixes and not file.name.startswith("."))
+
+
+def _readable_id(entry: Any, row_id: Callable[[Any], str] | None) -> str | None:
+    if row_id is None:
+        return None
+    try:
+        return row_id(entry)
+    except MALFORMED:
+        return None
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(read_lines(path), start=1):
+        place = f"{path.name}, row {number}"
         try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: row {line_number} is not JSON: {error}") from error
+            row = text_files.parse_json(line, place)
+        except UserError as error:
+            row = MalformedRow(place, str(error))
+        yield place, row
 
 
-def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
+def _read_arrow(path: Path) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{path}: reading it needs pyarrow; install it with `pip install pyarrow`") from error
     try:
-        if path.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(path)
-        else:
-            with pyarrow.memory_map(str(path)) as source:
-                table = pyarrow.ipc.open_stream(source).read_all()
+        with open(text_files.open_regular(path), "rb") as file:
+            if path.suffix == ".parquet":
+                table = pyarrow.parquet.read_table(file)
+            else:
+                table = pyarrow.ipc.open_stream(file).read_all()
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     for batch in table.to_batches(max_chunksize=1024):

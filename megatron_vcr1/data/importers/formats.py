@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcr1.data.importers import FORMATS, captioning, grounding, questions, tracking
-from megatron_vcr1.data.importers.cleaning import Issue, Row, RowCleaner, VideoFolder
-from megatron_vcr1.data.importers.files import read_table
+from megatron_vcr1.data.importers.cleaning import Issue, RowCleaner, VideoFolder
+from megatron_vcr1.data.importers.files import (
+    MALFORMED,
+    MalformedRow,
+    Row,
+    convert_rows,
+    describe,
+    read_table,
+)
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import VideoSample
 
@@ -71,7 +78,8 @@ def import_dataset(
         The samples, and the report of the import.
 
     Raises:
-        UserError: a file is missing or not in this format.
+        UserError: a file is missing or not in this format: the first row does not fit it. A later row that does not
+            is skipped and reported as an `invalid_row`.
     """
     if name not in FORMATS:
         raise UserError(f"{name}: unknown format; known formats are {', '.join(FORMATS)}")
@@ -82,28 +90,23 @@ def import_dataset(
             raise UserError(f"--annotations {path}: no such file or folder")
     cleaner = RowCleaner(videos, keep_overruns)
     samples: dict[str, VideoSample] = {}
-    num_rows, last_id = 0, None
-    try:
-        for row in _rows(name, annotations, videos, split):
-            num_rows += 1
-            if isinstance(row, Issue):
-                cleaner.issues.append(row)
-                continue
-            last_id = str(row["id"])
-            sample = cleaner.clean(row)
-            if sample is None:
-                continue
-            if sample.id in samples:
-                cleaner.issues.append(Issue(last_id, "repeated_id", "an earlier row has the same id", "skipped"))
-            else:
-                samples[sample.id] = sample
-    except UserError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
-        given = " ".join(map(str, annotations))
-        where = "the first row" if last_id is None else f"the row after id {last_id}"
-        problem = f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"{given}: not in the format {name} ({FORMATS[name]}); {where}: {problem}") from error
+    num_rows = 0
+    for num_rows, row in enumerate(_rows(name, annotations, videos, split), start=1):
+        result = row if isinstance(row, Issue | MalformedRow) else _clean(cleaner, row)
+        if isinstance(result, MalformedRow):
+            if num_rows == 1:
+                given = " ".join(map(str, annotations))
+                raise UserError(
+                    f"{given}: not in the format {name} ({FORMATS[name]}); the first row, {result.row_id}: "
+                    f"{result.problem}"
+                )
+            cleaner.issues.append(Issue(result.row_id, "invalid_row", result.problem, "skipped"))
+        elif isinstance(result, Issue):
+            cleaner.issues.append(result)
+        elif result is not None and result.id in samples:
+            cleaner.issues.append(Issue(result.id, "repeated_id", "an earlier row has the same id", "skipped"))
+        elif result is not None:
+            samples[result.id] = result
     if num_rows == 0:
         raise UserError(f"{name}: no rows" + (f" in split {split}" if split else "") + "; check --annotations, --split")
     chosen = _choose(list(samples.values()), limit, seed)
@@ -111,7 +114,17 @@ def import_dataset(
     return chosen, report
 
 
-def _rows(name: str, annotations: tuple[Path, ...], videos: VideoFolder, split: str | None) -> Iterator[Row | Issue]:
+def _clean(cleaner: RowCleaner, row: Row) -> VideoSample | MalformedRow | None:
+    """Clean a row; None if it is skipped. Values of other types than the format has make it a malformed row."""
+    try:
+        return cleaner.clean(row)
+    except MALFORMED as error:
+        return MalformedRow(str(row["id"]), describe(error))
+
+
+def _rows(
+    name: str, annotations: tuple[Path, ...], videos: VideoFolder, split: str | None
+) -> Iterator[Row | Issue | MalformedRow]:
     match name:
         case "charades_sta":
             return grounding.read_charades_sta(annotations)
@@ -137,13 +150,18 @@ def _rows(name: str, annotations: tuple[Path, ...], videos: VideoFolder, split: 
             return _manifest_rows(annotations)
 
 
-def _manifest_rows(annotations: tuple[Path, ...]) -> Iterator[Row]:
+def _manifest_rows(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
     """Read rows with the columns of a manifest. Null values are dropped: a table has every column in every row."""
     for path in annotations:
-        for entry in read_table(path):
-            row = {key: value for key, value in entry.items() if value is not None}
-            target = {key: value for key, value in row["target"].items() if value is not None}
-            yield {"duration_s": None, "query": "", **row, "target": target}
+        yield from convert_rows(read_table(path), _manifest_row, lambda entry: str(entry["id"]))
+
+
+def _manifest_row(entry: dict[str, Any]) -> Row:
+    row = {key: value for key, value in entry.items() if value is not None}
+    target = {key: value for key, value in row["target"].items() if value is not None}
+    # Keys that cleaning reads. A row without one of them is not a row of a manifest.
+    required = {key: row[key] for key in ("id", "task", "video")}
+    return {"duration_s": None, "query": "", **row, **required, "target": target}
 
 
 def _choose(samples: list[VideoSample], limit: int | None, seed: int) -> list[VideoSample]:

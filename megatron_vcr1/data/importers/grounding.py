@@ -6,37 +6,67 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_vcr1.data.importers.cleaning import Row
-from megatron_vcr1.data.importers.files import read_csv, read_json, read_lines
+from megatron_vcr1.data.importers.files import (
+    MALFORMED,
+    MalformedRow,
+    Row,
+    describe,
+    read_csv,
+    read_json_object,
+    read_lines,
+)
 from megatron_vcr1.errors import UserError
 
 _CHARADES_LINE = re.compile(r"(\S+) (\S+) (\S+?)##(.*)")
 
 
-def read_charades_sta(annotations: tuple[Path, ...]) -> Iterator[Row]:
+def read_charades_sta(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
     """Read Charades-STA: ``VIDEO start end##query`` lines with a CSV file of video lengths, or a single JSON file."""
     if len(annotations) == 1 and annotations[0].suffix == ".json":
         yield from read_timestamps(annotations)
         return
     text_file, lengths_file = _file_of_each_suffix(annotations, (".txt", ".csv"))
-    duration_s = {row["id"]: float(row["length"]) for row in read_csv(lengths_file)}
+    lengths = _video_lengths(lengths_file)
     queries_per_video: Counter[str] = Counter()
-    for line in read_lines(text_file):
+    for number, line in enumerate(read_lines(text_file), start=1):
         match = _CHARADES_LINE.fullmatch(line)
         if match is None:
-            raise ValueError(f"line {line!r} is not 'VIDEO start end##query'")
+            place = f"{text_file.name}, row {number}"
+            yield MalformedRow(place, f"line {line!r:.200} is not 'VIDEO start end##query'")
+            continue
         video, start, end, query = match.groups()
-        yield _row(video, queries_per_video[video], duration_s[video], [float(start), float(end)], query)
-        queries_per_video[video] += 1
+        index = queries_per_video[video]
+        queries_per_video[video] += 1  # counted for malformed rows too: the ids of later rows do not depend on them
+        try:
+            yield _row(video, index, float(lengths[video]), [float(start), float(end)], query)
+        except MALFORMED as error:
+            yield MalformedRow(f"{video}_{index}", f"{line!r:.200}: {describe(error)}")
 
 
-def read_timestamps(annotations: tuple[Path, ...]) -> Iterator[Row]:
+def read_timestamps(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
     """Read ``{video: {duration, timestamps: [[start, end]], sentences: []}}``, the format of ActivityNet Captions."""
     for path in annotations:
-        for video, entry in read_json(path).items():
-            for index, (span, query) in enumerate(zip(entry["timestamps"], entry["sentences"], strict=True)):
-                yield _row(video, index, entry["duration"], span, query)
+        for video, entry in read_json_object(path).items():
+            try:
+                rows = _video_rows(video, entry)
+            except MALFORMED as error:
+                yield MalformedRow(video, describe(error))
+            else:
+                yield from rows
+
+
+def _video_rows(video: str, entry: dict[str, Any]) -> list[Row | MalformedRow]:
+    """Return the rows of a video. A malformed sentence costs its own row only."""
+    rows: list[Row | MalformedRow] = []
+    duration_s = entry["duration"]
+    for index, (span, query) in enumerate(zip(entry["timestamps"], entry["sentences"], strict=True)):
+        try:
+            rows.append(_row(video, index, duration_s, span, query))
+        except MALFORMED as error:
+            rows.append(MalformedRow(f"{video}_{index}", describe(error)))
+    return rows
 
 
 def _row(video: str, index: int, duration_s: float, span: list[float], query: str) -> Row:
@@ -48,6 +78,14 @@ def _row(video: str, index: int, duration_s: float, span: list[float], query: st
         "query": query.strip(),
         "target": {"interval": span},
     }
+
+
+def _video_lengths(path: Path) -> dict[str, str]:
+    """Return the published length of each video as text; a malformed one costs the rows of its video only."""
+    rows = read_csv(path)
+    if rows and not {"id", "length"} <= rows[0].keys():
+        raise UserError(f"{path}: expected the columns id and length, got {', '.join(map(str, rows[0]))}")
+    return {row["id"]: row["length"] for row in rows}
 
 
 def _file_of_each_suffix(annotations: tuple[Path, ...], suffixes: tuple[str, ...]) -> list[Path]:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vcr1.data.importers.cleaning import Row
-from megatron_vcr1.data.importers.files import read_csv, read_json, read_table
+from megatron_vcr1.data.importers.files import (
+    MALFORMED,
+    MalformedRow,
+    Row,
+    convert_rows,
+    describe,
+    read_csv,
+    read_json_list,
+    read_json_object,
+    read_table,
+    visible_files,
+)
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import OPTION_LETTERS
 
@@ -39,31 +50,41 @@ MVBENCH_FOLDERS = {
 """Folder of each sub-task's videos in MVBench's own layout. File names are only unique within a folder."""
 
 
-def read_nextgqa(annotations: tuple[Path, ...]) -> Iterator[Row]:
+def read_nextgqa(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
     """Read NExT-GQA: one JSON list, or the CSV file together with the gsub JSON and the video-to-path map JSON."""
     if len(annotations) == 1:
-        for entry in read_json(annotations[0]):
-            yield _grounded_row(
-                entry["id"],
-                entry["video"],
-                entry,
-                entry["glue"],
-                _without_labels(entry["options"]),
-                {"choice": entry["answer"].strip("()")},
-            )
+        yield from convert_rows(read_json_list(annotations[0]), _nextgqa_json_row, lambda entry: str(entry["id"]))
         return
     questions, spans_of, folder_of = _nextgqa_files(annotations)
-    for entry in questions:
-        video, question_id = entry["video_id"], entry["qid"]
-        located = spans_of[video]
-        yield _grounded_row(
-            f"{video}_{question_id}",
-            f"{folder_of[video]}.mp4",
-            {**entry, "duration": located["duration"]},
-            located["location"][question_id],
-            [entry[f"a{index}"].strip() for index in range(5)],
-            {"answer": entry["answer"].strip()},
-        )
+    yield from convert_rows(
+        [(f"question {number}", question) for number, question in enumerate(questions, start=1)],
+        lambda entry: _nextgqa_csv_row(entry, spans_of, folder_of),
+        lambda entry: f"{entry['video_id']}_{entry['qid']}",
+    )
+
+
+def _nextgqa_json_row(entry: Row) -> Row:
+    return _grounded_row(
+        entry["id"],
+        entry["video"],
+        entry,
+        entry["glue"],
+        _without_labels(entry["options"]),
+        {"choice": entry["answer"].strip("()")},
+    )
+
+
+def _nextgqa_csv_row(entry: dict[str, str], spans_of: Row, folder_of: dict[str, str]) -> Row:
+    video, question_id = entry["video_id"], entry["qid"]
+    located = spans_of[video]
+    return _grounded_row(
+        f"{video}_{question_id}",
+        f"{folder_of[video]}.mp4",
+        {**entry, "duration": located["duration"]},
+        located["location"][question_id],
+        [entry[f"a{index}"].strip() for index in range(5)],
+        {"answer": entry["answer"].strip()},
+    )
 
 
 def _without_labels(options: list[str]) -> list[str]:
@@ -89,7 +110,7 @@ def _grounded_row(
 def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[list[dict[str, str]], Row, dict[str, str]]:
     """Read the three files, recognized by their content: CSV questions, spans per video, path per video."""
     csv_files = [path for path in annotations if path.suffix == ".csv"]
-    json_files = [read_json(path) for path in annotations if path.suffix == ".json"]
+    json_files = [read_json_object(path) for path in annotations if path.suffix == ".json"]
     spans = [content for content in json_files if isinstance(next(iter(content.values()), None), dict)]
     folders = [content for content in json_files if isinstance(next(iter(content.values()), None), str)]
     if not len(csv_files) == len(spans) == len(folders) == 1:
@@ -101,80 +122,113 @@ def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[list[dict[str, str]],
     return read_csv(csv_files[0]), spans[0], folders[0]
 
 
-def read_mvbench(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
+def read_mvbench(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row | MalformedRow]:
     """Read MVBench: the folder of its 20 JSON files, or some of them; a split is a sub-task, the file's stem."""
-    files = [file for path in annotations for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
-    for file in files:
+    for file in (
+        file for path in annotations for file in (visible_files(path, (".json",)) if path.is_dir() else [path])
+    ):
         sub_task = file.stem
         if split not in (None, sub_task):
             continue
         if sub_task not in MVBENCH_FOLDERS:
             raise UserError(f"{file}: {sub_task} is not one of MVBench's sub-tasks: {', '.join(MVBENCH_FOLDERS)}")
-        for index, entry in enumerate(read_json(file)):
-            clip = [entry["start"], entry["end"]] if "start" in entry else None
-            yield {
-                "id": f"{sub_task}_{index}",
-                "task": "multiple_choice_qa",
-                "video": f"{MVBENCH_FOLDERS[sub_task]}/{entry['video']}",
-                "duration_s": clip[1] - clip[0] if clip else None,
-                "clip": clip,
-                "image_fps": entry.get("fps"),  # in one sub-task, videos are folders of images
-                "query": entry["question"],
-                "options": entry["candidates"],
-                "category": sub_task,
-                "target": {"answer": entry["answer"]},
-            }
+        for index, (_, entry) in enumerate(read_json_list(file)):
+            row_id = f"{sub_task}_{index}"
+            try:
+                yield _mvbench_row(row_id, sub_task, entry)
+            except MALFORMED as error:
+                yield MalformedRow(row_id, describe(error))
 
 
-def read_videomme(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
+def _mvbench_row(row_id: str, sub_task: str, entry: Row) -> Row:
+    clip = [entry["start"], entry["end"]] if "start" in entry else None
+    return {
+        "id": row_id,
+        "task": "multiple_choice_qa",
+        "video": f"{MVBENCH_FOLDERS[sub_task]}/{entry['video']}",
+        "duration_s": clip[1] - clip[0] if clip else None,
+        "clip": clip,
+        "image_fps": entry.get("fps"),  # in one sub-task, videos are folders of images
+        "query": entry["question"],
+        "options": entry["candidates"],
+        "category": sub_task,
+        "target": {"answer": entry["answer"]},
+    }
+
+
+def read_videomme(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row | MalformedRow]:
     """Read Video-MME: its parquet file; a split is a length class: short, medium or long."""
     for path in annotations:
-        for entry in read_table(path):
-            if split in (None, entry["duration"]):
-                yield {
-                    "id": entry["question_id"],
-                    "task": "multiple_choice_qa",
-                    "video": entry["videoID"],
-                    "duration_s": None,
-                    "query": entry["question"],
-                    "options": _without_labels(entry["options"]),
-                    "category": f"{entry['duration']}/{entry['task_type']}",
-                    "target": {"choice": entry["answer"]},
-                }
+        yield from convert_rows(
+            read_table(path),
+            lambda entry: _videomme_row(entry) if split in (None, entry["duration"]) else None,
+            lambda entry: str(entry["question_id"]),
+        )
 
 
-def read_perception_test(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row]:
+def _videomme_row(entry: Row) -> Row:
+    return {
+        "id": entry["question_id"],
+        "task": "multiple_choice_qa",
+        "video": entry["videoID"],
+        "duration_s": None,
+        "query": entry["question"],
+        "options": _without_labels(entry["options"]),
+        "category": f"{entry['duration']}/{entry['task_type']}",
+        "target": {"choice": entry["answer"]},
+    }
+
+
+def read_perception_test(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row | MalformedRow]:
     """Read Perception Test: ``{video: {metadata, mc_question: []}}``; a split is the one named in the metadata."""
     for path in annotations:
-        for video, entry in read_json(path).items():
-            metadata = entry["metadata"]
-            if split in (None, metadata["split"]):
-                for question in entry["mc_question"]:
-                    yield _perception_row(video, metadata, question)
+        for video, entry in read_json_object(path).items():
+            try:
+                metadata = entry["metadata"]
+                questions = list(entry["mc_question"]) if split in (None, metadata["split"]) else []
+            except MALFORMED as error:
+                yield MalformedRow(video, describe(error))
+                continue
+            places = [(f"{video}, question {number}", question) for number, question in enumerate(questions, start=1)]
+            yield from convert_rows(
+                places,
+                partial(_perception_row, video, metadata),
+                partial(_perception_id, video),
+            )
 
 
-def _perception_row(video: str, metadata: dict[str, Any], question: dict[str, Any]) -> Row:
+def _perception_id(video: str, question: Row) -> str:
+    return f"{video}_{question['id']}"
+
+
+def _perception_row(video: str, metadata: dict[str, Any], question: Row) -> Row:
+    answer = question["answer_id"]
+    if type(answer) is not int or not 0 <= answer < len(OPTION_LETTERS):
+        raise ValueError(f"answer_id is {answer!r}; it must be the index of an option")
     return {
-        "id": f"{video}_{question['id']}",
+        "id": _perception_id(video, question),
         "task": "multiple_choice_qa",
         "video": video,
         "duration_s": metadata["num_frames"] / metadata["frame_rate"],
         "query": question["question"],
         "options": question["options"],
         "category": question["area"],
-        "target": {"choice": OPTION_LETTERS[question["answer_id"]]},
+        "target": {"choice": OPTION_LETTERS[answer]},
     }
 
 
-def read_vidtab_quality(annotations: tuple[Path, ...]) -> Iterator[Row]:
+def read_vidtab_quality(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
     """Read VidTAB's quality task: a JSON list of ``video``, ``instruction`` and ``answer``."""
     for path in annotations:
-        for entry in read_json(path):
-            yield {
-                "id": Path(entry["video"]).stem,
-                "task": "quality",
-                "video": entry["video"],
-                "duration_s": None,
-                "query": entry["instruction"],
-                "target": {"label": entry["answer"]},
-            }
+        yield from convert_rows(read_json_list(path), _quality_row, lambda entry: Path(entry["video"]).stem)
+
+
+def _quality_row(entry: Row) -> Row:
+    return {
+        "id": Path(entry["video"]).stem,
+        "task": "quality",
+        "video": entry["video"],
+        "duration_s": None,
+        "query": entry["instruction"],
+        "target": {"label": entry["answer"]},
+    }

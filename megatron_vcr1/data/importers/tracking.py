@@ -10,20 +10,34 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from megatron_vcr1.data.importers.cleaning import Issue, Row, VideoFolder
-from megatron_vcr1.data.importers.files import read_json, read_lines
+from megatron_vcr1.data.images import IMAGE_FORMATS
+from megatron_vcr1.data.importers.cleaning import Issue, VideoFolder
+from megatron_vcr1.data.importers.files import (
+    MALFORMED,
+    MalformedRow,
+    Row,
+    convert_rows,
+    describe,
+    read_json_list,
+    read_lines,
+)
 from megatron_vcr1.data.paths import is_remote
+from megatron_vcr1.data.video_images import list_images
 from megatron_vcr1.data.video_types import frames_on_screen
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import open_regular, read_text
 from megatron_vcr1.types import NUM_TRACKED_FRAMES
 
 T = TypeVar("T")
 
 
-def read_got10k(annotations: tuple[Path, ...], videos: VideoFolder, split: str | None) -> Iterator[Row | Issue]:
+def read_got10k(
+    annotations: tuple[Path, ...], videos: VideoFolder, split: str | None
+) -> Iterator[Row | Issue | MalformedRow]:
     """Read GOT-10k: sequence folders, or a JSON list of ``path``, ``object`` and ``gt`` (boxes in fractions).
 
-    Eight evenly spaced frames of each sequence are used, including the first and the last one.
+    Eight evenly spaced frames of each sequence are used, including the first and the last one. Frames are in natural
+    order of their names: 2.jpg comes before 10.jpg.
     """
     for path in annotations:
         if path.suffix == ".json":
@@ -32,61 +46,85 @@ def read_got10k(annotations: tuple[Path, ...], videos: VideoFolder, split: str |
             yield from _read_sequences(path if split is None else path / split)
 
 
-def _read_boxes_json(path: Path, videos: VideoFolder) -> Iterator[Row | Issue]:
+def _read_boxes_json(path: Path, videos: VideoFolder) -> Iterator[Row | Issue | MalformedRow]:
     if videos.root is not None and is_remote(videos.root):
         raise UserError(f"--videos {videos.root}: the frames of each sequence must be listed; name a local folder")
-    for entry in read_json(path):
-        name = PurePosixPath(entry["path"]).name
-        folder = videos.find(name) if videos.root is not None else None
-        frames = _frames(Path(folder)) if folder is not None else []
-        if folder is not None and len(frames) < NUM_TRACKED_FRAMES:
-            yield Issue(
-                name,
-                "too_few_frames",
-                f"{folder} has {len(frames)} images, but tracking needs {NUM_TRACKED_FRAMES}",
-                "skipped",
-            )
-            continue
-        yield {
-            "id": name,
-            "task": "tracking",
-            "video": _chosen_files(frames) if frames else f"{name}/",
-            "duration_s": None,
-            "query": entry["object"],
-            "target": {"boxes": entry["gt"]},
-        }
+    rows: Iterator[Row | Issue | MalformedRow] = convert_rows(
+        read_json_list(path),
+        lambda entry: _boxes_row(entry, videos),
+        lambda entry: PurePosixPath(entry["path"]).name,
+    )
+    yield from rows
 
 
-def _read_sequences(folder: Path) -> Iterator[Row | Issue]:
-    sequences = sorted(truth.parent for truth in folder.glob("*/groundtruth.txt"))
+def _boxes_row(entry: Row, videos: VideoFolder) -> Row | Issue:
+    name = PurePosixPath(entry["path"]).name
+    if len(entry["gt"]) != NUM_TRACKED_FRAMES:
+        raise ValueError(f"{len(entry['gt'])} boxes, but tracking needs {NUM_TRACKED_FRAMES}")
+    folder = videos.find(name) if videos.root is not None else None
+    frames = list_images(Path(folder)) if folder is not None else []
+    if folder is not None and len(frames) < NUM_TRACKED_FRAMES:
+        detail = f"{folder} has {len(frames)} images, but tracking needs {NUM_TRACKED_FRAMES}"
+        return Issue(name, "too_few_frames", detail, "skipped")
+    return {
+        "id": name,
+        "task": "tracking",
+        "video": _chosen_files(frames) if frames else f"{name}/",
+        "duration_s": None,
+        "query": entry["object"],
+        "target": {"boxes": entry["gt"]},
+    }
+
+
+def _read_sequences(folder: Path) -> Iterator[Row | Issue | MalformedRow]:
+    sequences = sorted(
+        truth.parent for truth in folder.glob("*/groundtruth.txt") if not truth.parent.name.startswith(".")
+    )
     if not sequences:
         raise UserError(f"{folder}: no sequence folders with a groundtruth.txt; name the folder of a split")
     for sequence in sequences:
-        yield _sequence_row(sequence)
+        try:
+            yield _sequence_row(sequence)
+        except (*MALFORMED, configparser.Error, OSError, UserError, Image.DecompressionBombError) as error:
+            yield MalformedRow(sequence.name, describe(error))
 
 
 def _sequence_row(sequence: Path) -> Row | Issue:
-    frames = _frames(sequence)
+    """Read the folder of a sequence. Files of it that are malformed raise errors of many types."""
+    frames = list_images(sequence)
     boxes_px = [[float(value) for value in line.split(",")] for line in read_lines(sequence / "groundtruth.txt")]
     if len(boxes_px) != len(frames) or len(frames) < NUM_TRACKED_FRAMES:
         detail = f"{len(frames)} images and {len(boxes_px)} boxes (a test split publishes the first box only)"
         return Issue(sequence.name, "incomplete_sequence", detail, "skipped")
     absence_file = sequence / "absence.label"
-    if absence_file.exists() and "1" in _choose_evenly([line.strip() for line in read_lines(absence_file)]):
-        return Issue(sequence.name, "object_absent", "the object is out of sight in one of the eight frames", "skipped")
-    meta_file = configparser.ConfigParser()
-    meta_file.read(sequence / "meta_info.ini", encoding="utf-8")
-    meta = meta_file["METAINFO"]
-    with Image.open(frames[0]) as image:
+    if absence_file.exists():
+        absence = [line.strip() for line in read_lines(absence_file)]
+        if len(absence) != len(frames):
+            detail = f"{len(frames)} images, but absence.label has {len(absence)} lines"
+            return Issue(sequence.name, "incomplete_sequence", detail, "skipped")
+        if "1" in _choose_evenly(absence):
+            detail = "the object is out of sight in one of the eight frames"
+            return Issue(sequence.name, "object_absent", detail, "skipped")
+    object_class, frames_per_second = _meta_info(sequence / "meta_info.ini")
+    with open(open_regular(frames[0]), "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
         width, height = image.size
     return {
         "id": sequence.name,
         "task": "tracking",
         "video": _chosen_files(frames),
-        "duration_s": len(frames) / float(meta["anno_fps"].removesuffix("Hz")),
-        "query": meta["object_class"],
+        "duration_s": len(frames) / frames_per_second,
+        "query": object_class,
         "target": {"boxes": [_box_in_fractions(box_px, width, height) for box_px in _choose_evenly(boxes_px)]},
     }
+
+
+def _meta_info(path: Path) -> tuple[str, float]:
+    """Return the class of the object and the frame rate."""
+    # Without interpolation, in which a percent sign, as in a URL, has a meaning of its own.
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(read_text(path), source=str(path))
+    meta = parser["METAINFO"]
+    return meta["object_class"], float(meta["anno_fps"].lower().removesuffix("hz"))
 
 
 def _box_in_fractions(box_px: list[float], width: int, height: int) -> list[float]:
@@ -99,15 +137,8 @@ def _box_in_fractions(box_px: list[float], width: int, height: int) -> list[floa
     return [round(value, 4) for value in box]
 
 
-def _frames(folder: Path) -> list[Path]:
-    # Hidden files are not frames; macOS writes metadata of 0.jpg into a file ._0.jpg.
-    return sorted(
-        path for path in folder.iterdir() if path.suffix in (".jpg", ".png") and not path.name.startswith(".")
-    )
-
-
-def _chosen_files(frames: list[Path]) -> list[str]:
-    return [str(frame.absolute()) for frame in _choose_evenly(frames)]
+def _chosen_files(frames: list[str]) -> list[str]:
+    return [str(Path(frame).absolute()) for frame in _choose_evenly(frames)]
 
 
 def _choose_evenly(items: list[T]) -> list[T]:

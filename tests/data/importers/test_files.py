@@ -1,11 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_vcr1.data.importers.files import read_csv, read_json, read_lines, read_table
+from megatron_vcr1.data.importers.files import (
+    MalformedRow,
+    convert_rows,
+    read_csv,
+    read_json_list,
+    read_json_object,
+    read_lines,
+    read_table,
+)
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import (
     GroundingTarget,
@@ -54,7 +64,7 @@ def test_huggingface_tables_of_every_file_type_give_the_same_samples(tmp_path: P
 
 def test_unicode_line_separators_do_not_split_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"a": "x\u2028y"}\n\n{"a": "z"}\n')
-    assert [row["a"] for row in read_table(path)] == ["x\u2028y", "z"]
+    assert [row["a"] for _, row in read_table(path)] == ["x\u2028y", "z"]
     assert len(read_lines(path)) == 2
 
 
@@ -65,14 +75,57 @@ def test_csv_rows_are_keyed_by_the_header(tmp_path: Path) -> None:
 def test_unreadable_files_are_user_errors_that_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x81")
     (tmp_path / "empty").mkdir()
-    broken = write(tmp_path / "broken.jsonl", '{"a": 1}\n{"a"\n')
     for read, path, message in (
-        (read_json, tmp_path / "binary.json", r"binary\.json: cannot be read as JSON"),
-        (read_csv, tmp_path / "gone.csv", r"gone\.csv: cannot be read as CSV"),
-        (read_lines, tmp_path / "gone.txt", r"gone\.txt: cannot be read as text"),
-        (read_table, broken, r"broken\.jsonl: row 2 is not JSON"),
+        (read_json_list, tmp_path / "binary.json", r"binary\.json: not UTF-8 text"),
+        (read_csv, tmp_path / "gone.csv", r"gone\.csv: cannot be read"),
+        (read_lines, tmp_path / "gone.txt", r"gone\.txt: cannot be read"),
         (read_table, tmp_path / "rows.txt", r"expected a \.json, \.jsonl, \.parquet or \.arrow file"),
         (read_table, tmp_path / "empty", "the folder has no .parquet, .arrow or .jsonl file"),
     ):
         with pytest.raises(UserError, match=message):
             list(read(path))
+
+
+def test_a_line_that_is_not_json_does_not_end_the_file(tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    path = write(tmp_path / "rows.jsonl", f'{{"a": 1}}\n{{"a"\n{deep}\n{"9" * 5000}\n{{"a": 2}}\n')
+    rows = dict(read_table(path))
+    assert [place for place, row in rows.items() if isinstance(row, MalformedRow)] == [
+        f"rows.jsonl, row {number}" for number in (2, 3, 4)
+    ]
+    assert [row["a"] for row in rows.values() if isinstance(row, dict)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (read_json_list, {"a": 1}, "expected a JSON list of rows, got an object"),
+        (read_json_list, "3", "expected a JSON list of rows, got 3"),
+        (read_json_object, [1], "expected a JSON object with one entry for each video, got a list"),
+        (read_json_object, "null", "expected a JSON object with one entry for each video, got None"),
+    ],
+)
+def test_json_of_another_shape_is_a_user_error(tmp_path: Path, read: Any, content: Any, message: str) -> None:
+    with pytest.raises(UserError, match=rf"a\.json: {message}"):
+        read(write(tmp_path / "a.json", content))
+
+
+def test_malformed_entries_are_named_by_their_id_or_their_place() -> None:
+    entries = [("row 1", {"id": "a", "n": 1}), ("row 2", {"id": "b"}), ("row 3", 5), ("row 4", {"id": "d", "n": None})]
+    rows = list(convert_rows(entries, lambda entry: {"n": entry["n"] + 1}, lambda entry: entry["id"]))
+    assert rows[0] == {"n": 2}
+    assert [row.row_id for row in rows[1:] if isinstance(row, MalformedRow)] == ["b", "row 3", "d"]
+
+
+def test_hidden_files_of_a_folder_are_ignored(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"a": 1}\n')
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7 metadata of macOS")
+    assert [row for _, row in read_table(tmp_path)] == [{"a": 1}]
+
+
+def test_a_fifo_is_refused(tmp_path: Path) -> None:
+    for suffix in ("json", "jsonl", "parquet"):
+        pytest.importorskip("pyarrow")
+        os.mkfifo(tmp_path / f"pipe.{suffix}")
+        with pytest.raises(UserError, match="not a regular file"):
+            list(read_table(tmp_path / f"pipe.{suffix}"))

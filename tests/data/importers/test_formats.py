@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_vcr1.errors import UserError
-from tests.data.importers.importing import run, write
+from tests.data.importers.importing import issues, run, write
 
 
 def test_limit_chooses_at_random_and_keeps_the_order(tmp_path: Path) -> None:
@@ -24,8 +25,13 @@ def test_limit_chooses_at_random_and_keeps_the_order(tmp_path: Path) -> None:
     [
         ("nonsense", [], "unknown format; known formats are charades_sta"),
         ("activitynet", {"v": {"duration": 5}}, r"not in the format activitynet .* 'timestamps' is missing"),
-        ("activitynet", [1, 2], "not in the format activitynet"),
-        ("activitynet", "{", "cannot be read as JSON"),
+        ("activitynet", [1, 2], "expected a JSON object with one entry for each video, got a list"),
+        ("vidtab_quality", {"a": 1}, "expected a JSON list of rows, got an object"),
+        ("perception_test", [{}], "expected a JSON object with one entry"),
+        ("got10k", {}, "expected a JSON list of rows"),
+        ("vidtab_quality", [["a"]], "not in the format vidtab_quality .* first row, a.json, row 1"),
+        ("activitynet", {"v": {"duration": "9", "timestamps": [[1, 2]], "sentences": ["x"]}}, "first row, v_0"),
+        ("activitynet", "{", "not JSON"),
         ("vidtab_quality", [], "no rows"),
         ("mvbench", [], "is not one of MVBench's sub-tasks"),
         ("nextgqa", [{"id": "a"}], r"not in the format nextgqa .* is missing"),
@@ -34,6 +40,145 @@ def test_limit_chooses_at_random_and_keeps_the_order(tmp_path: Path) -> None:
 def test_wrong_files_are_user_errors(tmp_path: Path, name: str, content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(name, write(tmp_path / "a.json", content))
+
+
+def _quality(name: object, **changes: Any) -> dict[str, Any]:
+    return {"video": name, "instruction": "How good?", "answer": "low"} | changes
+
+
+def _choice(**changes: Any) -> dict[str, Any]:
+    return {"question": "q?", "candidates": ["x", "y"], "answer": "x", "video": "a.mp4"} | changes
+
+
+def _glue(id: str, **changes: Any) -> dict[str, Any]:
+    row = {"id": id, "video": "a.mp4", "duration": 9, "question": "q?", "type": "CW", "glue": [[1, 2]]}
+    return row | {"options": ["(A) x", "(B) y"], "answer": "(A)"} | changes
+
+
+def _dream(index: int, **changes: Any) -> dict[str, Any]:
+    prompt = {"content": [{"video": {"video_file": f"{index}.mp4"}}]}
+    answer = {"content": [{"reference": "A dog barks."}]}
+    row = {"idx": index, "vid": index, "dataset": "d", "messages": [prompt, answer]}
+    return row | {"extra_info": {"duration": 5, "events": ["A dog barks."]}} | changes
+
+
+def _perception(*answers: Any) -> dict[str, Any]:
+    questions = [
+        {"id": number, "question": "q?", "options": ["x", "y"], "area": "a", "answer_id": answer}
+        for number, answer in enumerate(answers)
+    ]
+    return {"metadata": {"split": "valid", "num_frames": 30, "frame_rate": 10}, "mc_question": questions}
+
+
+def _activity(*spans: Any, duration: Any = 9) -> dict[str, Any]:
+    return {"duration": duration, "timestamps": list(spans), "sentences": ["a dog barks"] * len(spans)}
+
+
+def _box_row(name: str, gt: Any) -> dict[str, Any]:
+    return {"path": f"/d/{name}", "object": "dog", "gt": gt}
+
+
+BOXES = [[0.1, 0.1, 0.5, 0.5]] * 8
+MALFORMED_AMONG_GOOD = [  # format, file, its content, ids of the good rows, ids of the malformed rows
+    (
+        "activitynet",
+        "a.json",
+        {
+            "a": _activity([1, 2], ["1", "2"], None, [1], [1, 2, 3], {"x": 1}, [None, 2], [3, 4]),
+            "b": _activity([1, 2], duration="nine"),
+            "c": 5,
+            "d": _activity([1, 2], duration=None),
+            "e": {"duration": 9, "timestamps": [[1, 2]], "sentences": []},
+            "f": {"duration": 9, "timestamps": [[1, 2]], "sentences": [None]},
+        },
+        ["a_0", "a_7", "d_0"],
+        ["a_1", "a_2", "a_3", "a_4", "a_5", "a_6", "b_0", "c", "e", "f_0"],
+    ),
+    (
+        "vidtab_quality",
+        "a.json",
+        [_quality("a.mp4"), _quality(None), _quality("c.mp4", instruction=3), None, _quality("e.mp4", answer=[1])],
+        ["a"],
+        ["a.json, row 2", "c", "a.json, row 4", "e"],
+    ),
+    (
+        "mvbench",
+        "action_count.json",
+        [_choice(), _choice(start="1", end="2"), {}, _choice(candidates=None), _choice(start=1, end=2), "text"],
+        ["action_count_0", "action_count_4"],
+        ["action_count_1", "action_count_2", "action_count_3", "action_count_5"],
+    ),
+    (
+        "nextgqa",
+        "a.json",
+        [_glue("a"), _glue("b", glue=None), _glue("c", answer=None), _glue("d", glue=[[1]]), {"id": "e"}, _glue("f")],
+        ["a", "f"],
+        ["b", "c", "d", "e"],
+    ),
+    (
+        "dream1k",
+        "a.jsonl",
+        [_dream(0), _dream(1, messages=[]), _dream(2, extra_info=None), _dream(3)],
+        ["dream_0", "dream_3"],
+        ["dream_1", "dream_2"],
+    ),
+    ("carebench", "a.json", [{"video": "a.mp4", "caption": "x"}, {"video": "b.mp4"}, 3], ["a"], ["b", "a.json, row 3"]),
+    (
+        "perception_test",
+        "a.json",
+        {"a": _perception(0, "1", -1, None, 1), "b": None, "c": _perception(9)},
+        ["a_0", "a_4"],
+        ["a_1", "a_2", "a_3", "b", "c_0"],
+    ),
+    (
+        "got10k",
+        "a.json",
+        [
+            _box_row("a", BOXES),
+            _box_row("b", "x"),
+            _box_row("c", [[1]] * 8),
+            {"path": 3},
+            _box_row("e", BOXES),
+            _box_row("f", BOXES[:6]),
+        ],
+        ["a", "e"],
+        ["b", "c", "a.json, row 4", "f"],
+    ),
+    (
+        "huggingface",
+        "a.jsonl",
+        [
+            {"id": "a", "task": "quality", "video": "a.mp4", "query": "q?", "target": {"label": "low"}},
+            {"id": "b", "task": "quality", "video": "a.mp4", "query": 3, "target": {"label": "low"}},
+            {"id": "c", "task": "quality", "video": "a.mp4", "query": "q?", "target": None},
+            {"task": "quality"},
+            {"id": "e", "task": "temporal_grounding", "video": 1, "query": "q?", "target": {"interval": [1, 2]}},
+        ],
+        ["a"],
+        ["b", "c", "a.jsonl, row 4", "e"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "content", "good", "malformed"), MALFORMED_AMONG_GOOD)
+def test_a_malformed_row_among_good_ones_is_skipped_and_listed(
+    tmp_path: Path, name: str, file: str, content: Any, good: list[str], malformed: list[str]
+) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in content) if file.endswith("jsonl") else content
+    samples, report = run(name, write(tmp_path / file, text))
+    assert [sample.id for sample in samples] == good
+    skipped = [issue for issue in report.issues if issue.action == "skipped"]
+    assert [issue.row_id for issue in skipped] == malformed
+    assert {issue.problem for issue in skipped} == {"invalid_row"}
+    assert report.issue_counts()["invalid_row (skipped)"] == len(malformed)
+    assert report.num_rows == len(good) + len(malformed)
+
+
+def test_a_line_that_is_not_json_among_good_ones_is_skipped(tmp_path: Path) -> None:
+    lines = [json.dumps({"video": f"{number}.mp4", "caption": "x"}) for number in range(3)]
+    samples, report = run("carebench", write(tmp_path / "a.jsonl", "\n".join([lines[0], "{", *lines[1:]])))
+    assert [sample.id for sample in samples] == ["0", "1", "2"]
+    assert issues(report) == [("a.jsonl, row 2", "invalid_row", "skipped")]
 
 
 REAL_COUNTS = [  # format, files, split, rows, videos or None, issues

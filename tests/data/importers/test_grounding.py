@@ -73,3 +73,25 @@ def test_wrong_files_of_charades_are_user_errors(tmp_path: Path, charades: tuple
     write(tmp_path / "bad.txt", "AAA 1.0##no end\n")
     with pytest.raises(UserError, match=r"line 'AAA 1.0##no end' is not"):
         run("charades_sta", tmp_path / "bad.txt", charades[1])
+
+
+def test_malformed_lines_of_charades_are_skipped_and_keep_the_ids_of_later_lines(tmp_path: Path) -> None:
+    lines = [
+        "AAA 1.0 2.0##one.",
+        "no end",
+        "AAA 1.0 x##two.",
+        "AAA 3.0 4.0##three.",
+        "BBB 1 2##no length.",
+        "CCC 1 2##bad.",
+    ]
+    text = write(tmp_path / "a.txt", "\n".join(lines))
+    lengths = write(tmp_path / "a.csv", "id,length\nAAA,9\nCCC,long\nDDD\n")
+    samples, report = run("charades_sta", text, lengths)
+    assert [sample.id for sample in samples] == ["AAA_0", "AAA_2"]
+    assert issues(report) == [(id, "invalid_row", "skipped") for id in ("a.txt, row 2", "AAA_1", "BBB_0", "CCC_0")]
+
+
+def test_lengths_without_the_columns_are_a_user_error(tmp_path: Path) -> None:
+    text = write(tmp_path / "a.txt", "AAA 1.0 2.0##one.")
+    with pytest.raises(UserError, match=r"a\.csv: expected the columns id and length, got video, seconds"):
+        run("charades_sta", text, write(tmp_path / "a.csv", "video,seconds\nAAA,9\n"))

@@ -63,3 +63,74 @@ def test_got10k_json_lists_frames_where_the_sequences_are(tmp_path: Path) -> Non
 def test_a_folder_without_sequences_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no sequence folders"):
         run("got10k", tmp_path)
+
+
+def test_frames_are_in_natural_order(tmp_path: Path) -> None:
+    folder = tmp_path / "GOT_1"
+    got10k_sequence(folder, 0, [])
+    for number in range(1, 13):
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (200, 100)).save(folder / f"{number}.jpg")
+    write(folder / "groundtruth.txt", "\n".join(f"{number},20,40,50" for number in range(1, 13)))
+    (sample,), _ = run("got10k", tmp_path)
+    numbers = [int(Path(frame).stem) for frame in sample.video]
+    assert numbers == sorted(numbers) and numbers[0] == 1 and numbers[-1] == 12
+    assert [round(box.x0 * 200) for box in sample.target.boxes] == numbers
+
+
+def test_hidden_and_foreign_files_are_not_frames(tmp_path: Path) -> None:
+    got10k_sequence(tmp_path / "GOT_1", 8, ["10,20,40,50"] * 8)
+    for name in ("._00000001.jpg", ".DS_Store", "Thumbs.db", "._groundtruth.txt"):
+        (tmp_path / "GOT_1" / name).write_bytes(b"\0")
+    got10k_sequence(tmp_path / ".Trash", 8, ["10,20,40,50"] * 8)
+    samples, report = run("got10k", tmp_path)
+    assert [(sample.id, len(sample.video)) for sample in samples] == [("GOT_1", 8)]
+    assert not report.issues
+
+
+@pytest.mark.parametrize("num_lines", [0, 7, 9])
+def test_an_absence_label_of_another_length_is_skipped_and_counted(tmp_path: Path, num_lines: int) -> None:
+    for name in ("GOT_1", "GOT_2"):
+        got10k_sequence(tmp_path / name, 8, ["10,20,40,50"] * 8)
+    write(tmp_path / "GOT_2/absence.label", "0\n" * num_lines)
+    write(tmp_path / "GOT_1/absence.label", "0\n" * 8)
+    samples, report = run("got10k", tmp_path)
+    assert [sample.id for sample in samples] == ["GOT_1"]
+    assert issues(report) == [("GOT_2", "incomplete_sequence", "skipped")]
+    assert f"8 images, but absence.label has {num_lines} lines" in report.issues[0].detail
+
+
+@pytest.mark.parametrize("num_boxes", [7, 9])
+def test_boxes_for_another_number_of_frames_are_skipped_and_counted(tmp_path: Path, num_boxes: int) -> None:
+    got10k_sequence(tmp_path / "GOT_1", 8, ["10,20,40,50"] * num_boxes)
+    samples, report = run("got10k", tmp_path)
+    assert not samples
+    assert issues(report) == [("GOT_1", "incomplete_sequence", "skipped")]
+
+
+@pytest.mark.parametrize("prefix", ["", "\ufeff"])
+def test_meta_info_with_percent_signs_and_a_byte_order_mark_is_read(tmp_path: Path, prefix: str) -> None:
+    got10k_sequence(tmp_path / "GOT_1", 8, ["10,20,40,50"] * 8)
+    text = "[METAINFO]\nurl: https://e.org/a%20b%s?c=%(d)s\nanno_fps: 10Hz\nobject_class: 100% wool sheep\n"
+    write(tmp_path / "GOT_1/meta_info.ini", prefix + text)
+    write(tmp_path / "GOT_1/groundtruth.txt", prefix + "10,20,40,50\n" * 8)
+    write(tmp_path / "GOT_1/absence.label", prefix + "0\n" * 8)
+    (sample,), _ = run("got10k", tmp_path)
+    assert (sample.query, sample.duration_s) == ("100% wool sheep", 0.8)
+
+
+def test_malformed_sequences_among_good_ones_are_skipped_and_listed(tmp_path: Path) -> None:
+    for number in range(8):
+        got10k_sequence(tmp_path / f"GOT_{number}", 8, ["10,20,40,50"] * 8)
+    write(tmp_path / "GOT_1/groundtruth.txt", "10,20,40,x\n" * 8)
+    write(tmp_path / "GOT_2/groundtruth.txt", "10,20,40\n" * 8)
+    write(tmp_path / "GOT_3/meta_info.ini", "object_class: sloth\n")
+    (tmp_path / "GOT_4/meta_info.ini").unlink()
+    write(tmp_path / "GOT_5/meta_info.ini", "[METAINFO]\nanno_fps: fast\nobject_class: sloth\n")
+    write(tmp_path / "GOT_6/00000001.jpg", "no image")
+    samples, report = run("got10k", tmp_path)
+    assert [sample.id for sample in samples] == ["GOT_0", "GOT_7"]
+    assert issues(report) == [(f"GOT_{number}", "invalid_row", "skipped") for number in range(1, 7)]
+    (tmp_path / "GOT_0/meta_info.ini").unlink()
+    with pytest.raises(UserError, match="first row, GOT_0"):
+        run("got10k", tmp_path)
