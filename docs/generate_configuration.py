@@ -21,6 +21,7 @@ Every setting with its type, default and meaning. This page is generated from th
 A run reads one TOML file. Every setting can be overridden on the command line as `--SECTION.KEY VALUE`, for example
 `--optimizer.learning_rate 2e-6`, except for those of `[[data.sources]]` and `[[evaluate.benchmarks]]`, of which a file
 may have several. An unknown key, a value of the wrong type or an impossible combination is an error that names the key.
+`~` and environment variables in paths (`"~/runs/x"`, `"$SCRATCH/x"`) are expanded.
 """
 
 

@@ -36,6 +36,7 @@ FLOORS = {
     "vcr1_kernels": 0,
     "json_fields": 0,
     "text_files": -1,
+    "user_paths": -1,
     "errors": -2,
 }
 OPTIONAL_PACKAGES = ("apex", "flash_attn", "nvidia", "openai", "sglang", "transformer_engine")

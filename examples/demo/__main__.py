@@ -15,7 +15,7 @@ from rich.console import Console
 
 from demo.jobs import JobFailed, Record, run_jobs
 from demo.plan import Demo
-from megatron_vcr1.cli.arguments import positive
+from megatron_vcr1.cli.arguments import path_argument, positive
 
 MEASURED = Path(__file__).with_name("measured.json")
 """report.json of the run that the README quotes."""
@@ -31,7 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="output directory (default: %(default)s)"
+        "--out",
+        type=path_argument,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="output directory (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=_seeds, default=(0, 1), metavar="N,N", help="training seeds (default: 0,1, as in the README)"
@@ -40,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=positive, metavar="N", help="single-threaded processes (default: one per core, at most 8)"
     )
-    parser.add_argument("--real", type=Path, metavar="VIDEO", help="ask the trained model about your own video")
+    parser.add_argument(
+        "--real", type=path_argument, metavar="VIDEO", help="ask the trained model about your own video"
+    )
     parser.add_argument(
         "--ask", default="red square", metavar="THING", help="object to ask about with --real (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""Arguments that several commands share: the model, its layout, and numbers with a lower bound."""
+"""Arguments that several commands share: the model, its layout, paths, and numbers with a lower bound."""
 
 from __future__ import annotations
 
@@ -6,8 +6,28 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.user_paths import expand_path
+
 if TYPE_CHECKING:  # `vcr1 --help` must not load pydantic
     from megatron_vcr1.config.schema import RunConfig
+
+
+def path_argument(text: str) -> Path:
+    """Parse a path with `~` and environment variables: a shell leaves them in `--out=~/x` and in quotes."""
+    return Path(_expanded(text))
+
+
+def path_or_url(text: str) -> str:
+    """Parse a path like `path_argument`; a URL stays as it is."""
+    return text if "://" in text else _expanded(text)
+
+
+def _expanded(text: str) -> str:
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:
@@ -40,7 +60,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sharded: bool) -> No
     """
     parser.add_argument(
         "--model",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="DIR",
         help="a Hugging Face directory, an imported model or a checkpoint of a run",

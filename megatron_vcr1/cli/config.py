@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from megatron_vcr1.cli.arguments import path_argument
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,7 +17,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="Any key can be overridden: vcr1 config --check run.toml --parallel.tensor 2 --model.freeze merger",
     )
     parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="validate FILE and print its settings, with overrides applied"
+        "--check",
+        type=path_argument,
+        metavar="FILE",
+        help="validate FILE and print its settings, with overrides applied",
     )
     parser.set_defaults(run=run, takes_overrides=True)
 

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vcr1.cli.arguments import positive
+from megatron_vcr1.cli.arguments import path_argument, path_or_url, positive
 from megatron_vcr1.data.importers import FORMATS
 from megatron_vcr1.data.manifest import write_manifest
 from megatron_vcr1.data.rows import is_remote
@@ -49,12 +49,20 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("name", choices=list(FORMATS), metavar="NAME", help="name of the format, see below")
     parser.add_argument(
-        "--annotations", nargs="+", type=Path, required=True, metavar="PATH", help="annotation files of the format"
+        "--annotations",
+        nargs="+",
+        type=path_argument,
+        required=True,
+        metavar="PATH",
+        help="annotation files of the format",
     )
     parser.add_argument(
-        "--videos", metavar="DIR", help="folder or URL of the videos; rows whose video is missing are skipped"
+        "--videos",
+        type=path_or_url,
+        metavar="DIR",
+        help="folder or URL of the videos; rows whose video is missing are skipped",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="manifest to write")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--split", help="split to import, for formats whose files contain several")
     parser.add_argument("--limit", type=positive, metavar="N", help="keep N randomly chosen samples")
     parser.add_argument("--seed", type=int, default=0, help="seed for --limit (default: 0)")
@@ -74,7 +82,9 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
         description="Make mp4 files of moving shapes and their manifests: train.jsonl, and the held-out test.jsonl, "
         "unseen_pairs.jsonl and longer_events.jsonl.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the videos and manifests")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder for the videos and manifests"
+    )
     parser.add_argument("--num-videos", type=positive, required=True, metavar="N", help="number of training videos")
     parser.add_argument(
         "--num-test-videos",
@@ -106,7 +116,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="validate every row of a manifest, and on request every video",
         description="List the problems of a manifest by line and sample. The exit code is 1 if there are any.",
     )
-    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="a .jsonl file")
+    parser.add_argument("manifest", type=path_argument, metavar="MANIFEST", help="a .jsonl file")
     parser.add_argument("--videos", action="store_true", help="also decode every video as training does")
     parser.add_argument(
         "--num-workers",

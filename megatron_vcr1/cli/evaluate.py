@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vcr1.cli.arguments import path_argument
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, find_benchmark
 
@@ -36,17 +36,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings with tables [[evaluate.benchmarks]]"
+        "config",
+        nargs="?",
+        type=path_argument,
+        metavar="CONFIG.toml",
+        help="settings with tables [[evaluate.benchmarks]]",
     )
     scoring = parser.add_argument_group("scoring a file of predictions")
     scoring.add_argument("--benchmark", metavar="NAME", help="name of a benchmark, see below")
     scoring.add_argument(
-        "--annotations", nargs="+", type=Path, metavar="FILE", help="a manifest, or the annotations as published"
+        "--annotations",
+        nargs="+",
+        type=path_argument,
+        metavar="FILE",
+        help="a manifest, or the annotations as published",
     )
-    scoring.add_argument("--predictions", type=Path, metavar="FILE.jsonl", help='lines of {"id", "output"}')
+    scoring.add_argument("--predictions", type=path_argument, metavar="FILE.jsonl", help='lines of {"id", "output"}')
     scoring.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         metavar="FILE.json",
         help="the metrics to write; OUT.samples.jsonl gets the metrics of each sample",
     )

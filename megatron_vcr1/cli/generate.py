@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_vcr1.cli.arguments import add_model_arguments, run_config
+from megatron_vcr1.cli.arguments import add_model_arguments, path_or_url, run_config
 
 _VIDEO_OPTIONS = {
     "fps": (float, "frames per second to sample (default: 2)"),
@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             dest="vision",
             action="append",
             default=[],
-            type=lambda path, kind=kind: (kind, path),  # type: ignore[misc]
+            type=lambda path, kind=kind: (kind, path_or_url(path)),  # type: ignore[misc]
             metavar="FILE",
             help="comes before the prompt, in the given order; may be repeated",
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from megatron_vcr1.cli.arguments import not_negative
+from megatron_vcr1.cli.arguments import not_negative, path_argument
 from megatron_vcr1.errors import UserError
 
 
@@ -20,11 +19,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "frames. The page opens without a network and contains no scripts.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run (train.run_dir)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html; required for several runs)"
+        "runs", nargs="+", type=path_argument, metavar="RUN_DIR", help="folder of a run (train.run_dir)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the page's numbers as JSON")
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        metavar="FILE",
+        help="the page (default: RUN_DIR/report.html; required for several runs)",
+    )
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the page's numbers as JSON")
     parser.add_argument(
         "--max-samples",
         type=not_negative,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from megatron_vcr1.cli.arguments import path_argument
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "train.run_dir/sglang/logs.",
         epilog="Any setting can be overridden: vcr1 rollout serve run.toml --sglang.num_servers 2",
     )
-    serve.add_argument("config", type=Path, metavar="FILE", help="the run's TOML file")
+    serve.add_argument("config", type=path_argument, metavar="FILE", help="the run's TOML file")
     serve.add_argument(
         "--host",
         default="127.0.0.1",

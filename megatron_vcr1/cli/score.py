@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from megatron_vcr1.cli.arguments import add_model_arguments, positive, positive_float, run_config
+from megatron_vcr1.cli.arguments import add_model_arguments, path_argument, positive, positive_float, run_config
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,15 +20,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_model_arguments(parser, sharded=True)
     parser.add_argument(
         "--data",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="FILE.jsonl",
-        help='lines of {"id", "messages", "response"}; a response is a text or a list of token ids; relative paths of '
-        "videos and images are relative to the current folder",
+        help='lines of {"id", "messages", "response"}; a response is a list of token ids or a text, in which control '
+        "tokens are plain text; relative paths of videos and images are relative to the current folder",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="FILE.jsonl",
         help='the file to write: lines of {"id", "token_ids", "log_probs"}, or of {"id", "error"}',

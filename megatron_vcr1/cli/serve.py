@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from megatron_vcr1.cli.arguments import add_model_arguments, positive, run_config
+from megatron_vcr1.cli.arguments import add_model_arguments, path_argument, positive, run_config
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,7 +36,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "the names of this machine, on other addresses any name)",
     )
     parser.add_argument(
-        "--files", type=Path, metavar="DIR", help="clients may name files below DIR by file:// URLs (default: none)"
+        "--files",
+        type=path_argument,
+        metavar="DIR",
+        help="clients may name files below DIR by file:// URLs (default: none)",
     )
     parser.add_argument(
         "--max-prompt-tokens", type=positive, default=16384, metavar="N", help="longest prompt (default: %(default)s)"

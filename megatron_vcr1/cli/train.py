@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from megatron_vcr1.cli.arguments import path_argument
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,7 +20,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="Any key can be overridden: vcr1 train run.toml --train.num_steps 100 --parallel.tensor 2",
         allow_abbrev=False,
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings; `vcr1 config` prints all of them")
+    parser.add_argument(
+        "config", type=path_argument, metavar="CONFIG.toml", help="settings; `vcr1 config` prints all of them"
+    )
     parser.add_argument(
         "--profile",
         action="store_true",

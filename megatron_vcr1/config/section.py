@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from megatron_vcr1.user_paths import expand_path
 
 Name = TypeVar("Name")
 
@@ -25,6 +28,17 @@ Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 
 
 class Section(BaseModel):
-    """A table of the TOML file. Immutable; unknown keys, infinities and NaN are errors."""
+    """A table of the TOML file. Immutable; unknown keys, infinities and NaN are errors.
+
+    `~` and environment variables in paths are expanded.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, str | Path) and Path in (annotation, *get_args(annotation)):
+            return expand_path(str(value))
+        return value
