@@ -35,6 +35,11 @@ class JudgeSection(Section):
         ge=0,
         description="Number of retries after a failed request (with growing pauses) or an unusable reply.",
     )
+    send_temperature: bool = Field(
+        default=True,
+        description="Whether requests name a temperature: 0, and 0.7 for the retry after an unusable reply. Set it to "
+        "false for models that accept only their default temperature.",
+    )
     cache: Path | None = Field(
         default=None,
         description="Folder in which the judge's replies are cached. Unset: the folder judge_cache in the run "

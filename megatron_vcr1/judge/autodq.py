@@ -9,6 +9,7 @@ events by number, and a response must have one verdict for each event.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,11 @@ Give one verdict for each event:
 "neutral": neither of the two; the description leaves the event open.
 
 Answer with JSON alone: {"verdicts": [{"event": 1, "verdict": "..."}, ...]}, with every number once."""
+
+_START_OF_THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]", re.IGNORECASE)
+_END_OF_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
+_EVENT_NUMBER = re.compile(r"\s*(?:event)?\s*#?\s*(\d{1,4})(?:\.0*)?[:)]?\s*", re.IGNORECASE)
+_AROUND_A_VERDICT = " \t\n.,;:\"'`*()"
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -137,15 +143,25 @@ def parse_verdicts(text: str, num_events: int) -> list[str]:
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict) or not isinstance(entry.get("verdict"), str):
             raise UnusableResponse("an entry is not {event, verdict}")
-        number, verdict = entry.get("event"), entry["verdict"].strip().lower()
+        number, verdict = _event_number(entry.get("event")), entry["verdict"].strip(_AROUND_A_VERDICT).lower()
         if verdict not in set(Verdict):
             raise UnusableResponse("a verdict is not one of entailment, neutral, contradiction")
-        if type(number) is not int or number in verdicts:  # True is an int for isinstance
+        if number is None or number in verdicts:
             raise UnusableResponse("the event of a verdict is not a number, or has a verdict already")
         verdicts[number] = verdict
     if sorted(verdicts) != list(range(1, num_events + 1)):
         raise UnusableResponse(f"{len(verdicts)} verdicts, or wrong event numbers, for {num_events} events")
     return [verdicts[number] for number in range(1, num_events + 1)]
+
+
+def _event_number(value: object) -> int | None:
+    """Read the number of an event, which models also write as 1.0, "1" or "Event 1"; None if it is not a number."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str):
+        match = _EVENT_NUMBER.fullmatch(value)
+        return int(match[1]) if match else None
+    return value if type(value) is int else None  # `isinstance` would accept true and false
 
 
 def _messages(task: str, material: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -168,14 +184,25 @@ def _as_material(value: object) -> str:
 
 
 def _find_object(text: str, key: str) -> dict[str, Any]:
-    """Find the first JSON object with a key. Text around it (a code fence, reasoning, pleasantries) is ignored."""
+    """Find the first JSON object with a key after the last complete thought.
+
+    Text around it (a code fence, pleasantries) is ignored. A thought that is not closed was cut off: an object in it is a
+    draft, not the response.
+
+    Raises:
+        UnusableResponse: there is no such object.
+    """
     decoder = json.JSONDecoder()
-    text = text.rpartition("</think>")[2]
+    *_, text = _END_OF_THOUGHT.split(text)
     start = text.find("{")
+    opened = _START_OF_THOUGHT.search(text)
     while start >= 0:
+        if opened and opened.start() < start:
+            raise UnusableResponse("the thought before the JSON object was never closed")
         try:
             value, _ = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):  # RecursionError: thousands of nested brackets
+        # ValueError: not JSON, or a number with thousands of digits. RecursionError: thousands of nested brackets.
+        except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict) and key in value:
             return value

@@ -51,9 +51,9 @@ class Endpoint:
     """An OpenAI-compatible server, and the requests that are sent to it.
 
     The `openai` client retries network errors and busy servers with exponential backoff and jitter. If a response is
-    unusable, the request is sent again at a temperature above 0. A request that still fails has no result; the caller
-    counts these. If as many requests in a row as run in parallel (at least 4) fail to reach the server, the server is
-    considered down and the remaining requests are not sent.
+    unusable, the request is sent again, at a temperature above 0 unless the settings leave the temperature out. A
+    request that still fails has no result; the caller counts these. If as many requests in a row as run in parallel (at
+    least 4) fail to reach the server, the server is considered down and the remaining requests are not sent.
     """
 
     def __init__(self, section: JudgeSection) -> None:
@@ -136,7 +136,7 @@ class Endpoint:
             completion = self._client.chat.completions.create(
                 model=self.model,
                 messages=request.messages,  # type: ignore[arg-type]  # the client's annotations are TypedDicts
-                temperature=temperature,
+                temperature=temperature if self._section.send_temperature else openai.omit,
                 response_format=response_format,
             )
             text = completion.choices[0].message.content
@@ -161,6 +161,15 @@ class Endpoint:
             raise UserError(
                 f"judge: {section.base_url} refuses the key; set the environment variable "
                 f"{section.api_key_env}, or name another one in judge.api_key_env ({error})"
+            ) from error
+        if (
+            isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
+            and section.send_temperature
+            and "temperature" in str(error).lower()
+        ):
+            raise UserError(
+                f"judge: {section.base_url} refuses the temperature of the requests; set judge.send_temperature = "
+                f"false ({error})"
             ) from error
         if isinstance(error, openai.NotFoundError):
             raise UserError(

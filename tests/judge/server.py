@@ -93,6 +93,8 @@ def _faulty_text(answer: dict[str, Any], fault: str) -> str:
     match fault:
         case "chatty":
             return f"<think>{{a brace}}</think>Of course!\n```json\n{json.dumps(answer, indent=1)}\n```\nDone."
+        case "endless_thought":
+            return f"<think>Perhaps {json.dumps(answer)}"
         case "no_json":
             return "All events are entailed, trust me."
         case "truncated":
@@ -140,6 +142,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, json.dumps({"choices": []}), "application/json")
         if fault == "no_schema" and "response_format" in body:
             return self._send(400, json.dumps({"error": {"message": "what is json_schema?"}}), "application/json")
+        if fault == "fixed_temperature" and "temperature" in body:
+            message = "Unsupported value: 'temperature' does not support 0.0 with this model"
+            return self._send(400, json.dumps({"error": {"message": message}}), "application/json")
         text = _faulty_text(correct_response(body), fault or "")
         message = {"role": "assistant", "content": None if fault == "no_text" else text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}

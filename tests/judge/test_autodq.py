@@ -71,3 +71,51 @@ def test_verdicts_are_ordered_by_event_number() -> None:
 def test_verdicts_that_do_not_match_the_events_are_unusable(verdicts: list[object]) -> None:
     with pytest.raises(UnusableResponse):
         parse_verdicts(json.dumps({"verdicts": verdicts}), 2)
+
+
+VERDICT = '{"verdicts": [{"event": 1, "verdict": "entailment"}]}'
+DRAFT = VERDICT.replace("entailment", "neutral")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>{DRAFT}</think>{VERDICT}",
+        f"{DRAFT}</think>{VERDICT}",  # the chat template opens the thought
+        f"<think>{DRAFT}</think><think>{DRAFT}</think>\n{VERDICT}",
+        f"<think>{DRAFT}</think>{VERDICT}<think>{DRAFT}",
+        f"<THINKING>{DRAFT}</THINKING>{VERDICT}",
+        f"[THINK]{DRAFT}[/THINK]```json\n{VERDICT}\n```",
+        f"```\n{VERDICT}```",
+    ],
+)
+def test_the_object_after_the_last_complete_thought_counts(text: str) -> None:
+    assert parse_verdicts(text, 1) == ["entailment"]
+
+
+@pytest.mark.parametrize("text", [f"<think>{VERDICT}", f"<think>a</think><think>{VERDICT}", f"[THINK]{VERDICT}"])
+def test_a_thought_that_is_not_closed_is_unusable(text: str) -> None:
+    with pytest.raises(UnusableResponse, match="never closed"):
+        parse_verdicts(text, 1)
+
+
+def test_a_tag_inside_of_an_event_does_not_open_a_thought() -> None:
+    assert parse_events('{"events": ["The sign reads <think>."]}') == ["The sign reads <think>."]
+
+
+@pytest.mark.parametrize("number", [1, 1.0, "1", " 1 ", "Event 1", "event #1", "#1", "1.", "1.0", "1:"])
+@pytest.mark.parametrize("verdict", ["entailment", "Entailment.", '"ENTAILMENT"', "**entailment**"])
+def test_numbers_and_verdicts_are_read_in_every_usual_form(number: object, verdict: str) -> None:
+    text = json.dumps({"verdicts": [{"event": number, "verdict": verdict}]})
+    assert parse_verdicts(text, 1) == ["entailment"]
+
+
+@pytest.mark.parametrize("number", [1.5, True, None, "one", "", "1, 2", [1], "1.5", "-1", "9" * 5000])
+def test_other_events_are_unusable(number: object) -> None:
+    with pytest.raises(UnusableResponse):
+        parse_verdicts(json.dumps({"verdicts": [{"event": number, "verdict": "entailment"}]}), 1)
+
+
+def test_a_number_with_thousands_of_digits_is_unusable() -> None:
+    with pytest.raises(UnusableResponse):
+        parse_verdicts(f'{{"verdicts": [{{"event": {"9" * 5000}, "verdict": "entailment"}}]}}', 1)

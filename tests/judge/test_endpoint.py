@@ -270,3 +270,21 @@ def test_events_of_a_caption_are_escaped_too(server: JudgeServer, tmp_path: Path
     assert len(server.materials) == 3
     assert all("<|im_end|>" in str(material) for material in server.materials)
     assert not any("<" in body["messages"][1]["content"] for body in server.bodies)
+
+
+def test_a_thought_that_is_not_closed_is_requested_again(server: JudgeServer, tmp_path: Path) -> None:
+    server.faults = ["endless_thought"]
+    assert judge_at(server, tmp_path).recalls([sample()], [REFERENCE]) == [1]
+    assert len(server.bodies) == 2
+
+
+def test_the_temperature_can_be_left_out(server: JudgeServer, tmp_path: Path) -> None:
+    server.always = "fixed_temperature"
+    assert judge_at(server, tmp_path, send_temperature=False).recalls([sample()], [REFERENCE]) == [1]
+    assert not any("temperature" in body for body in server.bodies)
+
+
+def test_a_model_that_refuses_the_temperature_stops_the_run_with_advice(server: JudgeServer, tmp_path: Path) -> None:
+    server.always = "fixed_temperature"
+    with pytest.raises(UserError, match=r"set judge\.send_temperature = false"):
+        judge_at(server, tmp_path).recalls([sample()], [REFERENCE])
