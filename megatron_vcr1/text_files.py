@@ -14,6 +14,7 @@ import json
 import os
 import stat
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from megatron_vcr1.errors import UserError
 
 MAX_BYTES = 2**30
 """Largest text file that is read into memory as a whole. Manifests and rollouts are read line by line instead."""
+
+MAX_LINE_CHARACTERS = 2**26
+"""Longest line of a file that is read line by line."""
 
 
 def open_regular(path: str | Path) -> int:
@@ -82,6 +86,32 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         UserError: as `read_text`, or the text is not TOML.
     """
     return parse_toml(read_text(path), path)
+
+
+def read_lines(path: str | Path, *, errors: str = "strict") -> Iterator[str]:
+    """Yield the lines of a UTF-8 text file with their line ends, with or without a byte order mark.
+
+    Only line feeds and carriage returns end a line: JSON strings may contain Unicode's line separators. A line longer
+    than `MAX_LINE_CHARACTERS` is cut to one more than that, so that it takes no more memory; it is not valid JSON then.
+
+    Args:
+        path: the file.
+        errors: "strict", or "replace" to go on after bytes that are not UTF-8.
+
+    Raises:
+        UserError: the file is missing, not a regular file or not UTF-8 text.
+    """
+    try:
+        with os.fdopen(open_regular(path), encoding="utf-8-sig", errors=errors) as file:
+            while line := file.readline(MAX_LINE_CHARACTERS + 1):
+                is_cut = not line.endswith("\n") and len(line) > MAX_LINE_CHARACTERS
+                yield line + "\n" if is_cut else line
+                while is_cut and (rest := file.readline(MAX_LINE_CHARACTERS)):
+                    is_cut = not rest.endswith("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def parse_json(text: str | bytes, where: object) -> Any:

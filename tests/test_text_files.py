@@ -88,3 +88,27 @@ def test_an_object_is_required(value: object, kind: str) -> None:
     with pytest.raises(UserError, match=f"a.json: expected a JSON object, got {kind}"):
         text_files.require_object(value, "a.json")
     assert text_files.require_object({"a": 1}, "a.json") == {"a": 1}
+
+
+def test_lines_are_read_with_a_byte_order_mark_and_unicode_separators(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes("\ufeffa\u2028b\r\nc\0d\n\nlast".encode())
+    assert list(text_files.read_lines(path)) == ["a\u2028b\n", "c\0d\n", "\n", "last"]
+
+
+def test_a_huge_line_is_cut_and_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 10)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("x" * 35 + "\n" + "y" * 10 + "\n" + "z" * 11 + "\nok\n" + "w" * 40)
+    lines = list(text_files.read_lines(path))
+    assert [line[0] + str(len(line.rstrip())) for line in lines] == ["x11", "y10", "z11", "o2", "w11"]
+    assert all(line.endswith("\n") for line in lines)
+
+
+def test_lines_of_a_fifo_a_missing_file_and_binary_files_are_user_errors(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "binary").write_bytes(b"a\n\xff\xfe\n")
+    for name, message in (("pipe", "not a regular file"), ("gone", "cannot be read"), ("binary", "not UTF-8 text")):
+        with pytest.raises(UserError, match=message):
+            list(text_files.read_lines(tmp_path / name))
+    assert list(text_files.read_lines(tmp_path / "binary", errors="replace")) == ["a\n", "\ufffd\ufffd\n"]

@@ -6,7 +6,6 @@ Errors name the key, where its value came from, and what to do.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from megatron_vcr1.config.schema import RunConfig, entry_class, section_classes
 from megatron_vcr1.config.section import Section
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import read_toml
 
 Tables = Mapping[str, Any]  # a parsed TOML file, for example {"parallel": {"tensor": 2}}
 Key = tuple[str, str]  # section and key, for example ("parallel", "tensor")
@@ -67,14 +67,9 @@ def parse_overrides(options: Sequence[str]) -> dict[Key, str]:
 
 
 def _read_toml(path: Path) -> Tables:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `vcr1 config` prints one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file; `vcr1 config` prints one to start from")
+    return read_toml(path)
 
 
 def _merge(tables: Tables, overrides: Mapping[Key, str]) -> dict[str, Any]:

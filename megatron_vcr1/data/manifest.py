@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from megatron_vcr1.data.rows import RowError, row_from_sample, sample_from_row
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import MAX_LINE_CHARACTERS, read_lines
 from megatron_vcr1.types import VideoSample
 
 _MAX_LISTED_ERRORS = 20
@@ -69,18 +71,20 @@ def scan_manifest(path: str | Path) -> Iterator[VideoSample | BadRow]:
     """
     path = Path(path).absolute()
     lines_by_id: dict[str, int] = {}
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line_number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                yield _parse_line(line, line_number, path.parent, lines_by_id)
-    except FileNotFoundError as error:
+    if not path.exists():
         raise ManifestError(
             f"{path}: no such manifest; `vcr1 data import` makes one from a published dataset's annotations"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path}: cannot be read as a UTF-8 text file: {error}") from error
+        )
+    lines = read_lines(path)
+    for line_number in count(1):
+        try:
+            line = next(lines, None)
+        except UserError as error:
+            raise ManifestError(str(error)) from None
+        if line is None:
+            break
+        if line.strip():
+            yield _parse_line(line, line_number, path.parent, lines_by_id)
 
 
 def write_manifest(path: str | Path, samples: Iterable[VideoSample]) -> None:
@@ -100,6 +104,8 @@ def write_manifest(path: str | Path, samples: Iterable[VideoSample]) -> None:
 def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str, int]) -> VideoSample | BadRow:
     """Parse a line; `lines_by_id` collects the line number of each id, to find repeated ids."""
     row_id = None
+    if len(line) > MAX_LINE_CHARACTERS:
+        return BadRow(line_number, None, f"longer than {MAX_LINE_CHARACTERS} characters; write one object per line")
     try:
         row = json.loads(line)
         row_id = row["id"] if isinstance(row, dict) and isinstance(row.get("id"), str) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -11,6 +10,7 @@ from string import Template
 from typing import Any
 
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import parse_toml, read_toml
 from megatron_vcr1.types import (
     OPTION_LETTERS,
     Box,
@@ -59,10 +59,7 @@ def load_templates(path: str | Path | None = None) -> PromptTemplates:
         UserError: the file is not TOML, or a task, key or placeholder is missing or unknown; names the file and key.
     """
     file = resources.files("megatron_vcr1.data") / "templates.toml" if path is None else Path(path)
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as TOML: {error}") from error
+    content = parse_toml(file.read_text(encoding="utf-8"), file) if path is None else read_toml(path)
     decimals = {"time_decimals", "coordinate_decimals"}
     if problem := _first_difference(set(content), {*Task, *decimals}):
         raise UserError(f"{file}: key {problem}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import Benchmark
+from megatron_vcr1.text_files import parse_json, read_lines
 from megatron_vcr1.types import VideoSample
 
 
@@ -43,10 +43,9 @@ def _is_manifest(path: Path) -> bool:
     """Decide by the first line whether a file is a manifest: a published file may be JSON lines, too."""
     if path.suffix != ".jsonl" or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        first = next((line for line in file if line.strip()), "")
+    first = next((line for line in read_lines(path, errors="replace") if line.strip()), "")
     try:
-        row = json.loads(first)
-    except ValueError:
+        row = parse_json(first, path)
+    except UserError:
         return True  # the manifest's reader explains what is wrong with it
     return isinstance(row, dict) and {"id", "task", "target"} <= row.keys()

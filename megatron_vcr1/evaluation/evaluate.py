@@ -34,6 +34,7 @@ from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.text_files import read_json, require_object
 from megatron_vcr1.types import Task, VideoSample
 
 logger = logging.getLogger(__name__)
@@ -208,9 +209,9 @@ def _open_log(job: BenchmarkJob, settings: Mapping[str, Any], templates: PromptT
     path = job.folder / SETTINGS_FILE
     if path.exists() and (job.folder / PREDICTIONS_FILE).exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; remove its folder to evaluate again") from None
+            before = require_object(read_json(path), path)
+        except UserError as error:
+            raise UserError(f"{error}; remove its folder to evaluate again") from None
         changed = sorted(key for key in settings if before.get(key) != settings[key])
         if changed:
             raise UserError(

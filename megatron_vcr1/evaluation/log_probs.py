@@ -26,6 +26,7 @@ from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.parallel.prompts import broadcast_prompts
+from megatron_vcr1.text_files import parse_json, read_lines
 
 # Requests that a replica encodes before it computes: enough microbatches to fill a pipeline, and few enough videos to
 # hold in memory.
@@ -55,13 +56,8 @@ def read_requests(path: Path) -> list[ScoreRequest]:
     Raises:
         UserError: the file is missing, or a line is malformed; names the line and the key.
     """
-    try:
-        # Not splitlines: JSON strings may hold Unicode line separators. A file may begin with a byte order mark.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
     requests, seen = [], set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         request = _parse_request(line, f"{path}:{number}")
@@ -75,10 +71,7 @@ def read_requests(path: Path) -> list[ScoreRequest]:
 
 
 def _parse_request(line: str, where: str) -> ScoreRequest:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
+    row = parse_json(line, where)
     if not isinstance(row, dict) or not {"id", "messages", "response"} <= row.keys():
         raise UserError(f'{where}: needs the keys "id", "messages" and "response"')
     messages, response = row["messages"], row["response"]
@@ -167,7 +160,7 @@ class LogProbScorer:
         # Checked before the conversion to a tensor, which fails for integers above 64 bits.
         if not isinstance(response, str) and max(response) >= vocab_size:
             return FailedRequest(request.id, f"token id {max(response)} is not in the vocabulary of {vocab_size}")
-        token_ids = self.processor.tokenize(response) if isinstance(response, str) else torch.tensor(response)
+        token_ids = self.processor.tokenize_text(response) if isinstance(response, str) else torch.tensor(response)
         if not len(token_ids):
             return FailedRequest(request.id, "the tokenizer returns no tokens for the response")
         if int(token_ids.max()) >= vocab_size:

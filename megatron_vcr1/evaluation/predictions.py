@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import parse_json, read_lines
 from megatron_vcr1.types import VideoSample
 
 _MAX_NAMED = 5
@@ -47,13 +48,8 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
     Raises:
         UserError: the file cannot be read, a line is not a prediction, or an id appears twice; names the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some programs begin a file with a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
     predictions: dict[str, Prediction] = {}
-    # Not splitlines: JSON strings may hold Unicode line separators.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         prediction = _parse_line(line, f"{path}:{number}")
@@ -154,17 +150,13 @@ def _lines(predictions: Iterable[Prediction]) -> str:
 def _read_complete_lines(path: Path) -> Iterable[Prediction]:
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith("\n"):
-                yield _parse_line(line, f"{path}:{number}")
+    for number, line in enumerate(read_lines(path, errors="replace"), start=1):
+        if line.endswith("\n"):
+            yield _parse_line(line, f"{path}:{number}")
 
 
 def _parse_line(line: str, where: str) -> Prediction:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
+    row = parse_json(line, where)
     if not isinstance(row, dict) or "id" not in row or not {"output", "error"} & row.keys():
         raise UserError(f'{where}: needs the keys "id" and "output"')
     output = row.get("output")

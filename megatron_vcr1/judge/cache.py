@@ -9,6 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import read_json
+
 
 class ResponseCache:
     """A folder of responses that any number of processes may share, also on a network file system.
@@ -24,8 +27,8 @@ class ResponseCache:
     def get(self, request: object) -> Any | None:
         """Return the stored response to a request; None if there is none."""
         try:
-            return json.loads(self._path(request).read_text(encoding="utf-8"))["answer"]
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            return read_json(self._path(request))["answer"]
+        except (UserError, KeyError, TypeError):
             return None
 
     def put(self, request: object, response: object) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.text_files import parse_json, parse_toml, read_lines, read_text
+
+_LAST_STEP = 2**53  # larger numbers in a damaged file do not fit into the columns
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def read_run(path: Path) -> RunRecord:
     record = RunRecord(
         path=path,
         name=path.resolve().name,
-        config=_parsed(config_text, tomllib.loads, "config.toml", problems),
+        config=_parsed(config_text, parse_toml, "config.toml", problems),
         config_text=config_text,
         starts=tuple(read_json_lines(path / "starts.jsonl", problems)),
         metrics=_read_metrics(path / "metrics.jsonl", problems),
@@ -150,21 +152,31 @@ def read_json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]
     """
     if not path.exists():
         return
-    num_bad = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
+    bad: list[int] = []
+    try:
+        for number, line in enumerate(read_lines(path, errors="replace"), start=1):
+            row = _row_of_line(line)
+            if row is not None:
                 yield row
             elif not line.endswith("\n"):
                 problems.append(f"{path.name}: the last line is incomplete and is left out")
             elif line.strip():
-                num_bad += 1
-    if num_bad:
-        problems.append(f"{path.name}: {num_bad} lines are not JSON objects and are left out")
+                bad.append(number)
+    except UserError as error:
+        problems.append(str(error))
+    if bad:
+        problems.append(
+            f"{path.name}: {len(bad)} lines are not JSON objects and are left out (the first is line {bad[0]})"
+        )
+
+
+def _row_of_line(line: str) -> dict[str, Any] | None:
+    """Return the JSON object of a line; None if it holds something else."""
+    try:
+        row = parse_json(line, "line")
+    except UserError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _by_number(item: tuple[str, Path]) -> tuple[int, str]:
@@ -176,9 +188,9 @@ def _read_text(path: Path, problems: list[str]) -> str:
     if not path.exists():
         return ""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name}: cannot be read: {error}")
+        return read_text(path)
+    except UserError as error:
+        problems.append(str(error))
         return ""
 
 
@@ -186,9 +198,9 @@ def _parsed(text: str, parse: Any, name: str, problems: list[str]) -> Mapping[st
     if not text:
         return {}
     try:
-        tables = parse(text)
-    except ValueError as error:  # the TOML and JSON parsers raise subclasses
-        problems.append(f"{name}: cannot be read: {error}")
+        tables = parse(text, name)
+    except UserError as error:
+        problems.append(str(error))
         return {}
     return tables if isinstance(tables, dict) else {}
 
@@ -198,7 +210,7 @@ def _read_metrics(path: Path, problems: list[str]) -> MetricTable:
     rows: dict[int, Mapping[str, Any]] = {}
     num_repeated = 0
     for row in read_json_lines(path, problems):
-        if not isinstance(row.get("step"), int):
+        if type(row.get("step")) is not int or not 0 <= row["step"] <= _LAST_STEP:
             continue
         num_repeated += row["step"] in rows
         rows[row["step"]] = row
@@ -209,17 +221,18 @@ def _read_metrics(path: Path, problems: list[str]) -> MetricTable:
     columns: dict[str, NDArray[np.float64]] = {}
     for step, values in rows.items():
         for key, value in values.items():
-            if isinstance(value, int | float) and key != "step" and np.isfinite(value):
+            number = _number(value)
+            if number is not None and math.isfinite(number) and key != "step":
                 if key not in columns:
                     columns[key] = np.full(len(steps), np.nan)
-                columns[key][index[step]] = value
+                columns[key][index[step]] = number
     return MetricTable(np.array(steps, np.int64), columns)
 
 
 def _read_evaluations(folder: Path, problems: list[str]) -> Iterator[EvaluationResult]:
     for path in sorted(folder.glob("*/metrics.json")):
         name = f"evaluation/{path.parent.name}/metrics.json"
-        details = _parsed(_read_text(path, problems), json.loads, name, problems)
+        details = _parsed(_read_text(path, problems), parse_json, name, problems)
         listed = details.get("metrics")
         metrics = {
             str(metric): estimate
@@ -234,7 +247,7 @@ def _read_evaluations(folder: Path, problems: list[str]) -> Iterator[EvaluationR
             benchmark=str(details.get("benchmark", path.parent.name)),
             model=str(details.get("model", "")),
             thinking=details.get("thinking"),
-            num_samples=int(details.get("num_samples") or 0),
+            num_samples=_count(details.get("num_samples")),
             metrics=metrics,
             folder=path.parent,
             details=details,
@@ -242,7 +255,19 @@ def _read_evaluations(folder: Path, problems: list[str]) -> Iterator[EvaluationR
 
 
 def _estimate(entry: object) -> Estimate | None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("value"), int | float):
+    value = _number(entry.get("value")) if isinstance(entry, dict) else None
+    if value is None or not isinstance(entry, dict):
         return None
-    bounds = [entry.get(key) if isinstance(entry.get(key), int | float) else None for key in ("low", "high")]
-    return Estimate(float(entry["value"]), *bounds)
+    return Estimate(value, _number(entry.get("low")), _number(entry.get("high")))
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int else 0
+
+
+def _number(value: object) -> float | None:
+    """Return a JSON number; None for other values, and for integers that no float can hold."""
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None

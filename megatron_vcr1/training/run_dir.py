@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel.mesh import launched_world_size
+from megatron_vcr1.text_files import parse_json, parse_toml, read_json, read_lines, read_text
 from megatron_vcr1.training.environment import environment
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class RunDir:
         """
         settings = self.path / "config.toml"
         text = render_toml(config, documented=False)
-        changed = changed_settings(settings.read_text(encoding="utf-8"), text) if step > 0 and settings.exists() else {}
+        changed = changed_settings(read_text(settings), text) if step > 0 and settings.exists() else {}
         for name, (before, after) in changed.items():
             logger.info("changed since the last start: %s = %s (was %s)", name, after, before)
         _write_atomically(settings, text.encode())
@@ -123,8 +123,8 @@ class RunDir:
     def is_exported(self, step: int, directory: Path) -> bool:
         """Return whether `directory` is the complete export of a step, as `note_export` recorded."""
         try:
-            noted = json.loads(self._exported.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            noted = read_json(self._exported)
+        except UserError:
             return False
         return directory.is_dir() and noted == {"step": step, "directory": str(directory.relative_to(self.path))}
 
@@ -139,7 +139,11 @@ def changed_settings(before: str, after: str) -> dict[str, tuple[Any, Any]]:
         `section.key` to the old and the new value; None for a key that is unset.
     """
     old, new = (
-        {f"{section}.{key}": value for section, table in tomllib.loads(text).items() for key, value in table.items()}
+        {
+            f"{section}.{key}": value
+            for section, table in parse_toml(text, "config.toml").items()
+            for key, value in table.items()
+        }
         for text in (before, after)
     )
     names = dict.fromkeys((*old, *new))
@@ -179,11 +183,11 @@ def _drop_rows_after(path: Path, step: int) -> None:
     """Drop the rows of later steps, and an incomplete last row of a killed run."""
     kept = []
     # errors="replace": an incomplete row may end within a character.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in read_lines(path, errors="replace"):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line, path)
+        except UserError:
             continue
         if row["step"] <= step:
-            kept.append(line + "\n")
+            kept.append(line.removesuffix("\n") + "\n")
     _write_atomically(path, "".join(kept).encode())

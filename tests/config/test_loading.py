@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from megatron_vcr1.config.loading import load_config, parse_overrides
+from megatron_vcr1.config.schema import section_classes
 from megatron_vcr1.errors import UserError
 
 RUN = """
@@ -133,13 +136,76 @@ def test_every_problem_is_reported_at_once(run_toml):
 
 def test_unreadable_files_are_named(tmp_path):
     assert "no such file" in error_of(tmp_path / "missing.toml")
-    assert "cannot be read" in error_of(tmp_path)
+    assert "not a regular file" in error_of(tmp_path)
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
-    assert "cannot be read" in error_of(binary)
+    assert "not UTF-8 text" in error_of(binary)
 
 
 def test_a_config_is_immutable(run_toml):
     config = load_config(run_toml)
     with pytest.raises(ValueError, match="frozen"):
         config.parallel.tensor = 3
+
+
+PATH_SETTINGS = ("model.path", "train.run_dir", "data.templates", "judge.cache", "sglang.python")
+
+
+def test_every_path_setting_is_listed_here():
+    found = {
+        f"{name}.{key}"
+        for name, section in section_classes().items()
+        for key, field in section.model_fields.items()
+        if Path in (field.annotation, *get_args(field.annotation))
+    }
+    assert found == set(PATH_SETTINGS)
+
+
+@pytest.mark.parametrize("setting", PATH_SETTINGS)
+def test_paths_are_expanded(run_toml, monkeypatch, setting):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    section, key = setting.split(".")
+    assert getattr(getattr(load_config(run_toml, [f"--{setting}=~/x"]), section), key) == Path("/home/me/x")
+    run_toml.write_text(
+        f'[model]\npath = "m"\n[{section}]\n{key} = "$SCRATCH/x"\n'.replace('path = "m"\n[model]\n', "")
+    )
+    assert getattr(getattr(load_config(run_toml), section), key) == Path("/scratch/x")
+
+
+def test_paths_of_manifests_are_expanded(run_toml, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    run_toml.write_text(
+        RUN + '[[data.sources]]\nmanifest = "~/a"\n[[evaluate.benchmarks]]\nname = "charades_sta"\nmanifest = "~/b"'
+    )
+    config = load_config(run_toml)
+    assert config.data.sources[0].manifest == Path("/home/me/a")
+    assert config.evaluate.benchmarks[0].manifest == Path("/home/me/b")
+
+
+def test_an_undefined_variable_names_the_key(run_toml):
+    run_toml.write_text(RUN + '[train]\nrun_dir = "$NO_SUCH_NAME/x"\n[[data.sources]]\nmanifest = "${NEITHER}/a"')
+    message = error_of(run_toml)
+    assert "run.toml: train.run_dir: $NO_SUCH_NAME/x: the environment variable NO_SUCH_NAME is not set" in message
+    assert "run.toml: data.sources.0.manifest: ${NEITHER}/a: the environment variable NEITHER is not set" in message
+    assert "--train.run_dir: " in error_of(run_toml, "--train.run_dir=$NO_SUCH_NAME")
+
+
+def test_other_texts_are_not_expanded(run_toml):
+    assert load_config(run_toml, ["--rollout.stop=$NO_SUCH_NAME"]).rollout.stop == ("$NO_SUCH_NAME",)
+
+
+def test_a_byte_order_mark_is_ignored(run_toml):
+    run_toml.write_text("\ufeff" + RUN, encoding="utf-8")
+    assert load_config(run_toml).parallel.tensor == 2
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "9" * 5_000, "a = 2026-13-45", "a = 1\0", "[" * 9])
+def test_hostile_toml_is_a_user_error(run_toml, text):
+    run_toml.write_text(text)
+    assert "run.toml: not" in error_of(run_toml)
+
+
+def test_a_fifo_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    assert "not a regular file" in error_of(tmp_path / "pipe.toml")

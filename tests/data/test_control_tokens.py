@@ -11,7 +11,7 @@ import pytest
 from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.training.targets import TargetEncoder
-from tests.data.model_dirs import write_model_dir
+from tests.data.model_dirs import TOKENS, write_model_dir
 from tests.data.tiny_processor import tiny_processor
 
 CONTROL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
@@ -30,9 +30,10 @@ def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if request.param == "tiny":
         return tiny_processor()
     if request.param == "byte-level":
-        return PromptProcessor.from_pretrained(write_model_dir(tmp_path_factory.mktemp("models") / "model"))
+        return PromptProcessor.from_pretrained(write_model_dir(tmp_path_factory.mktemp("models") / "model"), TOKENS)
     realdata: Path = request.getfixturevalue("realdata")
-    return PromptProcessor.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct")
+    tokens = replace(TOKENS, num_embeddings=152064, image_token_id=151655, video_token_id=151656)
+    return PromptProcessor.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct", tokens)
 
 
 def user(*texts: str) -> list[dict[str, Any]]:
@@ -112,7 +113,7 @@ def test_text_with_every_private_use_character_is_refused() -> None:
 
 
 def test_vision_tokens_without_the_special_flag_are_text(tmp_path: Path) -> None:
-    processor = PromptProcessor.from_pretrained(write_model_dir(tmp_path / "model"))
+    processor = PromptProcessor.from_pretrained(write_model_dir(tmp_path / "model"), TOKENS)
     processor = replace(processor, vision_tokens=(*processor.vision_tokens, "<extra>"))
     processor.tokenizer.add_tokens(["<extra>"])
     extra = processor.tokenizer.get_vocab()["<extra>"]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_vcr1 import text_files
+from megatron_vcr1.data import manifest
 from megatron_vcr1.data.manifest import BadRow, ManifestError, read_manifest, scan_manifest, write_manifest
 from megatron_vcr1.data.rows import sample_from_row
 from megatron_vcr1.types import VideoSample
@@ -81,3 +84,19 @@ def test_many_bad_rows_are_counted_and_missing_or_empty_files_are_errors(tmp_pat
     (tmp_path / "video.jsonl").write_bytes(b"\x00\xff\xfe\x81")
     with pytest.raises(ManifestError, match="UTF-8"):
         read_manifest(tmp_path / "video.jsonl")
+
+
+def test_hostile_lines_are_bad_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 200_000)
+    monkeypatch.setattr(manifest, "MAX_LINE_CHARACTERS", 200_000)
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(["[" * 100_000, "9" * 5_000, "\0", '"' + "x" * 300_000, '{"id": "\\ud800"}']) + "\n")
+    rows = [row for row in scan_manifest(path) if isinstance(row, BadRow)]
+    assert [row.line for row in rows] == [1, 2, 3, 4, 5]
+    assert "longer than 200000 characters" in rows[3].problem
+
+
+def test_a_fifo_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ManifestError, match="not a regular file"):
+        read_manifest(tmp_path / "pipe.jsonl")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_a_users_file_replaces_texts_and_precision(tmp_path: Path) -> None:
         ("$options", "$options $first_box", r"grounded_qa.answer: placeholder 'first_box' is unknown"),
         ("$options", "$ 5", "stray dollar sign"),
         ("[captioning]\nanswer", "[captioning]\nanwser", r"\[captioning\] must hold two strings"),
-        ("[captioning]", "[captioning", "cannot be read as TOML"),
+        ("[captioning]", "[captioning", "not valid TOML"),
     ],
 )
 def test_mistakes_in_a_template_file_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -101,3 +102,16 @@ def test_mistakes_in_a_template_file_are_named(tmp_path: Path, old: str, new: st
 def test_a_missing_template_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.toml: cannot be read"):
         load_templates(tmp_path / "absent.toml")
+
+
+def test_a_byte_order_mark_is_ignored_and_hostile_files_are_user_errors(tmp_path: Path) -> None:
+    text = (resources.files("megatron_vcr1.data") / "templates.toml").read_text(encoding="utf-8")
+    (tmp_path / "t.toml").write_text("\ufeff" + text, encoding="utf-8")
+    task = Task.QUALITY
+    assert load_templates(tmp_path / "t.toml").answer[task].template == load_templates().answer[task].template
+    (tmp_path / "t.toml").write_text("a = " + "[" * 100_000)
+    with pytest.raises(UserError, match=r"t\.toml: not TOML that can be read"):
+        load_templates(tmp_path / "t.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match="not a regular file"):
+        load_templates(tmp_path / "pipe.toml")

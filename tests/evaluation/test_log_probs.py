@@ -15,6 +15,8 @@ from PIL import Image
 
 from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.evaluation.log_probs import read_requests
 from megatron_vcr1.model.config import ModelConfig
 from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
@@ -171,3 +173,19 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(workspace: Path) -> Non
     assert result.returncode == 2
     assert "parallel.tensor = 5 does not divide 12 attention heads" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5_000, '{"id": "a\0"}'], ids=["deep", "long integer", "nul"])
+def test_hostile_requests_are_user_errors_that_name_the_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "data.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"data\.jsonl:1: not JSON"):
+        read_requests(tmp_path / "data.jsonl")
+
+
+def test_requests_with_a_byte_order_mark_are_read_and_a_fifo_is_refused(tmp_path: Path) -> None:
+    row = {"id": "a", "messages": [{"role": "user", "content": "x"}], "response": "y"}
+    (tmp_path / "data.jsonl").write_text("\ufeff" + json.dumps(row), encoding="utf-8")
+    assert [request.id for request in read_requests(tmp_path / "data.jsonl")] == ["a"]
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="not a regular file"):
+        read_requests(tmp_path / "pipe.jsonl")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,30 @@ def test_a_log_refuses_a_file_of_other_content(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"predictions.jsonl:1: not JSON"):
         PredictionLog(path, DIGESTS)
     assert path.read_text() == "some notes\n"
+
+
+HOSTILE = {
+    "deep": "[" * 100_000,
+    "long integer": '{"id": ' + "9" * 5_000 + "}",
+    "surrogate": '"\\ud800',
+    "nul": '{"id": "a\0"}',
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_lines_are_user_errors_that_name_the_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"id": "z", "output": "A"}\n' + line + "\n")
+    for read in (read_predictions, lambda path: PredictionLog(path, {})):
+        with pytest.raises(UserError, match=r"predictions\.jsonl:2: not JSON"):
+            read(path)
+
+
+def test_a_byte_order_mark_is_ignored_and_a_fifo_refused(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('\ufeff{"id": "z", "output": "A \\ud800"}\n', encoding="utf-8")
+    assert read_predictions(path)["z"].output == "A \ud800"
+    assert list(PredictionLog(path, {}).done) == ["z"]
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="not a regular file"):
+        read_predictions(tmp_path / "pipe.jsonl")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -96,3 +97,36 @@ def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path):
 def test_a_missing_file_has_no_lines(tmp_path):
     problems: list[str] = []
     assert list(read_json_lines(tmp_path / "absent.jsonl", problems)) == [] and not problems
+
+
+def test_hostile_lines_and_files_are_counted_and_the_rest_is_shown(tmp_path):
+    lines = [
+        '{"step": 1, "loss": 1}',
+        "[" * 100_000,
+        "9" * 5_000,
+        '{"step": 1e400}',
+        '{"step": 2, "loss": 2, "big": 1%s}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines).replace("%s", "0" * 400) + "\n")
+    (tmp_path / "config.toml").write_text("a = " + "[" * 100_000)
+    os.mkfifo(tmp_path / "skipped.jsonl")
+    for label, text in {
+        "deep": "[" * 100_000,
+        "long": "9" * 5_000,
+        "count": '{"num_samples": [], "metrics": {"m": {"value": 1}}}',
+    }.items():
+        (tmp_path / "evaluation" / label).mkdir(parents=True)
+        (tmp_path / "evaluation" / label / "metrics.json").write_text(text)
+    run = read_run(tmp_path)
+    assert run.metrics.steps.tolist() == [1, 2] and set(run.metrics.columns) == {"loss"}
+    assert [result.num_samples for result in run.evaluations] == [0]
+    reported = "\n".join(run.problems)
+    assert "metrics.jsonl: 2 lines are not JSON objects and are left out (the first is line 2)" in reported
+    for name in ("config.toml", "skipped.jsonl", "evaluation/deep/metrics.json", "evaluation/long/metrics.json"):
+        assert name in reported
+
+
+def test_files_with_a_byte_order_mark_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('\ufeff{"step": 1}\n', encoding="utf-8")
+    (tmp_path / "config.toml").write_text("\ufeff[train]\nseed = 3\n", encoding="utf-8")
+    assert read_run(tmp_path).setting("train", "seed") == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from cluster_plan.memory import training_memory
 from cluster_plan.timing import busiest_seconds, pipeline_seconds, reference_seconds, update_seconds
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import bf16_peak
+from megatron_vcr1.text_files import read_json
 
 PARTS = ("text", "vision", "attention", "head")
 """The efficiencies that are fitted."""
@@ -48,7 +48,7 @@ class Measured:
             UserError: the file is not such a result.
         """
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path)
             return cls._from_result(path.stem, raw, raw["case"], raw["sides"]["ours"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
