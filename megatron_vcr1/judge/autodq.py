@@ -186,8 +186,8 @@ def _as_material(value: object) -> str:
 def _find_object(text: str, key: str) -> dict[str, Any]:
     """Find the first JSON object with a key after the last complete thought.
 
-    Text around it (a code fence, pleasantries) is ignored. A thought that is not closed was cut off: an object in it is a
-    draft, not the response.
+    Text around it (a code fence, pleasantries) is ignored. A thought that is not closed was cut off: an object in it is
+    a draft, not the response.
 
     Raises:
         UnusableResponse: there is no such object.
