@@ -26,7 +26,7 @@ class Cell:
     """Whether the model was asked to think first or to answer at once; empty if unknown."""
     delta: float | None
     apart: bool
-    """Whether its interval and the interval of the first row do not overlap."""
+    """True if its interval and the interval of the first row do not overlap."""
     best: bool
     """Whether it is the largest value of its column, if the values differ."""
 

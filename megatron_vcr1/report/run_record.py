@@ -206,7 +206,7 @@ def _parsed(text: str, parse: Any, name: str, problems: list[str]) -> Mapping[st
 
 
 def _read_metrics(path: Path, problems: list[str]) -> MetricTable:
-    """Read the rows by step; if a step was computed again after a resume, the later row counts."""
+    """Read the rows by step; if a step was repeated after a resume, the later row counts."""
     rows: dict[int, Mapping[str, Any]] = {}
     num_repeated = 0
     for row in read_json_lines(path, problems):
@@ -215,7 +215,7 @@ def _read_metrics(path: Path, problems: list[str]) -> MetricTable:
         num_repeated += row["step"] in rows
         rows[row["step"]] = row
     if num_repeated:
-        problems.append(f"{path.name}: {num_repeated} steps were computed again after a resume; the later row counts")
+        problems.append(f"{path.name}: {num_repeated} steps were repeated after a resume; the later row counts")
     steps = sorted(rows)
     index = {step: row for row, step in enumerate(steps)}
     columns: dict[str, NDArray[np.float64]] = {}
