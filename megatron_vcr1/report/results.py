@@ -28,7 +28,7 @@ class Cell:
     apart: bool
     """True if its interval and the interval of the first row do not overlap."""
     best: bool
-    """Whether it is the largest value of its column, if the values differ."""
+    """True if it is the largest value of its column and the values differ."""
 
 
 @dataclass(frozen=True)

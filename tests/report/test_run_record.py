@@ -30,7 +30,7 @@ def test_incomplete_lines_and_repeated_steps_are_reported(tmp_path):
     assert (
         "last line is incomplete" in reported
         and "1 lines are not JSON objects" in reported
-        and "1 steps were computed" in reported
+        and "1 steps were repeated" in reported
     )
 
 
