@@ -1,4 +1,4 @@
-"""Opening files that are none."""
+"""Opening media files: regular files, remote files, and paths that are neither."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str, p
     path = prefix + str(_make(tmp_path / "a.mp4", kind))
     with pytest.raises(VideoError, match="not a regular file"):
         read_image(path)
-    with pytest.raises(VideoError, match=r"not a regular file|the folder holds no images"):
+    with pytest.raises(VideoError, match=r"not a regular file|the folder contains no images"):
         read_frames(path)
     with pytest.raises(VideoError, match="not a regular file"):
         read_frames([path])
