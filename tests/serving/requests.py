@@ -31,8 +31,7 @@ import sys
 from megatron_vcr1.cli.main import main
 from megatron_vcr1.serving import app, connections
 
-connections.HEADER_TIMEOUT_S = {HEADER_TIMEOUT_S}
-connections.STALL_TIMEOUT_S = {STALL_TIMEOUT_S}
+connections.HEADER_TIMEOUT_S = connections.STALL_TIMEOUT_S = float(sys.argv.pop(1))
 app.MAX_BODY_BYTES = {MAX_BODY_BYTES}
 app.Limits.max_in_flight = property(lambda limits: {MAX_IN_FLIGHT})
 sys.exit(main())
@@ -42,8 +41,9 @@ sys.exit(main())
 class ServerProcess:
     """`vcr1 serve` with smaller limits, so that tests reach them soon."""
 
-    def __init__(self, model: Path, *options: str) -> None:
-        command = [sys.executable, "-c", _PROGRAM, "serve", "--model", str(model), "--port", "0", "--dtype", "float32"]
+    def __init__(self, model: Path, *options: str, stall_timeout_s: float = STALL_TIMEOUT_S) -> None:
+        command = [sys.executable, "-c", _PROGRAM, str(stall_timeout_s), "serve", "--model", str(model)]
+        command += ["--port", "0", "--dtype", "float32"]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
         self.process = subprocess.Popen(
