@@ -1,6 +1,7 @@
 """Feeds mutated files to every reader: python -m tests.fuzz.readers FOLDER READER FIRST_SEED NUM_INPUTS.
 
-READER may be several names with commas between. It runs in a process of its own with an address space of 4 GB. It writes the number of each input before reading it, so
+READER may be several names with commas between.
+It runs in a process of its own with an address space of 4 GB. It writes the number of each input before reading it, so
 that the parent knows which one crashed or hung the process: an alarm with its default action ends a hang.
 """
 
