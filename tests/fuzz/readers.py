@@ -24,9 +24,9 @@ import torch
 
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsReader
 from megatron_vcr1.config.loading import load_config
+from megatron_vcr1.data.image_settings import read_image_settings
 from megatron_vcr1.data.images import read_image
 from megatron_vcr1.data.manifest import read_manifest, scan_manifest
-from megatron_vcr1.data.processor import read_processor
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.data.video import VideoError, read_frames
 from megatron_vcr1.errors import UserError
@@ -100,7 +100,7 @@ READERS: dict[str, tuple[Callable[[Path], object], tuple[type[Exception], ...]]]
     "predictions.jsonl": (read_predictions, (UserError,)),
     "requests.jsonl": (read_requests, (UserError,)),
     "config.json": (lambda path: ModelConfig.from_pretrained(path.parent), (UserError,)),
-    "preprocessor_config.json": (lambda path: read_processor(path.parent), (UserError,)),
+    "preprocessor_config.json": (lambda path: read_image_settings(path.parent), (UserError,)),
     "model.safetensors": (_safetensors, (UserError,)),
     "payload.safetensors": (_unpack, (ValueError,)),
     "settings.toml": (load_config, (UserError,)),
