@@ -64,8 +64,15 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--split", help="split to import, for formats whose files contain several")
+    parser.add_argument("--task", metavar="TASK", help="task to import for, for formats that suit several")
     parser.add_argument("--limit", type=positive, metavar="N", help="keep N randomly chosen samples")
-    parser.add_argument("--seed", type=int, default=0, help="seed for --limit (default: 0)")
+    parser.add_argument(
+        "--limit-per-video",
+        type=positive,
+        metavar="N",
+        help="keep N randomly chosen samples of each video, before --limit (1: as many samples as videos)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for the two limits (default: 0)")
     parser.add_argument(
         "--keep-overruns",
         action="store_true",
@@ -138,13 +145,17 @@ def run_import(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: this is a folder; name the manifest file to write")
     if args.videos and not is_remote(args.videos) and not Path(args.videos).is_dir():
         raise UserError(f"--videos {args.videos}: no such folder")
+    if args.name == "got10k" and not args.videos and any(path.suffix == ".json" for path in args.annotations):
+        raise UserError("got10k: boxes of a .json belong to certain frames of a sequence; name the folder in --videos")
     samples, report = import_dataset(
         args.name,
         tuple(args.annotations),
         VideoFolder(args.videos),
         split=args.split,
+        task=args.task,
         keep_overruns=args.keep_overruns,
         limit=args.limit,
+        limit_per_video=args.limit_per_video,
         seed=args.seed,
     )
     report_file = args.out.with_name(args.out.name + ".report.json")

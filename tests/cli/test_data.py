@@ -84,6 +84,13 @@ def test_import_of_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
         vcr1("import", "activitynet", "--annotations", tmp_path / "absent.json", "--out", tmp_path / "m.jsonl")
 
 
+def test_boxes_of_a_json_file_are_refused_without_the_frames_they_belong_to(tmp_path: Path) -> None:
+    annotations = tmp_path / "val.json"
+    annotations.write_text("[]")
+    with pytest.raises(UserError, match="belong to certain frames of a sequence; name the folder in --videos"):
+        vcr1("import", "got10k", "--annotations", annotations, "--out", tmp_path / "m.jsonl")
+
+
 def test_an_unknown_task_is_refused_with_the_known_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         vcr1("synthesize", "--out", "a", "--num-videos", "1", "--tasks", "grounding")

@@ -10,7 +10,7 @@ FORMATS = {
     "charades_sta": "grounding; the split's .txt and the lengths' .csv (columns id, length), or one .json",
     "activitynet": "grounding; .json of {video: {duration, timestamps, sentences}}",
     "got10k": "tracking; the folder of sequences (--split: its subfolder), or .json of path, object, gt",
-    "nextgqa": "grounded QA; .csv, gsub_*.json and map_vid_vidorID.json, or one .json",
+    "nextgqa": "grounded QA (or --task multiple_choice_qa); .csv, gsub_*.json, map_vid_vidorID.json, or one .json",
     "mvbench": "QA; the folder of .json files (--split: a sub-task)",
     "videomme": "QA; the .parquet file (--split: short, medium or long)",
     "perception_test": "QA; .json of {video: {metadata, mc_question}} (--split: the metadata's)",

@@ -24,6 +24,9 @@ from megatron_vcr1.types import VideoSample
 
 _SPLIT_FORMATS = ("got10k", "mvbench", "videomme", "perception_test", "dream1k")
 
+_TASKS = {"nextgqa": ("grounded_qa", "multiple_choice_qa")}
+"""Tasks that a format can be imported for, the default first, where there is a choice."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
@@ -59,8 +62,10 @@ def import_dataset(
     videos: VideoFolder,
     *,
     split: str | None = None,
+    task: str | None = None,
     keep_overruns: bool = False,
     limit: int | None = None,
+    limit_per_video: int | None = None,
     seed: int = 0,
 ) -> tuple[list[VideoSample], ImportReport]:
     """Read a published dataset.
@@ -70,9 +75,11 @@ def import_dataset(
         annotations: files or folders of the annotations.
         videos: folder of the videos.
         split: the split to read, for formats whose files contain several.
+        task: the task to import for, for formats that suit several; None is the format's own task.
         keep_overruns: whether spans that end after the video are kept (see `RowCleaner`).
         limit: number of samples to keep, chosen at random; None keeps all.
-        seed: seed of that choice.
+        limit_per_video: number of samples of each video to keep, chosen at random before `limit`; None keeps all.
+        seed: seed of these choices.
 
     Returns:
         The samples, and the report of the import.
@@ -85,13 +92,18 @@ def import_dataset(
         raise UserError(f"{name}: unknown format; known formats are {', '.join(FORMATS)}")
     if split is not None and name not in _SPLIT_FORMATS:
         raise UserError(f"--split {split}: {name} has a file for each split; name that file in --annotations")
+    tasks = _TASKS.get(name, ())
+    if task is not None and task not in tasks:
+        known = f"{' or '.join(tasks)}" if tasks else "left out"
+        raise UserError(f"--task {task}: for {name}, it can be {known}")
     for path in annotations:
         if not path.exists():
             raise UserError(f"--annotations {path}: no such file or folder")
     cleaner = RowCleaner(videos, keep_overruns)
     samples: dict[str, VideoSample] = {}
     num_rows = 0
-    for num_rows, row in enumerate(_rows(name, annotations, videos, split), start=1):
+    published = _rows(name, annotations, videos, split, task or next(iter(tasks), ""))
+    for num_rows, row in enumerate(published, start=1):
         result = row if isinstance(row, Issue | MalformedRow) else _clean(cleaner, row)
         if isinstance(result, MalformedRow):
             if num_rows == 1:
@@ -109,7 +121,7 @@ def import_dataset(
             samples[result.id] = result
     if num_rows == 0:
         raise UserError(f"{name}: no rows" + (f" in split {split}" if split else "") + "; check --annotations, --split")
-    chosen = _choose(list(samples.values()), limit, seed)
+    chosen = _choose(_choose_per_video(list(samples.values()), limit_per_video, seed), limit, seed)
     report = ImportReport(name, num_rows, len(chosen), videos.root is not None, tuple(cleaner.issues))
     return chosen, report
 
@@ -123,7 +135,7 @@ def _clean(cleaner: RowCleaner, row: Row) -> VideoSample | MalformedRow | None:
 
 
 def _rows(
-    name: str, annotations: tuple[Path, ...], videos: VideoFolder, split: str | None
+    name: str, annotations: tuple[Path, ...], videos: VideoFolder, split: str | None, task: str
 ) -> Iterator[Row | Issue | MalformedRow]:
     match name:
         case "charades_sta":
@@ -133,7 +145,7 @@ def _rows(
         case "got10k":
             return tracking.read_got10k(annotations, videos, split)
         case "nextgqa":
-            return questions.read_nextgqa(annotations)
+            return questions.read_nextgqa(annotations, task)
         case "mvbench":
             return questions.read_mvbench(annotations, split)
         case "videomme":
@@ -168,6 +180,22 @@ def _choose(samples: list[VideoSample], limit: int | None, seed: int) -> list[Vi
     """Choose samples at random, in their order: those with the smallest hashes, whatever other samples there are."""
     if limit is None or limit >= len(samples):
         return samples
-    by_hash = sorted(samples, key=lambda sample: hashlib.blake2b(f"{seed}/{sample.id}".encode()).digest())
-    kept = {sample.id for sample in by_hash[:limit]}
+    kept = {sample.id for sample in sorted(samples, key=lambda sample: _hash(sample, seed))[:limit]}
     return [sample for sample in samples if sample.id in kept]
+
+
+def _choose_per_video(samples: list[VideoSample], limit: int | None, seed: int) -> list[VideoSample]:
+    """Choose up to `limit` samples of each video in the same way."""
+    if limit is None:
+        return samples
+    num_kept: Counter[str | tuple[str, ...]] = Counter()
+    kept = set()
+    for sample in sorted(samples, key=lambda sample: _hash(sample, seed)):
+        num_kept[sample.video] += 1
+        if num_kept[sample.video] <= limit:
+            kept.add(sample.id)
+    return [sample for sample in samples if sample.id in kept]
+
+
+def _hash(sample: VideoSample, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed}/{sample.id}".encode()).digest()

@@ -50,8 +50,21 @@ MVBENCH_FOLDERS = {
 """Folder of each sub-task's videos in MVBench's own layout. File names are only unique within a folder."""
 
 
-def read_nextgqa(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
-    """Read NExT-GQA: one JSON list, or the CSV file together with the gsub JSON and the video-to-path map JSON."""
+def read_nextgqa(annotations: tuple[Path, ...], task: str) -> Iterator[Row | MalformedRow]:
+    """Read NExT-GQA: one JSON list, or the CSV file together with the gsub JSON and the video-to-path map JSON.
+
+    Args:
+        annotations: the files.
+        task: grounded_qa, or multiple_choice_qa, which leaves out the spans.
+    """
+    for row in _nextgqa_rows(annotations):
+        if task == "multiple_choice_qa" and not isinstance(row, MalformedRow):
+            target = {key: value for key, value in row["target"].items() if key != "intervals"}
+            row = {**row, "task": task, "target": target}
+        yield row
+
+
+def _nextgqa_rows(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
     if len(annotations) == 1:
         yield from convert_rows(read_json_list(annotations[0]), _nextgqa_json_row, lambda entry: str(entry["id"]))
         return

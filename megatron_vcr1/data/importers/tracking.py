@@ -1,4 +1,4 @@
-"""Tracking: GOT-10k, from its sequence folders or from a JSON file with eight boxes per sequence."""
+"""Tracking: GOT-10k, from its sequence folders or from VideoChat-R1's JSON file with eight boxes per sequence."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def read_got10k(
 ) -> Iterator[Row | Issue | MalformedRow]:
     """Read GOT-10k: sequence folders, or a JSON list of ``path``, ``object`` and ``gt`` (boxes in fractions).
 
-    Eight evenly spaced frames of each sequence are used, including the first and the last one. Frames are in natural
-    order of their names: 2.jpg comes before 10.jpg.
+    Of a sequence folder, eight evenly spaced frames are used, including the first and the last one. Frames without a
+    box, in which the object is out of sight, are left out first. Of the JSON file, see `_start_and_seven`. Frames are
+    in natural order of their names: 2.jpg comes before 10.jpg.
     """
     for path in annotations:
         if path.suffix == ".json":
@@ -63,13 +64,14 @@ def _boxes_row(entry: Row, videos: VideoFolder) -> Row | Issue:
         raise ValueError(f"{len(entry['gt'])} boxes, but tracking needs {NUM_TRACKED_FRAMES}")
     folder = videos.find(name) if videos.root is not None else None
     frames = list_images(Path(folder)) if folder is not None else []
-    if folder is not None and len(frames) < NUM_TRACKED_FRAMES:
-        detail = f"{folder} has {len(frames)} images, but tracking needs {NUM_TRACKED_FRAMES}"
+    if folder is not None and len(frames) < NUM_TRACKED_FRAMES - 1:
+        detail = f"{folder} has {len(frames)} images, but tracking needs {NUM_TRACKED_FRAMES - 1}"
         return Issue(name, "too_few_frames", detail, "skipped")
     return {
         "id": name,
         "task": "tracking",
-        "video": _chosen_files(frames) if frames else f"{name}/",
+        # Without the frames' files, the sample can be scored, but it cannot be read.
+        "video": _absolute(_start_and_seven(frames)) if frames else f"{name}/",
         "duration_s": None,
         "query": entry["object"],
         "target": {"boxes": entry["gt"]},
@@ -84,38 +86,56 @@ def _read_sequences(folder: Path) -> Iterator[Row | Issue | MalformedRow]:
         raise UserError(f"{folder}: no sequence folders with a groundtruth.txt; name the folder of a split")
     for sequence in sequences:
         try:
-            yield _sequence_row(sequence)
+            yield from _sequence_rows(sequence)
         except (*MALFORMED, configparser.Error, OSError, UserError, Image.DecompressionBombError) as error:
             yield MalformedRow(sequence.name, describe(error))
 
 
-def _sequence_row(sequence: Path) -> Row | Issue:
-    """Read the folder of a sequence. Files of it that are malformed raise errors of many types."""
+def _sequence_rows(sequence: Path) -> list[Row | Issue]:
+    """Read the folder of a sequence; return its row and what is noteworthy about it.
+
+    Files of the folder that are malformed raise errors of many types.
+    """
     frames = list_images(sequence)
     boxes_px = [[float(value) for value in line.split(",")] for line in read_lines(sequence / "groundtruth.txt")]
-    if len(boxes_px) != len(frames) or len(frames) < NUM_TRACKED_FRAMES:
+    if len(boxes_px) != len(frames):
         detail = f"{len(frames)} images and {len(boxes_px)} boxes (a test split publishes the first box only)"
-        return Issue(sequence.name, "incomplete_sequence", detail, "skipped")
-    absence_file = sequence / "absence.label"
-    if absence_file.exists():
-        absence = [line.strip() for line in read_lines(absence_file)]
-        if len(absence) != len(frames):
-            detail = f"{len(frames)} images, but absence.label has {len(absence)} lines"
-            return Issue(sequence.name, "incomplete_sequence", detail, "skipped")
-        if "1" in _choose_evenly(absence):
-            detail = "the object is out of sight in one of the eight frames"
-            return Issue(sequence.name, "object_absent", detail, "skipped")
+        return [Issue(sequence.name, "incomplete_sequence", detail, "skipped")]
+    absence = _absence(sequence / "absence.label", len(frames))
+    if len(absence) != len(frames):
+        detail = f"{len(frames)} images, but absence.label has {len(absence)} lines"
+        return [Issue(sequence.name, "incomplete_sequence", detail, "skipped")]
+    has_box = [not absent and box[2] > 0 and box[3] > 0 for absent, box in zip(absence, boxes_px, strict=True)]
+    visible = [index for index, is_visible in enumerate(has_box) if is_visible]
+    if len(visible) < NUM_TRACKED_FRAMES:
+        detail = f"{len(visible)} of {len(frames)} frames have a box, but tracking needs {NUM_TRACKED_FRAMES}"
+        return [Issue(sequence.name, "too_few_frames", detail, "skipped")]
+    notes: list[Row | Issue] = []
+    if len(visible) < len(frames):
+        detail = (
+            f"the object is out of sight in {len(frames) - len(visible)} of {len(frames)} frames: they are left out"
+        )
+        notes = [Issue(sequence.name, "object_absent", detail, "repaired")]
     object_class, frames_per_second = _meta_info(sequence / "meta_info.ini")
     with open(open_regular(frames[0]), "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
         width, height = image.size
-    return {
+    chosen = _choose_evenly(visible)
+    row = {
         "id": sequence.name,
         "task": "tracking",
-        "video": _chosen_files(frames),
+        "video": _absolute([frames[index] for index in chosen]),
         "duration_s": len(frames) / frames_per_second,
         "query": object_class,
-        "target": {"boxes": [_box_in_fractions(box_px, width, height) for box_px in _choose_evenly(boxes_px)]},
+        "target": {"boxes": [_box_in_fractions(boxes_px[index], width, height) for index in chosen]},
     }
+    return [*notes, row]
+
+
+def _absence(path: Path, num_frames: int) -> list[bool]:
+    """Return for each line of absence.label whether the object is out of sight; all False if there is no file."""
+    if not path.exists():
+        return [False] * num_frames
+    return [line.strip() == "1" for line in read_lines(path)]
 
 
 def _meta_info(path: Path) -> tuple[str, float]:
@@ -137,8 +157,19 @@ def _box_in_fractions(box_px: list[float], width: int, height: int) -> list[floa
     return [round(value, 4) for value in box]
 
 
-def _chosen_files(frames: list[str]) -> list[str]:
-    return [str(Path(frame).absolute()) for frame in _choose_evenly(frames)]
+def _absolute(files: list[str]) -> list[str]:
+    return [str(Path(file).absolute()) for file in files]
+
+
+def _start_and_seven(frames: list[T]) -> list[T]:
+    """Choose the frames of the eight boxes in VideoChat-R1's JSON file: the start, and seven evenly spaced frames.
+
+    The first box is the start box that the prompt states, and the other seven belong to the frames 0, int((n - 1) / 6),
+    ..., n - 1 of the sequence. The first frame is therefore listed twice: the model sees one frame for each box.
+    """
+    step = (len(frames) - 1) / (NUM_TRACKED_FRAMES - 2)
+    evenly_spaced = [frames[int(index * step)] for index in range(NUM_TRACKED_FRAMES - 2)]
+    return [frames[0], *evenly_spaced, frames[-1]]
 
 
 def _choose_evenly(items: list[T]) -> list[T]:

@@ -20,6 +20,25 @@ def test_limit_chooses_at_random_and_keeps_the_order(tmp_path: Path) -> None:
     assert 60 < sum(ids) / 50 < 140  # spread over the whole file
 
 
+def test_limit_per_video_keeps_as_many_samples_of_each_video(tmp_path: Path) -> None:
+    content = {f"v{index}": _activity(*[[0, 1]] * (index % 3 + 1)) for index in range(60)}
+    annotations = write(tmp_path / "train.json", content)
+    samples, _ = run("activitynet", annotations, limit_per_video=1, seed=1)
+    assert [sample.video for sample in samples] == [f"v{index}.mp4" for index in range(60)]
+    assert {sample.id[-1] for sample in samples} == {"0", "1", "2"}  # not always the first one
+    assert samples != run("activitynet", annotations, limit_per_video=1, seed=2)[0]
+    assert len(run("activitynet", annotations, limit_per_video=2)[0]) == 20 + 40 + 40
+    assert len(run("activitynet", annotations, limit_per_video=1, limit=7)[0]) == 7
+
+
+def test_real_charades_has_one_sample_for_each_of_its_videos(realdata: Path) -> None:
+    """5,338 videos, of which two have only a query with an inverted span."""
+    annotations = realdata / "annotations/charades_sta/videochat_r1_train.json"
+    assert len(json.loads(annotations.read_text())) == 5338
+    samples, _ = run("charades_sta", annotations, limit_per_video=1)
+    assert len(samples) == len({sample.video for sample in samples}) == 5336
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

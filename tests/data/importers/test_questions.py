@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def test_a_bad_span_of_nextgqa_is_removed_and_a_row_without_a_good_span_is_skipp
     assert samples[0].options == ("share", "rest")
     assert samples[0].target == GroundedChoiceTarget("B", (Interval(13.8, 29.8),))
     assert issues(report) == [("48_1", "inverted_span", "repaired"), ("48_2", "no_usable_span", "skipped")]
+
+
+def test_nextgqa_is_imported_as_plain_multiple_choice(tmp_path: Path) -> None:
+    grounded, _ = run("nextgqa", *nextgqa_files(tmp_path))
+    plain, report = run("nextgqa", *nextgqa_files(tmp_path), task="multiple_choice_qa")
+    assert plain == [replace(sample, target=ChoiceTarget(sample.target.choice)) for sample in grounded]
+    assert {problem for _, problem, _ in issues(report)} == {"ambiguous_answer", "answer_not_in_options"}
+    with pytest.raises(UserError, match="--task quality: for nextgqa, it can be grounded_qa or multiple_choice_qa"):
+        run("nextgqa", *nextgqa_files(tmp_path), task="quality")
+    with pytest.raises(UserError, match="--task quality: for activitynet, it can be left out"):
+        run("activitynet", *nextgqa_files(tmp_path), task="quality")
 
 
 def test_missing_files_of_nextgqa_are_user_errors(tmp_path: Path) -> None:

@@ -7,10 +7,8 @@ from PIL import Image
 
 from megatron_vcr1.data.importers.cleaning import VideoFolder
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import (
-    Box,
-    TrackingTarget,
-)
+from megatron_vcr1.rewards.overlap import mean_box_iou
+from megatron_vcr1.types import Box, TrackingTarget
 from tests.data.importers.importing import issues, run, write
 
 
@@ -27,10 +25,7 @@ def test_got10k_sequence_folders_become_samples(tmp_path: Path) -> None:
     got10k_sequence(root / "val/GOT_1", 15, [f"{index},20.0,40,50" for index in range(15)])
     (root / "val/GOT_1/._00000001.jpg").write_bytes(b"metadata that macOS writes beside a file")
     got10k_sequence(root / "val/GOT_2", 15, ["170,20,40,50"] * 15)  # 5 px wide of the 200 px frame is outside
-    got10k_sequence(root / "val/GOT_3", 15, ["10,20,40,50"] * 14 + ["0,0,0,0"])  # absent in the last frame
     got10k_sequence(root / "val/GOT_4", 15, ["10,20,40,50"])  # as in the test split
-    got10k_sequence(root / "val/GOT_5", 15, ["10,20,40,50"] * 15)
-    write(root / "val/GOT_5/absence.label", "0\n" * 14 + "1\n")
     samples, report = run("got10k", root, split="val")
     assert [sample.id for sample in samples] == ["GOT_1", "GOT_2"]
     assert isinstance(samples[0].target, TrackingTarget)
@@ -42,10 +37,58 @@ def test_got10k_sequence_folders_become_samples(tmp_path: Path) -> None:
     assert samples[1].target == TrackingTarget((Box(0.85, 0.2, 1.0, 0.7),) * 8)
     assert sorted(set(issues(report))) == [
         ("GOT_2", "box_outside_frame", "repaired"),
-        ("GOT_3", "empty_box", "skipped"),
         ("GOT_4", "incomplete_sequence", "skipped"),
-        ("GOT_5", "object_absent", "skipped"),
     ]
+
+
+def test_frames_in_which_the_object_is_absent_are_left_out_and_counted(tmp_path: Path) -> None:
+    boxes = [f"{index},20,40,50" for index in range(15)]
+    got10k_sequence(tmp_path / "GOT_1", 15, boxes)
+    write(tmp_path / "GOT_1/absence.label", "0\n" * 5 + "1\n" * 4 + "0\n" * 6)
+    got10k_sequence(tmp_path / "GOT_2", 15, [*boxes[:14], "0,0,0,0"])  # a box without area is no box
+    got10k_sequence(tmp_path / "GOT_3", 15, boxes)
+    write(tmp_path / "GOT_3/absence.label", "0\n" * 7 + "1\n" * 8)
+    samples, report = run("got10k", tmp_path)
+    lefts = {sample.id: [round(box.x0 * 200) for box in sample.target.boxes] for sample in samples}
+    assert lefts["GOT_1"] == [0, 1, 3, 4, 10, 11, 13, 14]  # evenly spaced among the eleven frames with a box
+    assert lefts["GOT_2"] == [0, 2, 4, 6, 7, 9, 11, 13]
+    for sample in samples:
+        assert [int(Path(frame).stem) - 1 for frame in sample.video] == lefts[sample.id]
+    assert issues(report) == [
+        ("GOT_1", "object_absent", "repaired"),
+        ("GOT_2", "object_absent", "repaired"),
+        ("GOT_3", "too_few_frames", "skipped"),
+    ]
+    assert "out of sight in 4 of 15 frames" in report.issues[0].detail
+    assert "7 of 15 frames have a box" in report.issues[2].detail
+
+
+def test_got10k_json_boxes_belong_to_the_start_and_seven_frames(tmp_path: Path) -> None:
+    boxes = [[index / 20, 0.1, index / 20 + 0.2, 0.9] for index in range(8)]
+    annotations = write(tmp_path / "val.json", [{"path": "/elsewhere/GOT_1", "object": "sloth", "gt": boxes}])
+    folder = tmp_path / "videos/GOT_1"
+    folder.mkdir(parents=True)
+    for number in range(1, 13):  # in the order of their texts, 10.jpg would come before 2.jpg
+        Image.new("RGB", (20, 20)).save(folder / f"{number}.jpg")
+    (sample,), _ = run("got10k", annotations, videos=VideoFolder(str(tmp_path / "videos")))
+    # 12 frames: 0, int(11 / 6), int(22 / 6), ..., 11, counted from 0
+    assert [int(Path(frame).stem) for frame in sample.video] == [1, 1, 2, 4, 6, 8, 10, 12]
+    assert sample.target.boxes[1] == Box(*boxes[1])
+
+
+def test_real_got10k_boxes_are_a_start_box_and_seven_evenly_spaced_ones(realdata: Path) -> None:
+    """The first two boxes of a row nearly agree and all other neighbours do not: they are at most a few frames apart.
+
+    With eight evenly spaced frames, the mean IoU of the first two boxes would be that of the other neighbours.
+    """
+    samples, _ = run("got10k", realdata / "annotations/got10k/videochat_r1_val.json")
+    ious = [
+        sum(mean_box_iou([sample.target.boxes[index]], [sample.target.boxes[index + 1]]) for sample in samples) / 180
+        for index in range(7)
+    ]
+    assert len(samples) == 180
+    assert ious[0] > 0.8
+    assert max(ious[1:]) < 0.45 and max(ious[1:]) - min(ious[1:]) < 0.05  # evenly spaced
 
 
 def test_got10k_json_lists_frames_where_the_sequences_are(tmp_path: Path) -> None:
@@ -54,7 +97,7 @@ def test_got10k_json_lists_frames_where_the_sequences_are(tmp_path: Path) -> Non
     samples, _ = run("got10k", annotations)
     assert samples[0].video == "GOT_1/"
     got10k_sequence(tmp_path / "videos/GOT_1", 8, [])
-    got10k_sequence(tmp_path / "videos/GOT_2", 7, [])
+    got10k_sequence(tmp_path / "videos/GOT_2", 6, [])
     samples, report = run("got10k", annotations, videos=VideoFolder(str(tmp_path / "videos")))
     assert [len(sample.video) for sample in samples] == [8]
     assert issues(report) == [("GOT_2", "too_few_frames", "skipped")]
