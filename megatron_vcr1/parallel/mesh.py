@@ -19,6 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel.slurm import rank_variables
+from megatron_vcr1.parallel.tested_versions import warn_about_untested_versions
 
 # Default time limit of a collective, in seconds. Ranks wait in a collective while another rank starts a server, decodes
 # a video or samples responses.
@@ -54,6 +55,8 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = C
         _start_distributed(timeout_s)
     if not is_first_rank():
         logging.getLogger("megatron_vcr1").setLevel(logging.WARNING)  # only rank 0 logs what all ranks do
+    else:
+        warn_about_untested_versions()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

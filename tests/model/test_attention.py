@@ -10,6 +10,7 @@ from torch import Tensor
 from vcr1_kernels import SegmentLayout, mrope
 
 from megatron_vcr1.model.attention import AttentionLayout, PackedAttention, RotaryTables
+from megatron_vcr1.parallel.megatron_compat import no_cuda_graphs
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS = 4, 2, 8, 6
 CONFIG = TransformerConfig(
@@ -17,7 +18,7 @@ CONFIG = TransformerConfig(
     hidden_size=HEADS * HEAD_DIM,
     num_attention_heads=HEADS,
     use_cpu_initialization=True,
-    cuda_graph_scope=[],
+    **no_cuda_graphs(),
 )
 FULL = SegmentLayout.packed((4, 2), causal=False)
 WINDOWS = SegmentLayout.packed((2, 2, 2), causal=False)

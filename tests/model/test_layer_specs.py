@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.model.layer_specs import LayerNormColumnParallelLinear, recompute_in_backward
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.megatron_compat import no_cuda_graphs
 
 
 def test_a_recomputed_tensor_is_not_saved_for_backward() -> None:
@@ -48,7 +49,7 @@ def test_the_norm_before_a_linear_layer_is_recomputed_in_backward(
         normalization=normalization,
         layernorm_epsilon=1e-3,
         use_cpu_initialization=True,
-        cuda_graph_scope=[],
+        **no_cuda_graphs(),
     )
     linear = LayerNormColumnParallelLinear(8, 6, config=config, init_method=torch.nn.init.normal_)
     for parameter in linear.parameters():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel import mesh, schedule
+from megatron_vcr1.parallel.megatron_compat import no_cuda_graphs
 from tests.gloo import GlooPool
 
 pytestmark = pytest.mark.xdist_group("gloo")
@@ -61,7 +62,7 @@ def _run_stages(num_stages: int) -> tuple[list[float], list[float], Tensor]:
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,
         calculate_per_token_loss=True,
-        cuda_graph_scope=[],
+        **no_cuda_graphs(),
     )
     model = DistributedDataParallel(config, DistributedDataParallelConfig(), _Stage(config))
     sums = schedule.forward_only(model, _microbatches(), lambda microbatch, output: output.sum().item())

@@ -188,11 +188,13 @@ def _accumulate_query_gradient(
 ):  # fmt: skip
     """Add dS K over the key blocks that begin in [start, stop). The mask is that of `_attend`.
 
-    P is recomputed from the scores and the log-sum-exp: no running maximum is needed. Hidden entries of P become 0.
+    P is recomputed from the scores and the log-sum-exp: no running maximum is needed. Hidden entries of P become 0. dP
+    comes first, since Triton 3.8 then needs fewer registers.
     """
     for key_start in range(start, stop, BLOCK_KEYS):
         key = _load_tokens(key_ptr, key_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
         value = _load_tokens(value_ptr, value_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
+        grad_p = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * exp2_scale
         p = tl.exp2(scores - lse[:, None])
         if MASKED:
@@ -201,7 +203,6 @@ def _accumulate_query_gradient(
             if CAUSAL:
                 visible = visible & (query_tokens[:, None] >= key_tokens[None, :])
             p = tl.where(visible, p, 0.0)
-        grad_p = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[:, None])
         grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
     return grad_query
@@ -238,23 +239,23 @@ def query_gradient_kernel(
 ):
     """Compute delta and dQ = scale dS K for one block of queries of one head. Grid: (query blocks, num_heads)."""
     start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
-    head = tl.program_id(1).to(tl.int64)
-    key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
-    value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
+    head = tl.program_id(1)
+    key_ptr += tl.cast(head // HEADS_PER_KV_HEAD, tl.int64) * key_head_stride
+    value_ptr += tl.cast(head // HEADS_PER_KV_HEAD, tl.int64) * value_head_stride
 
     channels = tl.arange(0, BLOCK_DIM)
     query_tokens = start + tl.arange(0, BLOCK_QUERIES)
-    query = _load_tokens(
-        query_ptr + head * query_head_stride, query_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM
-    )
+    query_ptr += tl.cast(head, tl.int64) * query_head_stride
+    query = _load_tokens(query_ptr, query_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
     token_stride = NUM_HEADS * HEAD_DIM
     out = _load_tokens(out_ptr + head * HEAD_DIM, token_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
     grad_out = _load_tokens(grad_out_ptr + head * HEAD_DIM, token_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    tl.store(delta_ptr + head * num_tokens + query_tokens, delta, mask=query_tokens < end)
+    lse_offset = tl.cast(head, tl.int64) * num_tokens
+    tl.store(delta_ptr + lse_offset + query_tokens, delta, mask=query_tokens < end)
     # Queries >= end in the last block of a segment load 0 instead of a log-sum-exp. grad_out and delta are 0 for them
     # too, and their results are not stored.
-    lse = tl.load(lse_ptr + head * num_tokens + query_tokens, mask=query_tokens < end, other=0.0)
+    lse = tl.load(lse_ptr + lse_offset + query_tokens, mask=query_tokens < end, other=0.0)
     grad_query = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
 
     prefix_whole, own_whole, own_end = _split_key_ranges(
@@ -276,6 +277,9 @@ def query_gradient_kernel(
         grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
         own_whole, own_end, own_end, exp2_scale, channels, True, CAUSAL, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
+    # The block is loaded again, and `head` has only 32 bits: the loops leave no register to keep more in.
+    block_ptr = blocks_ptr + tl.program_id(0) * 5
+    start, end = tl.load(block_ptr), tl.load(block_ptr + 1)
     _store_tokens(
         grad_query_ptr + head * HEAD_DIM, token_stride, start, end, channels, grad_query * scale,
         BLOCK_QUERIES, HEAD_DIM,

@@ -25,8 +25,9 @@ class Adam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        """Take the arguments that megatron-core passes to a fused Adam.
+        """Take the arguments that megatron-core passes to a fused Adam. `capturable`, for CUDA graphs, is ignored.
 
         Raises:
             ValueError: `adam_w_mode` is False; only decoupled weight decay (AdamW) is implemented.

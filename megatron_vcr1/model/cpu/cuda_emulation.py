@@ -64,11 +64,14 @@ def install() -> None:
 
 
 def _patch_torch_cuda() -> None:
+    from megatron_vcr1.parallel import megatron_compat
+
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     # A separate function for each: torch.compile keeps a table of torch's functions and refuses duplicates.
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
     torch.cuda.set_device = lambda device: None
+    megatron_compat.patch_current_stream()
     torch.cuda.nvtx.range_push = lambda message: None
     torch.cuda.nvtx.range_pop = lambda: None
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
