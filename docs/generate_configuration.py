@@ -19,9 +19,29 @@ Every setting with its type, default and meaning. This page is generated from th
 (`python docs/generate_configuration.py`); `vcr1 config` prints the same as a TOML file.
 
 A run reads one TOML file. Every setting can be overridden on the command line as `--SECTION.KEY VALUE`, for example
-`--optimizer.learning_rate 2e-6`, except for those of `[[data.sources]]` and `[[evaluate.benchmarks]]`, of which a file
-may have several. An unknown key, a value of the wrong type or an impossible combination is an error that names the key.
-`~` and environment variables in paths (`"~/runs/x"`, `"$SCRATCH/x"`) are expanded.
+`--optimizer.learning_rate 2e-6`. The tables of `[[data.sources]]` and `[[evaluate.benchmarks]]`, of which a file may
+have several, are numbered from 0: `--data.sources.0.manifest mine.jsonl`. The number after the last table adds one, and
+`--data.sources=` with nothing after it removes them all.
+
+A file may extend another one, and then contains only what differs. This is the whole file of a run without a KL term:
+
+```toml
+extends = "examples/configs/grpo_joint.toml"
+
+[grpo]
+kl_coef = 0
+
+[train]
+run_dir = "runs/joint_without_kl"
+```
+
+The path of `extends` is relative to the folder of the file that contains it. Tables are merged; lists, and with them
+all tables `[[data.sources]]`, are replaced. The extended file cannot extend a third one. `vcr1 config FILE` prints the
+settings that result, and the run directory's `config.toml` contains them.
+
+An unknown key, a value of the wrong type or an impossible combination is an error that names the key. `~` and
+environment variables in paths (`"~/runs/x"`, `"$SCRATCH/x"`) are expanded. All other paths are relative to the folder
+in which the command is run, also those of an extended file.
 """
 
 

@@ -11,11 +11,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `config` to the `vcr1` command."""
     parser = subparsers.add_parser(
         "config",
-        help="print every setting with its description and default, or check a file",
-        description="Print a TOML file with every setting, its description and its default. "
-        "With --check, validate FILE and print its settings instead.",
-        epilog="Any key can be overridden: vcr1 config --check run.toml --parallel.tensor 2 --model.freeze merger",
+        help="print every setting with its description and default, or the settings of a file",
+        description="Print a TOML file with every setting, its description and its default. With FILE, print all "
+        "settings of that file instead: the file that it extends is merged, overrides are applied, and defaults are "
+        "filled in.",
+        epilog="Any key can be overridden: vcr1 config run.toml --parallel.tensor 2 --data.sources.0.thinking false",
     )
+    parser.add_argument("config", nargs="?", type=path_argument, metavar="FILE", help="print the settings of this file")
     parser.add_argument(
         "--check",
         type=path_argument,
@@ -31,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcr1.config.rendering import default_config, render_toml
     from megatron_vcr1.errors import UserError
 
-    if args.check is not None:
-        print(render_toml(load_config(args.check, args.overrides), documented=False), end="")
+    if (file := args.config or args.check) is not None:
+        print(render_toml(load_config(file, args.overrides), documented=False), end="")
         return 0
     if args.overrides:
-        raise UserError(f"{args.overrides[0]}: nothing to override; name the file: vcr1 config --check FILE ...")
+        raise UserError(f"{args.overrides[0]}: nothing to override; name the file: vcr1 config FILE ...")
     print(render_toml(default_config(), documented=True), end="")
     return 0

@@ -118,13 +118,13 @@ def _judge_section(options: Sequence[str]) -> JudgeSection:
     from pydantic import ValidationError
 
     from megatron_vcr1.config.evaluation_sections import JudgeSection
-    from megatron_vcr1.config.loading import parse_overrides
+    from megatron_vcr1.config.overrides import option_name, parse_overrides
 
     overrides = parse_overrides(options)
-    if other := [f"--{section}.{key}" for section, key in overrides if section != "judge"]:
+    if other := [option_name(key) for key in overrides if key[0] != "judge"]:
         raise UserError(f"{other[0]}: scoring a file takes --judge.key VALUE only")
     try:
-        return JudgeSection.model_validate({key: value for (_, key), value in overrides.items()})
+        return JudgeSection.model_validate({str(key): value for (_, key), value in overrides.items()})
     except ValidationError as error:
         details = error.errors()[0]
         raise UserError(f"--judge.{'.'.join(map(str, details['loc']))}: {details['msg']}") from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from megatron_vcr1.config.section import Names, Section
+from megatron_vcr1.config.section import Names, Section, with_default_thinking
 
 
 class DataSource(Section):
@@ -25,7 +25,8 @@ class DataSource(Section):
     )
     thinking: bool = Field(
         default=True,
-        description="Whether the prompt asks for reasoning inside <think> before the answer.",
+        description="Whether the prompts of this source ask for reasoning inside <think> before the answer. Left out: "
+        "data.thinking decides.",
     )
     rewards: Names[str] = Field(
         default=(),
@@ -37,6 +38,10 @@ class DataSource(Section):
 class DataSection(Section):
     """Training data, and how its videos are decoded. Evaluation decodes videos with the same settings."""
 
+    thinking: bool = Field(
+        default=True,
+        description="Whether prompts ask for reasoning inside <think> before the answer. A source can set its own.",
+    )
     sources: tuple[DataSource, ...] = Field(
         default=(), description="Training manifests: one table [[data.sources]] per manifest."
     )
@@ -85,6 +90,11 @@ class DataSection(Section):
         description="Size in MB of the cache of decoded videos in each decoding process (in GPU memory with "
         "'dali-gpu'). 0: no cache.",
     )
+
+    @field_validator("sources")
+    @classmethod
+    def _inherit_thinking(cls, sources: tuple[DataSource, ...], info: ValidationInfo) -> tuple[DataSource, ...]:
+        return with_default_thinking(sources, info)
 
     @model_validator(mode="after")
     def _check_frames(self) -> Self:

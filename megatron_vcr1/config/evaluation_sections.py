@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_vcr1.config.section import Section
+from megatron_vcr1.config.section import Section, with_default_thinking
 
 
 class JudgeSection(Section):
@@ -71,7 +71,9 @@ class BenchmarkSource(Section):
         "benchmark twice. Unset: the name of the benchmark.",
     )
     thinking: bool = Field(
-        default=True, description="Whether the prompt asks for reasoning inside <think> before the answer."
+        default=True,
+        description="Whether the prompts of this benchmark ask for reasoning inside <think> before the answer. Left "
+        "out: evaluate.thinking decides.",
     )
     max_samples: int | None = Field(
         default=None,
@@ -83,6 +85,10 @@ class BenchmarkSource(Section):
 class EvaluateSection(Section):
     """Evaluation with `vcr1 evaluate CONFIG.toml`. Results are written to the folder evaluation in train.run_dir."""
 
+    thinking: bool = Field(
+        default=True,
+        description="Whether prompts ask for reasoning inside <think> before the answer. A benchmark can set its own.",
+    )
     benchmarks: tuple[BenchmarkSource, ...] = Field(
         default=(), description="Benchmarks to evaluate: one table [[evaluate.benchmarks]] per benchmark."
     )
@@ -92,3 +98,10 @@ class EvaluateSection(Section):
     prompts_per_batch: int = Field(
         default=32, ge=1, description="Number of samples per data-parallel replica that are generated at once."
     )
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _inherit_thinking(
+        cls, benchmarks: tuple[BenchmarkSource, ...], info: ValidationInfo
+    ) -> tuple[BenchmarkSource, ...]:
+        return with_default_thinking(benchmarks, info)

@@ -1,107 +1,130 @@
 """Load a RunConfig from a TOML file and `--section.key VALUE` options.
 
-Errors name the key, where its value came from, and what to do.
+A file may extend another one, and options take precedence over both. Errors name the key, where its value came from,
+and what to do.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_vcr1.config.overrides import Key, apply_overrides, option_name, parse_overrides, suggest
 from megatron_vcr1.config.schema import RunConfig, entry_class, section_classes
 from megatron_vcr1.config.section import Section
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.text_files import read_toml
+from megatron_vcr1.user_paths import expand_path
 
 Tables = Mapping[str, Any]  # a parsed TOML file, for example {"parallel": {"tensor": 2}}
-Key = tuple[str, str]  # section and key, for example ("parallel", "tensor")
+
+EXTENDS = "extends"
+"""Top-level key that names the file whose settings a file extends."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A TOML file of settings, without its `extends` key."""
+
+    path: Path
+    tables: Tables
 
 
 def load_config(path: Path, options: Sequence[str] = ()) -> RunConfig:
-    """Load the settings of a run. Options take precedence over the file.
+    """Load the settings of a run. Options take precedence over the file, and the file over the one that it extends.
 
     Args:
-        path: the TOML file.
-        options: command-line options, for example `["--parallel.tensor", "2", "--model.freeze=vision_tower"]`.
+        path: the TOML file. Its key `extends` may name another file, relative to the file's own folder. Tables are
+            merged, lists and arrays of tables are replaced. Paths in both files are relative to the working directory.
+        options: command-line options, for example `["--parallel.tensor", "2", "--data.sources.0.thinking=false"]`.
 
     Raises:
-        UserError: the file cannot be read, or a key is unknown, missing or has an invalid value. All problems with
+        UserError: a file cannot be read, or a key is unknown, missing or has an invalid value. All problems with
             keys are reported at once, one per line.
     """
     overrides = parse_overrides(options)
-    tables = _merge(_read_toml(path), overrides)
+    files = _read_files(path)
+    tables = apply_overrides(_merge(files), overrides)
     try:
         return RunConfig.model_validate(tables)
     except ValidationError as error:
-        lines = [_explain(detail, path, overrides) for detail in error.errors()]
+        lines = [_explain(detail, files, overrides) for detail in error.errors()]
         raise UserError("\n".join(lines)) from None
 
 
-def parse_overrides(options: Sequence[str]) -> dict[Key, str]:
-    """Parse `--section.key VALUE` and `--section.key=VALUE` options. If a key is given twice, the last value wins.
-
-    Raises:
-        UserError: an option has another form, has no value, or names an unknown section.
-    """
-    overrides: dict[Key, str] = {}
-    remaining = iter(options)
-    for option in remaining:
-        name, equals, value = option.partition("=")
-        section, dot, key = name.removeprefix("--").partition(".")
-        if not (name.startswith("--") and dot and section and key):
-            raise UserError(
-                f"{option}: unknown option; settings are given as --section.key VALUE (`vcr1 config` lists them)"
-            )
-        if section not in section_classes():
-            raise UserError(f"{name}: unknown section; {_suggest(section, section_classes())}")
-        if not equals:
-            value = next(remaining, "--")
-            if value.startswith("--"):
-                raise UserError(f"{name} needs a value: {name} VALUE")
-        overrides[section, key] = value  # pydantic converts the text to a number, boolean or list
-    return overrides
-
-
-def _read_toml(path: Path) -> Tables:
+def _read_files(path: Path) -> list[_File]:
+    """Read a file and the file that it extends, the extended file last."""
     if not path.exists():
         raise UserError(f"{path}: no such file; `vcr1 config` prints one to start from")
-    return read_toml(path)
+    tables = read_toml(path)
+    if EXTENDS not in tables:
+        return [_File(path, tables)]
+    name = tables.pop(EXTENDS)
+    if not isinstance(name, str) or not name:
+        raise UserError(f'{path}: {EXTENDS}: must be the path of a TOML file, not {name!r}; write {EXTENDS} = "a.toml"')
+    try:
+        base_path = path.parent / expand_path(name)
+    except UserError as error:
+        raise UserError(f"{path}: {EXTENDS}: {error}") from None
+    if not base_path.exists():
+        raise UserError(f"{path}: {EXTENDS}: {base_path}: no such file; the path is relative to {path.parent}")
+    base = read_toml(base_path)
+    if EXTENDS in base:
+        raise UserError(
+            f"{path}: {EXTENDS}: {base_path} extends another file itself, and only one level is possible; extend a "
+            "file that is complete"
+        )
+    return [_File(path, tables), _File(base_path, base)]
 
 
-def _merge(tables: Tables, overrides: Mapping[Key, str]) -> dict[str, Any]:
-    merged = dict(tables)
-    for (section, key), value in overrides.items():
-        table = merged.get(section, {})
-        # If the file sets the section to something that is not a table, leave it: validation reports it.
-        if isinstance(table, dict):
-            merged[section] = {**table, key: value}
+def _merge(files: Sequence[_File]) -> dict[str, Any]:
+    """Merge the tables of the files section by section; the first file takes precedence."""
+    merged: dict[str, Any] = {}
+    for file in reversed(files):
+        for section, table in file.tables.items():
+            below = merged.get(section)
+            is_merged = isinstance(table, dict) and isinstance(below, dict)
+            merged[section] = {**below, **table} if is_merged else table  # type: ignore[dict-item]
     return merged
 
 
-def _explain(detail: Mapping[str, Any], path: Path, overrides: Mapping[Key, str]) -> str:
+def _explain(detail: Mapping[str, Any], files: Sequence[_File], overrides: Mapping[Key, str]) -> str:
     """Turn one of pydantic's error details into a line that says where the value came from and what to do."""
-    section, *keys = (str(part) for part in detail["loc"])
+    loc: Key = detail["loc"]
+    section, *keys = (str(part) for part in loc)
     name = ".".join([section, *keys])
-    source = f"--{section}.{keys[0]}" if keys and (section, keys[0]) in overrides else f"{path}: {name}"
+    path = _origin(loc, files)
+    # `--data.sources= --data.sources.0.manifest x` sets a list and its entry: the longest key is the most precise.
+    option = max((key for key in overrides if loc[: len(key)] == key), key=len, default=None)
+    source = option_name(option) if option else f"{path}: {name}"
     match detail["type"]:
         case "missing":
             return f"{source}: missing; add it to the file" + (
                 f" or give --{name} VALUE" if keys else f" as a table [{section}]"
             )
         case "extra_forbidden" if keys:
-            return f"{source}: unknown key; {_suggest(keys[-1], _fields_of(section, keys[:-1]))}"
+            return f"{source}: unknown key; {suggest(keys[-1], _fields_of(section, keys[:-1]))}"
         case "extra_forbidden":
-            return f"{source}: unknown section; {_suggest(section, section_classes())}"
+            return f"{source}: unknown section; {suggest(section, [*section_classes(), EXTENDS])}"
         case "value_error":  # raised by a section's own validator, whose message names the key
             return f"{source}: {detail['ctx']['error']}"
         case "tuple_type":
-            tables = f" as one table [[{name}]] for each" if isinstance(detail["input"], dict) else f" in {path}"
-            return f"{source}: must be a list, not {detail['input']!r}; write it{tables}"
+            return f"{source}: must be a list, not {detail['input']!r}; {_list_advice(section, keys[0])}"
     return f"{source}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+
+
+def _origin(loc: Key, files: Sequence[_File]) -> Path:
+    """Return the file that sets a value; the first file if none does."""
+    for file in files:
+        table: Any = file.tables.get(str(loc[0]))
+        is_set = table is not None if len(loc) == 1 else isinstance(table, dict) and str(loc[1]) in table
+        if is_set:
+            return file.path
+    return files[0].path
 
 
 def _fields_of(section: str, keys: Sequence[str]) -> Iterable[str]:
@@ -116,7 +139,8 @@ def _fields_of(section: str, keys: Sequence[str]) -> Iterable[str]:
     return (entry or section_class).model_fields
 
 
-def _suggest(unknown: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(unknown, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+def _list_advice(section: str, key: str) -> str:
+    """Explain how a list is written: plainly, or as one table for each entry."""
+    if entry_class(section_classes()[section].model_fields[key]) is None:
+        return "write it in square brackets"
+    return f"write one table [[{section}.{key}]] for each entry, or give --{section}.{key}.INDEX.KEY VALUE"

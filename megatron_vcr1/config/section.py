@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from megatron_vcr1.user_paths import expand_path
 
 Name = TypeVar("Name")
+Entry = TypeVar("Entry", bound="Section")
 
 
 def _split_at_commas(value: Any) -> Any:
@@ -42,3 +43,18 @@ class Section(BaseModel):
         if isinstance(value, str | Path) and Path in (annotation, *get_args(annotation)):
             return expand_path(str(value))
         return value
+
+
+def with_default_thinking(entries: tuple[Entry, ...], info: ValidationInfo) -> tuple[Entry, ...]:
+    """Give the entries that do not set `thinking` the value of their section, so that every entry has its final value.
+
+    Args:
+        entries: the entries of an array of tables.
+        info: pydantic's record of the section's fields that come before the array.
+    """
+    # Not in `data` if it is invalid itself: pydantic reports that.
+    default = info.data.get("thinking", True)
+    return tuple(
+        entry if "thinking" in entry.model_fields_set else entry.model_copy(update={"thinking": default})
+        for entry in entries
+    )

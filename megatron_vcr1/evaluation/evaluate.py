@@ -244,7 +244,9 @@ def _settings(job: BenchmarkJob, config: RunConfig) -> dict[str, Any]:
     A prediction is stored with its sample's id and prompt digest, so samples may be added or changed.
     """
     templates = config.data.templates
-    reading = config.data.model_dump(mode="json", exclude={"sources", "templates", "num_workers", "video_cache_mb"})
+    reading = config.data.model_dump(
+        mode="json", exclude={"sources", "thinking", "templates", "num_workers", "video_cache_mb"}
+    )
     return {
         "model": str(config.model.path),
         "weights": _fingerprint(config.model.path),

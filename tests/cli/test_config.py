@@ -20,7 +20,18 @@ def test_config_prints_a_file_that_passes_its_check(tmp_path, capsys):
 
 def test_overrides_without_a_file_are_refused(capsys):
     assert cli.main(["config", "--parallel.tensor", "2"]) == 2
-    assert "vcr1 config --check FILE" in capsys.readouterr().err
+    assert "vcr1 config FILE" in capsys.readouterr().err
+
+
+def test_config_prints_the_resolved_settings_of_a_file(tmp_path, capsys):
+    (tmp_path / "base.toml").write_text('[model]\npath = "m"\n[[data.sources]]\nmanifest = "a.jsonl"')
+    (tmp_path / "run.toml").write_text('extends = "base.toml"\n[data]\nthinking = false')
+    options = ["--data.sources.0.manifest", "b.jsonl", "--data.sources.1.manifest=c.jsonl"]
+    assert cli.main(["config", str(tmp_path / "run.toml"), *options]) == 0
+    settings = tomllib.loads(capsys.readouterr().out)
+    assert settings["model"]["path"] == "m" and "extends" not in settings
+    sources = [(source["manifest"], source["thinking"]) for source in settings["data"]["sources"]]
+    assert sources == [("b.jsonl", False), ("c.jsonl", False)]
 
 
 def test_overrides_may_come_before_and_after_other_arguments(tmp_path, capsys):

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from megatron_vcr1.config.loading import load_config, parse_overrides
+from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import section_classes
 from megatron_vcr1.errors import UserError
 
@@ -63,11 +63,6 @@ def test_texts_are_not_split_at_commas(run_toml):
     assert load_config(run_toml, ["--rollout.stop="]).rollout.stop == ()
 
 
-def test_the_last_of_two_options_wins():
-    options = ["--parallel.tensor", "1", "--parallel.tensor=2"]
-    assert parse_overrides(options) == {("parallel", "tensor"): "2"}
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -87,7 +82,10 @@ def test_the_last_of_two_options_wins():
         (["--optimizer.learning_rate", "inf"], "--optimizer.learning_rate: input should be a finite number"),
         (["--grpo.kl_coef", "nan"], "--grpo.kl_coef: input should be a finite number"),
         (["--optimizer.min_learning_rate=1"], "optimizer: min_learning_rate = 1.0 is above learning_rate = 1e-06"),
-        (["--data.sources", "a.jsonl"], "--data.sources: must be a list, not 'a.jsonl'; write it in run.toml"),
+        (["--data.sources", "a.jsonl"], "must be a list, not 'a.jsonl'; write one table [[data.sources]] for each"),
+        (["--data.sources.0.thinking=no"], "run.toml: data.sources.0.manifest: missing; add it to the file or give --"),
+        (["--data.sources.0.manifest=m", "--data.sources.0.weight=-1"], "--data.sources.0.weight: input should be gr"),
+        (["--data.sources.0.manifest=m", "--data.sources.0.tinking=0"], "--data.sources.0.tinking: unknown key; did y"),
         (["--parallel.tensor"], "--parallel.tensor needs a value"),
         (["--parallel.tensor", "--parallel.pipeline", "2"], "--parallel.tensor needs a value"),
         (["--tensor", "2"], "--tensor: unknown option; settings are given as --section.key VALUE"),
@@ -113,8 +111,10 @@ def test_invalid_options_are_named(run_toml, options, message):
         ("parallel = 3\n[model]\npath='x'", "run.toml: parallel: input should be a valid dictionary"),
         (
             RUN + "[data.sources]\nmanifest = 'm'",
-            "data.sources: must be a list, not {'manifest': 'm'}; write it as one",
+            "data.sources: must be a list, not {'manifest': 'm'}; write one table [[data.sources]] for each entry",
         ),
+        (RUN + "[rollout]\nstop = 3", "run.toml: rollout.stop: must be a list, not 3; write it in square brackets"),
+        ("extend = 'a.toml'\n" + RUN, "run.toml: extend: unknown section; did you mean extends?"),
         (RUN + "[rollout]\nstop = ['']", "rollout.stop.0: string should have at least 1 character"),
         ("[model", "run.toml: not valid TOML: "),
     ],

@@ -207,7 +207,8 @@ def test_python_snippets_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_toml_snippets_are_valid_settings(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     tables = tomllib.loads(block.text)
-    path.write_text(block.text + ("" if "model" in tables else "\n[model]\npath = 'model'\n"))
+    text = block.text.replace('extends = "', f'extends = "{ROOT}/')  # the readers' folder is the repository
+    path.write_text(text + ("" if {"model", "extends"} & tables.keys() else "\n[model]\npath = 'model'\n"))
     load_config(path)
 
 

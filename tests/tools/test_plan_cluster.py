@@ -37,7 +37,7 @@ def test_output_fits_into_80_columns_and_its_settings_are_valid(
     (settings,) = [line for line in lines if line.startswith("Settings: ")]
     assert not [line for line in lines if "\N{HORIZONTAL ELLIPSIS}" in line or (len(line) > 80 and line != settings)]
     options = settings.removeprefix("Settings: ").split()
-    config = load_config(ROOT / "examples/configs/grpo_temporal_grounding.toml", options)
+    config = load_config(ROOT / "examples/configs/paper/grpo_temporal_grounding.toml", options)
     assert config.sglang.num_servers * config.sglang.tensor == 8
 
 
