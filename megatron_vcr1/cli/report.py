@@ -26,7 +26,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--out",
         type=path_argument,
         metavar="FILE",
-        help="the page (default: RUN_DIR/report.html; required for several runs)",
+        help="the page (default: report.html in RUN_DIR, paper.html with --layout paper; required for several runs)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("run", "paper"),
+        default="run",
+        help="run: all results, curves and samples; paper: the results as the tables of the VideoChat-R1 paper "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="with --layout paper, also show the numbers that the paper prints"
     )
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the page's numbers as JSON")
     parser.add_argument(
@@ -42,13 +52,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Write the page. Raises UserError for a folder that holds no run."""
     from megatron_vcr1.report.page import write_report
+    from megatron_vcr1.report.paper_page import write_paper_report
     from megatron_vcr1.report.run_record import read_runs
 
     if args.out is None and len(args.runs) > 1:
         raise UserError("several runs have no common folder for the page; name one with --out FILE")
-    out = args.out or args.runs[0] / "report.html"
-    report = write_report(read_runs(args.runs), out, max_samples=args.max_samples, json_path=args.json)
+    is_paper = args.layout == "paper"
+    if args.published and not is_paper:
+        raise UserError("--published needs --layout paper")
+    out = args.out or args.runs[0] / ("paper.html" if is_paper else "report.html")
+    runs = read_runs(args.runs)
+    if is_paper:
+        report = write_paper_report(runs, out, published=args.published, json_path=args.json)
+    else:
+        report = write_report(runs, out, max_samples=args.max_samples, json_path=args.json)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{out}: {report.num_bytes / 1e6:.1f} MB, {report.num_samples} samples")
+    samples = "" if is_paper else f", {report.num_samples} samples"
+    print(f"{out}: {report.num_bytes / 1e6:.1f} MB{samples}")
     return 0

@@ -7,22 +7,20 @@ Content-Security-Policy forbids scripts and connections.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import ChainableUndefined, Environment, PackageLoader
 from tqdm import tqdm
 
 from megatron_vcr1.data.video_process import VideoReader
-from megatron_vcr1.report.charts import MAX_POINTS, short, words
-from megatron_vcr1.report.curves import curve_sections, phase_chart, phase_colour
+from megatron_vcr1.report.charts import MAX_POINTS, short
+from megatron_vcr1.report.curves import curve_sections, phase_chart
 from megatron_vcr1.report.gallery import Exhibit, evaluation_exhibits, rollout_exhibits, with_frames
+from megatron_vcr1.report.rendering import environment, made_with, write_text
 from megatron_vcr1.report.results import main_table, num_answers_and_samples, result_json, result_table
 from megatron_vcr1.report.run_record import RunRecord
 from megatron_vcr1.report.tables import (
@@ -92,11 +90,11 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
         "max_points": MAX_POINTS,
         "differing": settings_that_differ(runs) if len(runs) > 1 else {},
         "written": datetime.now().astimezone(),
-        "made_with": f"megatron_vcr1 {version('megatron_vcr1')}, Python {platform.python_version()}",
+        "made_with": made_with(),
     }
-    num_bytes = _write(out, _environment().get_template("page.html.jinja").render(context))
+    num_bytes = write_text(out, environment().get_template("page.html.jinja").render(context))
     if json_path is not None:
-        _write(
+        write_text(
             json_path, json.dumps(report_json(runs, result_json(results), notes), indent=1, ensure_ascii=False) + "\n"
         )
     return Report(notes, sum(len(shown) for _, shown in exhibits), num_bytes)
@@ -199,37 +197,3 @@ def _last_tenth(run: RunRecord, key: str) -> float:
     values = run.metrics.columns.get(key, np.array([]))
     last = values[-max(len(values) // 10, 1) :]
     return float(np.nanmean(last)) if np.isfinite(last).any() else 0.0
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("megatron_vcr1.report"),
-        autoescape=True,
-        undefined=ChainableUndefined,  # a row of another version may lack a key
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"short": short, "percent": _percent, "path_end": _path_end, "words": words}
-    environment.filters["phase_colour"] = phase_colour
-    return environment
-
-
-def _percent(value: float, *, sign: bool = False) -> str:
-    """Format a fraction in percent, as the paper does: 0.6084 is 60.8. With `sign`, format a difference."""
-    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
-
-
-def _path_end(path: str) -> str:
-    """Return the last two parts of a path, which are enough to distinguish models."""
-    parts = Path(path).parts
-    return str(Path("…", *parts[-2:])) if len(parts) > 3 else path
-
-
-def _write(path: Path, text: str) -> int:
-    """Write UTF-8, with lone surrogates as question marks, and return the size in bytes."""
-    content = text.encode("utf-8", "replace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
-    return len(content)
