@@ -8,7 +8,7 @@ from dataclasses import dataclass
 THINK, ANSWER, GLUE = "think", "answer", "glue"
 
 Prompt = tuple[str, ...]
-"""What a prompt asks for: THINK, ANSWER and GLUE, in this order."""
+"""The parts of a response that a prompt asks for: THINK, ANSWER and GLUE, in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Training:
 
     @property
     def prompt(self) -> Prompt:
-        """What the training prompts asked for."""
+        """The parts of a response that the training prompts asked for."""
         parts = {THINK: self.thinking is not False, ANSWER: True, GLUE: "grounded_qa" in self.tasks}
         return tuple(part for part, is_asked in parts.items() if is_asked)
 
