@@ -40,7 +40,7 @@ from megatron_vcr1.model.transformer_config import (
     text_transformer_config,
     vision_transformer_config,
 )
-from megatron_vcr1.model.vision import VisionTower
+from megatron_vcr1.model.vision import VisionTower, with_zero_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,8 @@ class QwenVLModel(MegatronModule):
         if batch.vision:
             features = self.vision_tower(batch.vision).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.vision_token_indices, features[:, None])
+        elif torch.is_grad_enabled():
+            embeddings = with_zero_gradients(embeddings, self.vision_tower.parameters())
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings

@@ -6,8 +6,9 @@ always ordered by merge unit: the patches of a unit are neighbours in the packed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -291,6 +292,26 @@ class VisionTower(MegatronModule):
             # backward it is only sliced, not reduced (tensor_parallel_output_grad=False).
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)[:num_patches]
+
+
+def with_zero_gradients(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return `x`, and make its backward pass give a gradient of zero to parameters that `x` does not depend on.
+
+    A microbatch of text alone does not call the vision tower. Its loss must still have a gradient if only the tower is
+    trained, and every parameter must get one for DDP to reduce its bucket during the backward pass.
+    """
+    return _ZeroGradients.apply(x, *(parameter for parameter in parameters if parameter.requires_grad))
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.parameters = parameters  # for their shapes only
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0], *(p.new_zeros(()).expand_as(p) for p in ctx.parameters)
 
 
 def _num_units(grid: Grid, config: VisionConfig) -> int:
