@@ -94,7 +94,11 @@ def _build(folder: Path, settings: dict[str, Any], weights: str) -> QwenVLModel:
 
 
 def _forward_backward(model: QwenVLModel, ddp: dict[str, bool]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Run all cases through the pipeline schedule; return the last stage's metrics and this rank's gradients."""
+    """Run all cases through the pipeline schedule; return the last stage's metrics and this rank's gradients.
+
+    Args:
+        ddp: settings of megatron-core's data parallelism; empty for its defaults.
+    """
     model.config.finalize_model_grads_func = finalize_model_grads
     parallel = DistributedDataParallel(model.config, DistributedDataParallelConfig(**ddp), model)
     model.config.no_sync_func = parallel.no_sync
@@ -107,7 +111,11 @@ def _forward_backward(model: QwenVLModel, ddp: dict[str, bool]) -> tuple[list[di
 
     def loss(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
         index = next(i for i, other in enumerate(batches) if other is batch)
-        log_probs = model.log_probs(hidden, batch.target_ids)
+        if ddp:  # `log_probs` writes the head's gradient to its buffer itself, which does not start the reduction
+            logits = torch.nn.functional.linear(hidden, model.head_weight())
+            log_probs = logits.log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
+        else:
+            log_probs = model.log_probs(hidden, batch.target_ids)
         value = (log_probs * coefficients[index]).sum() / NUM_TARGETS
         metrics = {"loss": value.item(), "logits": model.logits(hidden.detach())}
         return value / mesh.num_replicas(), metrics  # every replica computes all cases, and gradients are summed
