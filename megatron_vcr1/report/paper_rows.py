@@ -112,7 +112,14 @@ def _rows(table: PaperTable, results: Sequence[_Result]) -> list[PaperRow]:
             key = (result.run, result.result.model, _test_prompt(result, table))
             by_row.setdefault(key, []).append(result)
     untrained = {key: _estimates(table, found) for key, found in by_row.items() if found[0].training is None}
-    ordered = sorted(by_row.items(), key=lambda item: item[1][0].training is not None)  # stable: otherwise as given
+    models = list(dict.fromkeys(key[:2] for key in by_row))
+
+    def place(item: tuple[tuple[str, str, Prompt], Sequence[_Result]]) -> tuple[bool, int, int]:
+        """Order untrained models first, then models as given, then shorter prompts before longer ones."""
+        key, found = item
+        return found[0].training is not None, models.index(key[:2]), len(key[2])
+
+    ordered = sorted(by_row.items(), key=place)
     return [
         PaperRow(
             *key[:2],

@@ -28,7 +28,7 @@ def runs(tmp_path):
 
 
 def text_of(html: str) -> str:
-    body = html[html.index("<body>") :]
+    body = html[html.index("<body>") :].replace("<wbr>", "")
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
@@ -53,7 +53,7 @@ def test_the_published_numbers_are_shown_on_request(runs):
     assert report(base, "--layout", "paper", "--published") == 0
     html = (base / "paper.html").read_text()
     assert html.count('class="published"') == 38
-    assert "GRPO paper 1 answer answer 58.7 80.9 67.7 45.4" in table(html, 2)
+    assert "GRPO (paper) 1 answer answer 58.7 80.9 67.7 45.4" in table(html, 2)
 
 
 def test_a_missing_baseline_is_named(runs, capsys):
