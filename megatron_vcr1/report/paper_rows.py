@@ -12,9 +12,6 @@ from megatron_vcr1.report.paper_tables import ANSWER, GLUE, TABLES, THINK, Colum
 from megatron_vcr1.report.run_record import Estimate, EvaluationResult, RunRecord
 from megatron_vcr1.text_files import parse_json, read_lines, read_toml
 
-_GROUNDED_QA = "grounded_qa"
-
-
 @dataclass(frozen=True, slots=True)
 class PaperCell:
     """A metric, and its difference from the baseline with the same test prompt; None without one."""
@@ -53,8 +50,8 @@ class _Result:
     @property
     def with_glue(self) -> bool:
         """Whether the prompts asked for time spans beside the option."""
-        details = self.result.details
-        return _GROUNDED_QA in (details.get("prompt"), details.get("task")) or self.result.benchmark == "nextgqa"
+        asked = {self.result.details.get("prompt"), self.result.benchmark}
+        return not asked.isdisjoint(("grounded_qa", "nextgqa"))
 
 
 def paper_rows(runs: Sequence[RunRecord]) -> dict[int, list[PaperRow]]:
