@@ -12,6 +12,7 @@ from megatron_vcr1.report.paper_tables import ANSWER, GLUE, TABLES, THINK, Colum
 from megatron_vcr1.report.run_record import Estimate, EvaluationResult, RunRecord
 from megatron_vcr1.text_files import parse_json, read_lines, read_toml
 
+
 @dataclass(frozen=True, slots=True)
 class PaperCell:
     """A metric, and its difference from the baseline with the same test prompt; None without one."""
