@@ -34,6 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_import(commands)
     _add_synthesize(commands)
+    _add_split(commands)
     _add_check(commands)
 
 
@@ -115,6 +116,28 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--fps", type=positive, default=2, metavar="N", help="frames per second (default: 2)")
     parser.add_argument("--json", action="store_true", help="print the number of videos and the manifests as JSON")
     parser.set_defaults(run=run_synthesize)
+
+
+def _add_split(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "split",
+        help="split a manifest into training, validation and test parts, by video",
+        description="Write DIR/train.jsonl, DIR/validation.jsonl and DIR/test.jsonl. All samples of a video go to the "
+        "same part, so that a model is never tested on a video that it was trained on.",
+    )
+    parser.add_argument("manifest", type=path_argument, metavar="MANIFEST", help="a .jsonl file")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the three manifests")
+    parser.add_argument(
+        "--fractions",
+        type=float,
+        nargs=3,
+        default=(0.8, 0.1, 0.1),
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help="fractions of the videos; 0 leaves a part out (default: 0.8 0.1 0.1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the number of samples by manifest as JSON")
+    parser.set_defaults(run=run_split)
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -219,6 +242,28 @@ def run_synthesize(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_split(args: argparse.Namespace) -> int:
+    """Split a manifest."""
+    from megatron_vcr1.data.manifest import read_manifest
+    from megatron_vcr1.data.split import split_by_video
+
+    fractions = dict(zip(("train", "validation", "test"), args.fractions, strict=True))
+    samples = read_manifest(args.manifest)
+    parts = split_by_video(samples, fractions, seed=args.seed, folder=args.manifest.absolute().parent)
+    for name in parts:
+        if (args.out / f"{name}.jsonl").absolute() == args.manifest.absolute():
+            raise UserError(f"--out {args.out}: {name}.jsonl there is the manifest to split; name another folder")
+    for name, part in parts.items():
+        write_manifest(args.out / f"{name}.jsonl", part)
+    if args.json:
+        print(json.dumps({str(args.out / f"{name}.jsonl"): len(part) for name, part in parts.items()}))
+    else:
+        for name, part in parts.items():
+            num_videos = len({sample.video for sample in part})
+            print(f"{args.out / name}.jsonl: {len(part)} samples of {num_videos} videos")
+    return 0
+
+
 def run_check(args: argparse.Namespace) -> int:
     """Check a manifest and print its problems; return 1 if there are any."""
     from tqdm import tqdm
@@ -243,11 +288,14 @@ def _print_check(check: ManifestCheck) -> None:
         print(f"{check.manifest}, line {row.line}: {row.problem}")
     for bad in check.bad_videos[:_MAX_PRINTED]:
         print(f"sample {bad.id}: {bad.video}: {bad.reason}")
-    if max(len(check.bad_rows), len(check.bad_videos)) > _MAX_PRINTED:
+    for late in check.late_spans[:_MAX_PRINTED]:
+        print(f"sample {late.id}: {late.video}: lasts {late.duration_s:.2f} s, but a span ends at {late.end_s} s")
+    if max(map(len, (check.bad_rows, check.bad_videos, check.late_spans))) > _MAX_PRINTED:
         print(f"only the first {_MAX_PRINTED} are shown; --json lists all")
     tasks = ", ".join(f"{count} {task}" for task, count in check.num_samples_by_task.items()) or "no sample"
     print(f"{check.num_rows} rows: {tasks}; {len(check.bad_rows)} bad rows")
     if check.num_overruns:
-        print(f"{check.num_overruns} samples have a span that ends after the video")
+        print(f"{check.num_overruns} samples have a span that ends after duration_s")
     if check.videos_decoded:
-        print(f"{len(check.bad_videos)} samples whose video is bad")
+        late = f"; {len(check.late_spans)} samples have a span that ends after the video" if check.late_spans else ""
+        print(f"{len(check.bad_videos)} samples whose video is bad{late}")

@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # a check of the rows alone needs no decoders
     from megatron_vcr1.data.video_process import VideoReader
 
 
+_TOLERANCE_S = 0.01
+"""Annotations are rounded to hundredths of a second."""
+
+
 @dataclass(frozen=True, slots=True)
 class BadVideo:
     """A sample whose video cannot be read, or is too short for its annotation."""
@@ -28,6 +32,16 @@ class BadVideo:
 
 
 @dataclass(frozen=True, slots=True)
+class LateSpan:
+    """A sample with a span that ends after its decoded video, which is tolerated: annotations may be rounded up."""
+
+    id: str
+    video: str
+    end_s: float
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestCheck:
     """The result of a check.
 
@@ -35,10 +49,11 @@ class ManifestCheck:
         manifest: path of the manifest.
         num_rows: number of rows, good and bad.
         num_samples_by_task: number of good rows by task.
-        num_overruns: number of samples with a span that ends after the video.
+        num_overruns: number of samples with a span that ends after the row's `duration_s`.
         bad_rows: rows that are not valid samples.
         videos_decoded: whether the videos were decoded.
         bad_videos: samples whose video cannot be used.
+        late_spans: samples with a span that ends after the decoded video.
     """
 
     manifest: str
@@ -48,6 +63,7 @@ class ManifestCheck:
     bad_rows: list[BadRow]
     videos_decoded: bool
     bad_videos: list[BadVideo]
+    late_spans: list[LateSpan]
 
     @property
     def passed(self) -> bool:
@@ -79,6 +95,7 @@ def check_manifest(
     """
     rows = list(scan_manifest(path))
     samples = [row for row in rows if isinstance(row, VideoSample)]
+    found = list(_check_videos(samples, num_workers, progress)) if decode_videos else []
     return ManifestCheck(
         manifest=str(path),
         num_rows=len(rows),
@@ -86,16 +103,17 @@ def check_manifest(
         num_overruns=sum(map(_has_overrun, samples)),
         bad_rows=[row for row in rows if isinstance(row, BadRow)],
         videos_decoded=decode_videos,
-        bad_videos=list(_bad_videos(samples, num_workers, progress)) if decode_videos else [],
+        bad_videos=[bad for bad in found if isinstance(bad, BadVideo)],
+        late_spans=[late for late in found if isinstance(late, LateSpan)],
     )
 
 
-def _bad_videos(
+def _check_videos(
     samples: Sequence[VideoSample],
     num_workers: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]],
-) -> Iterator[BadVideo]:
-    """Decode every video once and yield the samples that cannot be used.
+) -> Iterator[BadVideo | LateSpan]:
+    """Decode every video once; yield the samples that cannot be used, and those whose spans are too long.
 
     Each decoding subprocess (`VideoReader`) is used by one thread at a time: a thread takes a reader from the queue for
     a video, and puts it back. The readers are closed after the threads have finished.
@@ -107,7 +125,7 @@ def _bad_videos(
         samples_of_video.setdefault(sample.video, []).append(sample)
     readers: SimpleQueue[VideoReader] = SimpleQueue()
 
-    def check(samples: list[VideoSample]) -> list[BadVideo]:
+    def check(samples: list[VideoSample]) -> list[BadVideo | LateSpan]:
         reader = readers.get()
         try:
             return _check_video(samples, reader)
@@ -117,12 +135,12 @@ def _bad_videos(
     with ExitStack() as stack, ThreadPoolExecutor(num_workers) as pool:
         for _ in range(num_workers):
             readers.put(stack.enter_context(VideoReader()))
-        for bad_videos in progress(pool.map(check, samples_of_video.values()), len(samples_of_video)):
-            yield from bad_videos
+        for found in progress(pool.map(check, samples_of_video.values()), len(samples_of_video)):
+            yield from found
 
 
-def _check_video(samples: list[VideoSample], reader: VideoReader) -> list[BadVideo]:
-    """Decode the video that all these samples share; return the samples that cannot be used."""
+def _check_video(samples: list[VideoSample], reader: VideoReader) -> list[BadVideo | LateSpan]:
+    """Decode the video that all these samples share; return what is wrong with each sample."""
     from megatron_vcr1.data.video import VideoError
 
     video = samples[0].video
@@ -130,13 +148,15 @@ def _check_video(samples: list[VideoSample], reader: VideoReader) -> list[BadVid
         duration_s = reader.read_frames(video, num_threads=1).duration_s
     except VideoError as error:
         return [BadVideo(sample.id, str(video), error.reason) for sample in samples]
-    bad_videos = []
+    found: list[BadVideo | LateSpan] = []
     for sample in samples:
         spans = sample.intervals if sample.clip is None else (sample.clip,)
         if late := [span.start_s for span in spans if span.start_s >= duration_s]:
             reason = f"lasts {duration_s:.2f} s, but an annotated span starts at {late[0]} s"
-            bad_videos.append(BadVideo(sample.id, str(video), reason))
-    return bad_videos
+            found.append(BadVideo(sample.id, str(video), reason))
+        elif (end_s := max((span.end_s for span in spans), default=0.0)) > duration_s + _TOLERANCE_S:
+            found.append(LateSpan(sample.id, str(video), end_s, duration_s))
+    return found
 
 
 def _has_overrun(sample: VideoSample) -> bool:

@@ -147,8 +147,35 @@ def test_check_lists_bad_rows_spans_past_the_end_and_videos_that_are_shorter_tha
     printed = capsys.readouterr().out
     assert f"{manifest}, line 3: key 'task' is missing; add it" in printed
     assert "sample train_000000:" in printed and "lasts 12.00 s, but an annotated span starts at 50.0 s" in printed
-    assert "1 samples have a span that ends after the video" in printed
-    assert "3 rows: 2 temporal_grounding; 1 bad rows" in printed and "1 samples whose video is bad" in printed
+    assert "sample train_000001:" in printed and "lasts 12.00 s, but a span ends at 13.0 s" in printed
+    assert "1 samples have a span that ends after duration_s" in printed
+    assert (
+        "3 rows: 2 temporal_grounding; 1 bad rows" in printed
+        and "1 samples whose video is bad; 1 samples have a span" in printed
+    )
+
+
+def test_split_writes_three_manifests_by_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"id": f"{video}_{index}", "task": "quality", "video": f"videos/{video}.mp4", "duration_s": None, "query": "q?"}
+        | {"target": {"label": "low"}}
+        for video in range(10)
+        for index in range(2)
+    ]
+    manifest = tmp_path / "all.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert vcr1("split", manifest, "--out", tmp_path, "--json") == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts == {
+        str(tmp_path / f"{name}.jsonl"): number for name, number in (("train", 16), ("validation", 2), ("test", 2))
+    }
+    written = [json.loads(line) for path in counts for line in Path(path).read_text().splitlines()]
+    assert sorted(written, key=lambda row: row["id"]) == rows  # with relative paths
+    assert vcr1("split", manifest, "--out", tmp_path / "two", "--fractions", 0.5, 0, 0.5) == 0
+    assert "train.jsonl: 10 samples of 5 videos" in capsys.readouterr().out
+    assert not (tmp_path / "two/validation.jsonl").exists()
+    with pytest.raises(UserError, match="name another folder"):
+        vcr1("split", tmp_path / "train.jsonl", "--out", tmp_path)
 
 
 def test_check_of_an_empty_manifest_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_vcr1.data import video_process
-from megatron_vcr1.data.check import BadVideo, check_manifest
+from megatron_vcr1.data.check import BadVideo, LateSpan, check_manifest
 from megatron_vcr1.data.video import VideoError, VideoFrames
 from tests.data.video_clips import write_clip
 
@@ -47,6 +47,22 @@ def test_every_sample_of_a_bad_video_is_listed(tmp_path: Path) -> None:
     )
     assert not check.passed
     assert check.as_json()["bad_videos"][0]["id"] == "a"
+
+
+def test_spans_that_end_after_the_decoded_video_are_listed_and_tolerated(tmp_path: Path) -> None:
+    write_clip(tmp_path / "good.mp4")
+    unknown = {"duration_s": None}
+    manifest = write_rows(
+        tmp_path / "m.jsonl",
+        row("a", "good.mp4", [0, 1.6]) | unknown,
+        row("b", "good.mp4", [0, 1.605]) | unknown,
+        row("c", "good.mp4", [1, 1.62]) | unknown,
+        row("d", "good.mp4", [0, 1]) | {"clip": [0.5, 2.5], "duration_s": 2.0},
+    )
+    check = check_manifest(manifest, decode_videos=True, num_workers=1)
+    video = str(tmp_path / "good.mp4")
+    assert check.late_spans == [LateSpan("c", video, 1.62, 1.6), LateSpan("d", video, 2.5, 1.6)]
+    assert check.passed and check.as_json()["late_spans"][0]["id"] == "c"
 
 
 def test_a_video_is_decoded_once_for_all_of_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,52 @@
+"""Splits a manifest into training, validation and test parts, so that no video is in two of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_vcr1.data.rows import row_from_sample
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.types import VideoSample
+
+
+def split_by_video(
+    samples: Sequence[VideoSample], fractions: Mapping[str, float], *, seed: int, folder: Path
+) -> dict[str, list[VideoSample]]:
+    """Split samples at random; all samples of a video go to the same part, in their order.
+
+    The videos are ordered by a hash of the seed and their path below `folder`: the result is the same on every machine.
+
+    Args:
+        samples: the samples.
+        fractions: fraction of the videos by name of the part; they add up to 1. A part with a fraction above 0 gets at
+            least one video.
+        seed: seed of the random order.
+        folder: the manifest's folder, which paths are made relative to.
+
+    Raises:
+        UserError: the fractions do not add up to 1, or there are fewer videos than parts.
+    """
+    if any(fraction < 0 for fraction in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise UserError(f"fractions {', '.join(map(str, fractions.values()))}: they must be 0 or more, and add up to 1")
+    parts = {name: fraction for name, fraction in fractions.items() if fraction > 0}
+    keys = [json.dumps(row_from_sample(sample, folder)["video"]) for sample in samples]
+    videos = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed}/{key}".encode()).digest())
+    if len(videos) < len(parts):
+        raise UserError(f"{len(videos)} videos cannot be split into {len(parts)} parts; set a fraction to 0")
+    part_of: dict[str, str] = {}
+    for name, count in _counts(len(videos), parts).items():
+        for _ in range(count):
+            part_of[videos[len(part_of)]] = name
+    return {name: [sample for sample, key in zip(samples, keys, strict=True) if part_of[key] == name] for name in parts}
+
+
+def _counts(num_videos: int, fractions: Mapping[str, float]) -> dict[str, int]:
+    """Return the number of videos of each part: at least one, and rounded such that they add up."""
+    counts = {name: max(round(num_videos * fraction), 1) for name, fraction in fractions.items()}
+    while (excess := sum(counts.values()) - num_videos) != 0:
+        largest = max(counts, key=lambda name: counts[name])
+        counts[largest] -= 1 if excess > 0 else -1
+    return counts
