@@ -132,7 +132,7 @@ def _sequence_rows(sequence: Path) -> list[Row | Issue]:
 
 
 def _absence(path: Path, num_frames: int) -> list[bool]:
-    """Return for each line of absence.label whether the object is out of sight; all False if there is no file."""
+    """Return for each line of absence.label whether the object is out of sight; all False without the file."""
     if not path.exists():
         return [False] * num_frames
     return [line.strip() == "1" for line in read_lines(path)]
