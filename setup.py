@@ -83,7 +83,6 @@ setup(
     package_data={
         "megatron_vcr1": ["py.typed"],
         "vcr1_kernels": ["py.typed"],
-        "megatron_vcr1.data": ["*.toml"],
         "megatron_vcr1.report": ["templates/*"],
     },
     install_requires=REQUIREMENTS,

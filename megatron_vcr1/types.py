@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar, Protocol
 
 OPTION_LETTERS = "ABCDEFG"
 """Letters of multiple-choice options; the accuracy reward parses answers with the same letters."""
 
 NUM_TRACKED_FRAMES = 8
 """Number of frames of a tracking sample in VideoChat-R1. Its answer has one box per frame."""
-
-
-class Task(StrEnum):
-    """The task of a sample; the value is the ``task`` of a manifest row."""
-
-    TEMPORAL_GROUNDING = "temporal_grounding"
-    TRACKING = "tracking"
-    GROUNDED_QA = "grounded_qa"
-    MULTIPLE_CHOICE_QA = "multiple_choice_qa"
-    CAPTIONING = "captioning"
-    QUALITY = "quality"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,82 +56,15 @@ class Box:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class GroundingTarget:
-    """The target of temporal grounding: the span in which the queried event happens."""
+class Target:
+    """The ground truth of a sample. Each task derives a frozen dataclass with its annotations from it.
 
-    interval: Interval
-
-
-@dataclass(frozen=True, slots=True)
-class TrackingTarget:
-    """The target of tracking: the object's box in each frame that the model sees.
-
-    The prompt contains the first box, which tells the model which object to track.
+    Attributes:
+        task: the task that the target belongs to; `megatron_vcr1.tasks.Task` sets it.
     """
 
-    boxes: tuple[Box, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.boxes) < 2 or len(self.boxes) % 2:
-            raise ValueError(
-                f"tracking needs one box per frame of an even number of frames (they enter the model in pairs), "
-                f"got {len(self.boxes)}"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceTarget:
-    """The target of multiple-choice QA: the letter of the right option."""
-
-    choice: str
-
-
-@dataclass(frozen=True, slots=True)
-class GroundedChoiceTarget:
-    """The target of grounded QA: the letter of the right option, and the spans of time that contain the evidence."""
-
-    choice: str
-    intervals: tuple[Interval, ...]
-
-    def __post_init__(self) -> None:
-        if not self.intervals:
-            raise ValueError("grounded QA needs at least one supporting interval")
-
-
-@dataclass(frozen=True, slots=True)
-class CaptionTarget:
-    """The target of captioning: a reference caption and, if annotated, its atomic events."""
-
-    caption: str
-    events: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.caption.strip():
-            raise ValueError("the reference caption is empty")
-
-
-@dataclass(frozen=True, slots=True)
-class QualityTarget:
-    """The target of quality assessment: one of the labels that the query names."""
-
-    label: str
-
-    def __post_init__(self) -> None:
-        if not self.label.strip():
-            raise ValueError("the quality label is empty")
-
-
-Target = GroundingTarget | TrackingTarget | GroundedChoiceTarget | ChoiceTarget | CaptionTarget | QualityTarget
-
-_TASK_OF_TARGET: dict[type, Task] = {
-    GroundingTarget: Task.TEMPORAL_GROUNDING,
-    TrackingTarget: Task.TRACKING,
-    GroundedChoiceTarget: Task.GROUNDED_QA,
-    ChoiceTarget: Task.MULTIPLE_CHOICE_QA,
-    CaptionTarget: Task.CAPTIONING,
-    QualityTarget: Task.QUALITY,
-}
+    __slots__ = ()
+    task: ClassVar[TaskRules]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +75,8 @@ class VideoSample:
         id: id, unique within a manifest.
         video: a video file, a folder of images, or the image files of the frames in order.
         target: ground truth; its type determines the task.
-        query: the event to find, the name of the object to track, the question or the instruction. Only captioning may
-            leave it empty.
+        query: the event to find, the name of the object to track, the question or the instruction; empty if the task
+            needs none.
         options: texts of the multiple-choice options in the order of their letters; empty for the other tasks.
         duration_s: length of the video in seconds (of the clip, if there is one); None if it is unknown.
         clip: the part of the video that is shown; None for the whole video. Times in `target` are
@@ -181,42 +105,70 @@ class VideoSample:
             raise ValueError("id is empty")
         if not self.video:
             raise ValueError("video is empty")
-        if not self.query.strip() and self.task != Task.CAPTIONING:
-            raise ValueError(f"query is empty; {self.task} needs one")
         if self.duration_s is not None and not 0 < self.duration_s < math.inf:
             raise ValueError(f"duration_s must be positive and finite, or null if unknown; got {self.duration_s}")
         if self.image_fps is not None and not 0 < self.image_fps < math.inf:
             raise ValueError(f"image_fps must be positive and finite, got {self.image_fps}")
-        self._check_options()
+        self.target.task.check_sample(self)
         for interval in self.intervals:
             if self.duration_s is not None and interval.start_s >= self.duration_s:
                 raise ValueError(f"interval starts at {interval.start_s} s, but the video ends at {self.duration_s} s")
 
     @property
-    def task(self) -> Task:
-        """The task, determined by the type of the target."""
-        return _TASK_OF_TARGET[type(self.target)]
+    def task(self) -> str:
+        """The name of the task, determined by the type of the target."""
+        return self.target.task.name
 
     @property
     def intervals(self) -> tuple[Interval, ...]:
         """Time spans of the target; empty for tasks without spans."""
-        match self.target:
-            case GroundingTarget(interval):
-                return (interval,)
-            case GroundedChoiceTarget(_, intervals):
-                return intervals
-        return ()
+        return self.target.task.intervals(self)
 
-    def _check_options(self) -> None:
-        if not isinstance(self.target, ChoiceTarget | GroundedChoiceTarget):
-            if self.options:
-                raise ValueError(f"options are given, but {self.task} has none")
-            return
-        if not 1 <= len(self.options) <= len(OPTION_LETTERS):
-            raise ValueError(f"options: need 1 to {len(OPTION_LETTERS)}, got {len(self.options)}")
-        letters = OPTION_LETTERS[: len(self.options)]
-        if len(self.target.choice) != 1 or self.target.choice not in letters:
-            raise ValueError(f"choice {self.target.choice!r} is not one of the options' letters {letters}")
+
+@dataclass(frozen=True, slots=True)
+class RewardPart:
+    """A part of a reward: its value in [0, 1] and, if it is 0 or was not judged, the reason.
+
+    Attributes:
+        value: None if a judge has to decide and gave no verdict.
+        reason: one of a small set of texts, so that they can be counted; None for other values.
+    """
+
+    value: float | None
+    reason: str | None = None
+
+
+class TaskRules(Protocol):
+    """What samples and rewards need to know of a task. `megatron_vcr1.tasks.Task` is the whole interface."""
+
+    @property
+    def name(self) -> str:
+        """The ``task`` of a manifest row."""
+        ...
+
+    def check_sample(self, sample: VideoSample) -> None:
+        """Raise ValueError if a field of a sample contradicts the task; the message names the field."""
+        ...
+
+    def intervals(self, sample: VideoSample) -> tuple[Interval, ...]:
+        """Return the time spans of a target; empty for tasks without spans."""
+        ...
+
+    def format_fault(self, sample: VideoSample, completion: str, *, thinking: bool) -> str | None:
+        """Return what is wrong with the form of a completion; None if it has the form that the prompt asks for."""
+        ...
+
+    def needs_judge(self, sample: VideoSample) -> bool:
+        """Return whether a judge has to decide on the completions of a sample."""
+        ...
+
+    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> Mapping[str, RewardPart]:
+        """Return all parts of the reward of a completion except the format, by name.
+
+        Args:
+            judged: the judge's value, if the sample needs a judge; None without a verdict.
+        """
+        ...
 
 
 class FinishReason(StrEnum):

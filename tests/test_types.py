@@ -5,18 +5,15 @@ from typing import Any
 
 import pytest
 
-from megatron_vcr1.types import (
-    Box,
+from megatron_vcr1.tasks import (
     CaptionTarget,
     ChoiceTarget,
     GroundedChoiceTarget,
     GroundingTarget,
-    Interval,
     QualityTarget,
-    Task,
     TrackingTarget,
-    VideoSample,
 )
+from megatron_vcr1.types import Box, Interval, VideoSample
 
 BOX = Box(0.1, 0.2, 0.3, 0.4)
 GROUNDING = GroundingTarget(Interval(1.0, 2.0))
@@ -47,15 +44,15 @@ def test_inverted_empty_and_outside_boxes_are_refused(edges: tuple[float, ...]) 
 @pytest.mark.parametrize(
     ("target", "extra", "task"),
     [
-        (GROUNDING, {}, Task.TEMPORAL_GROUNDING),
-        (TrackingTarget((BOX, BOX)), {}, Task.TRACKING),
-        (GroundedChoiceTarget("B", (Interval(0, 1),)), {"options": ("x", "y")}, Task.GROUNDED_QA),
-        (ChoiceTarget("A"), {"options": ("x",)}, Task.MULTIPLE_CHOICE_QA),
-        (CaptionTarget("A dog barks.", ()), {"query": ""}, Task.CAPTIONING),
-        (QualityTarget("high quality"), {}, Task.QUALITY),
+        (GROUNDING, {}, "temporal_grounding"),
+        (TrackingTarget((BOX, BOX)), {}, "tracking"),
+        (GroundedChoiceTarget("B", (Interval(0, 1),)), {"options": ("x", "y")}, "grounded_qa"),
+        (ChoiceTarget("A"), {"options": ("x",)}, "multiple_choice_qa"),
+        (CaptionTarget("A dog barks.", ()), {"query": ""}, "captioning"),
+        (QualityTarget("high quality"), {}, "quality"),
     ],
 )
-def test_the_task_follows_from_the_type_of_the_target(target: Any, extra: dict[str, Any], task: Task) -> None:
+def test_the_task_follows_from_the_type_of_the_target(target: Any, extra: dict[str, Any], task: str) -> None:
     assert sample(target=target, **extra).task == task
 
 

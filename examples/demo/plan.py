@@ -12,7 +12,6 @@ from pathlib import Path
 
 from demo.data import Sizes, video_sets, write_manifests
 from demo.jobs import Job
-from megatron_vcr1.types import Task
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples/configs/demo"
@@ -33,8 +32,8 @@ TESTS = {
 """Test configurations of each run. Grounding is tested in the mode, thinking or not, that the run was trained in."""
 
 SIZES = Sizes(
-    base={Task.TEMPORAL_GROUNDING: 3000, Task.TRACKING: 1600, Task.GROUNDED_QA: 800},
-    train={Task.TEMPORAL_GROUNDING: 2000, Task.TRACKING: 800, Task.GROUNDED_QA: 1000},
+    base={"temporal_grounding": 3000, "tracking": 1600, "grounded_qa": 800},
+    train={"temporal_grounding": 2000, "tracking": 800, "grounded_qa": 1000},
     test=200,
 )
 QUICK_SIZES = Sizes(

@@ -14,7 +14,7 @@ from megatron_vcr1.data.importers import FORMATS
 from megatron_vcr1.data.manifest import write_manifest
 from megatron_vcr1.data.rows import is_remote
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import Task
+from megatron_vcr1.tasks import task_names
 
 if TYPE_CHECKING:
     from megatron_vcr1.data.check import ManifestCheck
@@ -104,10 +104,10 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument(
         "--tasks",
         nargs="+",
-        choices=[str(task) for task in Task],
-        default=[str(task) for task in Task],
+        choices=task_names(),
+        default=task_names(),
         metavar="TASK",
-        help=f"any of {', '.join(Task)} (default: all)",
+        help=f"any of {', '.join(task_names())} (default: all)",
     )
     parser.add_argument(
         "--side", type=positive, default=64, metavar="N", help="width and height in pixels (default: 64)"
@@ -229,7 +229,7 @@ def run_synthesize(args: argparse.Namespace) -> int:
         num_test_videos=num_test_videos,
         seed=args.seed,
         video_format=VideoFormat(args.side, args.num_frames, args.fps),
-        tasks=[Task(task) for task in args.tasks],
+        tasks=args.tasks,
     )
     num_videos = args.num_videos + (len(SPLITS) - 1) * num_test_videos
     for _ in tqdm(videos, total=num_videos, desc="videos", unit="video"):

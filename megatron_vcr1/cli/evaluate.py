@@ -95,9 +95,8 @@ def _evaluate_model(args: argparse.Namespace) -> int:
 
 def _score_file(args: argparse.Namespace) -> int:
     from megatron_vcr1.evaluation.annotations import read_annotations
-    from megatron_vcr1.evaluation.benchmark_result import score_file
+    from megatron_vcr1.evaluation.benchmark_result import needs_judge, score_file
     from megatron_vcr1.judge import build_judge
-    from megatron_vcr1.types import Task
 
     needed = {"--benchmark": args.benchmark, "--annotations": args.annotations, "--predictions": args.predictions}
     missing = [name for name, value in {**needed, "--out": args.out}.items() if value is None]
@@ -107,8 +106,8 @@ def _score_file(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: name a file that ends with .json")
     benchmark = find_benchmark(args.benchmark)
     section = _judge_section(args.overrides)
-    judge = build_judge(section, args.out.parent / "judge_cache") if benchmark.task is Task.CAPTIONING else None
     samples = read_annotations(benchmark, args.annotations)
+    judge = build_judge(section, args.out.parent / "judge_cache") if needs_judge(samples) else None
     result = score_file(benchmark, samples, args.predictions, args.out, judge, allow_missing=args.allow_missing)
     return _report([result], section)
 

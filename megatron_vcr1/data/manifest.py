@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from megatron_vcr1.data.rows import RowError, row_from_sample, sample_from_row
+from megatron_vcr1.data.rows import row_from_sample, sample_from_row
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.tasks.row_fields import RowError
 from megatron_vcr1.text_files import MAX_LINE_CHARACTERS, read_lines
 from megatron_vcr1.types import VideoSample
 

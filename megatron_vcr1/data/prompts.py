@@ -9,7 +9,8 @@ from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, build_messages
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
-from megatron_vcr1.types import TrackingTarget, VideoSample
+from megatron_vcr1.tasks import task_of
+from megatron_vcr1.types import VideoSample
 
 
 class PromptTooLongError(ValueError):
@@ -74,11 +75,8 @@ def prepare_sample(
                 f"sample {sample.id}: {num_tokens} prompt tokens, {len(prompt.token_ids)} at the smallest video size; "
                 f"allow more than {max_tokens}, or lower the video's min_pixels or min_frames"
             )
-    if isinstance(sample.target, TrackingTarget) and len(prompt.vision[0].frames) != len(sample.target.boxes):
-        num_frames = len(prompt.vision[0].frames)
-        raise VideoError(
-            sample.video, f"the video has {num_frames} frames, but tracking has {len(sample.target.boxes)} boxes"
-        )
+    if fault := task_of(sample).frames_fault(sample, len(prompt.vision[0].frames)):
+        raise VideoError(sample.video, fault)
     return PreparedSample(sample, prompt, reduction)
 
 

@@ -6,6 +6,7 @@ additional draw changes all videos.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -13,21 +14,15 @@ import numpy as np
 
 from megatron_vcr1.data.video_types import frames_on_screen
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import (
-    NUM_TRACKED_FRAMES,
-    OPTION_LETTERS,
-    Box,
+from megatron_vcr1.tasks import (
     CaptionTarget,
     ChoiceTarget,
     GroundedChoiceTarget,
     GroundingTarget,
-    Interval,
     QualityTarget,
-    Target,
-    Task,
     TrackingTarget,
-    VideoSample,
 )
+from megatron_vcr1.types import NUM_TRACKED_FRAMES, OPTION_LETTERS, Box, Interval, Target, VideoSample
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -124,66 +119,111 @@ class Scene:
     """
 
     id: str
-    task: Task
+    task: str
     format: VideoFormat
     objects: tuple[MovingObject, ...]
     low_quality: bool
 
 
-def random_scene(split: str, index: int, *, seed: int, task: Task, video_format: VideoFormat) -> Scene:
-    """Generate scene number `index` of a split."""
-    random = Random(f"{seed}/{split}/{index}")
-    num_queried = _NUM_OBJECTS if task == Task.CAPTIONING else 1  # a caption describes all objects
-    looks = _random_looks(random, num_queried, unseen=split == "unseen_pairs")
+Prompt = tuple[str, tuple[str, ...], Target]
+"""The query, the options and the target of a sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the scenes of a task are made, and what is asked about them.
+
+    Attributes:
+        prompt: returns the query, options and target of a scene.
+        num_queried: number of objects that the query is about.
+        always_visible: whether the queried object is visible in all frames.
+        in_corner: whether the queried object stays in a corner.
+        may_be_coarse: whether half of the videos are coarse and noisy.
+    """
+
+    prompt: Callable[[Scene], Prompt]
+    num_queried: int = 1
+    always_visible: bool = False
+    in_corner: bool = False
+    may_be_coarse: bool = False
+
+
+def random_scene(split: str, index: int, *, seed: int, task: str, video_format: VideoFormat) -> Scene:
+    """Generate scene number `index` of a split.
+
+    Args:
+        task: a key of RECIPES.
+    """
+    random, recipe = Random(f"{seed}/{split}/{index}"), RECIPES[task]
+    looks = _random_looks(random, recipe.num_queried, unseen=split == "unseen_pairs")
     event_s = _LONG_EVENT_S if split == "longer_events" else _EVENT_S
     objects = []
     for number, (colour, shape) in enumerate(looks):
         is_queried = number == 0
         first_frame, end_frame = _random_event(random, event_s, video_format)
-        if is_queried and task == Task.TRACKING:
+        if is_queried and recipe.always_visible:
             first_frame, end_frame = 0, video_format.num_frames
         radius = random.uniform(*_RADIUS)
-        corner = random.randrange(len(CORNERS)) if is_queried and task == Task.GROUNDED_QA else None
+        corner = random.randrange(len(CORNERS)) if is_queried and recipe.in_corner else None
         centers = _random_walk(random, radius, corner, video_format)
         objects.append(MovingObject(colour, shape, radius, first_frame, end_frame, centers))
-    low_quality = task == Task.QUALITY and random.random() < 0.5
+    low_quality = recipe.may_be_coarse and random.random() < 0.5
     return Scene(f"{split}_{index:06d}", task, video_format, tuple(objects), low_quality)
 
 
 def sample_of_scene(scene: Scene, video: str) -> VideoSample:
     """Build the manifest sample of a scene: its query, options and target."""
-    query, options, target = _task_fields(scene)
+    query, options, target = RECIPES[scene.task].prompt(scene)
     return VideoSample(
         id=scene.id, video=video, target=target, query=query, options=options, duration_s=scene.format.duration_s
     )
 
 
-def _task_fields(scene: Scene) -> tuple[str, tuple[str, ...], Target]:
-    """Return the query, options and target of the scene's task."""
-    queried, fps = scene.objects[0], scene.format.fps
-    match scene.task:
-        case Task.TEMPORAL_GROUNDING:
-            return f"the {queried.name} is visible", (), GroundingTarget(queried.interval(fps))
-        case Task.TRACKING:
-            num_frames = scene.format.num_frames
-            picked = frames_on_screen(np.arange(num_frames), num_frames, NUM_TRACKED_FRAMES)
-            return queried.name, (), TrackingTarget(tuple(queried.box(int(frame)) for frame in picked))
-        case Task.GROUNDED_QA:
-            corner = OPTION_LETTERS[CORNERS.index(_place(queried, queried.first_frame))]
-            target = GroundedChoiceTarget(corner, (queried.interval(fps),))
-            return f"In which corner is the {queried.name}?", CORNERS, target
-        case Task.MULTIPLE_CHOICE_QA:
-            random = Random(scene.id)
-            colours = [queried.colour, *random.sample([colour for colour in COLOURS if colour != queried.colour], 3)]
-            random.shuffle(colours)
-            choice = OPTION_LETTERS[colours.index(queried.colour)]
-            return f"What colour is the {queried.shape}?", tuple(colours), ChoiceTarget(choice)
-        case Task.CAPTIONING:
-            events = _events(scene)
-            return "", (), CaptionTarget(" ".join(events), events)
-        case Task.QUALITY:
-            query = f"How good is the picture of this video? Choose one of these labels: {', '.join(QUALITY_LABELS)}."
-            return query, (), QualityTarget(QUALITY_LABELS[not scene.low_quality])
+def _grounding_prompt(scene: Scene) -> Prompt:
+    queried = scene.objects[0]
+    return f"the {queried.name} is visible", (), GroundingTarget(queried.interval(scene.format.fps))
+
+
+def _tracking_prompt(scene: Scene) -> Prompt:
+    queried, num_frames = scene.objects[0], scene.format.num_frames
+    picked = frames_on_screen(np.arange(num_frames), num_frames, NUM_TRACKED_FRAMES)
+    return queried.name, (), TrackingTarget(tuple(queried.box(int(frame)) for frame in picked))
+
+
+def _corner_prompt(scene: Scene) -> Prompt:
+    queried = scene.objects[0]
+    corner = OPTION_LETTERS[CORNERS.index(_place(queried, queried.first_frame))]
+    target = GroundedChoiceTarget(corner, (queried.interval(scene.format.fps),))
+    return f"In which corner is the {queried.name}?", CORNERS, target
+
+
+def _colour_prompt(scene: Scene) -> Prompt:
+    queried, random = scene.objects[0], Random(scene.id)
+    colours = [queried.colour, *random.sample([colour for colour in COLOURS if colour != queried.colour], 3)]
+    random.shuffle(colours)
+    choice = OPTION_LETTERS[colours.index(queried.colour)]
+    return f"What colour is the {queried.shape}?", tuple(colours), ChoiceTarget(choice)
+
+
+def _caption_prompt(scene: Scene) -> Prompt:
+    events = _events(scene)
+    return "", (), CaptionTarget(" ".join(events), events)
+
+
+def _quality_prompt(scene: Scene) -> Prompt:
+    query = f"How good is the picture of this video? Choose one of these labels: {', '.join(QUALITY_LABELS)}."
+    return query, (), QualityTarget(QUALITY_LABELS[not scene.low_quality])
+
+
+RECIPES = {
+    "temporal_grounding": Recipe(_grounding_prompt),
+    "tracking": Recipe(_tracking_prompt, always_visible=True),
+    "grounded_qa": Recipe(_corner_prompt, in_corner=True),
+    "multiple_choice_qa": Recipe(_colour_prompt),
+    "captioning": Recipe(_caption_prompt, num_queried=_NUM_OBJECTS),
+    "quality": Recipe(_quality_prompt, may_be_coarse=True),
+}
+"""The recipe of each task that has synthetic videos."""
 
 
 def _events(scene: Scene) -> tuple[str, ...]:

@@ -13,8 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vcr1.data.manifest import write_manifest
-from megatron_vcr1.data.scenes import BAR_HEIGHT, COLOURS, SPLITS, Scene, VideoFormat, random_scene, sample_of_scene
-from megatron_vcr1.types import Task
+from megatron_vcr1.data.scenes import (
+    BAR_HEIGHT,
+    COLOURS,
+    RECIPES,
+    SPLITS,
+    Scene,
+    VideoFormat,
+    random_scene,
+    sample_of_scene,
+)
 
 _BACKGROUND = 30  # grey level
 
@@ -26,7 +34,7 @@ def synthesize(
     num_test_videos: int,
     seed: int,
     video_format: VideoFormat | None = None,
-    tasks: Sequence[Task] = tuple(Task),
+    tasks: Sequence[str] = tuple(RECIPES),
 ) -> Iterator[Path]:
     """Write `videos/SPLIT/*.mp4` and a manifest `SPLIT.jsonl` for every split; yield each video as it is written.
 
@@ -36,7 +44,7 @@ def synthesize(
         num_test_videos: number of videos of each other split.
         seed: seed of all random choices.
         video_format: size and frame rate; None means the defaults of `VideoFormat`.
-        tasks: tasks to include.
+        tasks: names of the tasks to include.
     """
     video_format = video_format or VideoFormat()
     for split in SPLITS:

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.text_files import parse_toml, read_toml
-from megatron_vcr1.types import (
-    OPTION_LETTERS,
-    Box,
-    CaptionTarget,
-    ChoiceTarget,
-    GroundedChoiceTarget,
-    GroundingTarget,
-    QualityTarget,
-    Task,
-    TrackingTarget,
-    VideoSample,
-)
+from megatron_vcr1.tasks import NumberFormat, Task, find_task, task_names, task_of
+from megatron_vcr1.text_files import read_toml
+from megatron_vcr1.types import VideoSample
 
-_REQUIRED_PLACEHOLDERS = {
-    Task.TEMPORAL_GROUNDING: {"query"},
-    Task.TRACKING: {"query"},
-    Task.GROUNDED_QA: {"query", "options"},
-    Task.MULTIPLE_CHOICE_QA: {"query", "options"},
-    Task.CAPTIONING: set[str](),
-    Task.QUALITY: {"query"},
-}
-_OPTIONAL_PLACEHOLDERS = {Task.TRACKING: {"num_frames", "first_box"}, Task.CAPTIONING: {"query"}}
+_DECIMALS = ("time_decimals", "coordinate_decimals")
+_PROMPTS = ("answer", "think")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,38 +22,43 @@ class PromptTemplates:
     """The prompt templates of all tasks.
 
     Attributes:
-        answer: templates of prompts that ask for the answer alone.
-        think: templates of prompts that ask for reasoning before the answer.
-        time_decimals: number of decimals of the seconds in target texts.
-        coordinate_decimals: number of decimals of box coordinates in prompts and target texts.
+        answer: templates of prompts that ask for the answer alone, by task; a task without one has its default prompt.
+        think: templates of prompts that ask for reasoning before the answer, by task, likewise.
+        numbers: how prompts and target texts write numbers.
     """
 
-    answer: Mapping[Task, Template]
-    think: Mapping[Task, Template]
-    time_decimals: int
-    coordinate_decimals: int
+    answer: Mapping[str, Template] = field(default_factory=dict)
+    think: Mapping[str, Template] = field(default_factory=dict)
+    numbers: NumberFormat = field(default_factory=NumberFormat)
+
+    def of_task(self, task: Task[Any], *, thinking: bool) -> Template:
+        """Return the template of a task."""
+        default = task.think_prompt if thinking else task.answer_prompt
+        return (self.think if thinking else self.answer).get(task.name) or Template(default.strip())
 
 
 def load_templates(path: str | Path | None = None) -> PromptTemplates:
-    """Read a template file; None reads `templates.toml` of this package.
+    """Read a template file. What it leaves out is inherited from the tasks' own prompts; None inherits everything.
 
     Raises:
         UserError: the file is not TOML, or a task, key or placeholder is missing or unknown; names the file and key.
     """
-    file = resources.files("megatron_vcr1.data") / "templates.toml" if path is None else Path(path)
-    content = parse_toml(file.read_text(encoding="utf-8"), file) if path is None else read_toml(path)
-    decimals = {"time_decimals", "coordinate_decimals"}
-    if problem := _first_difference(set(content), {*Task, *decimals}):
-        raise UserError(f"{file}: key {problem}")
-    for key in decimals:
-        if type(content[key]) is not int or not 0 <= content[key] <= 6:
-            raise UserError(f"{file}: {key} must be a whole number from 0 to 6, got {content[key]!r}")
-    return PromptTemplates(
-        answer={task: _template(content, task, "answer", file) for task in Task},
-        think={task: _template(content, task, "think", file) for task in Task},
-        time_decimals=content["time_decimals"],
-        coordinate_decimals=content["coordinate_decimals"],
+    if path is None:
+        return PromptTemplates()
+    content = read_toml(path)
+    if unknown := [key for key in content if key not in (*task_names(), *_DECIMALS)]:
+        known = ", ".join((*task_names(), *_DECIMALS))
+        raise UserError(f"{path}: key '{unknown[0]}' is unknown; known are {known}")
+    decimals = {key: content[key] for key in _DECIMALS if key in content}
+    for key, value in decimals.items():
+        if type(value) is not int or not 0 <= value <= 6:
+            raise UserError(f"{path}: {key} must be a whole number from 0 to 6, got {value!r}")
+    tables = {name: _checked_table(content[name], name, path) for name in content if name not in decimals}
+    answer, think = (
+        {name: _template(table[key], find_task(name), key, path) for name, table in tables.items() if key in table}
+        for key in _PROMPTS
     )
+    return PromptTemplates(answer, think, NumberFormat(**decimals))
 
 
 def build_messages(
@@ -90,8 +77,8 @@ def build_messages(
         video_options: options of the video part (fps, max_frames, total_pixels ...). For tracking, the number of frames
             is always the number of boxes.
     """
-    template = (templates.think if thinking else templates.answer)[sample.task]
-    text = template.substitute(_placeholders(sample, templates))
+    task = task_of(sample)
+    text = templates.of_task(task, thinking=thinking).substitute(task.placeholders(sample, templates.numbers))
     video = {"type": "video", **video_arguments(sample, video_options)}
     return [{"role": "user", "content": [video, {"type": "text", "text": text}]}]
 
@@ -104,31 +91,12 @@ def video_arguments(sample: VideoSample, options: Mapping[str, float] | None = N
 
 def target_text(sample: VideoSample, templates: PromptTemplates) -> str:
     """Format a sample's target as the prompt without thinking asks for it: the SFT target."""
-
-    def seconds(value: float) -> str:
-        return f"{value:.{templates.time_decimals}f}"
-
-    match sample.target:
-        case GroundingTarget(interval):
-            return f"<answer>{seconds(interval.start_s)} to {seconds(interval.end_s)}</answer>"
-        case TrackingTarget(boxes):
-            return f"<answer>[{', '.join(_box_text(box, templates) for box in boxes)}]</answer>"
-        case GroundedChoiceTarget(choice, intervals):
-            spans = ", ".join(f"({seconds(span.start_s)}, {seconds(span.end_s)})" for span in intervals)
-            return f"<answer>{choice}</answer><glue>[{spans}]</glue>"
-        case ChoiceTarget(choice):
-            return f"<answer>{choice}</answer>"
-        case CaptionTarget(caption, _):
-            return f"<answer>{caption}</answer>"
-        case QualityTarget(label):
-            return f"<answer>{label}</answer>"
+    return task_of(sample).target_text(sample, templates.numbers)
 
 
 def _video_options(sample: VideoSample, options: Mapping[str, float]) -> dict[str, float]:
-    """Override options with those that the sample determines: number of tracked frames, image rate and clip."""
-    merged = dict(options)
-    if isinstance(sample.target, TrackingTarget):
-        merged |= {"min_frames": len(sample.target.boxes), "max_frames": len(sample.target.boxes)}
+    """Override options with those that the sample determines: the target's, image rate and clip."""
+    merged = {**options, **task_of(sample).video_options(sample)}
     if isinstance(sample.video, tuple) and sample.duration_s is not None:
         merged["image_fps"] = len(sample.video) / sample.duration_s
     if sample.image_fps is not None:
@@ -138,45 +106,25 @@ def _video_options(sample: VideoSample, options: Mapping[str, float]) -> dict[st
     return merged
 
 
-def _placeholders(sample: VideoSample, templates: PromptTemplates) -> dict[str, str]:
-    """Return the value of each placeholder that a template of the sample's task may use."""
-    values = {"query": sample.query}
-    if sample.options:
-        letters = OPTION_LETTERS[: len(sample.options)]
-        options = zip(letters, sample.options, strict=True)
-        values["options"] = "\n".join(f"({letter}) {text}" for letter, text in options)
-    if isinstance(sample.target, TrackingTarget):
-        values["num_frames"] = str(len(sample.target.boxes))
-        values["first_box"] = _box_text(sample.target.boxes[0], templates)
-    return values
+def _checked_table(table: object, name: str, path: str | Path) -> dict[str, str]:
+    """Check that the table of a task holds "answer", "think" or both, and nothing else."""
+    if not isinstance(table, dict) or not table or not set(table) <= set(_PROMPTS):
+        raise UserError(f"{path}: [{name}] must hold one or both of the strings 'answer' and 'think', and nothing else")
+    return table
 
 
-def _box_text(box: Box, templates: PromptTemplates) -> str:
-    values = (box.x0, box.y0, box.x1, box.y1)
-    return f"[{', '.join(f'{value:.{templates.coordinate_decimals}f}' for value in values)}]"
-
-
-def _template(content: Mapping[str, Any], task: Task, key: str, file: object) -> Template:
-    """Read and check the template `key` ("answer" or "think") of a task."""
-    section = content[task]
-    if not isinstance(section, dict) or set(section) != {"answer", "think"}:
-        raise UserError(f"{file}: [{task}] must hold two strings, 'answer' and 'think'")
-    if not isinstance(section[key], str):
-        raise UserError(f"{file}: {task}.{key} must be a string")
-    template = Template(section[key].strip())
+def _template(text: object, task: Task[Any], key: str, path: str | Path) -> Template:
+    """Check the text of a template; `key` is "answer" or "think"."""
+    where = f"{path}: {task.name}.{key}"
+    if not isinstance(text, str):
+        raise UserError(f"{where} must be a string")
+    template = Template(text.strip())
     if not template.is_valid():
-        raise UserError(f"{file}: {task}.{key} has a stray dollar sign; write $$ for a literal one")
-    used, required = set(template.get_identifiers()), _REQUIRED_PLACEHOLDERS[task]
-    allowed = required | _OPTIONAL_PLACEHOLDERS.get(task, set())
-    if problem := _first_difference(used | (allowed - required), allowed):
-        raise UserError(f"{file}: {task}.{key}: placeholder {problem}")
+        raise UserError(f"{where} has a stray dollar sign; write $$ for a literal one")
+    used, required = set(template.get_identifiers()), task.required_placeholders
+    if missing := sorted(required - used):
+        raise UserError(f"{where}: placeholder '{missing[0]}' is missing")
+    allowed = required | task.optional_placeholders
+    if unknown := sorted(used - allowed):
+        raise UserError(f"{where}: placeholder '{unknown[0]}' is unknown; known are {', '.join(sorted(allowed))}")
     return template
-
-
-def _first_difference(given: set[str], expected: set[str]) -> str | None:
-    """Describe the first missing or unknown name; None if the names are as expected."""
-    if missing := sorted(expected - given):
-        return f"'{missing[0]}' is missing"
-    if unknown := sorted(given - expected):
-        return f"'{unknown[0]}' is unknown; known are {', '.join(sorted(expected))}"
-    return None

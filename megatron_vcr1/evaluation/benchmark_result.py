@@ -10,17 +10,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_vcr1.evaluation import metrics
-from megatron_vcr1.evaluation.answer_parsing import is_tagged, read_answer
 from megatron_vcr1.evaluation.benchmarks import Benchmark
 from megatron_vcr1.evaluation.bootstrap import NUM_RESAMPLES, SEED
-from megatron_vcr1.evaluation.metrics import SampleMetrics
 from megatron_vcr1.evaluation.predictions import Prediction, match_predictions, read_predictions
 from megatron_vcr1.evaluation.summary import Summary, summarize
 from megatron_vcr1.judge import CaptionVerdicts, Judge
+from megatron_vcr1.rewards.answer_parsing import is_tagged, read_answer
 from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
-from megatron_vcr1.types import FinishReason, Task, VideoSample
+from megatron_vcr1.tasks import SampleMetrics, task_of
+from megatron_vcr1.types import FinishReason, VideoSample
 
 _CAPTIONS_PER_CALL = 64
 _NO_OUTPUT = "no output"
@@ -34,7 +33,7 @@ class BenchmarkResult:
         predictions: the prediction for each sample.
         sample_metrics: the metrics of each sample.
         summary: the metrics of the benchmark.
-        verdicts: for captioning, the judge's verdicts by sample id.
+        verdicts: the judge's verdicts by id, of the samples that need a judge.
         judge: name of the judge; None if there was none.
     """
 
@@ -82,17 +81,17 @@ def score_predictions(
         benchmark: the benchmark of the samples.
         samples: all samples.
         predictions: the prediction for each sample.
-        judge: compares captions; only captioning needs one.
+        judge: compares captions; None if no sample needs one.
     """
-    verdicts: dict[str, CaptionVerdicts] = {}
-    if benchmark.task is Task.CAPTIONING:
-        if judge is None:
-            raise ValueError(f"benchmark {benchmark.name} needs a judge")
-        captions, unreadable = _read_captions(samples, predictions)
-        verdicts = _judge_captions(judge, samples, captions)
-        sample_metrics = [_caption_metrics(sample.id, unreadable, verdicts) for sample in samples]
-    else:
-        sample_metrics = [_metrics_of_sample(benchmark, *pair) for pair in zip(samples, predictions, strict=True)]
+    to_judge = [pair for pair in zip(samples, predictions, strict=True) if needs_judge([pair[0]])]
+    if to_judge and judge is None:
+        raise ValueError(f"benchmark {benchmark.name} needs a judge")
+    captions, unreadable = _read_captions(to_judge)
+    verdicts = _judge_captions(judge, [sample for sample, _ in to_judge], captions) if judge is not None else {}
+    sample_metrics = [
+        _judged_metrics(sample, unreadable, verdicts) if needs_judge([sample]) else _metrics(sample, prediction)
+        for sample, prediction in zip(samples, predictions, strict=True)
+    ]
     return BenchmarkResult(
         benchmark,
         samples,
@@ -100,8 +99,13 @@ def score_predictions(
         sample_metrics,
         summarize(benchmark, samples, sample_metrics),
         verdicts,
-        judge.name if judge is not None and benchmark.task is Task.CAPTIONING else None,
+        judge.name if judge is not None and to_judge else None,
     )
+
+
+def needs_judge(samples: Iterable[VideoSample]) -> bool:
+    """Return whether a judge has to decide on the completions of any of the samples."""
+    return any(task_of(sample).needs_judge(sample) for sample in samples)
 
 
 def score_file(
@@ -147,21 +151,18 @@ def _write(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _metrics_of_sample(benchmark: Benchmark, sample: VideoSample, prediction: Prediction) -> SampleMetrics:
-    function = benchmark.metric_function
-    assert function is not None, f"{benchmark.name} needs a judge"
+def _metrics(sample: VideoSample, prediction: Prediction) -> SampleMetrics:
+    task = task_of(sample)
     if prediction.output is not None:
-        return function(sample, prediction.output)
-    empty = function(sample, "")
+        return task.metrics(sample, prediction.output)
+    empty = task.metrics(sample, "")
     return SampleMetrics(empty.values, dict.fromkeys(empty.reasons, _NO_OUTPUT))
 
 
-def _read_captions(
-    samples: Sequence[VideoSample], predictions: Sequence[Prediction]
-) -> tuple[dict[str, str], dict[str, str]]:
+def _read_captions(pairs: Iterable[tuple[VideoSample, Prediction]]) -> tuple[dict[str, str], dict[str, str]]:
     """Return captions by id, and for samples without a caption the reason by id."""
     captions, unreadable = {}, {}
-    for sample, prediction in zip(samples, predictions, strict=True):
+    for sample, prediction in pairs:
         try:
             if prediction.output is None:
                 raise UnparsableError(_NO_OUTPUT)
@@ -188,12 +189,16 @@ def _judge_captions(
     return verdicts
 
 
-def _caption_metrics(id: str, unreadable: Mapping[str, str], verdicts: Mapping[str, CaptionVerdicts]) -> SampleMetrics:
-    if id in unreadable:
-        return metrics.caption(0.0, 0.0, {"recall": unreadable[id]})
-    if id in verdicts:
-        return metrics.caption(verdicts[id].recall, verdicts[id].precision, {})
-    return SampleMetrics({}, {"recall": NOT_JUDGED})
+def _judged_metrics(
+    sample: VideoSample, unreadable: Mapping[str, str], verdicts: Mapping[str, CaptionVerdicts]
+) -> SampleMetrics:
+    task = task_of(sample)
+    if verdict := verdicts.get(sample.id):
+        return task.judged_metrics(verdict.recall, verdict.precision)
+    zero = task.judged_metrics(0.0, 0.0)
+    if reason := unreadable.get(sample.id):
+        return SampleMetrics(zero.values, dict.fromkeys(zero.reasons, reason))
+    return SampleMetrics({}, dict.fromkeys(zero.reasons, NOT_JUDGED))
 
 
 def _pairs(events: Sequence[str], verdicts: Sequence[str]) -> list[list[str]]:

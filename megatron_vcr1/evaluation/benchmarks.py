@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.evaluation import metrics
-from megatron_vcr1.evaluation.metrics import SampleMetrics
-from megatron_vcr1.types import Task, VideoSample
-
-MetricFunction = Callable[[VideoSample, str], SampleMetrics]
-
-_METRIC_FUNCTIONS: dict[Task, MetricFunction | None] = {
-    Task.TEMPORAL_GROUNDING: metrics.grounding,
-    Task.TRACKING: metrics.tracking,
-    Task.GROUNDED_QA: metrics.grounded_choice,
-    Task.MULTIPLE_CHOICE_QA: metrics.choice,
-    Task.QUALITY: metrics.quality,
-    Task.CAPTIONING: None,
-}
+from megatron_vcr1.tasks import task_names
+from megatron_vcr1.types import VideoSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +15,7 @@ class Benchmark:
     """A benchmark: samples of one task, and how their metrics are averaged.
 
     Attributes:
+        task: name of the task, which defines the metrics.
         description: its metrics, for help texts.
         format: format of the published annotations (`vcr1 data import`). None if there are none: any manifest of the
             task can be used.
@@ -35,16 +24,11 @@ class Benchmark:
     """
 
     name: str
-    task: Task
+    task: str
     description: str
     format: str | None = None
     mean_of_categories: bool = False
     category: str = ""
-
-    @property
-    def metric_function(self) -> MetricFunction | None:
-        """The function that computes the metrics of a sample and an output; None if a judge has to read the outputs."""
-        return _METRIC_FUNCTIONS[self.task]
 
     def select(self, samples: Sequence[VideoSample], where: object) -> list[VideoSample]:
         """Return the samples that belong to the benchmark.
@@ -57,7 +41,7 @@ class Benchmark:
             UserError: no sample belongs to it.
         """
         chosen = [
-            sample for sample in samples if sample.task is self.task and sample.category.startswith(self.category)
+            sample for sample in samples if sample.task == self.task and sample.category.startswith(self.category)
         ]
         if not chosen:
             kind = f"{self.task} samples" + (f" of category {self.category}..." if self.category else "")
@@ -66,20 +50,20 @@ class Benchmark:
 
 
 _PUBLISHED = (
-    Benchmark("charades_sta", Task.TEMPORAL_GROUNDING, "mIoU, R@0.3, R@0.5, R@0.7", "charades_sta"),
-    Benchmark("activitynet", Task.TEMPORAL_GROUNDING, "mIoU, R@0.3, R@0.5, R@0.7", "activitynet"),
-    Benchmark("nextgqa", Task.GROUNDED_QA, "mIoU, accuracy; the authors' Acc@GQA, IoP, IoU", "nextgqa"),
-    Benchmark("got10k", Task.TRACKING, "overlap, R@0.5, R@0.7; the toolkit's AO, SR", "got10k"),
-    Benchmark("videomme", Task.MULTIPLE_CHOICE_QA, "accuracy", "videomme"),
-    Benchmark("videomme_short", Task.MULTIPLE_CHOICE_QA, "accuracy on short videos", "videomme", category="short/"),
-    Benchmark("mvbench", Task.MULTIPLE_CHOICE_QA, "accuracy, mean of the 20 tasks", "mvbench", mean_of_categories=True),
-    Benchmark("perception_test", Task.MULTIPLE_CHOICE_QA, "accuracy", "perception_test"),
-    Benchmark("vidtab", Task.QUALITY, "accuracy", "vidtab_quality"),
+    Benchmark("charades_sta", "temporal_grounding", "mIoU, R@0.3, R@0.5, R@0.7", "charades_sta"),
+    Benchmark("activitynet", "temporal_grounding", "mIoU, R@0.3, R@0.5, R@0.7", "activitynet"),
+    Benchmark("nextgqa", "grounded_qa", "mIoU, accuracy; the authors' Acc@GQA, IoP, IoU", "nextgqa"),
+    Benchmark("got10k", "tracking", "overlap, R@0.5, R@0.7; the toolkit's AO, SR", "got10k"),
+    Benchmark("videomme", "multiple_choice_qa", "accuracy", "videomme"),
+    Benchmark("videomme_short", "multiple_choice_qa", "accuracy on short videos", "videomme", category="short/"),
+    Benchmark("mvbench", "multiple_choice_qa", "accuracy, mean of the 20 tasks", "mvbench", mean_of_categories=True),
+    Benchmark("perception_test", "multiple_choice_qa", "accuracy", "perception_test"),
+    Benchmark("vidtab", "quality", "accuracy", "vidtab_quality"),
     Benchmark(
-        "dream1k", Task.CAPTIONING, "AutoDQ's F1, recall, precision, by a judge", "dream1k", mean_of_categories=True
+        "dream1k", "captioning", "AutoDQ's F1, recall, precision, by a judge", "dream1k", mean_of_categories=True
     ),
 )
-_BY_TASK = tuple(Benchmark(str(task), task, f"the {task} samples of any manifest") for task in Task)
+_BY_TASK = tuple(Benchmark(task, task, f"the {task} samples of any manifest") for task in task_names())
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (*_PUBLISHED, *_BY_TASK)}
 

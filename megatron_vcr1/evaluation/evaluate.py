@@ -22,7 +22,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.shared_memory import warn_if_shared_memory_is_small
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_predictions, write_result
+from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, needs_judge, score_predictions, write_result
 from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
 from megatron_vcr1.evaluation.predictions import PredictionLog
 from megatron_vcr1.evaluation.predictor import Predictor
@@ -35,7 +35,7 @@ from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.text_files import read_json, require_object
-from megatron_vcr1.types import Task, VideoSample
+from megatron_vcr1.types import VideoSample
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +155,7 @@ def plan_jobs(section: EvaluateSection, run_dir: Path) -> list[BenchmarkJob]:
 
 def _judge_for(jobs: Sequence[BenchmarkJob], section: JudgeSection, cache: Path) -> Judge | None:
     """Build the judge if a benchmark needs one."""
-    needed = any(job.benchmark.task is Task.CAPTIONING for job in jobs)
-    return build_judge(section, cache) if needed else None
+    return build_judge(section, cache) if any(needs_judge(job.samples) for job in jobs) else None
 
 
 def _start_engine(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_vcr1.evaluation.benchmarks import Benchmark
 from megatron_vcr1.evaluation.bootstrap import ClusteredMeans, percentile_interval
-from megatron_vcr1.evaluation.metrics import SampleMetrics
+from megatron_vcr1.tasks import SampleMetrics
 from megatron_vcr1.types import VideoSample
 
 F1 = "F1"

@@ -16,7 +16,8 @@ from typing import Protocol
 from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge.lexical import LexicalBackend
 from megatron_vcr1.rewards.recall import Verdict, event_recall
-from megatron_vcr1.types import CaptionTarget, VideoSample
+from megatron_vcr1.tasks import task_of
+from megatron_vcr1.types import VideoSample
 
 Events = tuple[str, ...]
 Verdicts = tuple[Verdict, ...]
@@ -101,7 +102,7 @@ class Judge:
         """Judge each caption in both directions; the arguments are those of `recalls`."""
         reference_events = self._reference_events(samples)
         caption_events = self._extract(captions)
-        references = [_target(sample).caption for sample in samples]
+        references = [task_of(sample).reference(sample).text for sample in samples]
         reference_verdicts = self._judge(list(zip(reference_events, captions, strict=True)))
         caption_verdicts = self._judge(list(zip(caption_events, references, strict=True)))
         # None if any of the four parts failed.
@@ -114,10 +115,10 @@ class Judge:
 
     def _reference_events(self, samples: Sequence[VideoSample]) -> list[Events | None]:
         """Return the annotated events of each reference, or those that the backend extracts from it."""
-        targets = [_target(sample) for sample in samples]
-        missing = dict.fromkeys(target.caption for target in targets if not target.events)
+        references = [task_of(sample).reference(sample) for sample in samples]
+        missing = dict.fromkeys(reference.text for reference in references if not reference.events)
         extracted = dict(zip(missing, self._extract(list(missing)), strict=True))
-        return [target.events or extracted[target.caption] for target in targets]
+        return [reference.events or extracted[reference.text] for reference in references]
 
     def _extract(self, descriptions: Sequence[str]) -> list[Events | None]:
         return self._backend.extract_events(descriptions) if descriptions else []
@@ -157,12 +158,6 @@ def build_judge(section: JudgeSection, cache: Path) -> Judge:
     from megatron_vcr1.judge.endpoint import Endpoint
 
     return Judge(EndpointBackend(Endpoint(section), section.cache or cache))
-
-
-def _target(sample: VideoSample) -> CaptionTarget:
-    if not isinstance(sample.target, CaptionTarget):
-        raise ValueError(f"the task of sample {sample.id} is {sample.task}; a judge compares captions only")
-    return sample.target
 
 
 def _report_failures(num_failed: int, num_captions: int) -> None:

@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcr1.data.manifest import scan_manifest
-from megatron_vcr1.data.rows import RowError, sample_from_row
+from megatron_vcr1.data.rows import sample_from_row
 from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.data.video_process import VideoReader
-from megatron_vcr1.evaluation.answer_parsing import read_answer
 from megatron_vcr1.report.charts import words
 from megatron_vcr1.report.frames import FilmStrip, read_strip
 from megatron_vcr1.report.run_record import EvaluationResult, RunRecord, read_json_lines
-from megatron_vcr1.rewards.parsing import (
-    UnparsableError,
-    first_glue,
-    parse_boxes,
-    parse_interval,
-    parse_spans,
-)
-from megatron_vcr1.types import Box, GroundedChoiceTarget, GroundingTarget, Interval, TrackingTarget, VideoSample
+from megatron_vcr1.rewards.parsing import UnparsableError
+from megatron_vcr1.tasks import task_of
+from megatron_vcr1.tasks.row_fields import RowError
+from megatron_vcr1.types import Box, Interval, VideoSample
 
 MAX_TEXT = 3000
 """Maximum number of characters of a response that are shown."""
@@ -78,7 +73,7 @@ class Exhibit:
     @property
     def true_boxes(self) -> Sequence[Box]:
         """The boxes of the target; empty if the task has none."""
-        return self.sample.target.boxes if isinstance(self.sample.target, TrackingTarget) else ()
+        return task_of(self.sample).boxes(self.sample)
 
     @property
     def length_s(self) -> float:
@@ -146,22 +141,15 @@ def with_frames(exhibits: Sequence[Exhibit], reader: VideoReader) -> Iterator[Ex
 def answered_spans(sample: VideoSample, text: str) -> Sequence[Interval]:
     """Return the spans that a response states; none if the task has no spans or they cannot be parsed."""
     try:
-        match sample.target:
-            case GroundingTarget():
-                return (parse_interval(read_answer(text)),)
-            case GroundedChoiceTarget():
-                return parse_spans(first_glue(text))
-    except UnparsableError:
-        pass  # the reason for the zero reward is shown next to the response
-    return ()
+        return task_of(sample).answered_intervals(sample, text)
+    except UnparsableError:  # the reason for the zero reward is shown next to the response
+        return ()
 
 
 def answered_boxes(sample: VideoSample, text: str) -> Sequence[Box | None]:
     """Return the boxes that a response states, one per frame; none if the task has none or they cannot be parsed."""
-    if not isinstance(sample.target, TrackingTarget):
-        return ()
     try:
-        return parse_boxes(read_answer(text), len(sample.target.boxes))
+        return task_of(sample).answered_boxes(sample, text)
     except UnparsableError:
         return ()
 
@@ -227,11 +215,10 @@ def _metrics(measured: Row) -> Iterator[tuple[str, str, str]]:
 def _parts(reward: Row) -> Iterator[tuple[str, str, str]]:
     """Yield the parts of a reward and their total."""
     reasons = reward.get("reasons") or {}
-    named = {part: reward.get(part) for part in ("format", "iou", "accuracy", "recall")}
+    named = {part: value for part, value in reward.items() if part not in ("total", "reasons", "extra")}
     values: dict[str, Any] = {**named, **(reward.get("extra") or {})}
     for part, value in values.items():
-        if value is not None or part in reasons:
-            yield part, "-" if value is None else f"{value:.2f}", str(reasons.get(part, ""))
+        yield part, "-" if value is None else f"{value:.2f}", str(reasons.get(part, ""))
     total = reward.get("total")
     yield "total", "-" if total is None else f"{total:.2f}", ""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_vcr1.data.order import SampleOrder, Source
-from megatron_vcr1.types import QualityTarget, VideoSample
+from megatron_vcr1.tasks import QualityTarget
+from megatron_vcr1.types import VideoSample
 
 
 def samples(name: str, count: int) -> list[VideoSample]:

@@ -18,7 +18,7 @@ from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import Task, VideoSample
+from megatron_vcr1.types import VideoSample
 from tests.data.orders import ids, order, samples
 from tests.data.tiny_processor import tiny_processor
 
@@ -143,7 +143,7 @@ class StaysHere(list[VideoSample]):
 
 def test_workers_give_the_same_samples_in_the_same_order(tmp_path: Path) -> None:
     """End to end on real files, one of them damaged. The state counts the samples that were yielded."""
-    for _ in synthesize(tmp_path, num_videos=12, num_test_videos=1, seed=0, tasks=[Task.TEMPORAL_GROUNDING]):
+    for _ in synthesize(tmp_path, num_videos=12, num_test_videos=1, seed=0, tasks=["temporal_grounding"]):
         pass
     (tmp_path / "videos/train/000005.mp4").write_text("no video")
     source = Source("train", StaysHere(read_manifest(tmp_path / "train.jsonl")))

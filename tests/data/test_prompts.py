@@ -11,7 +11,7 @@ from megatron_vcr1.data.prompts import PromptTooLongError, prepare_sample, reduc
 from megatron_vcr1.data.synthesize import write_video
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.data.video import VideoError, VideoFrames
-from megatron_vcr1.types import Interval, Task
+from megatron_vcr1.types import Interval
 from tests.data.prompt_samples import sample, text_of
 from tests.data.tiny_processor import tiny_processor
 
@@ -39,7 +39,7 @@ class FakeVideo:
 
 
 def prepare(read: FakeVideo, templates: PromptTemplates, max_tokens: int, **changes: Any) -> Any:
-    task = changes.pop("task", Task.QUALITY)
+    task = changes.pop("task", "quality")
     return prepare_sample(
         sample(task, **changes),
         templates,
@@ -51,7 +51,7 @@ def prepare(read: FakeVideo, templates: PromptTemplates, max_tokens: int, **chan
     )
 
 
-def num_text_tokens(templates: PromptTemplates, task: Task = Task.QUALITY) -> int:
+def num_text_tokens(templates: PromptTemplates, task: str = "quality") -> int:
     text = text_of(build_messages(sample(task), templates, thinking=False))
     return len(text) + len("user ") + len("assistant ") + 5  # special tokens are one token each
 
@@ -91,13 +91,13 @@ def test_a_prompt_that_cannot_fit_names_the_sample(templates: PromptTemplates) -
 
 
 def test_tracking_keeps_its_number_of_frames_or_fails(templates: PromptTemplates) -> None:
-    text = num_text_tokens(templates, Task.TRACKING)
-    prepared = prepare(FakeVideo(100, 64), templates, max_tokens=text + 4, task=Task.TRACKING)
+    text = num_text_tokens(templates, "tracking")
+    prepared = prepare(FakeVideo(100, 64), templates, max_tokens=text + 4, task="tracking")
     assert len(prepared.prompt.vision[0].frames) == 8
     with pytest.raises(PromptTooLongError):
-        prepare(FakeVideo(100, 64), templates, max_tokens=text + 3, task=Task.TRACKING)
+        prepare(FakeVideo(100, 64), templates, max_tokens=text + 3, task="tracking")
     with pytest.raises(VideoError, match="the video has 6 frames, but tracking has 8 boxes"):
-        prepare(FakeVideo(6, 64), templates, max_tokens=text + 100, task=Task.TRACKING)
+        prepare(FakeVideo(6, 64), templates, max_tokens=text + 100, task="tracking")
 
 
 @pytest.mark.parametrize("num_frames", [4, 24, 768])
@@ -115,7 +115,7 @@ def test_only_the_clip_of_a_file_is_shown(templates: PromptTemplates, tmp_path: 
     brightness = np.arange(24, dtype=np.uint8) * 10  # frame k appears at k / 2 seconds and has brightness 10 k
     write_video(tmp_path / "v.mp4", np.broadcast_to(brightness[:, None, None, None], (24, 64, 64, 3)).copy(), fps=2)
     prepared = prepare_sample(
-        sample(Task.QUALITY, video=str(tmp_path / "v.mp4"), clip=Interval(3.0, 7.0)),
+        sample("quality", video=str(tmp_path / "v.mp4"), clip=Interval(3.0, 7.0)),
         templates,
         tiny_processor(),
         thinking=False,

@@ -19,7 +19,8 @@ from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import section_classes
 from megatron_vcr1.data.manifest import read_manifest, write_manifest
 from megatron_vcr1.data.rows import sample_from_row
-from megatron_vcr1.types import Task
+from megatron_vcr1.data.scenes import RECIPES
+from megatron_vcr1.data.templates import load_templates
 from tests.docs.pages import ROOT, Block, blocks, pages
 from tests.training import workspace
 
@@ -104,7 +105,7 @@ def test_every_command_is_run_or_named() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reader's working folder: the repository's tools and examples, a tiny model, annotations and videos."""
     path = tmp_path_factory.mktemp("reader")
-    workspace.create(path, tasks=list(Task), num_videos=6)
+    workspace.create(path, tasks=list(RECIPES), num_videos=6)
     (path / "model").rename(path / "Qwen2.5-VL-7B-Instruct")
     (path / "models").symlink_to(path)
     (path / "runs/demo/base-0").mkdir(parents=True)  # what the demo leaves
@@ -112,25 +113,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("examples", "tools"):
         (path / name).symlink_to(ROOT / name)
     samples = {sample.task: sample for sample in read_manifest(path / "data/train.jsonl")}
-    grounding = samples[Task.TEMPORAL_GROUNDING]
+    grounding = samples["temporal_grounding"]
     shutil.copy(grounding.video, path / "clip.mp4")
     (path / "videos").mkdir()
     shutil.copy(grounding.video, path / "videos/AAAA.mp4")
     (path / "charades_sta_train.txt").write_text("AAAA 1.0 5.0##a person opens the door.\n")
     (path / "Charades_v1_train_lengths.csv").write_text("id,length\nAAAA,12.0\n")
     manifests = {
-        "charades_sta_train": Task.TEMPORAL_GROUNDING,
-        "got10k_train": Task.TRACKING,
-        "nextgqa_val": Task.GROUNDED_QA,
-        "charades_sta_test": Task.TEMPORAL_GROUNDING,
-        "activitynet_test": Task.TEMPORAL_GROUNDING,
-        "nextgqa_test": Task.GROUNDED_QA,
-        "got10k_val": Task.TRACKING,
-        "videomme": Task.MULTIPLE_CHOICE_QA,
-        "mvbench": Task.MULTIPLE_CHOICE_QA,
-        "perception_test_val": Task.MULTIPLE_CHOICE_QA,
-        "vidtab_quality_test": Task.QUALITY,
-        "dream1k": Task.CAPTIONING,
+        "charades_sta_train": "temporal_grounding",
+        "got10k_train": "tracking",
+        "nextgqa_val": "grounded_qa",
+        "charades_sta_test": "temporal_grounding",
+        "activitynet_test": "temporal_grounding",
+        "nextgqa_test": "grounded_qa",
+        "got10k_val": "tracking",
+        "videomme": "multiple_choice_qa",
+        "mvbench": "multiple_choice_qa",
+        "perception_test_val": "multiple_choice_qa",
+        "vidtab_quality_test": "quality",
+        "dream1k": "captioning",
     }
     for name, task in manifests.items():
         category = "short/1" if name == "videomme" else ""
@@ -206,6 +207,10 @@ def test_python_snippets_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
 def test_toml_snippets_are_valid_settings(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
+    if block.text.startswith("# a template file"):
+        path.write_text(block.text)
+        load_templates(path)
+        return
     tables = tomllib.loads(block.text)
     text = block.text.replace('extends = "', f'extends = "{ROOT}/')  # the readers' folder is the repository
     path.write_text(text + ("" if {"model", "extends"} & tables.keys() else "\n[model]\npath = 'model'\n"))

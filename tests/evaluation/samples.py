@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_vcr1.types import CaptionTarget, ChoiceTarget, VideoSample
+from megatron_vcr1.tasks import CaptionTarget, ChoiceTarget
+from megatron_vcr1.types import VideoSample
 
 
 def choices(*ids: str, video: str = "", category: str = "") -> list[VideoSample]:

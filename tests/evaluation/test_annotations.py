@@ -9,6 +9,7 @@ from megatron_vcr1.data.manifest import write_manifest
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.annotations import read_annotations
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
+from megatron_vcr1.tasks import task_of
 from megatron_vcr1.types import Interval
 from tests.evaluation.samples import captions, choices
 
@@ -34,7 +35,7 @@ def test_perception_test_annotations_are_read(tmp_path: Path) -> None:
     metadata = {"split": "valid", "num_frames": 300, "frame_rate": 30.0}
     (tmp_path / "valid.json").write_text(json.dumps({"v1": {"metadata": metadata, "mc_question": [question]}}))
     (sample,) = read_annotations(BENCHMARKS["perception_test"], [tmp_path / "valid.json"])
-    assert BENCHMARKS["perception_test"].metric_function(sample, "B").values == {"accuracy": 1}
+    assert task_of(sample).metrics(sample, "B").values == {"accuracy": 1}
 
 
 def test_published_json_lines_are_not_taken_for_a_manifest(tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import evaluate
 from megatron_vcr1.evaluation.evaluate import evaluate_model, plan_jobs
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.types import ChoiceTarget, Task
+from megatron_vcr1.tasks import ChoiceTarget
 from tests.gloo import GlooPool
 from tests.training import workspace
 
 ROOT = Path(__file__).parents[2]
-TASKS = (Task.TEMPORAL_GROUNDING, Task.MULTIPLE_CHOICE_QA, Task.CAPTIONING)
+TASKS = ("temporal_grounding", "multiple_choice_qa", "captioning")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_the_files_of_an_evaluation(folder: Path, whole: dict[str, Any]) -> None
         assert (details["model"], details["thinking"]) == (str(folder / "model"), False)
         assert details["manifest"] == str(manifest)
         assert details["num_samples"] == len(asked)
-        assert set(details["metrics"]["F1" if task is Task.CAPTIONING else next(iter(details["metrics"]))]) == {
+        assert set(details["metrics"]["F1" if task == "captioning" else next(iter(details["metrics"]))]) == {
             "value",
             "low",
             "high",
@@ -182,7 +182,7 @@ def test_samples_with_edited_prompts_are_predicted_again(
 ) -> None:
     manifest = tmp_path / "edited.jsonl"
     samples = [
-        sample for sample in read_manifest(folder / "data" / "train.jsonl") if sample.task is Task.MULTIPLE_CHOICE_QA
+        sample for sample in read_manifest(folder / "data" / "train.jsonl") if sample.task == "multiple_choice_qa"
     ]
     write_manifest(manifest, samples)
     source = {"name": "multiple_choice_qa", "manifest": manifest, "thinking": False}

@@ -15,22 +15,19 @@ import pytest
 
 from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.evaluation.annotations import read_annotations
-from megatron_vcr1.evaluation.benchmark_result import score_predictions
+from megatron_vcr1.evaluation.benchmark_result import needs_judge, score_predictions
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, Benchmark
-from megatron_vcr1.evaluation.metrics import caption
 from megatron_vcr1.evaluation.predictions import Prediction
 from megatron_vcr1.evaluation.summary import summarize
-from megatron_vcr1.types import (
-    Box,
+from megatron_vcr1.tasks import (
     CaptionTarget,
     ChoiceTarget,
     GroundedChoiceTarget,
     GroundingTarget,
-    Interval,
-    Target,
     TrackingTarget,
-    VideoSample,
+    find_task,
 )
+from megatron_vcr1.types import Box, Interval, Target, VideoSample
 from tests.evaluation import published
 
 Spans = list[tuple[float, float]]
@@ -138,7 +135,7 @@ def test_dream1k_averages_over_its_sources() -> None:
     for source, (recalls, precisions) in sources.items():
         for recall, precision in zip(recalls, precisions, strict=True):
             samples.append(sample(len(samples), CaptionTarget("A dog barks."), category=source))
-            sample_metrics.append(caption(float(recall), float(precision), {}))
+            sample_metrics.append(find_task("captioning").judged_metrics(float(recall), float(precision)))
     summary = summarize(BENCHMARKS["dream1k"], samples, sample_metrics)
     expected = published.autodq_scores(
         {source: values[0] for source, values in sources.items()},
@@ -167,7 +164,7 @@ def test_target_texts_of_real_annotations_score_1(realdata: Path, name: str) -> 
     files, num_published = REAL[name]
     samples = read_annotations(benchmark, [realdata / "annotations" / file for file in files])
     assert 0.99 * num_published <= len(samples) <= num_published
-    if benchmark.metric_function is None:
+    if needs_judge(samples):
         return
     templates = load_templates()
     ours = metrics_of(name, samples, [target_text(sample, templates) for sample in samples])

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
-from megatron_vcr1.evaluation.metrics import SampleMetrics
 from megatron_vcr1.evaluation.summary import Estimate, Summary, summarize
+from megatron_vcr1.tasks import SampleMetrics
 from megatron_vcr1.types import VideoSample
 from tests.evaluation.samples import captions, choices
 

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from megatron_vcr1.data import templates
 from megatron_vcr1.rollout.sglang.payload import INLINE_PREFIX, MediaItem, PatchSettings, Payload, pack_inline
 from tests.data.manifest_rows import ROWS
 from tests.data.model_dirs import write_model_dir
@@ -43,7 +42,7 @@ def _write_configs(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | text | rope | {"vision_config": vision}))
     save_file({"a": torch.zeros(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}, folder / "model.safetensors")
     (folder / "settings.toml").write_text((ROOT / "examples/configs/grpo_joint.toml").read_text())
-    (folder / "templates.toml").write_text((Path(templates.__file__).parent / "templates.toml").read_text())
+    (folder / "templates.toml").write_text((ROOT / "examples/demo/templates.toml").read_text())
 
 
 def _write_rows(folder: Path) -> None:

@@ -16,7 +16,8 @@ import pytest
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.judge import Judge, build_judge
-from megatron_vcr1.types import CaptionTarget, ChoiceTarget, VideoSample
+from megatron_vcr1.tasks import CaptionTarget, ChoiceTarget
+from megatron_vcr1.types import VideoSample
 from tests.judge.server import JudgeServer, count, judge_server
 
 EVENTS = ("A dog barks at a cat.", "The cat runs away.")

@@ -8,7 +8,8 @@ import pytest
 from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge.judge import Events, Judge, Verdicts, build_judge
 from megatron_vcr1.judge.lexical import LexicalBackend
-from megatron_vcr1.types import CaptionTarget, VideoSample
+from megatron_vcr1.tasks import CaptionTarget
+from megatron_vcr1.types import VideoSample
 
 
 class RecordingBackend(LexicalBackend):

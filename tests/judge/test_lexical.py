@@ -4,7 +4,8 @@ import pytest
 
 from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge import Judge, build_judge
-from megatron_vcr1.types import CaptionTarget, VideoSample
+from megatron_vcr1.tasks import CaptionTarget
+from megatron_vcr1.types import VideoSample
 
 EVENTS = ("A red circle appears in the top left.", "The red circle moves right.", "The red circle disappears.")
 

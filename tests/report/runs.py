@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -17,7 +16,7 @@ from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.report.run_record import RunRecord, read_run
 from megatron_vcr1.rewards import score
-from megatron_vcr1.types import Task, VideoSample
+from megatron_vcr1.types import VideoSample
 
 PHASES = {"decode": 1.2, "rollout": 6.0, "reference": 1.5, "update": 4.5, "sync": 0.4}
 
@@ -85,14 +84,14 @@ def rollout_group(sample: VideoSample, step: int, random: Random) -> dict[str, o
     texts = [f"<think>I look at the frames.</think>{answer}" for answer in (right_answer(sample), wrong_answer(sample))]
     responses = []
     for text in (*texts, "<think>I am not sure, it may be"):
-        reward = score(sample, text, thinking=True, recall=0.5 if sample.task == Task.CAPTIONING else None)
+        reward = score(sample, text, thinking=True, recall=0.5 if sample.task == "captioning" else None)
         responses.append(
             {
                 "text": text,
                 "num_tokens": len(text.split()),
                 "finish_reason": "stop",
                 "advantage": random.gauss(0, 1),
-                "reward": asdict(reward) | {"total": reward.total},
+                "reward": {**reward.parts, "total": reward.total, "reasons": reward.reasons, "extra": {}},
             }
         )
     row = {"step": step, "sample": row_from_sample(sample), "thinking": True, "policy_version": step - 1}
@@ -165,11 +164,11 @@ def right_answer(sample: VideoSample) -> str:
 def wrong_answer(sample: VideoSample) -> str:
     """Return a well-formed but inaccurate answer."""
     match sample.task:
-        case Task.TEMPORAL_GROUNDING:
+        case "temporal_grounding":
             (truth,) = sample.intervals
             return f"<answer>{truth.start_s + 1:.2f} to {truth.end_s + 2:.2f}</answer>"
-        case Task.TRACKING:
+        case "tracking":
             return "<answer>[" + ", ".join(["[0.2, 0.2, 0.6, 0.6]"] * 8) + "]</answer>"
-        case Task.GROUNDED_QA:
+        case "grounded_qa":
             return "<answer>B</answer><glue>[(0.5, 3.0), (6.0, 20.0)]</glue>"
     return "<answer>none of these</answer>"

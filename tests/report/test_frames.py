@@ -10,7 +10,8 @@ from PIL import Image
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.report.frames import MAX_FRAMES, read_strip
-from megatron_vcr1.types import GroundingTarget, Interval, VideoSample
+from megatron_vcr1.tasks import GroundingTarget
+from megatron_vcr1.types import Interval, VideoSample
 from tests.data.video_clips import write_clip
 
 

@@ -15,15 +15,8 @@ from megatron_vcr1.report.gallery import (
     with_frames,
 )
 from megatron_vcr1.report.run_record import read_run
-from megatron_vcr1.types import (
-    Box,
-    ChoiceTarget,
-    GroundedChoiceTarget,
-    GroundingTarget,
-    Interval,
-    TrackingTarget,
-    VideoSample,
-)
+from megatron_vcr1.tasks import ChoiceTarget, GroundedChoiceTarget, GroundingTarget, TrackingTarget
+from megatron_vcr1.types import Box, Interval, VideoSample
 from tests.report.runs import add_evaluation, make_run, synthetic_manifest
 
 

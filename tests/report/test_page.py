@@ -17,7 +17,6 @@ from PIL import Image, ImageColor
 from megatron_vcr1.cli.main import report as command
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import Task
 from tests.report.runs import add_evaluation, make_run, synthetic_manifest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -157,7 +156,7 @@ def test_texts_of_models_are_escaped(run_dir):
 
 
 def test_missing_files_are_reported(tmp_path, manifest, capsys):
-    samples = [sample for sample in read_manifest(manifest) if sample.task == Task.TRACKING]
+    samples = [sample for sample in read_manifest(manifest) if sample.task == "tracking"]
     run = make_run(tmp_path / "run", samples, num_steps=2)
     rollouts = run / "rollouts/step_1.jsonl"
     group = json.loads(rollouts.read_text())

@@ -7,34 +7,36 @@ from collections.abc import Iterator, Sequence
 
 from hypothesis import strategies as st
 
-from megatron_vcr1.types import (
-    Box,
+from megatron_vcr1.rewards import RewardBreakdown
+from megatron_vcr1.tasks import (
     CaptionTarget,
     ChoiceTarget,
     GroundedChoiceTarget,
     GroundingTarget,
-    Interval,
     QualityTarget,
-    Target,
-    Task,
     TrackingTarget,
-    VideoSample,
 )
+from megatron_vcr1.types import Box, Interval, Target, VideoSample
 
 BOXES = tuple(Box(0.1, 0.25, 0.5 + index / 100, 0.75) for index in range(8))
-TARGETS: dict[Task, Target] = {
-    Task.TEMPORAL_GROUNDING: GroundingTarget(Interval(12.5, 17)),
-    Task.TRACKING: TrackingTarget(BOXES),
-    Task.GROUNDED_QA: GroundedChoiceTarget("B", (Interval(1, 2.25), Interval(4, 5))),
-    Task.MULTIPLE_CHOICE_QA: ChoiceTarget("A"),
-    Task.CAPTIONING: CaptionTarget("A dog barks."),
-    Task.QUALITY: QualityTarget("low quality"),
+TARGETS: dict[str, Target] = {
+    "temporal_grounding": GroundingTarget(Interval(12.5, 17)),
+    "tracking": TrackingTarget(BOXES),
+    "grounded_qa": GroundedChoiceTarget("B", (Interval(1, 2.25), Interval(4, 5))),
+    "multiple_choice_qa": ChoiceTarget("A"),
+    "captioning": CaptionTarget("A dog barks."),
+    "quality": QualityTarget("low quality"),
 }
 
 
-def sample(task: Task, target: Target | None = None) -> VideoSample:
-    options = ("a dog", "a cat", "a cow") if task in (Task.GROUNDED_QA, Task.MULTIPLE_CHOICE_QA) else ()
+def sample(task: str, target: Target | None = None) -> VideoSample:
+    options = ("a dog", "a cat", "a cow") if task in ("grounded_qa", "multiple_choice_qa") else ()
     return VideoSample(id="clip-7", video="a.mp4", target=target or TARGETS[task], query="what?", options=options)
+
+
+def parts_of(breakdown: RewardBreakdown) -> dict[str, float]:
+    """Return the parts of a reward that were judged."""
+    return {name: value for name, value in breakdown.parts.items() if value is not None}
 
 
 FRAGMENTS = [

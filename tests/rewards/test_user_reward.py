@@ -7,7 +7,6 @@ import pytest
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.rewards import load_reward
 from megatron_vcr1.rewards.user_reward import UserRewardError
-from megatron_vcr1.types import Task
 from tests.rewards.samples import sample
 
 SOURCE = """
@@ -39,7 +38,7 @@ def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_function_is_found_and_called(my_rewards: str) -> None:
     reward = load_reward(f"{my_rewards}:brevity")
     assert reward.name == f"{my_rewards}:brevity"
-    assert reward(sample(Task.QUALITY), "four") == 0.5
+    assert reward(sample("quality"), "four") == 0.5
 
 
 @pytest.mark.parametrize("name", ["", "brevity", "my.module:", ":brevity", "my module:f", "m:f()", "a:b:c", "..m:f"])
@@ -75,4 +74,4 @@ def test_a_failure_names_the_sample_and_is_not_scored_0(
     my_rewards: str, function: str, completion: str, message: str
 ) -> None:
     with pytest.raises(UserRewardError, match=message):
-        load_reward(f"{my_rewards}:{function}")(sample(Task.QUALITY), completion)
+        load_reward(f"{my_rewards}:{function}")(sample("quality"), completion)

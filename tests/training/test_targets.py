@@ -8,20 +8,18 @@ from megatron_vcr1.config.data_sections import DataSource
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.rewards import score
+from megatron_vcr1.tasks import task_names
 from megatron_vcr1.training.targets import TargetEncoder, check_thinking, completion_text
-from megatron_vcr1.types import Task
 from tests.data.tiny_processor import tiny_processor
 from tests.rewards.samples import sample
 
 
-@pytest.mark.parametrize("task", [task for task in Task if task != Task.CAPTIONING])
+@pytest.mark.parametrize("task", [task for task in task_names() if task != "captioning"])
 @pytest.mark.parametrize("thinking", [False, True])
-def test_sft_targets_earn_the_full_reward(task: Task, thinking: bool) -> None:
+def test_sft_targets_earn_the_full_reward(task: str, thinking: bool) -> None:
     target = replace(sample(task), thinking="The red car passes first.")
     reward = score(target, completion_text(target, load_templates(), thinking=thinking), thinking=thinking)
-    assert reward.total == pytest.approx(
-        3 if task == Task.GROUNDED_QA else 2, abs=0.03
-    )  # the answer's times are rounded
+    assert reward.total == pytest.approx(3 if task == "grounded_qa" else 2, abs=0.03)  # the answer's times are rounded
     assert not reward.reasons
 
 
@@ -42,8 +40,8 @@ def test_chat_template_that_never_ends_a_turn_is_refused() -> None:
 
 def test_thinking_sources_need_samples_with_reasoning() -> None:
     source = DataSource.model_validate({"manifest": "train.jsonl"})
-    with_thinking = replace(sample(Task.QUALITY), thinking="because")
+    with_thinking = replace(sample("quality"), thinking="because")
     check_thinking([source], [[with_thinking]])
     with pytest.raises(UserError, match=r"1 of 2 samples have no 'thinking'.*the first is clip-7"):
-        check_thinking([source], [[with_thinking, sample(Task.QUALITY)]])
-    check_thinking([source.model_copy(update={"thinking": False})], [[sample(Task.QUALITY)]])
+        check_thinking([source], [[with_thinking, sample("quality")]])
+    check_thinking([source.model_copy(update={"thinking": False})], [[sample("quality")]])

@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.synthesize import synthesize
-from megatron_vcr1.types import Task
 from tests.data.tiny_processor import tiny_processor
 from tests.model import tiny
 
@@ -38,7 +37,7 @@ think = "think: how good? $query"
 
 
 def create(
-    folder: Path, *, family: str = "qwen2_5_vl", tasks: Sequence[Task] = (Task.TEMPORAL_GROUNDING,), num_videos: int = 8
+    folder: Path, *, family: str = "qwen2_5_vl", tasks: Sequence[str] = ("temporal_grounding",), num_videos: int = 8
 ) -> Path:
     """Create model/, data/train.jsonl with its videos, and templates.toml in a folder, and return the folder."""
     processor = tiny_processor(patch_size=14)

@@ -20,7 +20,6 @@ from command_line import positive, write_json
 
 from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import Task
 from throughput.measure import Spread, command_line, machine, print_table
 
 HELP = "whole GRPO steps by phase"
@@ -79,7 +78,7 @@ def _tiny_model(folder: Path) -> Path:
 
 def _videos(folder: Path, num_videos: int) -> Path:
     """Write videos of moving shapes and return the manifest for temporal grounding."""
-    for _ in synthesize(folder, num_videos=num_videos, num_test_videos=1, seed=0, tasks=(Task.TEMPORAL_GROUNDING,)):
+    for _ in synthesize(folder, num_videos=num_videos, num_test_videos=1, seed=0, tasks=("temporal_grounding",)):
         pass
     return folder / "train.jsonl"
 

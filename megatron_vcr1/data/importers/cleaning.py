@@ -16,7 +16,8 @@ import fsspec
 
 from megatron_vcr1.data.importers.files import Row
 from megatron_vcr1.data.paths import is_remote
-from megatron_vcr1.data.rows import RowError, sample_from_row
+from megatron_vcr1.data.rows import sample_from_row
+from megatron_vcr1.tasks.row_fields import RowError
 from megatron_vcr1.types import OPTION_LETTERS, VideoSample
 
 Action = Literal["skipped", "repaired", "kept"]

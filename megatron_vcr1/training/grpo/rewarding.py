@@ -11,8 +11,9 @@ from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.rewards import RewardBreakdown, load_reward, score
 from megatron_vcr1.rewards.parsing import UnparsableError, parse_caption
+from megatron_vcr1.tasks import task_of
 from megatron_vcr1.training.grpo.advantages import overlong_penalty
-from megatron_vcr1.types import CaptionTarget, Rollout, Task, VideoSample
+from megatron_vcr1.types import Rollout, VideoSample
 
 OVERLONG = "overlong"
 """Name of the overlong penalty among the extra parts of a reward."""
@@ -45,7 +46,7 @@ class Rewarder:
 
         Args:
             sources: data.sources; each names the user's own rewards and whether its prompts ask for reasoning.
-            judge: compares captions. None if no sample is a caption (see `judge_for_samples`).
+            judge: compares captions. None if no sample needs a judge (see `judge_for_samples`).
             overlong_buffer_tokens: length of the overlong penalty's ramp, in tokens; 0: no penalty.
             max_new_tokens: response limit of the rollout.
 
@@ -95,7 +96,7 @@ class Rewarder:
 
 
 def judge_for_samples(section: JudgeSection, samples: Sequence[Sequence[VideoSample]], cache_dir: Path) -> Judge | None:
-    """Build the judge if any sample is a caption; return None otherwise.
+    """Build the judge if any sample needs one; return None otherwise.
 
     Args:
         samples: the samples of each source.
@@ -104,13 +105,13 @@ def judge_for_samples(section: JudgeSection, samples: Sequence[Sequence[VideoSam
     Raises:
         UserError: the judge's client is not installed or its API key is missing.
     """
-    has_captions = any(sample.task == Task.CAPTIONING for source_samples in samples for sample in source_samples)
-    return build_judge(section, cache_dir) if has_captions else None
+    needed = any(task_of(sample).needs_judge(sample) for source_samples in samples for sample in source_samples)
+    return build_judge(section, cache_dir) if needed else None
 
 
 def _caption_of(response: Response) -> str | None:
-    """Return the caption in a response to a captioning prompt; None for other tasks and for unparsable responses."""
-    if not isinstance(response.sample.target, CaptionTarget):
+    """Return the caption in a response that a judge has to read; None for other and for unparsable responses."""
+    if not task_of(response.sample).needs_judge(response.sample):
         return None
     try:
         return parse_caption(response.text)

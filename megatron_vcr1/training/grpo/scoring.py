@@ -11,12 +11,13 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.rows import row_from_sample
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rewards import RewardBreakdown
+from megatron_vcr1.tasks import task_of
 from megatron_vcr1.training.grpo.advantages import group_advantages, has_reward_variance
 from megatron_vcr1.training.grpo.rewarding import Response, Rewarder
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.prompts import DrawnPrompt
 from megatron_vcr1.training.trainer import TrainingStopped
-from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup, Task
+from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +101,8 @@ class GroupScorer:
 
     def _check_judge(self, groups: Sequence[ScoredGroup]) -> None:
         """Raise TrainingStopped if too many captions, counted over all replicas, have no verdict."""
-        captions = [
-            reward for group in groups if group.prompt.sample.task == Task.CAPTIONING for reward in group.rewards
-        ]
+        judged_groups = [group for group in groups if task_of(group.prompt.sample).needs_judge(group.prompt.sample)]
+        captions = [reward for group in judged_groups for reward in group.rewards]
         counts = [sum(reward.total is None for reward in captions), len(captions)]
         num_unscored, num_captions = collectives.sum_over_ranks(counts if mesh.is_replica_leader() else [0, 0])
         limit = self._judge.max_unscored_fraction
@@ -137,10 +137,7 @@ def rollout_row(step: int, group: ScoredGroup, *, thinking: bool, trained: bool)
             "finish_reason": str(rollout.finish_reason),
             "advantage": advantage,
             "reward": {
-                "format": reward.format,
-                "iou": reward.iou,
-                "accuracy": reward.accuracy,
-                "recall": reward.recall,
+                **reward.parts,
                 "total": reward.total,
                 "reasons": dict(reward.reasons),
                 "extra": dict(reward.extra),
@@ -192,8 +189,5 @@ def _add_cache_metrics(prompts: Sequence[DrawnPrompt], responses: Sequence[Rollo
 
 def _reward_parts(reward: RewardBreakdown) -> Iterator[tuple[str, float | None]]:
     yield "total", reward.total
-    yield "format", reward.format
-    yield "iou", reward.iou
-    yield "accuracy", reward.accuracy
-    yield "recall", reward.recall
+    yield from reward.parts.items()
     yield from reward.extra.items()

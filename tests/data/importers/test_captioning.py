@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1.types import CaptionTarget, VideoSample
+from megatron_vcr1.tasks import CaptionTarget
+from megatron_vcr1.types import VideoSample
 from tests.data.importers.importing import run, write
 
 

@@ -17,12 +17,8 @@ from megatron_vcr1.data.importers.files import (
     read_table,
 )
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import (
-    GroundingTarget,
-    Interval,
-    QualityTarget,
-    VideoSample,
-)
+from megatron_vcr1.tasks import GroundingTarget, QualityTarget
+from megatron_vcr1.types import Interval, VideoSample
 from tests.data.importers.importing import run, write
 
 

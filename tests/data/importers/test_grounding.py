@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import GroundingTarget, Interval, VideoSample
+from megatron_vcr1.tasks import GroundingTarget
+from megatron_vcr1.types import Interval, VideoSample
 from tests.data.importers.importing import issues, run, write
 
 

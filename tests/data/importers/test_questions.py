@@ -7,7 +7,8 @@ import pytest
 
 from megatron_vcr1.data.importers.questions import MVBENCH_FOLDERS
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import ChoiceTarget, GroundedChoiceTarget, Interval, QualityTarget, VideoSample
+from megatron_vcr1.tasks import ChoiceTarget, GroundedChoiceTarget, QualityTarget
+from megatron_vcr1.types import Interval, VideoSample
 from tests.data.importers.importing import issues, run, write
 
 

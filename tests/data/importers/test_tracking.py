@@ -8,7 +8,8 @@ from PIL import Image
 from megatron_vcr1.data.importers.cleaning import VideoFolder
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.rewards.overlap import mean_box_iou
-from megatron_vcr1.types import Box, TrackingTarget
+from megatron_vcr1.tasks import TrackingTarget
+from megatron_vcr1.types import Box
 from tests.data.importers.importing import issues, run, write
 
 

@@ -11,7 +11,7 @@ from demo.plan import QUICK_SIZES
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.scenes import random_scene
 from megatron_vcr1.data.video import read_frames
-from megatron_vcr1.types import GroundingTarget, Task, TrackingTarget
+from megatron_vcr1.tasks import GroundingTarget, TrackingTarget
 
 
 def test_every_video_of_a_manifest_exists(data: Path) -> None:
@@ -51,7 +51,7 @@ def test_frames_show_a_clock_that_advances(data: Path) -> None:
 
 
 def test_weak_grounding_labels_are_within_the_event(data: Path) -> None:
-    samples = base_samples(data, QUICK_SIZES)[Task.TEMPORAL_GROUNDING]
+    samples = base_samples(data, QUICK_SIZES)["temporal_grounding"]
     num_short = 0
     for sample in samples:
         assert isinstance(sample.target, GroundingTarget)
@@ -63,14 +63,14 @@ def test_weak_grounding_labels_are_within_the_event(data: Path) -> None:
 
 
 def test_weak_boxes_of_a_video_have_the_same_size(data: Path) -> None:
-    for sample in base_samples(data, QUICK_SIZES)[Task.TRACKING]:
+    for sample in base_samples(data, QUICK_SIZES)["tracking"]:
         assert isinstance(sample.target, TrackingTarget)
         widths = [round(box.x1 - box.x0, 3) for box in sample.target.boxes]
         assert max(widths) - min(widths) < 0.002
 
 
 def test_a_timeline_has_one_token_per_half_second() -> None:
-    moving = random_scene("train", 0, seed=0, task=Task.TEMPORAL_GROUNDING, video_format=VIDEO).objects[0]
+    moving = random_scene("train", 0, seed=0, task="temporal_grounding", video_format=VIDEO).objects[0]
     start_s, end_s = moving.first_frame / VIDEO.fps, moving.end_frame / VIDEO.fps
     line = timeline(moving)
     assert line.startswith("-" * moving.first_frame + f"{start_s:.1f}")
@@ -78,4 +78,4 @@ def test_a_timeline_has_one_token_per_half_second() -> None:
 
 
 def test_longer_events_are_not_tracked() -> None:
-    assert [task for task in TASKS if not is_tested("longer_events", task)] == [Task.TRACKING]
+    assert [task for task in TASKS if not is_tested("longer_events", task)] == ["tracking"]

@@ -21,7 +21,7 @@ from megatron_vcr1.training.grpo.batch import (
 )
 from megatron_vcr1.training.grpo.scoring import ScoredGroup
 from megatron_vcr1.training.prompts import DrawnPrompt
-from megatron_vcr1.types import FinishReason, Rollout, Task
+from megatron_vcr1.types import FinishReason, Rollout
 from tests.model import tiny
 from tests.rewards.samples import sample
 
@@ -36,12 +36,12 @@ def world() -> Iterator[None]:
 
 
 def _group(position: int, advantages: tuple[float | None, ...]) -> ScoredGroup:
-    prompt = DrawnPrompt(position, 0, sample(Task.QUALITY), tiny.prompt("t", seed=position))
+    prompt = DrawnPrompt(position, 0, sample("quality"), tiny.prompt("t", seed=position))
     rollouts = tuple(
         Rollout((position + 1,) * (index + 2), (-index - 0.5,) * (index + 2), FinishReason.STOP, 0)
         for index in range(len(advantages))
     )
-    rewards = (RewardBreakdown(1.0),) * len(advantages)
+    rewards = (RewardBreakdown({"format": 1.0}),) * len(advantages)
     return ScoredGroup(prompt, rollouts, ("",) * len(advantages), rewards, advantages, True)
 
 

@@ -13,7 +13,6 @@ from megatron_vcr1.rewards.scoring import NOT_JUDGED
 from megatron_vcr1.training.grpo.rewarding import Response
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.trainer import TrainingStopped
-from megatron_vcr1.types import Task
 from tests.training import workspace
 from tests.training.grpo.steps import VARIETY, build_trainer, config
 
@@ -51,9 +50,9 @@ class _FailingJudge:
     def rewards(self, responses: Sequence[Response]) -> list[RewardBreakdown]:
         reasons = {"recall": NOT_JUDGED}
         return [
-            RewardBreakdown(1.0, recall=None, reasons=reasons)
+            RewardBreakdown({"format": 1.0, "recall": None}, reasons)
             if index % 4 in self._failed
-            else RewardBreakdown(index / 7)
+            else RewardBreakdown({"format": index / 7})
             for index in range(len(responses))
         ]
 
@@ -84,7 +83,7 @@ def test_group_without_any_verdict_is_recorded_as_not_trained(folder: Path, worl
 
 
 def test_too_many_captions_without_a_verdict_stop_the_run(tmp_path: Path, world: None) -> None:
-    workspace.create(tmp_path, tasks=[Task.CAPTIONING], num_videos=4)
+    workspace.create(tmp_path, tasks=["captioning"], num_videos=4)
     _, trainer = build_trainer(config(tmp_path))
     trainer._source._scorer._rewarder = _FailingJudge((0, 1))  # type: ignore[assignment]
     with pytest.raises(TrainingStopped, match=r"no verdict on 8 of 16 captions .* judge.max_unscored_fraction = 0.2"):

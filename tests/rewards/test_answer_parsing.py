@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_vcr1.evaluation.answer_parsing import is_tagged, read_answer, read_choice
+from megatron_vcr1.rewards.answer_parsing import is_tagged, read_answer, read_choice
 from megatron_vcr1.rewards.parsing import UnparsableError
 
 

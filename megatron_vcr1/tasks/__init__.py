@@ -1,0 +1,31 @@
+"""The tasks: one file for each, with its targets, manifest keys, prompts, SFT target text, reward and metrics.
+
+`base` is the interface. Nothing outside of this package distinguishes between tasks.
+"""
+
+from megatron_vcr1.tasks.base import NumberFormat, Reference, Task
+from megatron_vcr1.tasks.captioning import CaptionTarget
+from megatron_vcr1.tasks.grounded_qa import GroundedChoiceTarget
+from megatron_vcr1.tasks.metrics import SampleMetrics
+from megatron_vcr1.tasks.multiple_choice_qa import ChoiceTarget
+from megatron_vcr1.tasks.quality import QualityTarget
+from megatron_vcr1.tasks.registry import UnknownTaskError, find_task, task_names, task_of
+from megatron_vcr1.tasks.temporal_grounding import GroundingTarget
+from megatron_vcr1.tasks.tracking import TrackingTarget
+
+__all__ = [
+    "CaptionTarget",
+    "ChoiceTarget",
+    "GroundedChoiceTarget",
+    "GroundingTarget",
+    "NumberFormat",
+    "QualityTarget",
+    "Reference",
+    "SampleMetrics",
+    "Task",
+    "TrackingTarget",
+    "UnknownTaskError",
+    "find_task",
+    "task_names",
+    "task_of",
+]

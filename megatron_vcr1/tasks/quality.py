@@ -1,0 +1,57 @@
+"""Quality assessment: one of the labels that the query names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vcr1.rewards.answer_parsing import read_answer
+from megatron_vcr1.rewards.parsing import last_answer
+from megatron_vcr1.rewards.scoring import compute_part
+from megatron_vcr1.tasks.base import NumberFormat, Task
+from megatron_vcr1.tasks.metrics import SampleMetrics, reason_if_zero, value_or_default
+from megatron_vcr1.tasks.row_fields import TEXT, TargetField
+from megatron_vcr1.types import RewardPart, Target, VideoSample
+
+
+@dataclass(frozen=True, slots=True)
+class QualityTarget(Target):
+    """The target of quality assessment: one of the labels that the query names."""
+
+    label: str
+
+    def __post_init__(self) -> None:
+        if not self.label.strip():
+            raise ValueError("the quality label is empty")
+
+
+class Quality(Task[QualityTarget]):
+    """Choose one of the labels that the query names; reward: format + accuracy."""
+
+    name = "quality"
+    target_type = QualityTarget
+    target_fields = (TargetField("label", TEXT, "the right label, as the query writes it"),)
+    answer_prompt = """\
+$query
+Reply with the label alone, in this form:
+<answer>the label</answer>"""
+    think_prompt = """\
+$query
+First reason about what you see inside <think> </think>. Then give the label, in this form:
+<think>your reasoning</think>
+<answer>the label</answer>"""
+
+    def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
+        return f"<answer>{self.target_of(sample).label}</answer>"
+
+    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> dict[str, RewardPart]:
+        label = self.target_of(sample).label.strip().lower()
+        return {"accuracy": compute_part(lambda: float(last_answer(completion).lower() == label), "wrong label")}
+
+    def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
+        """Compute the accuracy of a VidTAB label, ignoring case."""
+        label = self.target_of(sample).label.strip().lower()
+        accuracy, reasons = value_or_default("accuracy", 0.0, lambda: float(read_answer(output).lower() == label))
+        return SampleMetrics({"accuracy": accuracy}, reasons or reason_if_zero("accuracy", accuracy, "wrong label"))
+
+
+TASK = Quality()

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_vcr1.rewards import score
+from megatron_vcr1.tasks.tracking import TASK, TrackingTarget, toolkit_ious
+from megatron_vcr1.types import Box
+from tests.rewards.samples import BOXES, parts_of, sample
+
+
+def test_tracking_averages_over_all_frames() -> None:
+    half = [Box(box.x0, box.y0, box.x1, (box.y0 + box.y1) / 2) for box in BOXES[:4]]
+    rows = [[box.x0, box.y0, box.x1, box.y1] for box in half] + [[0.9, 0.9, 0.1, 0.1]] * 2 + [[0, 0, 640, 480]] * 2
+    breakdown = score(sample("tracking"), f"<answer>{rows}</answer>", thinking=False)
+    assert parts_of(breakdown) == {"format": 1, "iou": pytest.approx(4 * 0.5 / 8)}
+    pixels = score(sample("tracking"), f"<answer>{[[10, 20, 300, 400]] * 8}</answer>", thinking=False)
+    assert parts_of(pixels) == {"format": 1, "iou": 0}
+    assert pixels.reasons == {"iou": "no valid box within 0..1"}
+
+
+def test_tracking_has_as_many_boxes_as_its_target() -> None:
+    four = sample("tracking", TrackingTarget(BOXES[:4]))
+    rows = [[box.x0, box.y0, box.x1, box.y1] for box in BOXES[:4]]
+    assert score(four, f"<answer>{rows}</answer>", thinking=False).total == 2
+
+
+def test_tracking_metrics_differ_in_the_first_frame_and_at_the_border() -> None:
+    target = sample("tracking", TrackingTarget((Box(0.5, 0, 1, 1), Box(0.5, 0, 1, 1))))
+    scores = TASK.metrics(target, "[[0, 0, 0.5, 1], [0.5, 0, 1.2, 1]]")
+    assert scores.values == {"overlap": 0, "R@0.5": 0, "R@0.7": 0, "AO": 1, "SR@0.5": 1, "SR@0.75": 1}
+    scores = TASK.metrics(target, "[[0.5, 0, 1, 1], [0.75, 0, 1, 1]]")
+    assert scores.values == {"overlap": 0.75, "R@0.5": 1, "R@0.7": 1, "AO": 0.5, "SR@0.5": 0, "SR@0.75": 0}
+
+
+@pytest.mark.parametrize("row", ["[1e999, 0, 1, 1]", "[0.9, 0.9, 0.1, 0.1]", "[2, 2, 3, 3]", "[-1e308, 0, 1e308, 1]"])
+def test_invalid_boxes_do_not_overlap(row: str) -> None:
+    answer = f"[{', '.join([row] * len(BOXES))}]"
+    assert toolkit_ious(answer, BOXES)[0] <= 0.5
+    assert TASK.metrics(sample("tracking"), answer).values["overlap"] == 0
