@@ -17,6 +17,7 @@ import fsspec
 from megatron_vcr1.data.importers.files import Row
 from megatron_vcr1.data.paths import is_remote
 from megatron_vcr1.data.rows import sample_from_row
+from megatron_vcr1.tasks import find_task
 from megatron_vcr1.tasks.row_fields import RowError
 from megatron_vcr1.types import OPTION_LETTERS, VideoSample
 
@@ -104,7 +105,7 @@ class RowCleaner:
         notes: list[Issue] = []
         try:
             row = {**row, "target": dict(row["target"])}
-            if row["task"] != "captioning" and not row["query"].strip():
+            if find_task(row["task"]).needs_query and not row["query"].strip():
                 raise SkipRow("empty_query", "the query is empty")
             row["video"] = self._video(row["video"])
             notes += self._clean_intervals(row_id, row)
