@@ -107,7 +107,7 @@ def test_a_users_file_replaces_texts_and_precision_and_inherits_the_rest(tmp_pat
         ("$options", "$options $first_box", r"grounded_qa.answer: placeholder 'first_box' is unknown"),
         ("$options", "$ 5", "stray dollar sign"),
         ("[captioning]\nanswer", "[captioning]\nanwser", r"\[captioning\] must hold one or both of the strings"),
-        ("[captioning]\nanswer", "captioning", r"\[captioning\] must hold"),
+        ("[captioning]\nanswer", "captioning", r"\[grounded_qa\] must hold"),
         ('"Describe it."', "7", r"captioning.answer must be a string"),
         ("[captioning]", "[captioning", "not valid TOML"),
     ],
