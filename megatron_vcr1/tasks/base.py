@@ -203,7 +203,7 @@ class Task(ABC, Generic[T]):
 
     def reference(self, sample: VideoSample) -> Reference:
         """Return what a judge compares the completions of a sample with."""
-        raise ValueError(f"sample {sample.id}: {self.name} needs no judge")
+        raise ValueError(f"the task of sample {sample.id} is {self.name}, which needs no judge")
 
     def judged_metrics(self, recall: float, precision: float) -> SampleMetrics:
         """Return the benchmark's metrics of an output from the judge's verdicts.

@@ -21,6 +21,7 @@ from megatron_vcr1.data.importers.files import (
     visible_files,
 )
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.tasks import find_task
 from megatron_vcr1.types import OPTION_LETTERS
 
 _OPTION_LABEL = re.compile(r"(?:\([A-G]\)|[A-G]\.)\s*")
@@ -57,9 +58,10 @@ def read_nextgqa(annotations: tuple[Path, ...], task: str) -> Iterator[Row | Mal
         annotations: the files.
         task: grounded_qa, or multiple_choice_qa, which leaves out the spans.
     """
+    keys = {field.key for field in find_task(task).target_fields}
     for row in _nextgqa_rows(annotations):
-        if task == "multiple_choice_qa" and not isinstance(row, MalformedRow):
-            target = {key: value for key, value in row["target"].items() if key != "intervals"}
+        if not isinstance(row, MalformedRow):
+            target = {key: value for key, value in row["target"].items() if key in keys}
             row = {**row, "task": task, "target": target}
         yield row
 
