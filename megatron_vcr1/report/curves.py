@@ -11,7 +11,7 @@ from megatron_vcr1.report.charts import Chart, Drawing, Line, draw, short, words
 from megatron_vcr1.report.run_record import RunRecord
 
 PARTS = ("total", "format", "iou", "accuracy", "recall")
-PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "save")
+PHASES = ("decode", "rollout", "judge", "reference", "old_log_probs", "update", "sync", "save")
 
 MIN_PHASE_FRACTION = 0.005
 """Phases that take a smaller fraction of the time are not shown."""

@@ -14,7 +14,7 @@ from megatron_vcr1.model.flops import Workload, bf16_peak, training_flops
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.training.microbatches import Microbatch
 
-PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "save", "total")
+PHASES = ("decode", "rollout", "judge", "reference", "old_log_probs", "update", "sync", "save", "total")
 
 
 class Metrics:
@@ -49,12 +49,19 @@ class Metrics:
         self._maxima[name] = max(value, self._maxima.get(name, value))
 
     @contextmanager
-    def time_phase(self, phase: str) -> Iterator[None]:
-        """Add the time of the with-block to the seconds of a phase, and mark the phase in profiles."""
+    def time_phase(self, phase: str, *, wait_for_device: bool = False) -> Iterator[None]:
+        """Add the time of the with-block to the seconds of a phase, and mark the phase in profiles.
+
+        Args:
+            wait_for_device: whether the phase ends when the GPU has finished its work, not when the work is submitted.
+                Without it, the GPU time of a block that reads no result is added to the next phase.
+        """
         start = time.perf_counter()
         try:
             with timeline.span(phase):
                 yield
+                if wait_for_device and torch.cuda.is_available():
+                    torch.cuda.synchronize()
         finally:
             self.add_seconds(phase, time.perf_counter() - start)
 

@@ -25,7 +25,7 @@ from megatron_vcr1.training.metrics import PHASES
 
 logger = logging.getLogger(__name__)
 
-TRAINING_PHASES = ("reference", "update")
+TRAINING_PHASES = ("reference", "old_log_probs", "update")
 NUM_OPERATORS = 20
 _EVENTS_START = '"traceEvents": ['
 

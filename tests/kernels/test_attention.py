@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vcr1_kernels import SegmentLayout, reference, shared_prefix_attention
+from vcr1_kernels.backend import use_triton
 from vcr1_kernels.ops.attention import _dense_blocks
 
 from tests.kernels.accuracy import assert_accurate, gradients, to_float64
@@ -52,6 +53,60 @@ def test_matches_float64(
         # error would mean nothing.
         if expected.norm() > 1e-9:
             assert_accurate(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("num_sms", [1, 1000], ids=["large-tiles", "small-tiles-and-split-queries"])
+def test_every_tile_size_matches_float64(num_sms: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of half precision depend on the number of programs per SM; segments are longer than a tile."""
+    if use_triton(torch.empty(0, device=device)):
+        monkeypatch.setattr("vcr1_kernels.triton_ops.attention._num_sms", lambda device: num_sms)
+    layout = SegmentLayout((150, 70, 9), (-1, 0, 0))
+    inputs = _inputs(layout.num_tokens, 3, 1, 40, torch.float16, device)
+
+    def op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return shared_prefix_attention(query, key, value, layout)
+
+    def reference_op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return reference.shared_prefix_attention(query, key, value, layout)
+
+    exact = to_float64(*inputs)
+    assert_accurate(op(*inputs), reference_op(*exact), torch.float16)
+    for actual, expected in zip(gradients(op, inputs), gradients(reference_op, exact), strict=True):
+        assert_accurate(actual, expected, torch.float16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="production shapes need a GPU")
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "layout"),
+    [
+        (28, 4, 128, SegmentLayout((6000, *[256] * 8), (-1, *[0] * 8))),
+        (7, 1, 128, SegmentLayout((6000, *[256] * 8), (-1, *[0] * 8))),
+        (7, 1, 128, SegmentLayout((2011, *range(17, 1000, 123)), (-1, *[0] * 8))),
+        (16, 2, 128, SegmentLayout((2000, 100, 300, 3000, 200, 1), (-1, 0, 0, -1, 3, 3))),
+        (16, 16, 80, SegmentLayout.packed([64] * 90 + [48, 16, 32], causal=False)),
+        (16, 16, 80, SegmentLayout.packed([1500, 1500, 1000], causal=False)),
+    ],
+    ids=["7b-tp1", "7b-tp4", "7b-tp4-short", "3b-two-groups", "vision-windows", "vision-full"],
+)
+def test_production_shapes_match_float64(
+    num_heads: int, num_kv_heads: int, head_dim: int, layout: SegmentLayout
+) -> None:
+    """Compare the first and the last key-value head, with their query heads, with float64 on the same GPU."""
+    device = torch.device("cuda")
+    inputs = _inputs(layout.num_tokens, num_heads, num_kv_heads, head_dim, torch.bfloat16, device)
+    grad_output = torch.randn_like(inputs[0])
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    output = shared_prefix_attention(*leaves, layout)
+    results = (output, *torch.autograd.grad(output, leaves, grad_output))
+    group_size = num_heads // num_kv_heads
+    for kv_head in {0, num_kv_heads - 1}:
+        queries, keys = slice(kv_head * group_size, (kv_head + 1) * group_size), slice(kv_head, kv_head + 1)
+        parts = (queries, keys, keys)
+        exact = [tensor.detach()[:, part].double().requires_grad_() for tensor, part in zip(inputs, parts, strict=True)]
+        exact_output = reference.shared_prefix_attention(*exact, layout)
+        expected = (exact_output, *torch.autograd.grad(exact_output, exact, grad_output[:, queries].double()))
+        for actual, exact_result, part in zip(results, expected, (queries, *parts), strict=True):
+            assert_accurate(actual[:, part], exact_result, torch.bfloat16)
 
 
 def test_matches_separate_sequences(device: torch.device) -> None:

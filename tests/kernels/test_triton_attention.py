@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,11 +46,14 @@ def test_query_blocks_cover_the_mask(layout: SegmentLayout) -> None:
 
 @with_every_layout
 @pytest.mark.parametrize(("resident", "streamed"), [(16, 8), (16, 16), (16, 32)])
-def test_key_blocks_cover_the_mask(layout: SegmentLayout, resident: int, streamed: int) -> None:
-    blocks, ranges = _key_blocks(layout, _Tiles(resident, streamed, num_warps=1, num_stages=1), CPU)
+@pytest.mark.parametrize("num_splits", [1, 2, 3])
+def test_key_blocks_cover_the_mask(layout: SegmentLayout, resident: int, streamed: int, num_splits: int) -> None:
+    blocks, ranges = _key_blocks(layout, _Tiles(resident, streamed, num_warps=1, num_stages=1), num_splits, CPU)
     count = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64)
     num_queries = []
-    for start, end, diagonal_end, first_range, end_range in blocks.tolist():
+    num_rows = Counter(tuple(block[:1] + block[-1:]) for block in blocks.tolist())
+    assert set(num_rows.values()) <= {1} and len(num_rows) == num_splits * len({start for start, _ in num_rows})
+    for start, end, diagonal_end, first_range, end_range, _ in blocks.tolist():
         keys = slice(start, min(start + resident, end))
         diagonal = torch.ones(diagonal_end - start, keys.stop - start, dtype=torch.int64)
         count[start:diagonal_end, keys] += diagonal.tril()
@@ -62,8 +67,8 @@ def test_key_blocks_cover_the_mask(layout: SegmentLayout, resident: int, streame
 
 def test_tables_without_tokens_have_no_rows() -> None:
     empty: SegmentLayout = SegmentLayout((0,), (-1,))
-    tables: tuple[Tensor, ...] = (_query_blocks(empty, 16, CPU), *_key_blocks(empty, _Tiles(16, 16, 1, 1), CPU))
-    assert [tuple(table.shape) for table in tables] == [(0, 5), (0, 5), (0, 2)]
+    tables: tuple[Tensor, ...] = (_query_blocks(empty, 16, CPU), *_key_blocks(empty, _Tiles(16, 16, 1, 1), 2, CPU))
+    assert [tuple(table.shape) for table in tables] == [(0, 5), (0, 6), (0, 2)]
 
 
 def test_adjacent_ranges_are_joined_and_empty_ones_dropped() -> None:

@@ -24,7 +24,7 @@ from throughput.measure import Spread, command_line, machine, print_table
 
 HELP = "whole GRPO steps by phase"
 DEMO_MODEL = Path(__file__).parents[2] / "examples/demo/tiny_model.py"
-PHASES = ("decode", "rollout", "judge", "reference", "update", "sync", "total")
+PHASES = ("decode", "rollout", "judge", "reference", "old_log_probs", "update", "sync", "total")
 METRICS = ("tokens_per_s", "tflops_per_s", "mfu", "memory/peak_gb", "response_tokens/mean")
 
 

@@ -12,7 +12,15 @@ import triton
 from torch import Tensor
 
 from vcr1_kernels.layout import SegmentLayout
-from vcr1_kernels.triton_ops.attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
+from vcr1_kernels.triton_ops.attention_kernels import (
+    forward_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+    sum_parts_kernel,
+)
+
+HOPPER_NUM_SMS = 132
+"""Streaming multiprocessors of H100 SXM and H200."""
 
 
 class _Tiles(NamedTuple):
@@ -31,9 +39,9 @@ def launch_forward(
     num_tokens, num_heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
-    tiles = _query_tiles(query)
+    tiles = _query_tiles(query, layout)
     blocks = _query_blocks(layout, tiles.resident, query.device)
-    forward_kernel[(len(blocks), num_heads)](
+    forward_kernel[(num_heads, len(blocks))](
         query,
         key,
         value,
@@ -62,17 +70,17 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, contiguous.
 
-    The query-gradient kernel also writes delta, which the key-gradient kernel reads: they run in this order.
+    The query-gradient kernel also writes delta, which the key-gradient kernel reads: they run in this order. With
+    grouped-query attention, the parts of dK and dV take 8 bytes * tokens * num_heads * head_dim * num_splits until they
+    are added.
     """
-    grad_query, grad_key, grad_value = (
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)
-    )
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_out = grad_out.contiguous()
     delta = torch.empty_like(log_sum_exp)
     scalars = (*_strides(query, key, value), len(query), scale, scale * math.log2(math.e))
-    tiles = _query_tiles(query)
+    tiles = _query_tiles(query, layout)
     blocks = _query_blocks(layout, tiles.resident, query.device)
-    query_gradient_kernel[(len(blocks), query.shape[1])](
+    query_gradient_kernel[(query.shape[1], len(blocks))](
         query,
         key,
         value,
@@ -87,9 +95,18 @@ def launch_backward(
         BLOCK_KEYS=tiles.streamed,
         **_constants(query, key, layout, tiles),
     )
-    tiles = _key_tiles(query)
-    blocks, ranges = _key_blocks(layout, tiles, query.device)
-    key_gradient_kernel[(len(blocks), key.shape[1])](
+    tiles = _key_tiles(query, layout)
+    num_splits = _num_key_splits(query, key, layout, tiles)
+    # The part of dK and dV of each query head and split. A single part is the gradient itself.
+    num_tokens, num_heads, head_dim = query.shape
+    num_parts = num_heads // key.shape[1] * num_splits
+    part_shape, part_dtype = (
+        (num_tokens, num_heads * num_splits, head_dim),
+        key.dtype if num_parts == 1 else torch.float32,
+    )
+    grad_key, grad_value = (torch.empty(part_shape, dtype=part_dtype, device=query.device) for _ in range(2))
+    blocks, ranges = _key_blocks(layout, tiles, num_splits, query.device)
+    key_gradient_kernel[(query.shape[1], len(blocks))](
         query,
         key,
         value,
@@ -101,14 +118,33 @@ def launch_backward(
         blocks,
         ranges,
         *scalars,
+        NUM_SPLITS=num_splits,
         BLOCK_QUERIES=tiles.streamed,
         BLOCK_KEYS=tiles.resident,
         **_constants(query, key, layout, tiles),
     )
+    if num_parts > 1:
+        grad_key, grad_value = (_sum_parts(parts, key) for parts in (grad_key, grad_value))
     return grad_query, grad_key, grad_value
 
 
-def _query_tiles(query: Tensor) -> _Tiles:
+def _sum_parts(parts: Tensor, key: Tensor) -> Tensor:
+    """Add the parts of each key-value head: float32 [tokens, num_kv_heads * num_parts, head_dim] to key's shape."""
+    total = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    num_rows, block_rows = key.shape[0] * key.shape[1], 16
+    sum_parts_kernel[(triton.cdiv(num_rows, block_rows),)](
+        parts,
+        total,
+        num_rows,
+        NUM_PARTS=parts.shape[1] // key.shape[1],
+        HEAD_DIM=key.shape[2],
+        BLOCK_ROWS=block_rows,
+        BLOCK_DIM=triton.next_power_of_2(key.shape[2]),
+    )
+    return total
+
+
+def _query_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
     """Return the tiles of the forward and the query-gradient kernel.
 
     Chosen so that Hopper's registers hold them without spilling (tests/kernels/test_hopper.py). float32 inputs do not
@@ -116,14 +152,52 @@ def _query_tiles(query: Tensor) -> _Tiles:
     """
     if query.dtype == torch.float32:
         return _Tiles(64, 64, num_warps=8, num_stages=1)
-    return _Tiles(128, 64, num_warps=8, num_stages=3) if query.shape[2] <= 128 else _Tiles(64, 32, 8, 2)
+    if query.shape[2] > 128:
+        return _Tiles(64, 32, num_warps=8, num_stages=2)
+    large = _Tiles(128, 64, num_warps=8, num_stages=3)
+    # Tiles of 128 tokens would be half empty (vision windows), or too few to keep all SMs busy.
+    if max(layout.lengths) <= 64 or _num_programs(query, layout, large) < 3 * _num_sms(query.device):
+        return _Tiles(64, 32, num_warps=4, num_stages=3)
+    return large
 
 
-def _key_tiles(query: Tensor) -> _Tiles:
+def _key_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
     """Return the tiles of the key-gradient kernel, which has two accumulators and therefore smaller streamed tiles."""
     if query.dtype == torch.float32:
         return _Tiles(64, 32, num_warps=8, num_stages=1)
-    return _Tiles(128, 32, num_warps=8, num_stages=3) if query.shape[2] <= 128 else _Tiles(64, 32, 8, 2)
+    if query.shape[2] > 128:
+        return _Tiles(64, 32, num_warps=8, num_stages=2)
+    if max(layout.lengths) <= 64:
+        # The masks of a head_dim that is not a power of two (80 in the vision tower) leave no registers to prefetch.
+        return _Tiles(64, 32, num_warps=4, num_stages=2 if _is_power_of_2(query.shape[2]) else 1)
+    return _Tiles(128, 32, num_warps=8, num_stages=3)
+
+
+def _num_key_splits(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _Tiles) -> int:
+    """Return into how many programs the queries of a key block are split.
+
+    The first keys of a prompt have far more queries than the other keys. With fewer than 4 programs per SM, some SMs
+    would be idle while others compute these (kernels/benchmarks/occupancy.py). Layouts without shared heads or without
+    a prefix have blocks of similar length, and their gradients are written without a second pass.
+    """
+    if query.shape[1] == key.shape[1] or not any(prefix >= 0 for prefix in layout.prefixes):
+        return 1
+    num_programs = _num_programs(query, layout, tiles)
+    return 1 if num_programs >= 4 * _num_sms(query.device) else 2
+
+
+def _num_programs(query: Tensor, layout: SegmentLayout, tiles: _Tiles) -> int:
+    return query.shape[1] * sum(triton.cdiv(length, tiles.resident) for length in layout.lengths)
+
+
+def _is_power_of_2(value: int) -> bool:
+    return value == triton.next_power_of_2(value)
+
+
+@lru_cache
+def _num_sms(device: torch.device) -> int:
+    """Return the number of streaming multiprocessors of a GPU; for the interpreter, that of H100 SXM and H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else HOPPER_NUM_SMS
 
 
 def _constants(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _Tiles) -> dict[str, int | bool | str]:
@@ -166,32 +240,61 @@ def _query_blocks(layout: SegmentLayout, block_queries: int, device: torch.devic
 
 
 @lru_cache(maxsize=64)
-def _key_blocks(layout: SegmentLayout, tiles: _Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the table of key blocks, int32 [num_blocks, 5], and the table of query ranges, int32 [num_ranges, 2].
+def _key_blocks(layout: SegmentLayout, tiles: _Tiles, num_splits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the table of key blocks, int32 [num_blocks * num_splits, 6], and of query ranges, int32 [num_ranges, 2].
 
     Columns of a key block: first key, end of its segment, end of the queries on its causal diagonal, first and end
-    index of its query ranges. A query range holds queries that attend to all keys of the block: the rest of its segment
-    and the segments whose prefix it is in. The blocks with the most queries come first.
+    index of its query ranges, index of the split. A query range holds queries that attend to all keys of the block: the
+    rest of its segment and the segments whose prefix it is in. The queries of a block are divided among `num_splits`
+    rows. The rows with the most queries come first.
     """
     # For each segment, the token ranges of the segments that have it as their prefix.
     follower_ranges: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]
     for segment, prefix in enumerate(layout.prefixes):
         if prefix >= 0:
             follower_ranges[prefix].append((layout.starts[segment], layout.starts[segment + 1]))
-    blocks: list[tuple[int, tuple[int, ...]]] = []
+    rows: list[tuple[int, tuple[int, ...]]] = []
     ranges: list[tuple[int, ...]] = []
     for segment, followers in enumerate(follower_ranges):
         own_start, end = layout.starts[segment], layout.starts[segment + 1]
         for start in range(own_start, end, tiles.resident):
             # The kernel iterates over whole tiles of queries, so the masked part is rounded up to whole tiles.
-            diagonal_length = -(-tiles.resident // tiles.streamed) * tiles.streamed
+            diagonal_length = triton.cdiv(tiles.resident, tiles.streamed) * tiles.streamed
             diagonal_end = min(start + diagonal_length, end) if layout.causal else start
             block_ranges = _joined([(diagonal_end if layout.causal else own_start, end), *followers])
-            num_queries = diagonal_end - start + sum(range_end - range_start for range_start, range_end in block_ranges)
-            block = (start, end, diagonal_end, len(ranges), len(ranges) + len(block_ranges))
-            blocks.append((num_queries, block))
-            ranges += block_ranges
-    return _table([block for _, block in sorted(blocks, reverse=True)], 5, device), _table(ranges, 2, device)
+            parts = _split(block_ranges, diagonal_end - start, num_splits, tiles.streamed)
+            for index, part in enumerate(parts):
+                split_diagonal_end = diagonal_end if index == 0 else start  # the first split has the diagonal
+                num_queries = split_diagonal_end - start + _num_tokens(part)
+                row = (start, end, split_diagonal_end, len(ranges), len(ranges) + len(part), index)
+                rows.append((num_queries, row))
+                ranges += part
+    return _table([row for _, row in sorted(rows, reverse=True)], 6, device), _table(ranges, 2, device)
+
+
+def _split(
+    ranges: list[tuple[int, int]], num_tokens_before: int, num_splits: int, tile: int
+) -> list[list[tuple[int, int]]]:
+    """Divide ranges into `num_splits` parts of about equal length, cut at whole tiles; the first has tokens already."""
+    share = triton.cdiv(num_tokens_before + _num_tokens(ranges), num_splits * tile) * tile
+    parts: list[list[tuple[int, int]]] = []
+    rest = list(ranges)
+    for index in range(num_splits):
+        budget = share - num_tokens_before if index == 0 else share
+        part: list[tuple[int, int]] = []
+        while rest and (budget > 0 or index == num_splits - 1):
+            start, end = rest.pop(0)
+            cut = end if index == num_splits - 1 else min(end, start + triton.cdiv(budget, tile) * tile)
+            part.append((start, cut))
+            budget -= cut - start
+            if cut < end:
+                rest.insert(0, (cut, end))
+        parts.append(part)
+    return parts
+
+
+def _num_tokens(ranges: Iterable[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -6,12 +6,19 @@
 
 Work distribution. A program of the forward kernel and of the query-gradient kernel computes one block of queries of one
 head. The block belongs to one segment and visits two ranges of keys: its prefix and its own segment. A program of the
-key-gradient kernel computes one block of keys of one key-value head. It visits the queries on its causal diagonal, then
-the ranges of queries that attend to all of the block: the rest of its segment and the segments whose prefix it is in.
+key-gradient kernel computes the part of dK and dV that one query head contributes to one block of keys. It visits the
+queries on its causal diagonal, then the ranges of queries that attend to all of the block: the rest of its segment and
+the segments whose prefix it is in. If several query heads share a key-value head, these parts are float32 and
+`sum_parts_kernel` adds them. One program per key-value head would leave most of the GPU idle: there are few of them,
+and the first keys of a long prompt have far more queries than the others. With very few heads (tensor parallelism),
+the queries of a block are therefore also split between two programs.
 The tables that list blocks and ranges are built in `vcr1_kernels.triton_ops.attention`.
 
-Determinism. Every gradient is summed by exactly one program, in registers and in a fixed order (the key-gradient kernel
-loops over the query heads that share its key-value head). There are no atomics, so results are bitwise reproducible.
+Launch order. The head is the fastest axis of the grid, and the tables list the longest blocks first: the programs of
+all heads for the longest block start first, and the programs that finish last are short.
+
+Determinism. Every sum is computed by exactly one program, in registers and in a fixed order. There are no atomics, so
+results are bitwise reproducible.
 
 Precision. Tensor cores multiply the inputs' dtype; scores, softmax statistics and accumulators are float32. P and dS
 are rounded to the inputs' dtype before the second matmul. The GPU's exponential instruction is base 2:
@@ -53,7 +60,7 @@ def _load_query_block(blocks_ptr):
 
     Returns the first query, the end and the start of the queries' segment, and the start and end of its prefix.
     """
-    block_ptr = blocks_ptr + tl.program_id(0) * 5
+    block_ptr = blocks_ptr + tl.program_id(1) * 5
     start, end, own_start = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     prefix_start, prefix_end = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
     return start, end, own_start, prefix_start, prefix_end
@@ -135,9 +142,9 @@ def forward_kernel(
     BLOCK_DIM: tl.constexpr,  # head_dim rounded up to a power of two; the channels above HEAD_DIM are 0
     PRECISION: tl.constexpr,  # input precision of tl.dot for float32 inputs: "ieee" or "tf32"
 ):
-    """Compute O = softmax(S) V and L for one block of queries of one head. Grid: (query blocks, num_heads)."""
+    """Compute O = softmax(S) V and L for one block of queries of one head. Grid: (num_heads, query blocks)."""
     start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
     key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
     value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
 
@@ -237,9 +244,9 @@ def query_gradient_kernel(
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute delta and dQ = scale dS K for one block of queries of one head. Grid: (query blocks, num_heads)."""
+    """Compute delta and dQ = scale dS K for one block of queries of one head. Grid: (num_heads, query blocks)."""
     start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
     key_ptr += tl.cast(head // HEADS_PER_KV_HEAD, tl.int64) * key_head_stride
     value_ptr += tl.cast(head // HEADS_PER_KV_HEAD, tl.int64) * value_head_stride
 
@@ -278,7 +285,7 @@ def query_gradient_kernel(
         own_whole, own_end, own_end, exp2_scale, channels, True, CAUSAL, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
     # The block is loaded again, and `head` has only 32 bits: the loops leave no register to keep more in.
-    block_ptr = blocks_ptr + tl.program_id(0) * 5
+    block_ptr = blocks_ptr + tl.program_id(1) * 5
     start, end = tl.load(block_ptr), tl.load(block_ptr + 1)
     _store_tokens(
         grad_query_ptr + head * HEAD_DIM, token_stride, start, end, channels, grad_query * scale,
@@ -322,9 +329,9 @@ def key_gradient_kernel(
     grad_out_ptr,
     lse_ptr,
     delta_ptr,
-    grad_key_ptr,  # contiguous [tokens, num_kv_heads, head_dim], like grad_value
+    grad_key_ptr,  # contiguous [tokens, num_heads, NUM_SPLITS, head_dim], like grad_value
     grad_value_ptr,
-    blocks_ptr,  # int32 [num_blocks, 5]: first key, end of its segment, end of the diagonal, first and end range
+    blocks_ptr,  # int32 [num_blocks, 6]: first key, end of its segment, end of the diagonal, first and end range, split
     ranges_ptr,  # int32 [num_ranges, 2]: start and end of queries that attend to all keys of a block
     query_stride,
     query_head_stride,
@@ -338,52 +345,70 @@ def key_gradient_kernel(
     NUM_HEADS: tl.constexpr,
     HEADS_PER_KV_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,  # programs that share the queries of a block
     CAUSAL: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dK and dV for one block of keys of one key-value head. Grid: (key blocks, num_kv_heads)."""
-    block_ptr = blocks_ptr + tl.program_id(0) * 5
+    """Compute the part of dK and dV that a query head contributes to a block of keys. Grid: (num_heads, key blocks)."""
+    block_ptr = blocks_ptr + tl.program_id(1) * 6
     start, end, diagonal_end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     first_range, end_range = tl.load(block_ptr + 3), tl.load(block_ptr + 4)  # indices into the table of ranges
-    kv_head = tl.program_id(1).to(tl.int64)
+    split = tl.load(block_ptr + 5)
+    head = tl.program_id(0).to(tl.int64)
+    key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
+    value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
+    query_ptr += head * query_head_stride
+    grad_out_ptr += head * HEAD_DIM
+    lse_ptr += head * num_tokens
+    delta_ptr += head * num_tokens
 
     channels = tl.arange(0, BLOCK_DIM)
     key_tokens = start + tl.arange(0, BLOCK_KEYS)
-    key = _load_tokens(key_ptr + kv_head * key_head_stride, key_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM)
-    value = _load_tokens(
-        value_ptr + kv_head * value_head_stride, value_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM
-    )
+    key = _load_tokens(key_ptr, key_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM)
+    value = _load_tokens(value_ptr, value_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM)
     grad_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     grad_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     token_stride = NUM_HEADS * HEAD_DIM
 
-    # This program sums over all query heads that share the key-value head: no atomics, and a fixed order of summation.
-    for index in range(HEADS_PER_KV_HEAD):
-        head = kv_head * HEADS_PER_KV_HEAD + index
-        q_ptr = query_ptr + head * query_head_stride
-        do_ptr = grad_out_ptr + head * HEAD_DIM
-        lse_head_ptr = lse_ptr + head * num_tokens
-        delta_head_ptr = delta_ptr + head * num_tokens
-        if CAUSAL:
-            grad_key, grad_value = _accumulate_key_gradients(
-                grad_key, grad_value, key, value, key_tokens, q_ptr, do_ptr, lse_head_ptr, delta_head_ptr, query_stride,
-                token_stride, start, diagonal_end, end, exp2_scale, channels,
-                True, BLOCK_QUERIES, HEAD_DIM, PRECISION,
-            )  # fmt: skip
-        for range_index in range(first_range, end_range):
-            range_start, range_end = tl.load(ranges_ptr + 2 * range_index), tl.load(ranges_ptr + 2 * range_index + 1)
-            grad_key, grad_value = _accumulate_key_gradients(
-                grad_key, grad_value, key, value, key_tokens, q_ptr, do_ptr, lse_head_ptr, delta_head_ptr, query_stride,
-                token_stride, range_start, range_end, range_end, exp2_scale, channels,
-                False, BLOCK_QUERIES, HEAD_DIM, PRECISION,
-            )  # fmt: skip
+    if CAUSAL:
+        grad_key, grad_value = _accumulate_key_gradients(
+            grad_key, grad_value, key, value, key_tokens, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_stride,
+            token_stride, start, diagonal_end, end, exp2_scale, channels,
+            True, BLOCK_QUERIES, HEAD_DIM, PRECISION,
+        )  # fmt: skip
+    for range_index in range(first_range, end_range):
+        range_start, range_end = tl.load(ranges_ptr + 2 * range_index), tl.load(ranges_ptr + 2 * range_index + 1)
+        grad_key, grad_value = _accumulate_key_gradients(
+            grad_key, grad_value, key, value, key_tokens, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_stride,
+            token_stride, range_start, range_end, range_end, exp2_scale, channels,
+            False, BLOCK_QUERIES, HEAD_DIM, PRECISION,
+        )  # fmt: skip
 
-    grad_token_stride = NUM_HEADS // HEADS_PER_KV_HEAD * HEAD_DIM
-    offset = kv_head * HEAD_DIM
-    _store_tokens(
-        grad_key_ptr + offset, grad_token_stride, start, end, channels, grad_key * scale, BLOCK_KEYS, HEAD_DIM
-    )
-    _store_tokens(grad_value_ptr + offset, grad_token_stride, start, end, channels, grad_value, BLOCK_KEYS, HEAD_DIM)
+    offset = (head * NUM_SPLITS + split) * HEAD_DIM
+    part_stride = token_stride * NUM_SPLITS
+    _store_tokens(grad_key_ptr + offset, part_stride, start, end, channels, grad_key * scale, BLOCK_KEYS, HEAD_DIM)
+    _store_tokens(grad_value_ptr + offset, part_stride, start, end, channels, grad_value, BLOCK_KEYS, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_parts_kernel(
+    parts_ptr,  # float32, contiguous [rows, NUM_PARTS, HEAD_DIM]; a row is a key-value head of a token
+    sum_ptr,  # contiguous [rows, HEAD_DIM]
+    num_rows,
+    NUM_PARTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """Add the parts of a key-value head's gradient in their order: query heads, then splits. Grid: (row blocks,)."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    channels = tl.arange(0, BLOCK_DIM)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    for part in tl.static_range(NUM_PARTS):
+        total += _load_tokens(
+            parts_ptr + part * HEAD_DIM, NUM_PARTS * HEAD_DIM, start, num_rows, channels, BLOCK_ROWS, HEAD_DIM
+        )
+    _store_tokens(sum_ptr, HEAD_DIM, start, num_rows, channels, total, BLOCK_ROWS, HEAD_DIM)

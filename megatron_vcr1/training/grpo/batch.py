@@ -87,13 +87,18 @@ def token_weights(
 
 
 def split_into_minibatches(
-    groups: Sequence[ScoredGroup], num_minibatches: int
+    groups: Sequence[ScoredGroup], num_minibatches: int, *, skip_zero_advantages: bool = False
 ) -> list[tuple[list[PolicyGroup], Counts]]:
     """Split a step's groups into minibatches, one per optimizer step. All ranks of the job must call it.
 
     The groups of all replicas, in the order of their prompts' positions, are cut into `num_minibatches` consecutive
     parts. The minibatches therefore do not depend on the number of replicas; this replica may have no group in one of
     them. Groups without a scored response are left out, and so are minibatches that are empty on all replicas.
+
+    Args:
+        skip_zero_advantages: leave out groups whose advantages are all 0. If the objective has neither a KL term nor an
+            entropy bonus, their loss and gradient are exactly 0. They still count in the normalization, and a minibatch
+            that has only such groups stays: its optimizer step has momentum and weight decay.
 
     Returns:
         For each minibatch, this replica's groups and the counts over all replicas.
@@ -105,6 +110,8 @@ def split_into_minibatches(
     for group in trainable:
         minibatches[minibatch_of[group.prompt.position]].append(_policy_group(group))
     counts = _count_over_replicas(minibatches)
+    if skip_zero_advantages:
+        minibatches = [[group for group in minibatch if any(group.advantages)] for minibatch in minibatches]
     return [pair for pair in zip(minibatches, counts, strict=True) if pair[1].num_responses > 0]
 
 

@@ -69,12 +69,13 @@ class GrpoTrainer:
         # do the same number of updates, whose collectives need every rank.
         minibatches = self._make_minibatches(groups.kept)
         if self._reference is not None:
-            with metrics.time_phase("reference"), self._reference.swapped_in():
+            with metrics.time_phase("reference", wait_for_device=True), self._reference.swapped_in():
                 minibatches = [self._with_log_probs(batches, "ref_log_probs") for batches in minibatches]
-        with metrics.time_phase("update"):
-            num_passes = self._grpo.epochs_per_rollout
-            if num_passes * len(minibatches) > 1:  # a single update is on-policy: its ratio is 1 without old log-probs
+        num_passes = self._grpo.epochs_per_rollout
+        if num_passes * len(minibatches) > 1:  # a single update is on-policy: its ratio is 1 without old log-probs
+            with metrics.time_phase("old_log_probs", wait_for_device=True):
                 minibatches = [self._with_log_probs(batches, "old_log_probs") for batches in minibatches]
+        with metrics.time_phase("update"):
             updates = [
                 self._update(batches, metrics, is_first_pass=index == 0)
                 for index in range(num_passes)
@@ -103,7 +104,11 @@ class GrpoTrainer:
                 normalization=self._grpo.loss_normalization,
                 max_new_tokens=self._rollout.max_new_tokens,
             )
-            for minibatch, counts in split_into_minibatches(groups, self._grpo.num_minibatches)
+            for minibatch, counts in split_into_minibatches(
+                groups,
+                self._grpo.num_minibatches,
+                skip_zero_advantages=self._objective.kl_coef == 0 and self._objective.entropy_coef == 0,
+            )
         ]
 
     def _with_log_probs(self, batches: list[PolicyBatch], field: str) -> list[PolicyBatch]:

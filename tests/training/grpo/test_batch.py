@@ -66,6 +66,13 @@ def test_no_trainable_group_means_no_minibatch() -> None:
     assert split_into_minibatches([_group(0, (None, None))], 3) == []
 
 
+def test_groups_without_a_gradient_can_be_skipped_but_are_counted() -> None:
+    groups = [_group(0, (1.0, -1.0)), _group(1, (0.0, 0.0)), _group(2, (0.0, 0.0))]
+    first, second = split_into_minibatches(groups, 2, skip_zero_advantages=True)
+    assert [group.id for group in first[0]] == [groups[0].prompt.id] and second[0] == []
+    assert [first[1], second[1]] == [pair[1] for pair in split_into_minibatches(groups, 2)]
+
+
 def test_every_target_token_has_the_values_of_its_response(tmp_path: Path) -> None:
     tiny.create("qwen2_5_vl", tmp_path)
     run = RunConfig.model_validate({"model": {"path": tmp_path, "dtype": "float32"}})

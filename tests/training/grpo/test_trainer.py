@@ -14,6 +14,7 @@ import torch
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.scenes import RECIPES
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.training.grpo.batch import split_into_minibatches
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.train import train
@@ -108,6 +109,26 @@ def test_overlong_responses_lose_reward(folder: Path, world: None) -> None:
             assert response["reward"]["total"] == penalty
     step = metrics.reduce()
     assert step["reward/temporal_grounding/overlong"] == step["reward/total"] < 0
+
+
+def test_skipping_groups_without_a_gradient_changes_no_weight(
+    folder: Path, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rewards are equal and there is no KL term, so the optimizer step is weight decay alone."""
+    settings: dict[str, Any] = {"grpo": {"kl_coef": 0.0}, "optimizer": {"weight_decay": 0.5, "warmup_steps": 0}}
+    learner, trainer = build_trainer(config(folder, [], **settings))
+    before = _weights(learner)
+    step = do_step(trainer)
+    assert (step["loss"], step["grad_norm"], step["applied"], step["tokens"]) == (0, 0, True, 0)
+    assert any(not torch.equal(before[name], weight) for name, weight in _weights(learner).items())
+    monkeypatch.setattr(
+        "megatron_vcr1.training.grpo.trainer.split_into_minibatches",
+        lambda groups, num_minibatches, **_: split_into_minibatches(groups, num_minibatches),
+    )
+    other_learner, other_trainer = build_trainer(config(folder, [], **settings))
+    assert do_step(other_trainer)["tokens"] > 0
+    other = _weights(other_learner)
+    assert all(torch.equal(other[name], weight) for name, weight in _weights(learner).items())
 
 
 def test_step_that_is_not_finite_leaves_the_weights_unchanged(folder: Path, world: None) -> None:
