@@ -12,12 +12,8 @@ import triton
 from torch import Tensor
 
 from vcr1_kernels.layout import SegmentLayout
-from vcr1_kernels.triton_ops.attention_kernels import (
-    forward_kernel,
-    key_gradient_kernel,
-    query_gradient_kernel,
-    sum_parts_kernel,
-)
+from vcr1_kernels.triton_ops.attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
+from vcr1_kernels.triton_ops.sum_parts import sum_parts
 
 HOPPER_NUM_SMS = 132
 """Streaming multiprocessors of H100 SXM and H200."""
@@ -124,24 +120,8 @@ def launch_backward(
         **_constants(query, key, layout, tiles),
     )
     if num_parts > 1:
-        grad_key, grad_value = (_sum_parts(parts, key) for parts in (grad_key, grad_value))
+        grad_key, grad_value = (sum_parts(parts, num_parts, key.dtype) for parts in (grad_key, grad_value))
     return grad_query, grad_key, grad_value
-
-
-def _sum_parts(parts: Tensor, key: Tensor) -> Tensor:
-    """Add the parts of each key-value head: float32 [tokens, num_kv_heads * num_parts, head_dim] to key's shape."""
-    total = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    num_rows, block_rows = key.shape[0] * key.shape[1], 16
-    sum_parts_kernel[(triton.cdiv(num_rows, block_rows),)](
-        parts,
-        total,
-        num_rows,
-        NUM_PARTS=parts.shape[1] // key.shape[1],
-        HEAD_DIM=key.shape[2],
-        BLOCK_ROWS=block_rows,
-        BLOCK_DIM=triton.next_power_of_2(key.shape[2]),
-    )
-    return total
 
 
 def _query_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:

@@ -9,7 +9,7 @@ head. The block belongs to one segment and visits two ranges of keys: its prefix
 key-gradient kernel computes the part of dK and dV that one query head contributes to one block of keys. It visits the
 queries on its causal diagonal, then the ranges of queries that attend to all of the block: the rest of its segment and
 the segments whose prefix it is in. If several query heads share a key-value head, these parts are float32 and
-`sum_parts_kernel` adds them. One program per key-value head would leave most of the GPU idle: there are few of them,
+`sum_parts` adds them. One program per key-value head would leave most of the GPU idle: there are few of them,
 and the first keys of a long prompt have far more queries than the others. With very few heads (tensor parallelism),
 the queries of a block are therefore also split between two programs.
 The tables that list blocks and ranges are built in `vcr1_kernels.triton_ops.attention`.
@@ -391,24 +391,3 @@ def key_gradient_kernel(
     part_stride = token_stride * NUM_SPLITS
     _store_tokens(grad_key_ptr + offset, part_stride, start, end, channels, grad_key * scale, BLOCK_KEYS, HEAD_DIM)
     _store_tokens(grad_value_ptr + offset, part_stride, start, end, channels, grad_value, BLOCK_KEYS, HEAD_DIM)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def sum_parts_kernel(
-    parts_ptr,  # float32, contiguous [rows, NUM_PARTS, HEAD_DIM]; a row is a key-value head of a token
-    sum_ptr,  # contiguous [rows, HEAD_DIM]
-    num_rows,
-    NUM_PARTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """Add the parts of a key-value head's gradient in their order: query heads, then splits. Grid: (row blocks,)."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    channels = tl.arange(0, BLOCK_DIM)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    for part in tl.static_range(NUM_PARTS):
-        total += _load_tokens(
-            parts_ptr + part * HEAD_DIM, NUM_PARTS * HEAD_DIM, start, num_rows, channels, BLOCK_ROWS, HEAD_DIM
-        )
-    _store_tokens(sum_ptr, HEAD_DIM, start, num_rows, channels, total, BLOCK_ROWS, HEAD_DIM)
