@@ -7,13 +7,12 @@ that was cut within its reasoning, has no answer: a letter in the reasoning does
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 
-from megatron_vcr1.rewards.parsing import UnparsableError, last_answer, parse_choice
-from megatron_vcr1.types import OPTION_LETTERS
+from megatron_vcr1.rewards.choices import parse_choice
+from megatron_vcr1.rewards.parsing import UnparsableError, last_answer
 
 _TAGS = ("<think>", "<answer>", "<glue>")
-_LONE_LETTER = re.compile(rf"(?<![A-Za-z])[{OPTION_LETTERS}](?![A-Za-z])")
 
 
 def is_tagged(output: str) -> bool:
@@ -33,15 +32,10 @@ def read_answer(output: str) -> str:
     return answer
 
 
-def read_choice(output: str) -> str:
-    """Return the letter of the chosen option: the first isolated letter, as in "(B)", "B. The cat" and "Answer: B".
-
-    Without an isolated letter, return the first capital letter of an option, which is all that published scripts look
-    for.
+def read_choice(output: str, options: Sequence[str]) -> str:
+    """Return the letter of the option that an output chooses; `parse_choice` also reads it for the reward.
 
     Raises:
-        UnparsableError: the answer contains no letter of an option.
+        UnparsableError: there is no answer, or it does not choose one option.
     """
-    answer = read_answer(output)
-    lone = _LONE_LETTER.search(answer)
-    return lone[0] if lone else parse_choice(answer)
+    return parse_choice(read_answer(output), options)

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 
 
 def blocks_fault(completion: str, tags: Sequence[str]) -> str | None:
-    """Check that a completion consists of blocks with only white space between them; return the fault, if any.
+    """Check that a completion is one block of each tag, with only white space between them; return the fault, if any.
 
-    As in the published reward, a block may contain anything, including tags. The whole text is matched against
-    ``<a>.*</a>\\s*<b>.*</b>...`` in linear time.
+    The reasoning may mention the tags of the other blocks, which contain no tags themselves. Published code lets ``.*``
+    stand for the content of a block, which accepts two whole turns.
 
-    The first occurrence of each boundary ``</a>\\s*<b>`` is used. It leaves the most text for the following blocks, so
-    if any choice of boundaries matches, this one does. A single regular expression would try all choices.
+    Args:
+        completion: any text.
+        tags: names of the blocks in order, "think" among them if the prompt asks for reasoning.
     """
-    text = completion.strip()
-    opening, closing = f"<{tags[0]}>", f"</{tags[-1]}>"
-    if not text.startswith(opening):
-        return f"text before {opening}" if opening in text else f"no {opening}"
-    position = len(opening)
-    for before, after in pairwise(tags):
-        boundary = re.compile(rf"</{before}>\s*+<{after}>").search(text, position)
-        if boundary is None:
-            return f"no <{after}> right after </{before}>"
-        position = boundary.end()
-    if not text.endswith(closing):
-        return f"text after {closing}" if closing in text[position:] else f"<{tags[-1]}> not closed"
-    return None
+    rest = completion.strip()
+    for before, tag in zip([None, *tags], tags, strict=False):
+        opening = f"<{tag}>"
+        if not rest.startswith(opening):
+            if before is not None:
+                return f"no {opening} right after </{before}>"
+            return f"text before {opening}" if opening in rest else f"no {opening}"
+        content, closing, rest = rest.removeprefix(opening).partition(f"</{tag}>")
+        if not closing:
+            return f"{opening} not closed"
+        refused = {"think"} if tag == "think" else {"think", *tags}
+        if within := re.search(f"</?(?:{'|'.join(refused)})>", content):
+            return f"{within[0]} inside {opening}"
+        rest = rest.lstrip()
+    if not rest:
+        return None
+    return "a second turn" if rest.startswith(f"<{tags[0]}>") else f"text after </{tags[-1]}>"

@@ -1,4 +1,7 @@
-"""Parsing of completions: tagged blocks, and the spans, boxes and option letters in them.
+"""Strict parsing of completions: tagged blocks, and the spans and boxes in them.
+
+This is what the reward reads in training. `choices` reads option letters, and `lenient` reads what the strict parsing
+does not, for evaluation.
 
 A policy may emit any text. Every function accepts any text, runs in time linear in its length, and either returns a
 value or raises `UnparsableError`. Patterns use possessive quantifiers (`*+`, `++`, `?+`), so that the regex engine
@@ -11,14 +14,14 @@ import math
 import re
 from collections.abc import Iterator
 
-from megatron_vcr1.types import OPTION_LETTERS, Box, Interval
+from megatron_vcr1.types import Box, Interval
 
 _DECIMAL = r"[0-9]++(?:\.[0-9]*+)?+"
 _EXPONENT = r"(?:[eE][+-]?+[0-9]++)?+"
 _TIME = rf"(?:[0-9]++:(?=[0-9]))*+{_DECIMAL}{_EXPONENT}"  # 12.5, or a clock time such as 1:05
 # The lookbehinds keep a match from starting in the middle of a number or clock time. Starting there would find nothing
 # new, and would take quadratic time on a long run of digits.
-_TIMES = re.compile(rf"(?<![0-9])(?<![0-9]:)((?:(?<!\w)-)?+{_TIME}) (?:to|and) (-?+{_TIME})")
+_TIMES = re.compile(rf"(?<![0-9])(?<![0-9]:)((?:(?<!\w)-)?+{_TIME})\s++(?i:to|and)\s++(-?+{_TIME})")
 
 
 def _list_of_rows(opening: str, closing: str) -> re.Pattern[str]:
@@ -42,26 +45,41 @@ class UnparsableError(ValueError):
 
 
 def last_answer(completion: str) -> str:
-    """Return the text of the last ``<answer>`` block, stripped.
+    """Return the text of the last ``<answer>`` block, stripped. A block within the reasoning is not the answer.
 
     Raises:
         UnparsableError: there is no complete block.
     """
-    answers = list(_blocks(completion, "answer"))
-    return _require_block(answers[-1] if answers else None, completion, "answer")
+    text = without_reasoning(completion)
+    answers = list(_blocks(text, "answer"))
+    return _require_block(answers[-1] if answers else None, text, "answer")
 
 
 def first_glue(completion: str) -> str:
-    """Return the text of the first ``<glue>`` block, stripped.
+    """Return the text of the first ``<glue>`` block, stripped. A block within the reasoning is not the glue.
 
     Raises:
         UnparsableError: there is no complete block.
     """
-    return _require_block(next(_blocks(completion, "glue"), None), completion, "glue")
+    text = without_reasoning(completion)
+    return _require_block(next(_blocks(text, "glue"), None), text, "glue")
+
+
+def without_reasoning(completion: str) -> str:
+    """Return the text without its closed ``<think>`` blocks.
+
+    A ``<think>`` that is never closed is kept, so that an answer after it still counts.
+    """
+    opening, closing = "<think>", "</think>"
+    kept, position = [], 0
+    while (start := completion.find(opening, position)) >= 0 and (end := completion.find(closing, start)) >= 0:
+        kept.append(completion[position:start])
+        position = end + len(closing)
+    return "".join([*kept, completion[position:]])
 
 
 def parse_interval(answer: str) -> Interval:
-    """Parse the last ``START to END`` (or ``START and END``) in seconds.
+    """Parse the last ``START to END`` (or ``START and END``, in any case) in seconds.
 
     Unlike in the published reward, a sign, an exponent and the minutes of a clock time are part of their number. The
     published reward reads "-5 to 9" as 5 to 9, "1e400 to 500" as 400 to 500, and "1:00 to 2:30" as 0 to 2.
@@ -115,18 +133,6 @@ def parse_box_rows(answer: str, num_boxes: int) -> list[tuple[float, ...]]:
     if any(len(row) != 4 for row in rows):
         raise UnparsableError("a box is not four numbers")
     return rows
-
-
-def parse_choice(answer: str) -> str:
-    """Return the first capital letter of an option, anywhere in the text.
-
-    Raises:
-        UnparsableError: the text has no such letter.
-    """
-    letter = next((character for character in answer if character in OPTION_LETTERS), None)
-    if letter is None:
-        raise UnparsableError("no option letter")
-    return letter
 
 
 def parse_caption(completion: str) -> str:

@@ -64,13 +64,19 @@ def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float
     Intended differences from the paper or its published code:
 
     - Equation 3 gives 0 for a correct format. The text of the paper and its code give 1, and so does this function.
-    - An answer without an option letter is wrong. The published accuracy counts two empty answers as equal.
-    - An empty list of spans scores 0. The published IoU of two empty lists is 1.
-    - Numbers include their sign and exponent and have ASCII digits only; a clock time (1:05) is not a number
-      (`parse_interval`).
+    - A block of the format may not contain tags, except that the reasoning may mention ``<answer>`` and ``<glue>``.
+      The published format accepts a second ``<think>``, and two whole turns.
+    - The last answer outside of the reasoning counts, for every task. The published reward also reads answers and glues
+      within the reasoning, and all tasks except grounding read the first answer.
     - If a tag is opened again inside its block, the block starts at the last opening tag.
+    - Any white space may surround "to" and "and", and may stand between the numbers of ``<glue>``.
+    - Numbers include their sign and exponent and have ASCII digits only; a clock time (1:05) is not a number
+      (`parse_interval`). A list of boxes contains decimal numbers only; the published reward evaluates it as Python.
+    - An option is chosen by its letter or by its own text (`parse_choice`). The published reward takes the first of the
+      characters A to G, which may be part of a word, and counts two empty answers as equal.
+    - An empty list of spans scores 0. The published IoU of two empty lists is 1.
+    - A box that is not within the frame scores 0. The published IoU also counts its part outside.
     - A tracking answer has as many boxes as there are frames. The published prompt shows 7 frames and asks for 8 boxes.
-    - White space between the numbers of ``<glue>`` is allowed.
 
     Args:
         sample: the sample; its task defines the parts.

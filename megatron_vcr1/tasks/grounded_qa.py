@@ -71,7 +71,7 @@ prove it, as a list of (start, end) in seconds, in this form:
             "iou": compute_part(
                 lambda: span_union_iou(parse_spans(first_glue(completion)), target.intervals), "no overlap"
             ),
-            "accuracy": choice_part(completion, target.choice),
+            "accuracy": choice_part(sample, completion, target.choice),
         }
 
     def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
@@ -86,7 +86,7 @@ prove it, as a list of (start, end) in seconds, in this form:
         target = self.target_of(sample)
         no_spans: tuple[Interval, ...] = ()
         spans, iou_reasons = value_or_default("iou", no_spans, lambda: parse_spans(first_glue(output)))
-        accuracy, accuracy_reasons = choice_accuracy(output, target.choice)
+        accuracy, accuracy_reasons = choice_accuracy(sample, output, target.choice)
         union_iou = span_union_iou(spans, target.intervals)
         iou, iop = single_span_scores(spans, target.intervals)
         values = {

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from megatron_vcr1.rewards.answer_parsing import read_choice
 from megatron_vcr1.rewards.parsing import UnparsableError
+from megatron_vcr1.types import VideoSample
 
 T = TypeVar("T")
 
@@ -29,9 +30,9 @@ class SampleMetrics:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
-def choice_accuracy(output: str, choice: str) -> tuple[float, Mapping[str, str]]:
+def choice_accuracy(sample: VideoSample, output: str, choice: str) -> tuple[float, Mapping[str, str]]:
     """Return the accuracy of a multiple-choice answer, and the reason if it is 0."""
-    accuracy, reasons = value_or_default("accuracy", 0.0, lambda: float(read_choice(output) == choice))
+    accuracy, reasons = value_or_default("accuracy", 0.0, lambda: float(read_choice(output, sample.options) == choice))
     return accuracy, reasons or reason_if_zero("accuracy", accuracy, "wrong option")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vcr1.rewards.parsing import last_answer, parse_choice
+from megatron_vcr1.rewards.choices import parse_choice
+from megatron_vcr1.rewards.parsing import last_answer
 from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
 from megatron_vcr1.tasks.metrics import SampleMetrics, choice_accuracy
@@ -46,10 +47,10 @@ First reason about what you see inside <think> </think>. Then give the letter of
         return f"<answer>{self.target_of(sample).choice}</answer>"
 
     def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> dict[str, RewardPart]:
-        return {"accuracy": choice_part(completion, self.target_of(sample).choice)}
+        return {"accuracy": choice_part(sample, completion, self.target_of(sample).choice)}
 
     def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
-        accuracy, reasons = choice_accuracy(output, self.target_of(sample).choice)
+        accuracy, reasons = choice_accuracy(sample, output, self.target_of(sample).choice)
         return SampleMetrics({"accuracy": accuracy}, reasons)
 
 
@@ -60,9 +61,13 @@ def check_choice(choice: str, sample: VideoSample) -> None:
         raise ValueError(f"choice {choice!r} is not one of the options' letters {letters}")
 
 
-def choice_part(completion: str, choice: str) -> RewardPart:
+def choice_part(sample: VideoSample, completion: str, choice: str) -> RewardPart:
     """Return the accuracy of the chosen option, as a part of the reward."""
-    return compute_part(lambda: float(parse_choice(last_answer(completion)) == choice), "wrong option")
+
+    def accuracy() -> float:
+        return float(parse_choice(last_answer(completion), sample.options) == choice)
+
+    return compute_part(accuracy, "wrong option")
 
 
 TASK = MultipleChoiceQA()

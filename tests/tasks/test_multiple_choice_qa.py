@@ -14,7 +14,7 @@ from tests.rewards.samples import sample
         ("<answer>B</answer>", 1, {"accuracy": "wrong option"}),
         ("<answer></answer>", 1, {"accuracy": "no option letter"}),
         ("A", 0, {"format": "no <answer>", "accuracy": "no <answer>"}),
-        ("<answer>A</answer> <answer>B</answer>", 1, {"accuracy": "wrong option"}),
+        ("<answer>A</answer> <answer>B</answer>", 0, {"format": "a second turn", "accuracy": "wrong option"}),
     ],
 )
 def test_reward_of_multiple_choice(completion: str, total: float, reasons: dict[str, str]) -> None:
