@@ -93,7 +93,7 @@ def parse_interval(answer: str) -> Interval:
     if any(":" in time for time in times[-1]):
         raise UnparsableError("clock times instead of seconds")
     start_s, end_s = map(float, times[-1])
-    _check_times(start_s, end_s)
+    check_times(start_s, end_s)
     if start_s == end_s:
         raise UnparsableError("start equals end")
     return Interval(start_s, end_s)
@@ -110,7 +110,7 @@ def parse_spans(glue: str) -> tuple[Interval, ...]:
         if len(row) != 2:
             raise UnparsableError("a span is not two numbers")
         start_s, end_s = row
-        _check_times(start_s, end_s)
+        check_times(start_s, end_s)
         if start_s < end_s:
             spans.append(Interval(start_s, end_s))
     return tuple(spans)
@@ -173,7 +173,8 @@ def _parse_rows(text: str, pattern: re.Pattern[str], mismatch_reason: str) -> li
     return [tuple(map(float, row.split(","))) for row in _ROW.findall(text, 1)]
 
 
-def _check_times(start_s: float, end_s: float) -> None:
+def check_times(start_s: float, end_s: float) -> None:
+    """Raise UnparsableError unless 0 <= start <= end, both finite."""
     if not (math.isfinite(start_s) and math.isfinite(end_s)):
         raise UnparsableError("time is not finite")
     if start_s < 0 or end_s < 0:
