@@ -61,6 +61,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     scoring.add_argument(
         "--allow-missing", action="store_true", help="count samples without a prediction as wrong instead of failing"
     )
+    scoring.add_argument(
+        "--allow-extra", action="store_true", help="leave out predictions for other samples instead of failing"
+    )
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -108,7 +111,15 @@ def _score_file(args: argparse.Namespace) -> int:
     section = _judge_section(args.overrides)
     samples = read_annotations(benchmark, args.annotations)
     judge = build_judge(section, args.out.parent / "judge_cache") if needs_judge(samples) else None
-    result = score_file(benchmark, samples, args.predictions, args.out, judge, allow_missing=args.allow_missing)
+    result = score_file(
+        benchmark,
+        samples,
+        args.predictions,
+        args.out,
+        judge,
+        allow_missing=args.allow_missing,
+        allow_extra=args.allow_extra,
+    )
     return _report([result], section)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_vcr1.evaluation.benchmarks import Benchmark
 from megatron_vcr1.evaluation.bootstrap import NUM_RESAMPLES, SEED
-from megatron_vcr1.evaluation.predictions import Prediction, match_predictions, read_predictions
+from megatron_vcr1.evaluation.predictions import Prediction, extra_ids, match_predictions, read_predictions
 from megatron_vcr1.evaluation.summary import Summary, summarize
 from megatron_vcr1.judge import CaptionVerdicts, Judge
 from megatron_vcr1.rewards.answer_parsing import is_tagged, read_answer
@@ -35,6 +35,7 @@ class BenchmarkResult:
         summary: the metrics of the benchmark.
         verdicts: the judge's verdicts by id, of the samples that need a judge.
         judge: name of the judge; None if there was none.
+        num_extra: number of predictions in the file that belong to other samples and were left out.
     """
 
     benchmark: Benchmark
@@ -44,12 +45,14 @@ class BenchmarkResult:
     summary: Summary
     verdicts: Mapping[str, CaptionVerdicts]
     judge: str | None
+    num_extra: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of metrics.json; metrics are in [0, 1]."""
         outputs = [prediction.output for prediction in self.predictions if prediction.output is not None]
         counts = {
             "num_unanswered": len(self.samples) - len(outputs),
+            "num_extra": self.num_extra,
             "num_untagged": sum(not is_tagged(output) for output in outputs),
             "num_reduced": sum(prediction.reduction is not None for prediction in self.predictions),
             "num_truncated": sum(prediction.finish_reason == FinishReason.LENGTH for prediction in self.predictions),
@@ -116,14 +119,17 @@ def score_file(
     judge: Judge | None,
     *,
     allow_missing: bool,
+    allow_extra: bool,
 ) -> BenchmarkResult:
     """Score a file of predictions, and write `out` and OUT.samples.jsonl next to it.
 
     Raises:
         UserError: the predictions do not fit the samples; names the line or the ids.
     """
-    matched = match_predictions(read_predictions(predictions), samples, predictions, allow_missing=allow_missing)
+    read = read_predictions(predictions)
+    matched = match_predictions(read, samples, predictions, allow_missing=allow_missing, allow_extra=allow_extra)
     result = score_predictions(benchmark, samples, matched, judge)
+    result = replace(result, num_extra=len(extra_ids(read, samples)))
     details = {"label": out.stem, "predictions": str(predictions)}
     write_result(result, out, out.with_suffix(".samples.jsonl"), details)
     return result

@@ -60,7 +60,12 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
 
 
 def match_predictions(
-    predictions: Mapping[str, Prediction], samples: Sequence[VideoSample], path: Path, *, allow_missing: bool
+    predictions: Mapping[str, Prediction],
+    samples: Sequence[VideoSample],
+    path: Path,
+    *,
+    allow_missing: bool,
+    allow_extra: bool,
 ) -> list[Prediction]:
     """Return the prediction of each sample, in order.
 
@@ -69,16 +74,19 @@ def match_predictions(
         samples: all samples of the benchmark.
         path: the predictions' file, for error messages.
         allow_missing: count a sample without a prediction as unanswered instead of raising an error.
+        allow_extra: leave out predictions for other samples instead of raising an error, as long as any prediction is
+            for a sample of the benchmark.
 
     Raises:
         UserError: predictions have other ids, or samples have no prediction; names up to five.
     """
     missing = [sample.id for sample in samples if sample.id not in predictions]
-    extra = predictions.keys() - {sample.id for sample in samples}
-    if extra:
-        named = _named([id for id in predictions if id in extra])
+    extra = extra_ids(predictions, samples)
+    if extra and (not allow_extra or len(extra) == len(predictions)):
+        advice = "use other annotations" if allow_extra else "remove them, or leave them out with --allow-extra"
         raise UserError(
-            f"{path}: {len(extra)} ids do not belong to the benchmark's samples: {named}; does the file belong to it?"
+            f"{path}: {len(extra)} of {len(predictions)} ids do not belong to the benchmark's samples: "
+            f"{_named(extra)}; {advice}"
         )
     if missing and not allow_missing:
         raise UserError(
@@ -86,6 +94,12 @@ def match_predictions(
             "add them, or count them as wrong with --allow-missing"
         )
     return [predictions.get(sample.id) or Prediction(sample.id, None, "no prediction") for sample in samples]
+
+
+def extra_ids(predictions: Mapping[str, Prediction], samples: Sequence[VideoSample]) -> list[str]:
+    """Return the ids of predictions that belong to none of the samples."""
+    ids = {sample.id for sample in samples}
+    return [id for id in predictions if id not in ids]
 
 
 class PredictionLog:

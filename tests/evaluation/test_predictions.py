@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog, match_predictions, read_predictions
+from megatron_vcr1.evaluation.predictions import (
+    Prediction,
+    PredictionLog,
+    extra_ids,
+    match_predictions,
+    read_predictions,
+)
 from tests.evaluation.samples import choices
 
 SAMPLES = choices("a", "b", "c")
@@ -50,9 +56,10 @@ def test_duplicate_ids_and_missing_files_are_refused(tmp_path: Path) -> None:
         read_predictions(tmp_path / "absent.jsonl")
 
 
-def match(predictions: dict[str, str], *, allow_missing: bool = False) -> list[Prediction]:
+def match(predictions: dict[str, str], *, allow_missing: bool = False, allow_extra: bool = False) -> list[Prediction]:
     read = {id: Prediction(id, output) for id, output in predictions.items()}
-    return match_predictions(read, SAMPLES, Path("p.jsonl"), allow_missing=allow_missing)
+    path = Path("p.jsonl")
+    return match_predictions(read, SAMPLES, path, allow_missing=allow_missing, allow_extra=allow_extra)
 
 
 def test_predictions_are_in_the_order_of_the_samples() -> None:
@@ -62,13 +69,21 @@ def test_predictions_are_in_the_order_of_the_samples() -> None:
 def test_ids_must_match_the_samples() -> None:
     with pytest.raises(UserError, match=r"no prediction for 2 of 3 samples: 'a', 'c'; .*--allow-missing"):
         match({"b": "B"})
-    with pytest.raises(UserError, match=r"p\.jsonl: 1 ids do not belong to the benchmark's samples: 'x'"):
+    with pytest.raises(UserError, match=r"1 of 4 ids do not belong to the benchmark's samples: 'x'; .*--allow-extra"):
         match({"a": "A", "b": "B", "c": "C", "x": "X"}, allow_missing=True)
     assert [prediction.error for prediction in match({"b": "B"}, allow_missing=True)] == [
         "no prediction",
         None,
         "no prediction",
     ]
+
+
+def test_extra_predictions_can_be_left_out() -> None:
+    everything = {"x": "X", "c": "C", "a": "A", "b": "B", "y": "Y"}
+    assert [prediction.output for prediction in match(everything, allow_extra=True)] == ["A", "B", "C"]
+    assert extra_ids({id: Prediction(id, "") for id in everything}, SAMPLES) == ["x", "y"]
+    with pytest.raises(UserError, match=r"2 of 2 ids do not belong .*: 'x', 'y'; use other annotations"):
+        match({"x": "X", "y": "Y"}, allow_extra=True, allow_missing=True)
 
 
 def test_a_log_resumes_after_an_incomplete_line(tmp_path: Path) -> None:
