@@ -91,3 +91,29 @@ def autodq_scores(
     recall = float(np.average([np.average(values) for values in recalls.values()]))
     precision = float(np.average([np.average(values) for values in precisions.values()]))
     return {"F1": 2 * recall * precision / (recall + precision), "recall": recall, "precision": precision}
+
+
+def recall_at_one(predicted: Sequence[Span], truth: Sequence[Sequence[Span]], threshold: float) -> float:
+    """QVHighlights: the fraction of queries whose first window has this IoU with the true window that it fits best."""
+    best = [max(_hull_iou(span, target) for target in targets) for span, targets in zip(predicted, truth, strict=True)]
+    return float(np.mean(np.array(best) >= threshold))
+
+
+def lmms_eval_span(text: str) -> Span | None:
+    """Read an answer like lmms-eval's Charades-STA: the first "number - number", where "to" stands for the dash."""
+    found = re.search(r"(\d+\.*\d*)\s*-\s*(\d+\.*\d*)", text.lower().replace("to", "-"))
+    if found is None:
+        return None
+    first, second = float(found[1]), float(found[2])
+    return min(first, second), max(first, second)
+
+
+def vtimellm_iou(answer: str, target: Span) -> float:
+    """VTimeLLM: the IoU of the first "from 12 to 34" in percent with a target in fractions, to two decimals."""
+    found = re.search(r"(\d\d) (?:to|and) (\d\d)", answer)
+    return round(_hull_iou((int(found[1]) / 100, int(found[2]) / 100), target), 2) if found else 0.0
+
+
+def _hull_iou(span: Span, target: Span) -> float:
+    both = max(min(span[1], target[1]) - max(span[0], target[0]), 0.0)
+    return both / (max(span[1], target[1]) - min(span[0], target[0]))
