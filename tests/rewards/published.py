@@ -9,16 +9,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_vcr1.types import (
-    Box,
-    ChoiceTarget,
-    GroundedChoiceTarget,
-    GroundingTarget,
-    Interval,
-    QualityTarget,
-    TrackingTarget,
-    VideoSample,
-)
+from megatron_vcr1.tasks.grounded_qa import GroundedChoiceTarget
+from megatron_vcr1.tasks.multiple_choice_qa import ChoiceTarget
+from megatron_vcr1.tasks.quality import QualityTarget
+from megatron_vcr1.tasks.temporal_grounding import GroundingTarget
+from megatron_vcr1.tasks.tracking import TrackingTarget
+from megatron_vcr1.types import Box, Interval, VideoSample
 
 
 def blocks(completion: str, tag: str) -> list[str]:

@@ -10,38 +10,36 @@ from collections.abc import Callable
 import pytest
 
 from megatron_vcr1.rewards import score
-from megatron_vcr1.types import Task
 from tests.rewards import published
 from tests.rewards.samples import BOXES, sample
 
 NUM_COMPLETIONS = 2000  # of each task: 10,000 in total
-TASKS = [task for task in Task if task is not Task.CAPTIONING]
 RIGHT_BOXES = str([[box.x0, box.y0, box.x1, box.y1] for box in BOXES])
 
 REASONING = [
     *["The dog barks <timestep>1 to 2</timestep>.", "", "A or B?\n"] * 4,
     *("I put <answer>A</answer> here", "<glue>[(1, 2)]</glue>", "x<think>y", "x</think>y"),
 ]
-ANSWERS: dict[Task, list[str]] = {
-    Task.TEMPORAL_GROUNDING: [
+ANSWERS: dict[str, list[str]] = {
+    "temporal_grounding": [
         *["12.5 to 17", "12.5 and 16.25", " 10.00 to 20.00\n", "from 13 to 14 seconds", "1 to 2, rather 12 to 16"] * 3,
         *["17 to 12", "14 to 14", "12.5 - 17", "12.5 to", "at noon", "", "13. to 15.5", "12.5s to 17s", "1.2.3 to 14"],
         *("12.5 To 17", "12.5  to 17", "12.5\nto 17", "-12.5 to 17", "1e1 to 17", "0:12 to 0:17", "१२ to १७"),
     ],
-    Task.TRACKING: [
+    "tracking": [
         *[RIGHT_BOXES, f" {RIGHT_BOXES} ", RIGHT_BOXES.replace("], ", "],\n")] * 5,
         *[str([[0.1, 0.2, 0.5, 0.6]] * 8), str([[0.0, 0.0, 1.0, 1.0]] * 8), str([[0.1, 0.2, 0.5, 0.6]] * 7)] * 3,
         *(str([[0.1, 0.2, 0.5, 1.2]] * 8), str([[0.5, 0.2, 0.1, 0.6]] * 8), str([[0, 0, 640, 480]] * 8)),
         *(str([(0.1, 0.2, 0.5, 0.6)] * 8), str([["x"] * 4] * 8), "[]", "none", RIGHT_BOXES[:-1], "[[0x1, 0, 1, 1]]"),
         *(str([[0.1, 0.2, 0.5]] * 8), str([[True, False, True, True]] * 8), "[" + "[1_0, 0.0, 0.5, 1.0], " * 8 + "]"),
     ],
-    Task.GROUNDED_QA: ["B", "B", "(B)", " B\n", "B.", "C", "(B) a cat", "A", "", "none", "b", "A or B", "Answer: B"],
-    Task.MULTIPLE_CHOICE_QA: [
+    "grounded_qa": ["B", "B", "(B)", " B\n", "B.", "C", "(B) a cat", "A", "", "none", "b", "A or B", "Answer: B"],
+    "multiple_choice_qa": [
         *["A", "(A)", "A.", " A\n", "B", "(A) a dog", "The answer is A", "The best answer is (B)", "C. a cow"] * 3,
         *["G", "H", "", "none", "the first one"],
         *("a", "Answer: A", "A or B", "ABC", "a dog", "Ａ", "A cat", "The dog, so (A)", "Both, B", "Best: A"),  # noqa: RUF001
     ],
-    Task.QUALITY: ["low quality", " Low Quality\n", "LOW QUALITY", "high quality", "low", "low quality.", ""],
+    "quality": ["low quality", " Low Quality\n", "LOW QUALITY", "high quality", "low", "low quality.", ""],
 }
 GLUES = [
     *["[(1, 2.25), (4, 5)]", "[(1.0, 2.25)]", "[(0,3),(4, 5)]", "[(1, 5),]", "[(1, 2), (1.5, 4.5)]"] * 4,
@@ -60,15 +58,15 @@ GLUES = [
 ]
 
 
-def turn(rng: random.Random, task: Task, thinking: bool) -> str:
+def turn(rng: random.Random, task: str, thinking: bool) -> str:
     """Write a turn in the form that the prompt asks for."""
     reasoning = f"<think>{rng.choice(REASONING)}</think>" + rng.choice(["", "\n", " \n"])
     answer = f"<answer>{rng.choice(ANSWERS[task])}</answer>"
     glue = rng.choice(["", "\n"]) + f"<glue>{rng.choice(GLUES)}</glue>"
-    return reasoning * thinking + answer + glue * (task is Task.GROUNDED_QA)
+    return reasoning * thinking + answer + glue * (task == "grounded_qa")
 
 
-def completion(rng: random.Random, task: Task, thinking: bool) -> str:
+def completion(rng: random.Random, task: str, thinking: bool) -> str:
     """Write a turn that is right in three of five cases, and otherwise has one fault of its form."""
     text = turn(rng, task, thinking)
     tag = rng.choice(["<think>", "</think>", "<answer>", "</answer>", "<glue>", "</glue>"])
@@ -144,7 +142,7 @@ def comparison() -> tuple[Counter[str], Counter[str], list[str]]:
     compared: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     unexplained = []
-    for task in TASKS:
+    for task in ANSWERS:
         for number in range(NUM_COMPLETIONS):
             thinking = number % 2 == 0
             text = completion(rng, task, thinking)
