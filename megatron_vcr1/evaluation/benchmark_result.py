@@ -18,7 +18,7 @@ from megatron_vcr1.judge import CaptionVerdicts, Judge
 from megatron_vcr1.rewards.answer_parsing import is_tagged, read_answer
 from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
-from megatron_vcr1.tasks import SampleMetrics, task_of
+from megatron_vcr1.tasks import SampleMetrics, task_of, with_lenient
 from megatron_vcr1.types import FinishReason, VideoSample
 
 _CAPTIONS_PER_CALL = 64
@@ -53,6 +53,7 @@ class BenchmarkResult:
         counts = {
             "num_unanswered": len(self.samples) - len(outputs),
             "num_extra": self.num_extra,
+            "num_lenient": sum(values.is_lenient for values in self.sample_metrics),
             "num_untagged": sum(not is_tagged(output) for output in outputs),
             "num_reduced": sum(prediction.reduction is not None for prediction in self.predictions),
             "num_truncated": sum(prediction.finish_reason == FinishReason.LENGTH for prediction in self.predictions),
@@ -65,6 +66,8 @@ class BenchmarkResult:
         """Yield the lines of samples.jsonl."""
         for sample, prediction, values in zip(self.samples, self.predictions, self.sample_metrics, strict=True):
             row: dict[str, Any] = {"id": sample.id, "metrics": dict(values.values), "reasons": dict(values.reasons)}
+            if values.is_lenient:
+                row["lenient"] = True
             if sample.category:
                 row["category"] = sample.category
             if prediction.error is not None:
@@ -158,11 +161,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _metrics(sample: VideoSample, prediction: Prediction) -> SampleMetrics:
-    task = task_of(sample)
+    task, output = task_of(sample), prediction.output or ""
+    lenient = task.lenient_metrics(sample, output, prediction.frame_size)
+    metrics = with_lenient(task.metrics(sample, output), lenient)
     if prediction.output is not None:
-        return task.metrics(sample, prediction.output)
-    empty = task.metrics(sample, "")
-    return SampleMetrics(empty.values, dict.fromkeys(empty.reasons, _NO_OUTPUT))
+        return metrics
+    return SampleMetrics(metrics.values, dict.fromkeys(metrics.reasons, _NO_OUTPUT))
 
 
 def _read_captions(pairs: Iterable[tuple[VideoSample, Prediction]]) -> tuple[dict[str, str], dict[str, str]]:

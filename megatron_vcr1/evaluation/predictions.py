@@ -27,6 +27,7 @@ class Prediction:
         num_tokens, finish_reason: number of tokens of the output and why it ended, if known.
         reduction: how the video was made smaller so that the prompt fits; None if it was not, or if unknown.
         prompt_digest: digest of the prompt that was answered, if known.
+        frame_size: width and height in pixels of the frames that the model saw, if known: the unit of boxes in pixels.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Prediction:
     finish_reason: str | None = None
     reduction: str | None = None
     prompt_digest: str | None = None
+    frame_size: tuple[int, int] | None = None
 
     def as_row(self) -> dict[str, Any]:
         """Return the JSON object of the file's line; values that are None are left out."""
@@ -179,7 +181,16 @@ def _parse_line(line: str, where: str) -> Prediction:
     if output is None:
         return Prediction(str(row["id"]), None, str(row.get("error") or "no output"))
     known = {key: row.get(key) for key in ("num_tokens", "finish_reason", "reduction", "prompt_digest")}
-    return Prediction(str(row["id"]), output, **known)
+    return Prediction(str(row["id"]), output, frame_size=_frame_size(row.get("frame_size"), where), **known)
+
+
+def _frame_size(value: object, where: str) -> tuple[int, int] | None:
+    match value:
+        case None:
+            return None
+        case [int(width), int(height)] if width > 0 and height > 0:
+            return width, height
+    raise UserError(f'{where}: "frame_size" must be [width, height] in pixels')
 
 
 def _named(ids: Sequence[str]) -> str:

@@ -88,5 +88,14 @@ class Predictor:
                 num_tokens=len(rollout.token_ids),
                 finish_reason=str(rollout.finish_reason),
                 reduction=item.reduction,
+                frame_size=_frame_size(item),
             )
         return [predictions[item.sample.id if isinstance(item, PreparedSample) else item.id] for item in prepared]
+
+
+def _frame_size(item: PreparedSample) -> tuple[int, int] | None:
+    """Return the width and height of the frames of the prompt's only video or image; None if there are several."""
+    if len(item.prompt.vision) != 1:
+        return None
+    _, height, width, _ = item.prompt.vision[0].frames.shape
+    return width, height

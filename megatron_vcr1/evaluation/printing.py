@@ -10,6 +10,7 @@ from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult
 _COUNTS = {
     "num_unanswered": "unanswered",
     "num_extra": "for other samples, left out",
+    "num_lenient": "only read by the lenient reading",
     "num_untagged": "untagged",
     "num_truncated": "truncated",
     "num_reduced": "for a video that was made smaller to fit into data.max_prompt_tokens",

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from megatron_vcr1.rewards.parsing import (
     UnparsableError,
@@ -21,12 +22,13 @@ from megatron_vcr1.rewards.parsing import (
     last_answer,
     parse_box_rows,
     parse_boxes,
-    parse_interval,
+    parse_event_spans,
     parse_spans,
     without_reasoning,
 )
 from megatron_vcr1.types import Box, Interval
 
+T = TypeVar("T")
 Row = tuple[float, ...]
 
 _TAG = re.compile(r"<(/?)(think|answer|glue)>", re.IGNORECASE)
@@ -59,6 +61,21 @@ _CORNERS = re.compile(rf"\(\s*+({_NUMBERS}{{1}}+)\s*+\)\s*+,?\s*+\(\s*+({_NUMBER
 _FLAT_BOXES = re.compile(rf"[\[(]\s*+({_NUMBERS}{{7,}}+)\s*+,?\s*+[\])]")
 _LARGEST_FRACTION = 2.0
 """Largest coordinate of an answer in fractions of the frame; boxes that extend beyond it are cut at the frame."""
+
+
+def leniently(strict: Callable[[], T], lenient: Callable[[], T]) -> T:
+    """Return what the strict function reads, or else what the lenient one reads.
+
+    Raises:
+        UnparsableError: neither of them reads anything; the reason is that of the strict function.
+    """
+    try:
+        return strict()
+    except UnparsableError as unparsable:
+        try:
+            return lenient()
+        except UnparsableError:
+            raise unparsable from None
 
 
 def lenient_answer(output: str) -> str:
@@ -96,7 +113,7 @@ def lenient_spans(answer: str) -> tuple[Interval, ...]:
         UnparsableError: the answer states no span, or an invalid one.
     """
     try:
-        return (parse_interval(answer),)
+        return parse_event_spans(answer)
     except UnparsableError as unparsable:
         pairs = _PAIR.findall(answer) or _START_AND_END.findall(answer) or _RANGE.findall(answer)[-1:]
         if not pairs and (bare := _BARE_PAIR.fullmatch(answer)):

@@ -42,10 +42,22 @@ def merge(spans: Iterable[Interval]) -> list[Interval]:
 
 def box_iou(predicted: Box, target: Box) -> float:
     """Compute the IoU of two boxes; 0 if both are so small that their area is 0 in floating point."""
-    width = min(predicted.x1, target.x1) - max(predicted.x0, target.x0)
-    height = min(predicted.y1, target.y1) - max(predicted.y0, target.y0)
-    intersection = max(width, 0.0) * max(height, 0.0)
-    union = _area(predicted) + _area(target) - intersection
+    return uncut_box_iou((predicted.x0, predicted.y0, predicted.x1, predicted.y1), target)
+
+
+def uncut_box_iou(predicted: Sequence[float], target: Box) -> float:
+    """Compute the IoU of a box that may extend beyond the frame, as published evaluations do.
+
+    Args:
+        predicted: x0, y0, x1, y1; any numbers. An inverted box has an IoU of 0.
+        target: the true box.
+    """
+    x0, y0, x1, y1 = predicted
+    width, height = min(x1, target.x1) - max(x0, target.x0), min(y1, target.y1) - max(y0, target.y0)
+    if not (width > 0 and height > 0):
+        return 0.0
+    intersection = width * height
+    union = (x1 - x0) * (y1 - y0) + (target.x1 - target.x0) * (target.y1 - target.y0) - intersection
     return intersection / union if union > 0 else 0.0
 
 
@@ -60,6 +72,12 @@ def mean_box_iou(predicted: Sequence[Box | None], target: Sequence[Box]) -> floa
         ValueError: the numbers of frames differ.
     """
     ious = [box_iou(box, target_box) if box else 0.0 for box, target_box in zip(predicted, target, strict=True)]
+    return math.fsum(ious) / len(ious)
+
+
+def mean_uncut_box_iou(predicted: Sequence[Sequence[float]], target: Sequence[Box]) -> float:
+    """Compute the mean over the frames of a video of `uncut_box_iou`."""
+    ious = [uncut_box_iou(row, box) for row, box in zip(predicted, target, strict=True)]
     return math.fsum(ious) / len(ious)
 
 
@@ -80,7 +98,3 @@ def _intersection(first: Sequence[Interval], second: Sequence[Interval]) -> list
         else:
             j += 1
     return common
-
-
-def _area(box: Box) -> float:
-    return (box.x1 - box.x0) * (box.y1 - box.y0)

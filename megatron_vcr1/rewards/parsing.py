@@ -116,6 +116,19 @@ def parse_spans(glue: str) -> tuple[Interval, ...]:
     return tuple(spans)
 
 
+def parse_event_spans(answer: str) -> tuple[Interval, ...]:
+    """Parse the spans of an event, at least one: a list of ``(start, end)``, or else the last ``START to END``.
+
+    Raises:
+        UnparsableError: the text has neither form, or a span is invalid.
+    """
+    if _SPAN_LIST.fullmatch(answer):
+        if spans := parse_spans(answer):
+            return spans
+        raise UnparsableError("no start and end")
+    return (parse_interval(answer),)
+
+
 def parse_boxes(answer: str, num_boxes: int) -> tuple[Box | None, ...]:
     """Parse a list of `num_boxes` boxes ``[x0, y0, x1, y1]``; a box that is inverted or outside of 0..1 is None.
 

@@ -69,6 +69,8 @@ def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float
     - The last answer outside of the reasoning counts, for every task. The published reward also reads answers and glues
       within the reasoning, and all tasks except grounding read the first answer.
     - If a tag is opened again inside its block, the block starts at the last opening tag.
+    - A list of (start, end) is read as the answer of grounding, as VideoChat-R1.5 asks for it; several answered or true
+      spans are compared by the IoU of the time that they cover.
     - Any white space may surround "to" and "and", and may stand between the numbers of ``<glue>``.
     - Numbers include their sign and exponent and have ASCII digits only; a clock time (1:05) is not a number
       (`parse_interval`). A list of boxes contains decimal numbers only; the published reward evaluates it as Python.

@@ -6,7 +6,7 @@
 from megatron_vcr1.tasks.base import NumberFormat, Reference, Task
 from megatron_vcr1.tasks.captioning import CaptionTarget
 from megatron_vcr1.tasks.grounded_qa import GroundedChoiceTarget
-from megatron_vcr1.tasks.metrics import SampleMetrics
+from megatron_vcr1.tasks.metrics import SampleMetrics, with_lenient
 from megatron_vcr1.tasks.multiple_choice_qa import ChoiceTarget
 from megatron_vcr1.tasks.quality import QualityTarget
 from megatron_vcr1.tasks.registry import UnknownTaskError, find_task, task_names, task_of
@@ -28,4 +28,5 @@ __all__ = [
     "find_task",
     "task_names",
     "task_of",
+    "with_lenient",
 ]

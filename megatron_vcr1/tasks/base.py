@@ -118,8 +118,12 @@ class Task(ABC, Generic[T]):
         return cast(T, self.target_type(**read))
 
     def target_to_json(self, target: T) -> dict[str, Any]:
-        """Convert a target to the ``target`` of a manifest row; the inverse of `target_from_json`."""
-        return {field.key: field.form.write(getattr(target, field.key)) for field in self.target_fields}
+        """Convert a target to the ``target`` of a manifest row; the inverse of `target_from_json`.
+
+        Values that are None are left out.
+        """
+        values = {field: getattr(target, field.key) for field in self.target_fields}
+        return {field.key: field.form.write(value) for field, value in values.items() if value is not None}
 
     # Prompts and videos
 
@@ -194,6 +198,18 @@ class Task(ABC, Generic[T]):
             {name: part.value for name, part in parts.items() if part.value is not None},
             {name: part.reason for name, part in parts.items() if part.reason},
         )
+
+    def lenient_metrics(
+        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
+    ) -> SampleMetrics | None:
+        """Return the main metrics of an output that is read leniently (`rewards.lenient`); None if there are none.
+
+        They are reported as "NAME (lenient)" beside those of `metrics`.
+
+        Args:
+            frame_size: width and height in pixels of the frames that the model saw; None if unknown.
+        """
+        return None
 
     # Judge
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vcr1.rewards.answer_parsing import read_choice
+from megatron_vcr1.rewards.lenient import lenient_glue, leniently
 from megatron_vcr1.rewards.overlap import merge, span_union_iou, temporal_iou
 from megatron_vcr1.rewards.parsing import first_glue, parse_spans
 from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
-from megatron_vcr1.tasks.metrics import SampleMetrics, at_least, choice_accuracy, reason_if_zero, value_or_default
+from megatron_vcr1.tasks.metrics import (
+    SampleMetrics,
+    at_least,
+    choice_accuracy,
+    lenient_choice,
+    reason_if_zero,
+    value_or_default,
+)
 from megatron_vcr1.tasks.multiple_choice_qa import check_choice, choice_part
 from megatron_vcr1.tasks.row_fields import INTERVAL, TEXT, TargetField, list_of
 from megatron_vcr1.types import Interval, RewardPart, Target, VideoSample
@@ -86,7 +95,7 @@ prove it, as a list of (start, end) in seconds, in this form:
         target = self.target_of(sample)
         no_spans: tuple[Interval, ...] = ()
         spans, iou_reasons = value_or_default("iou", no_spans, lambda: parse_spans(first_glue(output)))
-        accuracy, accuracy_reasons = choice_accuracy(sample, output, target.choice)
+        accuracy, accuracy_reasons = choice_accuracy(lambda: read_choice(output, sample.options), target.choice)
         union_iou = span_union_iou(spans, target.intervals)
         iou, iop = single_span_scores(spans, target.intervals)
         values = {
@@ -100,6 +109,20 @@ prove it, as a list of (start, end) in seconds, in this form:
         }
         reasons = {**(iou_reasons or reason_if_zero("iou", union_iou, "no overlap")), **accuracy_reasons}
         return SampleMetrics(values, reasons)
+
+    def lenient_metrics(
+        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
+    ) -> SampleMetrics | None:
+        target = self.target_of(sample)
+
+        def union_iou() -> float:
+            spans = leniently(lambda: parse_spans(first_glue(output)), lambda: lenient_glue(output))
+            return span_union_iou(spans, target.intervals)
+
+        iou, iou_reasons = value_or_default("iou", 0.0, union_iou)
+        accuracy, accuracy_reasons = choice_accuracy(lambda: lenient_choice(sample, output), target.choice)
+        reasons = {**(iou_reasons or reason_if_zero("iou", iou, "no overlap")), **accuracy_reasons}
+        return SampleMetrics({"mIoU": iou, "accuracy": accuracy}, reasons)
 
     def intervals(self, sample: VideoSample) -> tuple[Interval, ...]:
         return self.target_of(sample).intervals

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from megatron_vcr1.rewards.answer_parsing import read_choice
+from megatron_vcr1.rewards.choices import parse_choice
+from megatron_vcr1.rewards.lenient import lenient_answer, leniently
 from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.types import VideoSample
 
@@ -24,16 +26,34 @@ class SampleMetrics:
     Attributes:
         values: value by metric name; empty if a judge could not judge the output.
         reasons: for each part of the answer that scored 0 (iou, accuracy, recall), the reason.
+        is_lenient: whether the strict reading of the output reads less than the lenient one.
     """
 
     values: Mapping[str, float]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    is_lenient: bool = False
 
 
-def choice_accuracy(sample: VideoSample, output: str, choice: str) -> tuple[float, Mapping[str, str]]:
-    """Return the accuracy of a multiple-choice answer, and the reason if it is 0."""
-    accuracy, reasons = value_or_default("accuracy", 0.0, lambda: float(read_choice(output, sample.options) == choice))
+def with_lenient(strict: SampleMetrics, lenient: SampleMetrics | None) -> SampleMetrics:
+    """Put the metrics of the lenient reading after the strict ones, as "NAME (lenient)"."""
+    if lenient is None:
+        return strict
+    is_lenient = lenient.reasons != strict.reasons or not lenient.values.items() <= strict.values.items()
+    columns = {f"{name} (lenient)": value for name, value in lenient.values.items()}
+    return SampleMetrics({**strict.values, **columns}, strict.reasons, is_lenient)
+
+
+def choice_accuracy(read: Callable[[], str], choice: str) -> tuple[float, Mapping[str, str]]:
+    """Return the accuracy of the choice that `read` returns, and the reason if it is 0."""
+    accuracy, reasons = value_or_default("accuracy", 0.0, lambda: float(read() == choice))
     return accuracy, reasons or reason_if_zero("accuracy", accuracy, "wrong option")
+
+
+def lenient_choice(sample: VideoSample, output: str) -> str:
+    """Return the chosen option of an output, whose answer may be marked in an unusual way."""
+    return leniently(
+        lambda: read_choice(output, sample.options), lambda: parse_choice(lenient_answer(output), sample.options)
+    )
 
 
 def value_or_default(part: str, default: T, compute: Callable[[], T]) -> tuple[T, Mapping[str, str]]:

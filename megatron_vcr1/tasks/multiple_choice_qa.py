@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vcr1.rewards.answer_parsing import read_choice
 from megatron_vcr1.rewards.choices import parse_choice
 from megatron_vcr1.rewards.parsing import last_answer
 from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
-from megatron_vcr1.tasks.metrics import SampleMetrics, choice_accuracy
+from megatron_vcr1.tasks.metrics import SampleMetrics, choice_accuracy, lenient_choice
 from megatron_vcr1.tasks.row_fields import TEXT, TargetField
 from megatron_vcr1.types import OPTION_LETTERS, RewardPart, Target, VideoSample
 
@@ -50,7 +51,14 @@ First reason about what you see inside <think> </think>. Then give the letter of
         return {"accuracy": choice_part(sample, completion, self.target_of(sample).choice)}
 
     def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
-        accuracy, reasons = choice_accuracy(sample, output, self.target_of(sample).choice)
+        target = self.target_of(sample).choice
+        accuracy, reasons = choice_accuracy(lambda: read_choice(output, sample.options), target)
+        return SampleMetrics({"accuracy": accuracy}, reasons)
+
+    def lenient_metrics(
+        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
+    ) -> SampleMetrics | None:
+        accuracy, reasons = choice_accuracy(lambda: lenient_choice(sample, output), self.target_of(sample).choice)
         return SampleMetrics({"accuracy": accuracy}, reasons)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_vcr1.rewards.answer_parsing import read_answer
+from megatron_vcr1.rewards.lenient import lenient_answer, lenient_label, leniently
 from megatron_vcr1.rewards.parsing import last_answer
 from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
@@ -49,9 +51,21 @@ First reason about what you see inside <think> </think>. Then give the label, in
 
     def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
         """Compute the accuracy of a VidTAB label, ignoring case."""
-        label = self.target_of(sample).label.strip().lower()
-        accuracy, reasons = value_or_default("accuracy", 0.0, lambda: float(read_answer(output).lower() == label))
-        return SampleMetrics({"accuracy": accuracy}, reasons or reason_if_zero("accuracy", accuracy, "wrong label"))
+        return _accuracy(lambda: read_answer(output).lower(), self.target_of(sample).label.strip().lower())
+
+    def lenient_metrics(
+        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
+    ) -> SampleMetrics | None:
+        def read() -> str:
+            answer = leniently(lambda: read_answer(output), lambda: lenient_answer(output))
+            return lenient_label(answer)
+
+        return _accuracy(read, lenient_label(self.target_of(sample).label))
+
+
+def _accuracy(read: Callable[[], str], label: str) -> SampleMetrics:
+    accuracy, reasons = value_or_default("accuracy", 0.0, lambda: float(read() == label))
+    return SampleMetrics({"accuracy": accuracy}, reasons or reason_if_zero("accuracy", accuracy, "wrong label"))
 
 
 TASK = Quality()

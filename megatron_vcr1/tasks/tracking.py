@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vcr1.rewards.answer_parsing import read_answer
-from megatron_vcr1.rewards.overlap import mean_box_iou
+from megatron_vcr1.rewards.lenient import lenient_answer, lenient_boxes, leniently
+from megatron_vcr1.rewards.overlap import mean_box_iou, mean_uncut_box_iou
 from megatron_vcr1.rewards.parsing import UnparsableError, last_answer, parse_box_rows, parse_boxes
 from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
@@ -91,22 +92,41 @@ for each frame in order, in this form:
     def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
         """Compute the metrics of GOT-10k in two conventions.
 
-        The paper's: ``overlap`` is the mean IoU of all boxes, and R@t is 1 if it is at least t. A box that extends
-        beyond the frame scores 0. The toolkit's: ``AO`` and ``SR@t`` leave out the first box, which the prompt states.
-        SR is the fraction of frames with an IoU above t, and boxes are cut at the frame.
+        The paper's, as its code computes them: ``overlap`` is the mean IoU of all boxes, which may extend beyond the
+        frame, and R@t is 1 if it is at least t. In ``overlap (strict)``, which is the IoU of the reward, a box that
+        extends beyond the frame scores 0. The toolkit's: ``AO`` and ``SR@t`` leave out the first box, which the prompt
+        states. SR is the fraction of frames with an IoU above t, and boxes are cut at the frame.
         """
         target = self.target_of(sample).boxes
+        num_boxes = len(target)
         overlap, reasons = value_or_default(
-            "iou", 0.0, lambda: mean_box_iou(parse_boxes(read_answer(output), len(target)), target)
+            "iou", 0.0, lambda: mean_uncut_box_iou(parse_box_rows(read_answer(output), num_boxes), target)
+        )
+        strict, _ = value_or_default(
+            "iou", 0.0, lambda: mean_box_iou(parse_boxes(read_answer(output), num_boxes), target)
         )
         ious, _ = value_or_default("iou", [0.0] * len(target), lambda: toolkit_ious(read_answer(output), target))
         later = ious[1:]
         values = {
             "overlap": overlap,
             **at_least("R", overlap, (0.5, 0.7)),
+            "overlap (strict)": strict,
             "AO": math.fsum(later) / len(later),
             **{f"SR@{threshold}": sum(iou > threshold for iou in later) / len(later) for threshold in (0.5, 0.75)},
         }
+        return SampleMetrics(values, reasons or reason_if_zero("iou", overlap, "no overlap"))
+
+    def lenient_metrics(
+        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
+    ) -> SampleMetrics | None:
+        target = self.target_of(sample).boxes
+
+        def read() -> tuple[Box | None, ...]:
+            answer = leniently(lambda: read_answer(output), lambda: lenient_answer(output))
+            return lenient_boxes(answer, len(target), frame_size)
+
+        overlap, reasons = value_or_default("iou", 0.0, lambda: mean_box_iou(read(), target))
+        values = {"overlap": overlap, **at_least("R", overlap, (0.5, 0.7))}
         return SampleMetrics(values, reasons or reason_if_zero("iou", overlap, "no overlap"))
 
     def boxes(self, sample: VideoSample) -> tuple[Box, ...]:

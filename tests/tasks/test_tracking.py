@@ -27,9 +27,28 @@ def test_tracking_has_as_many_boxes_as_its_target() -> None:
 def test_tracking_metrics_differ_in_the_first_frame_and_at_the_border() -> None:
     target = sample("tracking", TrackingTarget((Box(0.5, 0, 1, 1), Box(0.5, 0, 1, 1))))
     scores = TASK.metrics(target, "[[0, 0, 0.5, 1], [0.5, 0, 1.2, 1]]")
-    assert scores.values == {"overlap": 0, "R@0.5": 0, "R@0.7": 0, "AO": 1, "SR@0.5": 1, "SR@0.75": 1}
+    uncut = pytest.approx(0.5 / 0.7 / 2)  # the second box extends beyond the frame
+    assert scores.values == {
+        **{"overlap": uncut, "R@0.5": 0, "R@0.7": 0, "overlap (strict)": 0},
+        **{"AO": 1, "SR@0.5": 1, "SR@0.75": 1},
+    }
+    lenient = TASK.lenient_metrics(target, "[[0, 0, 0.5, 1], [0.5, 0, 1.2, 1]]", None)
+    assert lenient.values == {"overlap": 0.5, "R@0.5": 1, "R@0.7": 0}  # cut at the frame
     scores = TASK.metrics(target, "[[0.5, 0, 1, 1], [0.75, 0, 1, 1]]")
-    assert scores.values == {"overlap": 0.75, "R@0.5": 1, "R@0.7": 1, "AO": 0.5, "SR@0.5": 0, "SR@0.75": 0}
+    assert scores.values == {
+        **{"overlap": 0.75, "R@0.5": 1, "R@0.7": 1, "overlap (strict)": 0.75},
+        **{"AO": 0.5, "SR@0.5": 0, "SR@0.75": 0},
+    }
+
+
+def test_boxes_in_pixels_are_read_leniently() -> None:
+    rows = [[640 * box.x0, 480 * box.y0, 640 * box.x1, 480 * box.y1] for box in BOXES]
+    output = f"Here they are:\n```json\n{[{'bbox_2d': row, 'label': 'dog'} for row in rows]}\n```"
+    strict = TASK.metrics(sample("tracking"), output)
+    assert (strict.values["overlap"], strict.reasons) == (0, {"iou": "no list of boxes"})
+    lenient = TASK.lenient_metrics(sample("tracking"), output, (640, 480))
+    assert lenient.values == {"overlap": pytest.approx(1), "R@0.5": 1, "R@0.7": 1}
+    assert TASK.lenient_metrics(sample("tracking"), output, None).values["overlap"] < 0.5  # read as thousandths
 
 
 @pytest.mark.parametrize("row", ["[1e999, 0, 1, 1]", "[0.9, 0.9, 0.1, 0.1]", "[2, 2, 3, 3]", "[-1e308, 0, 1e308, 1]"])
