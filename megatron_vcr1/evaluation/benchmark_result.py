@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from megatron_vcr1.evaluation.predictions import Prediction, extra_ids, match_pr
 from megatron_vcr1.evaluation.summary import Summary, summarize
 from megatron_vcr1.judge import CaptionVerdicts, Judge
 from megatron_vcr1.rewards.answer_parsing import is_tagged, read_answer
+from megatron_vcr1.rewards.lenient import lenient_answer
 from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
 from megatron_vcr1.tasks import SampleMetrics, task_of, with_lenient
@@ -170,15 +172,21 @@ def _metrics(sample: VideoSample, prediction: Prediction) -> SampleMetrics:
 
 
 def _read_captions(pairs: Iterable[tuple[VideoSample, Prediction]]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return captions by id, and for samples without a caption the reason by id."""
+    """Return captions by id, and the reason for each sample whose caption the strict reading does not read.
+
+    Captions that only the lenient reading reads are in both.
+    """
     captions, unreadable = {}, {}
     for sample, prediction in pairs:
+        if prediction.output is None:
+            unreadable[sample.id] = _NO_OUTPUT
+            continue
         try:
-            if prediction.output is None:
-                raise UnparsableError(_NO_OUTPUT)
             captions[sample.id] = read_answer(prediction.output)
         except UnparsableError as error:
             unreadable[sample.id] = str(error)
+            with contextlib.suppress(UnparsableError):
+                captions[sample.id] = lenient_answer(prediction.output)
     return captions, unreadable
 
 
@@ -203,12 +211,15 @@ def _judged_metrics(
     sample: VideoSample, unreadable: Mapping[str, str], verdicts: Mapping[str, CaptionVerdicts]
 ) -> SampleMetrics:
     task = task_of(sample)
-    if verdict := verdicts.get(sample.id):
-        return task.judged_metrics(verdict.recall, verdict.precision)
     zero = task.judged_metrics(0.0, 0.0)
-    if reason := unreadable.get(sample.id):
-        return SampleMetrics(zero.values, dict.fromkeys(zero.reasons, reason))
-    return SampleMetrics({}, dict.fromkeys(zero.reasons, NOT_JUDGED))
+    verdict, reason = verdicts.get(sample.id), unreadable.get(sample.id)
+    if verdict is None and reason is None:
+        return SampleMetrics({}, dict.fromkeys(zero.reasons, NOT_JUDGED))
+    judged = task.judged_metrics(verdict.recall, verdict.precision) if verdict else None
+    unread = SampleMetrics(zero.values, dict.fromkeys(zero.reasons, reason)) if reason else None
+    strict, lenient = unread or judged, judged or unread
+    assert strict is not None  # one of them is there
+    return with_lenient(strict, lenient)
 
 
 def _pairs(events: Sequence[str], verdicts: Sequence[str]) -> list[list[str]]:

@@ -99,11 +99,14 @@ def _with_f1(names: Sequence[str], means: NDArray[np.float64]) -> dict[str, NDAr
     F1 is computed from mean recall and mean precision, as in AutoDQ; it is not the mean of the samples' F1.
     """
     by_name = dict(zip(names, np.moveaxis(means, -1, 0), strict=True))
-    if not {"recall", "precision"} <= by_name.keys():
-        return by_name
-    both = by_name["recall"] + by_name["precision"]
-    product = 2 * by_name["recall"] * by_name["precision"]
-    return {F1: np.divide(product, both, out=np.zeros_like(both), where=both > 0), **by_name}
+    with_f1 = {}
+    for name, mean in by_name.items():
+        reading = name.removeprefix("recall")  # "" or " (lenient)"
+        if name == f"recall{reading}" and (precision := by_name.get(f"precision{reading}")) is not None:
+            both = mean + precision
+            with_f1[F1 + reading] = np.divide(2 * mean * precision, both, out=np.zeros_like(both), where=both > 0)
+        with_f1[name] = mean
+    return with_f1
 
 
 def _by_category(judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> dict[str, dict[str, float]]:

@@ -36,6 +36,25 @@ def test_answers_and_reasons_for_zeros_are_counted() -> None:
     assert "judge" not in details
 
 
+def test_answers_that_only_the_lenient_reading_reads_are_counted() -> None:
+    result = scored("videomme", choices("a", "b", "c", "d"), "A", "<answer>A", "<think>x</think>b", "<think>A")
+    details = result.as_json()
+    assert (details["num_lenient"], details["num_samples"]) == (2, 4)
+    assert details["metrics"]["accuracy"]["value"] == 0.25
+    assert details["metrics"]["accuracy (lenient)"]["value"] == 0.5
+    assert details["zeros"] == {"accuracy": {"no <answer>": 2, "<answer> not closed": 1}}
+    assert [row["id"] for row in result.sample_rows() if "lenient" in row] == ["b", "c"]
+
+
+def test_a_caption_that_only_the_lenient_reading_reads_is_judged() -> None:
+    outputs = "<answer>A dog barks. A cat runs.", "<answer>A dog barks. A cat runs.</answer>"
+    result = scored("captioning", captions("a", "b"), *outputs, judge=Judge(LexicalBackend()))
+    metrics = {name: estimate.value for name, estimate in result.summary.metrics.items()}
+    assert (metrics["recall"], metrics["recall (lenient)"]) == (0.5, 1)
+    assert (metrics["F1"], metrics["F1 (lenient)"]) == (0.5, 1)
+    assert result.as_json()["num_lenient"] == 1
+
+
 def test_truncated_answers_are_counted() -> None:
     predictions = [Prediction("a", "A", finish_reason="stop"), Prediction("b", "A", finish_reason="length")]
     result = score_predictions(BENCHMARKS["videomme"], choices("a", "b"), predictions, None)
@@ -54,9 +73,10 @@ def test_captions_are_judged_for_recall_and_precision() -> None:
     outputs = ("A dog barks. It rains. A cat runs off.", "<answer>A cat runs.</answer>", "<think>A dog barks.", None)
     result = scored("dream1k", captions("a", "b", "c", "d"), *outputs, judge=Judge(LexicalBackend()))
     values = {row["id"]: row["metrics"] for row in result.sample_rows()}
-    assert values["a"] == {"recall": 1, "precision": pytest.approx(1 / 3)}
-    assert values["b"] == {"recall": 0.5, "precision": 1}
-    assert values["c"] == values["d"] == {"recall": 0, "precision": 0}
+    a = {"recall": 1, "precision": pytest.approx(1 / 3)}
+    assert values["a"] == {**a, **{f"{name} (lenient)": value for name, value in a.items()}}
+    assert values["b"] == {"recall": 0.5, "precision": 1, "recall (lenient)": 0.5, "precision (lenient)": 1}
+    assert values["c"] == values["d"] == dict.fromkeys(values["a"], 0)
     metrics = result.summary.metrics
     assert metrics["recall"].value == 1.5 / 4
     assert metrics["precision"].value == pytest.approx((4 / 3) / 4)

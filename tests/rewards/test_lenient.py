@@ -227,7 +227,7 @@ def test_the_readings_agree_on_many_malformed_texts() -> None:
         check_agreement(text)
 
 
-NUM_CHARACTERS = 200_000
+NUM_CHARACTERS = 100_000
 HOSTILE = [
     *(
         "9",
@@ -255,7 +255,7 @@ READERS = [lenient_answer, lenient_spans, lenient_glue, lambda text: lenient_box
 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_any_text_takes_linear_time(unit: str) -> None:
-    """Linear time is milliseconds; quadratic time (4e10 steps) is minutes. CPU time is immune to a busy machine."""
+    """Linear time is milliseconds; quadratic time (1e10 steps) is minutes. CPU time is immune to a busy machine."""
     body = (unit * NUM_CHARACTERS)[:NUM_CHARACTERS]
     before_s = time.process_time()
     for text in (body, f"[{body}", f"[{body}]", f"<answer>{body}", f"{body}1 - 2"):
