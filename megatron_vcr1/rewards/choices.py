@@ -25,7 +25,9 @@ _BEFORE_DECLARED = re.compile(
     rf"(?:{_DECLARATION}(?:\W|\b(?:option|choice)\b){{0,20}}+|\bboxed\W{{0,20}}+)(?={_ANY_LETTER}(?![{_WORD}]))",
     re.IGNORECASE,
 )
-_BEFORE_REJECTED = re.compile(r"(?:\bnot|n't|\brather than|\binstead of)\W{1,20}+(?:option\W{1,20}+)?", re.IGNORECASE)
+_BEFORE_REJECTED = re.compile(
+    r"(?:\bnot|n't|\brather than|\binstead of)\W{1,20}+(?:(?:be|option)\W{1,20}+)?", re.IGNORECASE
+)
 _AFTER_REJECTED = re.compile(r"\W{0,5}+(?:(?:is|was) (?:wrong|incorrect|false|not)\b|isn't\b)", re.IGNORECASE)
 _DECLARATION_AT_START = re.compile(rf"(?:the\s+)?(?:\w+\s+)?{_DECLARATION}", re.IGNORECASE)
 _LABEL_AT_START = re.compile(rf"\W*({_ANY_LETTER})(?![{_WORD}])")

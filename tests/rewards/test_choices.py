@@ -23,7 +23,12 @@ CHOSEN = {
         "The correct answer is option B; A shows a dog.",
         r"A or D? \boxed{B}",
     ],
-    "rejected others": ["B, not A", "B because A is wrong", "(B) is right, (A) is incorrect"],
+    "rejected others": [
+        "B, not A",
+        "The answer can't be A; it must be B",
+        "B because A is wrong",
+        "(B) is right, (A) is incorrect",
+    ],
     "a label at the start": ["B. He takes vitamin C", "(B) the team of D"],
     "its own text": ["a cat", "A cat.", '"a  CAT"', "The answer is a cat.", "Answer: A cat", "answer: (B) A cat"],
     "JSON": ['{"answer": "B"}', '{"option": "B", "reason": "A cat is shown."}'],
