@@ -139,7 +139,7 @@ class RewardPart:
 
 
 class TaskRules(Protocol):
-    """What samples and rewards need to know of a task. `megatron_vcr1.tasks.Task` is the whole interface."""
+    """The part of a task that samples and rewards need. `megatron_vcr1.tasks.Task` is the whole interface."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""What the metrics of the tasks share: pure functions, like the rewards.
+"""Shared parts of the tasks' metrics: pure functions, like the rewards.
 
 Where the paper and the authors of a dataset define a metric differently, both are computed under different names. All
 metrics are in [0, 1] and higher is better. An unreadable answer scores 0, with a reason.

@@ -53,13 +53,13 @@ def write_lines(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def random_spans(random: np.random.Generator, number: int, length_s: float = 60.0) -> Spans:
-    starts = random.uniform(0, length_s * 0.6, number)
-    return [[round(start, 1), round(start + random.uniform(1, length_s * 0.4), 1)] for start in starts]
+    starts = random.uniform(0, length_s * 0.6, number).tolist()
+    return [[round(start, 1), round(start + float(random.uniform(1, length_s * 0.4)), 1)] for start in starts]
 
 
 def near(random: np.random.Generator, span: list[float]) -> list[float]:
-    start = abs(round(span[0] + random.normal(0, 4), 1))
-    return [start, round(start + (span[1] - span[0]) * random.uniform(0.5, 1.5) + 0.1, 1)]
+    start = abs(round(span[0] + float(random.normal(0, 4)), 1))
+    return [start, round(start + (span[1] - span[0]) * float(random.uniform(0.5, 1.5)) + 0.1, 1)]
 
 
 def question(id: str, task: str, target: dict[str, Any], options: list[str]) -> dict[str, Any]:
@@ -167,5 +167,5 @@ def test_vtimellm(random: np.random.Generator) -> None:
     ours = run_documented_commands("VTimeLLM")
     assert ours["mIoU"] == pytest.approx(np.mean(ious), abs=0.005)
     for threshold in (0.3, 0.5, 0.7):
-        assert ours[f"R@{threshold}"] == pytest.approx(np.mean(np.array(ious) >= threshold), abs=1 / NUM_SAMPLES)
+        assert ours[f"R@{threshold}"] == pytest.approx(np.mean(np.array(ious) >= threshold), abs=1.1 / NUM_SAMPLES)
     assert 0.3 < np.mean(ious) < 0.8
