@@ -83,6 +83,7 @@ setup(
     package_data={
         "megatron_vcr1": ["py.typed"],
         "vcr1_kernels": ["py.typed"],
+        "megatron_vcr1.data": ["presets/*.toml"],
         "megatron_vcr1.report": ["templates/*"],
     },
     install_requires=REQUIREMENTS,

@@ -46,7 +46,9 @@ class DataSection(Section):
         default=(), description="Training manifests: one table [[data.sources]] per manifest."
     )
     templates: Path | None = Field(
-        default=None, description="TOML file with prompt templates. Unset: the templates of the package."
+        default=None,
+        description="Prompt templates: a TOML file, or the name of templates of the package: 'default', or "
+        "'videochat_r1' for the published VideoChat-R1 checkpoints. Unset: 'default'.",
     )
     max_prompt_tokens: int = Field(
         default=8192,

@@ -75,6 +75,11 @@ class BenchmarkSource(Section):
         description="Whether the prompts of this benchmark ask for reasoning inside <think> before the answer. Left "
         "out: evaluate.thinking decides.",
     )
+    prompt: str | None = Field(
+        default=None,
+        description="Name of the task whose prompt is used, for example 'grounded_qa' to ask multiple-choice questions "
+        "for time spans (glue) too. Unset: the prompt of the benchmark's own task.",
+    )
     max_samples: int | None = Field(
         default=None,
         ge=1,

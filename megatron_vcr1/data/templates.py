@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.tasks import NumberFormat, Task, find_task, task_names, task_of
+from megatron_vcr1.tasks import NumberFormat, Task, find_task, lettered_options, task_names, task_of
 from megatron_vcr1.text_files import read_toml
 from megatron_vcr1.types import VideoSample
 
+DEFAULT_TEMPLATES = "default"
+PRESETS = (DEFAULT_TEMPLATES, "videochat_r1")
+"""Names of the templates that come with the package: the tasks' own prompts, and files of the folder `presets`."""
+
 _DECIMALS = ("time_decimals", "coordinate_decimals")
+_SWITCHES = ("trim_coordinates", "text_first", "options_as_list")
 _PROMPTS = ("answer", "think")
+_NORMALIZE = "normalize_query"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,40 +31,97 @@ class PromptTemplates:
         answer: templates of prompts that ask for the answer alone, by task; a task without one has its default prompt.
         think: templates of prompts that ask for reasoning before the answer, by task, likewise.
         numbers: how prompts and target texts write numbers.
+        text_first: whether the text comes before the media of a prompt.
+        options_as_list: whether $options is written as a list in one line instead of one option per line.
+        normalized: the tasks whose query is written in lower case and without a final period.
     """
 
     answer: Mapping[str, Template] = field(default_factory=dict)
     think: Mapping[str, Template] = field(default_factory=dict)
     numbers: NumberFormat = field(default_factory=NumberFormat)
+    text_first: bool = False
+    options_as_list: bool = False
+    normalized: frozenset[str] = frozenset()
 
     def of_task(self, task: Task[Any], *, thinking: bool) -> Template:
         """Return the template of a task."""
         default = task.think_prompt if thinking else task.answer_prompt
         return (self.think if thinking else self.answer).get(task.name) or Template(default.strip())
 
+    def text_of(self, sample: VideoSample, *, thinking: bool) -> str:
+        """Return the text of a sample's prompt."""
+        task = task_of(sample)
+        if task.name in self.normalized:
+            sample = replace(sample, query=normalized_query(sample.query))
+        values = task.placeholders(sample, self.numbers)
+        if self.options_as_list and sample.options:
+            values["options"] = repr(lettered_options(sample.options))
+        return self.of_task(task, thinking=thinking).substitute(values)
 
-def load_templates(path: str | Path | None = None) -> PromptTemplates:
-    """Read a template file. What it leaves out is inherited from the tasks' own prompts; None inherits everything.
+    def asked_like(self, task: Task[Any], other: Task[Any]) -> PromptTemplates:
+        """Return templates that ask the samples of a task with the prompts of another task.
+
+        Raises:
+            ValueError: the other task's prompts state something that these samples do not have.
+        """
+        answer, think = (self.of_task(other, thinking=thinking) for thinking in (False, True))
+        used = {*answer.get_identifiers(), *think.get_identifiers()}
+        if missing := sorted(used - task.required_placeholders - task.optional_placeholders):
+            raise ValueError(f"prompts of {other.name} state ${missing[0]}, which samples of {task.name} do not have")
+        return replace(self, answer={**self.answer, task.name: answer}, think={**self.think, task.name: think})
+
+
+def template_file(templates: str | Path | None) -> Path | None:
+    """Return the file of templates, given by the name of a preset or by a path; None for the default.
+
+    Raises:
+        UserError: it is a plain word, but not the name of a preset.
+    """
+    name = DEFAULT_TEMPLATES if templates is None else str(templates)
+    if name == DEFAULT_TEMPLATES:
+        return None
+    if name in PRESETS:
+        return Path(__file__).with_name("presets") / f"{name}.toml"
+    if Path(name).name == name and not Path(name).suffix and not Path(name).exists():
+        raise UserError(f"{name}: neither templates of the package ({', '.join(PRESETS)}) nor a file; name one of them")
+    return Path(name)
+
+
+def load_templates(templates: str | Path | None = None) -> PromptTemplates:
+    """Read templates: a preset by its name, or a file. What a file leaves out is inherited from the tasks' own prompts.
 
     Raises:
         UserError: the file is not TOML, or a task, key or placeholder is missing or unknown; names the file and key.
     """
+    path = template_file(templates)
     if path is None:
         return PromptTemplates()
     content = read_toml(path)
-    if unknown := [key for key in content if key not in (*task_names(), *_DECIMALS)]:
-        known = ", ".join((*task_names(), *_DECIMALS))
+    settings = (*_DECIMALS, *_SWITCHES)
+    if unknown := [key for key in content if key not in (*task_names(), *settings)]:
+        known = ", ".join((*task_names(), *settings))
         raise UserError(f"{path}: key '{unknown[0]}' is unknown; known are {known}")
     decimals = {key: content[key] for key in _DECIMALS if key in content}
     for key, value in decimals.items():
         if type(value) is not int or not 0 <= value <= 6:
             raise UserError(f"{path}: {key} must be a whole number from 0 to 6, got {value!r}")
-    tables = {name: _checked_table(content[name], name, path) for name in content if name not in decimals}
+    switches = {key: content[key] for key in _SWITCHES if key in content}
+    for key, value in switches.items():
+        if type(value) is not bool:
+            raise UserError(f"{path}: {key} must be true or false, got {value!r}")
+    tables = {name: _checked_table(content[name], name, path) for name in content if name not in settings}
     answer, think = (
         {name: _template(table[key], find_task(name), key, path) for name, table in tables.items() if key in table}
         for key in _PROMPTS
     )
-    return PromptTemplates(answer, think, NumberFormat(**decimals))
+    numbers = NumberFormat(**decimals, trim_coordinates=switches.pop("trim_coordinates", False))
+    normalized = frozenset(name for name, table in tables.items() if table.get(_NORMALIZE))
+    return PromptTemplates(answer, think, numbers, normalized=normalized, **switches)
+
+
+def normalized_query(query: str) -> str:
+    """Return a query in lower case and without a final period."""
+    return query.strip().lower().removesuffix(".").rstrip()
 
 
 def build_messages(
@@ -77,10 +140,10 @@ def build_messages(
         video_options: options of the video part (fps, max_frames, total_pixels ...). For tracking, the number of frames
             is always the number of boxes.
     """
-    task = task_of(sample)
-    text = templates.of_task(task, thinking=thinking).substitute(task.placeholders(sample, templates.numbers))
+    text = templates.text_of(sample, thinking=thinking)
     video = {"type": "video", **video_arguments(sample, video_options)}
-    return [{"role": "user", "content": [video, {"type": "text", "text": text}]}]
+    parts = [video, {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts[::-1] if templates.text_first else parts}]
 
 
 def video_arguments(sample: VideoSample, options: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -106,10 +169,15 @@ def _video_options(sample: VideoSample, options: Mapping[str, float]) -> dict[st
     return merged
 
 
-def _checked_table(table: object, name: str, path: str | Path) -> dict[str, str]:
-    """Check that the table of a task holds "answer", "think" or both, and nothing else."""
-    if not isinstance(table, dict) or not table or not set(table) <= set(_PROMPTS):
-        raise UserError(f"{path}: [{name}] must hold one or both of the strings 'answer' and 'think', and nothing else")
+def _checked_table(table: object, name: str, path: str | Path) -> dict[str, Any]:
+    """Check that the table of a task holds "answer", "think" or "normalize_query", and nothing else."""
+    if not isinstance(table, dict) or not table or not set(table) <= {*_PROMPTS, _NORMALIZE}:
+        raise UserError(
+            f"{path}: [{name}] must hold one or both of the strings 'answer' and 'think', or {_NORMALIZE}, and nothing "
+            "else"
+        )
+    if type(table.get(_NORMALIZE, False)) is not bool:
+        raise UserError(f"{path}: {name}.{_NORMALIZE} must be true or false, got {table[_NORMALIZE]!r}")
     return table
 
 

@@ -20,7 +20,13 @@ from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.preparation import CachedVideoReader, build_prepare_fn
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.shared_memory import warn_if_shared_memory_is_small
-from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
+from megatron_vcr1.data.templates import (
+    DEFAULT_TEMPLATES,
+    PromptTemplates,
+    build_messages,
+    load_templates,
+    template_file,
+)
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, needs_judge, score_predictions, write_result
 from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
@@ -34,6 +40,7 @@ from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.tasks import find_task
 from megatron_vcr1.text_files import read_json, require_object
 from megatron_vcr1.types import VideoSample
 
@@ -77,7 +84,7 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
     judge = _judge_for(jobs, config.judge, config.train.run_dir / "judge_cache")
     model_config = ModelConfig.from_pretrained(config.model.path)
     check_layout(model_config.shape, config.parallel, config.recompute, mesh.launched_world_size())
-    templates = load_templates(config.data.templates)
+    templates = templates_of_jobs(jobs, load_templates(config.data.templates))
     processor = PromptProcessor.from_pretrained(config.model.path, model_config)
     tokens = SpecialTokens.from_pretrained(config.model.path, processor, model_config.num_embeddings)
     disable_nccl_cumem(config.rollout, config.sglang)
@@ -85,7 +92,7 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
         logs: dict[str, PredictionLog] = {}  # only the first rank opens them
 
         def open_logs() -> list[list[int]]:
-            logs.update((job.label, _open_log(job, _settings(job, config), templates)) for job in jobs)
+            logs.update((job.label, _open_log(job, _settings(job, config), templates[job.label])) for job in jobs)
             return [_indices_to_predict(job, logs[job.label]) for job in jobs]
 
         missing = run_on_first_rank(open_logs)  # all ranks get the indices, or the first rank's UserError
@@ -97,13 +104,18 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
                 for job, indices in zip(jobs, missing, strict=True):
                     samples = [job.samples[index] for index in indices]
                     predictor = _build_predictor(
-                        engine, processor, templates, config.data, config.evaluate, thinking=job.source.thinking
+                        engine,
+                        processor,
+                        templates[job.label],
+                        config.data,
+                        config.evaluate,
+                        thinking=job.source.thinking,
                     )
                     predictor.predict(samples, logs.get(job.label), job.label)
             finally:
                 engine.close()
     # A judge may take long. The process groups are gone by now, so the other ranks do not wait for it.
-    return [_score(job, logs[job.label], judge, config.model.path) for job in jobs if logs]
+    return [_score(job, logs[job.label], judge, config) for job in jobs if logs]
 
 
 def check_run_dir(run_dir: Path, model: Path) -> None:
@@ -151,6 +163,24 @@ def plan_jobs(section: EvaluateSection, run_dir: Path) -> list[BenchmarkJob]:
         samples = benchmark.select(read_manifest(source.manifest), source.manifest)[: source.max_samples]
         jobs[label] = BenchmarkJob(source, benchmark, samples, run_dir / "evaluation" / label)
     return list(jobs.values())
+
+
+def templates_of_jobs(jobs: Sequence[BenchmarkJob], templates: PromptTemplates) -> dict[str, PromptTemplates]:
+    """Return the templates of each benchmark by its label: those of the settings, with the prompt that it names.
+
+    Raises:
+        UserError: a benchmark names a prompt that does not suit its samples.
+    """
+    by_label: dict[str, PromptTemplates] = {}
+    for job in jobs:
+        by_label[job.label] = templates
+        if job.source.prompt is not None:
+            try:
+                own, other = find_task(job.benchmark.task), find_task(job.source.prompt)
+                by_label[job.label] = templates.asked_like(own, other)
+            except ValueError as error:
+                raise UserError(f"evaluate.benchmarks, {job.label}: prompt: {error}") from None
+    return by_label
 
 
 def _judge_for(jobs: Sequence[BenchmarkJob], section: JudgeSection, cache: Path) -> Judge | None:
@@ -242,7 +272,7 @@ def _settings(job: BenchmarkJob, config: RunConfig) -> dict[str, Any]:
 
     A prediction is stored with its sample's id and prompt digest, so samples may be added or changed.
     """
-    templates = config.data.templates
+    templates = template_file(config.data.templates)
     reading = config.data.model_dump(
         mode="json", exclude={"sources", "thinking", "templates", "num_workers", "video_cache_mb"}
     )
@@ -252,6 +282,7 @@ def _settings(job: BenchmarkJob, config: RunConfig) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "manifest": str(job.source.manifest),
         "thinking": job.source.thinking,
+        "prompt": job.source.prompt or job.benchmark.task,
         "max_new_tokens": config.evaluate.max_new_tokens,
         "templates": hashlib.sha256(templates.read_bytes()).hexdigest() if templates else "",
         "data": reading,
@@ -265,15 +296,17 @@ def _fingerprint(model_dir: Path) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _score(job: BenchmarkJob, log: PredictionLog, judge: Judge | None, model: Path) -> BenchmarkResult:
+def _score(job: BenchmarkJob, log: PredictionLog, judge: Judge | None, config: RunConfig) -> BenchmarkResult:
     """Score the predictions of a benchmark, and write the files of its result."""
     log.rewrite([sample.id for sample in job.samples])
     matched = [log.done[sample.id] for sample in job.samples]
     result = score_predictions(job.benchmark, job.samples, matched, judge)
     details = {
         "label": job.label,
-        "model": str(model),
+        "model": str(config.model.path),
         "thinking": job.source.thinking,
+        "prompt": job.source.prompt or job.benchmark.task,
+        "templates": str(config.data.templates or DEFAULT_TEMPLATES),
         "manifest": str(job.source.manifest.absolute()),
     }
     write_result(result, job.folder / METRICS_FILE, job.folder / SAMPLES_FILE, details)

@@ -3,7 +3,7 @@
 `base` is the interface. Nothing outside of this package distinguishes between tasks.
 """
 
-from megatron_vcr1.tasks.base import NumberFormat, Reference, Task
+from megatron_vcr1.tasks.base import NumberFormat, Reference, Task, lettered_options
 from megatron_vcr1.tasks.captioning import CaptionTarget
 from megatron_vcr1.tasks.grounded_qa import GroundedChoiceTarget
 from megatron_vcr1.tasks.metrics import SampleMetrics, with_lenient
@@ -26,6 +26,7 @@ __all__ = [
     "TrackingTarget",
     "UnknownTaskError",
     "find_task",
+    "lettered_options",
     "task_names",
     "task_of",
     "with_lenient",

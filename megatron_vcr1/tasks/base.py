@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -23,10 +24,12 @@ class NumberFormat:
     Attributes:
         time_decimals: number of decimals of seconds.
         coordinate_decimals: number of decimals of box coordinates.
+        trim_coordinates: whether zeros at the end of box coordinates are left out, as in 0.0 and 0.25.
     """
 
     time_decimals: int = 2
     coordinate_decimals: int = 3
+    trim_coordinates: bool = False
 
     def seconds(self, value_s: float) -> str:
         """Format a time in seconds."""
@@ -34,8 +37,14 @@ class NumberFormat:
 
     def box(self, box: Box) -> str:
         """Format a box as [x0, y0, x1, y1]."""
-        edges = (box.x0, box.y0, box.x1, box.y1)
-        return f"[{', '.join(f'{edge:.{self.coordinate_decimals}f}' for edge in edges)}]"
+        return f"[{', '.join(map(self._coordinate, (box.x0, box.y0, box.x1, box.y1)))}]"
+
+    def _coordinate(self, value: float) -> str:
+        text = f"{value:.{self.coordinate_decimals}f}"
+        if not self.trim_coordinates or "." not in text:
+            return text
+        digits = text.rstrip("0")
+        return f"{digits}0" if digits.endswith(".") else digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +151,7 @@ class Task(ABC, Generic[T]):
         """Return the value of each placeholder that the prompt of a sample may use."""
         values = {"query": sample.query}
         if sample.options:
-            lettered = zip(OPTION_LETTERS, sample.options, strict=False)  # at most as many options as letters
-            values["options"] = "\n".join(f"({letter}) {text}" for letter, text in lettered)
+            values["options"] = "\n".join(lettered_options(sample.options))
         return values
 
     def video_options(self, sample: VideoSample) -> dict[str, float]:
@@ -247,3 +255,8 @@ class Task(ABC, Generic[T]):
     def answered_boxes(self, sample: VideoSample, completion: str) -> tuple[Box | None, ...]:
         """Return the box of each frame that a completion states; None for an invalid one. May raise UnparsableError."""
         return ()
+
+
+def lettered_options(options: Sequence[str]) -> list[str]:
+    """Return the options as prompts write them: ["(A) first", "(B) second"]."""
+    return [f"({letter}) {text}" for letter, text in zip(OPTION_LETTERS, options, strict=False)]

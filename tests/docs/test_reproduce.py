@@ -76,14 +76,15 @@ def test_a_line_trains_and_evaluates_its_row(line):
     config = parsed(line.evaluation, "evaluate")
     assert config.evaluate.max_new_tokens == 2048
     assert {benchmark.thinking for benchmark in config.evaluate.benchmarks} == {"think" in line.row.test_prompt}
-    if line.table.separates_glue:
-        assert ("glue" in line.row.test_prompt) == line.evaluation.split(".toml")[0].endswith("_glue")
     evaluated = {name for benchmark in config.evaluate.benchmarks for name in (benchmark.name, benchmark.label)}
     for column, value in zip(line.table.columns, line.row.values, strict=True):
         assert value == "-" or evaluated & set(column.benchmarks), column
     for benchmark in config.evaluate.benchmarks:
         assert find_benchmark(benchmark.name)
         assert f"--out {benchmark.manifest}\n" in PAGE, "the page says how the manifest is made"
+        if line.table.separates_glue:
+            asks_for_glue = "grounded_qa" in (benchmark.prompt, find_benchmark(benchmark.name).task)
+            assert asks_for_glue == ("glue" in line.row.test_prompt)
     if not line.row.training_prompt:
         assert line.training == UNTRAINED and "export" not in line.evaluation
         return

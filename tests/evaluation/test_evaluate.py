@@ -102,6 +102,7 @@ def test_the_files_of_an_evaluation(folder: Path, whole: dict[str, Any]) -> None
         assert details["label"] == details["benchmark"] == str(task)
         assert (details["model"], details["thinking"]) == (str(folder / "model"), False)
         assert details["manifest"] == str(manifest)
+        assert details["prompt"] == task and details["templates"] == str(folder / "templates.toml")
         assert details["num_samples"] == len(asked)
         assert set(details["metrics"]["F1" if task == "captioning" else next(iter(details["metrics"]))]) == {
             "value",
@@ -229,6 +230,18 @@ def test_predictions_of_other_settings_are_not_mixed(
         evaluate_model(run_config(folder, folder / "whole", "captioning", **sections))
 
 
+def test_samples_can_be_asked_like_those_of_another_task(folder: Path, whole: dict[str, Any]) -> None:
+    table = {"name": "multiple_choice_qa", "prompt": "grounded_qa", "manifest": folder / "data/train.jsonl"}
+    config = run_config(folder, folder / "glue", evaluate={"benchmarks": [table]})
+    (result,) = evaluate_model(config)
+    assert set(result.summary.metrics) == {"accuracy"}
+    details = json.loads((folder / "glue/evaluation/multiple_choice_qa/metrics.json").read_text())
+    assert (details["benchmark"], details["prompt"]) == ("multiple_choice_qa", "grounded_qa")
+    (job,) = plan_jobs(config.evaluate, config.train.run_dir)
+    asked = evaluate.templates_of_jobs([job], load_templates())[job.label]
+    assert "<glue>" in asked.text_of(job.samples[0], thinking=False)
+
+
 def test_predictions_of_another_model_are_not_mixed(folder: Path, whole: dict[str, Any]) -> None:
     weights = folder / "model" / "model.safetensors"
     before = weights.stat()
@@ -247,6 +260,8 @@ def test_predictions_of_another_model_are_not_mixed(folder: Path, whole: dict[st
         ([{"name": "captioning", "label": "../up"}], "label '../up' must be"),
         ([{"name": "captioning", "label": ".."}], "label '..' must be"),
         ([{"name": "tracking"}], "none of its 12 samples is for benchmark tracking"),
+        ([{"name": "captioning", "prompt": "capt"}], "evaluate.benchmarks, captioning: prompt: 'capt' is not one of"),
+        ([{"name": "captioning", "prompt": "tracking"}], "prompts of tracking state .first_box, which samples of capt"),
     ],
 )
 def test_invalid_benchmarks_are_refused_before_anything_is_written(
