@@ -126,3 +126,17 @@ def test_only_the_clip_of_a_file_is_shown(templates: PromptTemplates, tmp_path: 
     shown = vision.frames.float().mean(dim=(1, 2, 3)) / 10
     assert shown.round().tolist() == [6, 7, 8, 9, 10, 11, 12, 13]
     assert vision.seconds_per_grid == pytest.approx(1.0)
+
+
+def test_templates_that_put_the_text_first_only_change_the_order_of_tokens() -> None:
+    processor = tiny_processor()
+    usual, text_first = (
+        prepare(FakeVideo(16, 64), load_templates(name), 10_000).prompt.token_ids.tolist()
+        for name in ("default", "videochat_r1")
+    )
+    start = len(processor.tokenizer("<|im_start|>user ").input_ids)
+    first_pad, num_pads = usual.index(processor.video_token_id), usual.count(processor.video_token_id)
+    vision = usual[start : first_pad + num_pads + 1]  # from <|vision_start|> to <|vision_end|>
+    end = usual.index(processor.tokenizer("<|im_end|>").input_ids[0])
+    text = usual[start + len(vision) : end]
+    assert text_first == [*usual[:start], *text, *vision, *usual[end:]]

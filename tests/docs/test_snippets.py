@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1.cli.main import build_parser, main
+from megatron_vcr1.cli.main import build_parser, main, split_overrides
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import section_classes
 from megatron_vcr1.data.manifest import read_manifest, write_manifest
@@ -185,12 +185,13 @@ def test_commands_for_a_cluster_name_existing_files_and_options(block: Block) ->
         for word in words:
             if re.match(r"(examples|tools)/\S+\.(sbatch|toml|py)$", word):
                 assert (ROOT / word).is_file(), command
+        arguments, overrides = split_overrides(words)
         if words[0] == "vcr1":
-            args, unknown = build_parser().parse_known_args(words[1:])
+            args, unknown = build_parser().parse_known_args(arguments[1:])
             assert callable(args.run) and not unknown
         for word in words:
             if word.startswith("examples/configs/"):
-                load_config(ROOT / word)
+                load_config(ROOT / word, overrides)
 
 
 def test_python_snippets_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
