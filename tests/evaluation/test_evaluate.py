@@ -260,7 +260,7 @@ def test_predictions_of_another_model_are_not_mixed(folder: Path, whole: dict[st
         ([{"name": "captioning", "label": "../up"}], "label '../up' must be"),
         ([{"name": "captioning", "label": ".."}], "label '..' must be"),
         ([{"name": "tracking"}], "none of its 12 samples is for benchmark tracking"),
-        ([{"name": "captioning", "prompt": "capt"}], "evaluate.benchmarks, captioning: prompt: 'capt' is not one of"),
+        ([{"name": "captioning", "prompt": "capt"}], "evaluate.benchmarks, captioning: prompt: .capt. is not one of"),
         ([{"name": "captioning", "prompt": "tracking"}], "prompts of tracking state .first_box, which samples of capt"),
     ],
 )
