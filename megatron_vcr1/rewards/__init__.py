@@ -1,8 +1,8 @@
 """Verifiable rewards of VideoChat-R1: pure functions of a sample and a completion, without torch.
 
-`parsing` extracts answers from a completion, `formats` checks its form, `overlap` computes IoUs, `recall` turns a
-judge's verdicts into a number, `scoring` combines the parts into a reward, and `user_reward` loads rewards that the
-settings name.
+`parsing` extracts answers from a completion, `choices` reads option letters, `formats` checks the form, `overlap`
+computes IoUs, `recall` turns a judge's verdicts into a number, `scoring` combines the parts into a reward, and
+`user_reward` loads rewards that the settings name. `answer_parsing` and `lenient` read outputs for metrics.
 """
 
 from megatron_vcr1.rewards.scoring import RewardBreakdown, score

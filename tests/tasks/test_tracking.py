@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_vcr1.rewards import score
+from megatron_vcr1.tasks import with_lenient
 from megatron_vcr1.tasks.tracking import TASK, TrackingTarget, toolkit_ious
 from megatron_vcr1.types import Box
 from tests.rewards.samples import BOXES, parts_of, sample
@@ -39,6 +40,16 @@ def test_tracking_metrics_differ_in_the_first_frame_and_at_the_border() -> None:
         **{"overlap": 0.75, "R@0.5": 1, "R@0.7": 1, "overlap (strict)": 0.75},
         **{"AO": 0.5, "SR@0.5": 0, "SR@0.75": 0},
     }
+
+
+@pytest.mark.parametrize("row", ["[1.5, 0, 2, 1]", "[0.5, 0, 0.4, 1]", "[0, 0, 5000, 5000]"])
+def test_boxes_that_the_lenient_reading_cannot_use_do_not_count_as_lenient(row: str) -> None:
+    output = f"<answer>[{', '.join([row] * len(BOXES))}]</answer>"
+    scores = with_lenient(
+        TASK.metrics(sample("tracking"), output), TASK.lenient_metrics(sample("tracking"), output, None)
+    )
+    assert not scores.is_lenient
+    assert scores.values["overlap (lenient)"] == scores.values["overlap"] < 1e-6
 
 
 def test_boxes_in_pixels_are_read_leniently() -> None:
