@@ -66,7 +66,10 @@ decimals, in this form:
     def placeholders(self, sample: VideoSample, numbers: NumberFormat) -> dict[str, str]:
         one = self.target_of(sample).interval is not None
         example = (Interval(12.54, 17.83),) if one else (Interval(5.2, 10.4), Interval(12.54, 17.83))
-        more = {"parts": "the part" if one else "every part", "example": _written(example, numbers, as_list=not one)}
+        more = {
+            "parts": "the part" if one else "every part",
+            "example": _written(example, NumberFormat(), as_list=not one),
+        }
         return {**super().placeholders(sample, numbers), **more}
 
     def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
