@@ -25,7 +25,9 @@ class GlooPool:
         self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # The ranks are forks of a process that has imported everything, which takes longer than most tests.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

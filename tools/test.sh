@@ -47,4 +47,5 @@ fi
 if [ $mypy ]; then
     wait $mypy
 fi
-exec $venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+# Three workers even on two cores: tests wait for servers, jobs and time-outs.
+exec $venv/bin/python -m pytest -n 3 --dist loadgroup "$@"

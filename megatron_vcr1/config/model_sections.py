@@ -28,12 +28,13 @@ class ModelSection(Section):
         description="Data type of parameters and activations. With 'bfloat16' the optimizer keeps float32 master "
         "weights.",
     )
-    fp8: Literal["tensorwise", "blockwise"] | None = Field(
+    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = Field(
         default=None,
         description="Run the matmuls of the language model's layers in FP8 during training, with TransformerEngine: "
-        "'tensorwise' (per-tensor scaling; needs compute capability 8.9 or higher) or 'blockwise' (one scale per "
-        "block of 128 values; needs 9.0 or higher). Parameters, attention, head and vision tower stay in model.dtype, "
-        "and so does the in-process engine. The FP8 copies of the weights take up to 2 more bytes per parameter. "
+        "'tensorwise' (per-tensor scaling; needs compute capability 8.9 or higher), 'blockwise' (one scale per block "
+        "of 128 values; needs 9.0 or higher) or 'mxfp8' (one scale per 32 values; needs 10.0 to 11.x, Blackwell in "
+        "data centers). Parameters, attention, head and vision tower stay in model.dtype, and so does the in-process "
+        "engine. The FP8 copies of the weights take up to 2 more bytes per parameter. "
         "Unset: no FP8.",
     )
     freeze: Names[Literal["vision_tower", "merger", "language_model"]] = Field(

@@ -212,7 +212,7 @@ def choose_backend(requested: Literal["auto", "local", "transformer_engine"]) ->
     if requested == "transformer_engine":
         raise UserError(
             f"model.layer_spec is 'transformer_engine', but {reason}; install it on a machine with GPUs as "
-            "examples/README.md describes, or set model.layer_spec = 'local'"
+            "docs/install.md describes, or set model.layer_spec = 'local'"
         )
     logger.info("layers: local (%s)", reason)
     return LocalBackend()

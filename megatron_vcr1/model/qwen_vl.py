@@ -35,12 +35,13 @@ from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_bac
 from megatron_vcr1.model.mrope import rotary_angles
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.transformer_config import (
-    FP8_TOKEN_MULTIPLE,
+    FP8_RECIPES,
     check_fp8,
     text_transformer_config,
     vision_transformer_config,
 )
 from megatron_vcr1.model.vision import VisionTower, with_zero_gradients
+from megatron_vcr1.parallel.megatron_compat import silence_megatron
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class QwenVLModel(MegatronModule):
     def token_multiple(self) -> int:
         """The number of tokens of a training batch must be a multiple of this."""
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return ranks * (1 if self.config.fp8 is None else FP8_TOKEN_MULTIPLE[self.config.fp8_recipe])
+        return ranks * (1 if self.config.fp8 is None else FP8_RECIPES[self.config.fp8_recipe].token_multiple)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Receive the previous stage's output; called by megatron-core's schedules."""
@@ -126,7 +127,7 @@ class QwenVLModel(MegatronModule):
         """
         # The last layer drops the tokens that predict nothing, right after its attention. In two cases they are dropped
         # after the whole layer instead: under sequence parallelism, because the tokens are sharded across ranks, and
-        # with FP8, whose matmuls need a number of tokens that is a multiple of `FP8_TOKEN_MULTIPLE`.
+        # with FP8, whose matmuls need a number of tokens that is a multiple of `token_multiple`.
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
         text = self.model_config.text
@@ -248,8 +249,7 @@ def build_model(
         UserError: a setting needs TransformerEngine, which is not installed, or FP8, which the GPU or the model does
             not support.
     """
-    # megatron-core compares MLP classes by identity, and would warn about ours in every layer.
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    silence_megatron()
     backend = choose_backend(section.layer_spec)
     fp8 = section.fp8
     if fp8 is not None:

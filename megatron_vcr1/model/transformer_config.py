@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,16 +15,45 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import TextConfig, VisionConfig
 from megatron_vcr1.parallel.megatron_compat import no_cuda_graphs
 
-Fp8Recipe = Literal["tensorwise", "blockwise"]
-# Per-tensor scaling needs E5M2 for gradients, for its range ("hybrid": E4M3 forward, E5M2 backward). With per-block
-# scaling E4M3 is enough. Delayed scaling is not offered: its history of maxima would have to be saved in checkpoints.
-FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3"}
-FP8_CAPABILITIES = {"tensorwise": (8, 9), "blockwise": (9, 0)}
-# The feature dimensions of an FP8 GEMM must be multiples of this: the GPU loads 16 bytes at a time.
-FP8_FEATURE_MULTIPLE = 16
-# Each rank's number of tokens must be a multiple of this, by recipe. Blockwise: sequence-parallel ranks exchange whole
-# scaling blocks of 128 values.
-FP8_TOKEN_MULTIPLE = {"tensorwise": FP8_FEATURE_MULTIPLE, "blockwise": 128}
+Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Requirements:
+    """Requirements of an FP8 recipe of TransformerEngine.
+
+    Attributes:
+        number_format: megatron-core's name of the 8-bit formats.
+        min_capability: lowest compute capability of the GPU.
+        end_capability: the first compute capability without it; None if there is none.
+        min_cuda: lowest CUDA version that torch is built for.
+        feature_multiple: each rank's feature dimensions of a GEMM must be multiples of this.
+        token_multiple: each rank's number of tokens must be a multiple of this.
+    """
+
+    number_format: Literal["hybrid", "e4m3"]
+    min_capability: tuple[int, int]
+    end_capability: tuple[int, int] | None
+    min_cuda: tuple[int, int]
+    feature_multiple: int
+    token_multiple: int
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Return whether GPUs of this compute capability support the recipe."""
+        return capability >= self.min_capability and (self.end_capability is None or capability < self.end_capability)
+
+
+# Delayed scaling is not offered: its history of maxima would have to be saved in checkpoints.
+FP8_RECIPES: dict[Fp8Recipe, Fp8Requirements] = {
+    # One scale per tensor, from its current maximum. Gradients need the range of E5M2 ("hybrid": E4M3 forward, E5M2
+    # backward). The GPU loads 16 bytes at a time.
+    "tensorwise": Fp8Requirements("hybrid", (8, 9), None, (12, 1), feature_multiple=16, token_multiple=16),
+    # One scale per block of 128 values. Sequence-parallel ranks exchange whole blocks.
+    "blockwise": Fp8Requirements("e4m3", (9, 0), None, (12, 9), feature_multiple=16, token_multiple=128),
+    # One power of two per 32 values, which Blackwell's tensor cores apply themselves. TransformerEngine does not
+    # support all of its GEMMs on compute capability 12.0.
+    "mxfp8": Fp8Requirements("e4m3", (10, 0), (12, 0), (12, 8), feature_multiple=32, token_multiple=32),
+}
 
 
 def check_fp8(
@@ -41,19 +71,23 @@ def check_fp8(
     Raises:
         UserError: FP8 is not supported; the message says what is missing.
     """
-    if capability < (needed := FP8_CAPABILITIES[recipe]):
+    needed = FP8_RECIPES[recipe]
+    if not needed.runs_on(capability):
+        end = f", and lower than {_dotted(needed.end_capability)}" if needed.end_capability else ""
+        others = " or ".join(repr(name) for name, other in FP8_RECIPES.items() if other.runs_on(capability))
         raise UserError(
-            f"model.fp8 = '{recipe}' needs a GPU of compute capability {needed[0]}.{needed[1]} or higher, this one has "
-            f"{capability[0]}.{capability[1]}; unset it"
+            f"model.fp8 = '{recipe}' needs a GPU of compute capability {_dotted(needed.min_capability)} or higher{end};"
+            f" this one has {_dotted(capability)}: {f'choose {others}, or ' if others else ''}unset it"
         )
-    if recipe == "blockwise" and tuple(map(int, cuda.split("."))) < (12, 9):
+    if tuple(map(int, cuda.split("."))) < needed.min_cuda:
         raise UserError(
-            f"model.fp8 = 'blockwise' needs a torch for CUDA 12.9 or newer, this one is for {cuda}; use 'tensorwise'"
+            f"model.fp8 = '{recipe}' needs a torch for CUDA {_dotted(needed.min_cuda)} or newer, this one is for "
+            f"{cuda}; install another torch, or choose another recipe"
         )
-    if parallel.sequence_parallel and text.hidden_size % FP8_TOKEN_MULTIPLE[recipe]:
+    if parallel.sequence_parallel and text.hidden_size % needed.token_multiple:
         raise UserError(
             f"model.fp8 = '{recipe}' with parallel.sequence_parallel needs a hidden size that is a multiple of "
-            f"{FP8_TOKEN_MULTIPLE[recipe]}, and the model's is {text.hidden_size}; unset one of the two"
+            f"{needed.token_multiple}, and the model's is {text.hidden_size}; unset one of the two"
         )
     tensor = parallel.tensor
     sizes = {
@@ -62,11 +96,15 @@ def check_fp8(
         "query": text.num_heads // tensor * text.head_dim,
         "key-value": max(text.num_kv_heads // tensor, 1) * text.head_dim,
     }
-    if odd := [f"{size} {name}" for name, size in sizes.items() if size % FP8_FEATURE_MULTIPLE]:
+    if odd := [f"{size} {name}" for name, size in sizes.items() if size % needed.feature_multiple]:
         raise UserError(
-            f"model.fp8: {' and '.join(odd)} features per rank are not a multiple of {FP8_FEATURE_MULTIPLE}; "
-            "lower parallel.tensor, or unset model.fp8"
+            f"model.fp8 = '{recipe}': {' and '.join(odd)} features per rank are not a multiple of "
+            f"{needed.feature_multiple}; lower parallel.tensor, or unset model.fp8"
         )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -103,7 +141,7 @@ def text_transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
-        **({} if fp8 is None else {"fp8": FP8_FORMATS[fp8], "fp8_recipe": fp8}),
+        **({} if fp8 is None else {"fp8": FP8_RECIPES[fp8].number_format, "fp8_recipe": fp8}),
         **_common(parallel, recompute, dtype, initialize_weights),
         **_recompute(recompute, recompute.num_layers),
     )

@@ -8,6 +8,7 @@ for a version, so that a newer version works as long as it keeps that interface.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -32,3 +33,13 @@ def patch_current_stream() -> None:
     """
     stream = SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda other: None)
     torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
+
+
+def silence_megatron() -> None:
+    """Switch off warnings that megatron-core logs for each model or layer, and that call for no action here.
+
+    0.16.1 compares MLP classes by identity and warns about ours in every layer. 0.19 announces that `GPTModel` will get
+    no new features.
+    """
+    for name in ("transformer.transformer_layer", "models.gpt.gpt_model"):
+        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)

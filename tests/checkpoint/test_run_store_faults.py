@@ -35,7 +35,7 @@ from tests.checkpoint.malicious_pickle import PickleThatCreatesFile
 from tests.checkpoint.toy_run import ToyRun, train_until_killed
 from tests.model import tiny
 
-pytestmark = pytest.mark.usefixtures("single_process")
+pytestmark = [pytest.mark.usefixtures("single_process"), pytest.mark.one_lane]
 
 # Saves in the background, and saves during which training waits.
 MODES = [{"checkpoint": {"asynchronous": True}}, {"checkpoint": {"asynchronous": False}}]
@@ -311,7 +311,7 @@ def test_processes_killed_at_any_moment_leave_an_intact_checkpoint(
     """
     monkeypatch.setattr(run_lock, "LOCK_TIMEOUT_S", 0.0)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint.toy_run"])
+    context.set_forkserver_preload(["tests.preloaded"])
     seen: dict[int, tuple[float, float]] = {}
     generator = random.Random(0)
     for _ in range(5):

@@ -138,7 +138,8 @@ def test_forward_flops_equal_those_of_transformers_with_full_squares(model_dir: 
     num_tokens = len(prompt.token_ids) + len(response)
     work = Workload.of_group(config, num_tokens, [], [item.grid_thw])
     square = replace(work, text_pairs=num_tokens**2, targets=num_tokens)
-    assert forward_flops(config, square).total + _rotary(config, num_tokens) == counter.get_total_flops()
+    # transformers computed the rotary angles with a matmul; since 5.24 it multiplies elementwise.
+    assert counter.get_total_flops() - forward_flops(config, square).total in (0, _rotary(config, num_tokens))
 
 
 def test_window_pairs_are_the_sum_of_the_windows_squares() -> None:

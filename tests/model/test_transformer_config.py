@@ -12,7 +12,7 @@ from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSectio
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig, TextConfig
 from megatron_vcr1.model.transformer_config import (
-    FP8_CAPABILITIES,
+    FP8_RECIPES,
     check_fp8,
     quick_gelu,
     text_transformer_config,
@@ -24,7 +24,7 @@ def _text(preset: str) -> TextConfig:
     return ModelConfig.from_dict(PRESETS[preset]).text
 
 
-@pytest.mark.parametrize("recipe, fp8_format", [("tensorwise", "hybrid"), ("blockwise", "e4m3")])
+@pytest.mark.parametrize("recipe, fp8_format", [("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")])
 def test_fp8_is_configured_for_the_language_model(recipe: str, fp8_format: str) -> None:
     sections = (ParallelSection(), RecomputeSection())
     options = {"dtype": torch.bfloat16, "initialize_weights": False}
@@ -34,13 +34,14 @@ def test_fp8_is_configured_for_the_language_model(recipe: str, fp8_format: str) 
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("recipe", FP8_CAPABILITIES)
-def test_every_published_model_supports_fp8_on_hopper(preset: str, recipe: str) -> None:
-    check_fp8(recipe, _text(preset), ParallelSection(tensor=2, sequence_parallel=True), (9, 0), "13.0")
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+def test_every_published_model_supports_fp8_on_hopper_or_blackwell(preset: str, recipe: str) -> None:
+    parallel = ParallelSection() if preset == "tiny" else ParallelSection(tensor=2, sequence_parallel=True)
+    check_fp8(recipe, _text(preset), parallel, (10, 0) if recipe == "mxfp8" else (9, 0), "13.0")
 
 
 def test_unsupported_fp8_is_an_error_with_the_reason() -> None:
-    with pytest.raises(UserError, match=r"'tensorwise' needs a GPU of compute capability 8\.9 or higher, .* has 8\.0"):
+    with pytest.raises(UserError, match=r"'tensorwise' needs a GPU of compute capability 8\.9 or higher; .* has 8\.0"):
         check_fp8("tensorwise", _text("tiny"), ParallelSection(), (8, 0), "13.0")
     with pytest.raises(UserError, match=r"needs a torch for CUDA 12\.9 or newer, this one is for 12\.8"):
         check_fp8("blockwise", _text("tiny"), ParallelSection(), (9, 0), "12.8")
@@ -49,6 +50,21 @@ def test_unsupported_fp8_is_an_error_with_the_reason() -> None:
         check_fp8("blockwise", narrow, ParallelSection(tensor=2, sequence_parallel=True), (9, 0), "13.0")
     with pytest.raises(UserError, match=r"88 FFN features per rank are not a multiple of 16; lower parallel\.tensor"):
         check_fp8("blockwise", _text("tiny"), ParallelSection(tensor=4), (9, 0), "13.0")
+    with pytest.raises(UserError, match=r"176 FFN .* multiple of 32; lower parallel\.tensor"):
+        check_fp8("mxfp8", _text("tiny"), ParallelSection(tensor=2), (10, 0), "13.0")
+
+
+@pytest.mark.parametrize(
+    "capability, advice",
+    [
+        ((8, 0), r"this one has 8\.0: unset it"),
+        ((9, 0), r"this one has 9\.0: choose 'tensorwise' or 'blockwise', or unset it"),
+        ((12, 0), r"10\.0 or higher, and lower than 12\.0; this one has 12\.0: choose 'tensorwise' or 'blockwise'"),
+    ],
+)
+def test_mxfp8_is_refused_off_blackwell_with_the_recipes_that_work(capability: tuple[int, int], advice: str) -> None:
+    with pytest.raises(UserError, match=advice):
+        check_fp8("mxfp8", _text("tiny"), ParallelSection(), capability, "13.0")
 
 
 def test_layers_are_recomputed_one_by_one_in_the_vision_tower() -> None:

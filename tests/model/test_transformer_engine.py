@@ -28,7 +28,7 @@ from megatron_vcr1.model import layer_specs, qwen_vl
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend, choose_backend, transformer_engine_backend
 from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.model.transformer_config import FP8_CAPABILITIES
+from megatron_vcr1.model.transformer_config import FP8_RECIPES, check_fp8
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.local.stages import generation_mode
 from tests.model import compare_specs, tiny
@@ -99,7 +99,7 @@ def test_fp8_needs_transformer_engine_and_half_precision(monkeypatch: pytest.Mon
         build_model(ModelConfig.from_dict(PRESETS["tiny"]), run.model, run.parallel, run.recompute)
 
 
-@pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 16), ("blockwise", 128)])
+@pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 16), ("blockwise", 128), ("mxfp8", 32)])
 def test_fp8_pads_tokens_and_is_off_in_generation(world: None, recipe: str, multiple: int) -> None:
     """Checks the settings only, since a CPU has no FP8 matmuls."""
     run = RunConfig.model_validate({"model": {"path": "model", "dtype": "float32"}})
@@ -160,10 +160,13 @@ def test_on_a_gpu_one_checkpoint_loads_into_both_backends(te: BackendSpecProvide
 
 @on_gpu
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("recipe", FP8_CAPABILITIES)
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
 def test_on_a_gpu_fp8_is_near_bf16(te: BackendSpecProvider, model_dir: Path, recipe: str, recompute: str) -> None:
-    if torch.cuda.get_device_capability() < FP8_CAPABILITIES[recipe]:
-        pytest.skip("this GPU does not support the recipe")
+    try:
+        text = ModelConfig.from_pretrained(model_dir).text
+        check_fp8(recipe, text, ParallelSection(), torch.cuda.get_device_capability(), torch.version.cuda or "")
+    except UserError as error:
+        pytest.skip(str(error))
     expected = compare_specs.run(compare_specs.build(model_dir, te, torch.bfloat16))
     model = compare_specs.build(model_dir, te, torch.bfloat16, fp8=recipe, recompute=RECOMPUTE[recompute])
     found = compare_specs.differences(compare_specs.run(model), expected)

@@ -13,6 +13,8 @@ from megatron_vcr1.data.scenes import RECIPES
 from megatron_vcr1.training.train import train
 from tests.training import workspace
 
+pytestmark = pytest.mark.one_lane
+
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
 FOLDERS = (FOLDER, FOLDER / "paper")
 EXAMPLES = sorted(path for folder in FOLDERS for stage in ("grpo", "sft") for path in folder.glob(f"{stage}_*.toml"))

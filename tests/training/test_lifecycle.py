@@ -17,6 +17,8 @@ from megatron_vcr1.training.lifecycle import STOP_SIGNALS, Lifecycle
 from megatron_vcr1.training.trainer import TrainingStopped
 from tests.training import workspace
 
+pytestmark = pytest.mark.one_lane
+
 STEP_TIMEOUT_S = 20
 
 

@@ -25,6 +25,8 @@ from megatron_vcr1.training.profiling import (
 from megatron_vcr1.training.train import train
 from tests.training import workspace
 
+pytestmark = pytest.mark.one_lane
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

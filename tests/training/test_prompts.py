@@ -16,6 +16,8 @@ from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.prompts import PromptStream
 from tests.training import workspace
 
+pytestmark = pytest.mark.one_lane
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,8 +19,11 @@ class _DeclareOperatorsFirst(MetaPathFinder):
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "torchvision":
             sys.meta_path.remove(self)
+            import torch
             from torch import library
 
+            if torch.version.cuda is not None:  # a CUDA build of torch loads torchvision's own operators
+                return
             _kept.append(library.Library("torchvision", "FRAGMENT"))
             for operator in ("nms", "qnms"):
                 _kept[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

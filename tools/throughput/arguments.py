@@ -83,4 +83,4 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="see model.layer_spec (default: %(default)s)",
     )
-    layout.add_argument("--fp8", choices=("tensorwise", "blockwise"), help="see model.fp8 (default: no FP8)")
+    layout.add_argument("--fp8", choices=("tensorwise", "blockwise", "mxfp8"), help="see model.fp8 (default: no FP8)")

@@ -32,7 +32,7 @@ from tests.rollout.sglang.conftest import (
 )
 from tests.rollout.sglang.fake_server import Reply, proxy
 
-pytestmark = pytest.mark.xdist_group("sglang")
+pytestmark = [pytest.mark.xdist_group("sglang"), pytest.mark.one_lane]
 
 TOLERANCE = 1e-4
 Start = Callable[..., SglangEngine]

@@ -1,7 +1,7 @@
 """A stand-in for TransformerEngine on the CPU, in plain torch and for one rank.
 
 It has the modules of which megatron-core builds layers, with the arguments, parameter names and attributes, return
-values and handling of gradient buffers of TransformerEngine 2.9 to 2.11. Everything else that megatron-core imports is
+values and handling of gradient buffers of TransformerEngine 2.9 to 2.20. Everything else that megatron-core imports is
 empty.
 """
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__version__ = "2.6.0"  # megatron-core uses more features of newer versions
+__version__ = "2.20.2"
 
 
 def _mark(parameter: Tensor, axis: int) -> None:
@@ -69,10 +69,24 @@ class Linear(nn.Module):
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
+        parameters_split: None = None,
         device: torch.device | str = "cuda",
+        ub_overlap_ag: bool = False,
+        ub_overlap_rs: bool = False,
+        ub_overlap_rs_dgrad: bool = False,
+        ub_bulk_dgrad: bool = False,
+        ub_bulk_wgrad: bool = False,
+        ub_name: str | None = None,
+        delay_wgrad_compute: bool = False,
+        symmetric_ar_type: str | None = None,
+        save_original_input: bool = False,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         assert tp_size == 1 and parallel_mode in ("row", "column") and init_method is not None
+        overlaps = ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad
+        assert not overlaps and not delay_wgrad_compute and symmetric_ar_type is None  # not implemented here
+        self.save_original_input, self.name = save_original_input, name
         self.in_features, self.out_features, self.use_bias, self.return_bias = (
             in_features,
             out_features,
@@ -98,7 +112,13 @@ class Linear(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         pass
 
-    def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        inp: Tensor,
+        is_first_microbatch: bool | None = None,
+        fp8_output: bool = False,
+        fp8_grad: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         buffer = self.weight.main_grad if self.fuse_wgrad_accumulation and self.weight.requires_grad else None
         bias = self.bias if self.use_bias and not self.return_bias else None
         output: Tensor = _LinearFunction.apply(inp, self.weight, bias, buffer, is_first_microbatch)
@@ -123,16 +143,23 @@ class LayerNormLinear(Linear):
         zero_centered_gamma: bool = False,
         **options: Any,
     ) -> None:
-        assert not return_layernorm_output and not zero_centered_gamma and "rng_tracker_name" not in options
+        assert not return_layernorm_output and not zero_centered_gamma
+        assert not {"rng_tracker_name", "save_original_input"} & options.keys()  # Linear's only
         super().__init__(in_features, out_features, **options)
         self.eps, self.normalization = eps, normalization
         like = dict(device=options["device"], dtype=options["params_dtype"])
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features, **like))
         self.layer_norm_bias = nn.Parameter(torch.zeros(in_features, **like)) if normalization == "LayerNorm" else None
 
-    def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        inp: Tensor,
+        is_first_microbatch: bool | None = None,
+        fp8_output: bool = False,
+        fp8_grad: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         normalized = _normalize(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.normalization)
-        return super().forward(normalized, is_first_microbatch)
+        return super().forward(normalized, is_first_microbatch, fp8_output, fp8_grad)
 
 
 class _Norm(nn.Module):
@@ -140,7 +167,7 @@ class _Norm(nn.Module):
 
     def __init__(
         self,
-        normalized_shape: None = None,
+        normalized_shape: int | None = None,
         eps: float = 1e-5,
         sequence_parallel: bool | None = None,
         params_dtype: torch.dtype | None = None,
@@ -149,13 +176,12 @@ class _Norm(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        assert hidden_size is not None and not zero_centered_gamma
+        size = hidden_size if normalized_shape is None else normalized_shape  # megatron-core 0.16 uses the old name
+        assert size is not None and not zero_centered_gamma
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=params_dtype))
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=params_dtype))
         self.bias = (
-            nn.Parameter(torch.zeros(hidden_size, device=device, dtype=params_dtype))
-            if self.kind == "LayerNorm"
-            else None
+            nn.Parameter(torch.zeros(size, device=device, dtype=params_dtype)) if self.kind == "LayerNorm" else None
         )
 
     def forward(self, inp: Tensor) -> Tensor:
@@ -176,7 +202,12 @@ _EMPTY_CLASSES = {
     "common.recipe": ("DelayedScaling",),
     "pytorch": ("DotProductAttention", "GroupedLinear"),
     "pytorch.distributed": ("CudaRNGStatesTracker", "activation_recompute_forward"),
-    "pytorch.fp8": ("FP8GlobalStateManager", "fp8_autocast"),
+    "pytorch.fp8": ("FP8GlobalStateManager", "fp8_autocast", "fp8_model_init"),
+    "pytorch.router": (
+        "fused_compute_score_for_moe_aux_loss",
+        "fused_moe_aux_loss",
+        "fused_topk_with_score_function",
+    ),
     "pytorch.tensor": ("QuantizedTensor",),
     "pytorch.ops": ("FusibleOperation", "Sequential"),
 }

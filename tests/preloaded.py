@@ -1,0 +1,9 @@
+"""The imports of multi-process tests. A fork server imports this module once, and its processes then start at once."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+if find_spec("megatron") is not None:  # missing on a machine that runs tests/kernels only
+    import megatron_vcr1.training.train  # noqa: F401
+    import tests.checkpoint.toy_run  # noqa: F401
