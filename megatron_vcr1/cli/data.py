@@ -42,9 +42,12 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     formats = "\n".join(f"  {name:<16} {description}" for name, description in FORMATS.items())
     parser = commands.add_parser(
         "import",
-        help="convert a published dataset's annotations to a manifest",
-        description="Convert a published dataset's annotations to a manifest. Every row that was repaired or skipped "
-        "is listed in OUT.report.json and counted in the summary.",
+        help="convert annotations, a published dataset's or your own, to a manifest",
+        description="Convert annotations to a manifest. Every row that was repaired or skipped is listed in "
+        "OUT.report.json and counted in the summary.\n\nYour own annotations (own) are a table of any columns: "
+        "--columns names the key of a manifest row that each column fills, for example sentence=query,file=video,"
+        "from=target.start,to=target.end. Columns with the name of a key need not be named. Ids are made, and videos "
+        "are measured, where columns for them are missing.",
         epilog=f"formats:\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -65,7 +68,18 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="manifest to write")
     parser.add_argument("--split", help="split to import, for formats whose files contain several")
-    parser.add_argument("--task", metavar="TASK", help="task to import for, for formats that suit several")
+    parser.add_argument(
+        "--task", metavar="TASK", help="task to import for: of your own annotations, or for formats that suit several"
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="COLUMN=KEY",
+        help="columns of your own annotations, separated by commas or spaces; keys are those of a manifest row "
+        "(query, video, duration_s ...), of its target (target.choice ...), or target.start, target.end for a span, "
+        "target.answer for the text of the right option, options.0, options.1 ... for options in several columns",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="keep N randomly chosen samples")
     parser.add_argument(
         "--limit-per-video",
@@ -163,7 +177,10 @@ def run_import(args: argparse.Namespace) -> int:
     """Import a dataset and write its manifest and report; return 1 if no sample is left."""
     from megatron_vcr1.data.importers.cleaning import VideoFolder
     from megatron_vcr1.data.importers.formats import import_dataset
+    from megatron_vcr1.data.importers.own import ColumnMap
 
+    if args.columns and args.name != "own":
+        raise UserError(f"--columns {args.columns[0]}: {args.name} has columns of its own; --columns is for own")
     if args.out.is_dir():
         raise UserError(f"--out {args.out}: this is a folder; name the manifest file to write")
     if args.videos and not is_remote(args.videos) and not Path(args.videos).is_dir():
@@ -176,6 +193,7 @@ def run_import(args: argparse.Namespace) -> int:
         VideoFolder(args.videos),
         split=args.split,
         task=args.task,
+        columns=ColumnMap.parse(args.columns),
         keep_overruns=args.keep_overruns,
         limit=args.limit,
         limit_per_video=args.limit_per_video,

@@ -14,9 +14,11 @@ from typing import Literal
 
 import fsspec
 
+from megatron_vcr1.data.importers.durations import DurationProbe
 from megatron_vcr1.data.importers.files import Row
 from megatron_vcr1.data.paths import is_remote
 from megatron_vcr1.data.rows import sample_from_row
+from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.tasks import find_task
 from megatron_vcr1.tasks.row_fields import RowError
 from megatron_vcr1.types import OPTION_LETTERS, VideoSample
@@ -87,11 +89,13 @@ class RowCleaner:
         videos: folder of the rows' videos.
         keep_overruns: whether spans that end after the video stay as annotated, as published scores count them.
             Otherwise they are cut at the end of the video.
+        durations: measures the videos of rows that state no duration; None leaves those unknown.
         issues: one entry per problem, in row order.
     """
 
     videos: VideoFolder
     keep_overruns: bool = False
+    durations: DurationProbe | None = None
     issues: list[Issue] = field(default_factory=list)
 
     def clean(self, row: Row) -> VideoSample | None:
@@ -108,6 +112,8 @@ class RowCleaner:
             if find_task(row["task"]).needs_query and not row["query"].strip():
                 raise SkipRow("empty_query", "the query is empty")
             row["video"] = self._video(row["video"])
+            if self.durations is not None and row["duration_s"] is None:
+                row["duration_s"] = _measure(self.durations, row)
             notes += self._clean_intervals(row_id, row)
             notes += _clean_boxes(row_id, row["target"])
             notes += _clean_choice(row_id, row)
@@ -156,6 +162,22 @@ class RowCleaner:
             raise SkipRow("no_usable_span", f"none of {raw_spans} can be used")
         target[key] = spans[0] if key == "interval" else spans
         return issues
+
+
+def _measure(durations: DurationProbe, row: Row) -> float | None:
+    """Return the duration of a row's video, or of its clip; None if it cannot be known."""
+    if isinstance(row["video"], list):
+        return None
+    try:
+        duration_s = durations.duration_s(row["video"], row.get("image_fps"))
+    except VideoError as error:
+        raise SkipRow("unreadable_video", str(error)) from None
+    if duration_s is None or row.get("clip") is None:
+        return duration_s
+    start_s, end_s = row["clip"]
+    if start_s >= duration_s:
+        raise SkipRow("clip_after_end", f"{row['clip']} s of {duration_s} s")
+    return min(end_s, duration_s) - start_s
 
 
 def _clean_span(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vcr1.data.importers import FORMATS, captioning, grounding, questions, tracking
+from megatron_vcr1.data.importers import FORMATS, captioning, grounding, questions, reasoning, tracking
 from megatron_vcr1.data.importers.cleaning import Issue, RowCleaner, VideoFolder
+from megatron_vcr1.data.importers.durations import DurationProbe
 from megatron_vcr1.data.importers.files import (
     MALFORMED,
     MalformedRow,
@@ -19,6 +21,8 @@ from megatron_vcr1.data.importers.files import (
     describe,
     read_table,
 )
+from megatron_vcr1.data.importers.own import ColumnMap, read_own
+from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import VideoSample
 
@@ -63,6 +67,7 @@ def import_dataset(
     *,
     split: str | None = None,
     task: str | None = None,
+    columns: ColumnMap | None = None,
     keep_overruns: bool = False,
     limit: int | None = None,
     limit_per_video: int | None = None,
@@ -76,6 +81,7 @@ def import_dataset(
         videos: folder of the videos.
         split: the split to read, for formats whose files contain several.
         task: the task to import for, for formats that suit several; None is the format's own task.
+        columns: for the format `own`, the columns of its keys. The videos of its rows are measured.
         keep_overruns: whether spans that end after the video are kept (see `RowCleaner`).
         limit: number of samples to keep, chosen at random; None keeps all.
         limit_per_video: number of samples of each video to keep, chosen at random before `limit`; None keeps all.
@@ -92,25 +98,47 @@ def import_dataset(
         raise UserError(f"{name}: unknown format; known formats are {', '.join(FORMATS)}")
     if split is not None and name not in _SPLIT_FORMATS:
         raise UserError(f"--split {split}: {name} has a file for each split; name that file in --annotations")
-    tasks = _TASKS.get(name, ())
-    if task is not None and task not in tasks:
-        known = f"{' or '.join(tasks)}" if tasks else "left out"
-        raise UserError(f"--task {task}: for {name}, it can be {known}")
     for path in annotations:
         if not path.exists():
             raise UserError(f"--annotations {path}: no such file or folder")
-    cleaner = RowCleaner(videos, keep_overruns)
+    with ExitStack() as stack:
+        durations = None
+        if name == "own" and videos.root is not None:
+            durations = DurationProbe(stack.enter_context(VideoReader()).read_frames)
+        cleaner = RowCleaner(videos, keep_overruns, durations)
+        if name == "own":
+            published = read_own(annotations, task, columns or ColumnMap({}))
+        else:
+            published = _rows(name, annotations, videos, split, _checked_task(name, task))
+        num_rows, samples = _collect(published, cleaner, f"{name} ({FORMATS[name]})", annotations)
+    if num_rows == 0:
+        raise UserError(f"{name}: no rows" + (f" in split {split}" if split else "") + "; check --annotations, --split")
+    chosen = _choose(_choose_per_video(samples, limit_per_video, seed), limit, seed)
+    report = ImportReport(name, num_rows, len(chosen), videos.root is not None, tuple(cleaner.issues))
+    return chosen, report
+
+
+def _checked_task(name: str, task: str | None) -> str:
+    """Return the task to import a format for; empty if the format has only one."""
+    tasks = _TASKS.get(name, ())
+    if task is not None and task not in tasks:
+        raise UserError(f"--task {task}: for {name}, it can be {' or '.join(tasks) if tasks else 'left out'}")
+    return task or next(iter(tasks), "")
+
+
+def _collect(
+    published: Iterable[Row | Issue | MalformedRow], cleaner: RowCleaner, format: str, annotations: tuple[Path, ...]
+) -> tuple[int, list[VideoSample]]:
+    """Clean all rows; return their number and the samples. Issues are added to those of the cleaner."""
     samples: dict[str, VideoSample] = {}
     num_rows = 0
-    published = _rows(name, annotations, videos, split, task or next(iter(tasks), ""))
     for num_rows, row in enumerate(published, start=1):
         result = row if isinstance(row, Issue | MalformedRow) else _clean(cleaner, row)
         if isinstance(result, MalformedRow):
             if num_rows == 1:
                 given = " ".join(map(str, annotations))
                 raise UserError(
-                    f"{given}: not in the format {name} ({FORMATS[name]}); the first row, {result.row_id}: "
-                    f"{result.problem}"
+                    f"{given}: not in the format {format}; the first row, {result.row_id}: {result.problem}"
                 )
             cleaner.issues.append(Issue(result.row_id, "invalid_row", result.problem, "skipped"))
         elif isinstance(result, Issue):
@@ -119,11 +147,7 @@ def import_dataset(
             cleaner.issues.append(Issue(result.id, "repeated_id", "an earlier row has the same id", "skipped"))
         elif result is not None:
             samples[result.id] = result
-    if num_rows == 0:
-        raise UserError(f"{name}: no rows" + (f" in split {split}" if split else "") + "; check --annotations, --split")
-    chosen = _choose(_choose_per_video(list(samples.values()), limit_per_video, seed), limit, seed)
-    report = ImportReport(name, num_rows, len(chosen), videos.root is not None, tuple(cleaner.issues))
-    return chosen, report
+    return num_rows, list(samples.values())
 
 
 def _clean(cleaner: RowCleaner, row: Row) -> VideoSample | MalformedRow | None:
@@ -158,6 +182,10 @@ def _rows(
             return captioning.read_captions(annotations)
         case "dream1k":
             return captioning.read_dream1k(annotations, split)
+        case "video_r1":
+            return reasoning.read_video_r1(annotations)
+        case "videochat_r1_5":
+            return reasoning.read_videochat_r1_5(annotations)
         case _:
             return _manifest_rows(annotations)
 

@@ -84,7 +84,7 @@ def _nextgqa_json_row(entry: Row) -> Row:
         entry["video"],
         entry,
         entry["glue"],
-        _without_labels(entry["options"]),
+        without_labels(entry["options"]),
         {"choice": entry["answer"].strip("()")},
     )
 
@@ -102,7 +102,7 @@ def _nextgqa_csv_row(entry: dict[str, str], spans_of: Row, folder_of: dict[str, 
     )
 
 
-def _without_labels(options: list[str]) -> list[str]:
+def without_labels(options: list[str]) -> list[str]:
     """Remove the labels of options: ``(A) text`` and ``A. text`` become ``text``."""
     return [option[label.end() :].strip() if (label := _OPTION_LABEL.match(option)) else option for option in options]
 
@@ -188,7 +188,7 @@ def _videomme_row(entry: Row) -> Row:
         "video": entry["videoID"],
         "duration_s": None,
         "query": entry["question"],
-        "options": _without_labels(entry["options"]),
+        "options": without_labels(entry["options"]),
         "category": f"{entry['duration']}/{entry['task_type']}",
         "target": {"choice": entry["answer"]},
     }

@@ -1,0 +1,125 @@
+"""Training data of other reasoning models: Video-R1 and VideoChat-R1.5, each a mix of tasks in JSON files."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_vcr1 import text_files
+from megatron_vcr1.data.importers.cleaning import Issue
+from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, read_json_list, read_table
+from megatron_vcr1.data.importers.questions import without_labels
+from megatron_vcr1.errors import UserError
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-G])\b")
+
+
+def read_video_r1(annotations: tuple[Path, ...]) -> Iterator[Row | Issue | MalformedRow]:
+    """Read Video-R1-260k or Video-R1-COT-165k: rows of ``problem``, ``problem_type``, ``options`` and ``solution``.
+
+    The reasoning of the second file (``process``) becomes the row's reasoning for SFT.
+    """
+    for path in annotations:
+        rows: Iterator[Row | Issue | MalformedRow] = convert_rows(
+            read_table(path), _video_r1_row, lambda entry: str(entry["problem_id"])
+        )
+        yield from rows
+
+
+def _video_r1_row(entry: Row) -> Row | Issue:
+    row_id, kind = str(entry["problem_id"]), entry["problem_type"]
+    if entry["data_type"] != "video":
+        return Issue(row_id, "not_a_video", f"data_type is {entry['data_type']!r}", "skipped")
+    row = {
+        "id": row_id,
+        "video": str(PurePosixPath(entry["path"])),  # without the leading ./
+        "duration_s": None,
+        "query": entry["problem"].strip(),
+        "category": f"{entry.get('data_source') or 'unknown'}/{kind}",
+        **_reasoning(entry.get("process") or ""),
+    }
+    answer = _inside(_ANSWER, entry["solution"])
+    if kind != "multiple choice":
+        return Issue(row_id, "other_task", f"problem_type is {kind!r}", "skipped")
+    options = without_labels(entry["options"])
+    return {**row, "task": "multiple_choice_qa", "options": options, "target": {"choice": _letter(answer)}}
+
+
+def _reasoning(process: str) -> dict[str, str]:
+    """Return the text inside ``<think>`` under its key; nothing if there is none."""
+    match = _THINK.search(process)
+    return {"thinking": match[1].strip()} if match else {}
+
+
+def read_videochat_r1_5(annotations: tuple[Path, ...]) -> Iterator[Row | Issue | MalformedRow]:
+    """Read files of VideoChat-R1.5: lists of rows, or the index of such lists.
+
+    A row has ``video``, ``question`` and, depending on its task, ``options`` and ``answer``, ``glue`` (spans in
+    seconds), and ``duration``. The index is an object whose entries name the list in ``json_path``, which is looked for
+    beside the index if it does not exist.
+    """
+    num_of_video: Counter[str] = Counter()
+    for path in (file for given in annotations for file in _listed_files(given)):
+        rows: Iterator[Row | Issue | MalformedRow] = convert_rows(
+            read_json_list(path), partial(_videochat_row, num_of_video=num_of_video)
+        )
+        yield from rows
+
+
+def _listed_files(path: Path) -> list[Path]:
+    """Return the files that an index lists; the file itself if it is a list of rows."""
+    content = text_files.read_json(path)
+    if not isinstance(content, dict):
+        return [path]
+    files = []
+    for name, entry in content.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
+            raise UserError(f"{path}: {name!r} names no json_path; is it a file of another format?")
+        named = Path(entry["json_path"])
+        beside = path.parent / named.name
+        if not named.exists() and not beside.exists():
+            raise UserError(f"{path}: {name!r}: neither {named} nor {beside} exists")
+        files.append(named if named.exists() else beside)
+    return files
+
+
+def _videochat_row(entry: Row, num_of_video: Counter[str]) -> Row | Issue:
+    name = entry.get("video") or entry["image"]
+    row_id = f"{str(PurePosixPath(name).with_suffix('')).strip('/').replace('/', '_')}_{num_of_video[name]}"
+    num_of_video[name] += 1
+    if "video" not in entry:
+        return Issue(row_id, "not_a_video", f"{name} is an image", "skipped")
+    row = {"id": row_id, "video": name, "duration_s": entry.get("duration"), "query": entry["question"].strip()}
+    spans = _spans(entry["glue"]) if entry.get("glue") else []
+    if not entry.get("options"):
+        if len(spans) != 1:
+            raise ValueError(f"{len(spans)} spans and no options; grounding has one span")
+        return {**row, "task": "temporal_grounding", "target": {"interval": spans[0]}}
+    options, choice = without_labels(entry["options"]), _letter(entry["answer"])
+    if not spans:
+        return {**row, "task": "multiple_choice_qa", "options": options, "target": {"choice": choice}}
+    return {**row, "task": "grounded_qa", "options": options, "target": {"choice": choice, "intervals": spans}}
+
+
+def _spans(glue: Any) -> list[list[float]]:
+    """Return a list of spans; the files of grounding hold a single span without the outer list."""
+    return glue if isinstance(glue[0], list) else [glue]
+
+
+def _letter(answer: str) -> str:
+    """Return the letter of an answer such as ``B``, ``(B)`` or ``B. the text``."""
+    match = _LETTER.match(answer.strip())
+    if match is None:
+        raise ValueError(f"the answer {answer!r:.40} does not begin with the letter of an option")
+    return match[1]
+
+
+def _inside(pattern: re.Pattern[str], text: str) -> str:
+    match = pattern.search(text)
+    return (match[1] if match else text).strip()

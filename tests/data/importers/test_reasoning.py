@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcr1.errors import UserError
+from tests.data.importers.importing import issues, run, write
+
+
+def problem(number: int, **changes: Any) -> dict[str, Any]:
+    row = {"problem_id": number, "problem": " What is it? ", "data_type": "video", "problem_type": "multiple choice"}
+    row |= {"options": ["A. a cat", "B. a dog"], "solution": "<answer>B</answer>", "data_source": "STAR"}
+    return row | {"path": f"./STAR/{number}.mp4"} | changes
+
+
+def test_video_r1_multiple_choice(tmp_path: Path) -> None:
+    rows = [
+        problem(1),
+        problem(2, process="<think>It barks.\n</think>", solution="<answer> B. a dog </answer>", data_source=""),
+        problem(3, solution="<answer>none</answer>"),
+    ]
+    samples, report = run("video_r1", write(tmp_path / "a.json", rows))
+    assert [(sample.id, sample.video, sample.query) for sample in samples] == [
+        ("1", "STAR/1.mp4", "What is it?"),
+        ("2", "STAR/2.mp4", "What is it?"),
+    ]
+    assert {(sample.options, sample.target.choice) for sample in samples} == {(("a cat", "a dog"), "B")}
+    assert [(sample.thinking, sample.category) for sample in samples] == [
+        ("", "STAR/multiple choice"),
+        ("It barks.", "unknown/multiple choice"),
+    ]
+    assert issues(report) == [("3", "invalid_row", "skipped")]
+
+
+def test_videochat_r1_5_rows_have_the_task_of_their_keys(tmp_path: Path) -> None:
+    question = {"video": "a/b.mp4", "question": "why? ", "options": ["(A) fun", "(B) rest"], "answer": "(B)"}
+    rows = [
+        {"video": "a/b.mp4", "question": "a dog barks", "glue": [1.5, 4], "duration": 9},
+        question | {"glue": [[1, 2], [3, 4]], "duration": 9},
+        question,
+        {"image": "c.jpg", "question": "cat", "glue": [10, 20, 30, 40]},
+        {"video": "a/b.mp4", "question": "nothing else"},
+    ]
+    samples, report = run("videochat_r1_5", write(tmp_path / "rows.json", rows))
+    assert [(sample.id, str(sample.task)) for sample in samples] == [
+        ("a_b_0", "temporal_grounding"),
+        ("a_b_1", "grounded_qa"),
+        ("a_b_2", "multiple_choice_qa"),
+    ]
+    assert [[(span.start_s, span.end_s) for span in sample.intervals] for sample in samples] == [
+        [(1.5, 4.0)],
+        [(1.0, 2.0), (3.0, 4.0)],
+        [],
+    ]
+    assert samples[1].options == ("fun", "rest") and samples[1].target.choice == samples[2].target.choice == "B"
+    assert [(problem, action) for _, problem, action in issues(report)] == [
+        ("not_a_video", "skipped"),
+        ("invalid_row", "skipped"),
+    ]
+
+
+def test_the_index_of_videochat_r1_5_lists_files_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "tg.json", [{"video": "a.mp4", "question": "a dog barks", "glue": [1, 4]}])
+    entry = {"media_type": "video", "task_type": "tg", "visual_base": "s3://x", "json_path": "/elsewhere/tg.json"}
+    (sample,), _ = run("videochat_r1_5", write(tmp_path / "index.json", {"charades": entry}))
+    assert sample.video == "a.mp4"
+    with pytest.raises(UserError, match=r"'lost': neither /elsewhere/lost\.json nor"):
+        run("videochat_r1_5", write(tmp_path / "index.json", {"lost": entry | {"json_path": "/elsewhere/lost.json"}}))
+    with pytest.raises(UserError, match="'charades' names no json_path"):
+        run("videochat_r1_5", write(tmp_path / "index.json", {"charades": [1]}))
