@@ -51,25 +51,25 @@ def positive_float(text: str) -> float:
     return float(text)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, sharded: bool) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, sharded: bool, required: bool = True) -> None:
     """Add --model and the options that say how to build it, for `run_config`.
 
     Args:
         parser: the parser of a command.
+        required: whether --model must be given.
         sharded: whether the model may be sharded across processes; adds the options for the parallel sizes.
     """
     parser.add_argument(
         "--model",
         type=path_argument,
-        required=True,
+        required=required,
         metavar="DIR",
         help="a Hugging Face directory, an imported model or a checkpoint of a run",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="bfloat16",
-        help="data type of the weights and the computation (default: %(default)s)",
+        help="data type of the weights and the computation (default: bfloat16)",
     )
     parser.add_argument(
         "--layer-spec",
@@ -95,7 +95,7 @@ def run_config(args: argparse.Namespace, *, sequence_parallel: bool = False) -> 
     from megatron_vcr1.config.schema import RunConfig
 
     return RunConfig(
-        model=ModelSection(path=args.model, dtype=args.dtype, layer_spec=args.layer_spec),
+        model=ModelSection(path=args.model, dtype=args.dtype or "bfloat16", layer_spec=args.layer_spec),
         parallel=ParallelSection(
             tensor=args.tensor_parallel, pipeline=args.pipeline_parallel, sequence_parallel=sequence_parallel
         ),

@@ -27,6 +27,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "train.run_dir/evaluation/LABEL; if train.run_dir holds a training run, the model must be one of its "
         "checkpoints or its export.\n\n"
         "  vcr1 evaluate CONFIG.toml [--section.key VALUE ...]\n\n"
+        "Or evaluate the newest weights of a training run with the prompts and video settings of its training: its "
+        "export, or its latest checkpoint if that is of a later step. The test data are manifests, the benchmarks of "
+        "CONFIG.toml, or those of the run's own settings. Results go to RUN_DIR/evaluation/LABEL.\n\n"
+        "  vcr1 evaluate --run RUN_DIR [--manifest FILE.jsonl ... | CONFIG.toml] [--section.key VALUE ...]\n\n"
         "Or score the predictions of any program, without a model:\n\n"
         "  vcr1 evaluate --benchmark NAME --annotations FILE ... --predictions FILE.jsonl --out metrics.json\n\n"
         "[judge], or --judge.key VALUE with the second form, selects the judge of captions. The default is word "
@@ -41,6 +45,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=path_argument,
         metavar="CONFIG.toml",
         help="settings with tables [[evaluate.benchmarks]]",
+    )
+    run_group = parser.add_argument_group("evaluating a training run")
+    run_group.add_argument(
+        "--run", dest="run_dir", type=path_argument, metavar="RUN_DIR", help="folder of a training run"
+    )
+    run_group.add_argument(
+        "--manifest",
+        nargs="+",
+        default=[],
+        type=path_argument,
+        metavar="FILE.jsonl",
+        help="test data; the metrics of each task in it are computed",
     )
     scoring = parser.add_argument_group("scoring a file of predictions")
     scoring.add_argument("--benchmark", metavar="NAME", help="name of a benchmark, see below")
@@ -73,20 +89,30 @@ def run(args: argparse.Namespace) -> int:
     Returns 1 if the engine failed or too many captions were not judged. Raises UserError for invalid input.
     """
     scores_file = any(value is not None for value in (args.benchmark, args.annotations, args.predictions, args.out))
-    if scores_file and args.config is not None:
-        raise UserError(f"{args.config}: scoring a file takes no CONFIG.toml; leave it out")
+    if scores_file and (args.config or args.run_dir) is not None:
+        raise UserError(
+            f"{args.config or args.run_dir}: scoring a file takes no CONFIG.toml and no --run; leave it out"
+        )
+    if args.manifest and (args.run_dir is None or args.config is not None):
+        raise UserError(f"--manifest {args.manifest[0]}: it takes the place of CONFIG.toml, and needs --run RUN_DIR")
     return _score_file(args) if scores_file else _evaluate_model(args)
 
 
 def _evaluate_model(args: argparse.Namespace) -> int:
     from megatron_vcr1.config.loading import load_config
     from megatron_vcr1.evaluation.evaluate import evaluate_model
+    from megatron_vcr1.evaluation.trained_run import evaluation_config, open_run
     from megatron_vcr1.model import cpu
     from megatron_vcr1.rollout.engine import EngineError
 
-    if args.config is None:
-        raise UserError("name a CONFIG.toml to evaluate a model, or --benchmark and a file of predictions to score")
-    config = load_config(args.config, args.overrides)
+    if args.run_dir is not None:
+        config = evaluation_config(open_run(args.run_dir), args.config, args.manifest, args.overrides)
+    elif args.config is not None:
+        config = load_config(args.config, args.overrides)
+    else:
+        raise UserError(
+            "name a CONFIG.toml or a --run to evaluate a model, or --benchmark and a file of predictions to score"
+        )
     cpu.install()
     try:
         results = evaluate_model(config)

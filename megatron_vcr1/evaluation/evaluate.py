@@ -32,6 +32,14 @@ from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, needs_jud
 from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
 from megatron_vcr1.evaluation.predictions import PredictionLog
 from megatron_vcr1.evaluation.predictor import Predictor
+from megatron_vcr1.evaluation.provenance import (
+    describe_prompts,
+    differences_from_training,
+    templates_digest,
+    training_of,
+    video_settings,
+    weights_digest,
+)
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
@@ -90,8 +98,10 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
     disable_nccl_cumem(config.rollout, config.sglang)
     with mesh.world(config.parallel, seed=config.train.seed):
         logs: dict[str, PredictionLog] = {}  # only the first rank opens them
+        differences: dict[str, list[str]] = {}
 
         def open_logs() -> list[list[int]]:
+            differences.update(_announce(jobs, config))
             logs.update((job.label, _open_log(job, _settings(job, config), templates[job.label])) for job in jobs)
             return [_indices_to_predict(job, logs[job.label]) for job in jobs]
 
@@ -115,7 +125,7 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
             finally:
                 engine.close()
     # A judge may take long. The process groups are gone by now, so the other ranks do not wait for it.
-    return [_score(job, logs[job.label], judge, config) for job in jobs if logs]
+    return [_score(job, logs[job.label], judge, config, differences[job.label]) for job in jobs if logs]
 
 
 def check_run_dir(run_dir: Path, model: Path) -> None:
@@ -134,9 +144,35 @@ def check_run_dir(run_dir: Path, model: Path) -> None:
         return
     raise UserError(
         f"train.run_dir = {run_dir} holds a training run, and model.path = {model} is not its model. To evaluate the "
-        f"trained model, set --model.path {run_dir / 'export'} or a checkpoint in {run_dir / 'checkpoints'}. To "
-        f"evaluate {model}, set another --train.run_dir for its results"
+        f"trained model with the prompts of its training, use `vcr1 evaluate --run {run_dir}`, or set --model.path to "
+        f"{run_dir / 'export'} or a checkpoint in {run_dir / 'checkpoints'}. To evaluate {model}, set another "
+        "--train.run_dir for its results"
     )
+
+
+def _announce(jobs: Sequence[BenchmarkJob], config: RunConfig) -> dict[str, list[str]]:
+    """Log what is evaluated; warn if it is not the trained model, or if its prompts are not those of its training.
+
+    Returns:
+        The differences from the model's training by label of the benchmark.
+    """
+    training = training_of(config.model.path)
+    if training is None and config.data.sources:
+        logger.warning(
+            "%s is not trained by these settings: it is the model that their training starts from. After the training, "
+            "`vcr1 evaluate --run %s` evaluates the result",
+            config.model.path,
+            config.train.run_dir,
+        )
+        training = config
+    differences: dict[str, list[str]] = {}
+    for job in jobs:
+        thinking = job.source.thinking
+        logger.info("%s: %s, %s", job.label, config.model.path, describe_prompts(config.data, thinking))
+        differences[job.label] = differences_from_training(training, config.data, thinking) if training else []
+        for difference in differences[job.label]:
+            logger.warning("%s: %s", job.label, difference)
+    return differences
 
 
 def plan_jobs(section: EvaluateSection, run_dir: Path) -> list[BenchmarkJob]:
@@ -272,31 +308,22 @@ def _settings(job: BenchmarkJob, config: RunConfig) -> dict[str, Any]:
 
     A prediction is stored with its sample's id and prompt digest, so samples may be added or changed.
     """
-    templates = template_file(config.data.templates)
-    reading = config.data.model_dump(
-        mode="json", exclude={"sources", "thinking", "templates", "num_workers", "video_cache_mb"}
-    )
     return {
         "model": str(config.model.path),
-        "weights": _fingerprint(config.model.path),
+        "weights": weights_digest(config.model.path),
         "dtype": config.model.dtype,
         "manifest": str(job.source.manifest),
         "thinking": job.source.thinking,
         "prompt": job.source.prompt or job.benchmark.task,
         "max_new_tokens": config.evaluate.max_new_tokens,
-        "templates": hashlib.sha256(templates.read_bytes()).hexdigest() if templates else "",
-        "data": reading,
+        "templates": templates_digest(config.data.templates),
+        "data": video_settings(config.data),
     }
 
 
-def _fingerprint(model_dir: Path) -> str:
-    """Return a digest of the names, sizes and modification times of a model's files."""
-    files = sorted(path for path in model_dir.rglob("*") if path.is_file())
-    facts = [(str(path.relative_to(model_dir)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def _score(job: BenchmarkJob, log: PredictionLog, judge: Judge | None, config: RunConfig) -> BenchmarkResult:
+def _score(
+    job: BenchmarkJob, log: PredictionLog, judge: Judge | None, config: RunConfig, differences: Sequence[str]
+) -> BenchmarkResult:
     """Score the predictions of a benchmark, and write the files of its result."""
     log.rewrite([sample.id for sample in job.samples])
     matched = [log.done[sample.id] for sample in job.samples]
@@ -304,9 +331,12 @@ def _score(job: BenchmarkJob, log: PredictionLog, judge: Judge | None, config: R
     details = {
         "label": job.label,
         "model": str(config.model.path),
+        "weights": weights_digest(config.model.path),
         "thinking": job.source.thinking,
         "prompt": job.source.prompt or job.benchmark.task,
         "templates": str(config.data.templates or DEFAULT_TEMPLATES),
+        "video": video_settings(config.data),
+        "differs_from_training": list(differences),
         "manifest": str(job.source.manifest.absolute()),
     }
     write_result(result, job.folder / METRICS_FILE, job.folder / SAMPLES_FILE, details)

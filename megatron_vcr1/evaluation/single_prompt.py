@@ -89,10 +89,16 @@ def generate_response(
         (group,) = engine.generate([request], params, on_token=on_token)
         stopwatch.lap("further_tokens")
         if is_first and as_json:
-            print(json.dumps(_as_row(group.rollouts[0], request.prompt, processor, stopwatch.seconds)))
+            row = _as_row(group.rollouts[0], request.prompt, processor, stopwatch.seconds)
+            print(json.dumps({"prompt": _text(message), **row}))
         elif is_first:
             streamer.end()
             print(_summary(group.rollouts[0], request.prompt, stopwatch.seconds), file=sys.stderr)
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def _as_row(

@@ -187,6 +187,9 @@ def _caveats(run: RunRecord) -> Iterator[str]:
     for result in run.evaluations:
         if unjudged := result.details.get("num_unjudged"):
             yield f"evaluation/{result.label}: {unjudged} outputs could not be judged and are in no metric"
+        differences = result.details.get("differs_from_training")
+        for difference in differences if isinstance(differences, list) else ():
+            yield f"evaluation/{result.label}: {difference}"
     if small := [result.label for result in run.evaluations if 0 < result.num_samples < _FEW_SAMPLES]:
         which = "every benchmark" if len(small) == len(run.evaluations) > 1 else ", ".join(small)
         yield f"{which}: fewer than {_FEW_SAMPLES} samples, so the confidence intervals are wide"

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_vcr1.evaluation.provenance import differences_from_training, training_of
+from megatron_vcr1.evaluation.trained_run import open_run
+from tests.evaluation.test_trained_run import make_run
+
+
+def test_the_training_of_an_export_or_checkpoint_is_found(tmp_path: Path) -> None:
+    run = open_run(make_run(tmp_path, steps=(3,), exported=3))
+    for model in ("export", "export/step_3", "checkpoints/step_3"):
+        assert training_of(run.path / model) == run.config
+    assert training_of(tmp_path / "model") is None
+
+
+def test_differences_from_the_training_are_described(tmp_path: Path) -> None:
+    training = open_run(make_run(tmp_path, steps=(3,))).config
+    assert differences_from_training(training, training.data, thinking=False) == []
+    assert differences_from_training(training, training.data, thinking=True) == [
+        "asks with thinking, but the model was trained without thinking"
+    ]
+    other = training.data.model_copy(update={"templates": None, "fps": 1.0, "num_workers": 9})
+    assert differences_from_training(training, other, thinking=False) == [
+        f"templates of the package, but the model was trained with {tmp_path / 'templates.toml'}",
+        "data.fps = 1.0 (training: 2.0)",
+    ]
+    copy = tmp_path / "copy.toml"
+    copy.write_bytes((tmp_path / "templates.toml").read_bytes())
+    same = training.data.model_copy(update={"templates": copy})
+    assert differences_from_training(training, same, thinking=False) == []
