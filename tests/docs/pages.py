@@ -8,7 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # In reading order: commands of later pages use the files that earlier ones leave.
-ORDER = ("README", "install", "data", "training", "monitoring", "evaluation", "using_the_model", "checkpoints")
+ORDER = (
+    "README",
+    "install",
+    "data",
+    "own_data",
+    "training",
+    "monitoring",
+    "evaluation",
+    "using_the_model",
+    "checkpoints",
+)
 NOT_RUN = ("needs a cluster", "needs a GPU", "needs the network")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

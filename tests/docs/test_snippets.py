@@ -60,6 +60,7 @@ ADDED = {
 WRITTEN = (
     "data/test.jsonl",
     "charades.jsonl",
+    "data/own/test.jsonl",
     "runs/laptop/report.html",
     "runs/joint/report.html",
     "metrics.json",
@@ -117,6 +118,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(grounding.video, path / "clip.mp4")
     (path / "videos").mkdir()
     shutil.copy(grounding.video, path / "videos/AAAA.mp4")
+    (path / "clips").mkdir()
+    events = []
+    for name in ("garden.mp4", "kitchen.mp4", "street.mp4"):
+        shutil.copy(grounding.video, path / "clips" / name)
+        events.append({"video": name, "sentence": "the kettle boils", "start": 1.0, "end": 2.5})
+    (path / "events.json").write_text(json.dumps(events))
     (path / "charades_sta_train.txt").write_text("AAAA 1.0 5.0##a person opens the door.\n")
     (path / "Charades_v1_train_lengths.csv").write_text("id,length\nAAAA,12.0\n")
     manifests = {
