@@ -9,7 +9,6 @@ from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.trained_run import TrainedRun, trained_tasks
 from megatron_vcr1.tasks import UnknownTaskError, find_task
-from megatron_vcr1.tasks.base import query_placeholders
 
 VIDEO_OPTIONS = ("fps", "min_frames", "max_frames", "total_pixels", "min_pixels")
 
@@ -50,8 +49,9 @@ def trained_prompt(
         task = find_task(task_name)
     except UnknownTaskError as error:
         raise UserError(f"--task {error}") from None
-    template = load_templates(run.config.data.templates).of_task(task, thinking=thinking)
-    filled = {**query_placeholders(query, options), **(values or {})}
+    templates = load_templates(run.config.data.templates)
+    template = templates.of_task(task, thinking=thinking)
+    filled = {**task.query_placeholders(query, options, templates.numbers), **(values or {})}
     if missing := sorted(set(template.get_identifiers()) - set(filled)):
         how = "--options TEXT ..." if missing[0] == "options" else f"--value {missing[0]}=..."
         raise UserError(f"the prompt of {task.name} states its {missing[0]}: add {how}")

@@ -190,11 +190,12 @@ def _target(values: Mapping[str, Any], task: Task[Any], by_key: Mapping[str, str
             target |= value
     if "target.start" in by_key and "target.end" in by_key:
         span = [_typed(values[key], NUMBER, by_key[key]) for key in ("target.start", "target.end")]
-        for key, form in forms.items():
-            if form.name == INTERVAL.name:
-                target[key] = span
-            elif form.name == list_of(INTERVAL).name:
-                target[key] = [span]
+        single = [key for key, form in forms.items() if form.name == INTERVAL.name]
+        several = [key for key, form in forms.items() if form.name == list_of(INTERVAL).name]
+        if single:
+            target[single[0]] = span
+        elif several:
+            target[several[0]] = [span]
     return target
 
 
