@@ -149,9 +149,13 @@ class Task(ABC, Generic[T]):
 
     def placeholders(self, sample: VideoSample, numbers: NumberFormat) -> dict[str, str]:
         """Return the value of each placeholder that the prompt of a sample may use."""
-        values = {"query": sample.query}
-        if sample.options:
-            values["options"] = "\n".join(lettered_options(sample.options))
+        return self.query_placeholders(sample.query, sample.options, numbers)
+
+    def query_placeholders(self, query: str, options: Sequence[str], numbers: NumberFormat) -> dict[str, str]:
+        """Return the value of each placeholder that does not depend on a target, for a query without one."""
+        values = {"query": query}
+        if options:
+            values["options"] = "\n".join(lettered_options(options))
         return values
 
     def video_options(self, sample: VideoSample) -> dict[str, float]:
