@@ -87,6 +87,11 @@ def test_the_command_gives_the_same_result(folder: Path, whole: dict[str, Any]) 
     assert results(folder / "cli") == whole
     assert "temporal_grounding: 4 samples" in done.stdout
     assert "judge: lexical" in done.stdout
+    assert f"{folder / 'model'} is not trained by these settings" in done.stderr
+    assert (
+        f"temporal_grounding: {folder / 'model'}, without thinking, templates: {folder / 'templates.toml'}"
+        in done.stderr
+    )
     assert "multiple_choice_qa" in done.stderr  # a progress bar
 
 
