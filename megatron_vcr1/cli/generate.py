@@ -133,37 +133,37 @@ def run(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.run_dir is None):
         raise UserError("name either a --model or a --run")
     trained = open_run(args.run_dir) if args.run_dir is not None else None
-    text = _prompt(args, trained)
     options: dict[str, Any] = {name: value for name in _VIDEO_OPTIONS if (value := getattr(args, name)) is not None}
     if options and not any(kind == "video" for kind, _ in args.vision):
         raise UserError(f"--{next(iter(options)).replace('_', '-')} is for videos, and there is none: add --video")
     if trained is not None:
         args.model, args.dtype = trained.model, args.dtype or trained.config.model.dtype
         options = trained_video_options(trained) | options
+    media = [{"type": kind, kind: path, **(options if kind == "video" else {})} for kind, path in args.vision]
+    message = _message(args, trained, media)
     params = _sampling_params(args, trained)
-    parts = [{"type": kind, kind: path, **(options if kind == "video" else {})} for kind, path in args.vision]
-    message = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
     cpu.install()
     generate_response(run_config(args), message, params, seed=args.seed, as_json=args.json)
     return 0
 
 
-def _prompt(args: argparse.Namespace, trained: TrainedRun | None) -> str:
-    """Return the text of the prompt: --prompt, or the --query in the prompt of the run's training."""
+def _message(args: argparse.Namespace, trained: TrainedRun | None, media: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the user's message: --prompt, or the --query in the prompt of the run's training."""
     from megatron_vcr1.errors import UserError
-    from megatron_vcr1.evaluation.run_prompt import trained_prompt
+    from megatron_vcr1.evaluation.run_prompt import trained_message
 
     if args.query is None:
         if args.prompt is None:
             raise UserError("--prompt is missing; with --run, --query is enough")
-        return sys.stdin.read() if args.prompt == "-" else args.prompt
+        text = sys.stdin.read() if args.prompt == "-" else args.prompt
+        return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
     if trained is None or args.prompt is not None:
         raise UserError("--query: it is written into the prompt of a run; give --run, and no --prompt")
     if bad := [value for value in args.value if "=" not in value]:
         raise UserError(f"--value {bad[0]}: write NAME=TEXT")
     values = dict(value.split("=", 1) for value in args.value)
-    return trained_prompt(
-        trained, args.query, task_name=args.task, options=args.options, thinking=args.thinking, values=values
+    return trained_message(
+        trained, args.query, media, task_name=args.task, options=args.options, thinking=args.thinking, values=values
     )
 
 

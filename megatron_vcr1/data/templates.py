@@ -58,6 +58,28 @@ class PromptTemplates:
             values["options"] = repr(lettered_options(sample.options))
         return self.of_task(task, thinking=thinking).substitute(values)
 
+    def text_of_query(
+        self, task: Task[Any], query: str, options: Sequence[str], values: Mapping[str, str], *, thinking: bool
+    ) -> str:
+        """Return the text of a prompt for a query without a target.
+
+        Args:
+            task: the task.
+            query: the event, object, question or instruction.
+            options: the options of multiple choice.
+            values: values of the placeholders that state a part of the target, such as the first box of tracking.
+            thinking: whether to ask for reasoning before the answer.
+
+        Raises:
+            KeyError: a placeholder has no value.
+        """
+        if task.name in self.normalized:
+            query = normalized_query(query)
+        filled = {**task.query_placeholders(query, options, self.numbers), **values}
+        if self.options_as_list and options:
+            filled["options"] = repr(lettered_options(options))
+        return self.of_task(task, thinking=thinking).substitute(filled)
+
     def asked_like(self, task: Task[Any], other: Task[Any]) -> PromptTemplates:
         """Return templates that ask the samples of a task with the prompts of another task.
 

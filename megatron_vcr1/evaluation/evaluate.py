@@ -25,7 +25,6 @@ from megatron_vcr1.data.templates import (
     PromptTemplates,
     build_messages,
     load_templates,
-    template_file,
 )
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, needs_judge, score_predictions, write_result

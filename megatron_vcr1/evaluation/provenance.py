@@ -9,6 +9,7 @@ from typing import Any
 from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.templates import DEFAULT_TEMPLATES, template_file
 from megatron_vcr1.errors import UserError
 
 _NOT_READING = {"sources", "thinking", "templates", "num_workers", "video_cache_mb"}
@@ -20,9 +21,10 @@ def video_settings(data: DataSection) -> dict[str, Any]:
     return data.model_dump(mode="json", exclude=_NOT_READING)
 
 
-def templates_digest(templates: Path | None) -> str:
-    """Return a digest of a template file; empty for the templates of the package."""
-    return hashlib.sha256(templates.read_bytes()).hexdigest() if templates else ""
+def templates_digest(templates: str | Path | None) -> str:
+    """Return a digest of a template file, or of a preset's; empty for the default templates."""
+    file = template_file(templates)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file else ""
 
 
 def weights_digest(model_dir: Path) -> str:
@@ -76,13 +78,13 @@ def _how(thinking: bool) -> str:
     return "with thinking" if thinking else "without thinking"
 
 
-def _shown(templates: Path | None) -> str:
-    return str(templates) if templates else "of the package"
+def _shown(templates: str | Path | None) -> str:
+    return str(templates or DEFAULT_TEMPLATES)
 
 
-def _content(templates: Path | None) -> str | None:
+def _content(templates: str | Path | None) -> str:
     """Return the digest of a template file; its path if the file is gone."""
     try:
         return templates_digest(templates)
-    except OSError:
+    except (OSError, UserError):
         return str(templates)

@@ -13,20 +13,22 @@ from megatron_vcr1.tasks import UnknownTaskError, find_task
 VIDEO_OPTIONS = ("fps", "min_frames", "max_frames", "total_pixels", "min_pixels")
 
 
-def trained_prompt(
+def trained_message(
     run: TrainedRun,
     query: str,
+    media: Sequence[Mapping[str, Any]],
     *,
     task_name: str | None = None,
     options: Sequence[str] = (),
     thinking: bool | None = None,
     values: Mapping[str, str] | None = None,
-) -> str:
-    """Write a query into the prompt template of a run's task.
+) -> dict[str, Any]:
+    """Write a query into the prompt template of a run's task; return the user's message.
 
     Args:
         run: the run.
         query: the event, object, question or instruction.
+        media: the parts of the message with its videos and images.
         task_name: the task; None is the only task of the run's training data.
         options: the options of multiple choice.
         thinking: whether to ask for reasoning before the answer; None is as in the training.
@@ -50,12 +52,14 @@ def trained_prompt(
     except UnknownTaskError as error:
         raise UserError(f"--task {error}") from None
     templates = load_templates(run.config.data.templates)
-    template = templates.of_task(task, thinking=thinking)
-    filled = {**task.query_placeholders(query, options, templates.numbers), **(values or {})}
-    if missing := sorted(set(template.get_identifiers()) - set(filled)):
-        how = "--options TEXT ..." if missing[0] == "options" else f"--value {missing[0]}=..."
-        raise UserError(f"the prompt of {task.name} states its {missing[0]}: add {how}")
-    return template.substitute(filled)
+    try:
+        text = templates.text_of_query(task, query, options, values or {}, thinking=thinking)
+    except KeyError as error:
+        (name,) = error.args
+        how = "--options TEXT ..." if name == "options" else f"--value {name}=..."
+        raise UserError(f"the prompt of {task.name} states its {name}: add {how}") from None
+    part = {"type": "text", "text": text}
+    return {"role": "user", "content": [part, *media] if templates.text_first else [*media, part]}
 
 
 def trained_video_options(run: TrainedRun) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def test_differences_from_the_training_are_described(tmp_path: Path) -> None:
     ]
     other = training.data.model_copy(update={"templates": None, "fps": 1.0, "num_workers": 9})
     assert differences_from_training(training, other, thinking=False) == [
-        f"templates of the package, but the model was trained with {tmp_path / 'templates.toml'}",
+        f"templates default, but the model was trained with {tmp_path / 'templates.toml'}",
         "data.fps = 1.0 (training: 2.0)",
     ]
     copy = tmp_path / "copy.toml"
