@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_vcr1.rewards.answer_parsing import read_answer
@@ -65,12 +65,11 @@ decimals, in this form:
 
     def placeholders(self, sample: VideoSample, numbers: NumberFormat) -> dict[str, str]:
         one = self.target_of(sample).interval is not None
-        example = (Interval(12.54, 17.83),) if one else (Interval(5.2, 10.4), Interval(12.54, 17.83))
-        more = {
-            "parts": "the part" if one else "every part",
-            "example": _written(example, NumberFormat(), as_list=not one),
-        }
-        return {**super().placeholders(sample, numbers), **more}
+        return {**super().placeholders(sample, numbers), **_answer_form(one=one)}
+
+    def query_placeholders(self, query: str, options: Sequence[str], numbers: NumberFormat) -> dict[str, str]:
+        """Ask for one span."""
+        return {**super().query_placeholders(query, options, numbers), **_answer_form(one=True)}
 
     def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
         target = self.target_of(sample)
@@ -118,6 +117,12 @@ def _metrics(read: Callable[[], tuple[Interval, ...]], target: tuple[Interval, .
     best = max(temporal_iou(spans[0], span) for span in target) if spans else 0.0
     values = {"mIoU": iou, **at_least("R", best, (0.3, 0.5, 0.7))}
     return SampleMetrics(values, reasons or reason_if_zero("iou", iou, "no overlap"))
+
+
+def _answer_form(*, one: bool) -> dict[str, str]:
+    """Return the placeholders that ask for one span, or for all spans."""
+    example = (Interval(12.54, 17.83),) if one else (Interval(5.2, 10.4), Interval(12.54, 17.83))
+    return {"parts": "the part" if one else "every part", "example": _written(example, NumberFormat(), as_list=not one)}
 
 
 def _written(spans: tuple[Interval, ...], numbers: NumberFormat, *, as_list: bool) -> str:

@@ -63,7 +63,7 @@ def test_missing_predictions_are_refused_without_allow_missing(files: Path, caps
     [
         ([], "name a CONFIG.toml or a --run to evaluate a model"),
         (["--manifest", "test.jsonl"], "--manifest test.jsonl: it takes the place of CONFIG.toml, and needs --run"),
-        (["--run", "runs/x", "--benchmark", "mvbench"], "runs/x: scoring a file takes no CONFIG.toml or --run"),
+        (["--run", "runs/x", "--benchmark", "mvbench"], "runs/x: scoring a file takes no CONFIG.toml and no --run"),
         (["--run", "runs/x"], "--run runs/x: no config.toml in it; name the folder of a training run"),
         (["--benchmark", "mvbench"], "--annotations and --predictions and --out missing"),
         (["run.toml", "--benchmark", "mvbench"], "run.toml: scoring a file takes no CONFIG.toml"),

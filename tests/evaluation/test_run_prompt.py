@@ -48,7 +48,7 @@ def test_what_the_training_leaves_open_must_be_chosen(tmp_path: Path) -> None:
         trained_prompt(run, "a dog", task_name="temporal_grounding")
     with pytest.raises(UserError, match='--task "grounding" is not one of temporal_grounding'):
         trained_prompt(run, "a dog", task_name="grounding", thinking=False)
-    with pytest.raises(UserError, match="the prompt of tracking states its first_box: add --value first_box="):
+    with pytest.raises(UserError, match="the prompt of tracking states its num_frames: add --value num_frames="):
         trained_prompt(run, "a dog", task_name="tracking", thinking=False)
     with pytest.raises(UserError, match="states its options: add --options TEXT"):
         trained_prompt(run, "who?", task_name="multiple_choice_qa", thinking=False)

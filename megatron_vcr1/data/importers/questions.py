@@ -58,7 +58,8 @@ def read_nextgqa(annotations: tuple[Path, ...], task: str) -> Iterator[Row | Mal
         annotations: the files.
         task: grounded_qa, or multiple_choice_qa, which leaves out the spans.
     """
-    keys = {field.key for field in find_task(task).target_fields}
+    # An answer given as text becomes the choice when the row is cleaned.
+    keys = {"answer", *(field.key for field in find_task(task).target_fields)}
     for row in _nextgqa_rows(annotations):
         if not isinstance(row, MalformedRow):
             target = {key: value for key, value in row["target"].items() if key in keys}

@@ -42,7 +42,7 @@ def test_real_charades_has_one_sample_for_each_of_its_videos(realdata: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nonsense", [], "unknown format; known formats are charades_sta"),
+        ("nonsense", [], "unknown format; known formats are own, charades_sta"),
         ("activitynet", {"v": {"duration": 5}}, r"not in the format activitynet .* 'timestamps' is missing"),
         ("activitynet", [1, 2], "expected a JSON object with one entry for each video, got a list"),
         ("vidtab_quality", {"a": 1}, "expected a JSON list of rows, got an object"),
