@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 # Every upper bound is the newest release that the tests have run with, or the next one that may break its interface.
 # docs/dependencies.md says how to raise them.
 REQUIREMENTS = [
+    "argcomplete>=3.2,<4",  # tab completion of the vcr1 command
     "av>=17,<20",  # 17 is the first version with Stream.index_entries
     "fsspec>=2024.2,<2027",
     "httpx>=0.27,<0.29",

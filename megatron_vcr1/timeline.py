@@ -62,3 +62,8 @@ def span(name: str) -> Iterator[None]:
     finally:
         del _open_spans[key]
         add(Span(*started, time.time_ns()))
+
+
+def current(track: str = "MainThread") -> str | None:
+    """Return the name of the innermost span of a thread that is open now; None if there is none."""
+    return next((name for name, owner, _ in reversed(list(_open_spans.values())) if owner == track), None)

@@ -17,14 +17,16 @@ ROOT = Path(__file__).parents[1]
 
 # A package may import itself and packages with a lower number.
 FLOORS = {
-    "__main__": 10,
-    "cli": 9,
-    "training": 7,
+    "__main__": 11,
+    "cli": 10,
+    "throughput": 9,
+    "training": 8,
     "evaluation": 7,
     "report": 8,
     "serving": 8,
     "checkpoint": 6,
     "rollout": 6,
+    "planning": 6,
     "model": 5,
     "parallel": 4,
     "data": 3,
@@ -36,6 +38,7 @@ FLOORS = {
     "timeline": 0,
     "vcr1_kernels": 0,
     "json_fields": 0,
+    "command_line": 0,
     "text_files": -1,
     "user_paths": -1,
     "errors": -2,
@@ -56,6 +59,11 @@ UNDECLARED = {
     "apex",  # apex and flash_attn are built for one version of torch and CUDA, by containers and users
     "flash_attn",
     "sglang",  # has an environment of its own
+    "datasets",  # comes with trl, and tokenizers with transformers
+    "tokenizers",
+    "decord",  # `vcr1 benchmark decode` measures these alternatives if they are installed
+    "qwen_vl_utils",
+    "torchcodec",
 }
 
 PACKAGE_FILES = sorted(chain((ROOT / "megatron_vcr1").rglob("*.py"), (ROOT / "kernels/vcr1_kernels").rglob("*.py")))
@@ -147,7 +155,9 @@ def test_kernels_import_only_torch_and_triton(path):
 
 @pytest.mark.parametrize("package", OPTIONAL_PACKAGES)
 def test_an_optional_package_is_imported_by_one_file(package):
-    importers = [relative(path) for path in PACKAGE_FILES if package in top_level(path)]
+    # `vcr1 benchmark` measures some of them as alternatives, in modules of its own.
+    files = [path for path in PACKAGE_FILES if not relative(path).startswith("megatron_vcr1/throughput/")]
+    importers = [relative(path) for path in files if package in top_level(path)]
     assert len(importers) <= 1, f"{package} is imported by more than one file"
 
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL_PACKAGES = {"apex", "flash_attn", "nvidia", "openai", "sglang", "transformer_engine", "triton"}
+OPTIONAL_PACKAGES = {"apex", "datasets", "flash_attn", "nvidia", "openai", "sglang", "transformer_engine", "triton"}
 # The modules that model.cpu patches, and torch itself.
 WATCHED = (
     "torch",

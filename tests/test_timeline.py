@@ -44,3 +44,11 @@ def test_every_active_recording_receives_a_workers_span() -> None:
     with timeline.recording() as outer, timeline.recording() as inner:
         timeline.add(decode)
     assert outer == inner == [decode]
+
+
+def test_current_is_the_innermost_open_span_of_a_thread() -> None:
+    assert timeline.current() is None
+    with timeline.span("total"):
+        with timeline.span("rollout"):
+            assert timeline.current() == "rollout"
+        assert timeline.current() == "total" and timeline.current("another thread") is None

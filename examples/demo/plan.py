@@ -199,7 +199,7 @@ def _make_model(folder: Path, seed: int) -> None:
 
     shutil.rmtree(folder, ignore_errors=True)  # remains of an interrupted attempt
     write_model(folder / "hf", seed)
-    _convert("import", "--hf", str(folder / "hf"), "--out", str(folder / "imported"))
+    vcr1("convert", "import", "--hf", str(folder / "hf"), "--out", str(folder / "imported"))
 
 
 def _verify_export(run_dir: Path, tests: Sequence[Path], out: Path) -> None:
@@ -207,14 +207,6 @@ def _verify_export(run_dir: Path, tests: Sequence[Path], out: Path) -> None:
     from demo.verify import write_comparison
 
     (checkpoint,) = (run_dir / "checkpoints").glob("step_*")
-    _convert("verify", "--hf", str(run_dir / "export"), "--checkpoint", str(checkpoint))
+    vcr1("convert", "verify", "--hf", str(run_dir / "export"), "--checkpoint", str(checkpoint))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_comparison(run_dir / "export", tests, run_dir / "evaluation", out)
-
-
-def _convert(*arguments: str) -> None:
-    import convert_checkpoint
-
-    print("$ python tools/convert_checkpoint.py", shlex.join(arguments), flush=True)
-    if code := convert_checkpoint.main(arguments):
-        raise RuntimeError(f"convert_checkpoint.py {arguments[0]} failed with exit code {code}")

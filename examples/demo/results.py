@@ -12,11 +12,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from command_line import text_table
 from rich.console import Console
 from rich.table import Table
 
 from demo.plan import TESTS, Demo
+from megatron_vcr1.command_line import text_table
 
 COLUMNS = {
     "base_answering": "base, no timeline",

@@ -4,7 +4,7 @@
 #
 # Settings, as environment variables of sbatch:
 #   VENV          virtual environment on a file system that all nodes share (default: .venv)
-#   CONTAINER     image for Pyxis (a .sqsh file or a name) to use instead of VENV
+#   CONTAINER     image to use instead of VENV: a .sif file for Apptainer; anything else (.sqsh, a name) for Pyxis
 #   MOUNTS        directories to mount into the container (for example /scratch,/data)
 #   MAX_CRASHES   consecutive crashes within MIN_LIFE_S seconds of a start after which the job fails (default: 3; 1800)
 #   HEALTH_CHECK  command that succeeds on a healthy node (default: nvidia-smi, if it is installed)
@@ -28,7 +28,10 @@ export TORCH_FR_DUMP_TEMP_FILE=$PWD/$LOGS/collectives-
 # If a rank fails, Slurm stops the others: SIGTERM at once, SIGKILL after the cluster's KillWait (30 s by default).
 # If a rank finishes, the others continue, whatever the cluster's WaitTime: the first rank may still wait for a judge.
 STEP_OPTIONS=(--open-mode=append --kill-on-bad-exit=1 --wait=0 --cpu-bind="${CPU_BIND:-cores}")
-if [ -n "${CONTAINER:-}" ]; then
+WITHIN=() # command that runs the rest of its arguments in the container
+if [[ "${CONTAINER:-}" = *.sif ]]; then
+    WITHIN=(apptainer exec --nv --bind "$PWD${MOUNTS:+,$MOUNTS}" --pwd "$PWD" "$CONTAINER")
+elif [ -n "${CONTAINER:-}" ]; then
     STEP_OPTIONS+=(--container-image="$CONTAINER" --container-mounts="$PWD${MOUNTS:+,$MOUNTS}")
     STEP_OPTIONS+=(--container-workdir="$PWD" --no-container-mount-home)
 else
@@ -47,7 +50,8 @@ step() {
         options+=("$1")
         shift
     done
-    exec srun "${STEP_OPTIONS[@]}" --job-name="$name" --output="$LOGS/$name-%t.log" "${options[@]}" "$@"
+    shift
+    exec srun "${STEP_OPTIONS[@]}" --job-name="$name" --output="$LOGS/$name-%t.log" "${options[@]}" -- "${WITHIN[@]}" "$@"
 }
 
 # watch_step NAME [SRUN_OPTIONS...] -- COMMAND...

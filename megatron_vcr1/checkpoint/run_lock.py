@@ -13,7 +13,7 @@ from megatron_vcr1.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_LOCK_FILE = ".lock"
+LOCK_FILE = ".lock"
 # How long to wait for the lock. A file server may keep the lock of a process for a while after its node has died.
 LOCK_TIMEOUT_S = 120.0
 _POLL_S = 1.0
@@ -33,7 +33,7 @@ def lock_run(directory: Path) -> IO[str]:
     Raises:
         UserError: another process still holds the lock after `LOCK_TIMEOUT_S`.
     """
-    file = (directory / _LOCK_FILE).open("w")
+    file = (directory / LOCK_FILE).open("w")
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     has_warned = False
     while not _try_lock(file, directory):

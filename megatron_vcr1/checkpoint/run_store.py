@@ -144,6 +144,8 @@ class RunStore:
         scheduler: Schedule,
         state: Mapping[str, Any],
         model_dir: Path,
+        *,
+        best_step: int | None = None,
     ) -> None:
         """Save a checkpoint. With ``checkpoint.asynchronous``, only copy it, and write it in the background.
 
@@ -157,6 +159,7 @@ class RunStore:
             scheduler: learning-rate schedule.
             state: JSON values of the trainer, which `load` returns. Those of rank 0 are stored.
             model_dir: directory of the initial model, from which configuration and tokenizer are copied.
+            best_step: step whose checkpoint the rotation keeps, this one or an earlier one.
 
         Raises:
             UserError, OSError: the disk is full or failed, in this save or in the previous one if that has not been
@@ -170,10 +173,12 @@ class RunStore:
         text = TrainingState(step, updates, scheduler.state_dict(), state, self._reference).to_json()
         slices = slices_to_write(model, optimizer)
         if not self._section.asynchronous:
-            self._write(step, slices, copy_lazily(slices), text, model_dir)
+            self._write(step, slices, copy_lazily(slices), text, model_dir, best_step)
             return
         copies = copy_to_host(slices)
-        self._task.start(lambda: self._write(step, slices, copies, text, model_dir), name=f"checkpoint of step {step}")
+        self._task.start(
+            lambda: self._write(step, slices, copies, text, model_dir, best_step), name=f"checkpoint of step {step}"
+        )
 
     def finish(self) -> None:
         """Wait until the last `save` is complete. Raises its error if it has failed."""
@@ -229,7 +234,13 @@ class RunStore:
         return step_dir(self._directory, step)
 
     def _write(
-        self, step: int, slices: list[ShardSlice], chunks: Iterable[ChunkData], state: str, model_dir: Path
+        self,
+        step: int,
+        slices: list[ShardSlice],
+        chunks: Iterable[ChunkData],
+        state: str,
+        model_dir: Path,
+        best_step: int | None,
     ) -> None:
         """Write a checkpoint, in the five steps of the module's docstring.
 
@@ -241,6 +252,7 @@ class RunStore:
             try:
                 files = run_on_every_rank(lambda: write_rank_file(partial / MEGATRON_DIR, slices, chunks), self._group)
                 run_on_first_rank(lambda: self._complete(step, partial, files, state, model_dir), self._group)
+                run_on_first_rank(lambda: self._rotate(best_step), self._group)
             finally:
                 if mesh.rank() == 0:
                     shutil.rmtree(partial, ignore_errors=True)  # no longer exists if it was published
@@ -255,7 +267,10 @@ class RunStore:
         # Last, because it lists all other files.
         write_checksums(partial, {f"{MEGATRON_DIR}/{file.name}": file.checksum for file in files})
         replace_directory(partial, self.path(step))
-        remove_old(self._directory, keep_last=self._section.keep_last, keep_every=self._section.keep_every)
+
+    def _rotate(self, best_step: int | None) -> None:
+        section = self._section
+        remove_old(self._directory, keep_last=section.keep_last, keep_every=section.keep_every, best=best_step)
 
 
 @contextmanager

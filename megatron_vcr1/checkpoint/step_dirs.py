@@ -90,17 +90,18 @@ def remove_leftovers(directory: Path, pattern: str = ".step_*") -> None:
             shutil.rmtree(leftover)
 
 
-def remove_old(directory: Path, *, keep_last: int, keep_every: int | None) -> None:
+def remove_old(directory: Path, *, keep_last: int, keep_every: int | None, best: int | None = None) -> None:
     """Remove the checkpoints that the settings do not keep; errors are only logged, and removal is tried again later.
 
     Args:
         directory: the run's checkpoint directory.
         keep_last: number of most recent checkpoints to keep.
         keep_every: also keep checkpoints of steps that are divisible by this. None: keep no others.
+        best: step of the best checkpoint, which is kept too.
     """
     remove_leftovers(directory, ".step_*.removed-*")  # a removal that failed before
     for step in saved_steps(directory)[:-keep_last]:
-        if keep_every is None or step % keep_every:
+        if step != best and (keep_every is None or step % keep_every):
             path = step_dir(directory, step)
             with _warn_about_errors(path):
                 remove_directory(path)

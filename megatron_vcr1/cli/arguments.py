@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vcr1.command_line import positive as positive  # for the other commands
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.user_paths import expand_path
 
@@ -28,13 +29,6 @@ def _expanded(text: str) -> str:
         return expand_path(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def positive(text: str) -> int:
-    """Parse an integer above 0."""
-    if not int(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
 
 
 def not_negative(text: str) -> int:

@@ -16,10 +16,27 @@ import warnings
 from collections.abc import Sequence
 
 import megatron_vcr1
-from megatron_vcr1.cli import config, data, evaluate, generate, report, rollout, score, serve, train
+from megatron_vcr1.cli import (
+    benchmark,
+    config,
+    convert,
+    data,
+    evaluate,
+    generate,
+    plan,
+    report,
+    rollout,
+    score,
+    serve,
+    status,
+    train,
+)
 from megatron_vcr1.errors import UserError
 
-COMMANDS = (config, data, train, evaluate, score, generate, serve, report, rollout)
+COMMANDS = (
+    *(config, plan, data, train, status, evaluate, score),
+    *(generate, serve, report, rollout, convert, benchmark),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     A command whose parser sets `takes_overrides` finds the `--section.key VALUE` options in `args.overrides`.
     """
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     if not arguments:
         parser.print_help(sys.stderr)

@@ -1,4 +1,4 @@
-"""Sections [judge] and [evaluate]: how captions are judged, and which benchmarks are evaluated."""
+"""Sections [judge], [evaluate] and [validation]: how captions are judged, and which benchmarks are evaluated."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class BenchmarkSource(Section):
     thinking: bool = Field(
         default=True,
         description="Whether the prompts of this benchmark ask for reasoning inside <think> before the answer. Left "
-        "out: evaluate.thinking decides.",
+        "out: evaluate.thinking or validation.thinking decides.",
     )
     prompt: str | None = Field(
         default=None,
@@ -102,6 +102,51 @@ class EvaluateSection(Section):
     )
     prompts_per_batch: int = Field(
         default=32, ge=1, description="Number of samples per data-parallel replica that are generated at once."
+    )
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _inherit_thinking(
+        cls, benchmarks: tuple[BenchmarkSource, ...], info: ValidationInfo
+    ) -> tuple[BenchmarkSource, ...]:
+        return with_default_thinking(benchmarks, info)
+
+
+class ValidationSection(Section):
+    """Validation: benchmarks that are evaluated during training, by the run's own engine with greedy decoding."""
+
+    thinking: bool = Field(
+        default=True,
+        description="Whether prompts ask for reasoning inside <think> before the answer. A benchmark can set its own.",
+    )
+    benchmarks: tuple[BenchmarkSource, ...] = Field(
+        default=(),
+        description="Benchmarks to evaluate during training: one table [[validation.benchmarks]] per benchmark. Empty: "
+        "no validation.",
+    )
+    every_steps: int = Field(
+        default=50,
+        ge=1,
+        description="Number of training steps between validations. The initial model (step 0) and the last step are "
+        "always validated.",
+    )
+    max_new_tokens: int = Field(
+        default=1024, ge=1, description="Maximum length of a response in tokens; longer responses are cut off."
+    )
+    prompts_per_batch: int = Field(
+        default=32, ge=1, description="Number of samples per data-parallel replica that are generated at once."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Early stopping: end the run after this number of validations in a row that did not improve "
+        "checkpoint.keep_best. Unset: no early stopping.",
+    )
+    num_shown_samples: int = Field(
+        default=4,
+        ge=0,
+        description="Number of samples of each benchmark whose frames and responses are sent to TensorBoard and "
+        "Weights & Biases.",
     )
 
     @field_validator("benchmarks")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
+from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
 from megatron_vcr1.errors import UserError
 
 
@@ -43,6 +44,21 @@ def check_layout(shape: ModelShape, parallel: ParallelSection, recompute: Recomp
     ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def check_batch_size(train: TrainSection, grpo: GrpoSection, num_replicas: int) -> None:
+    """Raise UserError if a step's prompts cannot be split evenly over the replicas or into minibatches."""
+    number = train.prompts_per_step
+    if number % num_replicas:
+        raise UserError(
+            f"train.prompts_per_step = {number} cannot be split evenly over {num_replicas} data-parallel replicas; "
+            f"make it a multiple of {num_replicas}"
+        )
+    if train.stage == "grpo" and number % grpo.num_minibatches:
+        raise UserError(
+            f"train.prompts_per_step = {number} is not a multiple of grpo.num_minibatches = {grpo.num_minibatches}; "
+            "change one of the two"
+        )
 
 
 def layers_per_stage(num_layers: int, parallel: ParallelSection) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import cast, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from megatron_vcr1.config.data_sections import DataSection
-from megatron_vcr1.config.evaluation_sections import EvaluateSection, JudgeSection
+from megatron_vcr1.config.evaluation_sections import EvaluateSection, JudgeSection, ValidationSection
 from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, RecomputeSection
 from megatron_vcr1.config.rollout_sections import RolloutSection, SglangSection
 from megatron_vcr1.config.section import Section
@@ -38,6 +38,7 @@ class RunConfig(Section):
     rollout: RolloutSection = RolloutSection()
     sglang: SglangSection = SglangSection()
     judge: JudgeSection = JudgeSection()
+    validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
     profile: ProfileSection = ProfileSection()

@@ -218,15 +218,21 @@ class CheckpointSection(Section):
         description="Also keep, for good, the checkpoints of steps that are divisible by this number. Unset: only the "
         "most recent ones are kept.",
     )
+    keep_best: str | None = Field(
+        default=None,
+        description="Also keep the checkpoint with the highest value of this validation metric, given as LABEL/METRIC, "
+        "for example 'charades_sta/mIoU'. A checkpoint is saved whenever a validation improves it. Unset: none.",
+    )
     asynchronous: bool = Field(
         default=True,
         description="Write checkpoints in a background thread while training continues. Needs host memory for a copy "
         "of each rank's part of the checkpoint.",
     )
-    export: Literal["never", "end", "always"] = Field(
+    export: Literal["never", "end", "best", "always"] = Field(
         default="end",
-        description="When to export a Hugging Face directory to train.run_dir/export: 'never', 'end' (after the last "
-        "step) or 'always' (for every checkpoint, to export/step_N).",
+        description="When to export a Hugging Face directory to train.run_dir/export: 'never', 'end' (the last step, "
+        "after it), 'best' (the checkpoint of checkpoint.keep_best, after the last step) or 'always' (every "
+        "checkpoint, to export/step_N).",
     )
 
 

@@ -6,18 +6,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.config.data_sections import DataSection
-from megatron_vcr1.config.evaluation_sections import BenchmarkSource, EvaluateSection, JudgeSection
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.manifest import read_manifest
-from megatron_vcr1.data.preparation import CachedVideoReader, build_prepare_fn
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.shared_memory import warn_if_shared_memory_is_small
 from megatron_vcr1.data.templates import (
@@ -27,8 +22,17 @@ from megatron_vcr1.data.templates import (
     load_templates,
 )
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, needs_judge, score_predictions, write_result
-from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
+from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_predictions, write_result
+from megatron_vcr1.evaluation.jobs import (
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    SAMPLES_FILE,
+    BenchmarkJob,
+    judge_for_jobs,
+    prepare_fn_of_job,
+    read_jobs,
+    templates_of_jobs,
+)
 from megatron_vcr1.evaluation.predictions import PredictionLog
 from megatron_vcr1.evaluation.predictor import Predictor
 from megatron_vcr1.evaluation.provenance import (
@@ -39,7 +43,7 @@ from megatron_vcr1.evaluation.provenance import (
     video_settings,
     weights_digest,
 )
-from megatron_vcr1.judge import Judge, build_judge
+from megatron_vcr1.judge import Judge
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh
@@ -47,31 +51,12 @@ from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
-from megatron_vcr1.tasks import find_task
 from megatron_vcr1.text_files import read_json, require_object
 from megatron_vcr1.types import VideoSample
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS_FILE = "predictions.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-METRICS_FILE = "metrics.json"
 SETTINGS_FILE = "settings.json"
-
-
-@dataclass(frozen=True, slots=True)
-class BenchmarkJob:
-    """One benchmark of a run: its settings, its samples, and the folder of its results."""
-
-    source: BenchmarkSource
-    benchmark: Benchmark
-    samples: Sequence[VideoSample]
-    folder: Path
-
-    @property
-    def label(self) -> str:
-        """The benchmark's name in this evaluation."""
-        return self.folder.name
 
 
 def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
@@ -87,11 +72,13 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
             belongs to the training of another model, or if a folder holds predictions for other settings.
     """
     check_run_dir(config.train.run_dir, config.model.path)
-    jobs = plan_jobs(config.evaluate, config.train.run_dir)
-    judge = _judge_for(jobs, config.judge, config.train.run_dir / "judge_cache")
+    if not config.evaluate.benchmarks:
+        raise UserError("evaluate.benchmarks: nothing to evaluate; add a table [[evaluate.benchmarks]]")
+    jobs = read_jobs(config.evaluate.benchmarks, config.train.run_dir / "evaluation", key="evaluate.benchmarks")
+    judge = judge_for_jobs(jobs, config.judge, config.train.run_dir / "judge_cache")
     model_config = ModelConfig.from_pretrained(config.model.path)
     check_layout(model_config.shape, config.parallel, config.recompute, mesh.launched_world_size())
-    templates = templates_of_jobs(jobs, load_templates(config.data.templates))
+    templates = templates_of_jobs(jobs, load_templates(config.data.templates), key="evaluate.benchmarks")
     processor = PromptProcessor.from_pretrained(config.model.path, model_config)
     tokens = SpecialTokens.from_pretrained(config.model.path, processor, model_config.num_embeddings)
     disable_nccl_cumem(config.rollout, config.sglang)
@@ -112,15 +99,16 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
             try:
                 for job, indices in zip(jobs, missing, strict=True):
                     samples = [job.samples[index] for index in indices]
-                    predictor = _build_predictor(
+                    predictor = Predictor(
                         engine,
                         processor,
-                        templates[job.label],
-                        config.data,
-                        config.evaluate,
-                        thinking=job.source.thinking,
+                        prepare_fn_of_job(job, config.data, templates[job.label], processor),
+                        max_new_tokens=config.evaluate.max_new_tokens,
+                        prompts_per_batch=config.evaluate.prompts_per_batch,
+                        num_workers=config.data.num_workers,
                     )
-                    predictor.predict(samples, logs.get(job.label), job.label)
+                    log = logs.get(job.label)
+                    predictor.predict(samples, log.append if log is not None else None, label=job.label)
             finally:
                 engine.close()
     # A judge may take long. The process groups are gone by now, so the other ranks do not wait for it.
@@ -174,55 +162,6 @@ def _announce(jobs: Sequence[BenchmarkJob], config: RunConfig) -> dict[str, list
     return differences
 
 
-def plan_jobs(section: EvaluateSection, run_dir: Path) -> list[BenchmarkJob]:
-    """Read the manifests of [[evaluate.benchmarks]].
-
-    Args:
-        section: the [evaluate] section.
-        run_dir: train.run_dir; results go to its folder evaluation/LABEL.
-
-    Raises:
-        UserError: there are no benchmarks, or one is invalid; names the key.
-    """
-    if not section.benchmarks:
-        raise UserError("evaluate.benchmarks: nothing to evaluate; add a table [[evaluate.benchmarks]]")
-    jobs: dict[str, BenchmarkJob] = {}
-    for index, source in enumerate(section.benchmarks):
-        label = source.label or source.name
-        if Path(label).name != label or label == ".." or label in jobs:
-            raise UserError(
-                f"evaluate.benchmarks.{index}: label {label!r} must be a folder name that no other benchmark has; "
-                "set another"
-            )
-        benchmark = find_benchmark(source.name)
-        samples = benchmark.select(read_manifest(source.manifest), source.manifest)[: source.max_samples]
-        jobs[label] = BenchmarkJob(source, benchmark, samples, run_dir / "evaluation" / label)
-    return list(jobs.values())
-
-
-def templates_of_jobs(jobs: Sequence[BenchmarkJob], templates: PromptTemplates) -> dict[str, PromptTemplates]:
-    """Return the templates of each benchmark by its label: those of the settings, with the prompt that it names.
-
-    Raises:
-        UserError: a benchmark names a prompt that does not suit its samples.
-    """
-    by_label: dict[str, PromptTemplates] = {}
-    for job in jobs:
-        by_label[job.label] = templates
-        if job.source.prompt is not None:
-            try:
-                own, other = find_task(job.benchmark.task), find_task(job.source.prompt)
-                by_label[job.label] = templates.asked_like(own, other)
-            except ValueError as error:
-                raise UserError(f"evaluate.benchmarks, {job.label}: prompt: {error}") from None
-    return by_label
-
-
-def _judge_for(jobs: Sequence[BenchmarkJob], section: JudgeSection, cache: Path) -> Judge | None:
-    """Build the judge if a benchmark needs one."""
-    return build_judge(section, cache) if any(needs_judge(job.samples) for job in jobs) else None
-
-
 def _start_engine(
     config: RunConfig, model_config: ModelConfig, processor: PromptProcessor, tokens: SpecialTokens
 ) -> RolloutEngine:
@@ -232,25 +171,6 @@ def _start_engine(
     engine = build_engine(config, model, processor, tokens)
     engine.update_weights(stream_hf_tensors(model), version=0)  # the user's own servers may hold other weights
     return engine
-
-
-def _build_predictor(
-    engine: RolloutEngine,
-    processor: PromptProcessor,
-    templates: PromptTemplates,
-    data: DataSection,
-    section: EvaluateSection,
-    *,
-    thinking: bool,
-) -> Predictor:
-    return Predictor(
-        engine,
-        processor,
-        build_prepare_fn(data, templates, processor, CachedVideoReader(data), thinking=thinking),
-        max_new_tokens=section.max_new_tokens,
-        prompts_per_batch=section.prompts_per_batch,
-        num_workers=data.num_workers,
-    )
 
 
 def _indices_to_predict(job: BenchmarkJob, log: PredictionLog) -> list[int]:

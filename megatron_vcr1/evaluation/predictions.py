@@ -104,6 +104,13 @@ def extra_ids(predictions: Mapping[str, Prediction], samples: Sequence[VideoSamp
     return [id for id in predictions if id not in ids]
 
 
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Write a predictions file. It appears under its name when it is complete; its folder must exist."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(_lines(predictions), encoding="utf-8")
+    unfinished.replace(path)
+
+
 class PredictionLog:
     """The predictions file of an evaluation that can be killed and resumed. Only one process may open it.
 
@@ -153,9 +160,7 @@ class PredictionLog:
     def rewrite(self, ids: Sequence[str]) -> None:
         """Rewrite the file with these ids first, so that interruptions leave no trace in its order."""
         self.done = {id: self.done[id] for id in dict.fromkeys([*ids, *self.done])}
-        unfinished = self._path.with_name(self._path.name + ".part")
-        unfinished.write_text(_lines(self.done.values()), encoding="utf-8")
-        unfinished.replace(self._path)
+        write_predictions(self._path, self.done.values())
 
 
 def _lines(predictions: Iterable[Prediction]) -> str:

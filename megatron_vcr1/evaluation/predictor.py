@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,7 +14,7 @@ from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample
 from megatron_vcr1.data.workers import decode_ahead
-from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
+from megatron_vcr1.evaluation.predictions import Prediction
 from megatron_vcr1.evaluation.prepared_samples import prepare_or_explain
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.parallel.prompts import broadcast_prompts
@@ -31,6 +32,8 @@ class Predictor:
         max_new_tokens: longest output.
         prompts_per_batch: samples that a replica generates for at a time.
         num_workers: processes that decode ahead; `prepare` is pickled for them.
+        on_prepared: called with every prepared sample of this replica, in order, before its output is generated. On
+            replica leaders the prompt has its frames.
     """
 
     engine: RolloutEngine
@@ -39,24 +42,42 @@ class Predictor:
     max_new_tokens: int
     prompts_per_batch: int = 32
     num_workers: int = 0
+    on_prepared: Callable[[PreparedSample], None] | None = None
 
-    def predict(self, samples: Sequence[VideoSample], log: PredictionLog | None, label: str) -> None:
-        """Generate predictions for the samples and append them to the log batch by batch. All ranks call it.
+    def predict(
+        self,
+        samples: Sequence[VideoSample],
+        record: Callable[[Sequence[Prediction]], None] | None,
+        *,
+        label: str | None = None,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Generate predictions for the samples and record them batch by batch. All ranks call it.
 
         A prediction does not depend on the replica that generates it.
 
         Args:
             samples: the samples, the same on all ranks.
-            log: the log on the first rank of the job; None on all other ranks.
-            label: label of the progress bar.
+            record: receives the predictions of each batch, on the first rank of the job; None on all other ranks.
+            label: label of the progress bar; None shows no bar.
+            is_stopping: called before each batch, on all ranks together. If it returns True, on all ranks, nothing
+                more is generated.
+
+        Returns:
+            Whether all samples have predictions: False if `is_stopping` returned True.
         """
         num_replicas = mesh.num_replicas()
         size = num_replicas * self.prompts_per_batch
         rounds = [samples[start : start + size] for start in range(0, len(samples), size)]
         shards = [batch[mesh.replica_index() :: num_replicas] for batch in rounds]
-        prompts = self._prepare_ahead([sample for shard in shards for sample in shard])
-        with tqdm(total=len(samples), unit="sample", desc=label, disable=log is None) as bar:
+        bar_is_hidden = label is None or record is None
+        with (
+            closing(self._prepare_ahead([sample for shard in shards for sample in shard])) as prompts,
+            tqdm(total=len(samples), unit="sample", desc=label, disable=bar_is_hidden) as bar,
+        ):
             for batch, shard in zip(rounds, shards, strict=True):
+                if is_stopping():
+                    return False
                 # The replica leader takes the next prompts; the other ranks of the replica receive them.
                 number = len(shard)
                 prepared = broadcast_prompts(lambda number=number: list(islice(prompts, number)))  # type: ignore[misc]
@@ -64,11 +85,12 @@ class Predictor:
                 mine = {prediction.id: prediction for prediction in predicted} if mesh.is_output_rank() else {}
                 gathered = collectives.gather_objects(mine)  # all ranks call it
                 predictions = {id: prediction for part in gathered for id, prediction in part.items()}
-                if log is not None:
-                    log.append([predictions[sample.id] for sample in batch])
+                if record is not None:
+                    record([predictions[sample.id] for sample in batch])
                 bar.update(len(batch))
+        return True
 
-    def _prepare_ahead(self, samples: Sequence[VideoSample]) -> Iterator[PreparedSample | Prediction]:
+    def _prepare_ahead(self, samples: Sequence[VideoSample]) -> Generator[PreparedSample | Prediction, None, None]:
         """Yield prepared samples in order. Only replica leaders iterate; decoding starts with the first item."""
         make = partial(prepare_or_explain, prepare=self.prepare)
         yield from decode_ahead(make, samples, num_workers=self.num_workers)
@@ -76,6 +98,9 @@ class Predictor:
     def _generate(self, prepared: Sequence[PreparedSample | Prediction]) -> list[Prediction]:
         """Return the replica's predictions in order; samples that could not be prepared have theirs already."""
         ready = [item for item in prepared if isinstance(item, PreparedSample)]
+        if self.on_prepared is not None:
+            for item in ready:
+                self.on_prepared(item)
         requests = [GenerationRequest(item.sample.id, item.prompt, num_responses=1) for item in ready]
         params = SamplingParams(self.max_new_tokens, temperature=0.0)
         groups = self.engine.generate(requests, params) if requests else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel.slurm import rank_variables
 from megatron_vcr1.parallel.tested_versions import warn_about_untested_versions
 
@@ -48,6 +50,7 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = C
 
     Raises:
         RuntimeError: there is no CUDA, and `model.cpu.install` was not called.
+        UserError: the name of the first rank's node does not resolve.
     """
     _require_cuda_or_emulation()
     if not dist.is_initialized():
@@ -110,9 +113,25 @@ def _start_distributed(timeout_s: float) -> None:
     else:
         backend = "gloo"
     if "RANK" in os.environ:
+        check_master_address(os.environ.get("MASTER_ADDR", ""))
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     else:  # started alone: no address and port are needed
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def check_master_address(name: str) -> None:
+    """Raise UserError if the name of the first rank's node does not resolve on this node.
+
+    Without this check, torch.distributed retries for as long as its timeout, which is an hour or more, and then names
+    neither the node nor the variable.
+    """
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR = {name!r}, the first rank's node, does not resolve on {socket.gethostname()} ({error}); "
+            "set MASTER_ADDR to an address of that node that all nodes reach"
+        ) from None
 
 
 def _require_cuda_or_emulation() -> None:

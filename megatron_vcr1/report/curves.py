@@ -11,7 +11,10 @@ from megatron_vcr1.report.charts import Chart, Drawing, Line, draw, short, words
 from megatron_vcr1.report.run_record import RunRecord
 
 PARTS = ("total", "format", "iou", "accuracy", "recall")
-PHASES = ("decode", "rollout", "judge", "reference", "old_log_probs", "update", "sync", "save")
+PHASES = ("decode", "rollout", "judge", "reference", "old_log_probs", "update", "sync", "save", "validation")
+
+VALIDATION = "validation/"
+"""Prefix of the metrics of a validation, validation/LABEL/METRIC."""
 
 MIN_PHASE_FRACTION = 0.005
 """Phases that take a smaller fraction of the time are not shown."""
@@ -104,10 +107,16 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
     """
     keys = list(dict.fromkeys(key for run in runs for key in run.metrics.columns))
     note = "The parts add up to the total, which GRPO maximizes." if len(runs) == 1 else ""
-    sections = [("Reward", note, list(_reward_specs(keys))), *_SECTIONS]
+    validation = (
+        "Validation",
+        "Benchmarks on held-out samples during training, with greedy decoding; step 0 is the initial model. A reward "
+        "that rises while these fall means that the policy learns the reward and not the task.",
+        list(_validation_specs(keys)),
+    )
+    sections = [("Reward", note, list(_reward_specs(keys))), validation, *_SECTIONS]
     shown = {key for _, _, specs in sections for spec in specs for key in spec.keys}
     hidden = (*shown, "policy_version", "model_flops")  # the number of the step, and a metric that TFLOP/s replaces
-    other = [key for key in keys if key not in hidden and not key.startswith(("zero_rewards/", "time/"))]
+    other = [key for key in keys if key not in hidden and not key.startswith(("zero_rewards/", "time/", VALIDATION))]
     sections.append(("Other metrics", "", [_Spec(key, "", {key: key}) for key in other[:_MAX_OTHER_CHARTS]]))
     drawn = [
         _section(title, note, [chart for spec in specs for chart in _charts(runs, spec)])
@@ -159,6 +168,17 @@ def _reward_specs(keys: Sequence[str]) -> Iterator[_Spec]:
         yield _Spec(title[:1].upper() + title[1:], "reward", keys_of_parts)
 
 
+def _validation_specs(keys: Sequence[str]) -> Iterator[_Spec]:
+    """Yield a chart for each benchmark with its strict metrics, without the counts of its samples."""
+    by_label: dict[str, dict[str, str]] = {}
+    for key in keys:
+        label, slash, metric = key.removeprefix(VALIDATION).partition("/")
+        if key.startswith(VALIDATION) and slash and not metric.startswith("num_") and not metric.endswith(" (lenient)"):
+            by_label.setdefault(label, {})[key] = metric
+    for label, names in by_label.items():
+        yield _Spec(label, "fraction", names)
+
+
 def _section(title: str, note: str, charts: Sequence[Chart]) -> CurveSection:
     drawings, constant = [], []
     for chart in charts:
@@ -172,12 +192,8 @@ def _section(title: str, note: str, charts: Sequence[Chart]) -> CurveSection:
 
 def _charts(runs: Sequence[RunRecord], spec: _Spec) -> Iterator[Chart]:
     if len(runs) == 1:
-        steps, columns = runs[0].metrics.steps, runs[0].metrics.columns
-        lines = [
-            Line(label, steps, columns[key], colour)
-            for colour, (key, label) in enumerate(spec.keys.items())
-            if key in columns
-        ]
+        run, labels = runs[0], enumerate(spec.keys.items())
+        lines = [_line(run, key, label, colour) for colour, (key, label) in labels if key in run.metrics.columns]
         yield Chart(spec.title, spec.unit, lines)
         return
     for key, label in spec.keys.items():
@@ -186,8 +202,12 @@ def _charts(runs: Sequence[RunRecord], spec: _Spec) -> Iterator[Chart]:
 
 
 def _run_lines(runs: Sequence[RunRecord], key: str) -> list[Line]:
-    return [
-        Line(run.name, run.metrics.steps, run.metrics.columns[key], colour)
-        for colour, run in enumerate(runs)
-        if key in run.metrics.columns
-    ]
+    return [_line(run, key, run.name, colour) for colour, run in enumerate(runs) if key in run.metrics.columns]
+
+
+def _line(run: RunRecord, key: str, label: str, colour: int) -> Line:
+    steps, values = run.metrics.steps, run.metrics.columns[key]
+    if key.startswith(VALIDATION):  # only some steps have a validation: the line connects these
+        measured = np.isfinite(values)
+        steps, values = steps[measured], values[measured]
+    return Line(label, steps, values, colour)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.report.charts import MAX_POINTS, short
-from megatron_vcr1.report.curves import curve_sections, phase_chart
+from megatron_vcr1.report.curves import VALIDATION, curve_sections, phase_chart
 from megatron_vcr1.report.gallery import Exhibit, evaluation_exhibits, rollout_exhibits, with_frames
 from megatron_vcr1.report.rendering import environment, made_with, write_text
 from megatron_vcr1.report.results import main_table, num_answers_and_samples, result_json, result_table
@@ -170,14 +170,15 @@ def _notes(run: RunRecord, problems: Sequence[str]) -> Iterator[str]:
 def _caveats(run: RunRecord) -> Iterator[str]:
     """Yield reasons to interpret the numbers with care."""
     columns = run.metrics.columns
-    if not run.evaluations:
+    if not run.evaluations and not any(key.startswith(VALIDATION) for key in columns):
         yield "nothing was evaluated on held-out samples (vcr1 evaluate); the curves show training data"
     if run.setting("judge", "kind") == "lexical" and any(key.endswith("/recall") for key in columns):
         yield "captions were judged by word matching (judge.kind 'lexical'), not by a language model"
     if run.skipped:
         yield f"{len(run.skipped)} samples could not be used and are listed at the end"
-    if len(run.metrics) and (lost := len(run.metrics) - int(np.isfinite(columns.get("loss", np.array([]))).sum())):
-        yield f"{lost} of {len(run.metrics)} steps have no finite loss"
+    num_steps = int((run.metrics.steps > 0).sum())  # row 0 is the validation of the initial model
+    if lost := num_steps - int(np.isfinite(columns.get("loss", np.array([]))).sum()):
+        yield f"{lost} of {num_steps} steps have no finite loss"
     if (truncated := _last_tenth(run, "truncated_fraction")) > _HIGH_TRUNCATION:
         limit = run.setting("rollout", "max_new_tokens")
         yield f"{100 * truncated:.0f} % of the last responses were cut at {limit} tokens"

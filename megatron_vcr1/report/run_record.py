@@ -129,7 +129,7 @@ def read_run(path: Path) -> RunRecord:
         config=_parsed(config_text, parse_toml, "config.toml", problems),
         config_text=config_text,
         starts=tuple(read_json_lines(path / "starts.jsonl", problems)),
-        metrics=_read_metrics(path / "metrics.jsonl", problems),
+        metrics=read_metrics(path / "metrics.jsonl", problems),
         evaluations=tuple(_read_evaluations(path / "evaluation", problems)),
         skipped={
             str(row.get("id")): str(row.get("reason")) for row in read_json_lines(path / "skipped.jsonl", problems)
@@ -205,15 +205,17 @@ def _parsed(text: str, parse: Any, name: str, problems: list[str]) -> Mapping[st
     return tables if isinstance(tables, dict) else {}
 
 
-def _read_metrics(path: Path, problems: list[str]) -> MetricTable:
+def read_metrics(path: Path, problems: list[str]) -> MetricTable:
     """Read the rows by step; if a step was repeated after a resume, the later row counts."""
     rows: dict[int, Mapping[str, Any]] = {}
     num_repeated = 0
     for row in read_json_lines(path, problems):
         if type(row.get("step")) is not int or not 0 <= row["step"] <= _LAST_STEP:
             continue
-        num_repeated += row["step"] in rows
-        rows[row["step"]] = row
+        earlier = rows.get(row["step"], {})
+        # A step has a row for its training and one for its validation.
+        num_repeated += len(earlier.keys() & row.keys()) > 1
+        rows[row["step"]] = {**earlier, **row}
     if num_repeated:
         problems.append(f"{path.name}: {num_repeated} steps were repeated after a resume; the later row counts")
     steps = sorted(rows)

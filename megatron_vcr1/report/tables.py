@@ -61,12 +61,14 @@ def phase_rows(runs: Sequence[RunRecord]) -> list[PhaseRow]:
     rows = []
     for run in runs:
         columns = run.metrics.columns
-        seconds = {phase: float(np.nansum(columns[f"time/{phase}_s"])) / len(run.metrics) for phase in phases(run)}
+        num_steps = max(int((run.metrics.steps > 0).sum()), 1)  # row 0 is the validation of the initial model
+        seconds = {phase: float(np.nansum(columns[f"time/{phase}_s"])) / num_steps for phase in phases(run)}
         if not seconds:
             continue
         total_s = sum(seconds.values())
         if (whole := columns.get("time/total_s")) is not None:
-            total_s = max(float(np.nansum(whole)) / len(run.metrics), total_s)
+            # The total of a step does not include the validation after it.
+            total_s = max(float(np.nansum(whole)) / num_steps + seconds.get("validation", 0.0), total_s)
             if (rest := total_s - sum(seconds.values())) > MIN_PHASE_FRACTION * total_s:
                 seconds["other"] = rest
         fractions = [(phase, value, value / total_s) for phase, value in seconds.items()]

@@ -37,6 +37,7 @@ def environment(num_ranks: int) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "host": platform.node(),
+        "pid": os.getpid(),
         **slurm,
         "ranks": num_ranks,
         "device": device_name() or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",

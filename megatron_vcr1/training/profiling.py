@@ -19,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_vcr1 import timeline
 from megatron_vcr1.config.training_sections import ProfileSection
-from megatron_vcr1.errors import UserError
 from megatron_vcr1.timeline import Span
 from megatron_vcr1.training.metrics import PHASES
 
@@ -34,10 +33,6 @@ class StepProfile:
     """Profiles the steps that [profile] names, counted from this start of the run."""
 
     def __init__(self, section: ProfileSection, folder: Path) -> None:
-        """Raises UserError if the settings name a rank that the job does not have."""
-        if section.enabled and not set(section.ranks) <= set(range(dist.get_world_size())):
-            ranks = ", ".join(map(str, section.ranks))
-            raise UserError(f"profile.ranks = {ranks}: the job has ranks 0 to {dist.get_world_size() - 1}")
         self._section = section
         self._is_enabled = section.enabled and dist.get_rank() in section.ranks
         self._folder = folder

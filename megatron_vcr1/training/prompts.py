@@ -15,10 +15,8 @@ from megatron_vcr1.data.order import SampleOrder, Source
 from megatron_vcr1.data.preparation import build_prepare_fns
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import PreparedSample
-from megatron_vcr1.data.shared_memory import warn_if_shared_memory_is_small
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.prompts import broadcast_prompts
 from megatron_vcr1.types import VideoSample
 
@@ -55,11 +53,20 @@ class PromptStream:
         num_drawn: prompts drawn by all replicas since the first start of the run.
     """
 
-    def __init__(self, section: DataSection, processor: PromptProcessor, *, seed: int) -> None:
+    def __init__(
+        self,
+        section: DataSection,
+        processor: PromptProcessor,
+        *,
+        seed: int,
+        replica_index: int = 0,
+        num_replicas: int = 1,
+    ) -> None:
         """Read and check the manifests. Videos are opened when prompts are drawn.
 
         Args:
             seed: seed of the samples' order.
+            replica_index, num_replicas: this rank's replica, and the number of replicas of the job.
 
         Raises:
             UserError: no sources, a bad manifest or template file, or settings that exclude each other.
@@ -78,12 +85,11 @@ class PromptStream:
         self._loader = PromptLoader(
             self._order,
             build_prepare_fns(section, self.templates, processor),
-            rank=mesh.replica_index(),
-            num_ranks=mesh.num_replicas(),
+            rank=replica_index,
+            num_ranks=num_replicas,
             num_workers=section.num_workers,
         )
-        if mesh.is_first_rank_on_host():
-            warn_if_shared_memory_is_small(section, num_readers=mesh.num_leaders_on_host())
+        self._num_replicas = num_replicas
         self._iterator: Generator[PreparedSample, None, None] | None = None  # owns the decoding processes
         self.num_drawn = 0
 
@@ -101,7 +107,7 @@ class PromptStream:
             UserError: not a single sample can be read; on all ranks of the replica.
         """
         prompts = broadcast_prompts(lambda: list(self._draw(number)))
-        self.num_drawn += number * mesh.num_replicas()
+        self.num_drawn += number * self._num_replicas
         return prompts
 
     def take_skipped(self) -> list[SkippedSample]:

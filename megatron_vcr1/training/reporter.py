@@ -14,9 +14,10 @@ from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.training.metrics import Metrics, device_name, peak_memory_gb, throughput
-from megatron_vcr1.training.run_dir import RunDir
+from megatron_vcr1.training.run_dir import VALIDATION_PREFIX, RunDir
 from megatron_vcr1.training.sinks import Sink
 from megatron_vcr1.training.trainer import StepResult
+from megatron_vcr1.training.validation import ValidationResult
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,28 @@ class Reporter:
             for sink in self._sinks:
                 sink.step(step, row)
             self._warn_about_mismatch(step, reduced)
+
+    def report_validation(self, step: int, result: ValidationResult, seconds: float, *, note: str = "") -> None:
+        """Record and show a validation.
+
+        Args:
+            step: training steps done.
+            seconds: its duration.
+            note: ends the line of the log.
+        """
+        if not mesh.is_first_rank():
+            return
+        values = {f"{VALIDATION_PREFIX}{name}": value for name, value in result.metrics.items()}
+        self._run_dir.add_metrics({"step": step, **values, "time/validation_s": seconds})
+        for label, id, reason in result.unanswered:
+            self._run_dir.add_skipped(step, [(id, reason)], benchmark=label)
+            logger.warning("validation at step %d: %s: sample %s counts as wrong: %s", step, label, id, reason)
+        for sink in self._sinks:
+            sink.validation(step, {**values, "time/validation_s": seconds}, result.shown)
+        # The counts and the lenient readings are in metrics.jsonl.
+        names = [name for name in result.metrics if "/num_" not in name and not name.endswith(" (lenient)")]
+        shown = ", ".join(f"{name} {result.metrics[name]:.4g}" for name in names)
+        logger.info("validation at step %d: %s (%.1f s)%s", step, shown, seconds, note)
 
     def _warn_about_mismatch(self, step: int, metrics: Mapping[str, float]) -> None:
         """Warn if the log-probs of the rollout engine and of training differ too much."""

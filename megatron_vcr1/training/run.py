@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_vcr1 import timeline
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.run_store import RunStore
+from megatron_vcr1.config.evaluation_sections import ValidationSection
 from megatron_vcr1.config.training_sections import CheckpointSection, TrainSection
-from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import collectives
 from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.training.lifecycle import EXIT_STOPPED_BY_SIGNAL, Lifecycle
@@ -19,7 +19,9 @@ from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.profiling import StepProfile
 from megatron_vcr1.training.reporter import Reporter
 from megatron_vcr1.training.run_dir import RunDir
+from megatron_vcr1.training.settings_checks import check_stage
 from megatron_vcr1.training.trainer import StepResult, Trainer, TrainingStopped
+from megatron_vcr1.training.validation import BestStep, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +31,21 @@ class Run:
 
     Attributes:
         step: steps done, including those before a resume.
+        validated_step: step of the last complete validation; None before the first.
     """
 
     def __init__(
         self,
         train: TrainSection,
         checkpoint: CheckpointSection,
+        validation: ValidationSection,
         model_dir: Path,
         *,
         run_dir: RunDir,
         store: RunStore,
         learner: Learner,
         trainer: Trainer,
+        validator: Validator | None,
         num_steps: int,
     ) -> None:
         """Resume from the newest complete checkpoint of the run directory, if there is one.
@@ -48,6 +53,7 @@ class Run:
         Args:
             model_dir: model.path, whose configuration and tokenizer files are copied into checkpoints.
             run_dir, store: train.run_dir and its checkpoints.
+            validator: None without validation.
             num_steps: length of the run; it may end earlier if the trainer is out of data.
 
         Raises:
@@ -55,13 +61,17 @@ class Run:
         """
         self._train = train
         self._checkpoint = checkpoint
+        self._validation = validation
         self._model_dir = model_dir
         self._run_dir = run_dir
         self._store = store
         self._learner = learner
         self._trainer = trainer
+        self._validator = validator
         self._num_steps = num_steps
         self.step = 0
+        self.validated_step: int | None = None
+        self._best = BestStep()
         self._consecutive_skipped = 0  # steps in a row whose update was not applied
         self._save_is_due = False
         self._save_s = 0.0  # time of the last save, reported with the next step
@@ -72,14 +82,15 @@ class Run:
         if newest is None:
             return
         state = self._store.load(newest, self._learner.model, self._learner.optimizer, self._learner.scheduler)
-        if state["stage"] != self._train.stage:
-            raise UserError(
-                f"train.run_dir = {self._run_dir.path} holds a run with train.stage = '{state['stage']}', not "
-                f"'{self._train.stage}'; choose another folder (model.path can be the export of that run, or one of "
-                "its checkpoints)"
-            )
+        check_stage(state["stage"], self._train)
         self.step, self._consecutive_skipped = newest, state["skipped_in_a_row"]
         self._trainer.load_state_dict(state["trainer"])
+        self.validated_step = state.get("validated_step")
+        self._best.load_state_dict(state.get("best", self._best.state_dict()))
+        best = self._best.step
+        if best is not None and not run_on_first_rank(lambda: self._store.path(best).is_dir()):
+            logger.warning("the best checkpoint, of step %d, is gone: the next validation starts over", best)
+            self._best = BestStep()
         logger.info("resumed from %s", self._store.path(newest))
 
     def run(self, lifecycle: Lifecycle, reporter: Reporter, profile: StepProfile) -> int:
@@ -99,12 +110,22 @@ class Run:
         lifecycle.expect_progress()
         if self._checkpoint.export == "always" and self.step > 0:
             self._export_unless_done()  # the last start may have ended between the checkpoint and its export
+        # The initial model, or the step of the checkpoint if a stop signal came before or during its validation.
+        if self._validation_is_due():
+            logger.info("validating the model of step %d", self.step)
+            self._validate(lifecycle, reporter, may_be_best=self.step > 0)
+        if not self._is_finished():
+            logger.info("step %d starts", self.step + 1)
         while not self._is_finished():
             lifecycle.expect_progress()
             profile.next_step()
             result = self._do_step(reporter)
             self._abort_if_not_finite(result)
             is_stopping = self._agree_to_stop(lifecycle)
+            # Before the checkpoint, whose state contains the best step. A stop signal leaves no time for a validation:
+            # the next start repeats it.
+            if self._validation_is_due() and not is_stopping:
+                is_stopping = not self._validate(lifecycle, reporter, may_be_best=result.applied)
             self._save_is_due |= self.step % self._checkpoint.every_steps == 0
             # A loss that is not finite may come from damaged weights. Saving them could push the last good checkpoint
             # out of keep_last, so a due save waits for a step that is applied.
@@ -116,12 +137,50 @@ class Run:
                 return EXIT_STOPPED_BY_SIGNAL
         lifecycle.expect_progress()
         self._store.finish()
-        if self._checkpoint.export == "end":
+        if self._checkpoint.export in ("end", "best"):
             self._export_unless_done()
         return 0
 
     def _is_finished(self) -> bool:
-        return self.step >= self._num_steps or self._trainer.is_out_of_data
+        return self.step >= self._num_steps or self._trainer.is_out_of_data or self._stops_early()
+
+    def _stops_early(self) -> bool:
+        patience = self._validation.patience
+        return patience is not None and self._best.num_worse >= patience
+
+    def _validation_is_due(self) -> bool:
+        if self._validator is None or self.step == self.validated_step:
+            return False
+        return self.step % self._validation.every_steps == 0 or self._is_finished()
+
+    @timeline.span("validation")
+    def _validate(self, lifecycle: Lifecycle, reporter: Reporter, *, may_be_best: bool) -> bool:
+        """Validate the policy's present weights, and note whether it is the best so far.
+
+        Args:
+            may_be_best: False for weights that get no checkpoint of their own.
+
+        Returns:
+            Whether the validation is complete: False if a stop signal ended it.
+        """
+        assert self._validator is not None
+        start = time.perf_counter()
+
+        def is_stopping() -> bool:
+            lifecycle.expect_progress()
+            return self._agree_to_stop(lifecycle)
+
+        result = self._validator.run(self._trainer.engine_with_policy(), self.step, is_stopping=is_stopping)
+        if result is None:
+            return False
+        self.validated_step = self.step
+        keep_best, note = self._checkpoint.keep_best, ""
+        if keep_best is not None and may_be_best and self._best.update(self.step, result.metrics.get(keep_best)):
+            self._save_is_due, note = True, f"; best {keep_best} so far"
+        reporter.report_validation(self.step, result, time.perf_counter() - start, note=note)
+        if self._stops_early():
+            logger.info("early stop: %d validations in a row without a better %s", self._best.num_worse, keep_best)
+        return True
 
     def _do_step(self, reporter: Reporter) -> StepResult:
         metrics = Metrics()
@@ -142,9 +201,19 @@ class Run:
             "stage": self._train.stage,
             "skipped_in_a_row": self._consecutive_skipped,
             "trainer": self._trainer.state_dict(),
+            "validated_step": self.validated_step,
+            "best": self._best.state_dict(),
         }
         learner = self._learner
-        self._store.save(self.step, learner.model, learner.optimizer, learner.scheduler, state, self._model_dir)
+        self._store.save(
+            self.step,
+            learner.model,
+            learner.optimizer,
+            learner.scheduler,
+            state,
+            self._model_dir,
+            best_step=self._best.step,
+        )
         if self._checkpoint.export == "always":
             self._store.finish()
             self._export()
@@ -152,16 +221,26 @@ class Run:
         self._save_s = time.perf_counter() - start
 
     def _export(self) -> None:
-        """Export the newest checkpoint as a Hugging Face directory, replacing an earlier export of that name."""
-        directory = self._run_dir.export_dir(self.step, self._checkpoint.export)
+        """Export a checkpoint as a Hugging Face directory, replacing an earlier export of that name."""
+        step = self._step_to_export()
+        directory = self._run_dir.export_dir(step, self._checkpoint.export)
         run_on_first_rank(lambda: self._run_dir.remove_old_export(directory))
-        export_checkpoint(self._store.path(self.step), directory)
-        run_on_first_rank(lambda: self._run_dir.note_export(self.step, directory))
-        logger.info("exported: %s", directory)
+        export_checkpoint(self._store.path(step), directory)
+        run_on_first_rank(lambda: self._run_dir.note_export(step, directory))
+        logger.info("exported: step %d to %s", step, directory)
+
+    def _step_to_export(self) -> int:
+        """Return the newest step, or the best one if checkpoint.export asks for it."""
+        if self._checkpoint.export != "best":
+            return self.step
+        if self._best.step is None:
+            logger.warning("no validation has a value of %s: the last step is exported", self._checkpoint.keep_best)
+        return self._best.step if self._best.step is not None else self.step
 
     def _export_unless_done(self) -> None:
-        directory = self._run_dir.export_dir(self.step, self._checkpoint.export)
-        if not run_on_first_rank(lambda: self._run_dir.is_exported(self.step, directory)):
+        step = self._step_to_export()
+        directory = self._run_dir.export_dir(step, self._checkpoint.export)
+        if not run_on_first_rank(lambda: self._run_dir.is_exported(step, directory)):
             self._export()
 
     def _abort_if_not_finite(self, result: StepResult) -> None:

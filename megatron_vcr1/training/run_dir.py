@@ -22,6 +22,10 @@ from megatron_vcr1.training.environment import environment
 
 logger = logging.getLogger(__name__)
 
+VALIDATION_FOLDER = "validation"
+VALIDATION_PREFIX = "validation/"
+"""Prefix of the metrics of a validation, which has a line of its own in metrics.jsonl."""
+
 
 class RunDir:
     """The files of a run. Only rank 0 writes to it.
@@ -51,13 +55,17 @@ class RunDir:
         except OSError as error:
             raise UserError(f"train.run_dir = {self.path}: cannot be written to: {error}") from error
 
-    def open(self, config: RunConfig, step: int) -> None:
+    def open(
+        self, config: RunConfig, step: int, validated_step: int | None = None, *, num_steps: int | None = None
+    ) -> None:
         """Record the settings and this start, log the settings that changed, and drop the records of later steps.
 
         A run that was killed may have recorded steps after its newest checkpoint. The resumed run computes them again.
 
         Args:
             step: step of the checkpoint that the run resumes from; 0 for a new run.
+            validated_step: step of the last validation before that checkpoint; None without any.
+            num_steps: length of the run.
 
         Raises:
             OSError: the disk is full or failed.
@@ -68,33 +76,40 @@ class RunDir:
         for name, (before, after) in changed.items():
             logger.info("changed since the last start: %s = %s (was %s)", name, after, before)
         _write_atomically(settings, text.encode())
-        _append(self.path / "starts.jsonl", [{"step": step, "changed": changed, **environment(launched_world_size())}])
+        start = {"step": step, "num_steps": num_steps, "changed": changed, **environment(launched_world_size())}
+        _append(self.path / "starts.jsonl", [start])
         for file in (self._metrics, self._skipped):
             if file.exists():
-                _drop_rows_after(file, step)
+                _drop_rows_after(file, step, -1 if validated_step is None else validated_step)
         for file in self._rollouts.iterdir():
             written = re.fullmatch(r"step_(\d+)\.(jsonl|part)", file.name)  # other files are the user's
             if written and (written[2] == "part" or int(written[1]) > step):
                 file.unlink()
+        for folder in (self.path / VALIDATION_FOLDER).glob("step_*"):
+            number = folder.name.removeprefix("step_")
+            if number.isdecimal() and int(number) > (-1 if validated_step is None else validated_step):
+                shutil.rmtree(folder)
 
     def add_metrics(self, row: Mapping[str, float | int | None]) -> None:
         """Append a step's metrics. Numbers that are not finite become null: JSON has no NaN or infinity."""
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
         _append(self._metrics, [finite])
 
-    def add_skipped(self, step: int, skipped: Iterable[tuple[str, str]]) -> None:
-        """Append the samples that a step could not use.
+    def add_skipped(self, step: int, skipped: Iterable[tuple[str, str]], *, benchmark: str | None = None) -> None:
+        """Append the samples that a step, or the validation after it, could not use.
 
         Args:
             skipped: id and reason of each sample.
+            benchmark: label of the validation benchmark; None for a training step.
         """
-        _append(self._skipped, [{"step": step, "id": name, "reason": reason} for name, reason in skipped])
+        where = {} if benchmark is None else {"validation": benchmark}
+        _append(self._skipped, [{"step": step, **where, "id": name, "reason": reason} for name, reason in skipped])
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a step's groups, one per line. The file appears under its name when it is complete."""
         _write_atomically(self._rollouts / f"step_{step}.jsonl", _lines(rows))
 
-    def export_dir(self, step: int, when: Literal["never", "end", "always"]) -> Path:
+    def export_dir(self, step: int, when: Literal["never", "end", "best", "always"]) -> Path:
         """Return the directory that a step's checkpoint is exported to.
 
         Args:
@@ -179,8 +194,8 @@ def _file_named_in_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Drop the rows of later steps, and an incomplete last row of a killed run."""
+def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:
+    """Drop the rows of later steps and of later validations, and an incomplete last row of a killed run."""
     kept = []
     # errors="replace": an incomplete row may end within a character.
     for line in read_lines(path, errors="replace"):
@@ -188,6 +203,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
             row = parse_json(line, path)
         except UserError:
             continue
-        if row["step"] <= step:
+        is_validation = any(name.startswith("validation") for name in row)
+        if row["step"] <= (validated_step if is_validation else step):
             kept.append(line.removesuffix("\n") + "\n")
     _write_atomically(path, "".join(kept).encode())

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.data_sections import DataSource
 from megatron_vcr1.config.training_sections import TrainSection
 from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.parallel import collectives, mesh
+from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.training.metrics import Metrics, add_update_work
 from megatron_vcr1.training.microbatches import Microbatch, pack_microbatches
 from megatron_vcr1.training.optimizer import Learner
@@ -29,6 +31,7 @@ class SftTrainer:
         learner: Learner,
         stream: PromptStream,
         processor: PromptProcessor,
+        engine: RolloutEngine | None,
         *,
         data_sources: Sequence[DataSource],
         frozen_parts: Collection[str],
@@ -36,6 +39,7 @@ class SftTrainer:
     ) -> None:
         """
         Args:
+            engine: generates responses in validation; the trainer closes it. None without validation.
             data_sources: data.sources; each says whether its prompts ask for reasoning.
             frozen_parts: model.freeze, for the FLOPs of an update.
 
@@ -44,6 +48,8 @@ class SftTrainer:
         """
         self._learner = learner
         self._stream = stream
+        self._engine = engine
+        self._num_syncs = 0
         self._targets = TargetEncoder(processor)
         self._data_sources = data_sources
         self._frozen_parts = frozen_parts
@@ -82,6 +88,12 @@ class SftTrainer:
         thinking = self._data_sources[prompt.source].thinking
         return self._targets.encode(completion_text(prompt.sample, self._stream.templates, thinking=thinking))
 
+    def engine_with_policy(self) -> RolloutEngine:
+        assert self._engine is not None, "the run has no validation"
+        self._num_syncs += 1  # an engine needs another version for other weights
+        self._engine.update_weights(stream_hf_tensors(self._learner.model), self._num_syncs)
+        return self._engine
+
     @property
     def is_out_of_data(self) -> bool:
         return False  # every step uses the same number of prompts, so the number of steps covers the epochs
@@ -97,3 +109,5 @@ class SftTrainer:
 
     def close(self) -> None:
         self._stream.close()
+        if self._engine is not None:
+            self._engine.close()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console, Group
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
+from megatron_vcr1 import timeline
 from megatron_vcr1.config.training_sections import LoggingSection
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.training.shown_samples import COLUMNS, ShownSample
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,10 @@ class Sink(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show or store the metrics of a step."""
+        ...
+
+    def validation(self, step: int, metrics: Mapping[str, float], samples: Sequence[ShownSample]) -> None:
+        """Show or store the metrics of a validation, and some of its samples. The log has a line with the metrics."""
         ...
 
     def close(self, *, failed: bool) -> None:
@@ -70,7 +78,9 @@ def open_sinks(
         sinks += _tensorboard(run_dir, first_step)
     # The terminal comes last: if another sink fails or writes to the terminal, no progress bar is in the way yet.
     console = Console(stderr=True)
-    sinks.append(TerminalSink(console, first_step, num_steps) if console.is_terminal else LogFileSink(num_steps))
+    sinks.append(
+        TerminalSink(console, first_step, num_steps) if console.is_terminal else LogFileSink(first_step, num_steps)
+    )
     return sinks
 
 
@@ -82,16 +92,23 @@ def format_metrics(metrics: Mapping[str, float]) -> dict[str, str]:
 class LogFileSink:
     """The sink for output that is not a terminal: logs the first and the last step, and a line every ten seconds."""
 
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
+    def __init__(self, first_step: int, num_steps: int) -> None:
+        self._first_step, self._num_steps = first_step, num_steps
+        self._start_s = time.monotonic()
         self._logged_s = float("-inf")
         self._pending_line = ""  # line of the newest step, until it is logged
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        elapsed_s = time.monotonic() - self._start_s
+        eta_s = elapsed_s / (step - self._first_step) * (self._num_steps - step)
         values = ", ".join(f"{name} {value}" for name, value in format_metrics(metrics).items())
-        self._pending_line = f"step {step}/{self._num_steps}: {values}"
+        times = f"elapsed {format_duration(elapsed_s)}, ETA {format_duration(eta_s)}"
+        self._pending_line = f"step {step}/{self._num_steps}: {times}, {values}"
         if step == self._num_steps or time.monotonic() - self._logged_s >= _LINE_INTERVAL_S:
             self._log()
+
+    def validation(self, step: int, metrics: Mapping[str, float], samples: Sequence[ShownSample]) -> None:
+        self._log()  # the line of its step comes first
 
     def close(self, *, failed: bool) -> None:
         self._log()  # the run may end before its planned last step
@@ -102,29 +119,49 @@ class LogFileSink:
         self._logged_s, self._pending_line = time.monotonic(), ""
 
 
+def format_duration(seconds: float) -> str:
+    """Format a duration as hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 class TerminalSink:
-    """A progress bar above a table of the newest metrics, redrawn in place."""
+    """A progress bar with the current phase, above the newest metrics, redrawn in place. It fits into 80 columns."""
 
     def __init__(self, console: Console, first_step: int, num_steps: int) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(TextColumn("train"), *columns, console=console)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
         self._task = self._progress.add_task("train", total=num_steps, completed=first_step)
-        self._live = Live(self._progress, console=console, refresh_per_second=4)
+        self._metrics: RenderableType = Text("no step yet")
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
         stderr = sys.stderr
         self._handlers = [
             handler for handler in logging.getLogger().handlers if getattr(handler, "stream", 0) is stderr
         ]
-        self._live.start()
+        self._live.start(refresh=True)
         self._redirect_logs()
+
+    def _render(self) -> Group:
+        # The refresh thread asks for it, so the phase is shown before the first step ends, too.
+        return Group(self._progress, Text(f"now: {timeline.current() or 'between steps'}", style="dim"), self._metrics)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._progress.update(self._task, completed=step)
-        values = format_metrics(metrics)
-        table = Table(box=None, pad_edge=False)
-        for name in values:
-            table.add_column(name, justify="right")
-        table.add_row(*values.values())
-        self._live.update(Group(self._progress, table))
+        pairs = [Text(f"{name} {value}", no_wrap=True) for name, value in format_metrics(metrics).items()]
+        self._metrics = Columns(pairs, padding=(0, 3))
+        self._live.refresh()
+
+    def validation(self, step: int, metrics: Mapping[str, float], samples: Sequence[ShownSample]) -> None:
+        """Do nothing: the line of the log appears above the display."""
 
     def close(self, *, failed: bool) -> None:
         self._live.stop()
@@ -149,8 +186,26 @@ class _TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def validation(self, step: int, metrics: Mapping[str, float], samples: Sequence[ShownSample]) -> None:
+        self.step(step, metrics)
+        for label in dict.fromkeys(sample.label for sample in samples):
+            mine = [sample for sample in samples if sample.label == label]
+            self._writer.add_text(f"validation/{label}", _markdown_table(mine), step)
+            for sample in mine:
+                if sample.frames is not None:
+                    self._writer.add_image(f"validation/{label}/{sample.id}", sample.frames, step, dataformats="HWC")
+
     def close(self, *, failed: bool) -> None:
         self._writer.close()
+
+
+def _markdown_table(samples: Sequence[ShownSample]) -> str:
+    """Return a Markdown table; the texts of models and data sets cannot break out of their cells."""
+    rows = [
+        [html.escape(text).replace("|", "&#124;").replace("\n", "<br>") for text in sample.texts] for sample in samples
+    ]
+    lines = [" | ".join(row) for row in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def _tensorboard(run_dir: Path, first_step: int) -> list[Sink]:
@@ -171,6 +226,7 @@ class _WeightsAndBiases:
             raise UserError(
                 f"logging.wandb_project is set, but wandb cannot be imported ({error}): pip install wandb"
             ) from error
+        self._wandb = wandb
         self._run = wandb.init(
             project=project,
             dir=str(run_dir),
@@ -182,6 +238,17 @@ class _WeightsAndBiases:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def validation(self, step: int, metrics: Mapping[str, float], samples: Sequence[ShownSample]) -> None:
+        row: dict[str, Any] = dict(metrics)
+        for label in dict.fromkeys(sample.label for sample in samples):
+            rows = [
+                [*sample.texts, None if sample.frames is None else self._wandb.Image(sample.frames)]
+                for sample in samples
+                if sample.label == label
+            ]
+            row[f"validation/{label}/samples"] = self._wandb.Table(columns=[*COLUMNS, "frames"], data=rows)
+        self._run.log(row, step=step)
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

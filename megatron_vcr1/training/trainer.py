@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_vcr1.data.loader import SkippedSample
+from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.training.metrics import Metrics
 
 
@@ -39,6 +40,13 @@ class Trainer(Protocol):
         Args:
             step: number of the step, counted from 1.
             metrics: the trainer adds the metrics of the step to it.
+        """
+        ...
+
+    def engine_with_policy(self) -> RolloutEngine:
+        """Return the engine of the run, which generates with the policy's present weights until the next step.
+
+        Every rank of the job takes part in the weight sync. Called only if the run has validation.
         """
         ...
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -93,3 +94,26 @@ def test_an_os_error_is_a_message_and_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(cli, "COMMANDS", (Failing,))
     assert cli.main(["fail"]) == 1
     assert capsys.readouterr().err == "vcr1: failed: [Errno 28] No space left on device: 'out.jsonl'\n"
+
+
+def test_the_shell_completes_commands_and_options(tmp_path):
+    """As bash calls it: the command line in COMP_LINE, the completions on file descriptor 8."""
+    pytest.importorskip("argcomplete")
+
+    def completions(line):
+        file = tmp_path / "completions"
+        environment = {
+            **os.environ,
+            "_ARGCOMPLETE": "1",
+            "_ARGCOMPLETE_IFS": "\n",
+            "_ARGCOMPLETE_STDOUT_FILENAME": str(file),
+            "COMP_LINE": line,
+            "COMP_POINT": str(len(line)),
+        }
+        subprocess.run([sys.executable, "-m", "megatron_vcr1"], env=environment, check=True)
+        return {word.strip() for word in file.read_text().splitlines()}
+
+    assert completions("vcr1 re") == {"report"}
+    assert {"train", "status", "plan"} <= completions("vcr1 ")
+    assert {"--gpu", "--gpus-per-node"} == completions("vcr1 plan --gp")
+    assert "h200" in completions("vcr1 plan --gpu ")

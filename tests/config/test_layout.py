@@ -4,8 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_vcr1.config.layout import ModelShape, check_layout, layers_per_stage, possible_tensor_sizes
+from megatron_vcr1.config.layout import (
+    ModelShape,
+    check_batch_size,
+    check_layout,
+    layers_per_stage,
+    possible_tensor_sizes,
+)
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
+from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
 from megatron_vcr1.errors import UserError
 
 
@@ -138,3 +145,13 @@ def test_stages_match_megatron_core(first, last, pipeline):
     else:
         with pytest.raises(UserError, match="cannot be split"):
             layers_per_stage(12, parallel)
+
+
+def test_prompts_must_split_over_replicas_and_minibatches() -> None:
+    train = TrainSection(prompts_per_step=6)
+    check_batch_size(train, GrpoSection(num_minibatches=3), num_replicas=2)
+    with pytest.raises(UserError, match=r"prompts_per_step = 6 cannot be split evenly over 4 .*multiple of 4"):
+        check_batch_size(train, GrpoSection(), num_replicas=4)
+    with pytest.raises(UserError, match=r"prompts_per_step = 6 is not a multiple of grpo\.num_minibatches = 4"):
+        check_batch_size(train, GrpoSection(num_minibatches=4), num_replicas=2)
+    check_batch_size(TrainSection(stage="sft", prompts_per_step=6), GrpoSection(num_minibatches=4), num_replicas=2)

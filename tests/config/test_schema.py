@@ -25,6 +25,7 @@ def test_arrays_of_tables_have_an_entry_class():
     assert {name: entry for name, entry in found.items() if entry} == {
         "data.sources": DataSource,
         "evaluate.benchmarks": BenchmarkSource,
+        "validation.benchmarks": BenchmarkSource,
     }
 
 

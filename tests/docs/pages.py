@@ -19,7 +19,13 @@ ORDER = (
     "using_the_model",
     "checkpoints",
 )
-NOT_RUN = ("needs a cluster", "needs a GPU", "needs the network")
+NOT_RUN = (
+    "needs a cluster",
+    "needs a GPU",
+    "needs an interactive shell",
+    "needs the model of the configuration",
+    "needs the network",
+)
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

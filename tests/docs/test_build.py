@@ -32,6 +32,26 @@ def test_the_configuration_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(), "run `python docs/generate_configuration.py`"
 
 
+def test_the_page_of_gpus_is_what_the_planner_says() -> None:
+    """All cells up to 8 GPUs; larger clusters take the planner longer, so only one of them."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import generate_gpus as gpus
+    finally:
+        sys.path.pop(0)
+    text = gpus.PAGE.read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    titles = [title for title, *_ in gpus.MODELS]
+    tables = [{row[0]: row[1:] for row in rows[start : start + 6]} for start in (0, 6)]
+    for gpu, table in zip(gpus.GPUS, tables, strict=True):
+        assert list(table) == ["model", *titles] and len(table["model"]) == len(gpus.COUNTS)
+        for title, model, freeze in gpus.MODELS:
+            for number, shown in zip(gpus.COUNTS[:3], table[title][:3], strict=True):
+                assert shown == gpus.cell(model, freeze, gpu, number), "run `python docs/generate_gpus.py`"
+    assert tables[1]["72B"][3] == gpus.cell("qwen2.5-vl-72b", (), "h200", 32)
+    assert text.startswith(gpus.INTRODUCTION) and text.endswith(gpus.ENDING)
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -23,7 +23,8 @@ from megatron_vcr1.data.manifest import read_manifest, write_manifest
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation import evaluate
-from megatron_vcr1.evaluation.evaluate import evaluate_model, plan_jobs
+from megatron_vcr1.evaluation.evaluate import evaluate_model
+from megatron_vcr1.evaluation.jobs import BenchmarkJob, read_jobs, templates_of_jobs
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.tasks import ChoiceTarget
 from tests.gloo import GlooPool
@@ -126,8 +127,8 @@ def test_an_unreadable_video_is_counted_and_tried_again(folder: Path, whole: dic
     assert evaluate._indices_to_predict(*_open(run_config(folder, folder / "whole", str(damaged.task)))) == [0]
 
 
-def _open(config: RunConfig) -> tuple[evaluate.BenchmarkJob, evaluate.PredictionLog]:
-    (job,) = plan_jobs(config.evaluate, config.train.run_dir)
+def _open(config: RunConfig) -> tuple[BenchmarkJob, evaluate.PredictionLog]:
+    (job,) = read_jobs(config.evaluate.benchmarks, config.train.run_dir / "evaluation", key="evaluate.benchmarks")
     return job, evaluate._open_log(job, evaluate._settings(job, config), load_templates(config.data.templates))
 
 
@@ -242,8 +243,8 @@ def test_samples_can_be_asked_like_those_of_another_task(folder: Path, whole: di
     assert "accuracy" in result.summary.metrics and "mIoU" not in result.summary.metrics
     details = json.loads((folder / "glue/evaluation/multiple_choice_qa/metrics.json").read_text())
     assert (details["benchmark"], details["prompt"]) == ("multiple_choice_qa", "grounded_qa")
-    (job,) = plan_jobs(config.evaluate, config.train.run_dir)
-    asked = evaluate.templates_of_jobs([job], load_templates())[job.label]
+    (job,) = read_jobs(config.evaluate.benchmarks, config.train.run_dir / "evaluation", key="evaluate.benchmarks")
+    asked = templates_of_jobs([job], load_templates(), key="evaluate.benchmarks")[job.label]
     assert "<glue>" in asked.text_of(job.samples[0], thinking=False)
 
 

@@ -51,9 +51,26 @@ def test_predictions_are_logged_in_order_and_batch_by_batch(tmp_path: Path) -> N
     log = PredictionLog(tmp_path / "predictions.jsonl", {sample.id: f"prompt {sample.id}" for sample in samples})
     predictor = Predictor(cast(RolloutEngine, engine), processor, prepare, max_new_tokens=7, prompts_per_batch=2)
     with mesh.world(ParallelSection()):
-        predictor.predict(samples, log, "test")
+        assert predictor.predict(samples, log.append)
     assert engine.batches == [["a"], ["c", "d"], ["e"]]
     assert engine.params == {SamplingParams(7, temperature=0.0)}
     assert list(log.done) == [sample.id for sample in samples]
     assert log.done["c"] == Prediction("c", "c", None, 1, "stop", prompt_digest="prompt c")
     assert log.done["bad"] == Prediction("bad", None, "the prompt is too long", prompt_digest="prompt bad")
+
+
+def test_a_stopped_prediction_keeps_its_batches_and_shows_the_prepared_samples() -> None:
+    samples, processor = choices("a", "bad", "c", "d", "e"), tiny_processor()
+    engine, recorded, seen = Engine(processor), [], []
+    predictor = Predictor(
+        cast(RolloutEngine, engine),
+        processor,
+        prepare,
+        max_new_tokens=7,
+        prompts_per_batch=2,
+        on_prepared=lambda item: seen.append(item.sample.id),
+    )
+    with mesh.world(ParallelSection()):
+        assert not predictor.predict(samples, recorded.extend, is_stopping=lambda: len(recorded) >= 2)
+    assert [prediction.id for prediction in recorded] == ["a", "bad"]
+    assert seen == ["a"] and engine.batches == [["a"]]

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from model_presets import PRESETS
 
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig, TextConfig
+from megatron_vcr1.model.presets import PRESETS
 from megatron_vcr1.model.transformer_config import (
     FP8_RECIPES,
     check_fp8,

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.models.backends import BackendSpecProvider
-from model_presets import PRESETS
-from throughput.random_weights import write_random_model
 
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.checkpoint.shard_slices import parameter_slices
@@ -27,10 +25,12 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model import layer_specs, qwen_vl
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend, choose_backend, transformer_engine_backend
+from megatron_vcr1.model.presets import PRESETS
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.model.transformer_config import FP8_RECIPES, check_fp8
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.local.stages import generation_mode
+from megatron_vcr1.throughput.random_weights import write_random_model
 from tests.model import compare_specs, tiny
 
 ROOT = Path(__file__).parents[2]

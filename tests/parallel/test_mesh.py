@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel import mesh
 from tests.gloo import GlooPool
 from tests.parallel.test_slurm import TASK
@@ -22,6 +23,22 @@ from megatron_vcr1.parallel import mesh
 
 mesh.initialize(ParallelSection())
 """
+
+
+def test_a_node_name_that_does_not_resolve_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**TASK, "SLURM_STEP_NODELIST": "no-such-node.invalid"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(mesh.dist, "init_process_group", lambda *_, **__: pytest.fail("it would retry for an hour"))
+    monkeypatch.setattr(mesh.dist, "is_initialized", lambda: False)
+    before = dict(os.environ)
+    try:
+        with pytest.raises(UserError, match=r"MASTER_ADDR = 'no-such-node\.invalid'.* does not resolve on "):
+            mesh.initialize(ParallelSection())
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def test_launched_world_size_reads_the_launchers_variables_and_writes_none(monkeypatch: pytest.MonkeyPatch) -> None:

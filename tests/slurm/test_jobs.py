@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -42,7 +43,7 @@ print("finished", *sys.argv[3:], flush=True)
 """
 
 PRINT_ARGUMENTS = """#!/bin/sh
-echo "$SLURMD_NODENAME $(basename "$0") $*"; echo "PYTHONPATH=$PYTHONPATH"
+echo "$SLURMD_NODENAME $(basename "$0") $*"
 """
 
 
@@ -123,6 +124,29 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, workdir):
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
     wait_for_ranks(workdir, job, "saved", 4)
     assert cluster.call("squeue", "--noheader", "--jobs", job) == ""
+
+
+def test_save_and_stop(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "stop")
+    wait_for_ranks(workdir, job, "start 0", 4)
+    cluster.call("scontrol", "update", f"JobId={job}", "Requeue=0")
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    fields = cluster.wait(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0")
+    assert all("saved" in text for text in logs(workdir, job).values())
+    assert "Slurm did not requeue the job; submit it again to continue" in output(workdir, job)
+
+
+def test_apptainer_runs_every_rank(cluster, workdir):
+    """A fake apptainer prints its options and runs the command, as the real one does in the image."""
+    fake = workdir / ".venv/bin/apptainer"
+    fake.write_text('#!/bin/bash\necho "apptainer $*"\nwhile [[ "$1" != *.sif ]]; do shift; done\nshift\nexec "$@"\n')
+    fake.chmod(0o755)
+    path = f"{workdir}/.venv/bin:{os.environ['PATH']}"
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "done", CONTAINER="image.sif", MOUNTS="/data", PATH=path)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", output(workdir, job)
+    for text in logs(workdir, job).values():
+        assert f"apptainer exec --nv --bind {workdir},/data --pwd {workdir} image.sif" in text and "finished" in text
 
 
 def test_wrong_settings_are_not_retried(cluster, workdir):
@@ -222,10 +246,10 @@ def test_conversion_and_throughput_of_several_layouts(cluster, workdir):
     sweep = cluster.submit(workdir, "--array=0-2", "examples/slurm/throughput.sbatch", "layouts.txt", "train")
     assert cluster.wait(convert)["JobState"] == "COMPLETED"
     converted = (workdir / f"vcr1-convert-{convert}.out").read_text()
-    assert "python tools/convert_checkpoint.py import --hf models/a --out b" in converted
-    assert f"PYTHONPATH={workdir}/tools" in converted  # the tools import each other
+    assert " convert import --hf models/a --out b" in converted
     assert [cluster.wait(f"{sweep}_{task}")["JobState"] for task in range(3)] == ["COMPLETED", "COMPLETED", "FAILED"]
     printed = [(workdir / f"vcr1-throughput-{sweep}_{task}.out").read_text() for task in range(3)]
-    assert f"train --tensor 4 --recompute full --sides ours --json throughput/{sweep}_1.json" in printed[1]
-    assert f"PYTHONPATH={workdir}/tools" in printed[0]
+    assert (
+        f"vcr1 benchmark train --tensor 4 --recompute full --sides ours --json throughput/{sweep}_1.json" in printed[1]
+    )
     assert "--nnodes=1 --nproc-per-node=8" in printed[0] and "layouts.txt has no line 3" in printed[2]

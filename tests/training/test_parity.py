@@ -21,7 +21,7 @@ from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.prompts import PromptStream
 from megatron_vcr1.training.targets import TargetEncoder, completion_text
-from megatron_vcr1.training.train import build
+from megatron_vcr1.training.train import build, read_inputs_of_rank
 from tests.model import tiny
 from tests.training import workspace
 
@@ -84,7 +84,7 @@ class TransformersLearner:
 
 def test_sft_matches_cross_entropy_with_adamw(folder: Path, world: None) -> None:
     config = workspace.config(folder, "sft", optimizer=OPTIMIZER, train={"num_steps": NUM_STEPS})
-    _, trainer, _ = build(config, ModelConfig.from_pretrained(config.model.path))
+    _, trainer = build(config, read_inputs_of_rank(config, ModelConfig.from_pretrained(config.model.path)))
     theirs = TransformersLearner(config.model.path)
     processor = PromptProcessor.from_pretrained(config.model.path, ModelConfig.from_pretrained(config.model.path))
     stream, targets = PromptStream(config.data, processor, seed=config.train.seed), TargetEncoder(processor)
@@ -137,7 +137,7 @@ def test_grpo_matches_the_paper_with_adamw(folder: Path, world: None) -> None:
         grpo={"group_size": 3, "kl_coef": kl_coef},
         data={**base.data.model_dump(), "sources": [source]},
     )
-    _, trainer, _ = build(config, ModelConfig.from_pretrained(config.model.path))
+    _, trainer = build(config, read_inputs_of_rank(config, ModelConfig.from_pretrained(config.model.path)))
     assert isinstance(trainer, GrpoTrainer)
     theirs = TransformersLearner(config.model.path)
     sampled = _record_groups(trainer)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,9 @@ from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.reporter import Reporter
 from megatron_vcr1.training.run_dir import RunDir
+from megatron_vcr1.training.shown_samples import ShownSample
 from megatron_vcr1.training.trainer import StepResult
+from megatron_vcr1.training.validation import ValidationResult
 
 RESULT = StepResult(
     applied=True,
@@ -32,6 +34,9 @@ class RecordingSink:
         self.failed: bool | None = None
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.rows.append(metrics)
+
+    def validation(self, step: int, metrics: Mapping[str, float], samples: Sequence[ShownSample]) -> None:
         self.rows.append(metrics)
 
     def close(self, *, failed: bool) -> None:
@@ -74,6 +79,18 @@ def test_a_step_is_written_to_the_run_directory_and_the_sinks(tmp_path: Path) ->
     assert [json.loads(line)["id"] for line in rollouts] == ["first", "second"]  # by the position of the prompt
     skipped = json.loads((tmp_path / "skipped.jsonl").read_text())
     assert skipped == {"step": 1, "id": "broken", "reason": "cannot be decoded"}
+
+
+def test_a_validation_has_a_line_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sink = RecordingSink()
+    result = ValidationResult({"a/mIoU": 0.25, "a/num_samples": 2}, [("a", "broken", "cannot be decoded")], ())
+    with caplog.at_level("INFO"), Reporter(_run_dir(tmp_path), lambda: [sink], mismatch_threshold=0.1) as reporter:
+        reporter.report_validation(0, result, 1.5, note="; best")
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"step": 0, "validation/a/mIoU": 0.25, "validation/a/num_samples": 2, "time/validation_s": 1.5}
+    assert {"step": 0, **sink.rows[0]} == row
+    assert json.loads((tmp_path / "skipped.jsonl").read_text())["validation"] == "a"
+    assert "validation at step 0: a/mIoU 0.25 (1.5 s); best" in caplog.text and "sample broken" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,28 @@ def test_resume_drops_the_records_of_later_steps_and_keeps_the_users_files(tmp_p
     assert kept == ["figures", "notes.txt", "step_1.jsonl", "step_2.jsonl"]
 
 
+def test_resume_drops_later_validations(tmp_path: Path) -> None:
+    run_dir = _run_dir(tmp_path)
+    run_dir.open(default_config(), 0)
+    for step in (0, 1, 2):
+        run_dir.add_metrics({"step": step, "validation/a/mIoU": 0.5})
+        run_dir.add_metrics({"step": step + 1, "loss": 0.5})
+        run_dir.add_skipped(step, [("sample", "damaged")], benchmark="a")
+        (tmp_path / "validation" / f"step_{step}" / "a").mkdir(parents=True)
+    (tmp_path / "validation" / "notes").mkdir()
+    run_dir.open(default_config(), 2, 1)  # a signal ended the run before step 2 was validated
+    assert [(row["step"], "loss" in row) for row in _rows(tmp_path / "metrics.jsonl")] == [
+        (0, False),
+        (1, True),
+        (1, False),
+        (2, True),
+    ]
+    assert [row["step"] for row in _rows(tmp_path / "skipped.jsonl")] == [0, 1]
+    assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["notes", "step_0", "step_1"]
+    run_dir.open(default_config(), 0)  # the initial model is validated again
+    assert _rows(tmp_path / "metrics.jsonl") == [] and not (tmp_path / "validation" / "step_0").exists()
+
+
 def test_row_that_ends_within_a_character_is_dropped(tmp_path: Path) -> None:
     run_dir = _run_dir(tmp_path)
     run_dir.open(default_config(), 0)

@@ -4,14 +4,19 @@ import io
 import logging
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
+from rich.text import Text
 
+from megatron_vcr1 import timeline
 from megatron_vcr1.config.training_sections import LoggingSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.training import sinks
+from megatron_vcr1.training.shown_samples import ShownSample
 from megatron_vcr1.training.sinks import LogFileSink, Sink, TerminalSink, format_metrics, open_sinks
 
 METRICS = {"loss": 0.12345, "reward/total": 1.5, "kl": 0.001, "clip_fraction": 0.02, "lr": 1e-6, "time/total_s": 3.0}
@@ -34,7 +39,7 @@ def test_terminal_metrics_have_short_names_and_formats() -> None:
 
 
 def test_log_file_gets_the_first_and_last_step_and_skips_steps_between(caplog: pytest.LogCaptureFixture) -> None:
-    sink = LogFileSink(num_steps=1000)
+    sink = LogFileSink(first_step=0, num_steps=1000)
     with caplog.at_level(logging.INFO, "megatron_vcr1"):
         for step in (1, 2, 3, 1000):
             sink.step(step, METRICS)
@@ -44,7 +49,7 @@ def test_log_file_gets_the_first_and_last_step_and_skips_steps_between(caplog: p
 
 @pytest.mark.parametrize("last", [1, 3])
 def test_log_file_gets_the_last_step_of_a_run_that_ends_early(caplog: pytest.LogCaptureFixture, last: int) -> None:
-    sink = LogFileSink(num_steps=1000)
+    sink = LogFileSink(first_step=0, num_steps=1000)
     with caplog.at_level(logging.INFO, "megatron_vcr1"):
         for step in range(1, last + 1):
             sink.step(step, METRICS)
@@ -52,12 +57,27 @@ def test_log_file_gets_the_last_step_of_a_run_that_ends_early(caplog: pytest.Log
     assert [record.message.split("/")[0] for record in caplog.records] == [f"step {n}" for n in sorted({1, last})]
 
 
-def test_terminal_shows_a_progress_bar_and_the_newest_metrics() -> None:
+def test_log_lines_have_labelled_times(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "time", SimpleNamespace(monotonic=iter([0.0, 100.0, 100.0, 100.0]).__next__))
+    with caplog.at_level(logging.INFO, "megatron_vcr1"):
+        LogFileSink(first_step=10, num_steps=40).step(12, METRICS)  # resumed at step 10: 50 s per step
+    assert "step 12/40: elapsed 0:01:40, ETA 0:23:20, loss 0.1235" in caplog.text
+
+
+def test_terminal_shows_progress_phase_and_the_newest_metrics_in_80_columns() -> None:
     output = io.StringIO()
-    sink = TerminalSink(Console(file=output, force_terminal=True, width=100), first_step=2, num_steps=5)
-    sink.step(3, METRICS)
+    everything = {name: 1234.5678 for name, _, _ in sinks.TERMINAL_METRICS}
+    with timeline.span("rollout"):
+        sink = TerminalSink(Console(file=output, force_terminal=True, width=80), first_step=2, num_steps=50_000)
+        assert "now: rollout" in output.getvalue() and "no step yet" in output.getvalue()
+        sink.step(3, everything)
     sink.close(failed=False)
-    assert "3/5" in output.getvalue() and "1.500" in output.getvalue()
+    lines = [Text.from_ansi(line).plain for line in output.getvalue().replace("\r", "\n").splitlines()]
+    assert max(map(len, lines)) <= 80 and not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
+    shown = "\n".join(lines)
+    assert "3/50000" in shown and "elapsed" in shown and "ETA" in shown
+    for name, value in format_metrics(everything).items():
+        assert f"{name} {value}" in shown
 
 
 def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
@@ -72,6 +92,41 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
         sink.close(failed=False)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == [(1, 0.1), (2, 0.2)]
+
+
+SHOWN = [ShownSample("a", "1", "when?", "<b>|x</b>\ny", "IoU 0.5", np.zeros((4, 6, 3), np.uint8))]
+
+
+def test_tensorboard_shows_validation_samples_as_a_table_and_frames(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    opened = _open(tmp_path, tensorboard=True)
+    for sink in opened:
+        sink.validation(5, {"validation/a/mIoU": 0.5}, SHOWN)
+        sink.close(failed=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("validation/a/mIoU")[0].value == 0.5
+    (table,) = events.Tensors("validation/a/text_summary")
+    assert "| 1 | when? | &lt;b&gt;&#124;x&lt;/b&gt;<br>y | IoU 0.5 |" in table.tensor_proto.string_val[0].decode()
+    (image,) = events.Images("validation/a/1")
+    assert (image.width, image.height) == (6, 4)
+
+
+def test_wandb_shows_validation_samples_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[Any] = []
+    fake = SimpleNamespace(
+        init=lambda **_: SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda **_: None),
+        Table=lambda columns, data: (columns, data),
+        Image=lambda frames: frames.shape,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for sink in _open(tmp_path, wandb_project="p"):
+        sink.validation(5, {"validation/a/mIoU": 0.5}, SHOWN)
+        sink.close(failed=False)
+    columns = ["id", "prompt", "response", "metrics", "frames"]
+    table = (columns, [["1", "when?", "<b>|x</b>\ny", "IoU 0.5", (4, 6, 3)]])
+    assert logged == [(5, {"validation/a/mIoU": 0.5, "validation/a/samples": table})]
 
 
 def test_wandb_project_without_wandb_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

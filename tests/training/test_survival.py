@@ -35,6 +35,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 
 NUM_KILLS = int(os.environ.get("VCR1_KILLS", "4"))
 NUM_STEPS = 3 * NUM_KILLS
+VALIDATION_STEPS = 4  # each starts decoding processes
 TIMEOUT_S = 240  # the machine may be loaded
 TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
 
@@ -42,13 +43,15 @@ TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
 def _config(folder: Path, name: str, *, num_workers: int = 1, **parallel: int) -> RunConfig:
     source = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
     source["rewards"] = ["tests.training.own_rewards:variety"]
+    benchmark = {"name": "temporal_grounding", "manifest": folder / "data" / "train.jsonl", "max_samples": 3}
     return workspace.config(
         folder,
         "grpo",
         train={"stage": "grpo", "run_dir": folder / name, "num_steps": NUM_STEPS, "prompts_per_step": 4},
         data={**workspace.config(folder, "grpo").data.model_dump(), "sources": [source], "num_workers": num_workers},
         optimizer={"learning_rate": 1e-3, "warmup_steps": 2, "decay": "cosine"},
-        checkpoint={"every_steps": 1, "export": "end"},
+        checkpoint={"every_steps": 1, "export": "end", "keep_best": "temporal_grounding/mIoU"},
+        validation={"benchmarks": [benchmark], "every_steps": VALIDATION_STEPS, "max_new_tokens": 4},
         parallel=parallel,
     )
 
@@ -83,7 +86,16 @@ class Command:
         return int(json.loads((self._run_dir / "starts.jsonl").read_text().splitlines()[-1])["step"])
 
     def until_steps(self, number: int) -> None:
-        self.until(lambda: self._num_lines("metrics.jsonl") >= number)
+        self.until(lambda: len(_steps(self._run_dir)) >= number)
+
+    def until_validating(self) -> None:
+        """Wait for a validation: its step is recorded already, and its own line is not."""
+
+        def is_validating() -> bool:
+            rows = (self._run_dir / "metrics.jsonl").read_text().splitlines()
+            return bool(rows) and '"loss"' in rows[-1] and json.loads(rows[-1])["step"] % VALIDATION_STEPS == 0
+
+        self.until(is_validating)
 
     def until_saving(self) -> None:
         self.until(lambda: any((self._run_dir / "checkpoints").glob(".step_*.partial-*")))
@@ -122,6 +134,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _steps(run_dir: Path) -> list[str]:
+    """The lines of the training steps in metrics.jsonl; validations have lines of their own."""
+    file = run_dir / "metrics.jsonl"
+    return [line for line in file.read_text().splitlines() if '"loss"' in line] if file.exists() else []
+
+
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
     rows = workspace.metrics(run_dir)
     return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
@@ -147,6 +165,9 @@ def _assert_same(run_dir: Path, expected: Path) -> None:
             assert torch.equal(value, read_chunk(expected / last / MEGATRON_DIR, other)), key
     for file in (expected / "export").iterdir():
         assert (run_dir / "export" / file.name).read_bytes() == file.read_bytes()
+    for file in sorted((expected / "validation").rglob("*.json*")):
+        assert (run_dir / file.relative_to(expected)).read_text() == file.read_text()
+    assert len(list(run_dir.rglob("validation/step_*"))) == NUM_STEPS // VALIDATION_STEPS + 1
     hidden = [path.name for path in (*run_dir.iterdir(), *(run_dir / "checkpoints").iterdir())]
     assert [name for name in hidden if name.startswith(".")] == [".lock"]
 
@@ -154,15 +175,18 @@ def _assert_same(run_dir: Path, expected: Path) -> None:
 def test_run_that_is_killed_repeatedly_ends_bitwise_identical(folder: Path) -> None:
     chance = random.Random(NUM_KILLS)
     config = _config(folder, "killed")
-    kills = {"starting": 0, "training": 0, "saving": 0}
+    kills = {"starting": 0, "training": 0, "validating": 0, "saving": 0}
     while sum(kills.values()) < NUM_KILLS:
         command = Command(config)
-        moment = chance.choice(["starting", "training", "training", "saving", "saving"])
+        moment = chance.choice(["starting", "training", "validating", "validating", "saving", "saving"])
         if moment == "starting":
             time.sleep(chance.uniform(0, 3))
         else:
             command.until_steps(command.until_started() + chance.randint(1, 3))
-            if moment == "saving":
+            if moment == "validating":
+                command.until_validating()
+                time.sleep(chance.uniform(0, 0.03))
+            elif moment == "saving":
                 command.until_saving()
                 time.sleep(chance.uniform(0, 0.03))
             else:
@@ -191,7 +215,7 @@ def test_run_stopped_by_signals_resumes_in_the_same_and_in_another_layout(folder
         os.killpg(command.process.pid, number)  # the whole process group, as a scheduler does
         assert command.end() == 85
         (*_, newest) = saved_steps(config.train.run_dir / "checkpoints")
-        assert first <= newest == len(_metrics(config.train.run_dir)) < NUM_STEPS
+        assert first <= newest == len(_steps(config.train.run_dir)) < NUM_STEPS
     elsewhere = _config(folder, "elsewhere", num_workers=0, tensor=2, pipeline=2)
     shutil.copytree(config.train.run_dir, elsewhere.train.run_dir)
     assert Command(config).end() == 0
@@ -200,4 +224,6 @@ def test_run_stopped_by_signals_resumes_in_the_same_and_in_another_layout(folder
     alone = _metrics(folder / "undisturbed")
     for mine, expected in zip(_metrics(elsewhere.train.run_dir), alone, strict=True):
         for name in ("step", "loss", "grad_norm", "lr", "kl", "reward/total", "response_tokens/mean"):
+            if name not in expected:
+                continue  # a validation
             assert mine[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (mine["step"], name)

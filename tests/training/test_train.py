@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,16 +12,14 @@ from unittest import mock
 import pytest
 
 from megatron_vcr1.checkpoint import run_lock
-from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.config.training_sections import TrainSection
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training import train as train_module
+from megatron_vcr1.training.inputs import steps_of_epochs
 from megatron_vcr1.training.lifecycle import STOP_SIGNALS
 from megatron_vcr1.training.sft import SftTrainer
-from megatron_vcr1.training.train import build, steps_of_epochs, train
+from megatron_vcr1.training.train import train
 from megatron_vcr1.training.trainer import TrainingStopped
 from tests.training import workspace
 
@@ -30,12 +27,6 @@ from tests.training import workspace
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace.create(tmp_path_factory.mktemp("train"), num_videos=6)
-
-
-@pytest.fixture
-def world() -> Iterator[None]:
-    with mesh.world(ParallelSection()):
-        yield
 
 
 def _config(folder: Path, run_dir: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -69,21 +60,17 @@ def test_mistakes_in_the_settings_are_found_before_the_model_is_loaded(
 
 
 def test_missing_user_reward_is_found_before_the_model_is_loaded(
-    folder: Path, world: None, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_module, "build_model", lambda *_: pytest.fail("loading a large model takes minutes"))
     source = {"manifest": folder / "data" / "train.jsonl", "rewards": ["tests.training.own_rewards:nowhere"]}
     with pytest.raises(UserError, match="no function nowhere"):
-        build(
-            workspace.config(folder, "grpo", data={"sources": [source]}), ModelConfig.from_pretrained(folder / "model")
-        )
+        train(workspace.config(folder, "grpo", data={"sources": [source]}, train={"run_dir": tmp_path / "run"}))
 
 
-def test_one_step_off_needs_servers(folder: Path, world: None) -> None:
+def test_one_step_off_needs_servers(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one_step_off needs rollout\.engine = 'sglang'"):
-        build(
-            workspace.config(folder, "grpo", grpo={"one_step_off": True}), ModelConfig.from_pretrained(folder / "model")
-        )
+        train(workspace.config(folder, "grpo", grpo={"one_step_off": True}, train={"run_dir": tmp_path / "run"}))
 
 
 def test_profile_ranks_must_exist(folder: Path, tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ def require_sglang(python: Path | None) -> None:
         )
 
 
+def check_server_args(section: SglangSection) -> None:
+    """Raise UserError for server arguments that break training."""
+    for argument in section.server_args:
+        if reason := _REJECTED_ARGUMENTS.get(argument.partition("=")[0]):
+            raise UserError(f"sglang.server_args: remove {argument}: {reason}")
+
+
 def server_specs(
     section: SglangSection,
     model: ModelSection,
@@ -117,9 +124,7 @@ def server_specs(
     Raises:
         UserError: a setting cannot work.
     """
-    for argument in section.server_args:
-        if reason := _REJECTED_ARGUMENTS.get(argument.partition("=")[0]):
-            raise UserError(f"sglang.server_args: remove {argument}: {reason}")
+    check_server_args(section)
     first_gpus = placement.server_gpus(num_training_ranks)
     folder = run_dir.absolute() / "sglang"
     (folder / "logs").mkdir(parents=True, exist_ok=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, cast
 
 from megatron_vcr1 import timeline
+from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.rollout_sections import RolloutSection
 from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
 from megatron_vcr1.data.loader import SkippedSample
-from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams, WeightsNeeded
@@ -63,13 +63,9 @@ class OneStepOffSource(RolloutSource):
 
         Args:
             num_steps: length of the run; nothing is sampled during its last step.
-
-        Raises:
-            UserError: the engine is the trained model itself, which cannot sample and train at the same time.
         """
         super().__init__(engine, policy, stream, scorer, train=train, grpo=grpo, rollout=rollout)
-        if not (hasattr(engine, "sample") and hasattr(engine, "abort")):
-            raise UserError("grpo.one_step_off needs rollout.engine = 'sglang': set that, or turn one_step_off off")
+        # `check_grpo_settings` has refused the in-process engine, which cannot sample while its model is trained.
         self._background_engine = cast(BackgroundEngine, engine)
         self._num_steps = num_steps
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
@@ -101,6 +97,13 @@ class OneStepOffSource(RolloutSource):
     def policy_updated(self, version: int, metrics: Metrics) -> None:
         """Record the new version, but sync no weights: the engine needs the old ones until its sampling has ended."""
         self._policy_version = version
+
+    def engine_with_policy(self) -> RolloutEngine:
+        """Wait for the responses in progress, which the next step will train on, and sync the weights."""
+        if self._responses is not None:
+            wait([self._responses])  # an error in it is raised by the next step
+        self._engine.update_weights(stream_hf_tensors(self._policy), self._policy_version)
+        return self._engine
 
     @property
     def _is_sampling(self) -> bool:

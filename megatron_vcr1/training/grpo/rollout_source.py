@@ -110,6 +110,10 @@ class RolloutSource(ABC):
     def policy_updated(self, version: int, metrics: Metrics) -> None:
         """Note that the policy's weights now have `version`. Call it after the last update of a step."""
 
+    @abstractmethod
+    def engine_with_policy(self) -> RolloutEngine:
+        """Return the engine for validation between two steps. See `Trainer.engine_with_policy`."""
+
     def take_skipped(self) -> list[SkippedSample]:
         """Return the samples that could not be read since the last call; on replica leaders, empty on other ranks."""
         return self._stream.take_skipped()
@@ -212,6 +216,10 @@ class SynchronousSource(RolloutSource):
         """Sync the new weights to the engine at once: the next step samples from them."""
         self._policy_version = version
         self._sync_weights(metrics)
+
+    def engine_with_policy(self) -> RolloutEngine:
+        """Return the engine, which has the policy's weights at all times between two steps."""
+        return self._engine
 
 
 def _sampling_seed(seed: int, position: int) -> int:

@@ -13,6 +13,7 @@ from megatron_vcr1.config.rollout_sections import RolloutSection
 from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
 from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.parallel import mesh, schedule
+from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.training.grpo.batch import PolicyBatch, make_policy_batches, split_into_minibatches
 from megatron_vcr1.training.grpo.objective import (
     add_policy_metrics,
@@ -169,6 +170,9 @@ class GrpoTrainer:
             )
             for group in (*groups.kept, *groups.dropped)
         }
+
+    def engine_with_policy(self) -> RolloutEngine:
+        return self._source.engine_with_policy()
 
     @property
     def is_out_of_data(self) -> bool:

@@ -16,7 +16,7 @@ def test_every_configuration_is_valid_and_its_manifests_exist(tmp_path: Path, da
     assert len(list(CONFIGS.glob("*.toml"))) == 10
     for path in CONFIGS.glob("*.toml"):
         config = load_config(demo.config(path.stem))
-        tables = [*config.data.sources, *config.evaluate.benchmarks]
+        tables = [*config.data.sources, *config.evaluate.benchmarks, *config.validation.benchmarks]
         assert tables
         assert all(table.manifest.is_file() for table in tables)
         assert all(table.manifest.stem.startswith("temporal_grounding") for table in tables if table.thinking)

@@ -11,7 +11,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.optimizer import Learner
-from megatron_vcr1.training.train import build
+from megatron_vcr1.training.train import build, read_inputs_of_rank
 from tests.training import workspace
 
 VARIETY = "tests.training.own_rewards:variety"
@@ -25,7 +25,7 @@ def config(folder: Path, rewards: Sequence[str] = (VARIETY,), **sections: dict[s
 
 
 def build_trainer(run: RunConfig) -> tuple[Learner, GrpoTrainer]:
-    learner, trainer, _ = build(run, ModelConfig.from_pretrained(run.model.path))
+    learner, trainer = build(run, read_inputs_of_rank(run, ModelConfig.from_pretrained(run.model.path)))
     assert isinstance(trainer, GrpoTrainer)
     return learner, trainer
 

@@ -30,7 +30,7 @@ from megatron_vcr1.training import train as train_module
 from megatron_vcr1.training.grpo.one_step_off import OneStepOffSource
 from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
-from megatron_vcr1.training.train import build
+from megatron_vcr1.training.train import build, read_inputs_of_rank
 from megatron_vcr1.types import RolloutGroup
 from tests.training import workspace
 
@@ -93,6 +93,8 @@ def _trainer(
         "grpo",
         data={**workspace.config(folder, "grpo").data.model_dump(), "sources": [source]},
         grpo={"one_step_off": one_step_off},
+        rollout={"engine": "sglang"},
+        sglang={"colocated": False},
         train={"num_steps": NUM_STEPS},
         optimizer={"learning_rate": 1e-2},
     )
@@ -103,7 +105,7 @@ def _trainer(
         return ServerLikeEngine(config, folder / "server", processor)
 
     monkeypatch.setattr(train_module, "build_engine", build_engine)
-    _, trainer, _ = build(config, ModelConfig.from_pretrained(config.model.path))
+    _, trainer = build(config, read_inputs_of_rank(config, ModelConfig.from_pretrained(config.model.path)))
     assert isinstance(trainer, GrpoTrainer)
     return trainer
 
@@ -243,3 +245,20 @@ def test_last_step_does_not_sample_ahead(folder: Path, monkeypatch: pytest.Monke
         trainer.step(NUM_STEPS, Metrics())
         assert not source._is_sampling
         trainer.close()
+
+
+def test_validation_between_steps_uses_the_present_policy_and_changes_no_response(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, versions = [], []
+    for validates in (False, True):
+        with mesh.world(ParallelSection()):
+            trainer = _trainer(folder, monkeypatch, one_step_off=True)
+            for step in (1, 2):
+                result = trainer.step(step, Metrics())
+                texts += [response["text"] for row in result.rollouts.values() for response in row["responses"]]
+                if validates:
+                    versions.append(trainer.engine_with_policy().policy_version)
+            trainer.close()
+    assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
+    assert versions == [1, 2]  # sampling ahead used versions 0 and 1

@@ -1,0 +1,204 @@
+"""Predicts the memory of a GPU during training, by part and pipeline stage.
+
+Activation memory is counted from the code: the values per token that each module saves for its backward pass. With h
+the hidden size, q and k the sizes of all query heads and all key heads of the rank, and f the FFN size of the rank:
+
+    two norms       their input: 2h; TransformerEngine also saves their output: 4h
+    attention       rotated queries and keys, values, output: 2q + 2k
+    gated MLP       gate and up projection: 2f; their product is recomputed
+
+GPUs are assumed to run TransformerEngine layers. h is replicated on all tensor-parallel ranks, or sharded with sequence
+parallelism. Without sequence parallelism, the last layer keeps only the tokens that predict a target after its
+attention. Full recomputation keeps h per layer, and one whole layer while it is recomputed; MLP recomputation drops the
+2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.parameters import StageParameters, num_parameters, stage_parameters
+
+GRADIENT_BYTES = 4  # gradient buffers are float32 for all parameter dtypes
+GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 1280 * 2**20, 16 * 2**20  # of logits, in the fused head of vcr1_kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one rank at the peak of a training step."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    reference: float
+    activations: float  # saved for the backward pass, language model and vision tower
+    working: float  # temporary memory of the head or of the layer being computed, whichever is larger
+    fixed: float  # CUDA context, libraries, fragmentation
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    @property
+    def resident(self) -> float:
+        """Return the bytes that training keeps while the engine samples."""
+        return self.parameters + self.gradients + self.optimizer + self.reference + self.fixed
+
+    @property
+    def largest_part(self) -> str:
+        return max((part.name for part in fields(self)), key=lambda name: getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerActivations:
+    """Values per token in one layer."""
+
+    saved: float  # for the backward pass
+    saved_after_attention: float  # the part of `saved` that comes after the attention
+    working: float  # temporary values during the backward pass
+
+
+def text_layer_activations(job: Job, layout: Layout, device: Device) -> LayerActivations:
+    """Count the values per token in a layer of the language model."""
+    text, ranks = job.config.text, layout.tensor
+    key = max(text.num_kv_heads / ranks, 1) * text.head_dim
+    query = text.num_heads / ranks * text.head_dim
+    return _layer_activations(text.hidden_size, query, key, text.ffn_hidden_size / ranks, layout, device)
+
+
+def vision_layer_activations(job: Job, layout: Layout, device: Device) -> LayerActivations:
+    """Count the values per patch in a layer of the vision tower.
+
+    An MLP without a gate saves its inner state and the sigmoid of QuickGELU, which is 2f like a gated MLP.
+    """
+    vision, ranks = job.config.vision, layout.tensor
+    heads = vision.hidden_size / ranks
+    return _layer_activations(vision.hidden_size, heads, heads, vision.ffn_hidden_size / ranks, layout, device)
+
+
+def _layer_activations(
+    hidden_size: int, query: float, key: float, ffn: float, layout: Layout, device: Device
+) -> LayerActivations:
+    hidden = hidden_size / (layout.tensor if layout.sequence_parallel else 1)
+    norm = hidden if device.is_cpu else 2 * hidden
+    mlp = 2 * ffn
+    whole = 2 * norm + 2 * query + 2 * key + mlp
+    backward = 2 * hidden + 4 * ffn  # gradients of the residual stream and inside the MLP, and the recomputed product
+    if layout.recompute == "full":
+        return LayerActivations(hidden, 0.0, whole + backward)
+    if layout.recompute == "mlp":
+        return LayerActivations(whole - mlp, norm, mlp + backward)
+    return LayerActivations(whole, norm + mlp, backward)
+
+
+def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, ...]:
+    """Predict the memory on a rank of each stage, first to last."""
+    return tuple(
+        _stage_memory(job, layout, device, stage, parameters)
+        for stage, parameters in enumerate(stage_parameters(job.config, layout))
+    )
+
+
+def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, parameters: StageParameters) -> Memory:
+    trained = num_trained(job, parameters)
+    state_bytes = optimizer_state_bytes(job)
+    in_flight = min(layout.num_microbatches(job), layout.pipeline - stage)
+    text_bytes, text_working = _text_activations(job, layout, device, stage)
+    vision_bytes, vision_working = _vision_activations(job, layout, device) if stage == 0 else (0.0, 0.0)
+    # When the backward pass reaches the vision tower, the text activations of that microbatch are free already.
+    working = max(text_working, vision_working - text_bytes)
+    if stage == layout.pipeline - 1:
+        working = max(working, _head_bytes(job, layout, device))
+    working = max(working, 0.0)
+    activations = in_flight * (text_bytes + vision_bytes)
+    weights = parameters.total * job.dtype_bytes
+    return Memory(
+        parameters=weights,
+        gradients=trained * GRADIENT_BYTES,
+        optimizer=trained * state_bytes / layout.replicas,  # the distributed optimizer shards its state over replicas
+        reference=weights if job.with_reference and (job.reference_resident or device.is_cpu) else 0.0,
+        activations=activations,
+        working=working,
+        fixed=device.fixed_bytes + device.fragmentation * (activations + working),
+    )
+
+
+def optimizer_state_bytes(job: Job) -> int:
+    """Return the bytes per trained parameter: Adam's moments, and float32 master weights if the model is bfloat16."""
+    return 8 if job.dtype_bytes == 4 else 12
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """Return the size of a checkpoint: weights and optimizer state."""
+    (whole,) = stage_parameters(job.config, Layout())
+    return whole.total * job.dtype_bytes + num_trained(job, whole) * optimizer_state_bytes(job)
+
+
+def num_trained(job: Job, parameters: StageParameters) -> int:
+    """Return the parameters with gradients. The merger, below 1 % of the model, counts as part of the vision tower."""
+    vision = 0 if "vision_tower" in job.freeze else parameters.vision
+    return vision + (0 if "language_model" in job.freeze else parameters.text + parameters.embedding)
+
+
+def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
+    """Return the saved bytes of one microbatch on a stage, and the temporary bytes of one layer."""
+    layer = text_layer_activations(job, layout, device)
+    tokens = job.group_tokens * layout.groups_per_microbatch
+    saved = tokens * layout.stages(job.config)[stage] * layer.saved
+    if stage == layout.pipeline - 1 and not layout.sequence_parallel:
+        saved -= (tokens - job.groups(layout.groups_per_microbatch).targets) * layer.saved_after_attention
+    return saved * job.dtype_bytes, tokens * layer.working * job.dtype_bytes
+
+
+def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float, float]:
+    """Return the saved bytes of one microbatch in the vision tower and merger, and the temporary bytes of one layer."""
+    if {"vision_tower", "merger"} <= set(job.freeze):
+        return 0.0, 0.0
+    vision = job.config.vision
+    patches = job.groups(layout.groups_per_microbatch).patches
+    layer = vision_layer_activations(job, layout, device)
+    # The merger saves the input and output of its norm and two inner states. The patch embedding's pixels are
+    # recomputed.
+    merger = (2 + 2 / layout.tensor) * vision.hidden_size
+    saved = vision.num_layers * layer.saved + merger
+    return patches * saved * job.dtype_bytes, patches * layer.working * job.dtype_bytes
+
+
+def _head_bytes(job: Job, layout: Layout, device: Device) -> float:
+    """Return the bytes of a chunk of logits and of the hidden states' gradients.
+
+    The gradient of the head's weight is accumulated into its gradient buffer and needs no temporary memory.
+    """
+    text = job.config.text
+    targets = job.group_size * job.response_tokens * layout.groups_per_microbatch
+    vocab_shard = text.vocab_size / layout.tensor
+    chunk = min(CPU_CHUNK_BYTES if device.is_cpu else GPU_CHUNK_BYTES, targets * vocab_shard * job.dtype_bytes)
+    return chunk + targets * text.hidden_size * (4 + job.dtype_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Memory of a colocated engine on one GPU."""
+
+    ranks: int  # GPUs of one engine
+    weights: float
+    cache: float  # bytes for keys and values
+    tokens: int  # capacity of the KV cache of one engine
+
+
+def engine_memory(job: Job, device: Device, resident: float, ranks: int) -> EngineMemory:
+    """Return the memory of an engine next to the resident memory of training.
+
+    The cache size is negative if not even the engine's weights fit.
+    """
+    weights = num_parameters(job.config) * job.dtype_bytes / ranks
+    cache = device.memory_bytes - resident - weights - device.fragmentation * device.memory_bytes
+    return EngineMemory(ranks, weights, cache, max(int(cache / cache_bytes_per_token(job, ranks)), 0))
+
+
+def cache_bytes_per_token(job: Job, ranks: int) -> float:
+    """Return the bytes of one token's keys and values on one rank of an engine."""
+    text = job.config.text
+    return 2 * text.num_layers * max(text.num_kv_heads / ranks, 1) * text.head_dim * job.dtype_bytes

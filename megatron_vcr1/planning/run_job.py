@@ -1,0 +1,102 @@
+"""The job and the layout that a run's settings describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vcr1.config.data_sections import DataSection
+from megatron_vcr1.config.layout import check_batch_size, check_layout
+from megatron_vcr1.config.model_sections import RecomputeSection
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.text_files import read_lines
+
+TEXT_TOKENS = 256  # of a prompt; its video fills data.total_pixels
+MIN_PROMPT_TOKENS = 128  # see `job.square_video`
+
+
+def job_of_run(
+    config: RunConfig,
+    model: ModelConfig,
+    *,
+    response_tokens: int,
+    prompt_tokens: int | None = None,
+    num_samples: int | None = None,
+) -> Job:
+    """Return the job of a run.
+
+    Args:
+        model: configuration of the run's model.
+        response_tokens: mean length of the responses.
+        prompt_tokens: length of a prompt; None assumes that its video fills data.total_pixels.
+        num_samples: samples per epoch; None counts the lines of the manifests.
+    """
+    train, grpo = config.train, config.grpo
+    is_grpo = train.stage == "grpo"
+    if train.num_steps is not None:
+        num_samples, num_epochs = train.num_steps * train.prompts_per_step, 1.0
+    else:
+        manifests = [source.manifest for source in config.data.sources]
+        num_samples, num_epochs = num_samples or count_samples(manifests), train.num_epochs
+    return Job(
+        config=model,
+        prompts_per_step=train.prompts_per_step,
+        group_size=grpo.group_size if is_grpo else 1,
+        prompt_tokens=prompt_tokens or longest_prompt(config.data, model),
+        response_tokens=response_tokens,
+        num_samples=num_samples,
+        num_epochs=num_epochs,
+        dtype_bytes=4 if config.model.dtype == "float32" else 2,
+        freeze=config.model.freeze,
+        with_reference=is_grpo and grpo.kl_coef > 0,
+        reference_resident=grpo.reference == "resident",
+    )
+
+
+def longest_prompt(data: DataSection, model: ModelConfig) -> int:
+    """Return the tokens of a prompt whose video fills data.total_pixels, at most data.max_prompt_tokens.
+
+    Not below the shortest prompt that the planner knows, one with a small video.
+    """
+    patch = model.vision.patch_size**2 * model.vision.patches_per_token
+    return max(min(data.total_pixels // patch + TEXT_TOKENS, data.max_prompt_tokens), MIN_PROMPT_TOKENS)
+
+
+def count_samples(manifests: Sequence[Path]) -> int:
+    """Count the lines of manifests. Raises UserError if one does not exist, or if there are none."""
+    if not manifests:
+        raise UserError("data.sources: name at least one manifest, or give --samples")
+    return sum(1 for manifest in manifests for line in read_lines(manifest) if line.strip())
+
+
+def layout_of_run(config: RunConfig, job: Job, num_gpus: int) -> Layout:
+    """Return the layout of a run on `num_gpus` GPUs, with the checks that `vcr1 train` does at that size.
+
+    Raises:
+        UserError: the layout is impossible.
+    """
+    parallel = config.parallel
+    check_layout(job.config.shape, parallel, config.recompute, num_gpus)
+    replicas = num_gpus // (parallel.tensor * parallel.pipeline)
+    check_batch_size(config.train, config.grpo, replicas)
+    groups = min(config.train.microbatch_tokens // job.group_tokens, job.prompts_per_step // replicas)
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        replicas=replicas,
+        sequence_parallel=parallel.sequence_parallel,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
+        recompute=_recompute(config.recompute),
+        groups_per_microbatch=max(1, groups),
+    )
+
+
+def _recompute(section: RecomputeSection) -> str:
+    """Return the planner's name; attention alone is not stored anyway, so its recomputation counts as none."""
+    if section.granularity == "selective":
+        return "mlp" if "mlp" in section.modules else "none"
+    return section.granularity

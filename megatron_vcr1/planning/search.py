@@ -1,0 +1,214 @@
+"""Tries every layout of a job on a cluster: predicts its memory and time, or says why it cannot run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from megatron_vcr1.config.layout import check_layout
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.job import RECOMPUTES, Job, Layout
+from megatron_vcr1.planning.memory import EngineMemory, Memory, engine_memory, training_memory
+from megatron_vcr1.planning.timing import (
+    StepTime,
+    pipeline_bubble,
+    seconds_of_stage,
+    stage_seconds,
+    step_seconds,
+    useful_flops,
+)
+from megatron_vcr1.planning.traffic import Traffic, step_traffic
+
+PIPELINES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Identical GPUs in identical nodes."""
+
+    device: Device
+    num_gpus: int
+    gpus_per_node: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A layout that can run, with its predicted memory and time."""
+
+    job: Job
+    layout: Layout
+    cluster: Cluster
+    memory: tuple[Memory, ...]  # per stage
+    engine: EngineMemory
+    time: StepTime
+    traffic: Traffic
+    stages: tuple[float, ...]  # seconds of one microbatch on each stage, forward and backward
+
+    @property
+    def peak_bytes(self) -> float:
+        return max(stage.total for stage in self.memory)
+
+    @property
+    def bubble(self) -> float:
+        return pipeline_bubble(self.stages, self.layout.num_microbatches(self.job))
+
+    @property
+    def mfu(self) -> float:
+        """Return the MFU of the whole step: FLOPs of update and reference over the peak FLOPs of all GPUs."""
+        return self._mfu(self.time.total)
+
+    @property
+    def update_mfu(self) -> float:
+        """Return the MFU of the phases update and reference alone."""
+        return self._mfu(self.time.update + self.time.reference)
+
+    def _mfu(self, seconds: float) -> float:
+        return useful_flops(self.job) / (seconds * self.cluster.num_gpus * self.cluster.device.flops_per_s)
+
+    @property
+    def hours(self) -> float:
+        return self.time.total * self.job.num_steps / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.cluster.num_gpus
+
+    @property
+    def engine_memory_fraction(self) -> float:
+        """Return the fraction of a GPU's memory that is left for the engine: sglang.memory_fraction."""
+        return (self.engine.weights + self.engine.cache) / self.cluster.device.memory_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Tensor- and pipeline-parallel sizes that cannot run, and the reason."""
+
+    tensor: int
+    pipeline: int
+    reason: str
+
+
+def search(job: Job, cluster: Cluster, longest_response: int) -> tuple[list[Plan], list[Refusal]]:
+    """Find the fastest variant of each tensor- and pipeline-parallel size.
+
+    Returns:
+        The plans, fastest first, and the sizes that have no variant that can run.
+    """
+    # A tensor-parallel group must not span nodes.
+    tensors = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
+    sizes = [size for size in product(tensors, PIPELINES) if math.prod(size) <= cluster.num_gpus]
+    found = [best_variant(job, cluster, tensor, pipeline, longest_response) for tensor, pipeline in sizes]
+    plans = [plan for plan in found if isinstance(plan, Plan)]
+    refusals = [refusal for refusal in found if isinstance(refusal, Refusal)]
+    return sorted(plans, key=lambda plan: plan.time.total), refusals
+
+
+def best_variant(job: Job, cluster: Cluster, tensor: int, pipeline: int, longest_response: int) -> Plan | Refusal:
+    """Find the fastest recomputation, microbatch size and layer distribution that fits, or the reason why none does."""
+    replicas, rest = divmod(cluster.num_gpus, tensor * pipeline)
+    if rest:
+        return Refusal(tensor, pipeline, f"{cluster.num_gpus} GPUs are not a multiple of {tensor * pipeline}")
+    if job.prompts_per_step % replicas:
+        reason = f"{job.prompts_per_step} prompts per step are not a multiple of {replicas} replicas"
+        return Refusal(tensor, pipeline, reason)
+    base = Layout(tensor, pipeline, replicas, sequence_parallel=tensor > 1)
+    plans: list[Plan] = []
+    misfits: list[tuple[float, str]] = []  # missing bytes (infinite if the layout is impossible), reason
+    for layout in _variants(job, base, cluster.device):
+        try:
+            check_layout(job.config.shape, layout.parallel, layout.recompute_section, cluster.num_gpus)
+        except UserError as error:
+            misfits.append((math.inf, str(error).splitlines()[0]))
+            continue
+        found = evaluate(job, layout, cluster, longest_response)
+        if isinstance(found, Plan):
+            plans.append(found)
+        else:
+            misfits.append(found)
+    if plans:
+        return min(plans, key=lambda plan: plan.time.total)
+    return Refusal(tensor, pipeline, min(misfits)[1])
+
+
+def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) -> Plan | tuple[float, str]:
+    """Predict a layout with the best engine size. If it does not fit, return the missing bytes and the reason."""
+    device = cluster.device
+    memory = training_memory(job, layout, device)
+    fullest = max(memory, key=lambda stage: stage.total)
+    if (missing := fullest.total - device.memory_bytes) > 0:
+        part = fullest.largest_part
+        return missing, (
+            f"training needs {fullest.total / 1e9:.0f} GB of {device.memory_bytes / 1e9:.0f} even with recomputation "
+            f"(largest part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
+        )
+    resident = max(stage.resident for stage in memory)
+    traffic, stages = step_traffic(job, layout), stage_seconds(job, layout, device, training=True)
+    plans = []
+    for engine in _engines(job, cluster, resident, longest_response):
+        time = step_seconds(job, layout, device, cluster.gpus_per_node, engine, longest_response)
+        plans.append(Plan(job, layout, cluster, memory, engine, time, traffic, stages))
+    if plans:
+        return min(plans, key=lambda plan: plan.time.total)
+    return resident, (
+        f"no room for an engine next to the {resident / 1e9:.0f} GB that training keeps while the engine samples "
+        "(weights, gradients, optimizer)"
+    )
+
+
+def _engines(job: Job, cluster: Cluster, resident: float, longest_response: int) -> Iterator[EngineMemory]:
+    """Yield engines of 1, 2, 4, ... GPUs whose KV cache holds at least one group with its longest responses."""
+    needed = job.prompt_tokens + job.group_size * longest_response
+    for ranks in _powers_of_two(min(cluster.gpus_per_node, cluster.num_gpus)):
+        engine = engine_memory(job, cluster.device, resident, ranks)
+        if job.config.text.num_heads % ranks == 0 and engine.tokens >= needed:
+            yield engine
+
+
+def _variants(job: Job, base: Layout, device: Device) -> Iterator[Layout]:
+    for recompute in RECOMPUTES:
+        for groups in _powers_of_two(job.prompts_per_step // base.replicas):
+            layout = replace(base, recompute=recompute, groups_per_microbatch=groups)
+            yield layout
+            if base.pipeline > 1:
+                yield balanced(job, layout, device)
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [2**exponent for exponent in range(largest.bit_length())]
+
+
+def balanced(job: Job, layout: Layout, device: Device) -> Layout:
+    """Choose the layers of the first and last stage so that the slowest stage is as fast as possible.
+
+    The first stage also computes the vision tower, and the last one the head. Among choices within 0.1 % of the best,
+    the one that sets fewer keys is preferred, then the more even one.
+    """
+    if layout.pipeline == 1:
+        return layout
+    num_layers = job.config.text.num_layers
+    costs = [_linear_cost(job, layout, device, stage) for stage in range(layout.pipeline)]
+    choices: list[tuple[float, int, int, tuple[int | None, int | None]]] = []
+    for first, last in product((None, *range(1, num_layers)), repeat=2):
+        num_set = (first is not None) + (last is not None)
+        even_stages, even_layers = layout.pipeline - num_set, num_layers - (first or 0) - (last or 0)
+        if even_layers < even_stages or (even_layers % even_stages if even_stages else even_layers):
+            continue
+        even = even_layers // even_stages if even_stages else 0
+        stages = [even] * layout.pipeline
+        stages[0], stages[-1] = first or even, last or even
+        slowest = max(fixed + each * layers for (fixed, each), layers in zip(costs, stages, strict=True))
+        choices.append((slowest, num_set, max(stages) - min(stages), (first, last)))
+    if not choices:
+        return layout
+    fastest = min(choice[0] for choice in choices)
+    first, last = min((choice for choice in choices if choice[0] <= fastest * 1.001), key=lambda one: one[1:3])[3]
+    return replace(layout, first_stage_layers=first, last_stage_layers=last)
+
+
+def _linear_cost(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
+    """Return the seconds of a stage without layers, and the seconds of each layer."""
+    one, two = (seconds_of_stage(job, layout, device, stage, layers, training=True) for layers in (1, 2))
+    return 2 * one - two, two - one

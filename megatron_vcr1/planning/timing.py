@@ -1,0 +1,209 @@
+"""Predicts the seconds of one GRPO step by phase.
+
+The pass of a stage over a microbatch takes its FLOPs divided by the reached rate, plus the bytes that tensor-parallel
+ranks send divided by the link bandwidth, plus a constant overhead. A pipeline of p stages computes m microbatches in
+
+    sum of the stages' seconds + (m - 1) x seconds of the slowest stage          (1F1B without interleaving)
+
+and its bubble is 1 - m x (mean seconds of the stages) / that time, which also holds for unequal stages. The backward
+pass costs twice the forward pass (2.5 times in attention, whose kernels recompute the scores), plus recomputation. A
+decoding step reads the weights once for all sequences, and the keys and values of each sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from megatron_vcr1.model.flops import Flops, forward_flops, recomputed_flops, training_flops
+from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token
+from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
+from megatron_vcr1.planning.traffic import boundary_bytes, step_traffic, tensor_traffic
+
+Pipeline = Callable[[Sequence[float], int], float]
+"""Seconds of all microbatches, from the seconds of each stage and the number of microbatches."""
+
+# Flash attention recomputes the scores in its backward pass: half of a forward pass, which MFU does not count.
+SCORES_RECOMPUTED = 0.5
+OPTIMIZER_BYTES = 30  # bytes that Adam reads and writes for each parameter
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of each phase of a step."""
+
+    decode: float  # video decoding that the other phases do not hide
+    rollout: float
+    reference: float
+    update: float  # forward, backward, gradient reduction over replicas, optimizer
+    sync: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, phase.name) for phase in fields(self))
+
+
+def compute_seconds(device: Device, flops: Flops) -> float:
+    """Return the seconds that one device takes for the operations."""
+    reached = device.efficiency
+    vision = flops.patch_embed + flops.vision_layers + flops.merger
+    scaled = (
+        flops.text_layers / reached.text,
+        vision / reached.vision,
+        (flops.text_attention + flops.vision_attention) / reached.attention,
+        flops.head / reached.head,
+    )
+    return sum(scaled) / device.flops_per_s
+
+
+def stage_seconds(job: Job, layout: Layout, device: Device, *, training: bool) -> tuple[float, ...]:
+    """Predict the seconds of one microbatch on each stage: forward pass, with `training` also backward pass."""
+    return tuple(
+        seconds_of_stage(job, layout, device, stage, layers, training=training)
+        for stage, layers in enumerate(layout.stages(job.config))
+    )
+
+
+def seconds_of_stage(job: Job, layout: Layout, device: Device, stage: int, num_layers: int, *, training: bool) -> float:
+    """Predict the seconds of one stage with a given number of language-model layers; linear in that number."""
+    config, work = job.config, job.groups(layout.groups_per_microbatch)
+    once = forward_flops(config, work)
+    flops = once
+    if training:
+        flops = training_flops(config, work, freeze=job.freeze)
+        flops += recomputed_flops(config, work, layout.recompute_section, freeze=job.freeze)
+        flops += Flops(
+            text_attention=SCORES_RECOMPUTED * once.text_attention,
+            vision_attention=SCORES_RECOMPUTED * once.vision_attention * ("vision_tower" not in job.freeze),
+        )
+    first, last = stage == 0, stage == layout.pipeline - 1
+    # `once` contains a last layer that computes only the target tokens after its attention. That layer belongs to the
+    # last stage, and with sequence parallelism it computes all tokens: add what it saves back where it does not apply.
+    saved = forward_flops(config, replace(work, targets=work.tokens)).text_layers - once.text_layers
+    passes = flops.text_layers / once.text_layers  # 1, with training 3 or more
+    fraction = num_layers / config.text.num_layers
+    text_layers = fraction * (once.text_layers + saved) - (last and not layout.sequence_parallel) * saved
+    stage_flops = Flops(
+        patch_embed=flops.patch_embed * layout.tensor * first,  # replicated on all tensor-parallel ranks
+        vision_layers=flops.vision_layers * first,
+        vision_attention=flops.vision_attention * first,
+        merger=flops.merger * first,
+        text_layers=passes * text_layers,
+        text_attention=flops.text_attention * fraction,
+        head=flops.head * last,
+    )
+    forward, backward = tensor_traffic(job, layout, stage, num_layers)
+    return (
+        compute_seconds(device, stage_flops) / layout.tensor
+        + (forward.bytes + backward.bytes * training) / _bandwidth(device, within_node=True)
+        + (forward.collectives + backward.collectives * training) * device.collective_latency_s
+        + device.microbatch_overhead_s * (3 if training else 1)
+    )
+
+
+def pipeline_seconds(stages: Sequence[float], num_microbatches: int) -> float:
+    """Return the seconds of all microbatches in the 1F1B schedule."""
+    return sum(stages) + (num_microbatches - 1) * max(stages)
+
+
+def pipeline_bubble(stages: Sequence[float], num_microbatches: int) -> float:
+    """Return the fraction of time that the stages wait, in [0, 1)."""
+    busy = num_microbatches * sum(stages) / len(stages)
+    return 1 - busy / pipeline_seconds(stages, num_microbatches)
+
+
+def busiest_seconds(stages: Sequence[float], num_microbatches: int) -> float:
+    """Return the seconds that the slowest stage computes, without waiting."""
+    return num_microbatches * max(stages)
+
+
+def update_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline = pipeline_seconds
+) -> float:
+    """Predict the update: forward and backward of all microbatches, gradient reduction over replicas, optimizer."""
+    compute = _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=True)
+    replicas_within_node = layout.tensor * layout.replicas <= gpus_per_node
+    gradients = step_traffic(job, layout).data / _bandwidth(device, within_node=replicas_within_node)
+    parameters = max(stage.total for stage in stage_parameters(job.config, layout)) / layout.replicas
+    optimizer = OPTIMIZER_BYTES * parameters / (device.memory_bytes_per_s * device.efficiency.memory)
+    return compute + gradients + optimizer
+
+
+def reference_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline = pipeline_seconds
+) -> float:
+    """Predict the log-probs of the reference, including the swap of its weights unless they are resident."""
+    if not job.with_reference:
+        return 0.0
+    compute = _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=False)
+    weights = max(stage.total for stage in stage_parameters(job.config, layout)) * job.dtype_bytes
+    # Four sequential copies: policy to host, reference to device, then both back.
+    swap = 0.0 if job.reference_resident or device.is_cpu else 4 * weights / device.host_bytes_per_s
+    return compute + swap
+
+
+def _pass_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline, *, training: bool
+) -> float:
+    """Predict the passes of all microbatches through all stages, including sends between stages."""
+    num_microbatches = layout.num_microbatches(job)
+    compute = pipeline(stage_seconds(job, layout, device, training=training), num_microbatches)
+    if layout.pipeline == 1:
+        return compute
+    # Stages are the outermost dimension of the ranks: they share a node only if the whole job does.
+    hop = boundary_bytes(job, layout) / _bandwidth(device, within_node=layout.num_gpus <= gpus_per_node)
+    return compute + (2 if training else 1) * (layout.pipeline - 1 + num_microbatches - 1) * hop
+
+
+def _bandwidth(device: Device, *, within_node: bool) -> float:
+    """Return the bytes per second that one GPU sends."""
+    if within_node:
+        return device.link_bytes_per_s * device.efficiency.link
+    return device.network_bytes_per_s * device.efficiency.network
+
+
+def rollout_seconds(job: Job, device: Device, num_engines: int, engine: EngineMemory, longest_response: int) -> float:
+    """Predict the rollout: prefill once per group, then decode until the longest response ends.
+
+    Groups that do not fit into the KV cache together decode in several waves.
+
+    Args:
+        num_engines: engines that share the groups of a step.
+        longest_response: tokens of the longest response of a step.
+    """
+    groups = -(-job.prompts_per_step // num_engines)
+    prefill = groups * compute_seconds(device, forward_flops(job.config, job.prompt())) / engine.ranks
+    tokens_per_group = job.prompt_tokens + job.group_size * job.response_tokens
+    waves = max(1, -(-groups * tokens_per_group // max(engine.tokens, tokens_per_group)))
+    bandwidth = device.memory_bytes_per_s * device.efficiency.memory
+    weights = num_parameters(job.config) * job.dtype_bytes / engine.ranks / bandwidth
+    collectives = 2 * job.config.text.num_layers * device.collective_latency_s * (engine.ranks > 1)
+    context = job.prompt_tokens + job.response_tokens / 2
+    sequences = groups * job.group_size
+    cache = sequences * job.response_tokens * context * cache_bytes_per_token(job, engine.ranks) / bandwidth
+    return prefill + waves * longest_response * (device.token_overhead_s + collectives + weights) + cache
+
+
+def step_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int, engine: EngineMemory, longest_response: int
+) -> StepTime:
+    """Predict a whole GRPO step with engines colocated on the training GPUs."""
+    num_engines = max(layout.num_gpus // engine.ranks, 1)
+    rollout = rollout_seconds(job, device, num_engines, engine, longest_response)
+    reference = reference_seconds(job, layout, device, gpus_per_node)
+    update = update_seconds(job, layout, device, gpus_per_node)
+    sync_bandwidth = _bandwidth(device, within_node=layout.num_gpus <= gpus_per_node)
+    sync = step_traffic(job, layout).sync / sync_bandwidth
+    frames = job.frames_per_prompt * job.prompts_per_step / layout.num_gpus
+    overlapped = rollout + reference + update + sync
+    decode = max(0.0, frames / device.decoded_frames_per_s - overlapped)
+    return StepTime(decode, rollout, reference, update, sync)
+
+
+def useful_flops(job: Job) -> float:
+    """Return the model FLOPs of a step's update and reference pass; each prompt counts once."""
+    work = job.groups(job.prompts_per_step)
+    total = training_flops(job.config, work, freeze=job.freeze).total
+    return total + (forward_flops(job.config, work).total if job.with_reference else 0.0)

@@ -1,0 +1,111 @@
+"""Predicts the bytes that a GPU sends in one step, by parallel dimension.
+
+A ring collective of n ranks on a buffer of B bytes: an all-reduce sends 2 (n - 1) / n B per rank, an all-gather or a
+reduce-scatter of the whole buffer (n - 1) / n B. Sequence parallelism replaces each all-reduce by one of each, which
+sends the same bytes.
+
+tensor    every layer: 2 all-reduces in the forward pass (after attention and MLP) and 2 in the backward pass, and the
+          forward ones again with full recomputation. With sequence parallelism also 2 all-gathers of the inputs for the
+          weight gradients. Without it, the last layer computes only the target tokens after its attention
+pipeline  the hidden states of a microbatch to the next stage, and their gradients back
+data      float32 gradients to the rank that holds their optimizer state, and updated weights back
+sync      the weights to the engines
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.memory import GRADIENT_BYTES
+from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that the busiest GPU sends in a step."""
+
+    tensor: float
+    pipeline: float
+    data: float
+    sync: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The traffic of one rank within its tensor-parallel group, for one microbatch."""
+
+    bytes: float = 0.0
+    collectives: int = 0
+
+
+def step_traffic(job: Job, layout: Layout) -> Traffic:
+    """Predict the traffic of one GRPO step, including the forward pass of the reference."""
+    num_microbatches = layout.num_microbatches(job)
+    reference = 1 if job.with_reference else 0
+    stages = (tensor_traffic(job, layout, stage, layers) for stage, layers in enumerate(layout.stages(job.config)))
+    tensor = max((1 + reference) * forward.bytes + backward.bytes for forward, backward in stages)
+    # A middle stage sends hidden states forward and gradients back. With two stages, the first one sends only hidden
+    # states and the last one only gradients.
+    sends = 0 if layout.pipeline == 1 else 1 + reference + (layout.pipeline > 2)
+    weights = max(stage.total for stage in stage_parameters(job.config, layout))
+    return Traffic(
+        tensor=num_microbatches * tensor,
+        pipeline=num_microbatches * sends * boundary_bytes(job, layout),
+        data=(layout.replicas - 1) / layout.replicas * weights * (GRADIENT_BYTES + job.dtype_bytes),
+        sync=num_parameters(job.config) * job.dtype_bytes,
+    )
+
+
+def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tuple[Sent, Sent]:
+    """Predict the tensor-parallel traffic of one microbatch on a stage: forward pass, backward pass.
+
+    Args:
+        num_layers: language-model layers of the stage.
+    """
+    if layout.tensor == 1:
+        return Sent(), Sent()
+    config, work = job.config, job.groups(layout.groups_per_microbatch)
+    text, vision, dtype_bytes = config.text, config.vision, job.dtype_bytes
+    first, last = stage == 0, stage == layout.pipeline - 1
+    # Bytes of the buffers that are communicated.
+    text_hidden = work.tokens * text.hidden_size * dtype_bytes
+    vision_hidden = work.patches * vision.hidden_size * dtype_bytes
+    vision_features = work.patches // vision.patches_per_token * text.hidden_size * dtype_bytes
+    target_hidden = work.targets * text.hidden_size * dtype_bytes
+
+    # All-reduces after attention and MLP of every layer, and of their input gradients in the backward pass.
+    layers = [text_hidden] * (2 * num_layers) + [vision_hidden] * (2 * vision.num_layers * first)
+    forward_layers, backward_layers = list(layers), list(layers)
+    if last and not layout.sequence_parallel:
+        forward_layers[:2], backward_layers[:1] = [target_hidden] * 2, [target_hidden]
+    forward_sums = forward_layers + [text_hidden, vision_features] * first + [4 * work.targets] * (2 * last)
+    backward_sums = backward_layers + [vision_hidden] * first + [4 * work.targets * text.hidden_size] * last
+
+    forward_gathers: list[int] = []
+    backward_gathers: list[int] = []
+    gathers_qkv = text.num_kv_heads < layout.tensor  # ranks share key-value heads and gather the projection's output
+    if gathers_qkv:
+        projection = work.tokens * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim * dtype_bytes
+        forward_gathers += [projection] * num_layers
+        backward_gathers += [projection] * num_layers
+    if layout.sequence_parallel:
+        forward_gathers += [vision_hidden] * first + [text_hidden] * last  # the outputs of both models
+        # The gradients of their inputs, and the inputs of every layer for the weight gradients.
+        backward_gathers += [vision_hidden] * first + [text_hidden] * first + layers
+    if layout.recompute == "full":
+        backward_sums += forward_layers
+        backward_gathers += forward_gathers[:num_layers] if gathers_qkv else []
+    return _sent(layout, forward_sums, forward_gathers), _sent(layout, backward_sums, backward_gathers)
+
+
+def _sent(layout: Layout, all_reduces: list[int], gathers: list[int]) -> Sent:
+    ring = (layout.tensor - 1) / layout.tensor
+    return Sent(ring * (2 * sum(all_reduces) + sum(gathers)), len(all_reduces) + len(gathers))
+
+
+def boundary_bytes(job: Job, layout: Layout) -> float:
+    """Return the bytes that one rank sends to the next stage for one microbatch."""
+    tokens = job.group_tokens * layout.groups_per_microbatch
+    ranks = layout.tensor if layout.sequence_parallel else 1
+    return tokens * job.config.text.hidden_size * job.dtype_bytes / ranks

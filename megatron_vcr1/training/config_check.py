@@ -1,0 +1,226 @@
+"""Checks a run's settings for a job of any size, without GPUs: `vcr1 config --check CONFIG --ranks N`.
+
+It calls the functions that `vcr1 train` calls before it loads the model, and adds what a run would only find out later:
+samples that cannot be read, too little memory, a full disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_vcr1.checkpoint.step_dirs import saved_steps, step_dir
+from megatron_vcr1.checkpoint.training_state import read_state
+from megatron_vcr1.config.layout import check_batch_size
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.loader import PrepareFn
+from megatron_vcr1.data.preparation import build_prepare_fns
+from megatron_vcr1.data.prompts import PromptTooLongError
+from megatron_vcr1.data.video_types import VideoError
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.job import Job
+from megatron_vcr1.planning.memory import checkpoint_bytes, training_memory
+from megatron_vcr1.planning.run_job import job_of_run, layout_of_run
+from megatron_vcr1.rollout.placement import Placement
+from megatron_vcr1.rollout.sglang.launch import check_server_args, require_sglang
+from megatron_vcr1.training.inputs import RunInputs, read_inputs, read_model_config
+from megatron_vcr1.training.run_dir import RunDir
+from megatron_vcr1.training.settings_checks import check_stage
+from megatron_vcr1.types import VideoSample
+
+NUM_SAMPLES = 2  # that are decoded of each source
+RESPONSE_TOKENS = 200  # mean that the memory estimate assumes
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row of the table.
+
+    Attributes:
+        status: "ok", "warning" (`vcr1 train` starts, but may fail later) or "error" (`vcr1 train` refuses it).
+    """
+
+    subject: str
+    status: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobSize:
+    """The job that a configuration is checked for."""
+
+    num_ranks: int
+    gpus_per_node: int
+    device: Device
+
+    @property
+    def ranks_per_node(self) -> int:
+        return min(self.num_ranks, self.gpus_per_node)
+
+
+def check_config(config: RunConfig, size: JobSize) -> list[Finding]:
+    """Check a configuration and return what was found, in the order of the table."""
+    findings: list[Finding] = []
+
+    def check(subject: str, function: Callable[[], tuple[str, str]]) -> None:
+        try:
+            findings.append(Finding(subject, *function()))
+        except UserError as error:
+            if not any(finding.text == str(error) for finding in findings):  # two checks may call the same function
+                findings.append(Finding(subject, "error", str(error)))
+
+    model: ModelConfig | None = None
+    with suppress(UserError):  # the first check reports it
+        model = read_model_config(config, size.num_ranks)
+    check("model, layout", lambda: _layout(config, size))
+    if model is not None:
+        inputs: list[RunInputs] = []
+        job = _job(config, model)
+        check("batch", lambda: _batch(config, size, job))
+        check("settings, data", lambda: _inputs(config, model, size, inputs))
+        if inputs:
+            check("first samples", lambda: _first_samples(config, inputs[0]))
+        check("memory", lambda: _memory(config, size, job))
+        check("checkpoints", lambda: _checkpoints(config, job))
+    check("servers", lambda: _servers(config, size))
+    check("run directory", lambda: _run_dir(config))
+    return findings
+
+
+def _layout(config: RunConfig, size: JobSize) -> tuple[str, str]:
+    model, parallel = read_model_config(config, size.num_ranks), config.parallel
+    replicas = size.num_ranks // (parallel.tensor * parallel.pipeline)
+    text = f"{model.family}, {model.text.num_layers} layers; tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
+    text += f"{replicas} replicas"
+    if parallel.tensor > size.gpus_per_node or size.gpus_per_node % parallel.tensor:
+        return "warning", f"{text}: tensor-parallel groups cross nodes of {size.gpus_per_node} GPUs, which is slow"
+    return "ok", text
+
+
+def _job(config: RunConfig, model: ModelConfig) -> Job:
+    # The number of samples matters for the time of a run only, which is not estimated here.
+    tokens = min(RESPONSE_TOKENS, config.rollout.max_new_tokens)
+    return job_of_run(config, model, response_tokens=tokens, num_samples=1)
+
+
+def _batch(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
+    replicas = size.num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    check_batch_size(config.train, config.grpo, replicas)
+    layout = layout_of_run(config, job, size.num_ranks)
+    per_replica = config.train.prompts_per_step // replicas
+    text = f"{config.train.prompts_per_step} prompts per step, {per_replica} per replica in about "
+    text += f"{layout.num_microbatches(job)} microbatches"
+    if config.train.microbatch_tokens < job.group_tokens:
+        return "ok", f"{text}; a group of {job.group_tokens:,} tokens is longer than train.microbatch_tokens"
+    return "ok", text
+
+
+def _inputs(config: RunConfig, model: ModelConfig, size: JobSize, found: list[RunInputs]) -> tuple[str, str]:
+    inputs = read_inputs(config, model, num_ranks=size.num_ranks)
+    found.append(inputs)
+    samples = sum(map(len, inputs.stream.samples))
+    text = f"{samples:,} samples of {len(inputs.stream.samples)} sources; {inputs.num_steps:,} steps"
+    if inputs.validator is not None:
+        text += f"; validation of {', '.join(inputs.validator.metric_names)}"
+    if config.logging.wandb_project is not None and find_spec("wandb") is None:
+        raise UserError("logging.wandb_project is set, but wandb cannot be imported: pip install wandb")
+    return "ok", text
+
+
+def _first_samples(config: RunConfig, inputs: RunInputs) -> tuple[str, str]:
+    """Decode and encode the first samples of each source as a run does, in a subprocess that may crash."""
+    # In a subprocess, as in a decoding worker; a GPU decoder is not needed to know whether a file can be read.
+    backend = "auto" if config.data.backend == "dali-gpu" else config.data.backend
+    data = config.data.model_copy(update={"num_workers": 1, "backend": backend})
+    functions = build_prepare_fns(data, inputs.stream.templates, inputs.processor)
+    sources: list[tuple[PrepareFn, Sequence[VideoSample]]] = list(zip(functions, inputs.stream.samples, strict=True))
+    if inputs.validator is not None:
+        sources += inputs.validator.sources(data)
+    outcomes = [outcome for function, samples in sources for outcome in _prepare(function, samples)]
+    lengths = [outcome for outcome in outcomes if isinstance(outcome, int)]
+    problems = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    limit = f"data.max_prompt_tokens = {config.data.max_prompt_tokens:,}"
+    text = f"{len(lengths)} of {len(outcomes)} read and encoded"
+    if lengths:
+        text += f": {min(lengths):,} to {max(lengths):,} tokens ({limit})"
+    return ("warning" if problems else "ok"), "; ".join([text, *problems])
+
+
+def _prepare(function: PrepareFn, samples: Sequence[VideoSample]) -> Iterator[int | str]:
+    """Yield the length of each prompt, or why the sample would be skipped."""
+    for sample in samples[:NUM_SAMPLES]:
+        try:
+            yield len(function(sample).prompt.token_ids)
+        except (VideoError, PromptTooLongError) as error:
+            yield f"{sample.id} would be skipped: {error}"
+
+
+def _memory(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
+    layout, device = layout_of_run(config, job, size.num_ranks), size.device
+    fullest = max(training_memory(job, layout, device), key=lambda stage: stage.total)
+    part = fullest.largest_part
+    text = f"about {fullest.total / 1e9:.0f} GB of {device.memory_bytes / 1e9:.0f} per GPU ({device.name}; largest "
+    text += f"part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
+    if fullest.total > device.memory_bytes:
+        return "warning", f"{text}: too much; `vcr1 plan` compares layouts"
+    if config.rollout.engine == "sglang" and config.sglang.colocated and config.train.stage == "grpo":
+        left = 1 - fullest.resident / device.memory_bytes
+        if config.sglang.memory_fraction > left:
+            return "warning", f"{text}; training leaves {left:.2f} to servers: lower sglang.memory_fraction"
+    return "ok", text
+
+
+def _checkpoints(config: RunConfig, job: Job) -> tuple[str, str]:
+    section = config.checkpoint
+    each = checkpoint_bytes(job)
+    # The newest ones, the best one, and the one that is being written.
+    number = section.keep_last + 1 + (section.keep_best is not None)
+    free = shutil.disk_usage(_existing(config.train.run_dir)).free
+    text = f"{each / 1e9:.3g} GB each; up to {number} at once need {number * each / 1e9:.3g} GB; "
+    text += f"{free / 1e9:,.0f} GB free"
+    if section.keep_every is not None:
+        text += f"; checkpoint.keep_every = {section.keep_every} keeps more"
+    if each > free:
+        raise UserError(f"{text}: the disk of train.run_dir cannot hold a checkpoint")
+    return ("warning" if number * each > free else "ok"), text
+
+
+def _servers(config: RunConfig, size: JobSize) -> tuple[str, str]:
+    section = config.sglang
+    needs_engine = config.train.stage == "grpo" or config.validation.benchmarks
+    if config.rollout.engine != "sglang" or not needs_engine:
+        return "ok", "none: the in-process engine" if needs_engine else "none"
+    if section.urls:
+        return "ok", f"{len(section.urls)} URLs, which are not contacted here"
+    placement = replace(Placement.from_section(section), num_gpus=size.gpus_per_node)
+    check_server_args(section)
+    placement.server_gpus(size.ranks_per_node)
+    if section.colocated:
+        ranks = config.parallel.tensor * config.parallel.pipeline
+        placement.check_sharing(max(1, size.ranks_per_node // ranks), section.num_servers)
+    require_sglang(section.python)
+    kind = "colocated" if section.colocated else "separate"
+    return "ok", f"{section.num_servers} {kind} per node, {section.tensor} GPUs each; sglang is installed"
+
+
+def _run_dir(config: RunConfig) -> tuple[str, str]:
+    path, existing = config.train.run_dir, _existing(config.train.run_dir)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"train.run_dir = {path}: cannot be written to: {existing} is not a writable folder")
+    steps = saved_steps(RunDir(path).checkpoints)
+    if not steps:
+        return "ok", f"{path}: a new run"
+    check_stage(str(read_state(step_dir(RunDir(path).checkpoints, steps[-1])).trainer.get("stage")), config.train)
+    return "ok", f"{path}: resumes from step {steps[-1]}"
+
+
+def _existing(path: Path) -> Path:
+    """Return the path itself, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

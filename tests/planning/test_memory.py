@@ -1,0 +1,63 @@
+"""The planner's memory against values computed by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_vcr1.model.presets import model_config
+from megatron_vcr1.planning.devices import DEVICES
+from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.memory import cache_bytes_per_token, engine_memory, training_memory
+
+NUM_PARAMETERS_7B = 8_292_166_656
+H100 = DEVICES["h100"]
+
+
+def test_memory_of_the_7b_model_equals_a_calculation_by_hand() -> None:
+    """bfloat16 weights, float32 gradients, 12 bytes of optimizer state per parameter, sharded over the replicas."""
+    job = Job(model_config("qwen2.5-vl-7b"))
+    (memory,) = training_memory(job, Layout(replicas=8, recompute="full"), H100)
+    assert memory.parameters == 2 * NUM_PARAMETERS_7B
+    assert memory.gradients == 4 * NUM_PARAMETERS_7B
+    assert memory.optimizer == 12 * NUM_PARAMETERS_7B / 8
+    assert memory.reference == 0
+    tokens, patches = 3840 + 8 * 199, 19 * 28 * 28
+    # The residual stream of a token in 28 layers, of a patch in 32, and 4 hidden sizes in the merger.
+    saved = tokens * 28 * 3584 + patches * (32 * 1280 + 4 * 1280)
+    assert memory.activations == pytest.approx(2 * saved)
+
+
+def test_a_resident_reference_takes_the_memory_of_its_weights() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"), reference_resident=True)
+    (memory,) = training_memory(job, Layout(replicas=8), H100)
+    assert memory.reference == 2 * NUM_PARAMETERS_7B
+
+
+def test_a_frozen_vision_tower_has_no_gradients() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    (whole,) = training_memory(job, Layout(replicas=8), H100)
+    (frozen,) = training_memory(dataclasses.replace(job, freeze=("vision_tower",)), Layout(replicas=8), H100)
+    assert 0.6e9 < (whole.gradients - frozen.gradients) / 4 < 0.7e9  # parameters of the tower
+
+
+def test_the_last_layer_saves_only_target_tokens_after_its_attention() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    tokens, targets, after_attention = 3840 + 8 * 199, 8 * 200, 2 * 3584 + 2 * 18944
+    first, last = training_memory(job, Layout(pipeline=2, replicas=4), H100)
+    per_layer = 4 * 3584 + 2 * 3584 + 2 * 512 + 2 * 18944
+    assert last.activations == pytest.approx(2 * (tokens * 14 * per_layer - (tokens - targets) * after_attention))
+    assert first.activations > 2 * 2 * tokens * 14 * per_layer  # two microbatches in flight, and the vision tower
+
+
+def test_cache_bytes_per_token() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    assert cache_bytes_per_token(job, 1) == 2 * 28 * 4 * 128 * 2
+    assert cache_bytes_per_token(job, 8) == 2 * 28 * 1 * 128 * 2  # fewer key-value heads than ranks: one head per rank
+
+
+def test_an_engine_that_does_not_fit_has_no_cache() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    engine = engine_memory(job, H100, resident=79e9, ranks=1)
+    assert engine.cache < 0 and engine.tokens == 0

@@ -1,0 +1,52 @@
+"""The layouts that the planner finds, and its reasons for those that cannot run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_vcr1.model.presets import model_config
+from megatron_vcr1.planning.devices import DEVICES
+from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.search import Cluster, Plan, Refusal, balanced, best_variant, search
+from megatron_vcr1.planning.timing import stage_seconds
+
+H100 = DEVICES["h100"]
+
+
+def test_search_finds_the_papers_run_and_gives_reasons_for_the_rest() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    plans, refusals = search(job, Cluster(H100, 8), longest_response=500)
+    assert job.num_steps == 2254
+    assert [plan.time.total for plan in plans] == sorted(plan.time.total for plan in plans)
+    for plan in plans:
+        assert plan.peak_bytes <= 80e9 and plan.layout.num_gpus == 8
+        assert plan.layout.replicas * plan.layout.tensor * plan.layout.pipeline == 8
+        assert 0 < plan.mfu < plan.update_mfu < 1
+        assert plan.gpu_hours == pytest.approx(plan.time.total * 2254 * 8 / 3600)
+    (eight,) = (refusal for refusal in refusals if (refusal.tensor, refusal.pipeline) == (8, 1))
+    assert "28 attention heads" in eight.reason
+
+
+def test_a_refusal_names_missing_memory_or_indivisible_prompts() -> None:
+    job = Job(model_config("qwen2.5-vl-72b"))
+    found = best_variant(job, Cluster(H100, 8), 1, 1, longest_response=500)
+    assert isinstance(found, Refusal) and "GB of 80" in found.reason
+    job = Job(model_config("qwen2.5-vl-7b"), prompts_per_step=4)
+    found = best_variant(job, Cluster(H100, 8), 1, 1, longest_response=500)
+    assert isinstance(found, Refusal) and "4 prompts per step are not a multiple of 8 replicas" in found.reason
+    assert isinstance(best_variant(job, Cluster(H100, 8), 2, 1, longest_response=500), Plan)
+
+
+def test_balancing_moves_layers_away_from_the_stage_with_the_vision_tower() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    even = Layout(pipeline=4, replicas=2)
+    better = balanced(job, even, H100)
+    stages = better.stages(job.config)
+    assert stages[0] < 7 and sum(stages) == 28
+    slowest = [max(stage_seconds(job, layout, H100, training=True)) for layout in (even, better)]
+    assert slowest[1] < slowest[0]
+    for first in range(1, 26, 3):  # no other size of the first stage alone is better
+        other = dataclasses.replace(even, first_stage_layers=first)
+        assert max(stage_seconds(job, other, H100, training=True)) >= slowest[1] * 0.999

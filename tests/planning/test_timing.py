@@ -1,0 +1,54 @@
+"""The planner's seconds: pipeline formulas, FLOPs per stage, and how the update scales."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_vcr1.model.flops import forward_flops
+from megatron_vcr1.model.presets import model_config
+from megatron_vcr1.planning.devices import DEVICES, Efficiency
+from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.timing import (
+    busiest_seconds,
+    pipeline_bubble,
+    pipeline_seconds,
+    seconds_of_stage,
+    update_seconds,
+    useful_flops,
+)
+
+
+def test_pipeline_formulas() -> None:
+    assert pipeline_seconds([1.0, 1.0, 1.0, 1.0], 4) == 7.0
+    assert busiest_seconds([1.0, 3.0], 4) == 12.0
+    assert pipeline_bubble([1.0, 1.0, 1.0, 1.0], 4) == pytest.approx(3 / 7)  # (p - 1) / (m + p - 1)
+    assert pipeline_bubble([1.0], 3) == 0.0
+    assert pipeline_bubble([2.0, 1.0], 10) == pytest.approx(1 - 15 / 21)
+
+
+def test_the_last_layer_computes_only_target_tokens_after_its_attention() -> None:
+    """On a device with 1 FLOP/s, seconds are FLOPs."""
+    job = Job(model_config("qwen2.5-vl-7b"))
+    tokens, targets = 3840 + 8 * 199, 8 * 200
+    exact = Efficiency(1, 1, 1, 1, 1, 1, 1)
+    unit = dataclasses.replace(DEVICES["h100"], microbatch_overhead_s=0.0, flops_per_s=1.0, efficiency=exact)
+    layout = Layout(pipeline=2)
+    first, second = (seconds_of_stage(job, layout, unit, stage, 14, training=False) for stage in (0, 1))
+    work = forward_flops(job.config, job.groups(1))
+    assert first + second == pytest.approx(work.total)
+    saved = 2 * (tokens - targets) * (3584 * 3584 + 3 * 3584 * 18944)  # output projection and MLP
+    others = work.head + work.text_attention / 2
+    assert second - others == pytest.approx((work.text_layers + saved) / 2 - saved)
+
+
+def test_update_seconds_grow_with_recomputation_prompts_and_network_traffic() -> None:
+    job, device = Job(model_config("qwen2.5-vl-7b")), DEVICES["h100"]
+    layout = Layout(tensor=2, replicas=4, sequence_parallel=True)
+    base = update_seconds(job, layout, device, 8)
+    assert update_seconds(job, dataclasses.replace(layout, recompute="full"), device, 8) > 1.2 * base
+    twice = dataclasses.replace(job, prompts_per_step=16)
+    assert 1.5 * base < update_seconds(twice, layout, device, 8) < 2 * base
+    assert useful_flops(twice) == 2 * useful_flops(job)
+    assert update_seconds(job, layout, device, 2) > base  # the replicas are on different nodes
