@@ -1,4 +1,6 @@
-"""Compile every kernel that the ops launch for sm_90, without a GPU. test_hopper.py runs this in its own process.
+"""Compile every kernel that the ops launch, without a GPU. test_hopper.py runs this in processes of its own.
+
+    python compile_for_hopper.py 90       # or 100 for Blackwell: the GPU's compute capability, times 10
 
 The launch functions run on CPU tensors. The launch itself is replaced by a compilation with exactly the argument types
 and specializations that a real launch would have. Prints one JSON object.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from typing import Any
@@ -22,13 +25,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from vcr1_kernels import backend
 
-HOPPER = GPUTarget("cuda", 90, 32)
+TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 compiled: dict[str, dict[str, Any]] = defaultdict(dict)  # by kernel name and specialization
 
 
 def compile_instead_of_launching(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """Replace `JITFunction.run`: compile the kernel for this call's specialization, unless it is compiled already."""
-    compiler = make_backend(HOPPER)
+    compiler = make_backend(TARGET)
     binder = create_function_from_signature(kernel.signature, kernel.params, compiler)
     bound_args, specialization, _ = binder(*args, **kwargs, debug=False)
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
@@ -36,7 +39,7 @@ def compile_instead_of_launching(kernel: JITFunction, *args: Any, grid: Any, war
     key = repr((specialization, options))
     if key not in compiled[kernel.__name__]:
         source = ASTSource(kernel, signature, constants, attributes)
-        compiled[kernel.__name__][key] = triton.compile(source, target=HOPPER, options=options)
+        compiled[kernel.__name__][key] = triton.compile(source, target=TARGET, options=options)
 
 
 def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
@@ -114,7 +117,9 @@ def main() -> None:
             "recompiled": len(kernels) - num_compiled[name],
             "shared_bytes": max(kernel.metadata.shared for kernel in kernels.values()),
             "spills": sum(num_spilling_instructions(kernel.asm["cubin"]) for kernel in kernels.values()),
-            "tensor_cores": all("wgmma" in kernel.asm["ptx"] for kernel in kernels.values()),
+            "tensor_cores": all(
+                re.search("wgmma|tcgen05", kernel.asm["ptx"]) is not None for kernel in kernels.values()
+            ),
         }
         for name, kernels in compiled.items()
     }

@@ -1,4 +1,4 @@
-"""Properties of the kernels compiled for H100 and H200, checked without a GPU; see compile_for_hopper.py."""
+"""Properties of the kernels compiled for H100, H200 and B200, checked without a GPU; see compile_for_hopper.py."""
 
 from __future__ import annotations
 
@@ -11,16 +11,27 @@ from typing import Any
 
 import pytest
 
-HOPPER_SHARED_BYTES = 227 * 1024
+SHARED_BYTES = 227 * 1024
+# The loads and stores of local memory that are accepted, by compute capability times 10. On Blackwell accumulators pass
+# through registers on their way to the tensor memory: triton 3.6 spills 6 and 20 times, triton 3.8 0 and 49 times.
+ACCEPTED_SPILLS = {90: {}, 100: {"forward_kernel": 6, "key_gradient_kernel": 49}}
+
+
+@pytest.fixture(scope="module", params=ACCEPTED_SPILLS)
+def capability(request: pytest.FixtureRequest) -> int:
+    """Return the compute capability that the kernels are compiled for, times 10."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, dict[str, Any]]:
+def report(capability: int) -> dict[str, dict[str, Any]]:
     script = Path(__file__).with_name("compile_for_hopper.py")
     kernels = Path(__file__).parents[2] / "kernels"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(kernels), environment.get("PYTHONPATH", "")])
-    process = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
@@ -45,9 +56,10 @@ def test_lengths_and_temperature_do_not_recompile(report: dict[str, dict[str, An
     assert {name: kernel["recompiled"] for name, kernel in report.items() if kernel["recompiled"]} == {}
 
 
-def test_kernels_fit_into_shared_memory_and_registers(report: dict[str, dict[str, Any]]) -> None:
-    assert max(kernel["shared_bytes"] for kernel in report.values()) <= HOPPER_SHARED_BYTES
-    assert {name: kernel["spills"] for name, kernel in report.items() if kernel["spills"]} == {}
+def test_kernels_fit_into_shared_memory_and_registers(capability: int, report: dict[str, dict[str, Any]]) -> None:
+    assert max(kernel["shared_bytes"] for kernel in report.values()) <= SHARED_BYTES
+    accepted = ACCEPTED_SPILLS[capability]
+    assert {name: kernel["spills"] for name, kernel in report.items() if kernel["spills"] > accepted.get(name, 0)} == {}
 
 
 def test_attention_uses_the_tensor_cores(report: dict[str, dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Makes torchvision importable with a CPU build of torch, in the environment in which tests run SGLang.
+"""Makes torchvision importable with a CPU build of torch, in the environment in which tests run SGLang on the CPU.
 
 torchvision's wheels are built for CUDA, so their compiled operators do not load here. torchvision then fails to import,
 because it registers fake implementations of two of these operators (nms, qnms), which do not exist. Nothing in SGLang's
@@ -23,6 +23,7 @@ class _DeclareOperatorsFirst(MetaPathFinder):
             from torch import library
 
             if torch.version.cuda is not None:  # a CUDA build of torch loads torchvision's own operators
+                torch.cuda.synchronize = lambda device=None: None  # SGLang calls it before it releases memory
                 return
             _kept.append(library.Library("torchvision", "FRAGMENT"))
             for operator in ("nms", "qnms"):
