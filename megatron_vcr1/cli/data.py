@@ -308,12 +308,13 @@ def _print_check(check: ManifestCheck) -> None:
         print(f"sample {bad.id}: {bad.video}: {bad.reason}")
     for late in check.late_spans[:_MAX_PRINTED]:
         print(f"sample {late.id}: {late.video}: lasts {late.duration_s:.2f} s, but a span ends at {late.end_s} s")
-    if max(map(len, (check.bad_rows, check.bad_videos, check.late_spans))) > _MAX_PRINTED:
+    if max(len(check.bad_rows), len(check.bad_videos), len(check.late_spans)) > _MAX_PRINTED:
         print(f"only the first {_MAX_PRINTED} are shown; --json lists all")
     tasks = ", ".join(f"{count} {task}" for task, count in check.num_samples_by_task.items()) or "no sample"
     print(f"{check.num_rows} rows: {tasks}; {len(check.bad_rows)} bad rows")
     if check.num_overruns:
         print(f"{check.num_overruns} samples have a span that ends after duration_s")
     if check.videos_decoded:
-        late = f"; {len(check.late_spans)} samples have a span that ends after the video" if check.late_spans else ""
-        print(f"{len(check.bad_videos)} samples whose video is bad{late}")
+        print(f"{len(check.bad_videos)} samples whose video is bad")
+    if check.late_spans:
+        print(f"{len(check.late_spans)} samples have a span that ends after the video")

@@ -106,6 +106,7 @@ def import_dataset(
         if name == "own" and videos.root is not None:
             durations = DurationProbe(stack.enter_context(VideoReader()).read_frames)
         cleaner = RowCleaner(videos, keep_overruns, durations)
+        published: Iterable[Row | Issue | MalformedRow]
         if name == "own":
             published = read_own(annotations, task, columns or ColumnMap({}))
         else:
