@@ -13,14 +13,15 @@ from megatron_vcr1.tasks import (
     QualityTarget,
     TrackingTarget,
 )
-from megatron_vcr1.types import Box, Interval, VideoSample
+from megatron_vcr1.types import Box, Image, Interval, Video, VideoSample, interleave
 
 BOX = Box(0.1, 0.2, 0.3, 0.4)
+VIDEO = Video("a.mp4")
 GROUNDING = GroundingTarget(Interval(1.0, 2.0))
 
 
 def sample(**changes: Any) -> VideoSample:
-    return VideoSample(**{"id": "a", "video": "a.mp4", "target": GROUNDING, "query": "a dog barks", **changes})
+    return VideoSample(**{"id": "a", "media": (VIDEO,), "target": GROUNDING, "query": "a dog barks", **changes})
 
 
 @pytest.mark.parametrize("bounds", [(2.0, 1.0), (1.0, 1.0), (-0.1, 1.0), (0.0, float("inf")), (float("nan"), 1.0)])
@@ -60,12 +61,11 @@ def test_the_task_follows_from_the_type_of_the_target(target: Any, extra: dict[s
     ("changes", "message"),
     [
         ({"id": ""}, "id is empty"),
-        ({"video": ""}, "video is empty"),
-        ({"video": ()}, "video is empty"),
         ({"query": "  "}, "query is empty"),
-        ({"duration_s": 0.0}, "duration_s must be positive"),
-        ({"duration_s": float("nan")}, "duration_s must be positive"),
-        ({"duration_s": 1.0}, "starts at 1.0 s, but the video ends at 1.0 s"),
+        ({"media": ()}, "temporal_grounding needs exactly one video, but there are none"),
+        ({"media": (VIDEO, Video("b.mp4"))}, "exactly one video, but there are 2"),
+        ({"media": (), "target": QualityTarget("good")}, "quality needs a video or an image"),
+        ({"media": (Video("a.mp4", 1.0),)}, "starts at 1.0 s, but the video ends at 1.0 s"),
         ({"options": ("x", "y")}, "temporal_grounding has none"),
         ({"target": ChoiceTarget("A")}, "need 1 to 7, got 0"),
         ({"target": ChoiceTarget("C"), "options": ("x", "y")}, "'C' is not one of the options' letters AB"),
@@ -75,6 +75,43 @@ def test_the_task_follows_from_the_type_of_the_target(target: Any, extra: dict[s
 def test_contradictory_samples_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(**changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": ""}, "video is empty"),
+        ({"path": ()}, "video is empty"),
+        ({"duration_s": 0.0}, "duration_s must be positive"),
+        ({"duration_s": float("nan")}, "duration_s must be positive"),
+        ({"image_fps": -1.0}, "image_fps must be positive"),
+    ],
+)
+def test_invalid_videos_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Video(**{"path": "a.mp4", **fields})
+
+
+def test_media_come_before_the_text_or_where_it_marks_them() -> None:
+    image = Image("a.png")
+    assert interleave("what?", [VIDEO, image]) == [VIDEO, image, "what?"]
+    assert interleave("<image>\nis in <video>?", [image, VIDEO]) == [image, "\nis in ", VIDEO, "?"]
+    assert interleave("the <video> tag in <image>", [image]) == ["the <video> tag in ", image]
+    assert interleave("<video> <image>", []) == ["<video> <image>"]
+    assert interleave("what?", [VIDEO, image], text_first=True) == ["what?", VIDEO, image]
+
+
+@pytest.mark.parametrize("text", ["<video>", "<image><video>", "<video><image><video>", "<video><video><image>"])
+def test_marks_that_do_not_match_the_media_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="its media are 1 video, 1 image; mark each of them once, in their order"):
+        interleave(text, [VIDEO, Image("a.png")])
+
+
+def test_an_order_that_no_manifest_can_express_is_refused() -> None:
+    media = (Image("a.png"), VIDEO)
+    with pytest.raises(ValueError, match="an image comes before a video; mark their places"):
+        sample(media=media, query="when?")
+    assert sample(media=media, query="When is <image> in <video>?").media == media
 
 
 @pytest.mark.parametrize("num_boxes", [0, 1, 7])
@@ -93,7 +130,7 @@ def test_empty_targets_are_refused() -> None:
 
 
 def test_an_interval_may_end_after_the_video() -> None:
-    assert sample(duration_s=1.5).intervals == (Interval(1.0, 2.0),)
+    assert sample(media=(Video("a.mp4", 1.5),)).intervals == (Interval(1.0, 2.0),)
 
 
 def test_samples_are_immutable() -> None:

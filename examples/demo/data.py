@@ -15,7 +15,7 @@ from megatron_vcr1.data.manifest import write_manifest
 from megatron_vcr1.data.scenes import CORNERS, MovingObject, Scene, VideoFormat, random_scene, sample_of_scene
 from megatron_vcr1.data.synthesize import render_frames, write_video
 from megatron_vcr1.tasks import CaptionTarget, GroundedChoiceTarget, GroundingTarget, TrackingTarget
-from megatron_vcr1.types import OPTION_LETTERS, Box, Interval, Target, VideoSample
+from megatron_vcr1.types import OPTION_LETTERS, Box, Interval, Target, Video, VideoSample
 
 TASKS = ("temporal_grounding", "tracking", "grounded_qa")
 TEST_SPLITS = ("test", "unseen_pairs", "longer_events")
@@ -123,7 +123,7 @@ def base_samples(folder: Path, sizes: Sizes) -> dict[str, list[VideoSample]]:
 
     def add(kind: str, video: Path, query: str, target: Target, **more: Any) -> None:
         name = f"{kind}_{len(samples[kind]):06d}"
-        samples[kind].append(VideoSample(name, str(video), target, query, duration_s=VIDEO.duration_s, **more))
+        samples[kind].append(VideoSample(name, (Video(str(video), VIDEO.duration_s),), target, query, **more))
 
     for task, number in sizes.base.items():
         videos = VideoSet("train", task, _BASE_SEED, number)

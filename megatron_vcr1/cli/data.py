@@ -161,13 +161,13 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="List the problems of a manifest by line and sample. The exit code is 1 if there are any.",
     )
     parser.add_argument("manifest", type=path_argument, metavar="MANIFEST", help="a .jsonl file")
-    parser.add_argument("--videos", action="store_true", help="also decode every video as training does")
+    parser.add_argument("--videos", action="store_true", help="also decode every video and image as training does")
     parser.add_argument(
         "--num-workers",
         type=positive,
         default=os.cpu_count(),
         metavar="N",
-        help="number of videos decoded in parallel (default: number of cores)",
+        help="number of files decoded in parallel (default: number of cores)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run_check)
@@ -277,8 +277,8 @@ def run_split(args: argparse.Namespace) -> int:
         print(json.dumps({str(args.out / f"{name}.jsonl"): len(part) for name, part in parts.items()}))
     else:
         for name, part in parts.items():
-            num_videos = len({sample.video for sample in part})
-            print(f"{args.out / name}.jsonl: {len(part)} samples of {num_videos} videos")
+            num_files = len({medium.path for sample in part for medium in sample.media})
+            print(f"{args.out / name}.jsonl: {len(part)} samples of {num_files} videos and images")
     return 0
 
 
@@ -290,9 +290,9 @@ def run_check(args: argparse.Namespace) -> int:
 
     check = check_manifest(
         args.manifest,
-        decode_videos=args.videos,
+        decode_media=args.videos,
         num_workers=args.num_workers,
-        progress=lambda videos, total: tqdm(videos, total=total, desc="videos", unit="video"),
+        progress=lambda files, total: tqdm(files, total=total, desc="files", unit="file"),
     )
     if args.json:
         print(json.dumps(check.as_json(), ensure_ascii=False))
@@ -304,17 +304,19 @@ def run_check(args: argparse.Namespace) -> int:
 def _print_check(check: ManifestCheck) -> None:
     for row in check.bad_rows[:_MAX_PRINTED]:
         print(f"{check.manifest}, line {row.line}: {row.problem}")
-    for bad in check.bad_videos[:_MAX_PRINTED]:
-        print(f"sample {bad.id}: {bad.video}: {bad.reason}")
+    for bad in check.bad_media[:_MAX_PRINTED]:
+        print(f"sample {bad.id}: {bad.path}: {bad.reason}")
     for late in check.late_spans[:_MAX_PRINTED]:
         print(f"sample {late.id}: {late.video}: lasts {late.duration_s:.2f} s, but a span ends at {late.end_s} s")
-    if max(len(check.bad_rows), len(check.bad_videos), len(check.late_spans)) > _MAX_PRINTED:
+    if max(len(check.bad_rows), len(check.bad_media), len(check.late_spans)) > _MAX_PRINTED:
         print(f"only the first {_MAX_PRINTED} are shown; --json lists all")
     tasks = ", ".join(f"{count} {task}" for task, count in check.num_samples_by_task.items()) or "no sample"
     print(f"{check.num_rows} rows: {tasks}; {len(check.bad_rows)} bad rows")
+    if set(check.num_samples_by_media) - {"1 video"}:
+        print("; ".join(f"{count} samples with {media}" for media, count in check.num_samples_by_media.items()))
     if check.num_overruns:
         print(f"{check.num_overruns} samples have a span that ends after duration_s")
-    if check.videos_decoded:
-        print(f"{len(check.bad_videos)} samples whose video is bad")
+    if check.media_decoded:
+        print(f"{len(check.bad_media)} samples with a bad video or image")
     if check.late_spans:
         print(f"{len(check.late_spans)} samples have a span that ends after the video")

@@ -1,4 +1,4 @@
-"""Checks of a manifest: its rows, spans that end after the video, and optionally the videos themselves."""
+"""Checks of a manifest: its rows, spans that end after the video, and optionally the videos and images themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from megatron_vcr1.data.manifest import BadRow, scan_manifest
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Image, Interval, Medium, VideoSample, count_media
 
 if TYPE_CHECKING:  # a check of the rows alone needs no decoders
     from megatron_vcr1.data.video_process import VideoReader
@@ -23,11 +23,11 @@ _TOLERANCE_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class BadVideo:
-    """A sample whose video cannot be read, or is too short for its annotation."""
+class BadMedium:
+    """A sample with a video or image that cannot be read, or a video that is too short for its annotation."""
 
     id: str
-    video: str
+    path: str
     reason: str
 
 
@@ -49,26 +49,28 @@ class ManifestCheck:
         manifest: path of the manifest.
         num_rows: number of rows, good and bad.
         num_samples_by_task: number of good rows by task.
+        num_samples_by_media: number of good rows by their media, such as "1 video" or "2 videos, 1 image".
         num_overruns: number of samples with a span that ends after the row's `duration_s`.
         bad_rows: rows that are not valid samples.
-        videos_decoded: whether the videos were decoded.
-        bad_videos: samples whose video cannot be used.
+        media_decoded: whether the videos and images were decoded.
+        bad_media: samples with a video or image that cannot be used.
         late_spans: samples with a span that ends after the decoded video.
     """
 
     manifest: str
     num_rows: int
     num_samples_by_task: dict[str, int]
+    num_samples_by_media: dict[str, int]
     num_overruns: int
     bad_rows: list[BadRow]
-    videos_decoded: bool
-    bad_videos: list[BadVideo]
+    media_decoded: bool
+    bad_media: list[BadMedium]
     late_spans: list[LateSpan]
 
     @property
     def passed(self) -> bool:
         """Whether the manifest has samples and no problem was found."""
-        return bool(self.num_samples_by_task) and not self.bad_rows and not self.bad_videos
+        return bool(self.num_samples_by_task) and not self.bad_rows and not self.bad_media
 
     def as_json(self) -> dict[str, Any]:
         """Convert the result to a JSON object."""
@@ -78,85 +80,100 @@ class ManifestCheck:
 def check_manifest(
     path: Path,
     *,
-    decode_videos: bool,
+    decode_media: bool,
     num_workers: int,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda videos, total: videos,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda files, total: files,
 ) -> ManifestCheck:
     """Check a manifest.
 
     Args:
         path: the manifest.
-        decode_videos: whether to decode every video as training does.
-        num_workers: number of videos that are decoded in parallel.
-        progress: function that wraps the iterator over the videos, given their number, to show progress.
+        decode_media: whether to decode every video and image as training does.
+        num_workers: number of files that are decoded in parallel.
+        progress: function that wraps the iterator over the files, given their number, to show progress.
 
     Raises:
         ManifestError: the file cannot be read.
     """
     rows = list(scan_manifest(path))
     samples = [row for row in rows if isinstance(row, VideoSample)]
-    found = list(_check_videos(samples, num_workers, progress)) if decode_videos else []
+    found = list(_check_media(samples, num_workers, progress)) if decode_media else []
     return ManifestCheck(
         manifest=str(path),
         num_rows=len(rows),
-        num_samples_by_task=dict(Counter(str(sample.task) for sample in samples)),
+        num_samples_by_task=dict(Counter(sample.task for sample in samples)),
+        num_samples_by_media=dict(Counter(count_media(sample.media) or "text alone" for sample in samples)),
         num_overruns=sum(map(_has_overrun, samples)),
         bad_rows=[row for row in rows if isinstance(row, BadRow)],
-        videos_decoded=decode_videos,
-        bad_videos=[bad for bad in found if isinstance(bad, BadVideo)],
+        media_decoded=decode_media,
+        bad_media=[bad for bad in found if isinstance(bad, BadMedium)],
         late_spans=[late for late in found if isinstance(late, LateSpan)],
     )
 
 
-def _check_videos(
+def _check_media(
     samples: Sequence[VideoSample],
     num_workers: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]],
-) -> Iterator[BadVideo | LateSpan]:
-    """Decode every video once; yield the samples that cannot be used, and those whose spans are too long.
+) -> Iterator[BadMedium | LateSpan]:
+    """Decode every video and image once; yield the samples that cannot be used, and those whose spans are too long.
 
     Each decoding subprocess (`VideoReader`) is used by one thread at a time: a thread takes a reader from the queue for
-    a video, and puts it back. The readers are closed after the threads have finished.
+    a file, and puts it back. The readers are closed after the threads have finished.
     """
     from megatron_vcr1.data.video_process import VideoReader
 
-    samples_of_video: dict[str | tuple[str, ...], list[VideoSample]] = {}
+    uses: dict[tuple[str, str | tuple[str, ...]], list[tuple[VideoSample, Medium]]] = {}
     for sample in samples:
-        samples_of_video.setdefault(sample.video, []).append(sample)
+        for medium in sample.media:
+            uses.setdefault((medium.kind, medium.path), []).append((sample, medium))
     readers: SimpleQueue[VideoReader] = SimpleQueue()
 
-    def check(samples: list[VideoSample]) -> list[BadVideo | LateSpan]:
+    def check(uses: list[tuple[VideoSample, Medium]]) -> list[BadMedium | LateSpan]:
         reader = readers.get()
         try:
-            return _check_video(samples, reader)
+            return _check_medium(uses, reader)
         finally:
             readers.put(reader)
 
     with ExitStack() as stack, ThreadPoolExecutor(num_workers) as pool:
         for _ in range(num_workers):
             readers.put(stack.enter_context(VideoReader()))
-        for found in progress(pool.map(check, samples_of_video.values()), len(samples_of_video)):
+        for found in progress(pool.map(check, uses.values()), len(uses)):
             yield from found
 
 
-def _check_video(samples: list[VideoSample], reader: VideoReader) -> list[BadVideo | LateSpan]:
-    """Decode the video that all these samples share; return what is wrong with each sample."""
+def _check_medium(uses: list[tuple[VideoSample, Medium]], reader: VideoReader) -> list[BadMedium | LateSpan]:
+    """Decode the file that all these media share; return what is wrong with each sample."""
+    from megatron_vcr1.data.images import read_image
     from megatron_vcr1.data.video import VideoError
 
-    video = samples[0].video
+    medium = uses[0][1]
     try:
-        duration_s = reader.read_frames(video, num_threads=1).duration_s
+        if isinstance(medium, Image):
+            read_image(medium.path)
+            return []
+        duration_s = reader.read_frames(medium.path, num_threads=1).duration_s
     except VideoError as error:
-        return [BadVideo(sample.id, str(video), error.reason) for sample in samples]
-    found: list[BadVideo | LateSpan] = []
-    for sample in samples:
-        spans = sample.intervals if sample.clip is None else (sample.clip,)
+        return [BadMedium(sample.id, str(medium.path), error.reason) for sample, _ in uses]
+    found: list[BadMedium | LateSpan] = []
+    for sample, video in uses:
+        spans = _spans(sample, video)
         if late := [span.start_s for span in spans if span.start_s >= duration_s]:
             reason = f"lasts {duration_s:.2f} s, but an annotated span starts at {late[0]} s"
-            found.append(BadVideo(sample.id, str(video), reason))
+            found.append(BadMedium(sample.id, str(video.path), reason))
         elif (end_s := max((span.end_s for span in spans), default=0.0)) > duration_s + _TOLERANCE_S:
-            found.append(LateSpan(sample.id, str(video), end_s, duration_s))
+            found.append(LateSpan(sample.id, str(video.path), end_s, duration_s))
     return found
+
+
+def _spans(sample: VideoSample, medium: Medium) -> Sequence[Interval]:
+    """Return the spans of time that must be within a whole video: its clip, or else the target's."""
+    if isinstance(medium, Image):
+        return ()
+    if medium.clip is not None:
+        return (medium.clip,)
+    return sample.intervals if medium is sample.video else ()
 
 
 def _has_overrun(sample: VideoSample) -> bool:

@@ -1,11 +1,11 @@
-"""Preparation of a sample: its messages are encoded, with a smaller video if the prompt exceeds the token limit."""
+"""Preparation of a sample: its messages are encoded, with smaller media if the prompt exceeds the token limit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
+from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput, encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, build_messages
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
@@ -14,7 +14,7 @@ from megatron_vcr1.types import VideoSample
 
 
 class PromptTooLongError(ValueError):
-    """Raised if a prompt does not fit even with its video at the smallest size; the message names the sample."""
+    """Raised if a prompt does not fit even with its media at the smallest size; the message names the sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class PreparedSample:
     sample: VideoSample
     prompt: EncodedPrompt
     reduction: str | None
-    """Description of how the video was reduced to make the prompt fit; None if it was not."""
+    """Description of how the media were reduced to make the prompt fit; None if they were not."""
 
 
 def prepare_sample(
@@ -37,47 +37,70 @@ def prepare_sample(
     video_options: Mapping[str, float] | None = None,
     read: Callable[..., VideoFrames] = read_frames,
 ) -> PreparedSample:
-    """Encode the prompt of a sample within a token limit. A video that is too long is decoded again at a smaller size.
+    """Encode the prompt of a sample within a token limit. Media that take too many tokens are read again, smaller.
 
-    The token sequence itself is never cut. First the video's frames are made smaller; when they have the smallest size,
-    their number is reduced.
+    The token sequence itself is never cut. Images and frames are made smaller; when the frames of a video have the
+    smallest size, their number is reduced.
 
     Args:
         sample: the sample.
         templates: the prompt templates.
         processor: the model's processor.
         thinking: whether to ask for reasoning before the answer.
-        max_tokens: token limit of the prompt, text and video together.
-        video_options: options of `read_frames`.
+        max_tokens: token limit of the prompt, text and media together.
+        video_options: options of `read_frames`, for each video.
         read: function that decodes a video, with the signature of `read_frames`.
 
     Raises:
-        VideoError: the video cannot be read, or has fewer frames than tracking has boxes.
+        VideoError: a video or image cannot be read, or a video has fewer frames than tracking has boxes.
         PromptTooLongError: the prompt does not fit at any size; names the sample.
     """
     options = dict(video_options or {})
 
-    def encode() -> EncodedPrompt:
-        messages = build_messages(sample, templates, thinking=thinking, video_options=options)
+    def encode(limits: Sequence[Mapping[str, int]] = ()) -> EncodedPrompt:
+        messages = build_messages(sample, templates, thinking=thinking, video_options=options, limits=limits)
         return encode_messages(messages, processor, read=read)
 
     prompt = encode()
     num_tokens = len(prompt.token_ids)
     reduction = None
     if num_tokens > max_tokens:
-        num_text_tokens = num_tokens - sum(vision.num_tokens(processor.merge_size) for vision in prompt.vision)
-        num_frames = len(prompt.vision[0].frames)
-        options |= reduced_video_options(num_frames, max_tokens - num_text_tokens, processor, options)
-        prompt = encode()
-        reduction = f"{num_tokens} prompt tokens lowered to {len(prompt.token_ids)}: {_size_change(num_frames, prompt)}"
+        full = prompt.vision
+        prompt = encode(_limits(prompt, max_tokens, processor, options))
         if len(prompt.token_ids) > max_tokens:
-            raise PromptTooLongError(
-                f"sample {sample.id}: {num_tokens} prompt tokens, {len(prompt.token_ids)} at the smallest video size; "
-                f"allow more than {max_tokens}, or lower the video's min_pixels or min_frames"
-            )
-    if fault := task_of(sample).frames_fault(sample, len(prompt.vision[0].frames)):
-        raise VideoError(sample.video, fault)
+            raise PromptTooLongError(_too_long(sample, num_tokens, len(prompt.token_ids), max_tokens))
+        changes = "; ".join(_size_change(before, after) for before, after in zip(full, prompt.vision, strict=True))
+        reduction = f"{num_tokens} prompt tokens lowered to {len(prompt.token_ids)}: {changes}"
+    if sample.video is not None:
+        num_frames = len(prompt.vision[sample.media.index(sample.video)].frames)
+        if fault := task_of(sample).frames_fault(sample, num_frames):
+            raise VideoError(sample.video.path, fault)
     return PreparedSample(sample, prompt, reduction)
+
+
+def _limits(
+    prompt: EncodedPrompt, max_tokens: int, processor: PromptProcessor, options: Mapping[str, float]
+) -> list[dict[str, int]]:
+    """Return options for each image and video that make the prompt fit. All media shrink by the same factor."""
+    sizes = [item.num_tokens(processor.merge_size) for item in prompt.vision]
+    max_vision_tokens = max(max_tokens - len(prompt.token_ids) + sum(sizes), 1)
+    limits = []
+    for item, size in zip(prompt.vision, sizes, strict=True):
+        max_item_tokens = max_vision_tokens * size // sum(sizes)
+        if item.seconds_per_grid is None:
+            limits.append({"max_pixels": max(max_item_tokens * processor.factor**2, processor.min_pixels)})
+        else:
+            limits.append(reduced_video_options(len(item.frames), max_item_tokens, processor, options))
+    return limits
+
+
+def _too_long(sample: VideoSample, num_tokens: int, num_smallest: int, max_tokens: int) -> str:
+    if not sample.media:
+        return f"sample {sample.id}: its text has {num_tokens} tokens; allow more than {max_tokens}, or shorten it"
+    return (
+        f"sample {sample.id}: {num_tokens} prompt tokens, {num_smallest} at the smallest video size; allow more than "
+        f"{max_tokens}, or lower the video's min_pixels or min_frames"
+    )
 
 
 def reduced_video_options(
@@ -97,6 +120,8 @@ def reduced_video_options(
     return {"total_pixels": pixels, "max_frames": max(most_frames - most_frames % 2, least_frames)}
 
 
-def _size_change(num_frames: int, prompt: EncodedPrompt) -> str:
-    frames = prompt.vision[0].frames
-    return f"{num_frames} frames became {len(frames)} of {frames.shape[2]}x{frames.shape[1]} pixels"
+def _size_change(before: VisionInput, after: VisionInput) -> str:
+    num_frames, height, width, _ = after.frames.shape
+    if after.seconds_per_grid is None:
+        return f"the image became {width}x{height} pixels"
+    return f"{len(before.frames)} frames became {num_frames} of {width}x{height} pixels"

@@ -1,23 +1,29 @@
 """Manifest rows: conversion of decoded JSON objects to samples and back, with all checks of a row.
 
-A row holds ``id``, ``task``, ``video``, ``duration_s`` (null if unknown), ``query``, ``target`` and optionally
-``options``, ``clip`` ([start_s, end_s]), ``image_fps`` (for a folder of images), ``category`` and ``thinking``
-(reasoning for SFT). The task defines the keys of the target (`Task.target_fields`).
+A row holds ``id``, ``task``, ``target`` and optionally ``query``, ``options``, ``category`` and ``thinking`` (reasoning
+for SFT). The task defines the keys of the target (`Task.target_fields`).
+
+Its media are ``video`` (with ``duration_s``, ``clip`` and ``image_fps``) or ``videos`` (a list of paths, or of objects
+with these keys), and ``image`` or ``images`` (a list of paths). A row may have neither. The order in the prompt is that
+of the marks ``<video>`` and ``<image>`` in the query and the options. Without marks, videos come before images.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_vcr1.data.paths import is_remote
 from megatron_vcr1.tasks import UnknownTaskError, find_task, task_of
 from megatron_vcr1.tasks.row_fields import RowError, interval, items, number, shown, text
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Image, Medium, Video, VideoSample, marked_kinds
 
-_REQUIRED_KEYS = ("id", "task", "video", "duration_s", "target")
-_OPTIONAL_KEYS = ("query", "options", "clip", "image_fps", "category", "thinking")
+_REQUIRED_KEYS = ("id", "task", "target")
+_VIDEO_KEYS = ("video", "duration_s", "clip", "image_fps")
+_OPTIONAL_KEYS = (*_VIDEO_KEYS, "videos", "image", "images", "query", "options", "category", "thinking")
 
 
 def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
@@ -25,7 +31,7 @@ def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
 
     Args:
         row: the decoded JSON value.
-        folder: folder that a relative ``video`` is relative to; None leaves the path unchanged.
+        folder: folder that relative paths are relative to; None leaves them unchanged.
 
     Raises:
         RowError: the message names the key and what to do.
@@ -35,29 +41,25 @@ def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
     for key in _REQUIRED_KEYS:
         if key not in row:
             raise RowError(f"key {key!r} is missing; add it")
-    if unknown := [key for key in row if key not in _REQUIRED_KEYS + _OPTIONAL_KEYS]:
-        known = ", ".join(_REQUIRED_KEYS + _OPTIONAL_KEYS)
-        raise RowError(f"key {unknown[0]!r} is unknown; remove it or correct its name (known keys: {known})")
+    _check_known(row, "", _REQUIRED_KEYS + _OPTIONAL_KEYS)
     try:
         task = find_task(text(row["task"], "task"))
     except UnknownTaskError as error:
         raise RowError(f"key 'task': {error}") from error
     try:
+        query, options = text(row.get("query", ""), "query"), items(text, row.get("options", []), "options")
         return VideoSample(
             id=text(row["id"], "id"),
-            video=_video(row["video"], folder),
+            media=_media(row, "\n".join((query, *options)), folder),
             target=task.target_from_json(row["target"]),
-            query=text(row.get("query", ""), "query"),
-            options=items(text, row.get("options", []), "options"),
-            duration_s=None if row["duration_s"] is None else number(row["duration_s"], "duration_s"),
-            clip=None if row.get("clip") is None else interval(row["clip"], "clip"),
-            image_fps=None if row.get("image_fps") is None else number(row["image_fps"], "image_fps"),
+            query=query,
+            options=options,
             category=text(row.get("category", ""), "category"),
             thinking=text(row.get("thinking", ""), "thinking"),
         )
     except RowError:
         raise
-    except ValueError as error:  # a check of VideoSample or of a target
+    except ValueError as error:  # a check of VideoSample, of its media or of its target
         raise RowError(f"{error}; correct the row") from error
 
 
@@ -66,22 +68,20 @@ def row_from_sample(sample: VideoSample, folder: Path | None = None) -> dict[str
 
     Args:
         sample: the sample.
-        folder: videos below this folder get relative paths.
+        folder: videos and images below this folder get relative paths.
     """
-    row: dict[str, Any] = {
-        "id": sample.id,
-        "task": sample.task,
-        "video": _relative_video(sample.video, folder),
-        "duration_s": sample.duration_s,
-        "query": sample.query,
-        "target": task_of(sample).target_to_json(sample.target),
-    }
+    row: dict[str, Any] = {"id": sample.id, "task": sample.task}
+    videos = [_video_row(video, folder) for video in sample.videos]
+    images = [_relative(image.path, folder) for image in sample.images]
+    if len(videos) == 1:
+        row |= {"video": videos[0].pop("video"), "duration_s": None, **videos[0]}
+    elif videos:
+        row["videos"] = videos
+    if images:
+        row |= {"image": images[0]} if len(images) == 1 else {"images": images}
+    row |= {"query": sample.query, "target": task_of(sample).target_to_json(sample.target)}
     if sample.options:
         row["options"] = list(sample.options)
-    if sample.clip is not None:
-        row["clip"] = [sample.clip.start_s, sample.clip.end_s]
-    if sample.image_fps is not None:
-        row["image_fps"] = sample.image_fps
     if sample.category:
         row["category"] = sample.category
     if sample.thinking:
@@ -89,25 +89,88 @@ def row_from_sample(sample: VideoSample, folder: Path | None = None) -> dict[str
     return row
 
 
-def _video(value: object, folder: Path | None) -> str | tuple[str, ...]:
-    if isinstance(value, list):
-        return tuple(_resolved(path, folder) for path in items(text, value, "video"))
+def _check_known(row: Mapping[str, object], where: str, known: Sequence[str]) -> None:
+    if unknown := [key for key in row if key not in known]:
+        raise RowError(
+            f"key {where + unknown[0]!r} is unknown; remove it or correct its name (known keys: {', '.join(known)})"
+        )
+
+
+def _media(row: Mapping[str, Any], marked_text: str, folder: Path | None) -> tuple[Medium, ...]:
+    """Read the videos and images of a row, in the order of the prompt. A key whose value is null counts as missing."""
+    given = {key: value for key, value in row.items() if value is not None}
+    for one, several in (("video", "videos"), ("image", "images")):
+        if one in given and several in given:
+            raise RowError(f"keys {one!r} and {several!r} contradict each other; put everything into {several!r}")
+    for key in _VIDEO_KEYS[1:]:
+        if key in given and "video" not in given:
+            where = "into the items of 'videos'" if "videos" in given else "next to 'video', or remove it"
+            raise RowError(f"key {key!r} describes the video of 'video', which is missing; put it {where}")
+    videos: tuple[Video, ...] = ()
+    if "video" in given:
+        videos = (_video({key: given[key] for key in _VIDEO_KEYS if key in given}, "", folder),)
+    elif "videos" in given:
+        videos = items(lambda item, key: _video_item(item, key, folder), given["videos"], "videos")
+    images: tuple[Image, ...] = ()
+    if "image" in given:
+        images = (_image(given["image"], "image", folder),)
+    elif "images" in given:
+        images = items(lambda item, key: _image(item, key, folder), given["images"], "images")
+    kinds = marked_kinds(marked_text, (*videos, *images))
+    if Counter(kinds) != Counter({"video": len(videos), "image": len(images)}):
+        return (*videos, *images)  # no marks, or marks that VideoSample refuses
+    next_video, next_image = iter(videos), iter(images)
+    return tuple(next(next_video) if kind == "video" else next(next_image) for kind in kinds)
+
+
+def _video_item(value: object, key: str, folder: Path | None) -> Video:
+    """Read an item of ``videos``: a path, or an object."""
     if isinstance(value, str):
-        return _resolved(value, folder)
-    raise RowError(f"key 'video': expected a path or a list of frame images, got {shown(value)}")
+        return _video({"video": value}, f"{key}.", folder)
+    if not isinstance(value, dict) or value.get("video") is None:
+        raise RowError(f'key {key!r}: expected a path or {{"video": path}}, got {shown(value)}')
+    _check_known(value, f"{key}.", _VIDEO_KEYS)
+    return _video({name: item for name, item in value.items() if item is not None}, f"{key}.", folder)
+
+
+def _video(value: Mapping[str, Any], where: str, folder: Path | None) -> Video:
+    """Read a video; `value` has some of _VIDEO_KEYS, and `where` is what comes before them in error messages."""
+    path = value["video"]
+    if isinstance(path, list):
+        path = tuple(_resolved(frame, folder) for frame in items(text, path, f"{where}video"))
+    elif isinstance(path, str):
+        path = _resolved(text(path, f"{where}video"), folder)
+    else:
+        raise RowError(f"key {where + 'video'!r}: expected a path or a list of frame images, got {shown(path)}")
+    return Video(
+        path,
+        duration_s=number(value["duration_s"], f"{where}duration_s") if "duration_s" in value else None,
+        clip=interval(value["clip"], f"{where}clip") if "clip" in value else None,
+        image_fps=number(value["image_fps"], f"{where}image_fps") if "image_fps" in value else None,
+    )
+
+
+def _image(value: object, key: str, folder: Path | None) -> Image:
+    return Image(_resolved(text(value, key), folder))
 
 
 def _resolved(path: str, folder: Path | None) -> str:
     return path if folder is None or not path or is_remote(path) else os.path.join(folder, path)
 
 
-def _relative_video(video: str | tuple[str, ...], folder: Path | None) -> str | list[str]:
-    if isinstance(video, tuple):
-        return [_relative_path(path, folder) for path in video]
-    return _relative_path(video, folder)
+def _video_row(video: Video, folder: Path | None) -> dict[str, Any]:
+    """Convert a video to the keys of a row, without those that have no value."""
+    path = video.path
+    row = {
+        "video": _relative(path, folder) if isinstance(path, str) else [_relative(frame, folder) for frame in path],
+        "duration_s": video.duration_s,
+        "clip": video.clip and [video.clip.start_s, video.clip.end_s],
+        "image_fps": video.image_fps,
+    }
+    return {key: value for key, value in row.items() if value is not None}
 
 
-def _relative_path(path: str, folder: Path | None) -> str:
+def _relative(path: str, folder: Path | None) -> str:
     if folder is None or is_remote(path) or not Path(path).is_relative_to(folder):
         return path
     return str(Path(path).relative_to(folder))

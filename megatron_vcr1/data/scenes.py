@@ -22,7 +22,7 @@ from megatron_vcr1.tasks import (
     QualityTarget,
     TrackingTarget,
 )
-from megatron_vcr1.types import NUM_TRACKED_FRAMES, OPTION_LETTERS, Box, Interval, Target, VideoSample
+from megatron_vcr1.types import NUM_TRACKED_FRAMES, OPTION_LETTERS, Box, Interval, Target, Video, VideoSample
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -174,9 +174,8 @@ def random_scene(split: str, index: int, *, seed: int, task: str, video_format: 
 def sample_of_scene(scene: Scene, video: str) -> VideoSample:
     """Build the manifest sample of a scene: its query, options and target."""
     query, options, target = RECIPES[scene.task].prompt(scene)
-    return VideoSample(
-        id=scene.id, video=video, target=target, query=query, options=options, duration_s=scene.format.duration_s
-    )
+    media = (Video(video, scene.format.duration_s),)
+    return VideoSample(id=scene.id, media=media, target=target, query=query, options=options)
 
 
 def _grounding_prompt(scene: Scene) -> Prompt:

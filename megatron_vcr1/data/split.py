@@ -1,10 +1,10 @@
-"""Splits a manifest into training, validation and test parts, so that no video is in two of them."""
+"""Splits a manifest into training, validation and test parts, so that no video or image is in two of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_vcr1.data.rows import row_from_sample
@@ -15,9 +15,10 @@ from megatron_vcr1.types import VideoSample
 def split_by_video(
     samples: Sequence[VideoSample], fractions: Mapping[str, float], *, seed: int, folder: Path
 ) -> dict[str, list[VideoSample]]:
-    """Split samples at random; all samples of a video go to the same part, in their order.
+    """Split samples at random; all samples of a video or image go to the same part, in their order.
 
     The videos are ordered by a hash of the seed and their path below `folder`: the result is the same on every machine.
+    Videos and images that are together in a sample count as one video, and so does a sample of text alone.
 
     Args:
         samples: the samples.
@@ -32,7 +33,9 @@ def split_by_video(
     if any(fraction < 0 for fraction in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
         raise UserError(f"fractions {', '.join(map(str, fractions.values()))}: they must be 0 or more, and add up to 1")
     parts = {name: fraction for name, fraction in fractions.items() if fraction > 0}
-    keys = [json.dumps(row_from_sample(sample, folder)["video"]) for sample in samples]
+    files = [_files(sample, folder) for sample in samples]
+    group_of = _connected(files)
+    keys = [group_of[names[0]] for names in files]
     videos = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed}/{key}".encode()).digest())
     if len(videos) < len(parts):
         raise UserError(f"{len(videos)} videos cannot be split into {len(parts)} parts; set a fraction to 0")
@@ -41,6 +44,31 @@ def split_by_video(
         for _ in range(count):
             part_of[videos[len(part_of)]] = name
     return {name: [sample for sample, key in zip(samples, keys, strict=True) if part_of[key] == name] for name in parts}
+
+
+def _files(sample: VideoSample, folder: Path) -> list[str]:
+    """Return the names of a sample's videos and images; a sample of text alone has a name of its own."""
+    row = row_from_sample(sample, folder)
+    videos = [row["video"]] if "video" in row else [video["video"] for video in row.get("videos", ())]
+    images = [row["image"]] if "image" in row else row.get("images", [])
+    return [json.dumps(file) for file in (*videos, *images)] or [f"text of {sample.id}"]
+
+
+def _connected(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Map each name to the smallest name that it is connected with through groups (union-find)."""
+    parent: dict[str, str] = {}
+
+    def smallest(name: str) -> str:
+        while (above := parent.setdefault(name, name)) != name:
+            parent[name] = parent[above]  # shortens the path for the next call
+            name = above
+        return name
+
+    for names in groups:
+        for name in names:
+            low, high = sorted((smallest(names[0]), smallest(name)))
+            parent[high] = low
+    return {name: smallest(name) for name in parent}
 
 
 def _counts(num_videos: int, fractions: Mapping[str, float]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import NumberFormat, Task, find_task, lettered_options, task_names, task_of
 from megatron_vcr1.text_files import read_toml
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import MARKS, Image, Video, VideoSample, interleave
 
 DEFAULT_TEMPLATES = "default"
 PRESETS = (DEFAULT_TEMPLATES, "videochat_r1")
@@ -152,6 +152,7 @@ def build_messages(
     *,
     thinking: bool,
     video_options: Mapping[str, float] | None = None,
+    limits: Sequence[Mapping[str, int]] = (),
 ) -> list[dict[str, Any]]:
     """Build a sample's prompt as chat messages for `encode_messages`.
 
@@ -159,36 +160,42 @@ def build_messages(
         sample: the sample.
         templates: the prompt templates.
         thinking: whether to ask for reasoning before the answer.
-        video_options: options of the video part (fps, max_frames, total_pixels ...). For tracking, the number of frames
-            is always the number of boxes.
+        video_options: options of the video parts (fps, max_frames, total_pixels ...). For tracking, the number of
+            frames is always the number of boxes.
+        limits: options of each medium that override `video_options`, to make it smaller; empty for none.
     """
+    content: list[dict[str, Any]] = []
+    remaining_limits = iter(limits)
     text = templates.text_of(sample, thinking=thinking)
-    video = {"type": "video", **video_arguments(sample, video_options)}
-    parts = [video, {"type": "text", "text": text}]
-    return [{"role": "user", "content": parts[::-1] if templates.text_first else parts}]
+    for part in interleave(text, sample.media, text_first=templates.text_first):
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+            continue
+        limit = next(remaining_limits, {})
+        if isinstance(part, Image):
+            content.append({"type": "image", "image": part.path, **limit})
+        else:
+            options = {**(video_options or {}), **limit, **task_of(sample).video_options(sample)}
+            content.append({"type": "video", **video_arguments(part, options)})
+    return [{"role": "user", "content": content}]
 
 
-def video_arguments(sample: VideoSample, options: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Return a sample's video and the options to read it with: the given options, overridden by the sample's own."""
-    video = sample.video if isinstance(sample.video, str) else list(sample.video)
-    return {"video": video, **_video_options(sample, options or {})}
+def video_arguments(video: Video, options: Mapping[str, float]) -> dict[str, Any]:
+    """Return a video and the options to read it with: the given options, overridden by its own clip and image rate."""
+    path = video.path
+    merged: dict[str, Any] = {"video": path if isinstance(path, str) else list(path), **options}
+    if video.image_fps is not None:
+        merged["image_fps"] = video.image_fps
+    elif not isinstance(path, str) and video.duration_s is not None:
+        merged["image_fps"] = len(path) / video.duration_s
+    if video.clip is not None:
+        merged |= {"start_s": video.clip.start_s, "end_s": video.clip.end_s}
+    return merged
 
 
 def target_text(sample: VideoSample, templates: PromptTemplates) -> str:
     """Format a sample's target as the prompt without thinking asks for it: the SFT target."""
     return task_of(sample).target_text(sample, templates.numbers)
-
-
-def _video_options(sample: VideoSample, options: Mapping[str, float]) -> dict[str, float]:
-    """Override options with those that the sample determines: the target's, image rate and clip."""
-    merged = {**options, **task_of(sample).video_options(sample)}
-    if isinstance(sample.video, tuple) and sample.duration_s is not None:
-        merged["image_fps"] = len(sample.video) / sample.duration_s
-    if sample.image_fps is not None:
-        merged["image_fps"] = sample.image_fps
-    if sample.clip is not None:
-        merged |= {"start_s": sample.clip.start_s, "end_s": sample.clip.end_s}
-    return merged
 
 
 def _checked_table(table: object, name: str, path: str | Path) -> dict[str, Any]:
@@ -211,6 +218,8 @@ def _template(text: object, task: Task[Any], key: str, path: str | Path) -> Temp
     template = Template(text.strip())
     if not template.is_valid():
         raise UserError(f"{where} has a stray dollar sign; write $$ for a literal one")
+    if mark := next((mark for mark in MARKS if mark in text), None):
+        raise UserError(f"{where} contains {mark}; only the query and the options of a sample mark places of media")
     used, required = set(template.get_identifiers()), task.required_placeholders
     if missing := sorted(required - used):
         raise UserError(f"{where}: placeholder '{missing[0]}' is missing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def summarize(benchmark: Benchmark, samples: Sequence[VideoSample], metrics: Seq
 def _estimates(benchmark: Benchmark, judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> dict[str, Estimate]:
     names, values = _matrix(judged)
     categories = [sample.category for sample, _ in judged] if benchmark.mean_of_categories else None
-    means = ClusteredMeans(values, [sample.video for sample, _ in judged], categories)
+    means = ClusteredMeans(values, [_cluster(sample) for sample, _ in judged], categories)
     by_name = _with_f1(names, means.mean())
     if means.num_clusters == 1:
         return {name: Estimate(float(value), None, None) for name, value in by_name.items()}
@@ -91,6 +91,11 @@ def _estimates(benchmark: Benchmark, judged: Sequence[tuple[VideoSample, SampleM
     return {
         name: Estimate(float(value), float(bounds[name][0]), float(bounds[name][1])) for name, value in by_name.items()
     }
+
+
+def _cluster(sample: VideoSample) -> Hashable:
+    """Return what samples with the same videos and images have in common; a sample of text alone is by itself."""
+    return tuple(medium.path for medium in sample.media) or sample.id
 
 
 def _with_f1(names: Sequence[str], means: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

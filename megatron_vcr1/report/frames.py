@@ -1,4 +1,4 @@
-"""Reads a few frames of a video as small JPEG images for the page."""
+"""Reads images and a few frames of videos as small JPEG images for the page."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+import PIL.Image
+from torch import Tensor
 
+from megatron_vcr1.data.images import read_image
+from megatron_vcr1.data.resize import resize_frame
 from megatron_vcr1.data.templates import video_arguments
 from megatron_vcr1.data.video_process import VideoReader
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.tasks import task_of
+from megatron_vcr1.types import Medium, Video, VideoSample
 
 MAX_FRAMES = 8
 """Maximum number of frames of a sample. For tracking, they are frames that the model sees."""
@@ -23,10 +27,15 @@ _JPEG_QUALITY = 72
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame as a JPEG data URI; `index` is its position among the frames that were read."""
+    """A frame or an image as a JPEG data URI.
+
+    Attributes:
+        index: position among the frames that were read.
+        time_s: time of the frame; None for an image.
+    """
 
     index: int
-    time_s: float
+    time_s: float | None
     width: int
     height: int
     uri: str
@@ -34,20 +43,22 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class FilmStrip:
-    """Evenly spaced frames of the sample's clip, which lasts duration_s."""
+    """Evenly spaced frames of a video or clip, which lasts duration_s; or an image, which has no duration."""
 
     frames: tuple[Frame, ...]
-    duration_s: float
+    duration_s: float | None
 
 
-def read_strip(sample: VideoSample, reader: VideoReader) -> FilmStrip:
-    """Read up to MAX_FRAMES frames of the sample.
+def read_strip(sample: VideoSample, medium: Medium, reader: VideoReader) -> FilmStrip:
+    """Read up to MAX_FRAMES frames of one of a sample's videos, or one of its images.
 
     Raises:
-        VideoError: the video is missing or damaged.
+        VideoError: the file is missing or damaged.
     """
+    if not isinstance(medium, Video):
+        return FilmStrip((_frame(0, None, _thumbnail(read_image(medium.path)).numpy()),), None)
     limits = {"min_frames": MAX_FRAMES, "max_frames": MAX_FRAMES, "min_pixels": _MIN_PIXELS, "max_pixels": _MAX_PIXELS}
-    options = video_arguments(sample, limits)
+    options = video_arguments(medium, {**limits, **task_of(sample).video_options(sample)})
     path = options.pop("video")
     video = reader.read_frames(path, num_threads=1, time_limit_s=TIME_LIMIT_S, **options)
     # A list of images is read as a whole, whatever the limit.
@@ -56,8 +67,15 @@ def read_strip(sample: VideoSample, reader: VideoReader) -> FilmStrip:
     return FilmStrip(frames, video.duration_s)
 
 
-def _frame(index: int, time_s: float, pixels: np.ndarray) -> Frame:
+def _thumbnail(image: Tensor) -> Tensor:
+    """Resize an image, uint8 [height, width, 3], to about the size of the frames, whatever its aspect ratio."""
+    height, width, _ = image.shape
+    scale = min(1.0, (_MAX_PIXELS / (height * width)) ** 0.5)
+    return resize_frame(image, max(int(height * scale), 1), max(int(width * scale), 1))
+
+
+def _frame(index: int, time_s: float | None, pixels: np.ndarray) -> Frame:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+    PIL.Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
     uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Frame(index, time_s, pixels.shape[1], pixels.shape[0], uri)

@@ -59,16 +59,16 @@ class Exhibit:
 
     Attributes:
         target: the target as text.
-        strip: the frames; None if they cannot be read.
-        missing: why there are no frames.
+        strips: the frames of each video and image; None for one that cannot be read.
+        missing: why the frames of some are missing.
     """
 
     heading: str
     sample: VideoSample
     target: str
     answers: Sequence[Answer]
-    strip: FilmStrip | None = None
-    missing: str = ""
+    strips: Sequence[FilmStrip | None] = ()
+    missing: Sequence[str] = ()
 
     @property
     def true_boxes(self) -> Sequence[Box]:
@@ -76,10 +76,18 @@ class Exhibit:
         return task_of(self.sample).boxes(self.sample)
 
     @property
+    def annotated(self) -> FilmStrip | None:
+        """The frames that the spans and boxes belong to: those of the only video."""
+        video = self.sample.video
+        strips = zip(self.sample.media, self.strips, strict=False)  # no strips before `with_frames`
+        return next((strip for medium, strip in strips if medium is video), None)
+
+    @property
     def length_s(self) -> float:
         """Length of the time line."""
         ends = [span.end_s for span in self.sample.intervals]
-        return self.strip.duration_s if self.strip else self.sample.duration_s or max(ends, default=0.0)
+        read_s = self.annotated.duration_s if self.annotated else None
+        return read_s or self.sample.duration_s or max(ends, default=0.0)
 
 
 def rollout_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit]:
@@ -130,12 +138,17 @@ def evaluation_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit
 
 
 def with_frames(exhibits: Sequence[Exhibit], reader: VideoReader) -> Iterator[Exhibit]:
-    """Yield the exhibits with their frames, or with the reason why there are none."""
+    """Yield the exhibits with the frames of their videos and images, or with the reasons why there are none."""
     for exhibit in exhibits:
-        try:
-            yield replace(exhibit, strip=read_strip(exhibit.sample, reader))
-        except VideoError as error:
-            yield replace(exhibit, missing=str(error))
+        strips: list[FilmStrip | None] = []
+        missing = []
+        for medium in exhibit.sample.media:
+            try:
+                strips.append(read_strip(exhibit.sample, medium, reader))
+            except VideoError as error:
+                strips.append(None)
+                missing.append(str(error))
+        yield replace(exhibit, strips=strips, missing=missing)
 
 
 def answered_spans(sample: VideoSample, text: str) -> Sequence[Interval]:

@@ -68,7 +68,7 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, max_samples: int, json
     ]
     results = result_table(runs)
     if missing := sum(1 for _, shown in exhibits for exhibit in shown if exhibit.missing):
-        notes.append(f"videos of the gallery that cannot be shown: {missing}; each sample states the reason")
+        notes.append(f"samples of the gallery without all of their frames: {missing}; each states the reason")
     zeros = zero_rows(runs)
     context = {
         "runs": runs,
@@ -122,7 +122,7 @@ def _gallery(
     with VideoReader() as reader:
         for run in runs:
             shown = _spread(chosen[run.name], samples_per_run)
-            progress = tqdm(with_frames(shown, reader), total=len(shown), desc="frames", unit="video", delay=2)
+            progress = tqdm(with_frames(shown, reader), total=len(shown), desc="frames", unit="sample", delay=2)
             if shown:
                 yield run, list(progress)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from megatron_vcr1.rewards.answer_parsing import is_tagged
 from megatron_vcr1.rewards.formats import blocks_fault
@@ -74,6 +74,8 @@ class Task(ABC, Generic[T]):
         think_prompt: the default prompt that asks for reasoning in ``<think>`` before the answer.
         tags: the blocks of a completion after ``<think>``, in order.
         needs_query: whether `query` must not be empty.
+        needs_media: the media that a sample must have: "one video" (images may be added), "some", or None for a task
+            whose samples may be text alone.
         has_options: whether samples have options.
         more_placeholders: (name, meaning) of the placeholders of the prompts besides $query and $options.
     """
@@ -85,6 +87,7 @@ class Task(ABC, Generic[T]):
     think_prompt: ClassVar[str]
     tags: ClassVar[tuple[str, ...]] = ("answer",)
     needs_query: ClassVar[bool] = True
+    needs_media: ClassVar[Literal["one video", "some"] | None] = None
     has_options: ClassVar[bool] = False
     more_placeholders: ClassVar[tuple[tuple[str, str], ...]] = ()
 
@@ -102,6 +105,10 @@ class Task(ABC, Generic[T]):
         """Raise ValueError if a field of a sample contradicts the task; the message names the field."""
         if self.needs_query and not sample.query.strip():
             raise ValueError(f"query is empty; {self.name} needs one")
+        if self.needs_media == "one video" and sample.video is None:
+            raise ValueError(f"{self.name} needs exactly one video, but there are {len(sample.videos) or 'none'}")
+        if self.needs_media == "some" and not sample.media:
+            raise ValueError(f"{self.name} needs a video or an image, but there is none")
         if not self.has_options:
             if sample.options:
                 raise ValueError(f"options are given, but {self.name} has none")
@@ -159,11 +166,11 @@ class Task(ABC, Generic[T]):
         return values
 
     def video_options(self, sample: VideoSample) -> dict[str, float]:
-        """Return options of `read_frames` that the target determines, such as the number of frames."""
+        """Return options of `read_frames` for every video that the target determines, such as the number of frames."""
         return {}
 
     def frames_fault(self, sample: VideoSample, num_frames: int) -> str | None:
-        """Return why a sample cannot be used if the model sees `num_frames` frames; None if it can."""
+        """Return why a sample of one video cannot be used if the model sees `num_frames` frames; None if it can."""
         return None
 
     @abstractmethod

@@ -29,6 +29,7 @@ class Captioning(Task[CaptionTarget]):
 
     name = "captioning"
     target_type = CaptionTarget
+    needs_media = "some"
     target_fields = (
         TargetField("caption", TEXT, "a reference caption"),
         TargetField("events", list_of(TEXT), "its atomic events; the judge extracts missing ones", required=False),

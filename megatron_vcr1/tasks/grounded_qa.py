@@ -41,6 +41,7 @@ class GroundedQA(Task[GroundedChoiceTarget]):
 
     name = "grounded_qa"
     target_type = GroundedChoiceTarget
+    needs_media = "one video"
     target_fields = (
         TargetField("choice", TEXT, "the letter of the right option"),
         TargetField("intervals", list_of(INTERVAL), "the spans that contain the evidence, in seconds; at least one"),

@@ -31,6 +31,7 @@ class Quality(Task[QualityTarget]):
 
     name = "quality"
     target_type = QualityTarget
+    needs_media = "some"
     target_fields = (TargetField("label", TEXT, "the right label, as the query writes it"),)
     answer_prompt = """\
 $query

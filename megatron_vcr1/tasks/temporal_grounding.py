@@ -43,6 +43,7 @@ class TemporalGrounding(Task[GroundingTarget]):
 
     name = "temporal_grounding"
     target_type = GroundingTarget
+    needs_media = "one video"
     target_fields = (
         TargetField("interval", INTERVAL, "the span in which the queried event happens, in seconds", required=False),
         TargetField("intervals", list_of(INTERVAL), "instead of `interval`: all spans of the event", required=False),

@@ -39,6 +39,7 @@ class Tracking(Task[TrackingTarget]):
 
     name = "tracking"
     target_type = TrackingTarget
+    needs_media = "one video"
     target_fields = (TargetField("boxes", list_of(BOX), "the object's box in each frame, as fractions of the frame"),)
     answer_prompt = """\
 The video is shown as $num_frames frames. In the first frame, the $query is inside the box $first_box, given as \

@@ -128,9 +128,9 @@ def test_synthesize_then_check_with_videos(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "videos/train/000002.mp4").unlink()
     assert vcr1("check", manifest, "--videos", "--num-workers", 1, "--json") == 1
     result: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert result["bad_rows"] == [] and result["videos_decoded"]
-    assert [bad["id"] for bad in result["bad_videos"]] == ["train_000001", "train_000002"]
-    assert "no such file" in result["bad_videos"][1]["reason"]
+    assert result["bad_rows"] == [] and result["media_decoded"]
+    assert [bad["id"] for bad in result["bad_media"]] == ["train_000001", "train_000002"]
+    assert "no such file" in result["bad_media"][1]["reason"]
 
 
 def test_check_lists_bad_rows_spans_past_the_end_and_videos_that_are_shorter_than_annotated(
@@ -150,7 +150,7 @@ def test_check_lists_bad_rows_spans_past_the_end_and_videos_that_are_shorter_tha
     assert "sample train_000001:" in printed and "lasts 12.00 s, but a span ends at 13.0 s" in printed
     assert "1 samples have a span that ends after duration_s" in printed
     assert "3 rows: 2 temporal_grounding; 1 bad rows" in printed
-    assert "1 samples whose video is bad" in printed
+    assert "1 samples with a bad video or image" in printed
     assert "1 samples have a span that ends after the video" in printed
 
 

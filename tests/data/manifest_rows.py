@@ -60,6 +60,30 @@ ROWS: list[dict[str, Any]] = [
         "query": "how good is it?",
         "target": {"label": "low quality"},
     },
+    {
+        "id": "several",
+        "task": "multiple_choice_qa",
+        "videos": [{"video": "a.mp4"}, {"video": "b.mp4", "duration_s": 4.0, "clip": [1.0, 5.0]}],
+        "images": ["a.png", "b.png"],
+        "query": "<image><video>Which one is in <video>?",
+        "target": {"choice": "B"},
+        "options": ["the first one", "<image>"],
+    },
+    {
+        "id": "image",
+        "task": "multiple_choice_qa",
+        "image": "a.png",
+        "query": "what is it?",
+        "target": {"choice": "A"},
+        "options": ["a dog"],
+    },
+    {
+        "id": "text",
+        "task": "multiple_choice_qa",
+        "query": "which tag shows a film in HTML?",
+        "target": {"choice": "A"},
+        "options": ["<video>", "<image>"],
+    },
 ]
 
 

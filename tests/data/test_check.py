@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 from megatron_vcr1.data import video_process
-from megatron_vcr1.data.check import BadVideo, LateSpan, check_manifest
+from megatron_vcr1.data.check import BadMedium, LateSpan, check_manifest
 from megatron_vcr1.data.video import VideoError, VideoFrames
 from tests.data.video_clips import write_clip
 
@@ -24,10 +25,10 @@ def row(name: str, video: str, span: list[float]) -> dict[str, Any]:
 
 def test_rows_are_checked_without_decoding(tmp_path: Path) -> None:
     manifest = write_rows(tmp_path / "m.jsonl", row("a", "gone.mp4", [0, 1]), row("b", "gone.mp4", [1, 2]), {"id": "c"})
-    check = check_manifest(manifest, decode_videos=False, num_workers=1)
+    check = check_manifest(manifest, decode_media=False, num_workers=1)
     assert (check.num_rows, check.num_samples_by_task, check.num_overruns) == (3, {"temporal_grounding": 2}, 1)
     assert [bad.line for bad in check.bad_rows] == [3]
-    assert not check.passed and check.bad_videos == []
+    assert not check.passed and check.bad_media == []
 
 
 def test_every_sample_of_a_bad_video_is_listed(tmp_path: Path) -> None:
@@ -40,13 +41,13 @@ def test_every_sample_of_a_bad_video_is_listed(tmp_path: Path) -> None:
         row("c", "bad.mp4", [0, 1]),
         row("d", "good.mp4", [5, 6]) | {"duration_s": 9.0},
     )
-    check = check_manifest(manifest, decode_videos=True, num_workers=2)
-    assert [bad.id for bad in check.bad_videos] == ["a", "c", "d"]
-    assert check.bad_videos[2] == BadVideo(
+    check = check_manifest(manifest, decode_media=True, num_workers=2)
+    assert [bad.id for bad in check.bad_media] == ["a", "c", "d"]
+    assert check.bad_media[2] == BadMedium(
         "d", str(tmp_path / "good.mp4"), "lasts 1.60 s, but an annotated span starts at 5.0 s"
     )
     assert not check.passed
-    assert check.as_json()["bad_videos"][0]["id"] == "a"
+    assert check.as_json()["bad_media"][0]["id"] == "a"
 
 
 def test_spans_that_end_after_the_decoded_video_are_listed_and_tolerated(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_spans_that_end_after_the_decoded_video_are_listed_and_tolerated(tmp_pat
         row("c", "good.mp4", [1, 1.62]) | unknown,
         row("d", "good.mp4", [0, 1]) | {"clip": [0.5, 2.5], "duration_s": 2.0},
     )
-    check = check_manifest(manifest, decode_videos=True, num_workers=1)
+    check = check_manifest(manifest, decode_media=True, num_workers=1)
     video = str(tmp_path / "good.mp4")
     assert check.late_spans == [LateSpan("c", video, 1.62, 1.6), LateSpan("d", video, 2.5, 1.6)]
     assert check.passed and check.as_json()["late_spans"][0]["id"] == "c"
@@ -77,9 +78,31 @@ def test_a_video_is_decoded_once_for_all_of_its_samples(tmp_path: Path, monkeypa
     totals: list[int] = []
     check = check_manifest(
         write_rows(tmp_path / "m.jsonl", *rows),
-        decode_videos=True,
+        decode_media=True,
         num_workers=1,
-        progress=lambda videos, total: totals.append(total) or videos,  # type: ignore[func-returns-value]
+        progress=lambda files, total: totals.append(total) or files,  # type: ignore[func-returns-value]
     )
     assert decoded == ["a", "b"] and totals == [2]
-    assert len(check.bad_videos) == 6
+    assert len(check.bad_media) == 6
+
+
+def test_every_video_and_image_of_a_sample_is_checked(tmp_path: Path) -> None:
+    write_clip(tmp_path / "good.mp4")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("not an image")
+    question = {"task": "multiple_choice_qa", "options": ["x"], "target": {"choice": "A"}, "query": "which?"}
+    rows = [
+        {"id": "both", "videos": ["good.mp4", "gone.mp4"], "images": ["good.png", "bad.png"]},
+        {"id": "clips", "videos": ["good.mp4", {"video": "good.mp4", "clip": [3, 4]}]},
+        {"id": "image", "image": "good.png"},
+        {"id": "text"},
+    ]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(question | row) + "\n" for row in rows))
+    check = check_manifest(manifest, decode_media=True, num_workers=1)
+    assert check.num_samples_by_media == {"2 videos, 2 images": 1, "2 videos": 1, "1 image": 1, "text alone": 1}
+    assert sorted((bad.id, Path(bad.path).name, bad.reason) for bad in check.bad_media) == [
+        ("both", "bad.png", "not an image in a known format"),
+        ("both", "gone.mp4", "no such file"),
+        ("clips", "good.mp4", "lasts 1.60 s, but an annotated span starts at 3.0 s"),
+    ]

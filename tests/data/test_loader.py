@@ -26,7 +26,7 @@ from tests.data.tiny_processor import tiny_processor
 def prepare(sample: VideoSample) -> PreparedSample:
     """Prepare every sample except a3, a4 and b1."""
     if sample.id in ("a3", "b1"):
-        raise VideoError(sample.video, "no such file")
+        raise VideoError(sample.media[0].path, "no such file")
     if sample.id == "a4":
         raise PromptTooLongError("sample a4: too long")
     reduction = "smaller" if sample.id == "a5" else None
@@ -58,7 +58,7 @@ def test_a_bad_sample_is_replaced_and_listed() -> None:
 
 
 def broken(sample: VideoSample) -> PreparedSample:
-    raise VideoError(sample.video, "no such file")
+    raise VideoError(sample.media[0].path, "no such file")
 
 
 def test_a_run_without_readable_samples_ends_and_lists_what_was_tried() -> None:

@@ -18,9 +18,9 @@ from tests.data.manifest_rows import ROWS, changed, write_rows
 def test_a_written_manifest_is_read_back(tmp_path: Path) -> None:
     manifest = write_rows(tmp_path / "in.jsonl", ROWS)
     samples = read_manifest(manifest)
-    assert samples[0].video == str(tmp_path / "a.mp4")
-    assert samples[1].video == (str(tmp_path / "f/1.jpg"), str(tmp_path / "f/2.jpg"))
-    assert samples[2].video == "s3://bucket/b.mp4"
+    assert samples[0].media[0].path == str(tmp_path / "a.mp4")
+    assert samples[1].media[0].path == (str(tmp_path / "f/1.jpg"), str(tmp_path / "f/2.jpg"))
+    assert samples[2].media[0].path == "s3://bucket/b.mp4"
     write_manifest(tmp_path / "out.jsonl", samples)
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert written == ROWS  # videos below the manifest's folder have relative paths again

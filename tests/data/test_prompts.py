@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from megatron_vcr1.data.prompts import PromptTooLongError, prepare_sample, reduc
 from megatron_vcr1.data.synthesize import write_video
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
 from megatron_vcr1.data.video import VideoError, VideoFrames
-from megatron_vcr1.types import Interval
+from megatron_vcr1.types import Image, Interval, Video
 from tests.data.prompt_samples import sample, text_of
 from tests.data.tiny_processor import tiny_processor
 
@@ -98,6 +99,28 @@ def test_tracking_keeps_its_number_of_frames_or_fails(templates: PromptTemplates
         prepare(FakeVideo(100, 64), templates, max_tokens=text + 3, task="tracking")
     with pytest.raises(VideoError, match="the video has 6 frames, but tracking has 8 boxes"):
         prepare(FakeVideo(6, 64), templates, max_tokens=text + 100, task="tracking")
+
+
+def test_several_media_shrink_by_the_same_factor(templates: PromptTemplates, tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
+    media = (Video("a.mp4"), Video("b.mp4"), Image(str(tmp_path / "a.png")))
+    full = prepare(FakeVideo(16, 64), templates, max_tokens=1000, media=media)
+    sizes = [item.num_tokens(2) for item in full.prompt.vision]
+    assert sizes == [128, 128, 64] and full.reduction is None
+    limit = len(full.prompt.token_ids) - 160  # half of the vision tokens
+    prepared = prepare(FakeVideo(16, 64), templates, max_tokens=limit, media=media)
+    assert limit - 80 < len(prepared.prompt.token_ids) <= limit
+    assert [item.num_tokens(2) for item in prepared.prompt.vision] == [32, 32, 25]
+    assert prepared.reduction.endswith(
+        "16 frames became 16 of 32x32 pixels; 16 frames became 16 of 32x32 pixels; the image became 80x80 pixels"
+    )
+
+
+def test_a_text_that_is_too_long_cannot_be_reduced(templates: PromptTemplates) -> None:
+    question = {"task": "multiple_choice_qa", "media": ()}
+    assert prepare(FakeVideo(16, 64), templates, max_tokens=1000, **question).prompt.vision == ()
+    with pytest.raises(PromptTooLongError, match=r"sample a: its text has \d+ tokens; allow more than 20, or shorten"):
+        prepare(FakeVideo(16, 64), templates, max_tokens=20, **question)
 
 
 @pytest.mark.parametrize("num_frames", [4, 24, 768])

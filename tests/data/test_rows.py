@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vcr1.data.rows import RowError, row_from_sample, sample_from_row
+from megatron_vcr1.types import Image, Interval, Video
 from tests.data.manifest_rows import ROWS, changed, without
 
 
@@ -19,7 +21,30 @@ def test_rows_are_equal_after_a_round_trip(row: dict[str, Any]) -> None:
     ("row", "message"),
     [
         ([1, 2], r"expected a JSON object, got \[1, 2\]"),
-        (without(0, "duration_s"), "key 'duration_s' is missing; add it"),
+        (without(0, "target"), "key 'target' is missing; add it"),
+        (changed(0, videos=["b.mp4"]), "keys 'video' and 'videos' contradict each other; put everything into 'videos'"),
+        (changed(6, image="b.png"), "keys 'image' and 'images' contradict each other"),
+        (changed(6, clip=[1, 2]), "key 'clip' describes the video of 'video', which is missing; put it into the items"),
+        (changed(7, duration_s=2.0), "key 'duration_s' describes .*; put it next to 'video', or remove it"),
+        (changed(6, videos=[{"clip": [1, 2]}]), r"key 'videos\[0\]': expected a path or \{"),
+        (changed(6, videos=["a.mp4", {"video": "b.mp4", "fps": 2}]), r"key 'videos\[1\].fps' is unknown"),
+        (
+            changed(6, videos=["a.mp4", {"video": "b.mp4", "clip": [2, 1]}]),
+            r"key 'videos\[1\].clip': an interval needs",
+        ),
+        (changed(6, videos="a.mp4"), "key 'videos': expected a list"),
+        (changed(7, image=["a.png"]), "key 'image': expected text"),
+        (changed(7, image=""), "image is empty; correct the row"),
+        (
+            changed(6, query="<video> or <image>?"),
+            "the query marks <video>, <image>, <image>, but its media are 2 videos, 2 images",
+        ),
+        (
+            changed(0, video=None, duration_s=None),
+            "temporal_grounding needs exactly one video, but there are none; correct the row",
+        ),
+        (without(0, "video") | {"videos": ["a", "b"], "duration_s": None}, "exactly one video, but there are 2"),
+        (without(4, "video") | {"duration_s": None}, "captioning needs a video or an image, but there is none"),
         (changed(0, qeury="x"), "key 'qeury' is unknown; remove it or correct its name"),
         (changed(0, task="grounding"), "key 'task': \"grounding\" is not one of temporal_grounding, tracking"),
         (changed(0, id=7), "key 'id': expected text, got 7"),
@@ -58,7 +83,7 @@ JSON_VALUES = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(row=st.sampled_from(ROWS), key=st.sampled_from(list(ROWS[3])), value=JSON_VALUES, in_target=st.booleans())
+@given(row=st.sampled_from(ROWS), key=st.sampled_from([*ROWS[3], *ROWS[6]]), value=JSON_VALUES, in_target=st.booleans())
 def test_any_row_is_a_sample_or_a_row_error(row: dict[str, Any], key: str, value: Any, in_target: bool) -> None:
     mutated = {**row, "target": dict.fromkeys(row["target"], value)} if in_target else {**row, key: value}
     try:
@@ -66,3 +91,20 @@ def test_any_row_is_a_sample_or_a_row_error(row: dict[str, Any], key: str, value
     except RowError:
         return
     assert sample_from_row(row_from_sample(sample)) == sample
+
+
+def test_media_are_in_the_order_of_their_marks() -> None:
+    sample = sample_from_row(ROWS[6], Path("/data"))
+    assert sample.media == (
+        Image("/data/a.png"),
+        Video("/data/a.mp4"),
+        Video("/data/b.mp4", 4.0, Interval(1.0, 5.0)),
+        Image("/data/b.png"),
+    )
+    unmarked = sample_from_row(changed(6, query="what differs?", options=["x", "y"]))
+    assert [medium.kind for medium in unmarked.media] == ["video", "video", "image", "image"]
+
+
+def test_null_counts_as_missing() -> None:
+    absent = {"video": None, "videos": None, "duration_s": None, "clip": None, "image_fps": None, "images": None}
+    assert sample_from_row(ROWS[7] | absent) == sample_from_row(ROWS[7])

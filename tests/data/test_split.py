@@ -27,13 +27,13 @@ def samples_of(num_per_video: list[int], folder: str = "/data") -> list[VideoSam
 def test_no_video_is_in_two_parts_and_no_sample_is_lost(num_per_video: list[int], seed: int) -> None:
     samples = samples_of(num_per_video)
     parts = split_by_video(samples, FRACTIONS, seed=seed, folder=Path("/data"))
-    videos = {name: {sample.video for sample in part} for name, part in parts.items()}
+    videos = {name: {sample.media for sample in part} for name, part in parts.items()}
     assert sorted(sample.id for part in parts.values() for sample in part) == sorted(sample.id for sample in samples)
     assert sum(map(len, videos.values())) == len(num_per_video)
     assert all(videos.values())
     for name, fraction in FRACTIONS.items():
         assert abs(len(videos[name]) - fraction * len(num_per_video)) <= 2
-        assert parts[name] == [sample for sample in samples if sample.video in videos[name]]  # in their order
+        assert parts[name] == [sample for sample in samples if sample.media in videos[name]]  # in their order
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_folder_or_the_order() -> None:
@@ -49,6 +49,17 @@ def test_the_split_depends_on_the_seed_and_not_on_the_folder_or_the_order() -> N
 def test_a_part_with_fraction_0_is_left_out() -> None:
     parts = split_by_video(samples_of([1] * 10), {"train": 0.7, "validation": 0, "test": 0.3}, seed=0, folder=Path("/"))
     assert {name: len(part) for name, part in parts.items()} == {"train": 7, "test": 3}
+
+
+def test_samples_that_share_a_video_or_an_image_stay_together() -> None:
+    media = [{"videos": ["a", "b"]}, {"video": "b", "image": "x.png"}, {"image": "x.png"}, {"video": "c"}, {}, {}]
+    question = {"task": "multiple_choice_qa", "query": "?", "options": ["x"], "target": {"choice": "A"}}
+    samples = [sample_from_row({"id": str(index), **question, **files}) for index, files in enumerate(media)]
+    parts = split_by_video(samples, {"train": 0.5, "test": 0.5}, seed=0, folder=Path("/data"))
+    part_of = {sample.id: name for name, part in parts.items() for sample in part}
+    assert part_of["0"] == part_of["1"] == part_of["2"]
+    assert len(part_of) == 6  # of four videos: {a, b, x.png}, c and two texts
+    assert len({part_of[id] for id in ("0", "3", "4", "5")}) == 2
 
 
 @pytest.mark.parametrize(

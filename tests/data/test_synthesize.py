@@ -46,7 +46,7 @@ def test_manifests_contain_all_tasks_and_name_existing_videos(folder: Path) -> N
         assert {sample.task for sample in samples} == set(RECIPES)
         for sample in samples:
             assert sample.duration_s == 12.0
-            assert isinstance(sample.video, str) and Path(sample.video).is_file()
+            assert isinstance(sample.media[0].path, str) and Path(sample.media[0].path).is_file()
 
 
 def test_the_same_seed_gives_the_same_bytes_for_any_number_of_videos(folder: Path, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_decoded_frames_equal_the_rendered_frames(folder: Path) -> None:
 
 def small_frames(folder: Path, sample: VideoSample) -> np.ndarray:
     """Read a video as the demo's tiny model sees it: 24 frames of 16 x 16 pixels."""
-    assert isinstance(sample.video, str)
-    video = read_frames(sample.video, factor=16, min_pixels=240, total_pixels=256 * 12)
+    assert isinstance(sample.media[0].path, str)
+    video = read_frames(sample.media[0].path, factor=16, min_pixels=240, total_pixels=256 * 12)
     assert video.frames.shape == (24, 16, 16, 3)
     return video.frames.numpy()
 
@@ -132,7 +132,7 @@ def test_tracking_boxes_enclose_the_object_in_the_frames_that_training_sees(fold
     for sample in read_manifest(folder / "train.jsonl"):
         if not isinstance(sample.target, TrackingTarget):
             continue
-        video = read_frames(sample.video, factor=16, min_pixels=64 * 64, min_frames=8, max_frames=8)
+        video = read_frames(sample.media[0].path, factor=16, min_pixels=64 * 64, min_frames=8, max_frames=8)
         assert len(video.frames) == len(sample.target.boxes) == 8
         for frame, box in zip(video.frames.numpy(), sample.target.boxes, strict=True):
             rows, columns = np.nonzero(colour_mask(frame, sample.query.split()[0]))

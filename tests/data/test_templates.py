@@ -10,7 +10,7 @@ import pytest
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates, target_text
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import NumberFormat, task_names
-from megatron_vcr1.types import Interval, VideoSample
+from megatron_vcr1.types import Image, Interval, Video, VideoSample
 from tests.data.prompt_samples import ANSWERS, sample, text_of
 from tests.rewards.samples import BOXES
 
@@ -64,6 +64,26 @@ def test_options_of_the_sample_override_those_of_the_run(templates: PromptTempla
     assert clipped == {**plain, "start_s": 2.0, "end_s": 5.5}
 
 
+def test_media_are_placed_where_the_query_and_the_options_mark_them(templates: PromptTemplates) -> None:
+    media = (Image("a.png"), Video("a.mp4", clip=Interval(1, 2)), Video("b.mp4"))
+    asked = sample("multiple_choice_qa", media=media, query="Is <image> in", options=("<video>", "<video>"))
+    limits = [{"max_pixels": 1}, {"total_pixels": 2}, {"total_pixels": 3}]
+    (message,) = build_messages(asked, templates, thinking=False, video_options={"fps": 1.0}, limits=limits)
+    before, image, between, first, newline, second, after = message["content"]
+    assert before["text"].endswith("Is ") and between["text"].endswith("(A) ") and newline["text"] == "\n(B) "
+    assert image == {"type": "image", "image": "a.png", "max_pixels": 1}
+    clip = {"start_s": 1, "end_s": 2}
+    assert first == {"type": "video", "video": "a.mp4", "fps": 1.0, "total_pixels": 2, **clip}
+    assert second == {"type": "video", "video": "b.mp4", "fps": 1.0, "total_pixels": 3}
+    assert "<answer>" in after["text"]
+
+
+def test_media_without_marks_come_first(templates: PromptTemplates) -> None:
+    for media in ((Video("a.mp4"), Video("b.mp4"), Image("a.png")), ()):
+        (message,) = build_messages(sample("multiple_choice_qa", media=media), templates, thinking=False)
+        assert [part["type"] for part in message["content"]] == [*(medium.kind for medium in media), "text"]
+
+
 WHOLE_FILE = """
 time_decimals = 1
 
@@ -106,6 +126,7 @@ def test_a_users_file_replaces_texts_and_precision_and_inherits_the_rest(tmp_pat
         (": $query", ": $qeury", r"temporal_grounding.think: placeholder 'query' is missing"),
         ("$options", "$options $first_box", r"grounded_qa.answer: placeholder 'first_box' is unknown"),
         ("$options", "$ 5", "stray dollar sign"),
+        ("$options", "<video> $options", "contains <video>; only the query and the options of a sample mark places"),
         ("[captioning]\nanswer", "[captioning]\nanwser", r"\[captioning\] must hold one or both of the strings"),
         ("[captioning]\nanswer", "captioning", r"\[grounded_qa\] must hold"),
         ('"Describe it."', "7", r"captioning.answer must be a string"),

@@ -115,13 +115,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / name).symlink_to(ROOT / name)
     samples = {sample.task: sample for sample in read_manifest(path / "data/train.jsonl")}
     grounding = samples["temporal_grounding"]
-    shutil.copy(grounding.video, path / "clip.mp4")
+    shutil.copy(grounding.media[0].path, path / "clip.mp4")
     (path / "videos").mkdir()
-    shutil.copy(grounding.video, path / "videos/AAAA.mp4")
+    shutil.copy(grounding.media[0].path, path / "videos/AAAA.mp4")
     (path / "clips").mkdir()
     events = []
     for name in ("garden.mp4", "kitchen.mp4", "street.mp4"):
-        shutil.copy(grounding.video, path / "clips" / name)
+        shutil.copy(grounding.media[0].path, path / "clips" / name)
         events.append({"video": name, "sentence": "the kettle boils", "start": 1.0, "end": 2.5})
     (path / "events.json").write_text(json.dumps(events))
     (path / "charades_sta_train.txt").write_text("AAAA 1.0 5.0##a person opens the door.\n")

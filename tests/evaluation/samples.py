@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from megatron_vcr1.tasks import CaptionTarget, ChoiceTarget
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Video, VideoSample
 
 
 def choices(*ids: str, video: str = "", category: str = "") -> list[VideoSample]:
     """Multiple-choice samples with four options; A is correct."""
     return [
-        VideoSample(id, video or f"{id}.mp4", ChoiceTarget("A"), "what?", options=tuple("wxyz"), category=category)
+        VideoSample(
+            id, (Video(video or f"{id}.mp4"),), ChoiceTarget("A"), "what?", options=tuple("wxyz"), category=category
+        )
         for id in ids
     ]
 
 
 def captions(*ids: str, events: tuple[str, ...] = ("A dog barks.", "A cat runs.")) -> list[VideoSample]:
-    return [VideoSample(id, f"{id}.mp4", CaptionTarget("A dog barks. A cat runs.", events)) for id in ids]
+    return [VideoSample(id, (Video(f"{id}.mp4"),), CaptionTarget("A dog barks. A cat runs.", events)) for id in ids]

@@ -39,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and 12 videos, four for each of three tasks; one of them is damaged."""
     folder = workspace.create(tmp_path_factory.mktemp("evaluate"), tasks=TASKS, num_videos=12)
     damaged = read_manifest(folder / "data" / "train.jsonl")[0]
-    assert isinstance(damaged.video, str)
-    Path(damaged.video).write_bytes(b"no video")
+    assert isinstance(damaged.media[0].path, str)
+    Path(damaged.media[0].path).write_bytes(b"no video")
     return folder
 
 
@@ -197,7 +197,7 @@ def test_samples_with_edited_prompts_are_predicted_again(
     evaluate_model(config)
     predictions = tmp_path / "run" / "evaluation" / "multiple_choice_qa" / "predictions.jsonl"
     before = rows(predictions)
-    other_video = replace(samples[0], video=samples[1].video)
+    other_video = replace(samples[0], media=samples[1].media)
     other_options = replace(samples[1], options=samples[1].options[::-1])
     other_truth = replace(samples[2], target=ChoiceTarget("B" if samples[2].target == ChoiceTarget("A") else "A"))
     write_manifest(manifest, [other_video, other_options, other_truth, *samples[3:]])

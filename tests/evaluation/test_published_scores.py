@@ -27,7 +27,7 @@ from megatron_vcr1.tasks import (
     TrackingTarget,
     find_task,
 )
-from megatron_vcr1.types import Box, Interval, Target, VideoSample
+from megatron_vcr1.types import Box, Interval, Target, Video, VideoSample
 from tests.evaluation import published
 
 Spans = list[tuple[float, float]]
@@ -40,7 +40,7 @@ def metrics_of(name: str, samples: Sequence[VideoSample], outputs: Sequence[str]
 
 
 def sample(index: int, target: Target, options: tuple[str, ...] = (), category: str = "") -> VideoSample:
-    return VideoSample(f"s{index}", f"{index}.mp4", target, query="what?", options=options, category=category)
+    return VideoSample(f"s{index}", (Video(f"{index}.mp4"),), target, query="what?", options=options, category=category)
 
 
 def random_spans(random: np.random.Generator, number: int) -> Spans:

@@ -37,7 +37,7 @@ def test_plain_transformers_give_the_same_answer(
 ) -> None:
     """With 24 frames, the video covers more time than space, where the positions of transformers 5 differ."""
     workspace.create(tmp_path, num_videos=1)
-    video = str(read_manifest(tmp_path / "data/train.jsonl")[0].video)
+    video = str(read_manifest(tmp_path / "data/train.jsonl")[0].media[0].path)
     options = ["--model", str(tmp_path / "model"), "--video", video, "--prompt", "when does it happen?"]
     options += ["--max-frames", str(max_frames), "--total-pixels", "60000"]
     options += ["--max-new-tokens", "12"]

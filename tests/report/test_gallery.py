@@ -3,33 +3,40 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import PIL.Image
+
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.report.gallery import (
     MAX_METRICS,
     MAX_TEXT,
+    Exhibit,
     answered_boxes,
     answered_spans,
     evaluation_exhibits,
     rollout_exhibits,
     with_frames,
 )
+from megatron_vcr1.report.rendering import environment
 from megatron_vcr1.report.run_record import read_run
-from megatron_vcr1.tasks import ChoiceTarget, GroundedChoiceTarget, GroundingTarget, TrackingTarget
-from megatron_vcr1.types import Box, Interval, VideoSample
+from megatron_vcr1.tasks import ChoiceTarget, GroundedChoiceTarget, GroundingTarget, QualityTarget, TrackingTarget
+from megatron_vcr1.types import Box, Image, Interval, Video, VideoSample
+from tests.data.video_clips import write_clip
 from tests.report.runs import add_evaluation, make_run, synthetic_manifest
 
 
 def test_spans_and_boxes_are_read_from_responses() -> None:
-    grounding = VideoSample("a", "a.mp4", GroundingTarget(Interval(1, 2)), "when?")
+    grounding = VideoSample("a", (Video("a.mp4"),), GroundingTarget(Interval(1, 2)), "when?")
     assert answered_spans(grounding, "<answer>3 to 4</answer>") == (Interval(3, 4),)
     assert answered_spans(grounding, "<answer>later</answer>") == ()
-    grounded = VideoSample("b", "b.mp4", GroundedChoiceTarget("A", (Interval(1, 2),)), "what?", options=("x", "y"))
+    grounded = VideoSample(
+        "b", (Video("b.mp4"),), GroundedChoiceTarget("A", (Interval(1, 2),)), "what?", options=("x", "y")
+    )
     assert list(answered_spans(grounded, "<answer>A</answer><glue>[(3, 4)]</glue>")) == [Interval(3, 4)]
-    tracking = VideoSample("c", "c.mp4", TrackingTarget((Box(0, 0, 1, 1), Box(0, 0, 1, 1))), "it")
+    tracking = VideoSample("c", (Video("c.mp4"),), TrackingTarget((Box(0, 0, 1, 1), Box(0, 0, 1, 1))), "it")
     assert list(answered_boxes(tracking, "[[0, 0, 0.5, 1], [0, 0, 1, 1]]")) == [Box(0, 0, 0.5, 1), Box(0, 0, 1, 1)]
     assert answered_boxes(tracking, "[[0, 0, 1, 1]]") == ()
-    choice = VideoSample("d", "d.mp4", ChoiceTarget("A"), "what?", options=("x", "y"))
+    choice = VideoSample("d", (Video("d.mp4"),), ChoiceTarget("A"), "what?", options=("x", "y"))
     assert answered_spans(choice, "3 to 4") == answered_boxes(choice, "[[0, 0, 1, 1]]") == ()
 
 
@@ -71,7 +78,27 @@ def test_a_video_without_frames_keeps_its_exhibit_with_the_reason(tmp_path: Path
     manifest = synthetic_manifest(tmp_path / "videos")
     add_evaluation(tmp_path / "run", "charades_sta", manifest, right=0.5)
     exhibit = next(evaluation_exhibits(read_run(tmp_path / "run"), []))
-    Path(str(exhibit.sample.video)).unlink()
+    Path(str(exhibit.sample.media[0].path)).unlink()
     with VideoReader() as reader:
         (shown,) = with_frames([exhibit], reader)
-    assert shown.strip is None and "no such file" in shown.missing
+    assert list(shown.strips) == [None] and "no such file" in shown.missing[0]
+
+
+def test_every_video_and_image_of_a_sample_is_shown(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_clip(tmp_path / f"{name}.mp4", num_frames=20)
+    PIL.Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    paths = [str(tmp_path / name) for name in ("a.mp4", "b.mp4", "a.png", "absent.png")]
+    media = (Video(paths[0]), Video(paths[1]), Image(paths[2]), Image(paths[3]))
+    several = Exhibit("several", VideoSample("s", media, QualityTarget("good"), "how good?"), "good", [])
+    text = Exhibit("text", VideoSample("t", (), ChoiceTarget("A"), "what?", options=("x",)), "A", [])
+    with VideoReader() as reader:
+        several, text = with_frames([several, text], reader)
+    assert [strip is not None for strip in several.strips] == [True, True, True, False]
+    assert several.annotated is None  # spans and boxes belong to the only video
+    macros = environment().get_template("macros.html.jinja").module
+    page = str(macros.exhibit(several))  # type: ignore[attr-defined]
+    assert page.count('alt="frame at') == 16 and page.count('alt="image"') == 1
+    assert page.count("No frames: ") == 1 and "absent.png" in page
+    page = str(macros.exhibit(text))  # type: ignore[attr-defined]
+    assert "<img" not in page and "No frames" not in page

@@ -170,7 +170,7 @@ def test_missing_files_are_reported(tmp_path, manifest, capsys):
     html = (run / "report.html").read_text()
     assert f"No frames: {absent}" in html
     notes = capsys.readouterr().err
-    assert "videos of the gallery that cannot be shown: 1" in notes
+    assert "samples of the gallery without all of their frames: 1; each states the reason" in notes
     assert "1 groups cannot be read" in notes and "last line is incomplete" in notes
     assert "evaluation/moved: no samples are shown" in notes
 

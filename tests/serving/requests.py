@@ -110,6 +110,6 @@ def picture() -> str:
 
 
 def first_video(folder: Path) -> Path:
-    path = read_manifest(folder / "data" / "train.jsonl")[0].video
+    path = read_manifest(folder / "data" / "train.jsonl")[0].media[0].path
     assert isinstance(path, str)
     return Path(path)

@@ -176,7 +176,7 @@ def test_unreadable_samples_are_named(folder: Path, tmp_path: Path) -> None:
     samples = read_manifest(folder / "data" / "train.jsonl")
     manifest = tmp_path / "broken.jsonl"
     write_manifest(manifest, samples)
-    manifest.write_text(manifest.read_text().replace(str(samples[0].video), str(tmp_path / "missing.mp4")))
+    manifest.write_text(manifest.read_text().replace(str(samples[0].media[0].path), str(tmp_path / "missing.mp4")))
     config = _config(folder, data={"sources": [{"manifest": manifest, "thinking": False}]})
     status, text = _finding(config, "first samples")
     assert status == "warning" and "1 of 2 read" in text and f"{samples[0].id} would be skipped" in text

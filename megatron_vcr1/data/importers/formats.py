@@ -24,7 +24,7 @@ from megatron_vcr1.data.importers.files import (
 from megatron_vcr1.data.importers.own import ColumnMap, read_own
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Medium, VideoSample
 
 _SPLIT_FORMATS = ("got10k", "mvbench", "videomme", "perception_test", "dream1k")
 
@@ -217,11 +217,11 @@ def _choose_per_video(samples: list[VideoSample], limit: int | None, seed: int) 
     """Choose up to `limit` samples of each video in the same way."""
     if limit is None:
         return samples
-    num_kept: Counter[str | tuple[str, ...]] = Counter()
+    num_kept: Counter[tuple[Medium, ...]] = Counter()
     kept = set()
     for sample in sorted(samples, key=lambda sample: _hash(sample, seed)):
-        num_kept[sample.video] += 1
-        if num_kept[sample.video] <= limit:
+        num_kept[sample.media] += 1
+        if num_kept[sample.media] <= limit:
             kept.add(sample.id)
     return [sample for sample in samples if sample.id in kept]
 

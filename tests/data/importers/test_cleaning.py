@@ -13,7 +13,7 @@ def test_videos_are_found_under_any_suffix_and_missing_ones_skip_their_rows(
 ) -> None:
     write(tmp_path / "videos/AAA.webm", "")
     samples, report = run("charades_sta", *charades, videos=VideoFolder(str(tmp_path / "videos")))
-    assert [sample.video for sample in samples] == [str(tmp_path / "videos/AAA.webm")]
+    assert [sample.media[0].path for sample in samples] == [str(tmp_path / "videos/AAA.webm")]
     assert [row for row, problem, _ in issues(report) if problem == "missing_video"] == ["BBB_0", "BBB_1"]
     assert report.videos_checked
 
@@ -23,7 +23,7 @@ def test_videos_are_found_through_fsspec(charades: tuple[Path, Path]) -> None:
     with fsspec.open("memory://charades/BBB.mp4", "wb") as file:
         file.write(b"x")
     samples, _ = run("charades_sta", *charades, videos=VideoFolder("memory://charades"))
-    assert [sample.video for sample in samples] == ["memory://charades/BBB.mp4"]
+    assert [sample.media[0].path for sample in samples] == ["memory://charades/BBB.mp4"]
 
 
 @pytest.mark.parametrize(("span", "problem"), [([5.0, 5.0], "empty_span"), ([5.0, 2.0], "inverted_span")])

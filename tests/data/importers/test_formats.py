@@ -24,7 +24,7 @@ def test_limit_per_video_keeps_as_many_samples_of_each_video(tmp_path: Path) -> 
     content = {f"v{index}": _activity(*[[0, 1]] * (index % 3 + 1)) for index in range(60)}
     annotations = write(tmp_path / "train.json", content)
     samples, _ = run("activitynet", annotations, limit_per_video=1, seed=1)
-    assert [sample.video for sample in samples] == [f"v{index}.mp4" for index in range(60)]
+    assert [sample.media[0].path for sample in samples] == [f"v{index}.mp4" for index in range(60)]
     assert {sample.id[-1] for sample in samples} == {"0", "1", "2"}  # not always the first one
     assert samples != run("activitynet", annotations, limit_per_video=1, seed=2)[0]
     assert len(run("activitynet", annotations, limit_per_video=2)[0]) == 20 + 40 + 40
@@ -36,7 +36,7 @@ def test_real_charades_has_one_sample_for_each_of_its_videos(realdata: Path) -> 
     annotations = realdata / "annotations/charades_sta/videochat_r1_train.json"
     assert len(json.loads(annotations.read_text())) == 5338
     samples, _ = run("charades_sta", annotations, limit_per_video=1)
-    assert len(samples) == len({sample.video for sample in samples}) == 5336
+    assert len(samples) == len({sample.media[0].path for sample in samples}) == 5336
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_published_files_give_the_published_counts(
     problems = [issue.problem for issue in report.issues]
     assert (problems.count("inverted_span") + problems.count("empty_span"), problems.count("span_past_end")) == spans
     assert report.num_rows == num_rows == len(samples) + spans[0]
-    assert num_videos in (None, len({sample.video for sample in samples}))
+    assert num_videos in (None, len({sample.media[0].path for sample in samples}))
     assert {issue.action for issue in report.issues if issue.problem not in ("inverted_span", "empty_span")} <= {
         "repaired",
         "kept",

@@ -46,7 +46,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_columns_are_mapped_by_name_and_ids_are_made(tmp_path: Path, suffix: str) -> None:
     samples, report = own(write_table(tmp_path / f"a.{suffix}", EVENTS), "temporal_grounding", *EVENT_COLUMNS)
-    assert [(sample.id, sample.video, sample.query) for sample in samples] == [
+    assert [(sample.id, sample.media[0].path, sample.query) for sample in samples] == [
         ("a_0", "a.mp4", "a dog barks"),
         ("b_a_0", "b/a.mp4", "a cat runs"),
         ("a_1", "a.mp4", "it rains"),

@@ -8,7 +8,7 @@ import pytest
 from megatron_vcr1.data.importers.questions import MVBENCH_FOLDERS
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import ChoiceTarget, GroundedChoiceTarget, QualityTarget
-from megatron_vcr1.types import Interval, VideoSample
+from megatron_vcr1.types import Interval, Video, VideoSample
 from tests.data.importers.importing import issues, run, write
 
 
@@ -28,11 +28,10 @@ def test_nextgqa_csv_rows_become_samples_with_every_problem_reported(tmp_path: P
     samples, report = run("nextgqa", *nextgqa_files(tmp_path))
     assert samples[0] == VideoSample(
         "48_1",
-        "1104/48.mp4",
+        (Video("1104/48.mp4", 90.0),),
         GroundedChoiceTarget("C", (Interval(13.8, 29.8), Interval(0, 90))),
         "why did the boy sit",
         ("share", "approach", "rest", "play", "gesture"),
-        duration_s=90.0,
         category="CW",
     )
     assert isinstance(samples[1].target, GroundedChoiceTarget) and samples[1].target.choice == "B"
@@ -84,10 +83,9 @@ def test_mvbench_rows_become_samples_with_clips_and_folders(tmp_path: Path) -> N
     write(tmp_path / "json/episodic_reasoning.json", [{**timed, "video": "clip_1", "fps": 3}])
     write(tmp_path / "json/state_change.json", [{**timed, "candidates": ["y"]}])
     samples, report = run("mvbench", tmp_path / "json")
-    assert samples[0].video == "star/Charades_v1_480/Z.mp4"
-    assert (samples[0].clip, samples[0].duration_s) == (Interval(1.5, 17.0), 15.5)
+    assert samples[0].media == (Video("star/Charades_v1_480/Z.mp4", 15.5, Interval(1.5, 17.0)),)
     assert (samples[0].target, samples[0].category) == (ChoiceTarget("B"), "action_sequence")
-    assert (samples[0].image_fps, samples[1].image_fps) == (None, 3.0)
+    assert samples[1].video is not None and samples[1].video.image_fps == 3.0
     assert issues(report) == [("state_change_0", "single_option", "kept")]
     only, _ = run("mvbench", tmp_path / "json", split="state_change")
     assert [sample.id for sample in only] == ["state_change_0"]
@@ -111,11 +109,10 @@ def test_perception_test_rows_of_a_split_become_samples(tmp_path: Path) -> None:
     assert samples == [
         VideoSample(
             "video_7_4",
-            "video_7.mp4",
+            (Video("video_7.mp4", 3.0),),
             ChoiceTarget("C"),
             "where?",
             ("left", "right", "behind"),
-            duration_s=3.0,
             category="physics",
         )
     ]
@@ -123,7 +120,9 @@ def test_perception_test_rows_of_a_split_become_samples(tmp_path: Path) -> None:
 
 def test_vidtab_quality_rows_become_samples(tmp_path: Path) -> None:
     rows = write(tmp_path / "quality.json", [{"video": "7.mp4", "instruction": "How good?", "answer": "low quality"}])
-    assert run("vidtab_quality", rows)[0] == [VideoSample("7", "7.mp4", QualityTarget("low quality"), "How good?")]
+    assert run("vidtab_quality", rows)[0] == [
+        VideoSample("7", (Video("7.mp4"),), QualityTarget("low quality"), "How good?")
+    ]
 
 
 def test_real_nextgqa_csv_and_json_agree(realdata: Path) -> None:

@@ -22,7 +22,7 @@ def test_video_r1_multiple_choice(tmp_path: Path) -> None:
         problem(3, solution="<answer>none</answer>"),
     ]
     samples, report = run("video_r1", write(tmp_path / "a.json", rows))
-    assert [(sample.id, sample.video, sample.query) for sample in samples] == [
+    assert [(sample.id, sample.media[0].path, sample.query) for sample in samples] == [
         ("1", "STAR/1.mp4", "What is it?"),
         ("2", "STAR/2.mp4", "What is it?"),
     ]
@@ -65,7 +65,7 @@ def test_the_index_of_videochat_r1_5_lists_files_beside_it(tmp_path: Path) -> No
     write(tmp_path / "tg.json", [{"video": "a.mp4", "question": "a dog barks", "glue": [1, 4]}])
     entry = {"media_type": "video", "task_type": "tg", "visual_base": "s3://x", "json_path": "/elsewhere/tg.json"}
     (sample,), _ = run("videochat_r1_5", write(tmp_path / "index.json", {"charades": entry}))
-    assert sample.video == "a.mp4"
+    assert sample.media[0].path == "a.mp4"
     with pytest.raises(UserError, match=r"'lost': neither /elsewhere/lost\.json nor"):
         run("videochat_r1_5", write(tmp_path / "index.json", {"lost": entry | {"json_path": "/elsewhere/lost.json"}}))
     with pytest.raises(UserError, match="'charades' names no json_path"):

@@ -33,7 +33,7 @@ def test_got10k_sequence_folders_become_samples(tmp_path: Path) -> None:
     assert samples[0].target.boxes == tuple(
         Box(left / 200, 0.2, (left + 40) / 200, 0.7) for left in (0, 2, 4, 6, 8, 10, 12, 14)
     )
-    assert [Path(frame).stem for frame in samples[0].video] == [f"{number:08d}" for number in range(1, 16, 2)]
+    assert [Path(frame).stem for frame in samples[0].media[0].path] == [f"{number:08d}" for number in range(1, 16, 2)]
     assert (samples[0].query, samples[0].duration_s) == ("sloth", 1.5)
     assert samples[1].target == TrackingTarget((Box(0.85, 0.2, 1.0, 0.7),) * 8)
     assert sorted(set(issues(report))) == [
@@ -54,7 +54,7 @@ def test_frames_in_which_the_object_is_absent_are_left_out_and_counted(tmp_path:
     assert lefts["GOT_1"] == [0, 1, 3, 4, 10, 11, 13, 14]  # evenly spaced among the eleven frames with a box
     assert lefts["GOT_2"] == [0, 2, 4, 6, 7, 9, 11, 13]
     for sample in samples:
-        assert [int(Path(frame).stem) - 1 for frame in sample.video] == lefts[sample.id]
+        assert [int(Path(frame).stem) - 1 for frame in sample.media[0].path] == lefts[sample.id]
     assert issues(report) == [
         ("GOT_1", "object_absent", "repaired"),
         ("GOT_2", "object_absent", "repaired"),
@@ -73,7 +73,7 @@ def test_got10k_json_boxes_belong_to_the_start_and_seven_frames(tmp_path: Path) 
         Image.new("RGB", (20, 20)).save(folder / f"{number}.jpg")
     (sample,), _ = run("got10k", annotations, videos=VideoFolder(str(tmp_path / "videos")))
     # 12 frames: 0, int(11 / 6), int(22 / 6), ..., 11, counted from 0
-    assert [int(Path(frame).stem) for frame in sample.video] == [1, 1, 2, 4, 6, 8, 10, 12]
+    assert [int(Path(frame).stem) for frame in sample.media[0].path] == [1, 1, 2, 4, 6, 8, 10, 12]
     assert sample.target.boxes[1] == Box(*boxes[1])
 
 
@@ -96,11 +96,11 @@ def test_got10k_json_lists_frames_where_the_sequences_are(tmp_path: Path) -> Non
     entry = {"path": "/elsewhere/val/GOT_1", "object": "sloth", "gt": [[0.1, 0.0, 0.8, 0.797]] * 8}
     annotations = write(tmp_path / "val.json", [entry, {**entry, "path": "/elsewhere/val/GOT_2"}])
     samples, _ = run("got10k", annotations)
-    assert samples[0].video == "GOT_1/"
+    assert samples[0].media[0].path == "GOT_1/"
     got10k_sequence(tmp_path / "videos/GOT_1", 8, [])
     got10k_sequence(tmp_path / "videos/GOT_2", 6, [])
     samples, report = run("got10k", annotations, videos=VideoFolder(str(tmp_path / "videos")))
-    assert [len(sample.video) for sample in samples] == [8]
+    assert [len(sample.media[0].path) for sample in samples] == [8]
     assert issues(report) == [("GOT_2", "too_few_frames", "skipped")]
 
 
@@ -117,7 +117,7 @@ def test_frames_are_in_natural_order(tmp_path: Path) -> None:
         Image.new("RGB", (200, 100)).save(folder / f"{number}.jpg")
     write(folder / "groundtruth.txt", "\n".join(f"{number},20,40,50" for number in range(1, 13)))
     (sample,), _ = run("got10k", tmp_path)
-    numbers = [int(Path(frame).stem) for frame in sample.video]
+    numbers = [int(Path(frame).stem) for frame in sample.media[0].path]
     assert numbers == sorted(numbers) and numbers[0] == 1 and numbers[-1] == 12
     assert [round(box.x0 * 200) for box in sample.target.boxes] == numbers
 
@@ -128,7 +128,7 @@ def test_hidden_and_foreign_files_are_not_frames(tmp_path: Path) -> None:
         (tmp_path / "GOT_1" / name).write_bytes(b"\0")
     got10k_sequence(tmp_path / ".Trash", 8, ["10,20,40,50"] * 8)
     samples, report = run("got10k", tmp_path)
-    assert [(sample.id, len(sample.video)) for sample in samples] == [("GOT_1", 8)]
+    assert [(sample.id, len(sample.media[0].path)) for sample in samples] == [("GOT_1", 8)]
     assert not report.issues
 
 

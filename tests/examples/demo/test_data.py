@@ -18,12 +18,12 @@ def test_every_video_of_a_manifest_exists(data: Path) -> None:
     manifests = sorted(data.rglob("*.jsonl"))
     assert len(manifests) == 4 + 3 + 1 + 8  # base, train, small, tests
     for manifest in manifests:
-        assert all(Path(str(sample.video)).is_file() for sample in read_manifest(manifest))
+        assert all(Path(str(sample.media[0].path)).is_file() for sample in read_manifest(manifest))
 
 
 def test_test_videos_are_not_trained_on(data: Path) -> None:
     def videos(place: str) -> set[str]:
-        return {str(sample.video) for path in (data / place).glob("*.jsonl") for sample in read_manifest(path)}
+        return {str(sample.media[0].path) for path in (data / place).glob("*.jsonl") for sample in read_manifest(path)}
 
     tested = set().union(*(videos(split) for split in TEST_SPLITS))
     assert not tested & (videos("base") | videos("train") | videos("small"))
@@ -41,7 +41,7 @@ def test_every_seed_has_different_labels(tmp_path: Path) -> None:
 
 def test_frames_show_a_clock_that_advances(data: Path) -> None:
     sample = read_manifest(data / "test" / "temporal_grounding.jsonl")[0]
-    video = read_frames(str(sample.video), total_pixels=3072, min_pixels=256, factor=16)
+    video = read_frames(str(sample.media[0].path), total_pixels=3072, min_pixels=256, factor=16)
     assert video.frames.shape == (24, 16, 16, 3)
     bar = video.frames[:, -2:].float().mean((1, 3))  # [num_frames, 16]
     lit = (bar > 130).sum(1)

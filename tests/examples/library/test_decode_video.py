@@ -17,7 +17,7 @@ from megatron_vcr1.data.video import read_frames
 def test_saved_frames_are_those_that_the_model_sees(
     load_example: Callable[[str], ModuleType], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    video = str(read_manifest(folder / "data/train.jsonl")[0].video)
+    video = str(read_manifest(folder / "data/train.jsonl")[0].media[0].path)
     load_example("decode_video").main([video, "--out", str(tmp_path / "frames"), "--max-frames", "6"])
     expected = read_frames(video, max_frames=6)
     files = sorted((tmp_path / "frames").iterdir())

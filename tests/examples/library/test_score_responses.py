@@ -23,7 +23,7 @@ def test_log_probs_match_transformers(
     load_example: Callable[[str], ModuleType], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model_dir = folder / "model"
-    video = str(read_manifest(folder / "data/train.jsonl")[0].video)
+    video = str(read_manifest(folder / "data/train.jsonl")[0].media[0].path)
     example = load_example("score_responses")
     log_probs = example.score(model_dir, video, "when?", RESPONSES)
 

@@ -38,7 +38,7 @@ def table(folder: Path, clips: Path) -> Path:
     clips.mkdir()
     for sample in read_manifest(folder / "data/train.jsonl"):
         (span,) = sample.intervals
-        video = str(sample.video)
+        video = str(sample.media[0].path)
         shutil.copy(video, clips)
         event = {"video": Path(video).name, "sentence": sample.query, "start": span.start_s, "end": span.end_s}
         rows += [event, {**event, "end": span.end_s + 100}]  # the second one ends after its clip

@@ -49,8 +49,8 @@ SAMPLING = SamplingParams(max_new_tokens=30, temperature=1.0, top_p=0.9, top_k=1
 
 
 def _requests() -> list[GenerationRequest]:
-    """Requests with text, an image, a video, and all of them; 1, 2, 3 and 4 responses."""
-    kinds = ("", "i", "v", "ivv")
+    """Requests with text, an image, a video, two of them, and all; 1 to 5 responses."""
+    kinds = ("", "i", "v", "ivv", "vi")
     return [GenerationRequest(kind, tiny.prompt(kind, seed=3 + i), 1 + i, seed=i) for i, kind in enumerate(kinds)]
 
 

@@ -40,7 +40,7 @@ def test_responses_to_text_images_and_videos(start_engine: Start, model: QwenVLM
     before = payload_files()
     engine = start_engine(transport=transport)
     engine.update_weights(stream_hf_tensors(model), 0)
-    sent = requests(8)
+    sent = requests(8, ("", "i", "v", "vv", "vi", "ivv"))
     groups = engine.generate(sent, SamplingParams(12))
     assert largest_difference(model, sent, groups) < TOLERANCE
     for request, group in zip(sent, groups, strict=True):

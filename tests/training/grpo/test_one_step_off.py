@@ -31,7 +31,7 @@ from megatron_vcr1.training.grpo.one_step_off import OneStepOffSource
 from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.train import build, read_inputs_of_rank
-from megatron_vcr1.types import RolloutGroup
+from megatron_vcr1.types import RolloutGroup, Video
 from tests.training import workspace
 
 NUM_STEPS = 3
@@ -166,7 +166,7 @@ def test_unreadable_sample_is_reported_once_and_again_after_a_resume(
     with mesh.world(ParallelSection()):
         order = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)._source._stream._order
         bad = order.sample_at(6).id  # belongs to step 2 but is drawn during step 1
-        write_manifest(manifest, [replace(s, video="nowhere.mp4") if s.id == bad else s for s in samples])
+        write_manifest(manifest, [replace(s, media=(Video("nowhere.mp4"),)) if s.id == bad else s for s in samples])
         trainer = _trainer(folder, monkeypatch, one_step_off=True, manifest=manifest.name)
         trainer.step(1, Metrics())
         assert trainer.take_skipped() == []
