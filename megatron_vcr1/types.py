@@ -160,7 +160,7 @@ def count_media(media: Iterable[Medium]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class VideoSample:
+class Sample:
     """A query about videos and images, or about neither, with its target.
 
     Attributes:
@@ -250,23 +250,23 @@ class TaskRules(Protocol):
         """The ``task`` of a manifest row."""
         ...
 
-    def check_sample(self, sample: VideoSample) -> None:
+    def check_sample(self, sample: Sample) -> None:
         """Raise ValueError if a field of a sample contradicts the task; the message names the field."""
         ...
 
-    def intervals(self, sample: VideoSample) -> tuple[Interval, ...]:
+    def intervals(self, sample: Sample) -> tuple[Interval, ...]:
         """Return the time spans of a target; empty for tasks without spans."""
         ...
 
-    def format_fault(self, sample: VideoSample, completion: str, *, thinking: bool) -> str | None:
+    def format_fault(self, sample: Sample, completion: str, *, thinking: bool) -> str | None:
         """Return what is wrong with the form of a completion; None if it has the form that the prompt asks for."""
         ...
 
-    def needs_judge(self, sample: VideoSample) -> bool:
+    def needs_judge(self, sample: Sample) -> bool:
         """Return whether a judge has to decide on the completions of a sample."""
         ...
 
-    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> Mapping[str, RewardPart]:
+    def reward_parts(self, sample: Sample, completion: str, judged: float | None) -> Mapping[str, RewardPart]:
         """Return all parts of the reward of a completion except the format, by name.
 
         Args:

@@ -13,15 +13,15 @@ from megatron_vcr1.tasks import (
     QualityTarget,
     TrackingTarget,
 )
-from megatron_vcr1.types import Box, Image, Interval, Video, VideoSample, interleave
+from megatron_vcr1.types import Box, Image, Interval, Sample, Video, interleave
 
 BOX = Box(0.1, 0.2, 0.3, 0.4)
 VIDEO = Video("a.mp4")
 GROUNDING = GroundingTarget(Interval(1.0, 2.0))
 
 
-def sample(**changes: Any) -> VideoSample:
-    return VideoSample(**{"id": "a", "media": (VIDEO,), "target": GROUNDING, "query": "a dog barks", **changes})
+def sample(**changes: Any) -> Sample:
+    return Sample(**{"id": "a", "media": (VIDEO,), "target": GROUNDING, "query": "a dog barks", **changes})
 
 
 @pytest.mark.parametrize("bounds", [(2.0, 1.0), (1.0, 1.0), (-0.1, 1.0), (0.0, float("inf")), (float("nan"), 1.0)])

@@ -15,7 +15,7 @@ from megatron_vcr1.data.manifest import write_manifest
 from megatron_vcr1.data.scenes import CORNERS, MovingObject, Scene, VideoFormat, random_scene, sample_of_scene
 from megatron_vcr1.data.synthesize import render_frames, write_video
 from megatron_vcr1.tasks import CaptionTarget, GroundedChoiceTarget, GroundingTarget, TrackingTarget
-from megatron_vcr1.types import OPTION_LETTERS, Box, Interval, Target, Video, VideoSample
+from megatron_vcr1.types import OPTION_LETTERS, Box, Interval, Sample, Target, Video
 
 TASKS = ("temporal_grounding", "tracking", "grounded_qa")
 TEST_SPLITS = ("test", "unseen_pairs", "longer_events")
@@ -106,12 +106,12 @@ def write_manifests(folder: Path, sizes: Sizes) -> None:
         write_manifest(folder / "small" / f"temporal_grounding_{seed}.jsonl", chosen)
 
 
-def _task_samples(folder: Path, videos: VideoSet) -> Iterator[VideoSample]:
+def _task_samples(folder: Path, videos: VideoSet) -> Iterator[Sample]:
     for scene in videos.scenes():
         yield sample_of_scene(scene, str(videos.path(folder.absolute(), scene)))
 
 
-def base_samples(folder: Path, sizes: Sizes) -> dict[str, list[VideoSample]]:
+def base_samples(folder: Path, sizes: Sizes) -> dict[str, list[Sample]]:
     """Create the training samples of the base model, by task; "place" asks where an object is at a given time.
 
     The labels of the three tasks are weak, like those of narrated web videos: a moment within the event instead of its
@@ -119,11 +119,11 @@ def base_samples(folder: Path, sizes: Sizes) -> dict[str, list[VideoSample]]:
     have reasoning, which is a correct timeline of the object. As a result the base model can look at the video, but
     answers badly.
     """
-    samples: dict[str, list[VideoSample]] = {name: [] for name in ("place", *TASKS)}
+    samples: dict[str, list[Sample]] = {name: [] for name in ("place", *TASKS)}
 
     def add(kind: str, video: Path, query: str, target: Target, **more: Any) -> None:
         name = f"{kind}_{len(samples[kind]):06d}"
-        samples[kind].append(VideoSample(name, (Video(str(video), VIDEO.duration_s),), target, query, **more))
+        samples[kind].append(Sample(name, (Video(str(video), VIDEO.duration_s),), target, query, **more))
 
     for task, number in sizes.base.items():
         videos = VideoSet("train", task, _BASE_SEED, number)
@@ -168,7 +168,7 @@ def _weak_interval(thing: MovingObject, random: Random) -> Interval:
     return Interval(start / VIDEO.fps, end / VIDEO.fps)
 
 
-def _shifted_boxes(sample: VideoSample, random: Random) -> TrackingTarget:
+def _shifted_boxes(sample: Sample, random: Random) -> TrackingTarget:
     """Shift all boxes by the same random offset, clipped so that each box stays inside the frame."""
     assert isinstance(sample.target, TrackingTarget)
     shift = np.array([random.uniform(-_MAX_BOX_SHIFT, _MAX_BOX_SHIFT) for _ in range(2)])

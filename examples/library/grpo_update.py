@@ -34,14 +34,14 @@ from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.training.grpo.advantages import group_advantages
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 GROUP_SIZE = 8  # responses to the prompt
 MAX_NEW_TOKENS = 64
 LEARNING_RATE = 1e-5
 
 
-def reward(sample: VideoSample, completion: str) -> float:
+def reward(sample: Sample, completion: str) -> float:
     """Return the paper's reward, for example format + IoU. (Captions need a judge; without one they have none.)"""
     return score(sample, completion, thinking=False).total or 0.0
 

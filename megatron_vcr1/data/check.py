@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from megatron_vcr1.data.manifest import BadRow, scan_manifest
-from megatron_vcr1.types import Image, Interval, Medium, VideoSample, count_media
+from megatron_vcr1.types import Image, Interval, Medium, Sample, count_media
 
 if TYPE_CHECKING:  # a check of the rows alone needs no decoders
     from megatron_vcr1.data.video_process import VideoReader
@@ -96,7 +96,7 @@ def check_manifest(
         ManifestError: the file cannot be read.
     """
     rows = list(scan_manifest(path))
-    samples = [row for row in rows if isinstance(row, VideoSample)]
+    samples = [row for row in rows if isinstance(row, Sample)]
     found = list(_check_media(samples, num_workers, progress)) if decode_media else []
     return ManifestCheck(
         manifest=str(path),
@@ -112,7 +112,7 @@ def check_manifest(
 
 
 def _check_media(
-    samples: Sequence[VideoSample],
+    samples: Sequence[Sample],
     num_workers: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]],
 ) -> Iterator[BadMedium | LateSpan]:
@@ -123,13 +123,13 @@ def _check_media(
     """
     from megatron_vcr1.data.video_process import VideoReader
 
-    uses: dict[tuple[str, str | tuple[str, ...]], list[tuple[VideoSample, Medium]]] = {}
+    uses: dict[tuple[str, str | tuple[str, ...]], list[tuple[Sample, Medium]]] = {}
     for sample in samples:
         for medium in sample.media:
             uses.setdefault((medium.kind, medium.path), []).append((sample, medium))
     readers: SimpleQueue[VideoReader] = SimpleQueue()
 
-    def check(uses: list[tuple[VideoSample, Medium]]) -> list[BadMedium | LateSpan]:
+    def check(uses: list[tuple[Sample, Medium]]) -> list[BadMedium | LateSpan]:
         reader = readers.get()
         try:
             return _check_medium(uses, reader)
@@ -143,7 +143,7 @@ def _check_media(
             yield from found
 
 
-def _check_medium(uses: list[tuple[VideoSample, Medium]], reader: VideoReader) -> list[BadMedium | LateSpan]:
+def _check_medium(uses: list[tuple[Sample, Medium]], reader: VideoReader) -> list[BadMedium | LateSpan]:
     """Decode the file that all these media share; return what is wrong with each sample."""
     from megatron_vcr1.data.images import read_image
     from megatron_vcr1.data.video import VideoError
@@ -167,7 +167,7 @@ def _check_medium(uses: list[tuple[VideoSample, Medium]], reader: VideoReader) -
     return found
 
 
-def _spans(sample: VideoSample, medium: Medium) -> Sequence[Interval]:
+def _spans(sample: Sample, medium: Medium) -> Sequence[Interval]:
     """Return the spans of time that must be within a whole video: its clip, or else the target's."""
     if isinstance(medium, Image):
         return ()
@@ -176,6 +176,6 @@ def _spans(sample: VideoSample, medium: Medium) -> Sequence[Interval]:
     return sample.intervals if medium is sample.video else ()
 
 
-def _has_overrun(sample: VideoSample) -> bool:
+def _has_overrun(sample: Sample) -> bool:
     """Return whether a span ends after the video. This is tolerated: many published annotations are rounded up."""
     return sample.duration_s is not None and any(span.end_s > sample.duration_s for span in sample.intervals)

@@ -16,9 +16,9 @@ from megatron_vcr1.data.shared_memory import PREFETCH_PER_WORKER
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.data.workers import decode_ahead, worker_name
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
-PrepareFn = Callable[[VideoSample], PreparedSample]
+PrepareFn = Callable[[Sample], PreparedSample]
 
 MAX_ATTEMPTS = 8
 """Number of samples that are tried at one position. If all of them fail, it is more likely that the folder of videos is
@@ -148,7 +148,7 @@ class _Candidates:
     """The sample at a position, followed by its substitutes, all from the source with the index `source`."""
 
     source: int
-    samples: tuple[VideoSample, ...]
+    samples: tuple[Sample, ...]
 
 
 def _prepare_first_usable(candidates: _Candidates, prepare: PrepareFn | Sequence[PrepareFn]) -> LoadedSample:

@@ -16,7 +16,7 @@ from megatron_vcr1.data.rows import row_from_sample, sample_from_row
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks.row_fields import RowError
 from megatron_vcr1.text_files import MAX_LINE_CHARACTERS, read_lines
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 _MAX_LISTED_ERRORS = 20
 
@@ -40,7 +40,7 @@ class BadRow:
     problem: str
 
 
-def read_manifest(path: str | Path) -> list[VideoSample]:
+def read_manifest(path: str | Path) -> list[Sample]:
     """Read all samples of a manifest, in order.
 
     Raises:
@@ -64,7 +64,7 @@ def read_manifest(path: str | Path) -> list[VideoSample]:
     return samples
 
 
-def scan_manifest(path: str | Path) -> Iterator[VideoSample | BadRow]:
+def scan_manifest(path: str | Path) -> Iterator[Sample | BadRow]:
     """Yield the sample of each line, or a description of its problem; blank lines are skipped.
 
     Raises:
@@ -88,7 +88,7 @@ def scan_manifest(path: str | Path) -> Iterator[VideoSample | BadRow]:
             yield _parse_line(line, line_number, path.parent, lines_by_id)
 
 
-def write_manifest(path: str | Path, samples: Iterable[VideoSample]) -> None:
+def write_manifest(path: str | Path, samples: Iterable[Sample]) -> None:
     """Write samples as JSON lines. The file gets its name only when it is complete.
 
     A video below the manifest's folder is written as a relative path, so that the folder can be moved.
@@ -102,7 +102,7 @@ def write_manifest(path: str | Path, samples: Iterable[VideoSample]) -> None:
     unfinished.replace(path)
 
 
-def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str, int]) -> VideoSample | BadRow:
+def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str, int]) -> Sample | BadRow:
     """Parse a line; `lines_by_id` collects the line number of each id, to find repeated ids."""
     row_id = None
     if len(line) > MAX_LINE_CHARACTERS:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Source:
     """
 
     name: str
-    samples: Sequence[VideoSample]
+    samples: Sequence[Sample]
     weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class SampleOrder:
                     "raise the weight or remove the source"
                 )
 
-    def sample_at(self, position: int, attempt: int = 0) -> VideoSample:
+    def sample_at(self, position: int, attempt: int = 0) -> Sample:
         """Return the sample at a position; an attempt above 0 returns a substitute from the same source."""
         epoch, place = divmod(position, self.epoch_size)
         source_index, draw_in_epoch = self._draw(epoch, place)

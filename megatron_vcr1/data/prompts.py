@@ -10,7 +10,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, build_messages
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
 from megatron_vcr1.tasks import task_of
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 class PromptTooLongError(ValueError):
@@ -21,14 +21,14 @@ class PromptTooLongError(ValueError):
 class PreparedSample:
     """A sample whose prompt is ready for the rollout and for training."""
 
-    sample: VideoSample
+    sample: Sample
     prompt: EncodedPrompt
     reduction: str | None
     """Description of how the media were reduced to make the prompt fit; None if they were not."""
 
 
 def prepare_sample(
-    sample: VideoSample,
+    sample: Sample,
     templates: PromptTemplates,
     processor: PromptProcessor,
     *,
@@ -94,7 +94,7 @@ def _limits(
     return limits
 
 
-def _too_long(sample: VideoSample, num_tokens: int, num_smallest: int, max_tokens: int) -> str:
+def _too_long(sample: Sample, num_tokens: int, num_smallest: int, max_tokens: int) -> str:
     if not sample.media:
         return f"sample {sample.id}: its text has {num_tokens} tokens; allow more than {max_tokens}, or shorten it"
     return (

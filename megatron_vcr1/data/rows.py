@@ -19,14 +19,14 @@ from typing import Any
 from megatron_vcr1.data.paths import is_remote
 from megatron_vcr1.tasks import UnknownTaskError, find_task, task_of
 from megatron_vcr1.tasks.row_fields import RowError, interval, items, number, shown, text
-from megatron_vcr1.types import Image, Medium, Video, VideoSample, marked_kinds
+from megatron_vcr1.types import Image, Medium, Sample, Video, marked_kinds
 
 _REQUIRED_KEYS = ("id", "task", "target")
 _VIDEO_KEYS = ("video", "duration_s", "clip", "image_fps")
 _OPTIONAL_KEYS = (*_VIDEO_KEYS, "videos", "image", "images", "query", "options", "category", "thinking")
 
 
-def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
+def sample_from_row(row: object, folder: Path | None = None) -> Sample:
     """Validate a row and convert it to a sample.
 
     Args:
@@ -48,7 +48,7 @@ def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
         raise RowError(f"key 'task': {error}") from error
     try:
         query, options = text(row.get("query", ""), "query"), items(text, row.get("options", []), "options")
-        return VideoSample(
+        return Sample(
             id=text(row["id"], "id"),
             media=_media(row, "\n".join((query, *options)), folder),
             target=task.target_from_json(row["target"]),
@@ -59,11 +59,11 @@ def sample_from_row(row: object, folder: Path | None = None) -> VideoSample:
         )
     except RowError:
         raise
-    except ValueError as error:  # a check of VideoSample, of its media or of its target
+    except ValueError as error:  # a check of Sample, of its media or of its target
         raise RowError(f"{error}; correct the row") from error
 
 
-def row_from_sample(sample: VideoSample, folder: Path | None = None) -> dict[str, Any]:
+def row_from_sample(sample: Sample, folder: Path | None = None) -> dict[str, Any]:
     """Convert a sample to a manifest row; the inverse of `sample_from_row`.
 
     Args:
@@ -118,7 +118,7 @@ def _media(row: Mapping[str, Any], marked_text: str, folder: Path | None) -> tup
         images = items(lambda item, key: _image(item, key, folder), given["images"], "images")
     kinds = marked_kinds(marked_text, (*videos, *images))
     if Counter(kinds) != Counter({"video": len(videos), "image": len(images)}):
-        return (*videos, *images)  # no marks, or marks that VideoSample refuses
+        return (*videos, *images)  # no marks, or marks that Sample refuses
     next_video, next_image = iter(videos), iter(images)
     return tuple(next(next_video) if kind == "video" else next(next_image) for kind in kinds)
 

@@ -22,7 +22,7 @@ from megatron_vcr1.tasks import (
     QualityTarget,
     TrackingTarget,
 )
-from megatron_vcr1.types import NUM_TRACKED_FRAMES, OPTION_LETTERS, Box, Interval, Target, Video, VideoSample
+from megatron_vcr1.types import NUM_TRACKED_FRAMES, OPTION_LETTERS, Box, Interval, Sample, Target, Video
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -171,11 +171,11 @@ def random_scene(split: str, index: int, *, seed: int, task: str, video_format: 
     return Scene(f"{split}_{index:06d}", task, video_format, tuple(objects), low_quality)
 
 
-def sample_of_scene(scene: Scene, video: str) -> VideoSample:
+def sample_of_scene(scene: Scene, video: str) -> Sample:
     """Build the manifest sample of a scene: its query, options and target."""
     query, options, target = RECIPES[scene.task].prompt(scene)
     media = (Video(video, scene.format.duration_s),)
-    return VideoSample(id=scene.id, media=media, target=target, query=query, options=options)
+    return Sample(id=scene.id, media=media, target=target, query=query, options=options)
 
 
 def _grounding_prompt(scene: Scene) -> Prompt:

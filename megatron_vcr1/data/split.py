@@ -9,12 +9,12 @@ from pathlib import Path
 
 from megatron_vcr1.data.rows import row_from_sample
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 def split_by_video(
-    samples: Sequence[VideoSample], fractions: Mapping[str, float], *, seed: int, folder: Path
-) -> dict[str, list[VideoSample]]:
+    samples: Sequence[Sample], fractions: Mapping[str, float], *, seed: int, folder: Path
+) -> dict[str, list[Sample]]:
     """Split samples at random; all samples of a video or image go to the same part, in their order.
 
     The videos are ordered by a hash of the seed and their path below `folder`: the result is the same on every machine.
@@ -46,7 +46,7 @@ def split_by_video(
     return {name: [sample for sample, key in zip(samples, keys, strict=True) if part_of[key] == name] for name in parts}
 
 
-def _files(sample: VideoSample, folder: Path) -> list[str]:
+def _files(sample: Sample, folder: Path) -> list[str]:
     """Return the names of a sample's videos and images; a sample of text alone has a name of its own."""
     row = row_from_sample(sample, folder)
     videos = [row["video"]] if "video" in row else [video["video"] for video in row.get("videos", ())]

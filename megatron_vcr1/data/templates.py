@@ -11,7 +11,7 @@ from typing import Any
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import NumberFormat, Task, find_task, lettered_options, task_names, task_of
 from megatron_vcr1.text_files import read_toml
-from megatron_vcr1.types import MARKS, Image, Video, VideoSample, interleave
+from megatron_vcr1.types import MARKS, Image, Sample, Video, interleave
 
 DEFAULT_TEMPLATES = "default"
 PRESETS = (DEFAULT_TEMPLATES, "videochat_r1")
@@ -48,7 +48,7 @@ class PromptTemplates:
         default = task.think_prompt if thinking else task.answer_prompt
         return (self.think if thinking else self.answer).get(task.name) or Template(default.strip())
 
-    def text_of(self, sample: VideoSample, *, thinking: bool) -> str:
+    def text_of(self, sample: Sample, *, thinking: bool) -> str:
         """Return the text of a sample's prompt."""
         task = task_of(sample)
         if task.name in self.normalized:
@@ -147,7 +147,7 @@ def normalized_query(query: str) -> str:
 
 
 def build_messages(
-    sample: VideoSample,
+    sample: Sample,
     templates: PromptTemplates,
     *,
     thinking: bool,
@@ -193,7 +193,7 @@ def video_arguments(video: Video, options: Mapping[str, float]) -> dict[str, Any
     return merged
 
 
-def target_text(sample: VideoSample, templates: PromptTemplates) -> str:
+def target_text(sample: Sample, templates: PromptTemplates) -> str:
     """Format a sample's target as the prompt without thinking asks for it: the SFT target."""
     return task_of(sample).target_text(sample, templates.numbers)
 

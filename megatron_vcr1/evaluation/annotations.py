@@ -9,10 +9,10 @@ from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import Benchmark
 from megatron_vcr1.text_files import parse_json, read_lines
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
-def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[VideoSample]:
+def read_annotations(benchmark: Benchmark, annotations: Sequence[Path]) -> list[Sample]:
     """Read a benchmark's samples from one manifest or from the published files.
 
     Spans in published files that end after the video are kept as they are, as published scores count them.

@@ -21,7 +21,7 @@ from megatron_vcr1.rewards.lenient import lenient_answer
 from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
 from megatron_vcr1.tasks import SampleMetrics, task_of, with_lenient
-from megatron_vcr1.types import FinishReason, VideoSample
+from megatron_vcr1.types import FinishReason, Sample
 
 _CAPTIONS_PER_CALL = 64
 _NO_OUTPUT = "no output"
@@ -41,7 +41,7 @@ class BenchmarkResult:
     """
 
     benchmark: Benchmark
-    samples: Sequence[VideoSample]
+    samples: Sequence[Sample]
     predictions: Sequence[Prediction]
     sample_metrics: Sequence[SampleMetrics]
     summary: Summary
@@ -81,7 +81,7 @@ class BenchmarkResult:
 
 
 def score_predictions(
-    benchmark: Benchmark, samples: Sequence[VideoSample], predictions: Sequence[Prediction], judge: Judge | None
+    benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[Prediction], judge: Judge | None
 ) -> BenchmarkResult:
     """Score predictions; a sample without an output scores 0 and is counted.
 
@@ -111,14 +111,14 @@ def score_predictions(
     )
 
 
-def needs_judge(samples: Iterable[VideoSample]) -> bool:
+def needs_judge(samples: Iterable[Sample]) -> bool:
     """Return whether a judge has to decide on the completions of any of the samples."""
     return any(task_of(sample).needs_judge(sample) for sample in samples)
 
 
 def score_file(
     benchmark: Benchmark,
-    samples: Sequence[VideoSample],
+    samples: Sequence[Sample],
     predictions: Path,
     out: Path,
     judge: Judge | None,
@@ -162,7 +162,7 @@ def _write(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _metrics(sample: VideoSample, prediction: Prediction) -> SampleMetrics:
+def _metrics(sample: Sample, prediction: Prediction) -> SampleMetrics:
     task, output = task_of(sample), prediction.output or ""
     lenient = task.lenient_metrics(sample, output, prediction.frame_size)
     metrics = with_lenient(task.metrics(sample, output), lenient)
@@ -171,7 +171,7 @@ def _metrics(sample: VideoSample, prediction: Prediction) -> SampleMetrics:
     return SampleMetrics(metrics.values, dict.fromkeys(metrics.reasons, _NO_OUTPUT))
 
 
-def _read_captions(pairs: Iterable[tuple[VideoSample, Prediction]]) -> tuple[dict[str, str], dict[str, str]]:
+def _read_captions(pairs: Iterable[tuple[Sample, Prediction]]) -> tuple[dict[str, str], dict[str, str]]:
     """Return captions by id, and the reason for each sample whose caption the strict reading does not read.
 
     Captions that only the lenient reading reads are in both.
@@ -190,9 +190,7 @@ def _read_captions(pairs: Iterable[tuple[VideoSample, Prediction]]) -> tuple[dic
     return captions, unreadable
 
 
-def _judge_captions(
-    judge: Judge, samples: Sequence[VideoSample], captions: Mapping[str, str]
-) -> dict[str, CaptionVerdicts]:
+def _judge_captions(judge: Judge, samples: Sequence[Sample], captions: Mapping[str, str]) -> dict[str, CaptionVerdicts]:
     """Return the judge's verdicts by id, without the captions that it could not judge."""
     to_judge = [sample for sample in samples if sample.id in captions]
     verdicts: dict[str, CaptionVerdicts] = {}
@@ -208,7 +206,7 @@ def _judge_captions(
 
 
 def _judged_metrics(
-    sample: VideoSample, unreadable: Mapping[str, str], verdicts: Mapping[str, CaptionVerdicts]
+    sample: Sample, unreadable: Mapping[str, str], verdicts: Mapping[str, CaptionVerdicts]
 ) -> SampleMetrics:
     task = task_of(sample)
     zero = task.judged_metrics(0.0, 0.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import task_names
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Benchmark:
     mean_of_categories: bool = False
     category: str = ""
 
-    def select(self, samples: Sequence[VideoSample], where: object) -> list[VideoSample]:
+    def select(self, samples: Sequence[Sample], where: object) -> list[Sample]:
         """Return the samples that belong to the benchmark.
 
         Args:

@@ -52,7 +52,7 @@ from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.text_files import read_json, require_object
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _open_log(job: BenchmarkJob, settings: Mapping[str, Any], templates: PromptT
     return log
 
 
-def _prompt_digest(sample: VideoSample, templates: PromptTemplates, *, thinking: bool) -> str:
+def _prompt_digest(sample: Sample, templates: PromptTemplates, *, thinking: bool) -> str:
     """Return a digest of a sample's prompt: the text, the video and the clip."""
     messages = build_messages(sample, templates, thinking=thinking)
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]

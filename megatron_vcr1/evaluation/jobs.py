@@ -18,7 +18,7 @@ from megatron_vcr1.evaluation.benchmark_result import needs_judge
 from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.tasks import find_task
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -31,7 +31,7 @@ class BenchmarkJob:
 
     source: BenchmarkSource
     benchmark: Benchmark
-    samples: Sequence[VideoSample]
+    samples: Sequence[Sample]
     folder: Path
 
     @property

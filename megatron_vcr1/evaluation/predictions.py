@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.text_files import parse_json, read_lines
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 _MAX_NAMED = 5
 
@@ -63,7 +63,7 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
 
 def match_predictions(
     predictions: Mapping[str, Prediction],
-    samples: Sequence[VideoSample],
+    samples: Sequence[Sample],
     path: Path,
     *,
     allow_missing: bool,
@@ -98,7 +98,7 @@ def match_predictions(
     return [predictions.get(sample.id) or Prediction(sample.id, None, "no prediction") for sample in samples]
 
 
-def extra_ids(predictions: Mapping[str, Prediction], samples: Sequence[VideoSample]) -> list[str]:
+def extra_ids(predictions: Mapping[str, Prediction], samples: Sequence[Sample]) -> list[str]:
     """Return the ids of predictions that belong to none of the samples."""
     ids = {sample.id for sample in samples}
     return [id for id in predictions if id not in ids]

@@ -19,7 +19,7 @@ from megatron_vcr1.evaluation.prepared_samples import prepare_or_explain
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.parallel.prompts import broadcast_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Predictor:
 
     def predict(
         self,
-        samples: Sequence[VideoSample],
+        samples: Sequence[Sample],
         record: Callable[[Sequence[Prediction]], None] | None,
         *,
         label: str | None = None,
@@ -90,7 +90,7 @@ class Predictor:
                 bar.update(len(batch))
         return True
 
-    def _prepare_ahead(self, samples: Sequence[VideoSample]) -> Generator[PreparedSample | Prediction, None, None]:
+    def _prepare_ahead(self, samples: Sequence[Sample]) -> Generator[PreparedSample | Prediction, None, None]:
         """Yield prepared samples in order. Only replica leaders iterate; decoding starts with the first item."""
         make = partial(prepare_or_explain, prepare=self.prepare)
         yield from decode_ahead(make, samples, num_workers=self.num_workers)

@@ -9,10 +9,10 @@ from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.prompts import PreparedSample, PromptTooLongError
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.evaluation.predictions import Prediction
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
-def prepare_or_explain(sample: VideoSample, prepare: PrepareFn) -> PreparedSample | Prediction:
+def prepare_or_explain(sample: Sample, prepare: PrepareFn) -> PreparedSample | Prediction:
     """Return the prepared sample, or a prediction without output that states why the sample cannot be prepared.
 
     Only errors that are about the sample are explained. Any other error is a mistake in the code and ends the run.

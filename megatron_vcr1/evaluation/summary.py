@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_vcr1.evaluation.benchmarks import Benchmark
 from megatron_vcr1.evaluation.bootstrap import ClusteredMeans, percentile_interval
 from megatron_vcr1.tasks import SampleMetrics
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 F1 = "F1"
 
@@ -61,7 +61,7 @@ class Summary:
         }
 
 
-def summarize(benchmark: Benchmark, samples: Sequence[VideoSample], metrics: Sequence[SampleMetrics]) -> Summary:
+def summarize(benchmark: Benchmark, samples: Sequence[Sample], metrics: Sequence[SampleMetrics]) -> Summary:
     """Summarize the metrics of all samples; without any judged sample, the summary has no metrics.
 
     Args:
@@ -79,7 +79,7 @@ def summarize(benchmark: Benchmark, samples: Sequence[VideoSample], metrics: Seq
     )
 
 
-def _estimates(benchmark: Benchmark, judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> dict[str, Estimate]:
+def _estimates(benchmark: Benchmark, judged: Sequence[tuple[Sample, SampleMetrics]]) -> dict[str, Estimate]:
     names, values = _matrix(judged)
     categories = [sample.category for sample, _ in judged] if benchmark.mean_of_categories else None
     means = ClusteredMeans(values, [_cluster(sample) for sample, _ in judged], categories)
@@ -93,7 +93,7 @@ def _estimates(benchmark: Benchmark, judged: Sequence[tuple[VideoSample, SampleM
     }
 
 
-def _cluster(sample: VideoSample) -> Hashable:
+def _cluster(sample: Sample) -> Hashable:
     """Return what samples with the same videos and images have in common; a sample of text alone is by itself."""
     return tuple(medium.path for medium in sample.media) or sample.id
 
@@ -114,8 +114,8 @@ def _with_f1(names: Sequence[str], means: NDArray[np.float64]) -> dict[str, NDAr
     return with_f1
 
 
-def _by_category(judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> dict[str, dict[str, float]]:
-    groups: dict[str, list[tuple[VideoSample, SampleMetrics]]] = {}
+def _by_category(judged: Sequence[tuple[Sample, SampleMetrics]]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[tuple[Sample, SampleMetrics]]] = {}
     for sample, values in judged:
         parts = sample.category.split("/")
         for depth in range(1, len(parts) + 1):
@@ -130,7 +130,7 @@ def _by_category(judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> dict[st
     return categories
 
 
-def _matrix(judged: Sequence[tuple[VideoSample, SampleMetrics]]) -> tuple[list[str], NDArray[np.float64]]:
+def _matrix(judged: Sequence[tuple[Sample, SampleMetrics]]) -> tuple[list[str], NDArray[np.float64]]:
     """Return the names of the metrics and their values [num_samples, num_metrics]."""
     names = list(judged[0][1].values)
     rows = [[metrics.values[name] for name in names] for _, metrics in judged]

@@ -17,7 +17,7 @@ from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge.lexical import LexicalBackend
 from megatron_vcr1.rewards.recall import Verdict, event_recall
 from megatron_vcr1.tasks import task_of
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 Events = tuple[str, ...]
 Verdicts = tuple[Verdict, ...]
@@ -83,7 +83,7 @@ class Judge:
         """Name of the backend, for reports: results of different judges are not comparable."""
         return self._backend.name
 
-    def recalls(self, samples: Sequence[VideoSample], captions: Sequence[str]) -> list[float | None]:
+    def recalls(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[float | None]:
         """Compute the event recall of each caption, in [0, 1]: the captioning reward (VideoChat-R1, equation 6).
 
         Args:
@@ -98,7 +98,7 @@ class Judge:
         _report_failures(sum(recall is None for recall in recalls), len(recalls))
         return recalls
 
-    def compare(self, samples: Sequence[VideoSample], captions: Sequence[str]) -> list[CaptionVerdicts | None]:
+    def compare(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[CaptionVerdicts | None]:
         """Judge each caption in both directions; the arguments are those of `recalls`."""
         reference_events = self._reference_events(samples)
         caption_events = self._extract(captions)
@@ -113,7 +113,7 @@ class Judge:
         _report_failures(sum(verdicts is None for verdicts in compared), len(compared))
         return compared
 
-    def _reference_events(self, samples: Sequence[VideoSample]) -> list[Events | None]:
+    def _reference_events(self, samples: Sequence[Sample]) -> list[Events | None]:
         """Return the annotated events of each reference, or those that the backend extracts from it."""
         references = [task_of(sample).reference(sample) for sample in samples]
         missing = dict.fromkeys(reference.text for reference in references if not reference.events)

@@ -15,7 +15,7 @@ from megatron_vcr1.data.resize import resize_frame
 from megatron_vcr1.data.templates import video_arguments
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.tasks import task_of
-from megatron_vcr1.types import Medium, Video, VideoSample
+from megatron_vcr1.types import Medium, Sample, Video
 
 MAX_FRAMES = 8
 """Maximum number of frames of a sample. For tracking, they are frames that the model sees."""
@@ -49,7 +49,7 @@ class FilmStrip:
     duration_s: float | None
 
 
-def read_strip(sample: VideoSample, medium: Medium, reader: VideoReader) -> FilmStrip:
+def read_strip(sample: Sample, medium: Medium, reader: VideoReader) -> FilmStrip:
     """Read up to MAX_FRAMES frames of one of a sample's videos, or one of its images.
 
     Raises:

@@ -19,7 +19,7 @@ from megatron_vcr1.report.run_record import EvaluationResult, RunRecord, read_js
 from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.tasks import task_of
 from megatron_vcr1.tasks.row_fields import RowError
-from megatron_vcr1.types import Box, Interval, VideoSample
+from megatron_vcr1.types import Box, Interval, Sample
 
 MAX_TEXT = 3000
 """Maximum number of characters of a response that are shown."""
@@ -64,7 +64,7 @@ class Exhibit:
     """
 
     heading: str
-    sample: VideoSample
+    sample: Sample
     target: str
     answers: Sequence[Answer]
     strips: Sequence[FilmStrip | None] = ()
@@ -123,7 +123,7 @@ def evaluation_exhibits(run: RunRecord, problems: list[str]) -> Iterator[Exhibit
         last = len(measured) - 1
         ranks = dict(zip((0, last // 2, last), ("best", "median", "worst"), strict=True)) if measured else {}
         chosen = {str(measured[rank].get("id")): (rank, name) for rank, name in ranks.items()}
-        samples = {row.id: row for row in scan_manifest(manifest) if isinstance(row, VideoSample) and row.id in chosen}
+        samples = {row.id: row for row in scan_manifest(manifest) if isinstance(row, Sample) and row.id in chosen}
         outputs = {
             str(row.get("id")): row
             for row in read_json_lines(result.folder / "predictions.jsonl", problems)
@@ -151,7 +151,7 @@ def with_frames(exhibits: Sequence[Exhibit], reader: VideoReader) -> Iterator[Ex
         yield replace(exhibit, strips=strips, missing=missing)
 
 
-def answered_spans(sample: VideoSample, text: str) -> Sequence[Interval]:
+def answered_spans(sample: Sample, text: str) -> Sequence[Interval]:
     """Return the spans that a response states; none if the task has no spans or they cannot be parsed."""
     try:
         return task_of(sample).answered_intervals(sample, text)
@@ -159,7 +159,7 @@ def answered_spans(sample: VideoSample, text: str) -> Sequence[Interval]:
         return ()
 
 
-def answered_boxes(sample: VideoSample, text: str) -> Sequence[Box | None]:
+def answered_boxes(sample: Sample, text: str) -> Sequence[Box | None]:
     """Return the boxes that a response states, one per frame; none if the task has none or they cannot be parsed."""
     try:
         return task_of(sample).answered_boxes(sample, text)
@@ -167,11 +167,11 @@ def answered_boxes(sample: VideoSample, text: str) -> Sequence[Box | None]:
         return ()
 
 
-def _groups_with_largest_spread(path: Path, problems: list[str]) -> Iterator[tuple[VideoSample, list[Row]]]:
+def _groups_with_largest_spread(path: Path, problems: list[str]) -> Iterator[tuple[Sample, list[Row]]]:
     """Yield each task's group with the largest reward spread: its sample and its responses, the best first."""
     spreads: dict[str, float] = {}
     faults: list[str] = []
-    groups: dict[str, tuple[VideoSample, list[Row]]] = {}
+    groups: dict[str, tuple[Sample, list[Row]]] = {}
     for row in read_json_lines(path, problems):
         try:
             sample = sample_from_row(row.get("sample"))
@@ -198,7 +198,7 @@ def _manifest(run: RunRecord, result: EvaluationResult) -> Path | None:
     return None
 
 
-def _answer(role: str, title: str, sample: VideoSample, response: Row) -> Answer:
+def _answer(role: str, title: str, sample: Sample, response: Row) -> Answer:
     """Convert a response of rollouts/step_N.jsonl, or a prediction with its row of samples.jsonl under "measured"."""
     text = str(response.get("text", ""))
     facts = [

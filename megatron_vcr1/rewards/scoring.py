@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from megatron_vcr1.rewards.parsing import UnparsableError
-from megatron_vcr1.types import RewardPart, VideoSample
+from megatron_vcr1.types import RewardPart, Sample
 
 FORMAT = "format"
 """Name of the part that every task has: 1 for a completion of the form that its prompt asks for, else 0."""
@@ -58,7 +58,7 @@ class RewardBreakdown:
         return sum(part for part in (*self.parts.values(), *self.extra.values()) if part is not None)
 
 
-def score(sample: VideoSample, completion: str, *, thinking: bool, recall: float | None = None) -> RewardBreakdown:
+def score(sample: Sample, completion: str, *, thinking: bool, recall: float | None = None) -> RewardBreakdown:
     """Compute the reward of a completion, which may be any text. A part that cannot be parsed is 0, with a reason.
 
     Intended differences from the paper or its published code:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
-RewardFunction = Callable[[VideoSample, str], float]
+RewardFunction = Callable[[Sample, str], float]
 
 
 class UserRewardError(RuntimeError):
@@ -25,7 +25,7 @@ class UserReward:
     name: str
     function: RewardFunction
 
-    def __call__(self, sample: VideoSample, completion: str) -> float:
+    def __call__(self, sample: Sample, completion: str) -> float:
         """Call the function. A failure ends the run, because scoring it as 0 would train the policy on a bug.
 
         Raises:

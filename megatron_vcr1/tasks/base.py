@@ -12,7 +12,7 @@ from megatron_vcr1.rewards.formats import blocks_fault
 from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.tasks.metrics import SampleMetrics
 from megatron_vcr1.tasks.row_fields import RowError, TargetField, shown
-from megatron_vcr1.types import OPTION_LETTERS, Box, Interval, RewardPart, Target, VideoSample
+from megatron_vcr1.types import OPTION_LETTERS, Box, Interval, RewardPart, Sample, Target
 
 T = TypeVar("T", bound=Target)
 
@@ -96,12 +96,12 @@ class Task(ABC, Generic[T]):
 
     # Samples and manifests
 
-    def target_of(self, sample: VideoSample) -> T:
+    def target_of(self, sample: Sample) -> T:
         """Return the target of a sample of this task."""
         assert isinstance(sample.target, self.target_type), f"sample {sample.id} is of task {sample.task}"
         return cast(T, sample.target)
 
-    def check_sample(self, sample: VideoSample) -> None:
+    def check_sample(self, sample: Sample) -> None:
         """Raise ValueError if a field of a sample contradicts the task; the message names the field."""
         if self.needs_query and not sample.query.strip():
             raise ValueError(f"query is empty; {self.name} needs one")
@@ -154,7 +154,7 @@ class Task(ABC, Generic[T]):
         names = [name for name, _ in self.more_placeholders]
         return frozenset(names if self.needs_query else [*names, "query"])
 
-    def placeholders(self, sample: VideoSample, numbers: NumberFormat) -> dict[str, str]:
+    def placeholders(self, sample: Sample, numbers: NumberFormat) -> dict[str, str]:
         """Return the value of each placeholder that the prompt of a sample may use."""
         return self.query_placeholders(sample.query, sample.options, numbers)
 
@@ -165,21 +165,21 @@ class Task(ABC, Generic[T]):
             values["options"] = "\n".join(lettered_options(options))
         return values
 
-    def video_options(self, sample: VideoSample) -> dict[str, float]:
+    def video_options(self, sample: Sample) -> dict[str, float]:
         """Return options of `read_frames` for every video that the target determines, such as the number of frames."""
         return {}
 
-    def frames_fault(self, sample: VideoSample, num_frames: int) -> str | None:
+    def frames_fault(self, sample: Sample, num_frames: int) -> str | None:
         """Return why a sample of one video cannot be used if the model sees `num_frames` frames; None if it can."""
         return None
 
     @abstractmethod
-    def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
+    def target_text(self, sample: Sample, numbers: NumberFormat) -> str:
         """Format the target as the prompt without thinking asks for it: the text that SFT trains on."""
 
     # Rewards and metrics
 
-    def format_fault(self, sample: VideoSample, completion: str, *, thinking: bool) -> str | None:
+    def format_fault(self, sample: Sample, completion: str, *, thinking: bool) -> str | None:
         """Check the form of a completion; return a description of the fault, or None if the form is correct.
 
         A completion consists of blocks with only white space between them: ``<think>`` if thinking is on, and the
@@ -193,21 +193,21 @@ class Task(ABC, Generic[T]):
             return str(unparsable)
         return None
 
-    def check_answer_form(self, sample: VideoSample, completion: str) -> None:
+    def check_answer_form(self, sample: Sample, completion: str) -> None:
         """Raise UnparsableError if the content of the blocks does not have the form that the prompt asks for.
 
         By default any content has.
         """
 
     @abstractmethod
-    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> dict[str, RewardPart]:
+    def reward_parts(self, sample: Sample, completion: str, judged: float | None) -> dict[str, RewardPart]:
         """Return all parts of the reward of a completion except the format, by name (`rewards.scoring.compute_part`).
 
         Args:
             judged: the judge's value in [0, 1], if the sample needs a judge; None without a verdict.
         """
 
-    def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
+    def metrics(self, sample: Sample, output: str) -> SampleMetrics:
         """Return the benchmark's metrics of an output, which may lack the tags that the prompt asks for.
 
         By default these are the parts of the reward. Samples that need a judge have `judged_metrics` instead.
@@ -218,9 +218,7 @@ class Task(ABC, Generic[T]):
             {name: part.reason for name, part in parts.items() if part.reason},
         )
 
-    def lenient_metrics(
-        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
-    ) -> SampleMetrics | None:
+    def lenient_metrics(self, sample: Sample, output: str, frame_size: tuple[int, int] | None) -> SampleMetrics | None:
         """Return the main metrics of an output that is read leniently (`rewards.lenient`); None if there are none.
 
         They are reported as "NAME (lenient)" beside those of `metrics`.
@@ -232,11 +230,11 @@ class Task(ABC, Generic[T]):
 
     # Judge
 
-    def needs_judge(self, sample: VideoSample) -> bool:
+    def needs_judge(self, sample: Sample) -> bool:
         """Return whether a judge has to decide on the completions of a sample."""
         return False
 
-    def reference(self, sample: VideoSample) -> Reference:
+    def reference(self, sample: Sample) -> Reference:
         """Return what a judge compares the completions of a sample with."""
         raise ValueError(f"the task of sample {sample.id} is {self.name}, which needs no judge")
 
@@ -251,19 +249,19 @@ class Task(ABC, Generic[T]):
 
     # Report
 
-    def intervals(self, sample: VideoSample) -> tuple[Interval, ...]:
+    def intervals(self, sample: Sample) -> tuple[Interval, ...]:
         """Return the time spans of a target; empty for tasks without spans."""
         return ()
 
-    def boxes(self, sample: VideoSample) -> tuple[Box, ...]:
+    def boxes(self, sample: Sample) -> tuple[Box, ...]:
         """Return the box of each frame of a target; empty for tasks without boxes."""
         return ()
 
-    def answered_intervals(self, sample: VideoSample, completion: str) -> tuple[Interval, ...]:
+    def answered_intervals(self, sample: Sample, completion: str) -> tuple[Interval, ...]:
         """Return the time spans that a completion states. May raise UnparsableError."""
         return ()
 
-    def answered_boxes(self, sample: VideoSample, completion: str) -> tuple[Box | None, ...]:
+    def answered_boxes(self, sample: Sample, completion: str) -> tuple[Box | None, ...]:
         """Return the box of each frame that a completion states; None for an invalid one. May raise UnparsableError."""
         return ()
 

@@ -9,7 +9,7 @@ from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Reference, Task
 from megatron_vcr1.tasks.metrics import SampleMetrics, reason_if_zero
 from megatron_vcr1.tasks.row_fields import TEXT, TargetField, list_of
-from megatron_vcr1.types import RewardPart, Target, VideoSample
+from megatron_vcr1.types import RewardPart, Sample, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +45,20 @@ First go through the video inside <think> </think>. Then give the description, i
 <answer>your description</answer>"""
     needs_query = False
 
-    def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
+    def target_text(self, sample: Sample, numbers: NumberFormat) -> str:
         return f"<answer>{self.target_of(sample).caption}</answer>"
 
-    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> dict[str, RewardPart]:
+    def reward_parts(self, sample: Sample, completion: str, judged: float | None) -> dict[str, RewardPart]:
         def recall() -> float | None:
             parse_caption(completion)  # raises without a caption: such a completion scores 0, judged or not
             return judged
 
         return {"recall": compute_part(recall, "no event entailed")}
 
-    def needs_judge(self, sample: VideoSample) -> bool:
+    def needs_judge(self, sample: Sample) -> bool:
         return True
 
-    def reference(self, sample: VideoSample) -> Reference:
+    def reference(self, sample: Sample) -> Reference:
         target = self.target_of(sample)
         return Reference(target.caption, target.events)
 

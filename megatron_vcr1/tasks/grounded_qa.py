@@ -21,7 +21,7 @@ from megatron_vcr1.tasks.metrics import (
 )
 from megatron_vcr1.tasks.multiple_choice_qa import check_choice, choice_part
 from megatron_vcr1.tasks.row_fields import INTERVAL, TEXT, TargetField, list_of
-from megatron_vcr1.types import Interval, RewardPart, Target, VideoSample
+from megatron_vcr1.types import Interval, RewardPart, Sample, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +63,19 @@ prove it, as a list of (start, end) in seconds, in this form:
     tags = ("answer", "glue")
     has_options = True
 
-    def check_sample(self, sample: VideoSample) -> None:
+    def check_sample(self, sample: Sample) -> None:
         super().check_sample(sample)
         check_choice(self.target_of(sample).choice, sample)
 
-    def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
+    def target_text(self, sample: Sample, numbers: NumberFormat) -> str:
         target = self.target_of(sample)
         spans = (f"({numbers.seconds(span.start_s)}, {numbers.seconds(span.end_s)})" for span in target.intervals)
         return f"<answer>{target.choice}</answer><glue>[{', '.join(spans)}]</glue>"
 
-    def check_answer_form(self, sample: VideoSample, completion: str) -> None:
+    def check_answer_form(self, sample: Sample, completion: str) -> None:
         parse_spans(first_glue(completion))
 
-    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> dict[str, RewardPart]:
+    def reward_parts(self, sample: Sample, completion: str, judged: float | None) -> dict[str, RewardPart]:
         target = self.target_of(sample)
         return {
             "iou": compute_part(
@@ -84,7 +84,7 @@ prove it, as a list of (start, end) in seconds, in this form:
             "accuracy": choice_part(sample, completion, target.choice),
         }
 
-    def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
+    def metrics(self, sample: Sample, output: str) -> SampleMetrics:
         """Compute the metrics of NExT-GQA in two conventions.
 
         The paper's: ``mIoU`` of the merged spans, and ``accuracy``. The authors': IoU and IoP (the fraction of the
@@ -111,9 +111,7 @@ prove it, as a list of (start, end) in seconds, in this form:
         reasons = {**(iou_reasons or reason_if_zero("iou", union_iou, "no overlap")), **accuracy_reasons}
         return SampleMetrics(values, reasons)
 
-    def lenient_metrics(
-        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
-    ) -> SampleMetrics | None:
+    def lenient_metrics(self, sample: Sample, output: str, frame_size: tuple[int, int] | None) -> SampleMetrics | None:
         target = self.target_of(sample)
 
         def union_iou() -> float:
@@ -125,10 +123,10 @@ prove it, as a list of (start, end) in seconds, in this form:
         reasons = {**(iou_reasons or reason_if_zero("iou", iou, "no overlap")), **accuracy_reasons}
         return SampleMetrics({"mIoU": iou, "accuracy": accuracy}, reasons)
 
-    def intervals(self, sample: VideoSample) -> tuple[Interval, ...]:
+    def intervals(self, sample: Sample) -> tuple[Interval, ...]:
         return self.target_of(sample).intervals
 
-    def answered_intervals(self, sample: VideoSample, completion: str) -> tuple[Interval, ...]:
+    def answered_intervals(self, sample: Sample, completion: str) -> tuple[Interval, ...]:
         return parse_spans(first_glue(completion))
 
 

@@ -14,7 +14,7 @@ from megatron_vcr1.rewards.answer_parsing import read_choice
 from megatron_vcr1.rewards.choices import parse_choice
 from megatron_vcr1.rewards.lenient import lenient_answer, leniently
 from megatron_vcr1.rewards.parsing import UnparsableError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def choice_accuracy(read: Callable[[], str], choice: str) -> tuple[float, Mappin
     return accuracy, reasons or reason_if_zero("accuracy", accuracy, "wrong option")
 
 
-def lenient_choice(sample: VideoSample, output: str) -> str:
+def lenient_choice(sample: Sample, output: str) -> str:
     """Return the chosen option of an output, whose answer may be marked in an unusual way."""
     return leniently(
         lambda: read_choice(output, sample.options), lambda: parse_choice(lenient_answer(output), sample.options)

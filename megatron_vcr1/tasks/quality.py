@@ -12,7 +12,7 @@ from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
 from megatron_vcr1.tasks.metrics import SampleMetrics, reason_if_zero, value_or_default
 from megatron_vcr1.tasks.row_fields import TEXT, TargetField
-from megatron_vcr1.types import RewardPart, Target, VideoSample
+from megatron_vcr1.types import RewardPart, Sample, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,18 @@ First reason about what you see inside <think> </think>. Then give the label, in
 <think>your reasoning</think>
 <answer>the label</answer>"""
 
-    def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
+    def target_text(self, sample: Sample, numbers: NumberFormat) -> str:
         return f"<answer>{self.target_of(sample).label}</answer>"
 
-    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> dict[str, RewardPart]:
+    def reward_parts(self, sample: Sample, completion: str, judged: float | None) -> dict[str, RewardPart]:
         label = self.target_of(sample).label.strip().lower()
         return {"accuracy": compute_part(lambda: float(last_answer(completion).lower() == label), "wrong label")}
 
-    def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
+    def metrics(self, sample: Sample, output: str) -> SampleMetrics:
         """Compute the accuracy of a VidTAB label, ignoring case."""
         return _accuracy(lambda: read_answer(output).lower(), self.target_of(sample).label.strip().lower())
 
-    def lenient_metrics(
-        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
-    ) -> SampleMetrics | None:
+    def lenient_metrics(self, sample: Sample, output: str, frame_size: tuple[int, int] | None) -> SampleMetrics | None:
         def read() -> str:
             answer = leniently(lambda: read_answer(output), lambda: lenient_answer(output))
             return lenient_label(answer)

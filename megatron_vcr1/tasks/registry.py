@@ -14,7 +14,7 @@ from megatron_vcr1.tasks import (
 )
 from megatron_vcr1.tasks.base import Task
 from megatron_vcr1.tasks.row_fields import shown
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 _TASKS: dict[str, Task[Any]] = {
     module.TASK.name: module.TASK
@@ -38,7 +38,7 @@ def find_task(name: str) -> Task[Any]:
     return _TASKS[name]
 
 
-def task_of(sample: VideoSample) -> Task[Any]:
+def task_of(sample: Sample) -> Task[Any]:
     """Return the task of a sample."""
     task = sample.target.task
     assert isinstance(task, Task)

@@ -13,7 +13,7 @@ from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
 from megatron_vcr1.tasks.metrics import SampleMetrics, at_least, reason_if_zero, value_or_default
 from megatron_vcr1.tasks.row_fields import INTERVAL, TargetField, list_of
-from megatron_vcr1.types import Interval, RewardPart, Target, VideoSample
+from megatron_vcr1.types import Interval, RewardPart, Sample, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ decimals, in this form:
         ("example", "an answer in the form that is asked for: `12.54 to 17.83`, or a list of (start, end)"),
     )
 
-    def placeholders(self, sample: VideoSample, numbers: NumberFormat) -> dict[str, str]:
+    def placeholders(self, sample: Sample, numbers: NumberFormat) -> dict[str, str]:
         one = self.target_of(sample).interval is not None
         return {**super().placeholders(sample, numbers), **_answer_form(one=one)}
 
@@ -72,11 +72,11 @@ decimals, in this form:
         """Ask for one span."""
         return {**super().query_placeholders(query, options, numbers), **_answer_form(one=True)}
 
-    def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
+    def target_text(self, sample: Sample, numbers: NumberFormat) -> str:
         target = self.target_of(sample)
         return f"<answer>{_written(target.spans, numbers, as_list=target.interval is None)}</answer>"
 
-    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> dict[str, RewardPart]:
+    def reward_parts(self, sample: Sample, completion: str, judged: float | None) -> dict[str, RewardPart]:
         """Compute the IoU of the time that the answered and the true spans cover, as VideoChat-R1.5 does."""
         target = self.target_of(sample).spans
         return {
@@ -85,7 +85,7 @@ decimals, in this form:
             )
         }
 
-    def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
+    def metrics(self, sample: Sample, output: str) -> SampleMetrics:
         """Compute mIoU and R@t (Charades-STA, ActivityNet, QVHighlights).
 
         ``mIoU`` is the IoU of the time that the spans cover. ``R@t`` is 1 if the first answered span has an IoU of at
@@ -94,9 +94,7 @@ decimals, in this form:
         """
         return _metrics(lambda: parse_event_spans(read_answer(output)), self.target_of(sample).spans)
 
-    def lenient_metrics(
-        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
-    ) -> SampleMetrics | None:
+    def lenient_metrics(self, sample: Sample, output: str, frame_size: tuple[int, int] | None) -> SampleMetrics | None:
         def read() -> tuple[Interval, ...]:
             return leniently(
                 lambda: parse_event_spans(read_answer(output)), lambda: lenient_spans(lenient_answer(output))
@@ -104,10 +102,10 @@ decimals, in this form:
 
         return _metrics(read, self.target_of(sample).spans)
 
-    def intervals(self, sample: VideoSample) -> tuple[Interval, ...]:
+    def intervals(self, sample: Sample) -> tuple[Interval, ...]:
         return self.target_of(sample).spans
 
-    def answered_intervals(self, sample: VideoSample, completion: str) -> tuple[Interval, ...]:
+    def answered_intervals(self, sample: Sample, completion: str) -> tuple[Interval, ...]:
         return parse_event_spans(read_answer(completion))
 
 

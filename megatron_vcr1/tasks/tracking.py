@@ -14,7 +14,7 @@ from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
 from megatron_vcr1.tasks.metrics import SampleMetrics, at_least, reason_if_zero, value_or_default
 from megatron_vcr1.tasks.row_fields import BOX, TargetField, list_of
-from megatron_vcr1.types import Box, RewardPart, Target, VideoSample
+from megatron_vcr1.types import Box, RewardPart, Sample, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +58,28 @@ for each frame in order, in this form:
         ("first_box", "the object's box in the first frame"),
     )
 
-    def placeholders(self, sample: VideoSample, numbers: NumberFormat) -> dict[str, str]:
+    def placeholders(self, sample: Sample, numbers: NumberFormat) -> dict[str, str]:
         boxes = self.target_of(sample).boxes
         more = {"num_frames": str(len(boxes)), "first_box": numbers.box(boxes[0])}
         return {**super().placeholders(sample, numbers), **more}
 
-    def video_options(self, sample: VideoSample) -> dict[str, float]:
+    def video_options(self, sample: Sample) -> dict[str, float]:
         num_frames = len(self.target_of(sample).boxes)
         return {"min_frames": num_frames, "max_frames": num_frames}
 
-    def frames_fault(self, sample: VideoSample, num_frames: int) -> str | None:
+    def frames_fault(self, sample: Sample, num_frames: int) -> str | None:
         num_boxes = len(self.target_of(sample).boxes)
         if num_frames == num_boxes:
             return None
         return f"the video has {num_frames} frames, but tracking has {num_boxes} boxes"
 
-    def target_text(self, sample: VideoSample, numbers: NumberFormat) -> str:
+    def target_text(self, sample: Sample, numbers: NumberFormat) -> str:
         return f"<answer>[{', '.join(map(numbers.box, self.target_of(sample).boxes))}]</answer>"
 
-    def check_answer_form(self, sample: VideoSample, completion: str) -> None:
+    def check_answer_form(self, sample: Sample, completion: str) -> None:
         parse_boxes(last_answer(completion), len(self.target_of(sample).boxes))
 
-    def reward_parts(self, sample: VideoSample, completion: str, judged: float | None) -> dict[str, RewardPart]:
+    def reward_parts(self, sample: Sample, completion: str, judged: float | None) -> dict[str, RewardPart]:
         target = self.target_of(sample).boxes
 
         def iou() -> float:
@@ -90,7 +90,7 @@ for each frame in order, in this form:
 
         return {"iou": compute_part(iou, "no overlap")}
 
-    def metrics(self, sample: VideoSample, output: str) -> SampleMetrics:
+    def metrics(self, sample: Sample, output: str) -> SampleMetrics:
         """Compute the metrics of GOT-10k in two conventions.
 
         The paper's, as its code computes them: ``overlap`` is the mean IoU of all boxes, which may extend beyond the
@@ -117,9 +117,7 @@ for each frame in order, in this form:
         }
         return SampleMetrics(values, reasons or reason_if_zero("iou", overlap, "no overlap"))
 
-    def lenient_metrics(
-        self, sample: VideoSample, output: str, frame_size: tuple[int, int] | None
-    ) -> SampleMetrics | None:
+    def lenient_metrics(self, sample: Sample, output: str, frame_size: tuple[int, int] | None) -> SampleMetrics | None:
         target = self.target_of(sample).boxes
 
         def read() -> tuple[Box | None, ...]:
@@ -133,10 +131,10 @@ for each frame in order, in this form:
             return SampleMetrics({name: strict.values[name] for name in values}, strict.reasons)
         return SampleMetrics(values, reason_if_zero("iou", overlap, "no overlap"))
 
-    def boxes(self, sample: VideoSample) -> tuple[Box, ...]:
+    def boxes(self, sample: Sample) -> tuple[Box, ...]:
         return self.target_of(sample).boxes
 
-    def answered_boxes(self, sample: VideoSample, completion: str) -> tuple[Box | None, ...]:
+    def answered_boxes(self, sample: Sample, completion: str) -> tuple[Box | None, ...]:
         return parse_boxes(read_answer(completion), len(self.target_of(sample).boxes))
 
 

@@ -33,7 +33,7 @@ from megatron_vcr1.rollout.sglang.launch import check_server_args, require_sglan
 from megatron_vcr1.training.inputs import RunInputs, read_inputs, read_model_config
 from megatron_vcr1.training.run_dir import RunDir
 from megatron_vcr1.training.settings_checks import check_stage
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 NUM_SAMPLES = 2  # that are decoded of each source
 RESPONSE_TOKENS = 200  # mean that the memory estimate assumes
@@ -140,7 +140,7 @@ def _first_samples(config: RunConfig, inputs: RunInputs) -> tuple[str, str]:
     backend = "auto" if config.data.backend == "dali-gpu" else config.data.backend
     data = config.data.model_copy(update={"num_workers": 1, "backend": backend})
     functions = build_prepare_fns(data, inputs.stream.templates, inputs.processor)
-    sources: list[tuple[PrepareFn, Sequence[VideoSample]]] = list(zip(functions, inputs.stream.samples, strict=True))
+    sources: list[tuple[PrepareFn, Sequence[Sample]]] = list(zip(functions, inputs.stream.samples, strict=True))
     if inputs.validator is not None:
         sources += inputs.validator.sources(data)
     outcomes = [outcome for function, samples in sources for outcome in _prepare(function, samples)]
@@ -153,7 +153,7 @@ def _first_samples(config: RunConfig, inputs: RunInputs) -> tuple[str, str]:
     return ("warning" if problems else "ok"), "; ".join([text, *problems])
 
 
-def _prepare(function: PrepareFn, samples: Sequence[VideoSample]) -> Iterator[int | str]:
+def _prepare(function: PrepareFn, samples: Sequence[Sample]) -> Iterator[int | str]:
     """Yield the length of each prompt, or why the sample would be skipped."""
     for sample in samples[:NUM_SAMPLES]:
         try:

@@ -18,7 +18,7 @@ from megatron_vcr1.data.prompts import PreparedSample
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel.prompts import broadcast_prompts
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class DrawnPrompt:
 
     position: int
     source: int
-    sample: VideoSample
+    sample: Sample
     prompt: EncodedPrompt
     reduction: str | None = None
 

@@ -11,10 +11,10 @@ from megatron_vcr1.config.data_sections import DataSource
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, target_text
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
-def completion_text(sample: VideoSample, templates: PromptTemplates, *, thinking: bool) -> str:
+def completion_text(sample: Sample, templates: PromptTemplates, *, thinking: bool) -> str:
     """Return the completion that the sample's prompt asks for.
 
     Args:
@@ -24,7 +24,7 @@ def completion_text(sample: VideoSample, templates: PromptTemplates, *, thinking
     return f"<think>{sample.thinking}</think>\n{answer}" if thinking else answer
 
 
-def check_thinking(sources: Sequence[DataSource], samples: Sequence[Sequence[VideoSample]]) -> None:
+def check_thinking(sources: Sequence[DataSource], samples: Sequence[Sequence[Sample]]) -> None:
     """Check that every sample whose prompt asks for reasoning has reasoning to train on.
 
     Args:

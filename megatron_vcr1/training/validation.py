@@ -33,7 +33,7 @@ from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.training.run_dir import VALIDATION_FOLDER
 from megatron_vcr1.training.shown_samples import SampleCollector, ShownSample
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Validator:
         result = score_predictions(job.benchmark, [sample], [Prediction(sample.id, None, "")], self._judge)
         return [f"{job.label}/{name}" for name in result.summary.metrics]
 
-    def sources(self, data: DataSection) -> list[tuple[PrepareFn, Sequence[VideoSample]]]:
+    def sources(self, data: DataSection) -> list[tuple[PrepareFn, Sequence[Sample]]]:
         """Return the function that prepares samples, and the samples, of each benchmark; `data` says how to decode."""
         return [(self._prepare_fn(job, data), job.samples) for job in self._jobs]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from megatron_vcr1.data.order import SampleOrder, Source
 from megatron_vcr1.tasks import QualityTarget
-from megatron_vcr1.types import Video, VideoSample
+from megatron_vcr1.types import Sample, Video
 
 
-def samples(name: str, count: int) -> list[VideoSample]:
+def samples(name: str, count: int) -> list[Sample]:
     return [
-        VideoSample(f"{name}{index}", (Video(f"{name}{index}.mp4"),), QualityTarget("good"), "how?")
+        Sample(f"{name}{index}", (Video(f"{name}{index}.mp4"),), QualityTarget("good"), "how?")
         for index in range(count)
     ]
 

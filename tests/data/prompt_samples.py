@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vcr1.types import Video, VideoSample
+from megatron_vcr1.types import Sample, Video
 from tests.rewards.samples import TARGETS
 
 ANSWERS = {
@@ -16,14 +16,14 @@ ANSWERS = {
 }
 
 
-def sample(task: str, **changes: Any) -> VideoSample:
+def sample(task: str, **changes: Any) -> Sample:
     """Return a sample; the changes may be of its fields, or of its only video's."""
     video = {key: changes.pop(key) for key in ("duration_s", "clip", "image_fps") if key in changes}
     media = (Video(changes.pop("video", "a.mp4"), **video),)
     fields: dict[str, Any] = {"id": "a", "media": media, "target": TARGETS[task], "query": "$5 for {this}?"}
     if task in ("grounded_qa", "multiple_choice_qa"):
         fields["options"] = ("a $dog", "a cat")
-    return VideoSample(**{**fields, **changes})
+    return Sample(**{**fields, **changes})
 
 
 def text_of(messages: list[dict[str, Any]]) -> str:

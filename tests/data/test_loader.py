@@ -18,12 +18,12 @@ from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 from tests.data.orders import ids, order, samples
 from tests.data.tiny_processor import tiny_processor
 
 
-def prepare(sample: VideoSample) -> PreparedSample:
+def prepare(sample: Sample) -> PreparedSample:
     """Prepare every sample except a3, a4 and b1."""
     if sample.id in ("a3", "b1"):
         raise VideoError(sample.media[0].path, "no such file")
@@ -57,7 +57,7 @@ def test_a_bad_sample_is_replaced_and_listed() -> None:
     assert reasons["a3"] == "a3.mp4: no such file" and reasons["a4"] == "sample a4: too long"
 
 
-def broken(sample: VideoSample) -> PreparedSample:
+def broken(sample: Sample) -> PreparedSample:
     raise VideoError(sample.media[0].path, "no such file")
 
 
@@ -68,7 +68,7 @@ def test_a_run_without_readable_samples_ends_and_lists_what_was_tried() -> None:
     assert len(loader.skipped) == MAX_ATTEMPTS
 
 
-def mistaken(sample: VideoSample) -> PreparedSample:
+def mistaken(sample: Sample) -> PreparedSample:
     raise TypeError("our own mistake")
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_data_is_refused() -> None:
 
 
 def test_each_source_has_its_own_prepare_function() -> None:
-    def prepare_b(sample: VideoSample) -> PreparedSample:
+    def prepare_b(sample: Sample) -> PreparedSample:
         return PreparedSample(sample, EncodedPrompt(torch.tensor([2]), ()), None)
 
     loader = PromptLoader(order(), [prepare, prepare_b], rank=1, num_ranks=2)
@@ -134,7 +134,7 @@ def test_a_rank_must_exist() -> None:
         PromptLoader(order(), prepare, rank=2, num_ranks=2)
 
 
-class StaysHere(list[VideoSample]):
+class StaysHere(list[Sample]):
     """Samples that cannot be pickled: a manifest may have millions, and must not be sent to a worker."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:

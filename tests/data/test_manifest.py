@@ -11,7 +11,7 @@ from megatron_vcr1 import text_files
 from megatron_vcr1.data import manifest
 from megatron_vcr1.data.manifest import BadRow, ManifestError, read_manifest, scan_manifest, write_manifest
 from megatron_vcr1.data.rows import sample_from_row
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 from tests.data.manifest_rows import ROWS, changed, write_rows
 
 
@@ -57,7 +57,7 @@ def test_scanning_continues_after_bad_rows(tmp_path: Path) -> None:
     manifest = write_rows(tmp_path / "m.jsonl", [changed(0, task="x"), ROWS[1]])
     bad, good = scan_manifest(manifest)
     assert isinstance(bad, BadRow) and (bad.line, bad.id) == (1, "grounding")
-    assert isinstance(good, VideoSample) and good.id == "tracking"
+    assert isinstance(good, Sample) and good.id == "tracking"
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"id": ' + "1" * 5000 + "}"], ids=["brackets", "digits"])
@@ -65,7 +65,7 @@ def test_json_that_python_refuses_is_a_bad_row(tmp_path: Path, line: str) -> Non
     (tmp_path / "m.jsonl").write_text(f"{line}\n{json.dumps(ROWS[1])}\n")
     bad, good = scan_manifest(tmp_path / "m.jsonl")
     assert isinstance(bad, BadRow) and bad.line == 1 and "JSON that Python cannot read" in bad.problem
-    assert isinstance(good, VideoSample)
+    assert isinstance(good, Sample)
 
 
 def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:

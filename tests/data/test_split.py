@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from megatron_vcr1.data.rows import sample_from_row
 from megatron_vcr1.data.split import split_by_video
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 from tests.data.manifest_rows import ROWS
 
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
-def samples_of(num_per_video: list[int], folder: str = "/data") -> list[VideoSample]:
+def samples_of(num_per_video: list[int], folder: str = "/data") -> list[Sample]:
     return [
         sample_from_row({**ROWS[0], "id": f"{video}_{index}", "video": f"v{video}.mp4"}, Path(folder))
         for video, num_samples in enumerate(num_per_video)
@@ -37,7 +37,7 @@ def test_no_video_is_in_two_parts_and_no_sample_is_lost(num_per_video: list[int]
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_folder_or_the_order() -> None:
-    def ids(samples: list[VideoSample], folder: str, seed: int) -> dict[str, set[str]]:
+    def ids(samples: list[Sample], folder: str, seed: int) -> dict[str, set[str]]:
         parts = split_by_video(samples, FRACTIONS, seed=seed, folder=Path(folder))
         return {name: {sample.id for sample in part} for name, part in parts.items()}
 

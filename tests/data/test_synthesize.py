@@ -15,7 +15,7 @@ from megatron_vcr1.data.scenes import COLOURS, RECIPES, SHAPES, Scene, VideoForm
 from megatron_vcr1.data.synthesize import SPLITS, render_frames, synthesize
 from megatron_vcr1.data.video import read_frames
 from megatron_vcr1.tasks import QualityTarget, TrackingTarget
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 FORMAT = VideoFormat()
 
@@ -102,7 +102,7 @@ def test_decoded_frames_equal_the_rendered_frames(folder: Path) -> None:
         assert error < (25 if scene.low_quality else 3)
 
 
-def small_frames(folder: Path, sample: VideoSample) -> np.ndarray:
+def small_frames(folder: Path, sample: Sample) -> np.ndarray:
     """Read a video as the demo's tiny model sees it: 24 frames of 16 x 16 pixels."""
     assert isinstance(sample.media[0].path, str)
     video = read_frames(sample.media[0].path, factor=16, min_pixels=240, total_pixels=256 * 12)

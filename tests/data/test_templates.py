@@ -10,7 +10,7 @@ import pytest
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates, target_text
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import NumberFormat, task_names
-from megatron_vcr1.types import Image, Interval, Video, VideoSample
+from megatron_vcr1.types import Image, Interval, Sample, Video
 from tests.data.prompt_samples import ANSWERS, sample, text_of
 from tests.rewards.samples import BOXES
 
@@ -49,7 +49,7 @@ def test_the_tracking_target_parses_back_to_its_boxes(templates: PromptTemplates
 
 
 def test_options_of_the_sample_override_those_of_the_run(templates: PromptTemplates) -> None:
-    def video_part(sample: VideoSample) -> dict[str, Any]:
+    def video_part(sample: Sample) -> dict[str, Any]:
         options = {"fps": 1.0, "max_frames": 64}
         (message,) = build_messages(sample, templates, thinking=False, video_options=options)
         return message["content"][0]

@@ -11,13 +11,11 @@ from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
 from megatron_vcr1.evaluation.predictions import Prediction
 from megatron_vcr1.judge import Judge
 from megatron_vcr1.judge.lexical import LexicalBackend
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 from tests.evaluation.samples import captions, choices
 
 
-def scored(
-    name: str, samples: Sequence[VideoSample], *outputs: str | None, judge: Judge | None = None
-) -> BenchmarkResult:
+def scored(name: str, samples: Sequence[Sample], *outputs: str | None, judge: Judge | None = None) -> BenchmarkResult:
     predictions = [
         Prediction(sample.id, output, None if output is not None else "the video is damaged")
         for sample, output in zip(samples, outputs, strict=True)

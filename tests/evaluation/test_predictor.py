@@ -14,7 +14,7 @@ from megatron_vcr1.evaluation.predictions import Prediction, PredictionLog
 from megatron_vcr1.evaluation.predictor import Predictor
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
-from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup, VideoSample
+from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup, Sample
 from tests.data.tiny_processor import tiny_processor
 from tests.evaluation.samples import choices
 
@@ -38,7 +38,7 @@ class Engine:
         return groups
 
 
-def prepare(sample: VideoSample) -> PreparedSample:
+def prepare(sample: Sample) -> PreparedSample:
     if sample.id == "bad":
         raise PromptTooLongError("the prompt is too long")
     return PreparedSample(sample, EncodedPrompt(torch.tensor([1]), ()), reduction=None)

@@ -27,20 +27,20 @@ from megatron_vcr1.tasks import (
     TrackingTarget,
     find_task,
 )
-from megatron_vcr1.types import Box, Interval, Target, Video, VideoSample
+from megatron_vcr1.types import Box, Interval, Sample, Target, Video
 from tests.evaluation import published
 
 Spans = list[tuple[float, float]]
 
 
-def metrics_of(name: str, samples: Sequence[VideoSample], outputs: Sequence[str]) -> dict[str, float]:
+def metrics_of(name: str, samples: Sequence[Sample], outputs: Sequence[str]) -> dict[str, float]:
     predictions = [Prediction(sample.id, output) for sample, output in zip(samples, outputs, strict=True)]
     summary = score_predictions(BENCHMARKS[name], samples, predictions, None).summary
     return {metric: estimate.value for metric, estimate in summary.metrics.items()}
 
 
-def sample(index: int, target: Target, options: tuple[str, ...] = (), category: str = "") -> VideoSample:
-    return VideoSample(f"s{index}", (Video(f"{index}.mp4"),), target, query="what?", options=options, category=category)
+def sample(index: int, target: Target, options: tuple[str, ...] = (), category: str = "") -> Sample:
+    return Sample(f"s{index}", (Video(f"{index}.mp4"),), target, query="what?", options=options, category=category)
 
 
 def random_spans(random: np.random.Generator, number: int) -> Spans:

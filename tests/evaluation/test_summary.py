@@ -7,11 +7,11 @@ import pytest
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
 from megatron_vcr1.evaluation.summary import Estimate, Summary, summarize
 from megatron_vcr1.tasks import SampleMetrics
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 from tests.evaluation.samples import captions, choices
 
 
-def summary_of(name: str, samples: Sequence[VideoSample], *accuracies: float) -> Summary:
+def summary_of(name: str, samples: Sequence[Sample], *accuracies: float) -> Summary:
     metrics = [SampleMetrics({"accuracy": value}, {} if value else {"accuracy": "wrong"}) for value in accuracies]
     return summarize(BENCHMARKS[name], samples, metrics)
 

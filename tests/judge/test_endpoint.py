@@ -17,15 +17,15 @@ import pytest
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.tasks import CaptionTarget, ChoiceTarget
-from megatron_vcr1.types import Video, VideoSample
+from megatron_vcr1.types import Sample, Video
 from tests.judge.server import JudgeServer, count, judge_server
 
 EVENTS = ("A dog barks at a cat.", "The cat runs away.")
 REFERENCE = "A dog barks at a cat. The cat runs away."
 
 
-def sample(id: str = "clip", events: tuple[str, ...] = EVENTS, caption: str = REFERENCE) -> VideoSample:
-    return VideoSample(id=id, media=(Video("a.mp4"),), target=CaptionTarget(caption, events))
+def sample(id: str = "clip", events: tuple[str, ...] = EVENTS, caption: str = REFERENCE) -> Sample:
+    return Sample(id=id, media=(Video("a.mp4"),), target=CaptionTarget(caption, events))
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_the_key_comes_from_the_environment(
 
 
 def test_other_tasks_than_captioning_are_refused(server: JudgeServer, tmp_path: Path) -> None:
-    question = VideoSample(id="q", media=(Video("a.mp4"),), target=ChoiceTarget("A"), query="?", options=("x",))
+    question = Sample(id="q", media=(Video("a.mp4"),), target=ChoiceTarget("A"), query="?", options=("x",))
     with pytest.raises(ValueError, match="the task of sample q is multiple_choice_qa"):
         judge_at(server, tmp_path).recalls([question], ["A"])
 

@@ -9,7 +9,7 @@ from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge.judge import Events, Judge, Verdicts, build_judge
 from megatron_vcr1.judge.lexical import LexicalBackend
 from megatron_vcr1.tasks import CaptionTarget
-from megatron_vcr1.types import Video, VideoSample
+from megatron_vcr1.types import Sample, Video
 
 
 class RecordingBackend(LexicalBackend):
@@ -30,8 +30,8 @@ class RecordingBackend(LexicalBackend):
         return [None if "unreadable" in text else found for (_, text), found in zip(pairs, verdicts, strict=True)]
 
 
-def sample(caption: str = "A dog barks.", events: tuple[str, ...] = ()) -> VideoSample:
-    return VideoSample(id="clip", media=(Video("a.mp4"),), target=CaptionTarget(caption, events))
+def sample(caption: str = "A dog barks.", events: tuple[str, ...] = ()) -> Sample:
+    return Sample(id="clip", media=(Video("a.mp4"),), target=CaptionTarget(caption, events))
 
 
 def test_annotated_events_are_used_and_others_are_extracted_once_per_reference() -> None:

@@ -5,7 +5,7 @@ import pytest
 from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.tasks import CaptionTarget
-from megatron_vcr1.types import Video, VideoSample
+from megatron_vcr1.types import Sample, Video
 
 EVENTS = ("A red circle appears in the top left.", "The red circle moves right.", "The red circle disappears.")
 
@@ -15,8 +15,8 @@ def judge(tmp_path) -> Judge:
     return build_judge(JudgeSection(kind="lexical"), tmp_path)
 
 
-def sample(events: tuple[str, ...] = EVENTS) -> VideoSample:
-    return VideoSample(id="clip", media=(Video("a.mp4"),), target=CaptionTarget(" ".join(EVENTS), events))
+def sample(events: tuple[str, ...] = EVENTS) -> Sample:
+    return Sample(id="clip", media=(Video("a.mp4"),), target=CaptionTarget(" ".join(EVENTS), events))
 
 
 @pytest.mark.parametrize(

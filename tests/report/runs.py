@@ -16,14 +16,12 @@ from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.report.run_record import RunRecord, read_run
 from megatron_vcr1.rewards import score
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 PHASES = {"decode": 1.2, "rollout": 6.0, "reference": 1.5, "update": 4.5, "sync": 0.4}
 
 
-def make_run(
-    folder: Path, samples: Sequence[VideoSample], *, num_steps: int = 40, seed: int = 0, gain: float = 1.0
-) -> Path:
+def make_run(folder: Path, samples: Sequence[Sample], *, num_steps: int = 40, seed: int = 0, gain: float = 1.0) -> Path:
     """Create a GRPO run with rising rewards, and with rollouts of its first, middle and last step."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(render_toml(default_config(), documented=False))
@@ -79,7 +77,7 @@ def metrics(step: int, num_steps: int, random: Random, gain: float = 1.0) -> dic
     return row
 
 
-def rollout_group(sample: VideoSample, step: int, random: Random) -> dict[str, object]:
+def rollout_group(sample: Sample, step: int, random: Random) -> dict[str, object]:
     """Return one line of rollouts/step_N.jsonl with a correct, an inaccurate and a missing answer."""
     texts = [f"<think>I look at the frames.</think>{answer}" for answer in (right_answer(sample), wrong_answer(sample))]
     responses = []
@@ -157,11 +155,11 @@ def synthetic_manifest(folder: Path) -> Path:
     return folder / "train.jsonl"
 
 
-def right_answer(sample: VideoSample) -> str:
+def right_answer(sample: Sample) -> str:
     return target_text(sample, load_templates())
 
 
-def wrong_answer(sample: VideoSample) -> str:
+def wrong_answer(sample: Sample) -> str:
     """Return a well-formed but inaccurate answer."""
     match sample.task:
         case "temporal_grounding":

@@ -11,12 +11,12 @@ from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.report.frames import MAX_FRAMES, FilmStrip, read_strip
 from megatron_vcr1.tasks import QualityTarget
-from megatron_vcr1.types import Image, Medium, Video, VideoSample
+from megatron_vcr1.types import Image, Medium, Sample, Video
 from tests.data.video_clips import write_clip
 
 
 def _strip(medium: Medium, reader: VideoReader) -> FilmStrip:
-    return read_strip(VideoSample("a", (medium,), QualityTarget("good"), "how good?"), medium, reader)
+    return read_strip(Sample("a", (medium,), QualityTarget("good"), "how good?"), medium, reader)
 
 
 def test_a_strip_holds_evenly_spaced_frames_as_small_images(tmp_path: Path) -> None:

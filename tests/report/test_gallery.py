@@ -20,23 +20,21 @@ from megatron_vcr1.report.gallery import (
 from megatron_vcr1.report.rendering import environment
 from megatron_vcr1.report.run_record import read_run
 from megatron_vcr1.tasks import ChoiceTarget, GroundedChoiceTarget, GroundingTarget, QualityTarget, TrackingTarget
-from megatron_vcr1.types import Box, Image, Interval, Video, VideoSample
+from megatron_vcr1.types import Box, Image, Interval, Sample, Video
 from tests.data.video_clips import write_clip
 from tests.report.runs import add_evaluation, make_run, synthetic_manifest
 
 
 def test_spans_and_boxes_are_read_from_responses() -> None:
-    grounding = VideoSample("a", (Video("a.mp4"),), GroundingTarget(Interval(1, 2)), "when?")
+    grounding = Sample("a", (Video("a.mp4"),), GroundingTarget(Interval(1, 2)), "when?")
     assert answered_spans(grounding, "<answer>3 to 4</answer>") == (Interval(3, 4),)
     assert answered_spans(grounding, "<answer>later</answer>") == ()
-    grounded = VideoSample(
-        "b", (Video("b.mp4"),), GroundedChoiceTarget("A", (Interval(1, 2),)), "what?", options=("x", "y")
-    )
+    grounded = Sample("b", (Video("b.mp4"),), GroundedChoiceTarget("A", (Interval(1, 2),)), "what?", options=("x", "y"))
     assert list(answered_spans(grounded, "<answer>A</answer><glue>[(3, 4)]</glue>")) == [Interval(3, 4)]
-    tracking = VideoSample("c", (Video("c.mp4"),), TrackingTarget((Box(0, 0, 1, 1), Box(0, 0, 1, 1))), "it")
+    tracking = Sample("c", (Video("c.mp4"),), TrackingTarget((Box(0, 0, 1, 1), Box(0, 0, 1, 1))), "it")
     assert list(answered_boxes(tracking, "[[0, 0, 0.5, 1], [0, 0, 1, 1]]")) == [Box(0, 0, 0.5, 1), Box(0, 0, 1, 1)]
     assert answered_boxes(tracking, "[[0, 0, 1, 1]]") == ()
-    choice = VideoSample("d", (Video("d.mp4"),), ChoiceTarget("A"), "what?", options=("x", "y"))
+    choice = Sample("d", (Video("d.mp4"),), ChoiceTarget("A"), "what?", options=("x", "y"))
     assert answered_spans(choice, "3 to 4") == answered_boxes(choice, "[[0, 0, 1, 1]]") == ()
 
 
@@ -90,8 +88,8 @@ def test_every_video_and_image_of_a_sample_is_shown(tmp_path: Path) -> None:
     PIL.Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     paths = [str(tmp_path / name) for name in ("a.mp4", "b.mp4", "a.png", "absent.png")]
     media = (Video(paths[0]), Video(paths[1]), Image(paths[2]), Image(paths[3]))
-    several = Exhibit("several", VideoSample("s", media, QualityTarget("good"), "how good?"), "good", [])
-    text = Exhibit("text", VideoSample("t", (), ChoiceTarget("A"), "what?", options=("x",)), "A", [])
+    several = Exhibit("several", Sample("s", media, QualityTarget("good"), "how good?"), "good", [])
+    text = Exhibit("text", Sample("t", (), ChoiceTarget("A"), "what?", options=("x",)), "A", [])
     with VideoReader() as reader:
         several, text = with_frames([several, text], reader)
     assert [strip is not None for strip in several.strips] == [True, True, True, False]

@@ -14,7 +14,7 @@ from megatron_vcr1.tasks.multiple_choice_qa import ChoiceTarget
 from megatron_vcr1.tasks.quality import QualityTarget
 from megatron_vcr1.tasks.temporal_grounding import GroundingTarget
 from megatron_vcr1.tasks.tracking import TrackingTarget
-from megatron_vcr1.types import Box, Interval, VideoSample
+from megatron_vcr1.types import Box, Interval, Sample
 
 
 def blocks(completion: str, tag: str) -> list[str]:
@@ -28,7 +28,7 @@ def last_times(answer: str, separator: str = r"\s+") -> tuple[float, float] | No
     return (float(matches[-1][0]), float(matches[-1][1])) if matches else None
 
 
-def reward_parts(sample: VideoSample, completion: str, *, thinking: bool) -> dict[str, float]:
+def reward_parts(sample: Sample, completion: str, *, thinking: bool) -> dict[str, float]:
     """Compute the parts of the published reward: its behaviour, written down from its description and its outputs."""
     target = sample.target
     grounded = isinstance(target, GroundedChoiceTarget)

@@ -16,7 +16,7 @@ from megatron_vcr1.tasks import (
     QualityTarget,
     TrackingTarget,
 )
-from megatron_vcr1.types import Box, Interval, Target, Video, VideoSample
+from megatron_vcr1.types import Box, Interval, Sample, Target, Video
 
 BOXES = tuple(Box(0.1, 0.25, 0.5 + index / 100, 0.75) for index in range(8))
 TARGETS: dict[str, Target] = {
@@ -29,11 +29,9 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def sample(task: str, target: Target | None = None) -> VideoSample:
+def sample(task: str, target: Target | None = None) -> Sample:
     options = ("a dog", "a cat", "a cow") if task in ("grounded_qa", "multiple_choice_qa") else ()
-    return VideoSample(
-        id="clip-7", media=(Video("a.mp4"),), target=target or TARGETS[task], query="what?", options=options
-    )
+    return Sample(id="clip-7", media=(Video("a.mp4"),), target=target or TARGETS[task], query="what?", options=options)
 
 
 def parts_of(breakdown: RewardBreakdown) -> dict[str, float]:

@@ -21,7 +21,7 @@ from megatron_vcr1.data.rows import sample_from_row
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.tasks import find_task
 from megatron_vcr1.tasks.row_fields import RowError
-from megatron_vcr1.types import OPTION_LETTERS, VideoSample
+from megatron_vcr1.types import OPTION_LETTERS, Sample
 
 Action = Literal["skipped", "repaired", "kept"]
 
@@ -98,7 +98,7 @@ class RowCleaner:
     durations: DurationProbe | None = None
     issues: list[Issue] = field(default_factory=list)
 
-    def clean(self, row: Row) -> VideoSample | None:
+    def clean(self, row: Row) -> Sample | None:
         """Convert a row to a sample; return None if the row is skipped, with the reason added to `issues`.
 
         Raises:

@@ -24,7 +24,7 @@ from megatron_vcr1.data.importers.files import (
 from megatron_vcr1.data.importers.own import ColumnMap, read_own
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import Medium, VideoSample
+from megatron_vcr1.types import Medium, Sample
 
 _SPLIT_FORMATS = ("got10k", "mvbench", "videomme", "perception_test", "dream1k")
 
@@ -72,7 +72,7 @@ def import_dataset(
     limit: int | None = None,
     limit_per_video: int | None = None,
     seed: int = 0,
-) -> tuple[list[VideoSample], ImportReport]:
+) -> tuple[list[Sample], ImportReport]:
     """Read a published dataset.
 
     Args:
@@ -129,9 +129,9 @@ def _checked_task(name: str, task: str | None) -> str:
 
 def _collect(
     published: Iterable[Row | Issue | MalformedRow], cleaner: RowCleaner, format: str, annotations: tuple[Path, ...]
-) -> tuple[int, list[VideoSample]]:
+) -> tuple[int, list[Sample]]:
     """Clean all rows; return their number and the samples. Issues are added to those of the cleaner."""
-    samples: dict[str, VideoSample] = {}
+    samples: dict[str, Sample] = {}
     num_rows = 0
     for num_rows, row in enumerate(published, start=1):
         result = row if isinstance(row, Issue | MalformedRow) else _clean(cleaner, row)
@@ -151,7 +151,7 @@ def _collect(
     return num_rows, list(samples.values())
 
 
-def _clean(cleaner: RowCleaner, row: Row) -> VideoSample | MalformedRow | None:
+def _clean(cleaner: RowCleaner, row: Row) -> Sample | MalformedRow | None:
     """Clean a row; None if it is skipped. Values of other types than the format has make it a malformed row."""
     try:
         return cleaner.clean(row)
@@ -205,7 +205,7 @@ def _manifest_row(entry: dict[str, Any]) -> Row:
     return {"duration_s": None, "query": "", **row, **required, "target": target}
 
 
-def _choose(samples: list[VideoSample], limit: int | None, seed: int) -> list[VideoSample]:
+def _choose(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
     """Choose samples at random, in their order: those with the smallest hashes, whatever other samples there are."""
     if limit is None or limit >= len(samples):
         return samples
@@ -213,7 +213,7 @@ def _choose(samples: list[VideoSample], limit: int | None, seed: int) -> list[Vi
     return [sample for sample in samples if sample.id in kept]
 
 
-def _choose_per_video(samples: list[VideoSample], limit: int | None, seed: int) -> list[VideoSample]:
+def _choose_per_video(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
     """Choose up to `limit` samples of each video in the same way."""
     if limit is None:
         return samples
@@ -226,5 +226,5 @@ def _choose_per_video(samples: list[VideoSample], limit: int | None, seed: int) 
     return [sample for sample in samples if sample.id in kept]
 
 
-def _hash(sample: VideoSample, seed: int) -> bytes:
+def _hash(sample: Sample, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}/{sample.id}".encode()).digest()

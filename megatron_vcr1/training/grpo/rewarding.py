@@ -13,7 +13,7 @@ from megatron_vcr1.rewards import RewardBreakdown, load_reward, score
 from megatron_vcr1.rewards.parsing import UnparsableError, parse_caption
 from megatron_vcr1.tasks import task_of
 from megatron_vcr1.training.grpo.advantages import overlong_penalty
-from megatron_vcr1.types import Rollout, VideoSample
+from megatron_vcr1.types import Rollout, Sample
 
 OVERLONG = "overlong"
 """Name of the overlong penalty among the extra parts of a reward."""
@@ -30,7 +30,7 @@ class Response:
         rollout: its tokens.
     """
 
-    sample: VideoSample
+    sample: Sample
     source: int
     text: str
     rollout: Rollout
@@ -95,7 +95,7 @@ class Rewarder:
         return replace(reward, extra={**reward.extra, **extra}) if extra else reward
 
 
-def judge_for_samples(section: JudgeSection, samples: Sequence[Sequence[VideoSample]], cache_dir: Path) -> Judge | None:
+def judge_for_samples(section: JudgeSection, samples: Sequence[Sequence[Sample]], cache_dir: Path) -> Judge | None:
     """Build the judge if any sample needs one; return None otherwise.
 
     Args:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.tasks import CaptionTarget
-from megatron_vcr1.types import Video, VideoSample
+from megatron_vcr1.types import Sample, Video
 from tests.data.importers.importing import run, write
 
 
 def test_carebench_rows_become_samples(tmp_path: Path) -> None:
     captions = write(tmp_path / "metadata.json", [{"video": "v_30.mp4", "caption": "A man cooks."}])
-    assert run("carebench", captions)[0] == [VideoSample("v_30", (Video("v_30.mp4"),), CaptionTarget("A man cooks."))]
+    assert run("carebench", captions)[0] == [Sample("v_30", (Video("v_30.mp4"),), CaptionTarget("A man cooks."))]
 
 
 @pytest.mark.parametrize(("video_file", "video"), [("<placeholder>", "12.mp4"), ("a/12.webm", "a/12.webm")])
@@ -27,5 +27,5 @@ def test_dream1k_rows_of_a_split_become_samples(tmp_path: Path, video_file: str,
     }
     rows = write(tmp_path / "dream.jsonl", json.dumps(row) + "\n" + json.dumps(row | {"dataset": "DREAM/other"}) + "\n")
     target = CaptionTarget("A dog barks.", ("A dog barks.",))
-    expected = VideoSample("dream_3", (Video(video, 5.0),), target, category="DREAM/videvo")
+    expected = Sample("dream_3", (Video(video, 5.0),), target, category="DREAM/videvo")
     assert run("dream1k", rows, split="DREAM/videvo")[0] == [expected]

@@ -18,7 +18,7 @@ from megatron_vcr1.data.importers.files import (
 )
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import GroundingTarget, QualityTarget
-from megatron_vcr1.types import Interval, Video, VideoSample
+from megatron_vcr1.types import Interval, Sample, Video
 from tests.data.importers.importing import run, write
 
 
@@ -51,8 +51,8 @@ def test_huggingface_tables_of_every_file_type_give_the_same_samples(tmp_path: P
         writer.write_table(table)
     lines = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     expected = [
-        VideoSample("a", (Video("a.mp4", 9.0),), GroundingTarget(Interval(1, 2)), "a dog barks"),
-        VideoSample("b", (Video("b.mp4"),), QualityTarget("low quality"), "how good?"),
+        Sample("a", (Video("a.mp4", 9.0),), GroundingTarget(Interval(1, 2)), "a dog barks"),
+        Sample("b", (Video("b.mp4"),), QualityTarget("low quality"), "how good?"),
     ]
     for source in (tmp_path / "rows.parquet", saved, lines, write(tmp_path / "rows.json", rows)):
         assert run("huggingface", source)[0] == expected, source

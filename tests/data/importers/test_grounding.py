@@ -6,15 +6,15 @@ import pytest
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import GroundingTarget
-from megatron_vcr1.types import Interval, Video, VideoSample
+from megatron_vcr1.types import Interval, Sample, Video
 from tests.data.importers.importing import issues, run, write
 
 
 def test_charades_text_reports_a_reason_for_every_repaired_or_skipped_row(charades: tuple[Path, Path]) -> None:
     samples, report = run("charades_sta", *charades)
     assert samples == [
-        VideoSample("AAA_0", (Video("AAA.mp4", 10.0),), GroundingTarget(Interval(1, 4)), "a person sits ## down."),
-        VideoSample("BBB_0", (Video("BBB.mp4", 10.5),), GroundingTarget(Interval(8, 10.5)), "past the end"),
+        Sample("AAA_0", (Video("AAA.mp4", 10.0),), GroundingTarget(Interval(1, 4)), "a person sits ## down."),
+        Sample("BBB_0", (Video("BBB.mp4", 10.5),), GroundingTarget(Interval(8, 10.5)), "past the end"),
     ]
     assert issues(report) == [
         ("AAA_1", "inverted_span", "skipped"),
@@ -58,9 +58,7 @@ def test_charades_json_gives_the_same_samples_as_text(charades: tuple[Path, Path
 def test_activitynet_rows_become_samples(tmp_path: Path) -> None:
     content = {"v_1": {"duration": 55.15, "timestamps": [[0, 4.14]], "sentences": [" Two men talk."]}}
     samples, report = run("activitynet", write(tmp_path / "val.json", content))
-    assert samples == [
-        VideoSample("v_1_0", (Video("v_1.mp4", 55.15),), GroundingTarget(Interval(0, 4.14)), "Two men talk.")
-    ]
+    assert samples == [Sample("v_1_0", (Video("v_1.mp4", 55.15),), GroundingTarget(Interval(0, 4.14)), "Two men talk.")]
     assert report.issues == ()
 
 

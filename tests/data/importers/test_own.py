@@ -10,7 +10,7 @@ from megatron_vcr1.data.importers.cleaning import VideoFolder
 from megatron_vcr1.data.importers.own import ColumnMap
 from megatron_vcr1.data.rows import row_from_sample
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 from tests.data.importers.importing import issues, run, write
 from tests.data.manifest_rows import ROWS
 from tests.data.video_clips import write_clip
@@ -82,7 +82,7 @@ def test_rows_of_every_task_can_be_read_from_flat_columns(tmp_path: Path, row: d
     flat |= {f"t_{key}": value for key, value in row["target"].items()}
     columns = [f"{name}={name[2:] if name.startswith('c_') else 'target.' + name[2:]}" for name in flat]
     (sample,), _ = own(write_table(tmp_path / f"a.{suffix}", [flat]), None, *columns)
-    assert isinstance(sample, VideoSample)
+    assert isinstance(sample, Sample)
     written = row_from_sample(sample)
     assert {key: written[key] for key in row if row[key] not in (None, "")} == {
         key: value for key, value in row.items() if value not in (None, "")

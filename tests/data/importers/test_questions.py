@@ -8,7 +8,7 @@ import pytest
 from megatron_vcr1.data.importers.questions import MVBENCH_FOLDERS
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import ChoiceTarget, GroundedChoiceTarget, QualityTarget
-from megatron_vcr1.types import Interval, Video, VideoSample
+from megatron_vcr1.types import Interval, Sample, Video
 from tests.data.importers.importing import issues, run, write
 
 
@@ -26,7 +26,7 @@ def nextgqa_files(folder: Path) -> list[Path]:
 
 def test_nextgqa_csv_rows_become_samples_with_every_problem_reported(tmp_path: Path) -> None:
     samples, report = run("nextgqa", *nextgqa_files(tmp_path))
-    assert samples[0] == VideoSample(
+    assert samples[0] == Sample(
         "48_1",
         (Video("1104/48.mp4", 90.0),),
         GroundedChoiceTarget("C", (Interval(13.8, 29.8), Interval(0, 90))),
@@ -107,7 +107,7 @@ def test_perception_test_rows_of_a_split_become_samples(tmp_path: Path) -> None:
     }
     samples, _ = run("perception_test", write(tmp_path / "all.json", content), split="valid")
     assert samples == [
-        VideoSample(
+        Sample(
             "video_7_4",
             (Video("video_7.mp4", 3.0),),
             ChoiceTarget("C"),
@@ -120,9 +120,7 @@ def test_perception_test_rows_of_a_split_become_samples(tmp_path: Path) -> None:
 
 def test_vidtab_quality_rows_become_samples(tmp_path: Path) -> None:
     rows = write(tmp_path / "quality.json", [{"video": "7.mp4", "instruction": "How good?", "answer": "low quality"}])
-    assert run("vidtab_quality", rows)[0] == [
-        VideoSample("7", (Video("7.mp4"),), QualityTarget("low quality"), "How good?")
-    ]
+    assert run("vidtab_quality", rows)[0] == [Sample("7", (Video("7.mp4"),), QualityTarget("low quality"), "How good?")]
 
 
 def test_real_nextgqa_csv_and_json_agree(realdata: Path) -> None:

@@ -14,7 +14,7 @@ from megatron_vcr1.data.scenes import random_scene, sample_of_scene
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates, target_text
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.training.targets import completion_text
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def templates() -> PromptTemplates:
     return load_templates(ROOT / "examples/demo/templates.toml")
 
 
-def _samples() -> list[VideoSample]:
+def _samples() -> list[Sample]:
     tasks = [
         sample_of_scene(random_scene(split, index, seed=0, task=task, video_format=VIDEO), "x.mp4")
         for split in ("train", "unseen_pairs", "longer_events")

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from megatron_vcr1.data.manifest import read_manifest
-from megatron_vcr1.types import VideoSample
+from megatron_vcr1.types import Sample
 
 
 def test_update_makes_better_responses_more_likely(
@@ -43,5 +43,5 @@ def test_paper_reward_of_an_exact_answer(load_example: Callable[[str], ModuleTyp
     assert example.reward(sample, "no answer") == 0
 
 
-def _reward_of_characters(sample: VideoSample, completion: str) -> float:
+def _reward_of_characters(sample: Sample, completion: str) -> float:
     return len(set(completion)) / 10
