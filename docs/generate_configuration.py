@@ -19,8 +19,8 @@ Every setting with its type, default and meaning. This page is generated from th
 (`python docs/generate_configuration.py`); `vcr1 config` prints the same as a TOML file.
 
 A run reads one TOML file. Every setting can be overridden on the command line as `--SECTION.KEY VALUE`, for example
-`--optimizer.learning_rate 2e-6`. The tables of `[[data.sources]]` and `[[evaluate.benchmarks]]`, of which a file may
-have several, are numbered from 0: `--data.sources.0.manifest mine.jsonl`. The number after the last table adds one, and
+`--optimizer.learning_rate 2e-6`. Tables in double brackets, such as `[[data.sources]]`, of which a file may have
+several, are numbered from 0: `--data.sources.0.manifest mine.jsonl`. The number after the last table adds one, and
 `--data.sources=` with nothing after it removes them all.
 
 A file may extend another one, and then contains only what differs. This is the whole file of a run without a KL term:
