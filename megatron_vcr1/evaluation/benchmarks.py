@@ -52,6 +52,7 @@ class Benchmark:
 _PUBLISHED = (
     Benchmark("charades_sta", "temporal_grounding", "mIoU, R@0.3, R@0.5, R@0.7", "charades_sta"),
     Benchmark("activitynet", "temporal_grounding", "mIoU, R@0.3, R@0.5, R@0.7", "activitynet"),
+    Benchmark("qvhighlights", "temporal_grounding", "R@0.5, R@0.7 of the first span; mIoU of all", "qvhighlights"),
     Benchmark("nextgqa", "grounded_qa", "mIoU, accuracy; the authors' Acc@GQA, IoP, IoU", "nextgqa"),
     Benchmark("got10k", "tracking", "overlap, R@0.5, R@0.7; the toolkit's AO, SR", "got10k"),
     Benchmark("videomme", "multiple_choice_qa", "accuracy", "videomme"),

@@ -10,6 +10,7 @@ FORMATS = {
     "own": "any task (--task); .json, .jsonl, .csv or .parquet with your own columns (--columns)",
     "charades_sta": "grounding; the split's .txt and the lengths' .csv (columns id, length), or one .json",
     "activitynet": "grounding; .json of {video: {duration, timestamps, sentences}}",
+    "qvhighlights": "grounding with several spans; .jsonl of qid, query, vid, duration, relevant_windows",
     "got10k": "tracking; the folder of sequences (--split: its subfolder), or .json of path, object, gt",
     "nextgqa": "grounded QA (or --task multiple_choice_qa); .csv, gsub_*.json, map_vid_vidorID.json, or one .json",
     "mvbench": "QA; the folder of .json files (--split: a sub-task)",

@@ -167,6 +167,8 @@ def _rows(
             return grounding.read_charades_sta(annotations)
         case "activitynet":
             return grounding.read_timestamps(annotations)
+        case "qvhighlights":
+            return grounding.read_qvhighlights(annotations)
         case "got10k":
             return tracking.read_got10k(annotations, videos, split)
         case "nextgqa":

@@ -1,4 +1,4 @@
-"""Temporal grounding: Charades-STA (text and JSON) and ActivityNet Captions (JSON)."""
+"""Temporal grounding: Charades-STA (text and JSON), ActivityNet Captions (JSON) and QVHighlights (JSON lines)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from megatron_vcr1.data.importers.files import (
     MALFORMED,
     MalformedRow,
     Row,
+    convert_rows,
     describe,
     read_csv,
     read_json_object,
     read_lines,
+    read_table,
 )
 from megatron_vcr1.errors import UserError
 
@@ -55,6 +57,23 @@ def read_timestamps(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRo
                 yield MalformedRow(video, describe(error))
             else:
                 yield from rows
+
+
+def read_qvhighlights(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
+    """Read QVHighlights: ``qid``, ``query``, ``vid``, ``duration`` and ``relevant_windows``, all spans of the event."""
+    for path in annotations:
+        yield from convert_rows(read_table(path), _qvhighlights_row, lambda entry: str(entry["qid"]))
+
+
+def _qvhighlights_row(entry: Row) -> Row:
+    return {
+        "id": str(entry["qid"]),
+        "task": "temporal_grounding",
+        "video": entry["vid"],
+        "duration_s": entry["duration"],
+        "query": entry["query"].strip(),
+        "target": {"intervals": entry["relevant_windows"]},
+    }
 
 
 def _video_rows(video: str, entry: dict[str, Any]) -> list[Row | MalformedRow]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ def test_activitynet_rows_become_samples(tmp_path: Path) -> None:
     samples, report = run("activitynet", write(tmp_path / "val.json", content))
     assert samples == [Sample("v_1_0", (Video("v_1.mp4", 55.15),), GroundingTarget(Interval(0, 4.14)), "Two men talk.")]
     assert report.issues == ()
+
+
+def test_qvhighlights_rows_hold_all_spans(tmp_path: Path) -> None:
+    row = {"qid": 7, "query": "A dog runs.", "vid": "x_60.0_210.0", "duration": 150, "saliency_scores": [[4, 1, 1]]}
+    lines = [{**row, "relevant_windows": [[0, 16], [30, 34]]}, {**row, "qid": 8, "relevant_windows": [[20, 10]]}, row]
+    path = write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, lines)))
+    samples, report = run("qvhighlights", path)
+    target = GroundingTarget(intervals=(Interval(0, 16), Interval(30, 34)))
+    assert samples == [VideoSample("7", "x_60.0_210.0.mp4", target, "A dog runs.", duration_s=150.0)]
+    assert [(issue.row_id, issue.action) for issue in report.issues] == [("8", "skipped"), ("7", "skipped")]
 
 
 def test_wrong_files_of_charades_are_user_errors(tmp_path: Path, charades: tuple[Path, Path]) -> None:
