@@ -69,7 +69,7 @@ def test_qvhighlights_rows_hold_all_spans(tmp_path: Path) -> None:
     path = write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, lines)))
     samples, report = run("qvhighlights", path)
     target = GroundingTarget(intervals=(Interval(0, 16), Interval(30, 34)))
-    assert samples == [VideoSample("7", "x_60.0_210.0.mp4", target, "A dog runs.", duration_s=150.0)]
+    assert samples == [Sample("7", (Video("x_60.0_210.0.mp4", 150.0),), target, "A dog runs.")]
     assert [(issue.row_id, issue.action) for issue in report.issues] == [("8", "skipped"), ("7", "skipped")]
 
 
