@@ -176,12 +176,10 @@ TRANSFORMERS_SCRIPT = """
 import json, sys
 import torch
 from torch import library
-torchvision = library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    try:
+if torch.version.cuda is None:
+    torchvision = library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
         torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        pass  # a torchvision that fits torch has declared it
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
@@ -197,6 +195,7 @@ result = processor(
     videos=videos,
     video_metadata=request["metadata"],
     images_kwargs={"max_pixels": request["max_pixels"], "min_pixels": request["min_pixels"]},
+    videos_kwargs={"do_sample_frames": False},  # the default since transformers 5.24 is True
     return_tensors="pt",
 )
 save_file({key: torch.as_tensor(value).contiguous() for key, value in result.items()}, result_file)

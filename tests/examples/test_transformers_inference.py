@@ -19,13 +19,12 @@ EXAMPLE = Path(__file__).parents[2] / "examples/transformers_inference.py"
 # The wheel of torchvision for CUDA works with a CPU build of torch if two of its operators are declared first.
 SCRIPT = """
 import runpy, sys
+import torch
 from torch import library
-torchvision = library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    try:
+if torch.version.cuda is None:
+    torchvision = library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
         torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        pass  # a torchvision that fits torch has declared it
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

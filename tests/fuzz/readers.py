@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsReader
@@ -128,7 +129,8 @@ def main(folder: Path, name: str, first_seed: int, num_inputs: int) -> None:
         if other.is_file() and other.suffix == ".json":
             (work / other.name).write_bytes(other.read_bytes())
     path = work / name
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    limit = psutil.Process().memory_info().vms + (3 << 30)  # in addition to the libraries: those of CUDA take 7 GB
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     usage = descriptors = 0
     for seed in range(first_seed, first_seed + num_inputs):
         rng = random.Random(f"{name} {seed}")
