@@ -58,7 +58,6 @@ DISTRIBUTIONS = {
 UNDECLARED = {
     "apex",  # apex and flash_attn are built for one version of torch and CUDA, by containers and users
     "flash_attn",
-    "sglang",  # has an environment of its own
     "datasets",  # comes with trl, and tokenizers with transformers
     "tokenizers",
     "decord",  # `vcr1 benchmark decode` measures these alternatives if they are installed

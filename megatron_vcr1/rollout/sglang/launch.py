@@ -87,9 +87,9 @@ def require_sglang(python: Path | None) -> None:
         raise UserError(f"sglang.python: {interpreter} cannot be run ({error.strerror}); correct the path") from error
     if code == missing:
         raise UserError(
-            f"sglang is not installed for {interpreter}: install it into an environment of its own, because it "
-            "requires another torch (`pip install 'sglang>=0.5.23,<0.6'`), and set sglang.python to that environment's "
-            "interpreter"
+            f"sglang is not installed for {interpreter}: install the extra 'rollout' (Python 3.12, torch 2.14.1), or "
+            "install sglang into an environment of its own (`pip install 'sglang>=0.5.23,<0.6'`) and set sglang.python "
+            "to that environment's interpreter"
         )
 
 
