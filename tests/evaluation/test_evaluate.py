@@ -317,7 +317,7 @@ def test_the_folder_of_a_training_run_accepts_only_its_own_models(
     assert main(["evaluate", str(config)]) == 2
     error = capsys.readouterr().err
     assert f"model.path = {folder / 'model'} is not its model" in error
-    assert f"--model.path {run_dir / 'export'}" in error
+    assert f"--model.path to {run_dir / 'export'}" in error
     assert not (run_dir / "evaluation").exists()
 
 
