@@ -111,8 +111,10 @@ class RowCleaner:
             row = {**row, "target": dict(row["target"])}
             if find_task(row["task"]).needs_query and not row["query"].strip():
                 raise SkipRow("empty_query", "the query is empty")
-            row["video"] = self._video(row["video"])
-            if self.durations is not None and row["duration_s"] is None:
+            for key in ("video", "image"):
+                if row.get(key) is not None:
+                    row[key] = self._video(row[key])
+            if self.durations is not None and row["duration_s"] is None and row.get("video") is not None:
                 row["duration_s"] = _measure(self.durations, row)
             notes += self._clean_intervals(row_id, row)
             notes += _clean_boxes(row_id, row["target"])
@@ -221,7 +223,7 @@ def _clean_boxes(row_id: str, target: Row) -> list[Issue]:
 
 def _clean_choice(row_id: str, row: Row) -> list[Issue]:
     """Replace an answer that is given as text by the letter of its option."""
-    if "answer" not in row["target"]:
+    if "answer" not in row["target"] or not row.get("options"):
         return []
     answer, options = row["target"].pop("answer"), row["options"]
     letters = [letter for letter, option in zip(OPTION_LETTERS, options, strict=False) if option == answer]

@@ -21,6 +21,7 @@ _ROW_FORMS = {
     "id": TEXT,
     "task": TEXT,
     "video": TEXT,
+    "image": TEXT,
     "query": TEXT,
     "category": TEXT,
     "thinking": TEXT,
@@ -136,7 +137,7 @@ def _check_keys(by_key: Mapping[str, str], columns: Sequence[str], task_name: st
             f"--columns {by_key.get(unknown[0], '...')}={unknown[0]}: there is no such key; use one of "
             f"{', '.join(_ROW_FORMS)} or target.KEY"
         )
-    needed = ["video", "target"]
+    needed = ["target"] if "image" in top_level else ["video", "target"]
     if task_name is None:
         needed.append("task")
     else:
@@ -161,21 +162,22 @@ def _task(name: str) -> Task[Any]:
 def _row(entry: Mapping[str, Any], by_key: Mapping[str, str], task_name: str | None, num_of_video: Counter[str]) -> Row:
     """Convert an entry to a manifest row; it may lack keys or have values of another type, which cleaning reports."""
     values = {key: value for key, column in by_key.items() if not _is_missing(value := _value(entry, column))}
-    video = values["video"]
-    if isinstance(video, str) and video.startswith("["):  # a list of frames in CSV
-        video = _typed(video, _LIST_OF_TEXT, by_key["video"])
-    name = str(PurePosixPath(video[0] if isinstance(video, list) else str(video)).with_suffix(""))
+    medium = "image" if "image" in values else "video"
+    path = values[medium]
+    if isinstance(path, str) and path.startswith("["):  # a list of frames in CSV
+        path = _typed(path, _LIST_OF_TEXT, by_key[medium])
+    name = str(PurePosixPath(path[0] if isinstance(path, list) else str(path)).with_suffix(""))
     name = name.strip("/").replace("/", "_")
     index = num_of_video[name]
     num_of_video[name] += 1  # counted for malformed rows too: the ids of later rows do not depend on them
     task = _task(task_name or values["task"])
     row: Row = {"id": f"{name}_{index}", "duration_s": None, "query": "", "task": task.name}
     for key, form in _ROW_FORMS.items():
-        if key in values and key not in ("task", "video"):
+        if key in values and key not in ("task", "video", "image"):
             row[key] = _typed(values[key], form, by_key[key])
     if options := [str(values[key]) for number in range(_MAX_OPTIONS) if (key := f"options.{number}") in values]:
         row["options"] = options
-    return {**row, "video": video, "target": _target(values, task, by_key)}
+    return {**row, medium: path, "target": _target(values, task, by_key)}
 
 
 def _target(values: Mapping[str, Any], task: Task[Any], by_key: Mapping[str, str]) -> Row:

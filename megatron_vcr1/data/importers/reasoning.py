@@ -17,13 +17,17 @@ from megatron_vcr1.errors import UserError
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_ASCII_WORD = re.compile(r"[A-Za-z0-9]")
 _LETTER = re.compile(r"\(?([A-G])\b")
 
 
 def read_video_r1(annotations: tuple[Path, ...]) -> Iterator[Row | Issue | MalformedRow]:
     """Read Video-R1-260k or Video-R1-COT-165k: rows of ``problem``, ``problem_type``, ``options`` and ``solution``.
 
-    The reasoning of the second file (``process``) becomes the row's reasoning for SFT.
+    The reasoning of the second file (``process``) becomes the row's reasoning for SFT. Numerical answers are right if
+    they agree to two decimals, as in Video-R1. Its graded rewards have close relatives here: mean relative accuracy for
+    1 - relative error (regression), and ROUGE-L for the mean of ROUGE-1, -2 and -L (free-form) and for 1 - word error
+    rate (OCR). Answers without words of ASCII letters, which ROUGE cannot compare, must be equal.
     """
     for path in annotations:
         rows: Iterator[Row | Issue | MalformedRow] = convert_rows(
@@ -33,22 +37,43 @@ def read_video_r1(annotations: tuple[Path, ...]) -> Iterator[Row | Issue | Malfo
 
 
 def _video_r1_row(entry: Row) -> Row | Issue:
-    row_id, kind = str(entry["problem_id"]), entry["problem_type"]
-    if entry["data_type"] != "video":
-        return Issue(row_id, "not_a_video", f"data_type is {entry['data_type']!r}", "skipped")
-    row = {
+    row_id, kind, medium = str(entry["problem_id"]), entry["problem_type"], entry["data_type"]
+    if medium not in ("video", "image"):
+        return Issue(row_id, "other_medium", f"data_type is {medium!r}", "skipped")
+    target = _video_r1_target(kind, entry)
+    if target is None:
+        return Issue(row_id, "other_task", f"problem_type is {kind!r}", "skipped")
+    return {
         "id": row_id,
-        "video": str(PurePosixPath(entry["path"])),  # without the leading ./
+        medium: str(PurePosixPath(entry["path"])),  # without the leading ./
         "duration_s": None,
         "query": entry["problem"].strip(),
         "category": f"{entry.get('data_source') or 'unknown'}/{kind}",
         **_reasoning(entry.get("process") or ""),
+        **target,
     }
+
+
+def _video_r1_target(kind: str, entry: Row) -> Row | None:
+    """Return task, target and options of a problem; None if its type has no task."""
     answer = _inside(_ANSWER, entry["solution"])
-    if kind != "multiple choice":
-        return Issue(row_id, "other_task", f"problem_type is {kind!r}", "skipped")
-    options = without_labels(entry["options"])
-    return {**row, "task": "multiple_choice_qa", "options": options, "target": {"choice": _letter(answer)}}
+    match kind:
+        case "multiple choice":
+            options = without_labels(entry["options"])
+            return {"task": "multiple_choice_qa", "options": options, "target": {"choice": _letter(answer)}}
+        case "numerical":
+            return {"task": "numeric", "target": {"value": _number(answer), "metric": "exact", "tolerance": 0.005}}
+        case "regression":
+            return {"task": "numeric", "target": {"value": _number(answer), "metric": "mean_relative_accuracy"}}
+        case "free-form" | "OCR":
+            metric = "rouge" if _ASCII_WORD.search(answer) else "exact"
+            return {"task": "free_form", "target": {"answer": answer, "metric": metric}}
+    return None
+
+
+def _number(answer: str) -> float:
+    """Read a number, also with commas between its thousands."""
+    return float(answer.replace(",", ""))
 
 
 def _reasoning(process: str) -> dict[str, str]:
@@ -93,14 +118,16 @@ def _videochat_row(entry: Row, num_of_video: Counter[str]) -> Row | Issue:
     name = entry.get("video") or entry["image"]
     row_id = f"{str(PurePosixPath(name).with_suffix('')).strip('/').replace('/', '_')}_{num_of_video[name]}"
     num_of_video[name] += 1
-    if "video" not in entry:
-        return Issue(row_id, "not_a_video", f"{name} is an image", "skipped")
-    row = {"id": row_id, "video": name, "duration_s": entry.get("duration"), "query": entry["question"].strip()}
+    if "video" not in entry and entry.get("glue"):
+        return Issue(row_id, "box_in_image", f"{name} is an image, and its answer is a box", "skipped")
+    medium = "video" if "video" in entry else "image"
+    row = {"id": row_id, medium: name, "duration_s": entry.get("duration"), "query": entry["question"].strip()}
     spans = _spans(entry["glue"]) if entry.get("glue") else []
     if not entry.get("options"):
-        if len(spans) != 1:
-            raise ValueError(f"{len(spans)} spans and no options; grounding has one span")
-        return {**row, "task": "temporal_grounding", "target": {"interval": spans[0]}}
+        if not spans:
+            raise ValueError("the row has neither options nor spans")
+        # A list of spans: the prompt of this model asks for a list, also for a single span.
+        return {**row, "task": "temporal_grounding", "target": {"intervals": spans}}
     options, choice = without_labels(entry["options"]), _letter(entry["answer"])
     if not spans:
         return {**row, "task": "multiple_choice_qa", "options": options, "target": {"choice": choice}}

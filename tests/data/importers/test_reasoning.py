@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from megatron_vcr1.data.rows import row_from_sample
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.types import Interval
 from tests.data.importers.importing import issues, run, write
 
 
@@ -34,6 +36,35 @@ def test_video_r1_multiple_choice(tmp_path: Path) -> None:
     assert issues(report) == [("3", "invalid_row", "skipped")]
 
 
+def test_video_r1_problems_of_every_type(tmp_path: Path) -> None:
+    image = {"data_type": "image", "path": "./Math/5.png"}
+    rows = [
+        problem(1, problem_type="numerical", options=[], solution="<answer>1,234.5</answer>"),
+        problem(2, problem_type="regression", options=[], solution="<answer>0.8</answer>"),
+        problem(3, problem_type="OCR", options=[], solution="<answer>EXIT 12</answer>"),
+        problem(4, problem_type="free-form", options=[], solution="<answer>出口</answer>"),
+        problem(5, **image),
+        problem(6, problem_type="numerical", solution="<answer>many</answer>"),
+        problem(7, problem_type="essay"),
+        problem(8, data_type="audio"),
+    ]
+    samples, report = run("video_r1", write(tmp_path / "a.json", rows))
+    written = {sample.id: row_from_sample(sample) for sample in samples}
+    assert {row_id: (row["task"], row["target"]) for row_id, row in written.items()} == {
+        "1": ("numeric", {"value": 1234.5, "metric": "exact", "tolerance": 0.005}),
+        "2": ("numeric", {"value": 0.8, "metric": "mean_relative_accuracy"}),
+        "3": ("free_form", {"answer": "EXIT 12", "metric": "rouge"}),
+        "4": ("free_form", {"answer": "出口", "metric": "exact"}),
+        "5": ("multiple_choice_qa", {"choice": "B"}),
+    }
+    assert written["5"]["image"] == "Math/5.png"
+    assert issues(report) == [
+        ("6", "invalid_row", "skipped"),
+        ("7", "other_task", "skipped"),
+        ("8", "other_medium", "skipped"),
+    ]
+
+
 def test_videochat_r1_5_rows_have_the_task_of_their_keys(tmp_path: Path) -> None:
     question = {"video": "a/b.mp4", "question": "why? ", "options": ["(A) fun", "(B) rest"], "answer": "(B)"}
     rows = [
@@ -41,6 +72,7 @@ def test_videochat_r1_5_rows_have_the_task_of_their_keys(tmp_path: Path) -> None
         question | {"glue": [[1, 2], [3, 4]], "duration": 9},
         question,
         {"image": "c.jpg", "question": "cat", "glue": [10, 20, 30, 40]},
+        {"image": "c.jpg", "question": "what?", "options": ["(A) cat", "(B) dog"], "answer": "(B)"},
         {"video": "a/b.mp4", "question": "nothing else"},
     ]
     samples, report = run("videochat_r1_5", write(tmp_path / "rows.json", rows))
@@ -48,15 +80,18 @@ def test_videochat_r1_5_rows_have_the_task_of_their_keys(tmp_path: Path) -> None
         ("a_b_0", "temporal_grounding"),
         ("a_b_1", "grounded_qa"),
         ("a_b_2", "multiple_choice_qa"),
+        ("c_1", "multiple_choice_qa"),
     ]
     assert [[(span.start_s, span.end_s) for span in sample.intervals] for sample in samples] == [
         [(1.5, 4.0)],
         [(1.0, 2.0), (3.0, 4.0)],
         [],
+        [],
     ]
+    assert samples[0].target.intervals == (Interval(1.5, 4.0),)  # a list: the prompt asks for a list
     assert samples[1].options == ("fun", "rest") and samples[1].target.choice == samples[2].target.choice == "B"
     assert [(problem, action) for _, problem, action in issues(report)] == [
-        ("not_a_video", "skipped"),
+        ("box_in_image", "skipped"),
         ("invalid_row", "skipped"),
     ]
 
