@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 
@@ -111,9 +111,9 @@ class RowCleaner:
             row = {**row, "target": dict(row["target"])}
             if find_task(row["task"]).needs_query and not row["query"].strip():
                 raise SkipRow("empty_query", "the query is empty")
-            for key in ("video", "image"):
+            for key in ("video", "videos", "image", "images"):
                 if row.get(key) is not None:
-                    row[key] = self._video(row[key])
+                    row[key] = self._found(row[key])
             if self.durations is not None and row["duration_s"] is None and row.get("video") is not None:
                 row["duration_s"] = _measure(self.durations, row)
             notes += self._clean_intervals(row_id, row)
@@ -130,10 +130,13 @@ class RowCleaner:
         self.issues.extend(notes)
         return sample
 
-    def _video(self, video: str | list[str]) -> str | list[str]:
-        if isinstance(video, list):
-            return [self._find(frame) for frame in video]
-        return self._find(video)
+    def _found(self, media: Any) -> Any:
+        """Replace the names of videos and images, in lists and objects of them, by their paths."""
+        if isinstance(media, list):
+            return [self._found(medium) for medium in media]
+        if isinstance(media, dict):
+            return {**media, "video": self._found(media["video"])}
+        return self._find(media)
 
     def _find(self, name: str) -> str:
         path = self.videos.find(name)
@@ -246,7 +249,7 @@ def _unusual_row_issues(row_id: str, row: Row) -> list[Issue]:
 
 
 def _has_suffix(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in (*VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png")
+    return PurePosixPath(name).suffix.lower() in (*VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def _exists(path: str) -> bool:

@@ -203,7 +203,7 @@ def _manifest_row(entry: dict[str, Any]) -> Row:
     row = {key: value for key, value in entry.items() if value is not None}
     target = {key: value for key, value in row["target"].items() if value is not None}
     # Keys that cleaning reads. A row without one of them is not a row of a manifest.
-    required = {key: row[key] for key in ("id", "task", "video")}
+    required = {key: row[key] for key in ("id", "task")}
     return {"duration_s": None, "query": "", **row, **required, "target": target}
 
 

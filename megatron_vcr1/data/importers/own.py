@@ -17,11 +17,14 @@ from megatron_vcr1.tasks import Task, UnknownTaskError, find_task
 from megatron_vcr1.tasks.row_fields import INTERVAL, NUMBER, TEXT, JsonForm, list_of
 
 _LIST_OF_TEXT = list_of(TEXT)
+_MEDIA = ("video", "videos", "image", "images")
 _ROW_FORMS = {
     "id": TEXT,
     "task": TEXT,
     "video": TEXT,
+    "videos": _LIST_OF_TEXT,
     "image": TEXT,
+    "images": _LIST_OF_TEXT,
     "query": TEXT,
     "category": TEXT,
     "thinking": TEXT,
@@ -137,7 +140,7 @@ def _check_keys(by_key: Mapping[str, str], columns: Sequence[str], task_name: st
             f"--columns {by_key.get(unknown[0], '...')}={unknown[0]}: there is no such key; use one of "
             f"{', '.join(_ROW_FORMS)} or target.KEY"
         )
-    needed = ["target"] if "image" in top_level else ["video", "target"]
+    needed = ["target"] if top_level & set(_MEDIA) else ["video", "target"]
     if task_name is None:
         needed.append("task")
     else:
@@ -162,22 +165,35 @@ def _task(name: str) -> Task[Any]:
 def _row(entry: Mapping[str, Any], by_key: Mapping[str, str], task_name: str | None, num_of_video: Counter[str]) -> Row:
     """Convert an entry to a manifest row; it may lack keys or have values of another type, which cleaning reports."""
     values = {key: value for key, column in by_key.items() if not _is_missing(value := _value(entry, column))}
-    medium = "image" if "image" in values else "video"
-    path = values[medium]
-    if isinstance(path, str) and path.startswith("["):  # a list of frames in CSV
-        path = _typed(path, _LIST_OF_TEXT, by_key[medium])
-    name = str(PurePosixPath(path[0] if isinstance(path, list) else str(path)).with_suffix(""))
-    name = name.strip("/").replace("/", "_")
+    media = {key: _paths(values[key], by_key[key]) for key in _MEDIA if key in values}
+    if not media:
+        raise KeyError("video")
+    name = _first_path(next(iter(media.values())))
+    name = str(PurePosixPath(name).with_suffix("")).strip("/").replace("/", "_")
     index = num_of_video[name]
     num_of_video[name] += 1  # counted for malformed rows too: the ids of later rows do not depend on them
     task = _task(task_name or values["task"])
     row: Row = {"id": f"{name}_{index}", "duration_s": None, "query": "", "task": task.name}
     for key, form in _ROW_FORMS.items():
-        if key in values and key not in ("task", "video", "image"):
+        if key in values and key != "task" and key not in _MEDIA:
             row[key] = _typed(values[key], form, by_key[key])
     if options := [str(values[key]) for number in range(_MAX_OPTIONS) if (key := f"options.{number}") in values]:
         row["options"] = options
-    return {**row, medium: path, "target": _target(values, task, by_key)}
+    return {**row, **media, "target": _target(values, task, by_key)}
+
+
+def _paths(value: Any, column: str) -> Any:
+    """Return the files of a cell; in CSV, a list of them is written as JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        return _typed(value, _LIST_OF_TEXT, column)
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _first_path(value: Any) -> str:
+    """Return the first file of a cell: a path, an object with a path, or a list of either."""
+    if isinstance(value, list):
+        return _first_path(value[0])
+    return _first_path(value["video"]) if isinstance(value, Mapping) else str(value)
 
 
 def _target(values: Mapping[str, Any], task: Task[Any], by_key: Mapping[str, str]) -> Row:
