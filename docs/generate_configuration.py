@@ -92,6 +92,8 @@ def _type_name(annotation: Any) -> str:
         return ", ".join(f"`{_quoted(value)}`" for value in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_type_name(argument) for argument in arguments if argument is not NoneType)
+    if origin is dict:
+        return f"table of {_type_name(arguments[1])}s"
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
     names = {bool: "boolean", int: "integer", float: "number", str: "text", Path: "path"}

@@ -40,10 +40,11 @@ FLOORS = {
     "json_fields": 0,
     "command_line": 0,
     "text_files": -1,
+    "user_modules": -1,
     "user_paths": -1,
     "errors": -2,
 }
-OPTIONAL_PACKAGES = ("apex", "flash_attn", "nvidia", "openai", "sglang", "transformer_engine")
+OPTIONAL_PACKAGES = ("apex", "flash_attn", "nvidia", "openai", "rouge_score", "sglang", "transformer_engine")
 TEXTS = (".md", ".sbatch", ".sh", ".toml", ".txt")
 KERNEL_PACKAGES = {"flash_attn", "torch", "triton", "vcr1_kernels"}
 
@@ -52,6 +53,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "megatron": "megatron-core",
     "nvidia": "nvidia-dali-cuda130",
+    "rouge_score": "rouge-score",
     "transformer_engine": "transformer-engine",
     "triton": "torch",  # a dependency of torch
 }

@@ -31,6 +31,25 @@ def _expanded(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_task_modules_argument(parser: argparse._ActionsContainer) -> None:
+    """Add --task-modules, for `load_task_modules`."""
+    parser.add_argument(
+        "--task-modules",
+        nargs="+",
+        default=(),
+        metavar="MODULE",
+        help="Python modules that define tasks of your own, such as my_project.counting; the current folder is "
+        "searched, too",
+    )
+
+
+def load_task_modules(args: argparse.Namespace) -> None:
+    """Register the tasks of --task-modules. Raises UserError if a module cannot be used."""
+    from megatron_vcr1.tasks import load_tasks
+
+    load_tasks(args.task_modules, Path.cwd())
+
+
 def not_negative(text: str) -> int:
     """Parse an integer that is 0 or more."""
     if int(text) < 0:

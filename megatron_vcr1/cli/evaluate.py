@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_vcr1.cli.arguments import path_argument
+from megatron_vcr1.cli.arguments import add_task_modules_argument, load_task_modules, path_argument
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from megatron_vcr1.tasks import BUILT_IN_TASKS
 
 if TYPE_CHECKING:  # `vcr1 --help` must not load pydantic
     from megatron_vcr1.config.evaluation_sections import JudgeSection
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # `vcr1 --help` must not load pydantic
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `evaluate` to the `vcr1` command."""
     names = "\n".join(f"  {name:<20} {benchmark.description}" for name, benchmark in BENCHMARKS.items())
+    names += f"\n  {'TASK':<20} the samples of that task in any manifest: {', '.join(BUILT_IN_TASKS)}, or your own"
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate a model on benchmarks, or score a file of predictions",
@@ -80,6 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     scoring.add_argument(
         "--allow-extra", action="store_true", help="leave out predictions for other samples instead of failing"
     )
+    add_task_modules_argument(scoring)
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -133,6 +136,7 @@ def _score_file(args: argparse.Namespace) -> int:
         raise UserError(f"{' and '.join(missing)} missing: scoring needs all four")
     if args.out.is_dir() or args.out.suffix != ".json":
         raise UserError(f"--out {args.out}: name a file that ends with .json")
+    load_task_modules(args)
     benchmark = find_benchmark(args.benchmark)
     section = _judge_section(args.overrides)
     samples = read_annotations(benchmark, args.annotations)

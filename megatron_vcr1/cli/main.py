@@ -32,6 +32,7 @@ from megatron_vcr1.cli import (
     train,
 )
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.user_modules import UserCodeError
 
 COMMANDS = (
     *(config, plan, data, train, status, evaluate, score),
@@ -112,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"vcr1: error: {error}", file=sys.stderr)
         return 2
+    except UserCodeError as error:
+        print(f"vcr1: stopped: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of the pipe has exited, as in `vcr1 config | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

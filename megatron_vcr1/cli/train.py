@@ -36,7 +36,6 @@ def run(args: argparse.Namespace) -> int:
     """Train. Raises UserError for invalid settings, an invalid model or invalid data."""
     from megatron_vcr1.config.loading import load_config
     from megatron_vcr1.model import cpu
-    from megatron_vcr1.rewards.user_reward import UserRewardError
     from megatron_vcr1.rollout.engine import EngineError
     from megatron_vcr1.training.train import train
     from megatron_vcr1.training.trainer import TrainingStopped
@@ -45,6 +44,6 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *(["--profile.enabled=true"] if args.profile else [])]
     try:
         return train(load_config(args.config, overrides))
-    except (EngineError, TrainingStopped, UserRewardError) as error:
+    except (EngineError, TrainingStopped) as error:
         print(f"vcr1: stopped: {error}", file=sys.stderr)
         return 1

@@ -31,13 +31,23 @@ class DataSource(Section):
     rewards: Names[str] = Field(
         default=(),
         description="User-defined reward functions, each as 'module:function', which are added to the reward of the "
-        "task. Used by GRPO only.",
+        "task, or as 'part=module:function', which replaces a part of it or names the new part. Used by GRPO only.",
     )
 
 
 class DataSection(Section):
     """Training data, and how its videos are decoded. Evaluation decodes videos with the same settings."""
 
+    tasks: Names[str] = Field(
+        default=(),
+        description="Python modules that define tasks of your own, such as 'my_project.counting'; each has a variable "
+        "TASK. Tasks of installed packages (entry points of the group 'megatron_vcr1.tasks') need not be named.",
+    )
+    python_path: Path | None = Field(
+        default=None,
+        description="Folder from which the modules of tasks and rewards can be imported. Unset: the folder of the "
+        "TOML file, if it names any.",
+    )
     thinking: bool = Field(
         default=True,
         description="Whether prompts ask for reasoning inside <think> before the answer. A source can set its own.",

@@ -50,10 +50,21 @@ def load_config(path: Path, options: Sequence[str] = ()) -> RunConfig:
     files = _read_files(path)
     tables = apply_overrides(_merge(files), overrides)
     try:
-        return RunConfig.model_validate(tables)
+        return _with_python_path(RunConfig.model_validate(tables), files)
     except ValidationError as error:
         lines = [_explain(detail, files, overrides) for detail in error.errors()]
         raise UserError("\n".join(lines)) from None
+
+
+def _with_python_path(config: RunConfig, files: Sequence[_File]) -> RunConfig:
+    """Fill in data.python_path, so that the copy of the settings in a run directory also finds the user's modules."""
+    data = config.data
+    if data.python_path is not None or not (data.tasks or any(source.rewards for source in data.sources)):
+        return config
+    # Modules lie beside the file that names them, which may be the one that the other file extends.
+    naming = [file.path for file in files if {"tasks", "sources"} & file.tables.get("data", {}).keys()]
+    folder = (naming or [files[0].path])[0].absolute().parent
+    return config.model_copy(update={"data": data.model_copy(update={"python_path": folder})})
 
 
 def _read_files(path: Path) -> list[_File]:

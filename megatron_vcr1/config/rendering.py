@@ -86,5 +86,7 @@ def _comment(text: str) -> list[str]:
 
 
 def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
     # Strings, numbers, booleans and lists of them are written the same way in JSON and TOML.
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

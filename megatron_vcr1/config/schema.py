@@ -21,6 +21,7 @@ from megatron_vcr1.config.training_sections import (
     LoggingSection,
     OptimizerSection,
     ProfileSection,
+    RewardsSection,
     TrainSection,
 )
 
@@ -35,6 +36,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     grpo: GrpoSection = GrpoSection()
+    rewards: RewardsSection = RewardsSection()
     rollout: RolloutSection = RolloutSection()
     sglang: SglangSection = SglangSection()
     judge: JudgeSection = JudgeSection()

@@ -21,11 +21,22 @@ def _wrap_in_list(value: Any) -> Any:
     return ([value] if value else []) if isinstance(value, str) else value
 
 
+def _parse_assignments(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    pairs = (item.rpartition("=") for item in value.split(",") if item.strip())
+    return {name.strip(): number.strip() for name, _, number in pairs}
+
+
 # A list of names or numbers. A TOML list, or `a,b` on the command line; an empty value there gives an empty list.
 Names = Annotated[tuple[Name, ...], BeforeValidator(_split_at_commas)]
 # A list of texts, which may contain commas. A TOML list, or on the command line a single text; an empty value there
 # gives an empty list.
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_wrap_in_list)]
+
+
+# Numbers by name. A TOML table, or `name=1.0,other=2.0` on the command line.
+Weights = Annotated[dict[str, float], BeforeValidator(_parse_assignments)]
 
 
 class Section(BaseModel):

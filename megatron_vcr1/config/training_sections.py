@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_vcr1.config.section import Names, Section
+from megatron_vcr1.config.section import Names, Section, Weights
 
 
 class TrainSection(Section):
@@ -200,6 +200,17 @@ class GrpoSection(Section):
         default="swap",
         description="Location of the reference's weights: 'swap' keeps them in host memory and swaps them with the "
         "policy's for the reference's forward pass, 'resident' keeps both on the GPU.",
+    )
+
+
+class RewardsSection(Section):
+    """How the parts of a reward are combined. Used by GRPO only."""
+
+    weights: Weights = Field(
+        default={},
+        description="Weight of each part of the reward in the total, by name, such as {format = 0.5, iou = 2.0}. A "
+        "part that is not named has weight 1, as in the paper. On the command line: --rewards.weights "
+        "format=0.5,iou=2.0",
     )
 
 

@@ -1,11 +1,10 @@
 """Manifest rows: conversion of decoded JSON objects to samples and back, with all checks of a row.
 
-A row holds ``id``, ``task``, ``target`` and optionally ``query``, ``options``, ``category`` and ``thinking`` (reasoning
-for SFT). The task defines the keys of the target (`Task.target_fields`).
+`KEYS` describes the keys of a row. The task defines the keys of its target (`Task.target_fields`).
 
-Its media are ``video`` (with ``duration_s``, ``clip`` and ``image_fps``) or ``videos`` (a list of paths, or of objects
-with these keys), and ``image`` or ``images`` (a list of paths). A row may have neither. The order in the prompt is that
-of the marks ``<video>`` and ``<image>`` in the query and the options. Without marks, videos come before images.
+A row has ``video`` (with ``duration_s``, ``clip`` and ``image_fps``) or ``videos`` (a list of paths, or of objects with
+these keys), and ``image`` or ``images`` (a list of paths). A row may have neither. The order in the prompt is that of
+the marks ``<video>`` and ``<image>`` in the query and the options. Without marks, videos come before images.
 """
 
 from __future__ import annotations
@@ -13,17 +12,60 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vcr1.data.paths import is_remote
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import UnknownTaskError, find_task, task_of
 from megatron_vcr1.tasks.row_fields import RowError, interval, items, number, shown, text
 from megatron_vcr1.types import Image, Medium, Sample, Video, marked_kinds
 
-_REQUIRED_KEYS = ("id", "task", "target")
+
+@dataclass(frozen=True, slots=True)
+class RowKey:
+    """A key of a row and its description for the documentation.
+
+    Attributes:
+        form: form of the value.
+        required: "yes", or for which rows the key is required.
+        meaning: meaning of the value.
+    """
+
+    name: str
+    form: str
+    required: str
+    meaning: str
+
+
+KEYS = (
+    RowKey("id", "text", "yes", "unique in the file; names the sample in reports, logs and errors"),
+    RowKey("task", "text", "yes", "the name of a task below, or of your own"),
+    RowKey("target", "object", "yes", "the ground truth; its keys depend on the task"),
+    RowKey(
+        "video",
+        "path, URL, or list of image paths",
+        "for most tasks",
+        "a video file, a folder of frame images, or the frames themselves; a relative path is relative to the "
+        "manifest's folder",
+    ),
+    RowKey("duration_s", "number or null", "no", "duration of the video in seconds (of its clip, if there is one)"),
+    RowKey(
+        "clip", "`[start_s, end_s]`", "no", "the part of the video to use; times in the target count from its start"
+    ),
+    RowKey("image_fps", "number", "no", "frames per second of a folder of images"),
+    RowKey("videos", "list", "no", "several videos, each a path or an object with the four keys above"),
+    RowKey("image", "path or URL", "no", "an image"),
+    RowKey("images", "list of paths or URLs", "no", "several images"),
+    RowKey("query", "text", "for most tasks", "the event, object, question or instruction"),
+    RowKey("options", "list of texts", "for multiple choice", "the options, without letters"),
+    RowKey("category", "text", "no", "results are also reported per category"),
+    RowKey("thinking", "text", "no", "a reasoning text for supervised fine-tuning with thinking"),
+)
+_REQUIRED_KEYS = tuple(key.name for key in KEYS if key.required == "yes")
+_KNOWN_KEYS = tuple(key.name for key in KEYS)
 _VIDEO_KEYS = ("video", "duration_s", "clip", "image_fps")
-_OPTIONAL_KEYS = (*_VIDEO_KEYS, "videos", "image", "images", "query", "options", "category", "thinking")
 
 
 def sample_from_row(row: object, folder: Path | None = None) -> Sample:
@@ -41,7 +83,7 @@ def sample_from_row(row: object, folder: Path | None = None) -> Sample:
     for key in _REQUIRED_KEYS:
         if key not in row:
             raise RowError(f"key {key!r} is missing; add it")
-    _check_known(row, "", _REQUIRED_KEYS + _OPTIONAL_KEYS)
+    _check_known(row, "", _KNOWN_KEYS)
     try:
         task = find_task(text(row["task"], "task"))
     except UnknownTaskError as error:
@@ -57,7 +99,7 @@ def sample_from_row(row: object, folder: Path | None = None) -> Sample:
             category=text(row.get("category", ""), "category"),
             thinking=text(row.get("thinking", ""), "thinking"),
         )
-    except RowError:
+    except (RowError, UserError):
         raise
     except ValueError as error:  # a check of Sample, of its media or of its target
         raise RowError(f"{error}; correct the row") from error

@@ -19,7 +19,10 @@ from megatron_vcr1.tasks import (
     ChoiceTarget,
     GroundedChoiceTarget,
     GroundingTarget,
+    NumberMetric,
+    NumberTarget,
     QualityTarget,
+    TextTarget,
     TrackingTarget,
 )
 from megatron_vcr1.types import NUM_TRACKED_FRAMES, OPTION_LETTERS, Box, Interval, Sample, Target, Video
@@ -151,9 +154,11 @@ class Recipe:
 def random_scene(split: str, index: int, *, seed: int, task: str, video_format: VideoFormat) -> Scene:
     """Generate scene number `index` of a split.
 
-    Args:
-        task: a key of RECIPES.
+    Raises:
+        UserError: there is no recipe for the task.
     """
+    if task not in RECIPES:
+        raise UserError(f"task {task}: there are no synthetic videos for it, only for {', '.join(RECIPES)}")
     random, recipe = Random(f"{seed}/{split}/{index}"), RECIPES[task]
     looks = _random_looks(random, recipe.num_queried, unseen=split == "unseen_pairs")
     event_s = _LONG_EVENT_S if split == "longer_events" else _EVENT_S
@@ -214,6 +219,17 @@ def _quality_prompt(scene: Scene) -> Prompt:
     return query, (), QualityTarget(QUALITY_LABELS[not scene.low_quality])
 
 
+def _duration_prompt(scene: Scene) -> Prompt:
+    queried = scene.objects[0]
+    target = NumberTarget(queried.interval(scene.format.fps).duration_s, NumberMetric.MEAN_RELATIVE_ACCURACY)
+    return f"For how many seconds is the {queried.name} visible?", (), target
+
+
+def _name_prompt(scene: Scene) -> Prompt:
+    queried = scene.objects[0]
+    return f"Which colour does the {queried.shape} have?", (), TextTarget(queried.colour)
+
+
 RECIPES = {
     "temporal_grounding": Recipe(_grounding_prompt),
     "tracking": Recipe(_tracking_prompt, always_visible=True),
@@ -221,8 +237,13 @@ RECIPES = {
     "multiple_choice_qa": Recipe(_colour_prompt),
     "captioning": Recipe(_caption_prompt, num_queried=_NUM_OBJECTS),
     "quality": Recipe(_quality_prompt, may_be_coarse=True),
+    "numeric": Recipe(_duration_prompt),
+    "free_form": Recipe(_name_prompt),
 }
 """The recipe of each task that has synthetic videos."""
+
+PAPER_TASKS = tuple(RECIPES)[:6]
+"""The tasks of VideoChat-R1, of which synthetic data consists unless other tasks are named."""
 
 
 def _events(scene: Scene) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from megatron_vcr1.data.manifest import write_manifest
 from megatron_vcr1.data.scenes import (
     BAR_HEIGHT,
     COLOURS,
-    RECIPES,
+    PAPER_TASKS,
     SPLITS,
     Scene,
     VideoFormat,
@@ -34,7 +34,7 @@ def synthesize(
     num_test_videos: int,
     seed: int,
     video_format: VideoFormat | None = None,
-    tasks: Sequence[str] = tuple(RECIPES),
+    tasks: Sequence[str] = PAPER_TASKS,
 ) -> Iterator[Path]:
     """Write `videos/SPLIT/*.mp4` and a manifest `SPLIT.jsonl` for every split; yield each video as it is written.
 

@@ -22,6 +22,7 @@ from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.rewards.scoring import NOT_JUDGED
 from megatron_vcr1.tasks import SampleMetrics, task_of, with_lenient
 from megatron_vcr1.types import FinishReason, Sample
+from megatron_vcr1.user_modules import call_user_code
 
 _CAPTIONS_PER_CALL = 64
 _NO_OUTPUT = "no output"
@@ -164,8 +165,10 @@ def _write(path: Path, text: str) -> None:
 
 def _metrics(sample: Sample, prediction: Prediction) -> SampleMetrics:
     task, output = task_of(sample), prediction.output or ""
-    lenient = task.lenient_metrics(sample, output, prediction.frame_size)
-    metrics = with_lenient(task.metrics(sample, output), lenient)
+    metrics = call_user_code(
+        lambda: with_lenient(task.metrics(sample, output), task.lenient_metrics(sample, output, prediction.frame_size)),
+        f"sample {sample.id}: the metrics of task {task.name}",
+    )
     if prediction.output is not None:
         return metrics
     return SampleMetrics(metrics.values, dict.fromkeys(metrics.reasons, _NO_OUTPUT))

@@ -64,13 +64,18 @@ _PUBLISHED = (
         "dream1k", "captioning", "AutoDQ's F1, recall, precision, by a judge", "dream1k", mean_of_categories=True
     ),
 )
-_BY_TASK = tuple(Benchmark(task, task, f"the {task} samples of any manifest") for task in task_names())
-
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (*_PUBLISHED, *_BY_TASK)}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _PUBLISHED}
+"""The published benchmarks by name. The name of a task is a benchmark, too: see `find_benchmark`."""
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return a benchmark by its name. Raises UserError for an unknown name."""
-    if name not in BENCHMARKS:
-        raise UserError(f"{name}: no such benchmark; there are {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
+    """Return the published benchmark of a name, or the benchmark that consists of the samples of a task.
+
+    Raises:
+        UserError: there is no such benchmark and no such task.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    if name in task_names():
+        return Benchmark(name, name, f"the {name} samples of any manifest")
+    raise UserError(f"{name}: no such benchmark; there are {', '.join((*BENCHMARKS, *task_names()))}")

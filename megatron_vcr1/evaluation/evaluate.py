@@ -51,6 +51,7 @@ from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.tasks import load_tasks
 from megatron_vcr1.text_files import read_json, require_object
 from megatron_vcr1.types import Sample
 
@@ -72,6 +73,7 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
             belongs to the training of another model, or if a folder holds predictions for other settings.
     """
     check_run_dir(config.train.run_dir, config.model.path)
+    load_tasks(config.data.tasks, config.data.python_path)
     if not config.evaluate.benchmarks:
         raise UserError("evaluate.benchmarks: nothing to evaluate; add a table [[evaluate.benchmarks]]")
     jobs = read_jobs(config.evaluate.benchmarks, config.train.run_dir / "evaluation", key="evaluate.benchmarks")

@@ -12,7 +12,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.templates import DEFAULT_TEMPLATES, template_file
 from megatron_vcr1.errors import UserError
 
-_NOT_READING = {"sources", "thinking", "templates", "num_workers", "video_cache_mb"}
+_NOT_READING = {"sources", "thinking", "templates", "num_workers", "video_cache_mb", "tasks", "python_path"}
 """Keys of [data] that do not change how a video is read."""
 
 

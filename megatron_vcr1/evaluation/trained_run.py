@@ -12,6 +12,7 @@ from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.tasks import load_tasks
 from megatron_vcr1.text_files import read_json
 
 
@@ -47,7 +48,9 @@ def open_run(path: Path) -> TrainedRun:
         model = step_dir(path / "checkpoints", steps[-1])
     else:
         raise UserError(f"--run {path}: the run has neither an export nor a checkpoint yet")
-    return TrainedRun(path, load_config(settings), model)
+    config = load_config(settings)
+    load_tasks(config.data.tasks, config.data.python_path)
+    return TrainedRun(path, config, model)
 
 
 def _export(path: Path) -> tuple[int, Path] | None:

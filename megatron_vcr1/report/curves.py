@@ -106,7 +106,8 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
     run.
     """
     keys = list(dict.fromkeys(key for run in runs for key in run.metrics.columns))
-    note = "The parts add up to the total, which GRPO maximizes." if len(runs) == 1 else ""
+    weighted = "parts, with their weights (rewards.weights)," if runs[0].setting("rewards", "weights") else "parts"
+    note = f"The {weighted} add up to the total, which GRPO maximizes." if len(runs) == 1 else ""
     validation = (
         "Validation",
         "Benchmarks on held-out samples during training, with greedy decoding; step 0 is the initial model. A reward "

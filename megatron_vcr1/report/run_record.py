@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.tasks import load_tasks
 from megatron_vcr1.text_files import parse_json, parse_toml, read_lines, read_text
 
 _LAST_STEP = 2**53  # larger numbers in a damaged file do not fit into the columns
@@ -123,10 +124,12 @@ def read_run(path: Path) -> RunRecord:
         raise UserError(f"{path}: no such folder; give the folder of a run (train.run_dir)")
     problems: list[str] = []
     config_text = _read_text(path / "config.toml", problems)
+    config = _parsed(config_text, parse_toml, "config.toml", problems)
+    _load_tasks(config, problems)
     record = RunRecord(
         path=path,
         name=path.resolve().name,
-        config=_parsed(config_text, parse_toml, "config.toml", problems),
+        config=config,
         config_text=config_text,
         starts=tuple(read_json_lines(path / "starts.jsonl", problems)),
         metrics=read_metrics(path / "metrics.jsonl", problems),
@@ -142,6 +145,19 @@ def read_run(path: Path) -> RunRecord:
             "(train.run_dir) after its first step"
         )
     return record
+
+
+def _load_tasks(config: Mapping[str, Any], problems: list[str]) -> None:
+    """Import the modules of the user's tasks that the settings of the run name."""
+    data = config.get("data")
+    modules = data.get("tasks") if isinstance(data, dict) else None
+    if not isinstance(modules, list) or not isinstance(data, dict):
+        return
+    folder = data.get("python_path")
+    try:
+        load_tasks(map(str, modules), Path(folder) if isinstance(folder, str) else None)
+    except UserError as error:
+        problems.append(str(error))
 
 
 def read_json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:

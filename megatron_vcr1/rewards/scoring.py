@@ -23,12 +23,14 @@ class RewardBreakdown:
         parts: value in [0, 1] of each part that the task has, the format first; None if it was not judged.
         reasons: the reason for each part that is 0 or was not judged, by name of the part. There is a small set of
             reasons, so that they can be counted.
-        extra: values of user-defined rewards by name; set with `dataclasses.replace`.
+        extra: values of user-defined rewards and penalties that the task does not have, by name.
+        weights: weight of each part in the total, by name; a part that is not named has weight 1.
     """
 
     parts: Mapping[str, float | None]
     reasons: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def format(self) -> float:
@@ -52,13 +54,14 @@ class RewardBreakdown:
 
     @property
     def total(self) -> float | None:
-        """The unweighted sum of the parts; None if a part was not judged: a missing reward is not a low reward."""
+        """The weighted sum of the parts; None if a part was not judged: a missing reward is not a low reward."""
         if None in self.parts.values():
             return None
-        return sum(part for part in (*self.parts.values(), *self.extra.values()) if part is not None)
+        values = {**self.parts, **self.extra}
+        return sum(self.weights.get(name, 1.0) * value for name, value in values.items() if value is not None)
 
 
-def score(sample: Sample, completion: str, *, thinking: bool, recall: float | None = None) -> RewardBreakdown:
+def score(sample: Sample, completion: str, *, thinking: bool, judged: float | None = None) -> RewardBreakdown:
     """Compute the reward of a completion, which may be any text. A part that cannot be parsed is 0, with a reason.
 
     Intended differences from the paper or its published code:
@@ -84,17 +87,17 @@ def score(sample: Sample, completion: str, *, thinking: bool, recall: float | No
         sample: the sample; its task defines the parts.
         completion: text of the response.
         thinking: whether the prompt asked for ``<think>``.
-        recall: event recall of a caption (`event_recall`). None means that it was not judged; the total is then None.
-            A completion without a caption has recall 0 in any case.
+        judged: for samples that need a judge, its value: the event recall of a caption (`event_recall`). None means
+            that there is no verdict; the total is then None. A completion without a caption has recall 0 in any case.
 
     Raises:
-        ValueError: `recall` is outside [0, 1], or is given for another task. No completion raises an error.
+        ValueError: `judged` is outside [0, 1], or is given for a sample without a judge. No completion raises an error.
     """
     task = sample.target.task
-    if recall is not None and not (task.needs_judge(sample) and 0 <= recall <= 1):
-        raise ValueError(f"recall must be a number in [0, 1], for judged tasks only; got {recall} for {task.name}")
+    if judged is not None and not (task.needs_judge(sample) and 0 <= judged <= 1):
+        raise ValueError(f"judged must be in [0, 1], for samples that need a judge only; got {judged} for {task.name}")
     fault = task.format_fault(sample, completion, thinking=thinking)
-    parts = {FORMAT: RewardPart(0.0 if fault else 1.0, fault), **task.reward_parts(sample, completion, recall)}
+    parts = {FORMAT: RewardPart(0.0 if fault else 1.0, fault), **task.reward_parts(sample, completion, judged)}
     return RewardBreakdown(
         {name: part.value for name, part in parts.items()},
         {name: part.reason for name, part in parts.items() if part.reason},

@@ -2,69 +2,80 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import Sample
+from megatron_vcr1.types import RewardPart, Sample
+from megatron_vcr1.user_modules import UserCodeError, call_user_code, import_user_module
 
-RewardFunction = Callable[[Sample, str], float]
+RewardFunction = Callable[[Sample, str], float | RewardPart]
 
 
-class UserRewardError(RuntimeError):
-    """Raised if a user's reward function fails. The message names the sample; the function's exception is the cause."""
+RESERVED_PARTS = ("total", "reasons", "extra", "overlong")
+"""Names that a user's part cannot have, because metrics and rollout files use them otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class UserReward:
-    """A user's reward function, and the name under which its values are reported: ``module:function``."""
+    """A user's reward function.
 
-    name: str
+    Attributes:
+        part: name of the part of the reward: the name of one of the task's parts, which the function replaces, or
+            another name, under which its values are added.
+        source: the function as the settings name it, ``module:function``.
+    """
+
+    part: str
+    source: str
     function: RewardFunction
 
-    def __call__(self, sample: Sample, completion: str) -> float:
+    def __call__(self, sample: Sample, completion: str) -> RewardPart:
         """Call the function. A failure ends the run, because scoring it as 0 would train the policy on a bug.
 
         Raises:
-            UserRewardError: the function raises, or does not return a finite number.
+            UserCodeError: the function raises an exception, or does not return a finite number.
         """
-        try:
-            value = float(self.function(sample, completion))
-        except Exception as error:
-            raise UserRewardError(f"sample {sample.id}: reward {self.name} raised {error!r}") from error
-        if not math.isfinite(value):
-            raise UserRewardError(f"sample {sample.id}: reward {self.name} returned {value}, not a finite number")
-        return value
+        where = f"sample {sample.id}: reward {self.source}"
+        part = call_user_code(lambda: _as_part(self.function(sample, completion)), where)
+        if part.value is None or not math.isfinite(part.value):
+            raise UserCodeError(f"{where} returned {part.value}, not a finite number")
+        return part
 
 
 def load_reward(name: str) -> UserReward:
-    """Load a reward function, which takes a sample and a completion and returns a number.
+    """Load a reward function, which takes a sample and a completion and returns a number or a `RewardPart`.
 
     Args:
-        name: ``module:function``; the module must be importable.
+        name: ``module:function``, or ``part=module:function`` to name the part of the reward. The module must be
+            importable.
 
     Raises:
         UserError: the name is malformed, the module cannot be imported or has no such function, or the function does
             not accept these arguments.
     """
-    module_name, _, function_name = name.partition(":")
-    if not (function_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
-        raise UserError(f"reward {name!r}: write it as module:function, for instance my_rewards:brevity")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise any error
+    part, equals, source = name.rpartition("=")
+    module_name, _, function_name = source.partition(":")
+    if (
+        not (function_name.isidentifier() and all(word.isidentifier() for word in module_name.split(".")))
+        or (equals and not part.strip().isidentifier())
+        or part.strip() in RESERVED_PARTS
+    ):
         raise UserError(
-            f"reward {name!r}: importing {module_name} raised {error!r}; "
-            "if the module was not found, install it or add its folder to PYTHONPATH"
-        ) from error
-    function = getattr(module, function_name, None)
+            f"reward {name!r}: write it as module:function or part=module:function, for instance my_rewards:brevity or "
+            f"iou=my_rewards:soft_iou (part must not be {' or '.join(RESERVED_PARTS)})"
+        )
+    function = getattr(import_user_module(module_name, f"reward {name!r}"), function_name, None)
     if not inspect.isfunction(function):
         raise UserError(f"reward {name!r}: the module has no function {function_name}; define it or correct the name")
     try:
         inspect.signature(function).bind("sample", "completion")
     except TypeError as error:
         raise UserError(f"reward {name!r}: it is called as {function_name}(sample, completion), but {error}") from error
-    return UserReward(name, function)
+    return UserReward(part.strip() or source, source, function)
+
+
+def _as_part(value: object) -> RewardPart:
+    return value if isinstance(value, RewardPart) else RewardPart(float(value))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,11 @@ class Task(ABC, Generic[T]):
     more_placeholders: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"the name of a task, {self.name!r}, is not a word of lower-case letters and digits")
+        owner = vars(self.target_type).get("task", self)
+        if owner.name != self.name:
+            raise TypeError(f"{self.target_type.__name__} belongs to the task {owner.name}; derive a class of its own")
         self.target_type.task = self
 
     # Samples and manifests

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from megatron_vcr1.rewards.answer_parsing import read_choice
+from megatron_vcr1.rewards.answer_parsing import read_answer, read_choice
 from megatron_vcr1.rewards.choices import parse_choice
 from megatron_vcr1.rewards.lenient import lenient_answer, leniently
 from megatron_vcr1.rewards.parsing import UnparsableError
@@ -54,6 +54,14 @@ def lenient_choice(sample: Sample, output: str) -> str:
     return leniently(
         lambda: read_choice(output, sample.options), lambda: parse_choice(lenient_answer(output), sample.options)
     )
+
+
+def with_tagged_answer(output: str) -> str:
+    """Return an output that holds the leniently read answer in ``<answer>``; the output itself if there is none."""
+    try:
+        return f"<answer>{leniently(lambda: read_answer(output), lambda: lenient_answer(output))}</answer>"
+    except UnparsableError:
+        return output
 
 
 def value_or_default(part: str, default: T, compute: Callable[[], T]) -> tuple[T, Mapping[str, str]]:

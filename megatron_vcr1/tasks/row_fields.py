@@ -1,6 +1,7 @@
 """Reading the values of manifest rows: each function takes a decoded JSON value and its key, which errors name.
 
-`TEXT`, `NUMBER` and the other constants are the forms of values in a task's target; `list_of` makes lists of them.
+`TEXT`, `NUMBER` and the other constants are the forms of values in a task's target; `list_of` and `choice_of` make
+further ones.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from megatron_vcr1.types import Box, Interval
 
 T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
 
 
 class RowError(ValueError):
@@ -42,7 +45,8 @@ class TargetField:
         key: the key, which is also the attribute of the target's dataclass.
         form: form of its value.
         meaning: meaning of its value, for the documentation.
-        required: whether a row must have the key. If it may be missing, the dataclass has a default.
+        required: whether a row must have the key. If it may be missing, the dataclass has a default; a value of None is
+            not written.
     """
 
     key: str
@@ -117,6 +121,17 @@ def list_of(form: JsonForm) -> JsonForm:
         lambda value, key: items(form.read, value, key),
         lambda values: [form.write(value) for value in values],
     )
+
+
+def choice_of(names: type[E]) -> JsonForm:
+    """Return the form of one of the values of an enumeration."""
+
+    def read(value: object, key: str) -> E:
+        if value not in list(names):
+            raise RowError(f"key {key!r}: {shown(value)} is not one of {', '.join(names)}")
+        return names(value)
+
+    return JsonForm(" or ".join(f'"{name}"' for name in names), read, str)
 
 
 def _numbers(value: object, key: str, names: str) -> tuple[float, ...]:

@@ -14,7 +14,8 @@ from megatron_vcr1.config.training_sections import TrainSection
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
-from megatron_vcr1.training.grpo.rewarding import Rewarder, judge_for_samples
+from megatron_vcr1.tasks import load_tasks
+from megatron_vcr1.training.grpo.rewarding import Rewarder, check_weights, judge_for_samples
 from megatron_vcr1.training.grpo.scoring import GroupScorer
 from megatron_vcr1.training.prompts import PromptStream
 from megatron_vcr1.training.settings_checks import (
@@ -72,6 +73,7 @@ def read_inputs(config: RunConfig, model_config: ModelConfig, *, num_ranks: int,
     num_replicas = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
     check_batch_size(config.train, config.grpo, num_replicas)
     check_profile_ranks(config.profile, num_ranks)
+    load_tasks(config.data.tasks, config.data.python_path)
     check_validation(config.validation, config.checkpoint)
     if config.train.stage == "grpo":
         check_grpo_settings(config.grpo, config.rollout, config.sglang)
@@ -95,9 +97,11 @@ def read_inputs(config: RunConfig, model_config: ModelConfig, *, num_ranks: int,
 
 
 def _build_scorer(config: RunConfig, stream: PromptStream, processor: PromptProcessor) -> GroupScorer:
+    check_weights(config.rewards, config.data.sources, stream.samples)
     rewarder = Rewarder(
         config.data.sources,
         judge_for_samples(config.judge, stream.samples, config.train.run_dir / "judge_cache"),
+        weights=config.rewards.weights,
         overlong_buffer_tokens=config.grpo.overlong_buffer_tokens,
         max_new_tokens=config.rollout.max_new_tokens,
     )

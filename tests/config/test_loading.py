@@ -148,7 +148,7 @@ def test_a_config_is_immutable(run_toml):
         config.parallel.tensor = 3
 
 
-PATH_SETTINGS = ("model.path", "train.run_dir", "data.templates", "judge.cache", "sglang.python")
+PATH_SETTINGS = ("model.path", "train.run_dir", "data.templates", "data.python_path", "judge.cache", "sglang.python")
 
 
 def test_every_path_setting_is_listed_here():

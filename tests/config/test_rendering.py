@@ -10,14 +10,18 @@ from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, RecomputeSection
 from megatron_vcr1.config.rendering import LINE_WIDTH, default_config, render_toml
 from megatron_vcr1.config.schema import RunConfig, entry_class
+from megatron_vcr1.config.training_sections import RewardsSection
 
 CUSTOM = RunConfig(
     model=ModelSection(path='mödels/a "quoted" \\ name', layer_spec="local", freeze=("vision_tower", "merger")),
     parallel=ParallelSection(tensor=2, pipeline=3, sequence_parallel=True, first_stage_layers=2),
     recompute=RecomputeSection(granularity="selective", modules=("mlp", "core_attn")),
     data=DataSection(
-        sources=(DataSource(manifest="a.jsonl", weight=0.5, rewards=("mine:f",)), DataSource(manifest="b"))
+        python_path="mine",
+        tasks=("mine.counting",),
+        sources=(DataSource(manifest="a.jsonl", weight=0.5, rewards=("mine:f",)), DataSource(manifest="b")),
     ),
+    rewards=RewardsSection(weights={"iou": 2.0, "mine:f": -0.5}),
     evaluate=EvaluateSection(benchmarks=(BenchmarkSource(name="charades_sta", manifest="t.jsonl"),)),
 )
 

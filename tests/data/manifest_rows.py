@@ -84,6 +84,22 @@ ROWS: list[dict[str, Any]] = [
         "target": {"choice": "A"},
         "options": ["<video>", "<image>"],
     },
+    {
+        "id": "numeric",
+        "task": "numeric",
+        "video": "f.mp4",
+        "duration_s": 8.0,
+        "query": "how many cups?",
+        "target": {"value": 4.0, "metric": "relative", "tolerance": 0.1},
+    },
+    {
+        "id": "free",
+        "task": "free_form",
+        "video": "g.mp4",
+        "duration_s": 8.0,
+        "query": "what does the sign say?",
+        "target": {"answer": "No entry", "metric": "exact"},
+    },
 ]
 
 

@@ -13,6 +13,8 @@ ANSWERS = {
     "multiple_choice_qa": "<answer>A</answer>",
     "captioning": "<answer>A dog barks.</answer>",
     "quality": "<answer>low quality</answer>",
+    "numeric": "<answer>12.5</answer>",
+    "free_form": "<answer>A dog barks.</answer>",
 }
 
 

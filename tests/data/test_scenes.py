@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vcr1.data.scenes import CORNERS, RECIPES, Scene, VideoFormat, random_scene, sample_of_scene
+from megatron_vcr1.data.scenes import CORNERS, PAPER_TASKS, Scene, VideoFormat, random_scene, sample_of_scene
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import CaptionTarget, ChoiceTarget, GroundedChoiceTarget, GroundingTarget
 
@@ -27,7 +27,7 @@ def test_events_have_the_documented_lengths() -> None:
 
 def test_unseen_pairs_occur_in_no_other_split() -> None:
     def pairs(split: str) -> set[str]:
-        queried = {scene.objects[0].name for task in RECIPES for scene in scenes(task, split, 200)}
+        queried = {scene.objects[0].name for task in PAPER_TASKS for scene in scenes(task, split, 200)}
         return queried | {moving.name for scene in scenes("captioning", split, 200) for moving in scene.objects}
 
     unseen = pairs("unseen_pairs")

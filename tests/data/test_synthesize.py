@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_vcr1.data.manifest import read_manifest
-from megatron_vcr1.data.scenes import COLOURS, RECIPES, SHAPES, Scene, VideoFormat, random_scene, sample_of_scene
+from megatron_vcr1.data.scenes import COLOURS, PAPER_TASKS, SHAPES, Scene, VideoFormat, random_scene, sample_of_scene
 from megatron_vcr1.data.synthesize import SPLITS, render_frames, synthesize
 from megatron_vcr1.data.video import read_frames
 from megatron_vcr1.tasks import QualityTarget, TrackingTarget
@@ -43,7 +43,7 @@ def test_manifests_contain_all_tasks_and_name_existing_videos(folder: Path) -> N
     for split in SPLITS:
         samples = read_manifest(folder / f"{split}.jsonl")
         assert len(samples) == (24 if split == "train" else 6)
-        assert {sample.task for sample in samples} == set(RECIPES)
+        assert {sample.task for sample in samples} == set(PAPER_TASKS)
         for sample in samples:
             assert sample.duration_s == 12.0
             assert isinstance(sample.media[0].path, str) and Path(sample.media[0].path).is_file()
@@ -72,7 +72,7 @@ from megatron_vcr1.data.synthesize import render_frames, write_video
 from megatron_vcr1.tasks import task_names
 path = pathlib.Path(sys.argv[1])
 for index in range(18):
-    scene = random_scene("train", index, seed=3, task=list(RECIPES)[index % 6], video_format=VideoFormat())
+    scene = random_scene("train", index, seed=3, task=PAPER_TASKS[index % 6], video_format=VideoFormat())
     frames = render_frames(scene, 3)
     for _ in range(4):
         write_video(path, frames, 2)
@@ -93,7 +93,7 @@ def test_the_encoder_does_not_depend_on_uninitialized_memory(tmp_path: Path) -> 
 
 def test_decoded_frames_equal_the_rendered_frames(folder: Path) -> None:
     for index in range(24):
-        scene = random_scene("train", index, seed=3, task=list(RECIPES)[index % 6], video_format=FORMAT)
+        scene = random_scene("train", index, seed=3, task=PAPER_TASKS[index % 6], video_format=FORMAT)
         drawn = render_frames(scene, seed=3)
         video = read_frames(folder / f"videos/train/{index:06d}.mp4", factor=16, min_pixels=64 * 64)
         assert video.frames.shape == (24, 64, 64, 3) and video.duration_s == 12.0

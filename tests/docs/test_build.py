@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -23,13 +24,11 @@ def test_sphinx_builds_without_warnings(tmp_path: Path) -> None:
     assert "linear_grpo_loss" in reference and "read_manifest" in reference
 
 
-def test_the_configuration_page_is_up_to_date() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        from generate_configuration import PAGE, render
-    finally:
-        sys.path.pop(0)
-    assert PAGE.read_text(encoding="utf-8") == render(), "run `python docs/generate_configuration.py`"
+@pytest.mark.parametrize("name", ["configuration", "manifests"])
+def test_a_generated_page_is_up_to_date(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    generator = importlib.import_module(f"generate_{name}")
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.render(), f"run `python docs/generate_{name}.py`"
 
 
 def test_the_page_of_gpus_is_what_the_planner_says() -> None:

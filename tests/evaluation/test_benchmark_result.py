@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_predictions, write_result
-from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
+from megatron_vcr1.evaluation.benchmarks import find_benchmark
 from megatron_vcr1.evaluation.predictions import Prediction
 from megatron_vcr1.judge import Judge
 from megatron_vcr1.judge.lexical import LexicalBackend
-from megatron_vcr1.types import Sample
+from megatron_vcr1.tasks import QualityTarget, TextMetric, TextTarget, find_task
+from megatron_vcr1.types import Sample, Video
+from megatron_vcr1.user_modules import UserCodeError
 from tests.evaluation.samples import captions, choices
 
 
@@ -20,7 +22,7 @@ def scored(name: str, samples: Sequence[Sample], *outputs: str | None, judge: Ju
         Prediction(sample.id, output, None if output is not None else "the video is damaged")
         for sample, output in zip(samples, outputs, strict=True)
     ]
-    return score_predictions(BENCHMARKS[name], samples, predictions, judge)
+    return score_predictions(find_benchmark(name), samples, predictions, judge)
 
 
 def test_answers_and_reasons_for_zeros_are_counted() -> None:
@@ -55,7 +57,7 @@ def test_a_caption_that_only_the_lenient_reading_reads_is_judged() -> None:
 
 def test_truncated_answers_are_counted() -> None:
     predictions = [Prediction("a", "A", finish_reason="stop"), Prediction("b", "A", finish_reason="length")]
-    result = score_predictions(BENCHMARKS["videomme"], choices("a", "b"), predictions, None)
+    result = score_predictions(find_benchmark("videomme"), choices("a", "b"), predictions, None)
     assert result.as_json()["num_truncated"] == 1
 
 
@@ -116,3 +118,23 @@ def test_the_files_of_a_result(tmp_path: Path) -> None:
     assert rows[0]["reference_events"] == [["A dog barks.", "entailment"], ["A cat runs.", "neutral"]]
     assert rows[1]["error"] == "the video is damaged"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["metrics.json", "new", "samples.jsonl"]
+
+
+def test_free_form_answers_are_compared_by_their_own_metric() -> None:
+    targets = (TextTarget("a red bicycle"), TextTarget("a red bicycle", TextMetric.JUDGE))
+    samples = [Sample(id, (Video(f"{id}.mp4"),), targets[id in "cde"], "what?") for id in "abcde"]
+    outputs = ("A red bicycle.", "It is red.", "It is a red bicycle.", "a car", None)
+    result = scored("free_form", samples, *outputs, judge=Judge(LexicalBackend()))
+    assert [values.values["accuracy"] for values in result.sample_metrics] == [1, 0, 1, 0, 0]
+    assert result.as_json()["zeros"] == {"accuracy": {"wrong answer": 2, "no output": 1}}
+    assert result.judge == LexicalBackend.name and set(result.verdicts) == {"c", "d"}
+
+
+def test_failing_metrics_name_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise KeyError("colour")
+
+    monkeypatch.setattr(type(find_task("quality")), "metrics", fails)
+    samples = [Sample("a7", (Video("a.mp4"),), QualityTarget("low"), "how?")]
+    with pytest.raises(UserCodeError, match=r"sample a7: the metrics of task quality(.|\n)*KeyError"):
+        scored("quality", samples, "low")

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from megatron_vcr1.evaluation.benchmarks import find_benchmark
 from megatron_vcr1.tasks import task_names
 from tests.evaluation.samples import captions, choices
 
 
 def test_a_benchmark_selects_its_samples() -> None:
     short, long = choices("a", category="short/OCR"), choices("b", category="long/OCR")
-    assert BENCHMARKS["videomme_short"].select([*long, *short, *captions("c")], "m.jsonl") == short
+    assert find_benchmark("videomme_short").select([*long, *short, *captions("c")], "m.jsonl") == short
     with pytest.raises(UserError, match=r"m\.jsonl: none of its 1 samples is for benchmark tracking, of tracking"):
         find_benchmark("tracking").select(long, "m.jsonl")
 

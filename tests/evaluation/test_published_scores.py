@@ -16,7 +16,7 @@ import pytest
 from megatron_vcr1.data.templates import load_templates, target_text
 from megatron_vcr1.evaluation.annotations import read_annotations
 from megatron_vcr1.evaluation.benchmark_result import needs_judge, score_predictions
-from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, Benchmark
+from megatron_vcr1.evaluation.benchmarks import Benchmark, find_benchmark
 from megatron_vcr1.evaluation.predictions import Prediction
 from megatron_vcr1.evaluation.summary import summarize
 from megatron_vcr1.tasks import (
@@ -35,7 +35,7 @@ Spans = list[tuple[float, float]]
 
 def metrics_of(name: str, samples: Sequence[Sample], outputs: Sequence[str]) -> dict[str, float]:
     predictions = [Prediction(sample.id, output) for sample, output in zip(samples, outputs, strict=True)]
-    summary = score_predictions(BENCHMARKS[name], samples, predictions, None).summary
+    summary = score_predictions(find_benchmark(name), samples, predictions, None).summary
     return {metric: estimate.value for metric, estimate in summary.metrics.items()}
 
 
@@ -138,7 +138,7 @@ def test_dream1k_averages_over_its_sources() -> None:
         for recall, precision in zip(recalls, precisions, strict=True):
             samples.append(sample(len(samples), CaptionTarget("A dog barks."), category=source))
             sample_metrics.append(find_task("captioning").judged_metrics(float(recall), float(precision)))
-    summary = summarize(BENCHMARKS["dream1k"], samples, sample_metrics)
+    summary = summarize(find_benchmark("dream1k"), samples, sample_metrics)
     expected = published.autodq_scores(
         {source: values[0] for source, values in sources.items()},
         {source: values[1] for source, values in sources.items()},
@@ -162,7 +162,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_target_texts_of_real_annotations_score_1(realdata: Path, name: str) -> None:
-    benchmark: Benchmark = BENCHMARKS[name]
+    benchmark: Benchmark = find_benchmark(name)
     files, num_published = REAL[name]
     samples = read_annotations(benchmark, [realdata / "annotations" / file for file in files])
     assert 0.99 * num_published <= len(samples) <= num_published

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
+from megatron_vcr1.evaluation.benchmarks import find_benchmark
 from megatron_vcr1.evaluation.summary import Estimate, Summary, summarize
 from megatron_vcr1.tasks import SampleMetrics
 from megatron_vcr1.types import Sample
@@ -13,7 +13,7 @@ from tests.evaluation.samples import captions, choices
 
 def summary_of(name: str, samples: Sequence[Sample], *accuracies: float) -> Summary:
     metrics = [SampleMetrics({"accuracy": value}, {} if value else {"accuracy": "wrong"}) for value in accuracies]
-    return summarize(BENCHMARKS[name], samples, metrics)
+    return summarize(find_benchmark(name), samples, metrics)
 
 
 def test_a_category_also_counts_in_the_category_above_it() -> None:
@@ -51,7 +51,7 @@ def test_f1_is_computed_from_the_means_and_samples_without_verdict_are_left_out(
         SampleMetrics({"recall": 0.0, "precision": 0.0}),
         SampleMetrics({}, {"recall": "not judged"}),
     ]
-    summary = summarize(BENCHMARKS["captioning"], captions("a", "b", "c"), metrics)
+    summary = summarize(find_benchmark("captioning"), captions("a", "b", "c"), metrics)
     assert summary.metrics["F1"].value == pytest.approx(2 * 0.5 * 0.25 / 0.75)
     assert (summary.num_samples, summary.num_unjudged, summary.zeros) == (3, 1, {})
-    assert summarize(BENCHMARKS["captioning"], captions("c"), metrics[2:]).metrics == {}
+    assert summarize(find_benchmark("captioning"), captions("c"), metrics[2:]).metrics == {}

@@ -82,7 +82,7 @@ def rollout_group(sample: Sample, step: int, random: Random) -> dict[str, object
     texts = [f"<think>I look at the frames.</think>{answer}" for answer in (right_answer(sample), wrong_answer(sample))]
     responses = []
     for text in (*texts, "<think>I am not sure, it may be"):
-        reward = score(sample, text, thinking=True, recall=0.5 if sample.task == "captioning" else None)
+        reward = score(sample, text, thinking=True, judged=0.5 if sample.task == "captioning" else None)
         responses.append(
             {
                 "text": text,

@@ -130,3 +130,9 @@ def test_files_with_a_byte_order_mark_are_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('\ufeff{"step": 1}\n', encoding="utf-8")
     (tmp_path / "config.toml").write_text("\ufeff[train]\nseed = 3\n", encoding="utf-8")
     assert read_run(tmp_path).setting("train", "seed") == 3
+
+
+def test_a_missing_module_of_a_task_is_reported(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
+    (tmp_path / "config.toml").write_text('[data]\ntasks = ["absent_task"]\n')
+    assert "there is no module absent_task" in " ".join(read_run(tmp_path).problems)

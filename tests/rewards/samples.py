@@ -13,7 +13,10 @@ from megatron_vcr1.tasks import (
     ChoiceTarget,
     GroundedChoiceTarget,
     GroundingTarget,
+    NumberMetric,
+    NumberTarget,
     QualityTarget,
+    TextTarget,
     TrackingTarget,
 )
 from megatron_vcr1.types import Box, Interval, Sample, Target, Video
@@ -26,6 +29,8 @@ TARGETS: dict[str, Target] = {
     "multiple_choice_qa": ChoiceTarget("A"),
     "captioning": CaptionTarget("A dog barks."),
     "quality": QualityTarget("low quality"),
+    "numeric": NumberTarget(12.5, NumberMetric.RELATIVE),
+    "free_form": TextTarget("A dog barks."),
 }
 
 

@@ -20,6 +20,8 @@ PARTS = {
     "multiple_choice_qa": {"format", "accuracy"},
     "captioning": {"format", "recall"},
     "quality": {"format", "accuracy"},
+    "numeric": {"format", "accuracy"},
+    "free_form": {"format", "accuracy"},
 }
 
 
@@ -29,8 +31,8 @@ def test_the_sft_target_earns_the_full_reward(task: str, thinking: bool) -> None
     completion = "<think>It <timestep>1 to 2</timestep> is.</think>\n" * thinking + target_text(
         sample(task), load_templates()
     )
-    recall = 1.0 if task == "captioning" else None
-    breakdown = score(sample(task), completion, thinking=thinking, recall=recall)
+    judged = 1.0 if task == "captioning" else None
+    breakdown = score(sample(task), completion, thinking=thinking, judged=judged)
     assert parts_of(breakdown) == dict.fromkeys(PARTS[task], 1.0)
     assert breakdown.total == len(PARTS[task])
     assert breakdown.reasons == {}
@@ -45,10 +47,10 @@ def test_the_example_in_the_prompt_earns_the_format_reward(task: str, thinking: 
     assert score(sample(task), example, thinking=thinking).format == 1
 
 
-@pytest.mark.parametrize("task, recall", [("captioning", 1.5), ("captioning", math.nan), ("quality", 0.5)])
-def test_an_invalid_recall_is_refused(task: str, recall: float) -> None:
-    with pytest.raises(ValueError, match=r"recall must be a number in \[0, 1\]"):
-        score(sample(task), "<answer>x</answer>", thinking=False, recall=recall)
+@pytest.mark.parametrize("task, judged", [("captioning", 1.5), ("captioning", math.nan), ("quality", 0.5)])
+def test_an_invalid_verdict_is_refused(task: str, judged: float) -> None:
+    with pytest.raises(ValueError, match=r"judged must be in \[0, 1\]"):
+        score(sample(task), "<answer>x</answer>", thinking=False, judged=judged)
 
 
 def test_rewards_need_no_torch() -> None:
@@ -65,7 +67,7 @@ def test_user_rewards_add_to_the_total() -> None:
 def check_reward(task: str, completion: str) -> None:
     """Check that a reward is in range and complete, and has a reason for each zero and for nothing else."""
     for thinking in (False, True):
-        breakdown = score(sample(task), completion, thinking=thinking, recall=0.5 if task == "captioning" else None)
+        breakdown = score(sample(task), completion, thinking=thinking, judged=0.5 if task == "captioning" else None)
         parts = parts_of(breakdown)
         assert set(parts) == PARTS[task]
         assert all(0 <= value <= 1 for value in parts.values())

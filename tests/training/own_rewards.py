@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_vcr1.types import Sample
+from megatron_vcr1.types import RewardPart, Sample
 
 
 def variety(sample: Sample, completion: str) -> float:
@@ -28,3 +28,9 @@ def starts_early(sample: Sample, completion: str) -> float:
 def raises(sample: Sample, completion: str) -> float:
     """Raise, like a user reward with a bug."""
     raise KeyError(sample.id)
+
+
+def half_right(sample: Sample, completion: str) -> RewardPart:
+    """Replaces the accuracy: half a reward for half of the label."""
+    is_half = sample.target.label.split()[0] in completion
+    return RewardPart(0.5) if is_half else RewardPart(0.0, "not even half right")

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.scenes import RECIPES
+from megatron_vcr1.data.scenes import PAPER_TASKS
 from megatron_vcr1.training.train import train
 from tests.training import workspace
 
@@ -26,7 +26,7 @@ SAME_STEP += ("sft_multiple_choice_qa", "sft_quality")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with samples of all tasks in one manifest, each with some reasoning."""
-    folder = workspace.create(tmp_path_factory.mktemp("examples"), tasks=list(RECIPES), num_videos=6)
+    folder = workspace.create(tmp_path_factory.mktemp("examples"), tasks=list(PAPER_TASKS), num_videos=6)
     manifest = folder / "data" / "train.jsonl"
     manifest.write_text(manifest.read_text().replace('{"id"', '{"thinking": "so it is", "id"'))
     return folder
@@ -53,7 +53,7 @@ def _shrink(config: RunConfig, folder: Path, run_dir: Path) -> RunConfig:
 
 def test_every_task_and_method_has_an_example() -> None:
     names = {path.stem for path in EXAMPLES}
-    assert names >= {f"grpo_{task}" for task in RECIPES}
+    assert names >= {f"grpo_{task}" for task in PAPER_TASKS}
     assert names >= {
         "grpo_joint",
         "grpo_joint_thinking",

@@ -1,25 +1,39 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_vcr1.config.data_sections import DataSource
 from megatron_vcr1.config.evaluation_sections import JudgeSection
+from megatron_vcr1.config.training_sections import RewardsSection
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.judge import Judge
-from megatron_vcr1.training.grpo.rewarding import Response, Rewarder, judge_for_samples
+from megatron_vcr1.tasks import find_task
+from megatron_vcr1.training.grpo.rewarding import Response, Rewarder, check_weights, judge_for_samples
 from megatron_vcr1.types import FinishReason, Rollout
+from megatron_vcr1.user_modules import UserCodeError
 from tests.rewards.samples import sample
 
 
-def _rewarder(rewards: Sequence[str] = (), judge: Judge | None = None, overlong_buffer_tokens: int = 0) -> Rewarder:
+def _rewarder(
+    rewards: Sequence[str] = (),
+    judge: Judge | None = None,
+    overlong_buffer_tokens: int = 0,
+    weights: Mapping[str, float] | None = None,
+) -> Rewarder:
     sources = [
         DataSource.model_validate({"manifest": "a.jsonl", "thinking": False, "rewards": list(rewards)}),
         DataSource.model_validate({"manifest": "b.jsonl"}),
     ]
-    return Rewarder(sources, judge, overlong_buffer_tokens=overlong_buffer_tokens, max_new_tokens=20)
+    return Rewarder(
+        sources,
+        judge,
+        weights=weights or {},
+        overlong_buffer_tokens=overlong_buffer_tokens,
+        max_new_tokens=20,
+    )
 
 
 def _response(task: str, text: str, *, source: int = 0, num_tokens: int = 5) -> Response:
@@ -74,3 +88,35 @@ def test_overlong_responses_lose_reward() -> None:
 def test_missing_user_reward_is_a_user_error() -> None:
     with pytest.raises(UserError, match="has no function nothing"):
         _rewarder(["tests.training.own_rewards:nothing"])
+
+
+def test_a_user_reward_replaces_a_part_with_its_reasons_and_weights_apply_to_the_total() -> None:
+    name = "accuracy=tests.training.own_rewards:half_right"
+    weights = {"format": 0.5, "accuracy": 4.0, "overlong": 2.0}
+    rewarder = _rewarder([name], overlong_buffer_tokens=10, weights=weights)
+    half, none = rewarder.rewards(
+        [_response("quality", text, num_tokens=15) for text in ("<answer>low</answer>", "<answer>high</answer>")]
+    )
+    assert half.parts == {"format": 1.0, "accuracy": 0.5} and half.reasons == {}
+    assert half.total == 0.5 * 1 + 4 * 0.5 - 2 * 0.5
+    assert none.parts == {"format": 1.0, "accuracy": 0.0} and none.reasons == {"accuracy": "not even half right"}
+
+
+def test_a_weight_of_an_unknown_part_is_a_user_error() -> None:
+    sources = [DataSource.model_validate({"manifest": "a.jsonl", "rewards": ["tests.training.own_rewards:letters"]})]
+    samples = [[sample("quality"), sample("captioning")]]
+    known = ("format", "overlong", "accuracy", "recall", "tests.training.own_rewards:letters")
+    check_weights(RewardsSection(weights=dict.fromkeys(known, 2.0)), sources, samples)
+    with pytest.raises(UserError, match="no reward of the run has a part 'iou'; the parts are format, overlong, acc"):
+        check_weights(RewardsSection(weights={"iou": 2.0}), sources, samples)
+
+
+def test_a_failing_task_ends_the_run_with_its_traceback_and_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise KeyError("colour")
+
+    monkeypatch.setattr(type(find_task("quality")), "reward_parts", fails)
+    with pytest.raises(
+        UserCodeError, match=r"sample clip-7: the reward of task quality(.|\n)*Traceback(.|\n)*KeyError"
+    ):
+        _rewarder().rewards([_response("quality", "x")])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_vcr1.config.model_sections import ParallelSection
-from megatron_vcr1.data.scenes import RECIPES
+from megatron_vcr1.data.scenes import PAPER_TASKS
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.grpo.batch import split_into_minibatches
 from megatron_vcr1.training.metrics import Metrics
@@ -184,13 +184,13 @@ def test_policy_learns_to_write_letters(folder: Path) -> None:
 
 
 def test_all_tasks_train_together_with_metrics_of_their_own(tmp_path: Path) -> None:
-    workspace.create(tmp_path, tasks=list(RECIPES), num_videos=8)
+    workspace.create(tmp_path, tasks=list(PAPER_TASKS), num_videos=8)
     run_dir = tmp_path / "all"
     run = config(tmp_path, train={"stage": "grpo", "run_dir": run_dir, "num_steps": 2, "prompts_per_step": 12})
     assert train(run) == 0
     rows = [json.loads(line) for file in (run_dir / "rollouts").iterdir() for line in file.read_text().splitlines()]
-    assert {row["sample"]["task"] for row in rows} == set(RECIPES)
+    assert {row["sample"]["task"] for row in rows} == set(PAPER_TASKS)
     seen = {name for row in workspace.metrics(run_dir) for name in row}
-    for task in RECIPES:
+    for task in PAPER_TASKS:
         assert {f"reward/{task}/total", f"reward/{task}/format", f"reward/{task}/{VARIETY}"} <= seen
     assert "zero_rewards/grounded_qa/accuracy/no <answer>" in seen
