@@ -26,7 +26,7 @@ def blocks_fault(completion: str, tags: Sequence[str]) -> str | None:
         content, closing, rest = rest.removeprefix(opening).partition(f"</{tag}>")
         if not closing:
             return f"{opening} not closed"
-        refused = {"think"} if tag == "think" else {"think", *tags}
+        refused = ("think",) if tag == "think" else ("think", "answer", "glue", *tags)
         if within := re.search(f"</?(?:{'|'.join(refused)})>", content):
             return f"{within[0]} inside {opening}"
         rest = rest.lstrip()
