@@ -21,6 +21,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -80,7 +81,7 @@ def _count_sync() -> None:
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         passes_on = path == Path(__file__) or frame.f_code.co_name == "__torch_function__"
-        if path.is_relative_to(_ROOT) and ".venv" not in path.parts and not passes_on:
+        if path.is_relative_to(_ROOT) and "site-packages" not in path.parts and not passes_on:
             host_syncs[f"{path.relative_to(_ROOT)}:{frame.f_lineno}"] += 1
             return
         frame = frame.f_back
@@ -216,7 +217,7 @@ def _emulate_cuda() -> None:
     cuda = torch.cuda
     answers: dict[str, Any] = dict(is_available=True, current_device=0, device_count=1, max_memory_allocated=0)
     answers |= dict(set_device=None, synchronize=None, empty_cache=None, reset_peak_memory_stats=None)
-    answers |= dict(get_device_name="an emulated GPU")
+    answers |= dict(get_device_name="an emulated GPU", current_stream=mock.Mock())
     for name, answer in answers.items():
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
     cuda._initialized = True
