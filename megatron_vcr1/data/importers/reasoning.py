@@ -17,13 +17,17 @@ from megatron_vcr1.errors import UserError
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_ASCII_WORD = re.compile(r"[A-Za-z0-9]")
 _LETTER = re.compile(r"\(?([A-G])\b")
 
 
 def read_video_r1(annotations: tuple[Path, ...]) -> Iterator[Row | Issue | MalformedRow]:
     """Read Video-R1-260k or Video-R1-COT-165k: rows of ``problem``, ``problem_type``, ``options`` and ``solution``.
 
-    The reasoning of the second file (``process``) becomes the row's reasoning for SFT. Only multiple choice is read.
+    The reasoning of the second file (``process``) becomes the row's reasoning for SFT. Numerical answers are right if
+    they agree to two decimals, as in Video-R1. Its graded rewards have close relatives here: mean relative accuracy for
+    1 - relative error (regression), and ROUGE-L for the mean of ROUGE-1, -2 and -L (free-form) and for 1 - word error
+    rate (OCR). Answers without words of ASCII letters, which ROUGE cannot compare, must be equal.
     """
     for path in annotations:
         rows: Iterator[Row | Issue | MalformedRow] = convert_rows(
@@ -52,10 +56,24 @@ def _video_r1_row(entry: Row) -> Row | Issue:
 
 def _video_r1_target(kind: str, entry: Row) -> Row | None:
     """Return task, target and options of a problem; None if its type has no task."""
-    if kind != "multiple choice":
-        return None
-    choice = _letter(_inside(_ANSWER, entry["solution"]))
-    return {"task": "multiple_choice_qa", "options": without_labels(entry["options"]), "target": {"choice": choice}}
+    answer = _inside(_ANSWER, entry["solution"])
+    match kind:
+        case "multiple choice":
+            options = without_labels(entry["options"])
+            return {"task": "multiple_choice_qa", "options": options, "target": {"choice": _letter(answer)}}
+        case "numerical":
+            return {"task": "numeric", "target": {"value": _number(answer), "metric": "exact", "tolerance": 0.005}}
+        case "regression":
+            return {"task": "numeric", "target": {"value": _number(answer), "metric": "mean_relative_accuracy"}}
+        case "free-form" | "OCR":
+            metric = "rouge" if _ASCII_WORD.search(answer) else "exact"
+            return {"task": "free_form", "target": {"answer": answer, "metric": metric}}
+    return None
+
+
+def _number(answer: str) -> float:
+    """Read a number, also with commas between its thousands."""
+    return float(answer.replace(",", ""))
 
 
 def _reasoning(process: str) -> dict[str, str]:

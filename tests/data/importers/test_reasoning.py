@@ -36,11 +36,34 @@ def test_video_r1_multiple_choice(tmp_path: Path) -> None:
     assert issues(report) == [("3", "invalid_row", "skipped")]
 
 
-def test_video_r1_images_and_problems_of_other_types(tmp_path: Path) -> None:
-    rows = [problem(5, data_type="image", path="./Math/5.png"), problem(7, problem_type="essay")]
-    (sample,), report = run("video_r1", write(tmp_path / "a.json", [*rows, problem(8, data_type="audio")]))
-    assert row_from_sample(sample)["image"] == "Math/5.png"
-    assert issues(report) == [("7", "other_task", "skipped"), ("8", "other_medium", "skipped")]
+def test_video_r1_problems_of_every_type(tmp_path: Path) -> None:
+    pytest.importorskip("rouge_score")  # an extra: answers that it compares need it
+    image = {"data_type": "image", "path": "./Math/5.png"}
+    rows = [
+        problem(1, problem_type="numerical", options=[], solution="<answer>1,234.5</answer>"),
+        problem(2, problem_type="regression", options=[], solution="<answer>0.8</answer>"),
+        problem(3, problem_type="OCR", options=[], solution="<answer>EXIT 12</answer>"),
+        problem(4, problem_type="free-form", options=[], solution="<answer>出口</answer>"),
+        problem(5, **image),
+        problem(6, problem_type="numerical", solution="<answer>many</answer>"),
+        problem(7, problem_type="essay"),
+        problem(8, data_type="audio"),
+    ]
+    samples, report = run("video_r1", write(tmp_path / "a.json", rows))
+    written = {sample.id: row_from_sample(sample) for sample in samples}
+    assert {row_id: (row["task"], row["target"]) for row_id, row in written.items()} == {
+        "1": ("numeric", {"value": 1234.5, "metric": "exact", "tolerance": 0.005}),
+        "2": ("numeric", {"value": 0.8, "metric": "mean_relative_accuracy"}),
+        "3": ("free_form", {"answer": "EXIT 12", "metric": "rouge"}),
+        "4": ("free_form", {"answer": "出口", "metric": "exact"}),
+        "5": ("multiple_choice_qa", {"choice": "B"}),
+    }
+    assert written["5"]["image"] == "Math/5.png"
+    assert issues(report) == [
+        ("6", "invalid_row", "skipped"),
+        ("7", "other_task", "skipped"),
+        ("8", "other_medium", "skipped"),
+    ]
 
 
 def test_videochat_r1_5_rows_have_the_task_of_their_keys(tmp_path: Path) -> None:
