@@ -71,7 +71,9 @@ def _default_template(fields: Fields) -> str:
     return template
 
 
-def check_chat_template(template: str, special_tokens: Mapping[str, Any], file: Path) -> None:
+def check_chat_template(
+    template: str, special_tokens: Mapping[str, Any], pads: Mapping[str, str], file: Path
+) -> frozenset[str]:
     """Render a conversation with a text, an image and a video in a subprocess with limited CPU time and memory.
 
     This takes about 0.2 s: the subprocess imports Jinja, but neither torch nor transformers.
@@ -79,7 +81,11 @@ def check_chat_template(template: str, special_tokens: Mapping[str, Any], file: 
     Args:
         template: the template.
         special_tokens: the tokenizer's special tokens by their names in templates, such as eos_token.
+        pads: the vision pad of each kind of part, "image" and "video".
         file: the file that it comes from, for error messages.
+
+    Returns:
+        The kinds of parts for which the template writes a pad. A template may support text only.
 
     Raises:
         UserError: the template has a syntax error, fails, or does not end.
@@ -87,6 +93,7 @@ def check_chat_template(template: str, special_tokens: Mapping[str, Any], file: 
     request = {
         "template": template,
         "special_tokens": dict(special_tokens),
+        "pads": dict(pads),
         "cpu_limit_s": _CPU_LIMIT_S,
         "memory_limit_bytes": _MEMORY_LIMIT_BYTES,
     }
@@ -111,10 +118,10 @@ def check_chat_template(template: str, special_tokens: Mapping[str, Any], file: 
             raise UserError(
                 f"{file}: the chat template fails: {result['error']}; take the file of the model's publisher"
             )
-    elif process.returncode == _OUT_OF_MEMORY or process.returncode < 0:  # ended by a signal of the resource limits
+        return frozenset(result["kinds"])
+    if process.returncode == _OUT_OF_MEMORY or process.returncode < 0:  # ended by a signal of the resource limits
         raise UserError(_endless(file))
-    else:
-        raise RuntimeError(f"the subprocess that tries out the chat template failed:\n{errors}")
+    raise RuntimeError(f"the subprocess that tries out the chat template failed:\n{errors}")
 
 
 def _endless(file: Path) -> str:

@@ -1,8 +1,9 @@
 """Renders short conversations with a chat template, within limits of CPU time and memory. Run as a script.
 
-Standard input is a JSON object with the template, the tokenizer's special tokens and the limits. Standard output is
-{"error": null}, or the template's error. The script imports Jinja only, so that it starts quickly; its environment has
-the extensions, filters and functions that transformers gives to chat templates.
+Standard input is a JSON object with the template, the tokenizer's special tokens, the vision pads and the limits.
+Standard output is {"error": null, "kinds": [...]} with the kinds of parts for which the template writes a pad, or the
+template's error. The script imports Jinja only, so that it starts quickly; its environment has the extensions, filters
+and functions that transformers gives to chat templates.
 """
 
 from __future__ import annotations
@@ -68,25 +69,29 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
-def render_error(template: str, special_tokens: Mapping[str, Any]) -> str | None:
-    """Render two conversations and return the template's error, or None.
+def try_out(template: str, special_tokens: Mapping[str, Any], pads: Mapping[str, str]) -> dict[str, Any]:
+    """Render two conversations and return the template's error, or None, and the kinds of parts that it supports.
 
     A template need not support several turns, or a system message. So an error in the second conversation does not
     matter; it is rendered because a loop without end may be there.
     """
     try:
         compiled = _environment().from_string(template)
-        compiled.render(messages=_PROMPT, add_generation_prompt=True, **special_tokens)
+        prompt = compiled.render(messages=_PROMPT, add_generation_prompt=True, **special_tokens)
         for add_generation_prompt in (True, False):
             with contextlib.suppress(jinja2.TemplateError):
                 compiled.render(messages=_TURNS, add_generation_prompt=add_generation_prompt, **special_tokens)
     except jinja2.TemplateSyntaxError as error:
-        return f"line {error.lineno}: {error.message}"
+        return _failure(f"line {error.lineno}: {error.message}")
     except MemoryError:
         raise
     except Exception as error:  # a template can raise anything
-        return f"{type(error).__name__}: {error}"
-    return None
+        return _failure(f"{type(error).__name__}: {error}")
+    return {"error": None, "kinds": [kind for kind, pad in pads.items() if pad in prompt]}
+
+
+def _failure(error: str) -> dict[str, Any]:
+    return {"error": error[:_MAX_ERROR_CHARACTERS], "kinds": []}
 
 
 def main() -> int:
@@ -96,10 +101,10 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_limit_s"], request["cpu_limit_s"] + 1))
     resource.setrlimit(resource.RLIMIT_AS, (request["memory_limit_bytes"],) * 2)
     try:
-        error = render_error(request["template"], request["special_tokens"])
+        result = try_out(request["template"], request["special_tokens"], request["pads"])
     except MemoryError:
         return _OUT_OF_MEMORY
-    print(json.dumps({"error": error and error[:_MAX_ERROR_CHARACTERS]}))
+    print(json.dumps(result))
     return 0
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vcr1.data.messages import MessageError
+
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
 """Code points that Unicode leaves to applications; texts hardly ever contain one."""
 
@@ -51,7 +53,7 @@ class ControlTokens:
             The conversation, and the mark for `encode_rendered`; None if no text contains a control token.
 
         Raises:
-            ValueError: the texts contain every private-use character.
+            MessageError: the texts contain every private-use character.
         """
         texts = list(_all_texts(messages))
         if not any(map(self.occur_in, texts)):
@@ -59,7 +61,7 @@ class ControlTokens:
         used = {ord(character) for text in texts for character in text}
         mark = next((code for code in _PRIVATE_USE if code not in used), None)
         if mark is None:
-            raise ValueError("the text contains all private-use characters of Unicode; shorten it")
+            raise MessageError("the text contains all private-use characters of Unicode; shorten it")
         return [self._mark_message(message, chr(mark)) for message in messages], chr(mark)
 
     def encode_rendered(self, text: str, mark: str) -> list[int]:

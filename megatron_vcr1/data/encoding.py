@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,25 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_vcr1.data.images import read_image
+from megatron_vcr1.data.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Message, MessageError, checked_parts
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.resize import resize_frame, smart_resize
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
-
-Message = Mapping[str, Any]
-"""`{"role": str, "content": str | list of parts}`; a part is `{"type": "text" | "image" | "video", <type>: ...}`."""
-
-VIDEO_OPTIONS = (
-    "fps",
-    "min_frames",
-    "max_frames",
-    "total_pixels",
-    "min_pixels",
-    "max_pixels",
-    "start_s",
-    "end_s",
-    "image_fps",
-)
-IMAGE_OPTIONS = ("min_pixels", "max_pixels")
+from megatron_vcr1.data.video_types import OptionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +54,7 @@ def encode_messages(
     *,
     add_generation_prompt: bool = True,
     read: Callable[..., VideoFrames] = read_frames,
+    read_image: Callable[[str], Tensor] = read_image,
 ) -> EncodedPrompt:
     """Encode a conversation with images and videos exactly as transformers' Qwen2-VL and Qwen2.5-VL processors do.
 
@@ -81,24 +68,17 @@ def encode_messages(
         processor: the model's tokenizer, chat template and patch sizes.
         add_generation_prompt: whether to end with the beginning of the assistant's turn.
         read: function that decodes a video, with the signature of `read_frames`.
+        read_image: function that decodes an image, with the signature of `images.read_image`.
 
     Raises:
         VideoError: an image or video cannot be read; names the file and the reason.
-        ValueError: a part is malformed.
+        MessageError: a part is malformed, or the chat template refuses the conversation.
     """
     vision = []
-    for where, part in _parts(messages):
-        kind = part.get("type")
-        if kind not in ("text", "image", "video"):
-            raise ValueError(f"{where}: type is {kind!r}; use 'text', 'image' or 'video'")
-        if kind not in part:
-            raise ValueError(f"{where}: the key {kind!r} is missing")
-        if kind == "text":
-            if not isinstance(part["text"], str):
-                raise ValueError(f"{where}: text is {part['text']!r}; it must be a string")
-        elif kind == "image":
-            vision.append(_encode_image(part, processor, where))
-        else:
+    for where, part in checked_parts(messages):
+        if part["type"] == "image":
+            vision.append(_encode_image(part, processor, read_image, where))
+        elif part["type"] == "video":
             vision.append(_encode_video(part, processor, read, where))
     token_ids = processor.tokenize_conversation(messages, add_generation_prompt=add_generation_prompt)
     return EncodedPrompt(expand_vision_pads(token_ids, vision, processor), tuple(vision))
@@ -116,11 +96,11 @@ def expand_vision_pads(token_ids: Tensor, vision: Sequence[VisionInput], process
         int64 [num_tokens].
 
     Raises:
-        ValueError: the number of pads differs from the number of inputs; the chat template is for another model.
+        MessageError: the number of pads differs from the number of inputs; the chat template is for another model.
     """
     is_pad = (token_ids == processor.image_token_id) | (token_ids == processor.video_token_id)
     if int(is_pad.sum()) != len(vision):
-        raise ValueError(
+        raise MessageError(
             f"the chat template wrote {int(is_pad.sum())} vision tokens for {len(vision)} images and videos; "
             "use the model's own chat template"
         )
@@ -141,30 +121,23 @@ def encode_frames(video: VideoFrames, processor: PromptProcessor) -> VisionInput
     return VisionInput(video.frames, grid_thw, seconds_per_grid)
 
 
-def _parts(messages: Sequence[Message]) -> Iterator[tuple[str, Message]]:
-    """Yield every part of a conversation with its place for error messages; a string message is a single text part."""
-    for index, message in enumerate(messages):
-        if not {"role", "content"} <= set(message):
-            raise ValueError(f"messages[{index}]: needs the keys 'role' and 'content'")
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
-            raise ValueError(f"messages[{index}].content: must be a string or a list of {{'type', ...}} objects")
-        for part_index, part in enumerate(parts):
-            yield f"messages[{index}].content[{part_index}]", part
-
-
 def _encode_video(
     part: Message, processor: PromptProcessor, read: Callable[..., VideoFrames], where: str
 ) -> VisionInput:
-    options = _options(part, "video", VIDEO_OPTIONS, where)
-    return encode_frames(read(part["video"], factor=processor.factor, **options), processor)
+    options = _options(part, VIDEO_OPTIONS)
+    try:
+        video = read(part["video"], factor=processor.factor, **options)
+    except OptionError as error:
+        raise MessageError(f"{where}: {error}") from error
+    return encode_frames(video, processor)
 
 
-def _encode_image(part: Message, processor: PromptProcessor, where: str) -> VisionInput:
+def _encode_image(part: Message, processor: PromptProcessor, read: Callable[[str], Tensor], where: str) -> VisionInput:
     bounds = {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
-    bounds |= _options(part, "image", IMAGE_OPTIONS, where)
-    image = read_image(part["image"])
+    bounds |= _options(part, IMAGE_OPTIONS)
+    if bounds["min_pixels"] > bounds["max_pixels"]:
+        raise MessageError(f"{where}: min_pixels {bounds['min_pixels']} is above max_pixels {bounds['max_pixels']}")
+    image = read(part["image"])
     try:
         height, width = smart_resize(*image.shape[:2], factor=processor.factor, **bounds)
     except ValueError as error:
@@ -173,9 +146,5 @@ def _encode_image(part: Message, processor: PromptProcessor, where: str) -> Visi
     return VisionInput(resize_frame(image, height, width).unsqueeze(0), grid_thw, None)
 
 
-def _options(part: Message, kind: str, allowed: Sequence[str], where: str) -> dict[str, Any]:
-    """Return the options of an image or video part. An unknown key is an error: ignoring it would change the input."""
-    options = {key: value for key, value in part.items() if key not in ("type", kind)}
-    if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; {kind} parts may have {', '.join(allowed)}")
-    return options
+def _options(part: Message, names: Iterable[str]) -> dict[str, Any]:
+    return {name: part[name] for name in names if name in part}

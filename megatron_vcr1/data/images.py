@@ -10,7 +10,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from megatron_vcr1.data.media_files import open_media
-from megatron_vcr1.data.video_types import PROGRAMMING_ERRORS, VideoError
+from megatron_vcr1.data.video_types import OUT_OF_MEMORY, PROGRAMMING_ERRORS, VideoError
 
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read. Pillow supports more, among them EPS, which it runs through Ghostscript: an image from the
@@ -50,9 +50,11 @@ def read_image(path: str) -> Tensor:
         raise VideoError(path, f"too large to be decoded; scale the image down ({error})") from error
     except UnidentifiedImageError as error:
         raise VideoError(path, "not an image in a known format") from error
+    except MemoryError as error:
+        raise VideoError(path, OUT_OF_MEMORY) from error
     except (VideoError, *PROGRAMMING_ERRORS):
         raise
-    except Exception as error:
+    except Exception as error:  # Pillow's decoders raise errors of every type on damaged data
         raise VideoError(path, f"damaged image ({error})") from error
 
 
@@ -61,6 +63,8 @@ def _decode_upright(path: str, image: Image.Image) -> Image.Image:
     try:
         image.load()
         upright = exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception as error:
         # Pillow's decoders raise errors of every type on damaged data, TypeError and AttributeError included. These two
         # calls pass nothing but the image, so no mistake in a call of ours can hide here.
@@ -103,5 +107,10 @@ def _to_rgb(path: str, image: Image.Image) -> Image.Image:
         raise VideoError(path, "an image in LAB colours; save it as RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
+    return blend_onto_white(image.convert("RGBA"))
+
+
+def blend_onto_white(image: Image.Image) -> Image.Image:
+    """Blend an RGBA image onto white; returns an RGB image."""
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return Image.alpha_composite(white, image).convert("RGB")

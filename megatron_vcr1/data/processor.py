@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_vcr1.data.chat_template import check_chat_template, read_chat_template
+from megatron_vcr1.data.chat_template import JINJA_FILE, JSON_FILES, check_chat_template, read_chat_template
 from megatron_vcr1.data.control_tokens import ControlTokens
+from megatron_vcr1.data.cpu_limit import CpuLimitExceeded, cpu_limit
 from megatron_vcr1.data.image_settings import COMBINED_FILE, IMAGE_FILE, read_image_settings
+from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.text_files import open_regular
+from megatron_vcr1.types import Sample
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+_PADS = {"image": IMAGE_PAD, "video": VIDEO_PAD}
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD)
 
 # The files that transformers may read for a tokenizer. It reads config.json too.
@@ -33,6 +37,7 @@ _TOKENIZER_JSON_FILES = (
     "config.json",
 )
 _MERGES_FILE = "merges.txt"
+_RENDER_LIMIT_S = 5.0
 
 
 class ModelTokens(Protocol):
@@ -62,6 +67,8 @@ class PromptProcessor:
     chat_template: str
     image_token_id: int
     video_token_id: int
+    template_kinds: frozenset[str] = frozenset({"image", "video"})
+    """Kinds of parts, "image" and "video", that the chat template supports."""
     vision_tokens: tuple[str, ...] = VISION_TOKENS
     """Strings that the tokenizer encodes as vision tokens."""
     patch_size: int = 14
@@ -97,11 +104,12 @@ class PromptProcessor:
         template, template_file = read_chat_template(folder)
         tokenizer = _read_tokenizer(folder)
         _check_vocabulary(tokenizer, model, folder)
-        check_chat_template(template, tokenizer.special_tokens_map, template_file)
+        template_kinds = check_chat_template(template, tokenizer.special_tokens_map, _PADS, template_file)
         min_pixels, max_pixels = settings.min_pixels, settings.max_pixels
         return cls(
             tokenizer=tokenizer,
             chat_template=template,
+            template_kinds=template_kinds,
             image_token_id=model.image_token_id,
             video_token_id=model.video_token_id,
             patch_size=settings.patch_size,
@@ -111,11 +119,38 @@ class PromptProcessor:
             max_pixels=cls.max_pixels if max_pixels is None else max_pixels,
         )
 
+    def check_samples(self, samples: Iterable[Sample]) -> None:
+        """Check that the chat template supports the kinds of media of the samples.
+
+        Raises:
+            UserError: it does not.
+        """
+        for kind in sorted({medium.kind for sample in samples for medium in sample.media} - self.template_kinds):
+            raise UserError(
+                f"the model's chat template writes no {_PADS[kind]}, and the samples have {kind}s; take {JINJA_FILE} "
+                f"or {JSON_FILES[0]} of the model's publisher"
+            )
+
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """Render a conversation as text, with one vision pad for each image or video."""
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """Render a conversation as text, with one vision pad for each image or video.
+
+        Raises:
+            MessageError: the chat template refuses the conversation, fails for it, or does not end.
+        """
+        try:
+            with cpu_limit(_RENDER_LIMIT_S):
+                return self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.chat_template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+        except CpuLimitExceeded:
+            raise MessageError(
+                f"the chat template does not end within {_RENDER_LIMIT_S:g} s for this conversation"
+            ) from None
+        except Exception as error:  # a template is a program, which may raise anything
+            raise MessageError(f"the chat template fails for this conversation: {error}") from error
 
     def tokenize(self, text: str) -> Tensor:
         """Tokenize a text in which control tokens have their meaning; return token ids, int64 [num_tokens]."""

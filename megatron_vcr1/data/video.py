@@ -18,8 +18,10 @@ from megatron_vcr1.data.resize import MAX_FRAME_PIXELS
 from megatron_vcr1.data.video_images import decode_images, images_in_folder
 from megatron_vcr1.data.video_pyav import decode_with_pyav
 from megatron_vcr1.data.video_types import (
+    OUT_OF_MEMORY,
     PROGRAMMING_ERRORS,
     Deadline,
+    OptionError,
     Sampling,
     VideoError,
     VideoFrames,
@@ -77,13 +79,13 @@ def read_frames(
 
     Raises:
         VideoError: the video is missing, damaged, truncated or too slow to decode; names the file and the reason.
-        ValueError: an option is out of range.
+        OptionError: an option is out of range.
     """
     if not image_fps > 0:
-        raise ValueError(f"image_fps must be above 0, got {image_fps}")
+        raise OptionError(f"image_fps must be above 0, got {image_fps}")
     sampling = Sampling(fps, min_frames, max_frames, total_pixels, min_pixels, max_pixels, factor, start_s, end_s)
     if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        raise OptionError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend in ("auto", "pyav"):
         decode: Callable[..., VideoFrames] = partial(decode_with_pyav, num_threads=num_threads)
     else:
@@ -91,9 +93,11 @@ def read_frames(
 
         decode = partial(decode_with_dali, device=backend.removeprefix("dali-"))
     if not isinstance(path, str | os.PathLike) and (start_s, end_s) != (0.0, math.inf):
-        raise ValueError("start_s and end_s select a clip of a video; leave them out for a list of images")
+        raise OptionError("start_s and end_s select a clip of a video; leave them out for a list of images")
     try:
         return _decode(path, sampling, decode, image_fps=image_fps, time_limit_s=time_limit_s)
+    except MemoryError as error:
+        raise VideoError(path, OUT_OF_MEMORY) from error
     except (VideoError, *PROGRAMMING_ERRORS):
         raise
     except Exception as error:  # an unforeseen error of a decoder costs one video, not the run

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megatron_vcr1.data.media_files import open_media
 from megatron_vcr1.data.resize import resize_frame
+from megatron_vcr1.data.video_frames import Orientation, orientation_of
 from megatron_vcr1.data.video_index import PacketIndex, read_packet_index
 from megatron_vcr1.data.video_open import VideoSource, open_video
-from megatron_vcr1.data.video_pyav import Orientation, orientation_of
 from megatron_vcr1.data.video_types import Deadline, Sampling, VideoError, VideoFrames, choose_frames
 
 FRAMES_PER_RUN = 64
@@ -57,7 +57,7 @@ def decode_with_dali(file: str, sampling: Sampling, *, device: str, deadline: De
 
 def _check_countable(source: VideoSource, index: PacketIndex) -> None:
     """Check that every packet gives one frame, in the order of the time stamps: DALI selects frames by number."""
-    if not source.has_pts or not index.shown.all() or index.is_spliced:
+    if not (source.has_pts and index.is_timed and index.shown.all()) or index.is_spliced:
         raise VideoError(source.file, "DALI numbers its frames differently from its time stamps; use backend='pyav'")
 
 

@@ -16,6 +16,10 @@ from megatron_vcr1.data.video_types import FrameTable, VideoError
 BROADCAST_CONTAINERS = ("mpegts", "mpeg")
 """Containers that may start anywhere in a stream, before its next keyframe. Their headers store no duration, and their
 clock may jump where recordings were joined."""
+CONTAINERS_WITHOUT_DURATION = (*BROADCAST_CONTAINERS, "ivf")
+"""Containers whose duration, as FFmpeg reports it, is not the length of an intact file. The header of IVF counts
+frames, and FFmpeg takes their number for a time. For broadcast streams it is an estimate that ignores clocks that wrap
+or jump."""
 SPLICE_GAP_S = 10.0
 """Jump of the decoding time stamps from which FFmpeg assumes another clock (its option dts_delta_threshold)."""
 SPLICE_STEP_BACK_S = 0.1
@@ -47,6 +51,9 @@ class PacketIndex:
     """Time for which the last displayed frame is shown, in units of time_base."""
     smallest_packet: int
     """Size of the smallest packet in bytes."""
+    is_timed: bool
+    """Whether each packet has the time stamp of its own frame. If not, `pts` is a guess in places, and only decoding
+    tells when the frames are shown (`video_in_order`)."""
 
     @property
     def table(self) -> FrameTable:
@@ -78,13 +85,11 @@ def read_packet_index(source: VideoSource) -> PacketIndex:
     """Read every packet without decoding it, and check the packets against the container's header.
 
     Raises:
-        VideoError: packets are missing, damaged or without time stamps.
+        VideoError: packets are missing or damaged.
     """
     packets, end_s = _demux_all(source)
     if not packets:
         raise VideoError(source.file, "no video packets")
-    if any(packet.pts is None for packet in packets):
-        raise VideoError(source.file, "packets without time stamps; remux the video, e.g. to MP4 or Matroska")
     splices = _find_splices(packets, source)
     # At a splice, the counters of the transport stream jump, too, so FFmpeg marks a packet before it as damaged.
     whole = {position - before for position in splices for before in range(3)}
@@ -153,7 +158,7 @@ def _find_splices(packets: Sequence[_PacketInfo], source: VideoSource) -> dict[i
     """
     if source.container.format.name not in BROADCAST_CONTAINERS:
         return {}
-    dts = _decoding_times(packets)
+    dts = _decoding_times(packets, source)
     step = max(int(np.median(np.diff(dts))), 1) if len(dts) > 1 else 1
     splices = {}
     for position in range(1, len(packets)):
@@ -164,13 +169,31 @@ def _find_splices(packets: Sequence[_PacketInfo], source: VideoSource) -> dict[i
     return splices
 
 
-def _decoding_times(packets: Sequence[_PacketInfo]) -> NDArray[np.int64]:
-    return np.array([packet.pts if packet.dts is None else packet.dts for packet in packets], dtype=np.int64)
+def _decoding_times(packets: Sequence[_PacketInfo], source: VideoSource) -> NDArray[np.int64]:
+    times = [packet.pts if packet.dts is None else packet.dts for packet in packets]
+    return fill_times(times, frame_interval(source))
+
+
+def frame_interval(source: VideoSource) -> Fraction:
+    """Return the distance of two frames at the stream's frame rate, in units of its time base; 25 fps if unknown."""
+    rate = source.stream.average_rate or source.stream.guessed_rate or Fraction(25)
+    return 1 / (Fraction(rate.numerator, rate.denominator) * source.time_base)
+
+
+def fill_times(times: Sequence[int | None], interval: Fraction) -> NDArray[np.int64]:
+    """Fill in missing times, counting on from the last known one, or from 0, by the interval of the frames."""
+    filled: list[int] = []
+    known, missing = 0, -1
+    for time in times:
+        known, missing = (known, missing + 1) if time is None else (time, 0)
+        filled.append(known + round(max(missing, 0) * interval))
+    return np.array(filled, dtype=np.int64)
 
 
 def _index_packets(packets: Sequence[_PacketInfo], splices: dict[int, int], source: VideoSource) -> PacketIndex:
-    pts = np.array([packet.pts for packet in packets], dtype=np.int64)
-    dts = _decoding_times(packets)
+    times = [packet.dts if packet.pts is None else packet.pts for packet in packets]
+    pts = fill_times(times, frame_interval(source))
+    dts = _decoding_times(packets, source)
     if splices:
         # FFmpeg gives the last frames before a splice the time stamp after it. They are shown as late as frames usually
         # are after they are decoded.
@@ -190,7 +213,24 @@ def _index_packets(packets: Sequence[_PacketInfo], splices: dict[int, int], sour
     if last_duration <= 0:
         last_duration = _typical_duration(np.sort(pts[shown]), source)
     smallest_packet = min(packet.size for packet in packets)
-    return PacketIndex(pts, dts, bool(splices), keyframes, shown, source.time_base, last_duration, smallest_packet)
+    is_timed = all(packet.pts is not None for packet in packets) and _times_fit_order(source, pts, shown)
+    return PacketIndex(
+        pts, dts, bool(splices), keyframes, shown, source.time_base, last_duration, smallest_packet, is_timed
+    )
+
+
+def _times_fit_order(source: VideoSource, pts: NDArray[np.int64], shown: NDArray[np.bool_]) -> bool:
+    """Return whether the packets' time stamps can be those of their own frames.
+
+    They cannot if two frames have the same one, or if the decoder reorders the frames but the time stamps ascend in
+    decoding order. Then they are decoding times under another name, as in Matroska files of the kind V_MS/VFW/FOURCC,
+    in ASF and after some muxers.
+    """
+    if not source.has_pts:
+        return True  # the frames of such a container are counted
+    if len(np.unique(pts[shown])) < shown.sum():
+        return False
+    return not source.stream.codec_context.has_b_frames or len(pts) < 3 or bool((np.diff(pts) < 0).any())
 
 
 def _typical_duration(sorted_pts: NDArray[np.int64], source: VideoSource) -> int:
@@ -200,8 +240,7 @@ def _typical_duration(sorted_pts: NDArray[np.int64], source: VideoSource) -> int
     """
     if len(sorted_pts) > 1:
         return int(np.median(np.diff(sorted_pts)))
-    rate = source.stream.average_rate or source.stream.guessed_rate or Fraction(25)
-    return max(round(1 / (Fraction(rate.numerator, rate.denominator) * source.time_base)), 1)
+    return max(round(frame_interval(source)), 1)
 
 
 def _check_against_header(source: VideoSource, index: PacketIndex, end_s: float) -> None:
@@ -218,8 +257,8 @@ def _check_against_header(source: VideoSource, index: PacketIndex, end_s: float)
         raise VideoError(source.file, "no frame is displayed; its edit list may hide them all")
     if index.table.duration_s > MAX_DURATION_S:
         raise VideoError(source.file, f"damaged time stamps: {index.table.duration_s:.3g} s from first to last")
-    if container.duration is None or container.format.name in BROADCAST_CONTAINERS:
-        return  # FFmpeg's estimate for broadcast streams ignores clocks that wrap or jump
+    if container.duration is None or container.format.name in CONTAINERS_WITHOUT_DURATION:
+        return
     length_s = container.duration / av.time_base
     if container.format.name == "avi":
         # FFmpeg estimates the duration of a truncated AVI file from what is left; the header counts the frames.
@@ -228,8 +267,9 @@ def _check_against_header(source: VideoSource, index: PacketIndex, end_s: float)
     if end_s < length_s - slack_s:
         raise VideoError(source.file, f"truncated: ends at {end_s:.2f} s of {length_s:.2f} s")
     # The decoding time: some muxers leave the last frame's time out of the length if it is held for long before it
-    # (its packet then is decoded seconds before the frame is shown).
-    last_s = float(index.dts.max() * index.time_base)
+    # (its packet then is decoded seconds before the frame is shown). Packets after the end of a trimmed video, which an
+    # edit list hides, do not count.
+    last_s = float(index.dts[index.shown].max() * index.time_base)
     last_expected_s = length_s + (container.start_time or 0) / av.time_base
     if last_s > last_expected_s + slack_s:
         raise VideoError(source.file, f"damaged time stamps: {last_s:.2f} s in a video of {last_expected_s:.2f} s")

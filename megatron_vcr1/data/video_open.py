@@ -18,11 +18,12 @@ import av
 from av.stream import Disposition
 
 from megatron_vcr1.data.media_files import local_path, open_media
-from megatron_vcr1.data.video_types import Deadline, VideoError
+from megatron_vcr1.data.video_types import OUT_OF_MEMORY, Deadline, VideoError
 
 _VIDEO_FORMATS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mxf", "gxf", "wtv", "rm", "nut", "dv", "nsv"),
     *(
+        "apng",
         "ivf",
         "obu",
         "gif",
@@ -104,6 +105,8 @@ def open_video(file: str, deadline: Deadline, num_threads: int = 0) -> Iterator[
             stream.codec_context.options = {"err_detect": STRICT_ERROR_DETECTION, "max_pixels": str(MAX_FRAME_PIXELS)}
             time_base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
             yield VideoSource(file, container, stream, time_base, deadline)
+    except MemoryError as error:  # also FFmpeg's
+        raise VideoError(file, OUT_OF_MEMORY) from error
     except FileNotFoundError as error:
         raise VideoError(file, "no such file") from error
     except OSError as error:
@@ -158,6 +161,8 @@ def _open_input(file: str, source: str | BinaryIO, protocols: str, deadline: Dea
 def _choose_stream(file: str, container: av.container.InputContainer) -> av.VideoStream:
     """Choose the stream that FFmpeg plays: the largest one, with a bonus for the default one, but no cover picture.
 
+    Of equal ones, take the one with the most frames: an animated AVIF file also has its first frame as a stream.
+
     Raises:
         VideoError: the file holds no video.
     """
@@ -168,8 +173,9 @@ def _choose_stream(file: str, container: av.container.InputContainer) -> av.Vide
     return max(streams, key=_preference)
 
 
-def _preference(stream: av.VideoStream) -> int:
+def _preference(stream: av.VideoStream) -> tuple[int, int]:
     context = stream.codec_context
     if context is None:  # a codec that FFmpeg does not know
-        return -1
-    return context.width * context.height + DEFAULT_STREAM_BONUS_PIXELS * bool(stream.disposition & Disposition.default)
+        return -1, 0
+    bonus_pixels = DEFAULT_STREAM_BONUS_PIXELS * bool(stream.disposition & Disposition.default)
+    return context.width * context.height + bonus_pixels, stream.frames

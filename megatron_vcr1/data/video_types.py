@@ -20,10 +20,15 @@ VideoPath = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 TIME_ROUNDING_S = 1e-6
 """Tolerance for times that containers round: 12 s may be stored as 11.9999999."""
+TICKS_PER_S = 10_000
+"""Precision of a clip's start and end. The time base of an AVI file is one frame, which is too coarse for them."""
 
 PROGRAMMING_ERRORS = (TypeError, AttributeError, NameError, ImportError, AssertionError)
 """Errors of our code, or of an installed package that does not fit it, but never of a file. They must end the run with
 their traceback at the first sample. If they counted as damaged videos, every sample would be skipped."""
+
+OUT_OF_MEMORY = "decoding it needs more memory than there is; make it smaller"
+"""Reason of a VideoError for a MemoryError."""
 
 
 class VideoError(ValueError):
@@ -38,6 +43,10 @@ class VideoError(ValueError):
         return f"{self.file}: {self.reason}"
 
 
+class OptionError(ValueError):
+    """Raised for an option of `read_frames` that is out of range."""
+
+
 @dataclass(frozen=True, slots=True)
 class VideoFrames:
     """Decoded frames of a video, ready for the model."""
@@ -50,7 +59,7 @@ class VideoFrames:
     duration_s: float
     """Length of the clip: up to the end of its last frame, or up to end_s."""
     backend: str
-    """Backend that decoded the video: pyav, dali-cpu, dali-gpu or images."""
+    """Backend that decoded the video: pyav, dali-cpu, dali-gpu, pillow or images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +78,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.fps > 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
+            raise OptionError(f"fps must be above 0, got {self.fps}")
         if not 2 <= self.min_frames <= self.max_frames:
-            raise ValueError(f"need 2 <= min_frames <= max_frames, got {self.min_frames}..{self.max_frames}")
+            raise OptionError(f"need 2 <= min_frames <= max_frames, got {self.min_frames}..{self.max_frames}")
         if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(f"need 0 < min_pixels <= max_pixels, got {self.min_pixels}..{self.max_pixels}")
+            raise OptionError(f"need 0 < min_pixels <= max_pixels, got {self.min_pixels}..{self.max_pixels}")
         if not self.total_pixels > 0:
-            raise ValueError(f"total_pixels must be above 0, got {self.total_pixels}")
+            raise OptionError(f"total_pixels must be above 0, got {self.total_pixels}")
         if not 0 <= self.start_s < self.end_s:
-            raise ValueError(f"need 0 <= start_s < end_s, got {self.start_s}..{self.end_s}")
+            raise OptionError(f"need 0 <= start_s < end_s, got {self.start_s}..{self.end_s}")
 
     def frame_size(self, num_frames: int, height: int, width: int, file: object) -> tuple[int, int]:
         """Return height and width after resizing, given the height and width of the upright original.
@@ -105,6 +114,11 @@ class FrameTable:
     last_duration: int
     """Time for which the last frame is shown, in units of time_base."""
 
+    def in_ticks(self, ticks_per_s: int) -> FrameTable:
+        """Return the same times in a unit of at most 1 / ticks_per_s seconds, so that other times round well to it."""
+        factor = math.ceil(self.time_base * ticks_per_s)
+        return FrameTable(self.pts * factor, self.time_base / factor, self.last_duration * factor)
+
     @property
     def duration_s(self) -> float:
         """Time from the appearance of the first frame to the end of the last one."""
@@ -131,6 +145,7 @@ def choose_frames(table: FrameTable, sampling: Sampling, file: object) -> FrameC
     Raises:
         VideoError: the video ends before start_s.
     """
+    table = table.in_ticks(TICKS_PER_S)
     times_s = (table.pts - table.pts[0]) * float(table.time_base)
     if sampling.start_s > table.duration_s - TIME_ROUNDING_S:
         clip = f"between {sampling.start_s:g} and {sampling.end_s:g} s"

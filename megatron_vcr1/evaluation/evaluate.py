@@ -82,6 +82,8 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
     check_layout(model_config.shape, config.parallel, config.recompute, mesh.launched_world_size())
     templates = templates_of_jobs(jobs, load_templates(config.data.templates), key="evaluate.benchmarks")
     processor = PromptProcessor.from_pretrained(config.model.path, model_config)
+    for job in jobs:
+        processor.check_samples(job.samples)
     tokens = SpecialTokens.from_pretrained(config.model.path, processor, model_config.num_embeddings)
     disable_nccl_cumem(config.rollout, config.sglang)
     with mesh.world(config.parallel, seed=config.train.seed):

@@ -18,8 +18,10 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import encode_messages
+from megatron_vcr1.data.messages import MessageError, check_text
 from megatron_vcr1.data.packing import Group, pack_groups
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
@@ -142,17 +144,11 @@ class LogProbScorer:
         return rows if mesh.is_output_rank() else {}
 
     def _encode(self, request: ScoreRequest) -> Group | FailedRequest:
-        """Decode, resize and tokenize a request.
-
-        Messages are not validated before, so errors of any type may occur here. An error must not affect the rows of
-        other requests.
-        """
+        """Decode, resize and tokenize a request. An error in it must not affect the rows of other requests."""
         try:
             return self._encode_checked(request)
-        except ValueError as error:  # VideoError is a ValueError too; the message names the part
+        except (MessageError, VideoError) as error:  # the message names the part or the file
             return FailedRequest(request.id, str(error))
-        except Exception as error:
-            return FailedRequest(request.id, f"the request cannot be encoded: {type(error).__name__}: {error}")
 
     def _encode_checked(self, request: ScoreRequest) -> Group | FailedRequest:
         response = request.response
@@ -160,6 +156,8 @@ class LogProbScorer:
         # Checked before the conversion to a tensor, which fails for integers above 64 bits.
         if not isinstance(response, str) and max(response) >= vocab_size:
             return FailedRequest(request.id, f"token id {max(response)} is not in the vocabulary of {vocab_size}")
+        if isinstance(response, str):
+            check_text(response, "response")
         token_ids = self.processor.tokenize_text(response) if isinstance(response, str) else torch.tensor(response)
         if not len(token_ids):
             return FailedRequest(request.id, "the tokenizer returns no tokens for the response")

@@ -16,7 +16,9 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
+from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.qwen_vl import build_model
@@ -66,7 +68,7 @@ def generate_response(
     def requests() -> list[GenerationRequest]:
         try:
             return [GenerationRequest("prompt", encode_messages([message], processor), num_responses=1, seed=seed)]
-        except ValueError as error:  # VideoError is a ValueError too
+        except (MessageError, VideoError) as error:
             raise UserError(str(error)) from error
 
     with mesh.world(run.parallel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from megatron_vcr1.data.encoding import encode_messages
+from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.serving.batching import Batcher, PendingPrompt, ServerStopping
 from megatron_vcr1.serving.chat import RefusedRequest, completion, cut_at_stop, error_body, parse_request
+from megatron_vcr1.serving.decoding import Decoders
 from megatron_vcr1.serving.hosts import HostCheck
 from megatron_vcr1.serving.media import request_files
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 256 << 20
 MAX_BODIES_BYTES = 2 << 30
@@ -76,7 +81,9 @@ class ChatApp:
         self._num_in_flight = 0
         self._bodies_bytes = 0
         # Bounds the memory and the cores that parsing and decoding use.
-        self._prepare_slots = anyio.CapacityLimiter(min(8, os.cpu_count() or 1))
+        num_slots = min(8, os.cpu_count() or 1)
+        self._prepare_slots = anyio.CapacityLimiter(num_slots)
+        self._decoders = Decoders(num_slots)
 
     def build(self, allowed_hosts: frozenset[str] | None) -> Starlette:
         """Return the ASGI application."""
@@ -91,6 +98,10 @@ class ChatApp:
         )
         app.router.redirect_slashes = False
         return app
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        self._decoders.close()
 
     async def health(self, request: Request) -> Response:
         """Report that the server is up."""
@@ -118,7 +129,7 @@ class ChatApp:
             return _error(503, str(error))
         except ClientDisconnect:
             return Response(status_code=_GONE)
-        except Exception as error:  # the engine's own, which the batcher has logged
+        except Exception as error:  # logged where it happened, in `_complete` or in the batcher
             return _error(500, f"{type(error).__name__}: {error}")
         finally:
             self._num_in_flight -= 1
@@ -128,6 +139,11 @@ class ChatApp:
         num_bytes = len(body)
         try:
             pending = await anyio.to_thread.run_sync(self._prepare, body, limiter=self._prepare_slots)
+        except RefusedRequest:
+            raise
+        except Exception:  # a mistake in the code: the client gets 500, and the log says where
+            logger.exception("a request could not be prepared")
+            raise
         finally:
             self._bodies_bytes -= num_bytes
             del body
@@ -193,15 +209,13 @@ class ChatApp:
                 f"and {limits.max_prompt_tokens} tokens"
             )
         max_pixels = limits.max_prompt_tokens * processor.factor**2 * processor.temporal_patch_size
-        with request_files(limits.files, max_pixels) as files:
+        with request_files(limits.files, max_pixels) as files, self._decoders.borrow() as readers:
             try:
                 params = request.sampling(limits.max_new_tokens, limits.repetition_penalty)
-                prompt = encode_messages(files.convert(request), processor)
-            except RefusedRequest:
-                raise
+                prompt = encode_messages(files.convert(request), processor, **readers)
             except VideoError as error:
                 raise RefusedRequest(files.explain(error)) from None
-            except ValueError as error:
+            except MessageError as error:
                 raise RefusedRequest(str(error)) from None
         num_tokens = len(prompt.token_ids)
         if num_tokens > limits.max_prompt_tokens:

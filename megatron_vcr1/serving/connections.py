@@ -12,6 +12,8 @@ import time
 from typing import Any
 
 import h11
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megatron_vcr1.serving.chat import error_body
@@ -29,7 +31,16 @@ KEEP_ALIVE_S = 60
 """Idle time between two requests of a connection. Longer than clients keep connections in their pools, so that a
 request seldom meets a connection that is just being closed."""
 
+MAX_CONNECTIONS = 900
+"""Further connections get 503. A process may usually open 1,024 files, and needs some for models and videos."""
+
 _CHECK_INTERVAL_S = 1.0
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer requests of a connection that is one too many: an ASGI application."""
+    body = error_body(f"the server has {MAX_CONNECTIONS} open connections; try again later", 503)
+    await JSONResponse(body, 503, {"Retry-After": "1", "Connection": "close"})(scope, receive, send)
 
 
 class BoundedConnection(H11Protocol):
@@ -40,6 +51,9 @@ class BoundedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # uvicorn's own limit (limit_concurrency) answers in plain text.
+        if len(self.connections) > MAX_CONNECTIONS:
+            self.app = _refuse  # type: ignore[assignment]
         now = time.monotonic()
         self._head_since: float | None = now  # a new connection has to send a request soon
         self._body_since = self._last_data = now

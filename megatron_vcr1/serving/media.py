@@ -12,24 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, UnidentifiedImageError
-
-from megatron_vcr1.data.images import IMAGE_FORMATS
-from megatron_vcr1.data.video_open import open_video
-from megatron_vcr1.data.video_types import Deadline, VideoError
+from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.serving.chat import ChatRequest, ImagePart, RefusedRequest, TextPart, VideoPart
-
-MAX_IMAGE_PIXELS = 64 * 1024 * 1024
-"""Maximum number of pixels of an image before resizing: 192 MiB as RGB. A small file can claim any size."""
-
-MAX_VIDEO_FRAME_PIXELS = 8192 * 4352
-"""Maximum number of pixels of a video's frame before resizing: 8K. A decoder holds dozens of frames."""
 
 MAX_FRAMES = 768
 """Maximum number of frames of a video that is sent as images; `read_frames` has the same default for video files."""
 
 _DEFAULT_FPS = 2.0
-_OPEN_LIMIT_S = 30.0
 _DEFAULT_VIDEO_PIXELS = MAX_FRAMES * 16 * 28 * 28
 """Pixels that a video may have after resizing with the default options of `read_frames`."""
 
@@ -83,7 +72,6 @@ class RequestFiles:
                 options = part.options()
                 self._check_pixels(options.get("min_pixels", 0), options.get("max_pixels", 0))
                 image = self._file(part.image_url.url, place)
-                self._check_image(image)
                 return {"type": "image", "image": image, **options}
             options = shared | part.options()
             if options:
@@ -92,10 +80,7 @@ class RequestFiles:
             if part.video_url.url.startswith(f"{_FRAMES_HEADER},"):
                 return {"type": "video", **self._frames(part.video_url.url, place, options)}
             video = self._file(part.video_url.url, place)
-            self._check_video(video)
             return {"type": "video", "video": video, **options}
-        except VideoError as error:
-            raise RefusedRequest(self.explain(error)) from None
         except RefusedRequest as error:
             raise RefusedRequest(f"{place}: {error}") from None
 
@@ -103,31 +88,6 @@ class RequestFiles:
         """Refuse options that ask for more pixels than a prompt of the longest length can hold."""
         if max(numbers) > self.max_pixels:
             raise RefusedRequest(f"asks for {max(numbers):.0f} pixels; at most {self.max_pixels} fit into a prompt")
-
-    def _check_image(self, file: str) -> None:
-        """Refuse an image with too many pixels by reading its header alone.
-
-        Any other problem is left to `read_image`, which describes it.
-        """
-        try:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                num_pixels = image.width * image.height
-        except Image.DecompressionBombError:
-            num_pixels = MAX_IMAGE_PIXELS + 1
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
-            return
-        if num_pixels > MAX_IMAGE_PIXELS:
-            raise VideoError(file, f"has more than {MAX_IMAGE_PIXELS} pixels; make the image smaller")
-
-    def _check_video(self, file: str) -> None:
-        """Refuse a video file whose frames are too large, by reading its headers alone."""
-        if Path(file).is_dir():  # frames in a folder of the server's owner
-            return
-        with open_video(file, Deadline(file, _OPEN_LIMIT_S)) as source:
-            context = source.stream.codec_context
-            num_pixels = context.width * context.height
-        if num_pixels > MAX_VIDEO_FRAME_PIXELS:
-            raise VideoError(file, f"has frames of more than {MAX_VIDEO_FRAME_PIXELS} pixels; make the video smaller")
 
     def _file(self, url: str, place: str) -> str:
         """Return the local path of a URL."""
@@ -171,7 +131,6 @@ class RequestFiles:
             except RefusedRequest as error:
                 raise RefusedRequest(f"frame {number}: {error}") from None
             self.places[file] = frame
-            self._check_image(file)
             files.append(file)
         return {"video": files, "image_fps": options.get("fps", _DEFAULT_FPS), **options}
 

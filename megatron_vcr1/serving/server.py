@@ -16,9 +16,6 @@ from megatron_vcr1.serving.batching import Batcher
 from megatron_vcr1.serving.connections import KEEP_ALIVE_S, BoundedConnection
 from megatron_vcr1.serving.hosts import allowed_hosts
 
-MAX_CONNECTIONS = 1000
-"""uvicorn answers 503 to further connections. A process may usually open 1,024 files."""
-
 _BACKLOG = 1024  # clients that connect at the same instant; the kernel resets further ones
 _SHUTDOWN_S = 5  # for responses that are being sent
 
@@ -55,9 +52,9 @@ class ChatServer:
         self.name = name
         self._batcher = Batcher(engine, limits.prompts_per_batch)
         self._socket = _bind(*address)
-        app = ChatApp(name, processor, self._batcher, limits).build(allowed_hosts(address[0], extra_hosts))
+        self._app = ChatApp(name, processor, self._batcher, limits)
         config = uvicorn.Config(
-            app,
+            self._app.build(allowed_hosts(address[0], extra_hosts)),
             loop="asyncio",
             http=BoundedConnection,
             ws="none",
@@ -66,7 +63,6 @@ class ChatServer:
             log_level="error",  # warnings are about clients: invalid requests, too many connections
             access_log=False,
             server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
             backlog=_BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_SHUTDOWN_S,
@@ -103,6 +99,7 @@ class ChatServer:
             self._http.should_exit = True
             thread.join()
             self._socket.close()
+            self._app.close()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_vcr1.data import processor as processor_module
 from megatron_vcr1.data.chat_template import check_chat_template, read_chat_template
+from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.types import CaptionTarget, Image, Sample, Video
 from tests.data.model_dirs import CHAT_TEMPLATE
 from tests.data.tiny_processor import CHAT_TEMPLATE as TINY_CHAT_TEMPLATE
+from tests.data.tiny_processor import tiny_processor
 
 ENDLESS_LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 NAMED = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template": "text"}]
 
 
@@ -62,7 +68,7 @@ def test_a_missing_template_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_harmless_templates_are_accepted(template: str) -> None:
-    check_chat_template(template, {"eos_token": "<|im_end|>"}, Path("t"))
+    check_chat_template(template, {"eos_token": "<|im_end|>"}, PADS, Path("t"))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,7 @@ def test_harmless_templates_are_accepted(template: str) -> None:
 )
 def test_a_template_that_fails_is_refused(template: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^t: the chat template fails: {message}"):
-        check_chat_template(template, {}, Path("t"))
+        check_chat_template(template, {}, PADS, Path("t"))
 
 
 @pytest.mark.parametrize(
@@ -94,5 +100,49 @@ def test_a_template_that_fails_is_refused(template: str, message: str) -> None:
 def test_a_template_that_does_not_end_is_refused(template: str) -> None:
     start = time.process_time()
     with pytest.raises(UserError, match=r"^t: the chat template does not end within 5 s, or needs too much memory"):
-        check_chat_template(template, {}, Path("t"))
+        check_chat_template(template, {}, PADS, Path("t"))
     assert time.process_time() - start < 5  # the work is done, and ended, in another process
+
+
+@pytest.mark.parametrize(
+    "template, kinds",
+    [
+        (CHAT_TEMPLATE, {"image", "video"}),
+        (TINY_CHAT_TEMPLATE, {"video"}),
+        ("{% for message in messages %}{{ message.role }}{{ message.content }}{% endfor %}", set()),
+    ],
+)
+def test_the_kinds_of_parts_that_a_template_supports_are_found(template: str, kinds: set[str]) -> None:
+    assert check_chat_template(template, {}, PADS, Path("t")) == kinds
+
+
+def test_a_template_for_text_only_is_refused_for_videos_at_the_start() -> None:
+    processor = replace(tiny_processor(), template_kinds=frozenset())
+    sample = Sample("a", (Video("a.mp4"),), CaptionTarget("x"))
+    with pytest.raises(UserError, match=r"writes no <\|video_pad\|>, and the samples have videos"):
+        processor.check_samples([sample])
+    with pytest.raises(UserError, match=r"writes no <\|image_pad\|>, and the samples have images"):
+        processor.check_samples([replace(sample, media=(Image("a.png"),))])
+    processor.check_samples([replace(sample, media=())])
+    tiny_processor().check_samples([sample])
+
+
+ENDLESS_FOR_ONE_WORD = "{% if 'now' in messages[0].content[0].text %}" + ENDLESS_LOOP + "{% endif %}ok"
+
+
+def test_a_template_that_does_not_end_for_certain_texts_costs_its_own_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor_module, "_RENDER_LIMIT_S", 0.2)
+    processor = replace(tiny_processor(), chat_template=ENDLESS_FOR_ONE_WORD)
+    for text in ("later", "now", "later"):
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        if text == "now":
+            with pytest.raises(MessageError, match=r"the chat template does not end within 0\.2 s"):
+                processor.render(messages)
+        else:
+            assert processor.render(messages) == "ok"
+
+
+def test_a_template_that_refuses_a_conversation_names_the_reason() -> None:
+    processor = replace(tiny_processor(), chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(MessageError, match="the chat template fails for this conversation: roles must alternate"):
+        processor.render([{"role": "user", "content": "x"}])

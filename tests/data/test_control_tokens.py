@@ -125,3 +125,13 @@ def test_sft_targets_contain_one_end_token(processor: PromptProcessor) -> None:
     encoder = TargetEncoder(processor)
     target = encoder.encode("<answer>He types <|im_end|></answer>")
     assert (target == encoder.end_token_id).nonzero().tolist() == [[len(target) - 1]]
+
+
+def test_added_tokens_that_are_not_special_stay_tokens(tmp_path: Path) -> None:
+    """As in transformers: <tool_call> is part of a message's text; it neither ends it nor stands for a video."""
+    processor = PromptProcessor.from_pretrained(write_model_dir(tmp_path / "model"), TOKENS)
+    processor.tokenizer.add_tokens(["<tool_call>"])
+    tool_call = processor.tokenizer.get_vocab()["<tool_call>"]
+    assert tool_call in processor.tokenize_text("<tool_call>")
+    for text in ("<tool_call>", "<|im_end|><tool_call>"):  # the second one takes the way of texts with control tokens
+        assert processor.tokenize_conversation(user(text)).tolist().count(tool_call) == 1

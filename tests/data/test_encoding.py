@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vcr1_kernels import frames_to_patches
 
 from megatron_vcr1.data.encoding import encode_frames, encode_messages
+from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.data.processor import ModelTokens, PromptProcessor
-from megatron_vcr1.data.video import VideoFrames, read_frames
+from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
 from tests.data.model_dirs import (
     IMAGE_SETTINGS,
     MEAN,
@@ -150,23 +152,56 @@ def test_the_reader_is_given_the_options_and_the_factor(processor: PromptProcess
         ("Hi", r"messages\[0\]\.content: must be a string or a list"),
         ({"type": "text", "text": 3}, r"content\[1\]: text is 3; it must be a string"),
         ({"type": "text"}, r"content\[1\]: the key 'text' is missing"),
+        ({"type": "text", "text": "\ud800"}, r"content\[1\]: surrogates not allowed at character 0"),
+        ({"type": "video", "video": 3}, r"content\[1\]: video is 3; it must be a path or a list of paths"),
+        ({"type": "video", "video": []}, r"content\[1\]: video is \[\]; it must be a path or a list of paths"),
+        ({"type": "image", "image": ["a.png"]}, r"content\[1\]: image is .*; it must be a path$"),
+        ({"type": "video", "video": "a.mp4", "fps": "1"}, r"content\[1\]: fps is '1'; it must be a number"),
+        ({"type": "video", "video": "a.mp4", "fps": None}, r"content\[1\]: fps is None; it must be a number"),
+        ({"type": "video", "video": "a.mp4", "fps": True}, r"content\[1\]: fps is True; it must be a number"),
+        ({"type": "video", "video": "a.mp4", "fps": math.nan}, r"content\[1\]: fps is nan; it must be a number"),
+        ({"type": "video", "video": "a.mp4", "max_frames": 2.5}, r"max_frames is 2\.5; it must be an integer"),
+        ({"type": "video", "video": "a.mp4", "max_frames": 10**400}, r"max_frames is 1.*; it must be an integer"),
+        ({"type": "video", "video": "a.mp4", "fps": -1}, r"content\[1\]: fps must be above 0"),
         ({"type": "image", "image": "gone.png"}, r"gone\.png: no such file"),
         ({"type": "video", "video": "gone.mp4"}, r"gone\.mp4: no such file"),
     ],
 )
 def test_bad_parts_are_named(processor: PromptProcessor, part: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((MessageError, VideoError), match=message):
         encode_messages([{"role": "user", "content": [{"type": "text", "text": "Look:"}, part]}], processor)
 
 
 def test_a_message_without_content_is_named(processor: PromptProcessor) -> None:
-    with pytest.raises(ValueError, match=r"messages\[1\]: needs the keys 'role' and 'content'"):
+    with pytest.raises(MessageError, match=r"messages\[1\]: needs the keys 'role' and 'content'"):
         encode_messages([{"role": "user", "content": "Hi"}, {"role": "assistant"}], processor)
+
+
+def test_other_keys_of_a_message_are_checked(processor: PromptProcessor) -> None:
+    nested: Any = "x"
+    for _ in range(900):
+        nested = [nested]
+    for message, error in (
+        ({"role": ["user"], "content": "x"}, r"role is \['user'\]; it must be a string"),
+        ({"role": "user", "content": "x", "name": "\ud800"}, r"messages\[0\]\.name: surrogates not allowed"),
+        ({"role": "user", "content": "x", "tool_calls": nested}, r"messages\[0\]\.tool_calls: nested too deeply"),
+    ):
+        with pytest.raises(MessageError, match=error):
+            encode_messages([message], processor)
+
+
+def test_a_mistake_in_the_code_is_not_taken_for_a_bad_message(processor: PromptProcessor) -> None:
+    def read(path: str, **options: Any) -> VideoFrames:
+        raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake") as raised:
+        encode_messages([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], processor, read=read)
+    assert not isinstance(raised.value, MessageError)
 
 
 def test_a_template_without_vision_tokens_is_refused(processor: PromptProcessor, media: Path) -> None:
     text_only = replace(processor, chat_template="{% for message in messages %}{{ message.role }}{% endfor %}")
-    with pytest.raises(ValueError, match="0 vision tokens for 4 images and videos"):
+    with pytest.raises(MessageError, match="0 vision tokens for 4 images and videos"):
         encode_messages(conversation(media), text_only)
 
 

@@ -37,6 +37,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.rollout.sglang import payload
 from megatron_vcr1.serving.app import ChatApp, Limits
 from megatron_vcr1.serving.batching import ServerStopping
+from megatron_vcr1.serving.decoding import Decoders
 from tests.data.tiny_processor import tiny_processor
 from tests.fuzz.mutate import mutate_bytes, mutate_json
 
@@ -49,6 +50,9 @@ class UnexpectedStatus(Exception):
     """A status that the endpoint must not answer with."""
 
 
+_DECODERS = Decoders(1)
+
+
 class _NoEngine:
     """A batcher that refuses every prompt: the request was valid."""
 
@@ -59,7 +63,9 @@ class _NoEngine:
 def _post(path: Path) -> None:
     """Send a chat request through the ASGI application."""
     limits = Limits(max_prompt_tokens=2000, max_new_tokens=8, prompts_per_batch=1, files=None)
-    app = ChatApp("tiny", tiny_processor(), _NoEngine(), limits).build(None)  # type: ignore[arg-type]
+    chat = ChatApp("tiny", tiny_processor(), _NoEngine(), limits)  # type: ignore[arg-type]
+    chat._decoders = _DECODERS  # one process for all inputs
+    app = chat.build(None)
     body, statuses = path.read_bytes(), []
     messages: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -109,11 +115,11 @@ READERS: dict[str, tuple[Callable[[Path], object], tuple[type[Exception], ...]]]
     "chat.json": (_post, ()),
     **{
         f"image.{suffix}": (lambda path: read_image(str(path)), (VideoError,))
-        for suffix in ("png", "jpg", "webp", "gif", "tiff", "bmp")
+        for suffix in ("png", "jpg", "webp", "gif", "tiff", "bmp", "avif")
     },
     **{
         f"video.{suffix}": (lambda path: read_frames(path, fps=10, num_threads=1, time_limit_s=10), (VideoError,))
-        for suffix in ("mp4", "mkv", "avi", "ts", "mpg", "webm", "flv", "gif")
+        for suffix in ("mp4", "mkv", "avi", "ts", "mpg", "webm", "flv", "gif", "h264", "png", "webp", "avif")
     },
 }
 

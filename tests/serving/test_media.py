@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from megatron_vcr1.serving import media
 from megatron_vcr1.serving.chat import ChatRequest, RefusedRequest
 from megatron_vcr1.serving.media import MAX_FRAMES, request_files
 from tests.data.video_clips import write_clip
@@ -68,16 +67,6 @@ def test_bad_urls_are_refused_with_their_place(tmp_path: Path, url: str, message
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RefusedRequest, match=rf"messages\[0\].content\[1\]: .*{message}"):
         convert(video(url.format(folder=f"//{tmp_path}")), tmp_path)
-
-
-def test_a_video_whose_frames_are_too_large_is_refused_before_decoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", num_frames=4)
-    assert convert(video(clip.as_uri()), tmp_path)["video"] == str(clip)
-    monkeypatch.setattr(media, "MAX_VIDEO_FRAME_PIXELS", 100)
-    with pytest.raises(RefusedRequest, match=r"messages\[0\].content\[1\]: .*has frames of more than 100 pixels"):
-        convert(video(clip.as_uri()), tmp_path)
 
 
 def test_file_urls_need_a_folder_of_files(tmp_path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
+import socket
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +27,7 @@ from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
+from megatron_vcr1.serving import connections
 from megatron_vcr1.serving.app import Limits
 from megatron_vcr1.serving.server import ChatServer
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
@@ -212,3 +217,18 @@ def test_requests_that_wait_at_shutdown_get_503(processor: PromptProcessor) -> N
         with pytest.raises(openai.InternalServerError, match="shutting down") as raised:
             waits.result()
         assert raised.value.status_code == 503
+
+
+def test_connections_above_the_limit_get_503(processor: PromptProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
+    server = server_of(Recorder(), processor)
+    address = ("127.0.0.1", server.port)
+    with server.listening(), ExitStack() as stack:
+        for _ in range(2):
+            other = stack.enter_context(socket.create_connection(address, timeout=60))
+            other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert other.recv(1000).startswith(b"HTTP/1.1 200")
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=60)
+        assert raised.value.code == 503
+        assert "2 open connections" in json.load(raised.value)["error"]["message"]
