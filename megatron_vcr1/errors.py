@@ -21,5 +21,5 @@ def portable(error: Exception) -> Exception:
     try:
         # Some errors can be pickled but not restored, so the round trip is tried here.
         return cast(Exception, pickle.loads(pickle.dumps(error)))
-    except Exception:
+    except Exception:  # pickling runs the error's own code, which may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")

@@ -213,7 +213,7 @@ def _serve(connection: Connection) -> None:
         _redirect_output(log)
         try:
             run()
-        except Exception as error:
+        except Exception as error:  # the error of a job is its outcome
             traceback.print_exc()
             outcome: dict[str, float] | str = str(error)
         else:

@@ -31,7 +31,7 @@ class BackgroundTask:
         def run() -> None:
             try:
                 work()
-            except BaseException as error:
+            except BaseException as error:  # raised in the thread that waits for the task
                 self._error = error
 
         self._thread = threading.Thread(target=run, name=name, daemon=True)

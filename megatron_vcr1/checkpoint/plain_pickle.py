@@ -71,6 +71,7 @@ def load_plain(data: bytes, where: object) -> Any:
                     raise ValueError("no value")
                 return result
             machine.run(opcode.name, argument)
+    # What pickletools and the stack machine raise for damaged bytes.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{where}: refused or damaged: not a pickle of plain data ({error})") from None
     raise UserError(f"{where}: refused or damaged: it ends too early")

@@ -109,14 +109,15 @@ def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str
         return BadRow(line_number, None, f"longer than {MAX_LINE_CHARACTERS} characters; write one object per line")
     try:
         row = json.loads(line)
-        row_id = row["id"] if isinstance(row, dict) and isinstance(row.get("id"), str) else None
-        sample = sample_from_row(row, folder)
     except json.JSONDecodeError as error:
         return BadRow(line_number, None, f"not JSON ({error.msg} at column {error.colno}); write one object per line")
-    except RowError as error:
-        return BadRow(line_number, row_id, str(error))
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deeply nested brackets
         return BadRow(line_number, None, f"JSON that Python cannot read ({error})")
+    try:
+        row_id = row["id"] if isinstance(row, dict) and isinstance(row.get("id"), str) else None
+        sample = sample_from_row(row, folder)
+    except RowError as error:
+        return BadRow(line_number, row_id, str(error))
     first_line = lines_by_id.setdefault(sample.id, line_number)
     if first_line != line_number:
         return BadRow(line_number, row_id, f"key 'id': {sample.id!r} is already on line {first_line}; make ids unique")

@@ -54,7 +54,7 @@ def _broadcast(produce: Callable[[], T], source: int, group: dist.ProcessGroup) 
         return cast(T, value)
     try:
         value = produce()
-    except Exception as error:
+    except Exception as error:  # the other ranks wait for the broadcast, whatever fails
         dist.broadcast_object_list([None, portable(error)], src=source, group=group)
         raise
     dist.broadcast_object_list([value, None], src=source, group=group)
@@ -99,7 +99,7 @@ def run_on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None = N
     failure: Exception | None = None
     try:
         result = work()
-    except Exception as error:
+    except Exception as error:  # raised below, on all ranks: they wait for each other's outcomes
         failure = error
     outcomes = [(result, failure)] * mesh.num_ranks()
     if dist.is_initialized():

@@ -50,7 +50,7 @@ class Measured:
         try:
             raw = read_json(path)
             return cls._from_result(path.stem, raw, raw["case"], raw["sides"]["ours"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # what reading JSON of another form raises
             raise UserError(
                 f"{path}: not a result of vcr1 benchmark train --json ({type(error).__name__}: {error})"
             ) from None

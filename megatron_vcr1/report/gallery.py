@@ -176,6 +176,7 @@ def _groups_with_largest_spread(path: Path, problems: list[str]) -> Iterator[tup
         try:
             sample = sample_from_row(row.get("sample"))
             responses = sorted(row["responses"], key=_total, reverse=True)
+        # What reading a row of another form raises. The report names the fault instead of ending.
         except (RowError, KeyError, TypeError, AttributeError, ValueError) as error:
             faults.append(str(error))
             continue

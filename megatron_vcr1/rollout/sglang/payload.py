@@ -262,6 +262,7 @@ def unpack(packed: str) -> Payload:
         payload = Payload(media, tensors["positions"].long(), PatchSettings(**patches), str(description["salt"]))
         _check(payload)
         return payload
+    # What reading a payload of another version, or a damaged one, raises.
     except (ValueError, KeyError, TypeError, OSError, SafetensorError, UserError) as error:
         raise ValueError(
             f"the images and videos of a prompt cannot be read: {error!r}; trainer and server must run the same version"

@@ -118,6 +118,7 @@ def read_group(request: GenerationRequest, response: Any, weight_version: str, t
         metas = [require_object(require_object(choice, "response")["meta_info"], "meta_info") for choice in choices]
         rollouts = tuple(_read_rollout(meta, weight_version, tokens) for meta in metas)
         return RolloutGroup(request.id, rollouts, tuple(int(meta["cached_tokens"]) for meta in metas))
+    # What reading a server's JSON raises if it has another form.
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise UnusableResponse(f"the response is not in the expected format ({repr(error)[:500]})") from error
 

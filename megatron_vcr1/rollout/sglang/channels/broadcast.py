@@ -208,7 +208,7 @@ def _in_thread(work: Callable[[], Any]) -> Future[Any]:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:
+        except BaseException as error:  # raised in the thread that waits for the future
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
