@@ -118,6 +118,8 @@ def _parse_line(line: str, line_number: int, folder: Path, lines_by_id: dict[str
         sample = sample_from_row(row, folder)
     except RowError as error:
         return BadRow(line_number, row_id, str(error))
+    except RecursionError:  # JSON that is almost too deep for Python to read is too deep to be shown in an error
+        return BadRow(line_number, row_id, "nested too deeply")
     first_line = lines_by_id.setdefault(sample.id, line_number)
     if first_line != line_number:
         return BadRow(line_number, row_id, f"key 'id': {sample.id!r} is already on line {first_line}; make ids unique")
