@@ -163,7 +163,7 @@ def choose_frames(table: FrameTable, sampling: Sampling, file: object) -> FrameC
     duration_s = float(duration * table.time_base)
     num_frames = num_sampled_frames(duration_s, _max_frames_worth_sampling(table, first, stop), sampling)
     chosen = frames_on_screen(appears, duration, num_frames)
-    timestamps_s = tuple((appears[chosen] * float(table.time_base)).tolist())
+    timestamps_s = tuple((appears[chosen] * table.time_base.numerator / table.time_base.denominator).tolist())
     return FrameChoice(first + chosen, timestamps_s, duration_s)
 
 

@@ -80,7 +80,7 @@ def test_an_unexpected_error_costs_one_video(
         raise MemoryError("8 GB")
 
     monkeypatch.setattr(video, "decode_with_pyav", fail)
-    with pytest.raises(VideoError, match=r"odd\.mp4: cannot be read \(MemoryError: 8 GB\)"):
+    with pytest.raises(VideoError, match=r"odd\.mp4: decoding it needs more memory than there is"):
         read_frames("odd.mp4")
     assert "Traceback" in caplog.text
 
