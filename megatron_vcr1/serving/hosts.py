@@ -7,6 +7,7 @@ rebinding). Browsers send the page's host name in the Host and Origin headers, w
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megatron_vcr1.serving.chat import error_body
 
+_HOST_AND_PORT = re.compile(r"(\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:@,/\[\]]+))(:[0-9]*)?")
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -34,7 +36,11 @@ def allowed_hosts(host: str, extra: Sequence[str]) -> frozenset[str] | None:
 
 
 class HostCheck:
-    """ASGI middleware that refuses requests to other host names (421) and requests of other web pages (403)."""
+    """ASGI middleware that refuses requests to other host names (421) and requests of other web pages (403).
+
+    It also refuses requests with two lengths, Content-Length and Transfer-Encoding (400): HTTP allows them, but a proxy
+    in front of the server may believe the other one, and take the rest of the body for another client's request.
+    """
 
     def __init__(self, app: ASGIApp, allowed: frozenset[str] | None) -> None:
         self._app = app
@@ -43,15 +49,22 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            host, origin = _host_name(headers.get("host", "")), headers.get("origin")
+            if "content-length" in headers and "transfer-encoding" in headers:
+                message = "Content-Length and Transfer-Encoding exclude each other; send one of them"
+                await JSONResponse(error_body(message, 400), 400, {"Connection": "close"})(scope, receive, send)
+                return
+            host = _host_name(headers.get("host", ""))
             if self._allowed is not None and host not in self._allowed:
-                message = f"Host {host[:100]!r} is not a name of this server; allow it with --allowed-host"
+                message = (
+                    f"Host {headers.get('host', '')[:100]!r} is not a name of this server; allow it with --allowed-host"
+                )
                 await JSONResponse(error_body(message, 421), 421)(scope, receive, send)
                 return
-            if origin is not None and not self._may_use(_host_name(_netloc(origin)), host):
-                message = f"Origin {origin[:100]!r}: web pages of other hosts may not use this server"
-                await JSONResponse(error_body(message, 403), 403)(scope, receive, send)
-                return
+            for origin in headers.getlist("origin"):
+                if not self._may_use(_host_name(_netloc(origin)), host):
+                    message = f"Origin {origin[:100]!r}: web pages of other hosts may not use this server"
+                    await JSONResponse(error_body(message, 403), 403)(scope, receive, send)
+                    return
         await self._app(scope, receive, send)
 
     def _may_use(self, origin: str, host: str) -> bool:
@@ -67,10 +80,9 @@ def _netloc(url: str) -> str:
 
 
 def _host_name(netloc: str) -> str:
-    """Remove the port and the brackets of an IPv6 address."""
-    if netloc.startswith("["):
-        return netloc[1:].partition("]")[0].lower()
-    return netloc.partition(":")[0].lower()
+    """Remove the port and the brackets of an IPv6 address; an empty string for what is not a host and a port."""
+    match = _HOST_AND_PORT.fullmatch(netloc)
+    return (match["address"] or match["name"]).lower() if match else ""
 
 
 def _is_loopback(host: str) -> bool:

@@ -73,6 +73,7 @@ def test_keep_alive_stays_in_sync_after_refused_requests(server: ServerProcess) 
             (HEAD.replace(b"POST", b"PUT"), 405),
             (HEAD.replace(b"localhost", b"evil.example"), 421),
             (HEAD + b"Origin: http://evil.example\r\n", 403),
+            (HEAD + b"Origin: http://localhost\r\nOrigin: http://evil.example\r\n", 403),
             (HEAD, 200),
         ):
             connection.sendall(head + length + BODY)
@@ -85,6 +86,15 @@ def test_bytes_that_are_not_http_get_400(server: ServerProcess) -> None:
         status, body = read_response(connection)
         assert status == 400
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        assert is_closed(connection)
+
+
+def test_a_body_with_two_lengths_is_refused(server: ServerProcess) -> None:
+    """A proxy that believes the other length would take the rest for another request."""
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HEAD)
+        status, body = read_response(connection)
+        assert (status, "exclude each other" in json.loads(body)["error"]["message"]) == (400, True)
         assert is_closed(connection)
 
 
