@@ -36,7 +36,7 @@ class RefusedRequest(ValueError):
 class _Object(BaseModel):
     """An object of a request. A null value means the same as leaving the key out, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -295,14 +295,17 @@ class ChatRequest(_Object):
             repetition_penalty: the penalty of a request that sets none.
 
         Raises:
-            ValueError: a value is out of the engine's range.
+            RefusedRequest: a value is out of the engine's range.
         """
         requested = self.max_completion_tokens or self.max_tokens or max_new_tokens
         top_k = max(self.top_k, 0)  # SGLang and vLLM write -1 for all tokens
         penalty = self.repetition_penalty or repetition_penalty
-        return SamplingParams(
-            min(requested, max_new_tokens), self.temperature, self.top_p, top_k, self.stop_texts, penalty
-        )
+        try:
+            return SamplingParams(
+                min(requested, max_new_tokens), self.temperature, self.top_p, top_k, self.stop_texts, penalty
+            )
+        except ValueError as error:  # its check of the values
+            raise RefusedRequest(str(error)) from None
 
     @property
     def stop_texts(self) -> tuple[str, ...]:

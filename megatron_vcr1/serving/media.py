@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from megatron_vcr1.data.video_images import list_images
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.serving.chat import ChatRequest, ImagePart, RefusedRequest, TextPart, VideoPart
 
@@ -43,7 +44,7 @@ class RequestFiles:
 
     def explain(self, error: VideoError) -> str:
         """Return the error's message with the place in the request instead of the name of a temporary file."""
-        place = self.places.get(error.file)
+        place = self.places.get(error.file) or self.places.get(str(Path(error.file).parent))  # a folder of frames
         return f"{place}: {error.reason}" if place else str(error).replace(str(self.folder), "the request")
 
     def convert(self, request: ChatRequest) -> list[dict[str, Any]]:
@@ -96,20 +97,23 @@ class RequestFiles:
             self.places[file] = place
             return file
         # Nothing is fetched over a network: clients could use the server to reach addresses that they cannot reach.
-        parsed = urlsplit(url)
+        try:
+            parsed = urlsplit(url)
+        except ValueError:  # of a malformed host; urlsplit checks nothing else
+            parsed = urlsplit("")
         if parsed.scheme != "file" or parsed.netloc not in ("", "localhost"):
-            shown = url if len(url) <= 100 else url[:97] + "..."
-            raise RefusedRequest(f"{shown}: send data: URLs, or file:// URLs of this machine")
+            raise RefusedRequest(f"{_shortened(url)}: send data: URLs, or file:// URLs of this machine")
         if self.root is None:
             raise RefusedRequest("file:// URLs need a server that was started with --files FOLDER")
         name = unquote(parsed.path)
         if "\0" in name:
             raise RefusedRequest("the file's name contains a null character")
-        path = Path(name).resolve()
-        if not path.is_relative_to(self.root.resolve()):
-            raise RefusedRequest(f"{name}: is not below the folder that this server was given")
-        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would never end
-            raise RefusedRequest(f"{name}: is neither a file nor a folder of frames")
+        try:
+            path = _resolve_below(Path(name), self.root)
+        except OSError as error:  # for example, a name that is too long
+            raise RefusedRequest(f"{_shortened(name)}: {error.strerror}") from None
+        except RuntimeError:  # before Python 3.13, `resolve` raises it for links in a circle
+            raise RefusedRequest(f"{_shortened(name)}: its symbolic links lead in a circle") from None
         self.places[str(path)] = f"{place}: {name}"
         return str(path)
 
@@ -151,6 +155,24 @@ def request_files(root: Path | None, max_pixels: int) -> Iterator[RequestFiles]:
     """
     with tempfile.TemporaryDirectory(prefix="vcr1-serve-") as folder:
         yield RequestFiles(Path(folder), root, max(max_pixels, _DEFAULT_VIDEO_PIXELS))
+
+
+def _resolve_below(path: Path, root: Path) -> Path:
+    """Resolve the links of a path, and check that it is a file or a folder of frames below `root`.
+
+    The frames of a folder may be links, too; they must not lead out of `root` either.
+    """
+    resolved, root = path.resolve(), root.resolve()
+    frames = list_images(resolved) if resolved.is_dir() else []
+    if not all(file.is_relative_to(root) for file in (resolved, *(Path(frame).resolve() for frame in frames))):
+        raise RefusedRequest(f"{_shortened(str(path))}: is not below the folder that this server was given")
+    if resolved.exists() and not (resolved.is_file() or resolved.is_dir()):  # reading a pipe would never end
+        raise RefusedRequest(f"{_shortened(str(path))}: is neither a file nor a folder of frames")
+    return resolved
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _data_url_content(url: str) -> bytes:

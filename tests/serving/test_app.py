@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -59,6 +60,7 @@ def test_nulls_and_neutral_values_change_nothing(client: openai.OpenAI) -> None:
         ([text("x")], {"presence_penalty": 0.5}, "presence_penalty: this value is not supported"),
         ([text("x")], {"extra_body": {"repetition_penalty": 0}}, "repetition_penalty: Input should be greater than 0"),
         ([text("x")], {"temperature": 1e-40}, "temperature 1e-40 is too small; use 0"),
+        ([text("x")], {"extra_body": {"temperature": math.inf}}, "temperature: Input should be a finite number"),
         ([text("x")], {"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ([text("when? " * 500)], {}, "tokens; at most 400 are supported"),
         ([text("x" * 100_000)], {}, "the texts have 100000 characters; at most 25600 are supported"),

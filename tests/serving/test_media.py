@@ -61,10 +61,17 @@ def test_options_of_a_part_override_those_of_the_request(tmp_path: Path) -> None
         ("file:{folder}/pipe", "neither a file nor a folder"),
         ("ftp://localhost/a", "send data: URLs"),
         ("data:video/mp4;base64,\u00e4", "does not hold base64"),
+        ("file://[::1/a.mp4", "send data: URLs"),
+        ("file:{folder}/" + "a" * 5000, "File name too long"),
+        ("file:{folder}/circle/a.mp4", "circle|symbolic links"),
+        ("file:{folder}/frames", "is not below the folder"),
     ],
 )
 def test_bad_urls_are_refused_with_their_place(tmp_path: Path, url: str, message: str) -> None:
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "0.png").symlink_to("/etc/hostname")
     with pytest.raises(RefusedRequest, match=rf"messages\[0\].content\[1\]: .*{message}"):
         convert(video(url.format(folder=f"//{tmp_path}")), tmp_path)
 
