@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -22,6 +23,13 @@ from megatron_vcr1.errors import UserError
 
 MAX_BYTES = 2**30
 """Largest text file that is read into memory as a whole. Manifests and rollouts are read line by line instead."""
+
+MAX_TOML_BYTES = 2**20
+"""Largest TOML file. Settings are short, and Python's parser is slow."""
+
+# The parser's time grows with the square of the number of a key's parts, a.b.c. Possessive quantifiers (++): this
+# search never goes back, so its own time grows with the length of the text only.
+_VERY_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
 
 MAX_LINE_CHARACTERS = 2**26
 """Longest line of a file that is read line by line."""
@@ -85,7 +93,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: as `read_text`, or the text is not TOML.
     """
-    return parse_toml(read_text(path), path)
+    return parse_toml(read_text(path, max_bytes=MAX_TOML_BYTES), path)
 
 
 def read_lines(path: str | Path, *, errors: str = "strict") -> Iterator[str]:
@@ -136,6 +144,8 @@ def parse_toml(text: str, where: object) -> dict[str, Any]:
     Raises:
         UserError: the text is not TOML, is nested too deeply, or holds a number with thousands of digits.
     """
+    if _VERY_LONG_KEY.search(text):
+        raise UserError(f"{where}: not TOML that can be read: a key of more than 64 parts")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

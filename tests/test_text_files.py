@@ -25,6 +25,8 @@ HOSTILE_TOML = {
     "impossible date": "a = 2026-13-45",
     "no key": "= 1",
     "deep table": "[" + "a." * 50_000 + "a",
+    "deep key": "a ." * 50_000 + "a = 1",
+    "deep quoted key": '"a".' * 50_000 + "a = 1",
 }
 
 
@@ -32,10 +34,10 @@ HOSTILE_TOML = {
 def test_hostile_json_is_a_user_error_that_names_the_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
         text_files.read_json(path)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("text", HOSTILE_TOML.values(), ids=HOSTILE_TOML)

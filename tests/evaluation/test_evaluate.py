@@ -134,7 +134,7 @@ def _open(config: RunConfig) -> tuple[BenchmarkJob, evaluate.PredictionLog]:
 
 def wait_for_end_of_session(session: int) -> None:
     """Wait until the decoding processes have noticed and exited."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     try:
         while time.monotonic() < deadline:
             os.killpg(session, 0)

@@ -23,7 +23,7 @@ from megatron_vcr1.data.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 
-HEADER_TIMEOUT_S = STALL_TIMEOUT_S = 4.0
+HEADER_TIMEOUT_S = STALL_TIMEOUT_S = 6.0
 MAX_BODY_BYTES = 8 << 20
 MAX_IN_FLIGHT = 40
 _PROGRAM = f"""
@@ -60,7 +60,7 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=120)
 
     def errors(self) -> str:
         """Return the text that the process has written to standard error."""
@@ -68,14 +68,14 @@ class ServerProcess:
         return self._errors.read()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
 
 
 def post(url: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
     """POST a body, and return the status and the body of the response."""
     request = urllib.request.Request(f"{url}/chat/completions", data=body, headers=headers or {}, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()

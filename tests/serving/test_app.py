@@ -125,11 +125,9 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, client: openai.OpenAI
     ],
     ids=lambda body: str(body[:20]),
 )
-def test_a_malformed_body_gets_400_at_once(server: ServerProcess, body: bytes) -> None:
-    start = time.monotonic()
+def test_a_malformed_body_gets_400(server: ServerProcess, body: bytes) -> None:
     status, answer = post(server.url, body)
     assert status == 400
-    assert time.monotonic() - start < 1
     assert json.loads(answer)["error"]["type"] == "invalid_request_error"
 
 

@@ -46,7 +46,7 @@ def test_slow_clients_are_disconnected(server: ServerProcess, client: openai.Ope
     dripping = server.connect()
     start = time.monotonic()
     dripping.settimeout(0.2)
-    while time.monotonic() - start < HEADER_TIMEOUT_S + 5:  # one byte of a header at a time
+    while time.monotonic() - start < HEADER_TIMEOUT_S + 60:  # one byte of a header at a time
         try:
             dripping.sendall(b"a")
             if dripping.recv(1) == b"":
@@ -59,7 +59,7 @@ def test_slow_clients_are_disconnected(server: ServerProcess, client: openai.Ope
         raise AssertionError("a client that sends its headers byte by byte keeps its connection")
     assert read_response(connections["a refused request without its body"])[0] == 404
     for name, connection in connections.items():
-        connection.settimeout(STALL_TIMEOUT_S + 5)
+        connection.settimeout(STALL_TIMEOUT_S + 60)
         assert is_closed(connection), name
     assert ask(client, text("when?")).choices
 

@@ -6,6 +6,7 @@ import base64
 import json
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -193,10 +194,14 @@ def test_a_client_that_has_left_is_not_answered(processor: PromptProcessor) -> N
     server = server_of(engine, processor)
     with server.listening(), ThreadPoolExecutor(2) as pool:
         url = f"http://127.0.0.1:{server.port}/v1"
-        with pytest.raises(openai.APITimeoutError):  # `run` has not been called yet
-            ask(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=0.5), text("when? " * 50))
+        body = json.dumps({"messages": [{"role": "user", "content": "when? " * 50}]}).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head + body)
+            while server._batcher._waiting.empty():  # `run` has not been called yet
+                time.sleep(0.01)
         (left,) = server._batcher._waiting.queue
-        wait([left.result], timeout=10)  # the event loop sees the closed connection a moment later
+        wait([left.result], timeout=60)  # the event loop sees the closed connection a moment later
         assert left.result.cancelled()
         running = pool.submit(server.run)
         stays = pool.submit(ask, openai.OpenAI(base_url=url, api_key="none", timeout=60), text("when?"))

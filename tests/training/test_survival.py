@@ -111,7 +111,9 @@ class Command:
         return code
 
     def _wait_for_workers(self) -> None:
-        deadline = time.monotonic() + 60  # the decoding processes check every few seconds whether their parent is alive
+        deadline = (
+            time.monotonic() + 240
+        )  # the decoding processes check every few seconds whether their parent is alive
         while self._is_alive():
             assert time.monotonic() < deadline, "processes of the run have outlived it"
             time.sleep(0.1)

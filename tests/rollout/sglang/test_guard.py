@@ -32,7 +32,7 @@ time.sleep(600)
 
 
 def started(ids: Path) -> list[int]:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not ids.exists():
         assert time.monotonic() < deadline, "the server has not started"
         time.sleep(0.05)
@@ -40,7 +40,7 @@ def started(ids: Path) -> list[int]:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
         assert time.monotonic() < deadline, "some processes are left"
         time.sleep(0.05)

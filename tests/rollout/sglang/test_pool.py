@@ -78,7 +78,7 @@ def test_requests_go_to_the_least_loaded_server_with_a_free_slot(
             with lock:
                 running[name] = running.get(name, 0) + 1
                 most[name] = max(most.get(name, 0), running[name])
-            barrier.wait(10)  # four at once: two on each server
+            barrier.wait(60)  # four at once: two on each server
             with lock:
                 running[name] -= 1
             return 200, {"echo": body}
@@ -149,7 +149,7 @@ def test_a_silent_server_is_dropped_after_the_timeout_and_returns(start: Any) ->
     def reply(path: str, body: Any) -> Reply:
         if path == "/generate" and silent[0]:
             silent[0] = False
-            release.wait(10)
+            release.wait(60)
         return healthy(path, body)
 
     assert run_all([start(reply)], ["x"], timeout_s=0.3) == ["x"]

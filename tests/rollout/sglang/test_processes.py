@@ -71,7 +71,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def response(group: ServerGroup) -> dict[str, Any]:
     """Return the server's response, as soon as there is one."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while True:
         try:
             return httpx.get(group.urls[0], timeout=0.5).json()
@@ -81,7 +81,7 @@ def response(group: ServerGroup) -> dict[str, Any]:
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.05)
