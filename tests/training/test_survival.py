@@ -111,9 +111,7 @@ class Command:
         return code
 
     def _wait_for_workers(self) -> None:
-        deadline = (
-            time.monotonic() + 240
-        )  # the decoding processes check every few seconds whether their parent is alive
+        deadline = time.monotonic() + 240  # decoding processes check every few seconds for their parent
         while self._is_alive():
             assert time.monotonic() < deadline, "processes of the run have outlived it"
             time.sleep(0.1)
