@@ -1,8 +1,8 @@
 """Video reading: frames are sampled over time and resized for the model; each has its time stamp.
 
-`read_frames` dispatches to a backend: `video_pyav`, `video_dali` or `video_images`. All share the choice of frames in
-`video_types`; the decoders share the checks of a file's packets in `video_index`. `video_process` runs `read_frames`
-in a subprocess.
+`read_frames` dispatches to a backend: `video_pyav` (with `video_in_order` and `video_webp` for the files that need
+them), `video_dali` or `video_images`. All share the choice of frames in `video_types`; the decoders share the checks of
+a file's packets in `video_index`. `video_process` runs `read_frames` in a subprocess.
 """
 
 from __future__ import annotations
