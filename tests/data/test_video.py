@@ -77,12 +77,21 @@ def test_an_unexpected_error_costs_one_video(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
-        raise MemoryError("8 GB")
+        raise RuntimeError("an odd frame")
 
     monkeypatch.setattr(video, "decode_with_pyav", fail)
-    with pytest.raises(VideoError, match=r"odd\.mp4: decoding it needs more memory than there is"):
+    with pytest.raises(VideoError, match=r"odd\.mp4: cannot be read \(RuntimeError: an odd frame\)"):
         read_frames("odd.mp4")
     assert "Traceback" in caplog.text
+
+
+def test_a_lack_of_memory_costs_one_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(video, "decode_with_pyav", fail)
+    with pytest.raises(VideoError, match=r"large\.mp4: decoding it needs more memory than there is"):
+        read_frames("large.mp4")
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, NameError, ImportError])
