@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import time
 import urllib.error
 import urllib.request
@@ -60,7 +59,6 @@ def test_nulls_and_neutral_values_change_nothing(client: openai.OpenAI) -> None:
         ([text("x")], {"presence_penalty": 0.5}, "presence_penalty: this value is not supported"),
         ([text("x")], {"extra_body": {"repetition_penalty": 0}}, "repetition_penalty: Input should be greater than 0"),
         ([text("x")], {"temperature": 1e-40}, "temperature 1e-40 is too small; use 0"),
-        ([text("x")], {"extra_body": {"temperature": math.inf}}, "temperature: Input should be a finite number"),
         ([text("x")], {"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ([text("when? " * 500)], {}, "tokens; at most 400 are supported"),
         ([text("x" * 100_000)], {}, "the texts have 100000 characters; at most 25600 are supported"),
@@ -122,6 +120,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, client: openai.OpenAI
         b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
         b'{"messages": [{"role": "user", "content": "x"}], "top_p": ' + b"9" * 5000 + b"}",
         b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": Infinity}',
     ],
     ids=lambda body: str(body[:20]),
 )
