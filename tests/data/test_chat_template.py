@@ -14,7 +14,8 @@ from megatron_vcr1.data import processor as processor_module
 from megatron_vcr1.data.chat_template import check_chat_template, read_chat_template
 from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import CaptionTarget, Image, Sample, Video
+from megatron_vcr1.tasks import CaptionTarget
+from megatron_vcr1.types import Image, Sample, Video
 from tests.data.model_dirs import CHAT_TEMPLATE
 from tests.data.tiny_processor import CHAT_TEMPLATE as TINY_CHAT_TEMPLATE
 from tests.data.tiny_processor import tiny_processor
