@@ -15,7 +15,7 @@ from megatron_vcr1.tasks.metrics import SampleMetrics, reason_if_zero, value_or_
 from megatron_vcr1.tasks.row_fields import NUMBER, TargetField, choice_of
 from megatron_vcr1.types import RewardPart, Sample, Target
 
-# A maximal run of digits, dots and commas; a digit inside of a word is no number. It is checked by _PLAIN afterwards.
+# A maximal run of digits, dots and commas; one inside of a word does not count. _PLAIN checks it afterwards.
 _NUMBER = re.compile(r"(?<![\w.,])([+-]?+(?:[0-9][0-9.,]*+|\.[0-9]++)(?:[eE][+-]?+[0-9]++)?+)", re.ASCII)
 _PLAIN = re.compile(r"[+-]?(?:(?:[0-9]++|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 _MRA_ERRORS = tuple(index / 20 for index in range(1, 11))  # 0.05, 0.1, ... 0.5: 1 minus each threshold
@@ -140,7 +140,7 @@ def numbers_in(answer: str) -> list[float]:
     """Return all numbers in a text, at least one. They may have a sign, commas between thousands, and an exponent.
 
     Raises:
-        UnparsableError: there is no number, or one is malformed or not finite.
+        UnparsableError: there is none, or one is malformed or not finite.
     """
     numbers = []
     for found in _NUMBER.findall(answer):
@@ -160,7 +160,7 @@ def only_number(answer: str) -> float:
     """Return the only number in a text: several numbers would let a policy name more than one answer.
 
     Raises:
-        UnparsableError: there is no number, more than one, or it is malformed or not finite.
+        UnparsableError: there is none or more than one, or it is malformed or not finite.
     """
     numbers = numbers_in(answer)
     if len(numbers) > 1:
