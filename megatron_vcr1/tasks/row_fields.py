@@ -127,7 +127,7 @@ def choice_of(names: type[E]) -> JsonForm:
     """Return the form of one of the values of an enumeration."""
 
     def read(value: object, key: str) -> E:
-        if value not in list(names):
+        if not isinstance(value, str) or value not in list(names):
             raise RowError(f"key {key!r}: {shown(value)} is not one of {', '.join(names)}")
         return names(value)
 
