@@ -129,7 +129,7 @@ def choice_of(names: type[E]) -> JsonForm:
     def read(value: object, key: str) -> E:
         if not isinstance(value, str) or value not in list(names):
             raise RowError(f"key {key!r}: {shown(value)} is not one of {', '.join(names)}")
-        return names(value)
+        return names(str(value))
 
     return JsonForm(" or ".join(f'"{name}"' for name in names), read, str)
 
