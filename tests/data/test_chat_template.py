@@ -109,7 +109,8 @@ def test_a_template_that_does_not_end_is_refused(template: str) -> None:
     "template, kinds",
     [
         (CHAT_TEMPLATE, {"image", "video"}),
-        (TINY_CHAT_TEMPLATE, {"video"}),
+        (TINY_CHAT_TEMPLATE, {"image", "video"}),
+        (TINY_CHAT_TEMPLATE.replace("<|image_pad|>", ""), {"video"}),
         ("{% for message in messages %}{{ message.role }}{{ message.content }}{% endfor %}", set()),
     ],
 )
