@@ -14,6 +14,7 @@ from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
 from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.parallel import mesh, schedule
 from megatron_vcr1.rollout.engine import RolloutEngine
+from megatron_vcr1.training.grpo.balance import deal_by_work
 from megatron_vcr1.training.grpo.batch import PolicyBatch, make_policy_batches, split_into_minibatches
 from megatron_vcr1.training.grpo.objective import (
     add_policy_metrics,
@@ -68,7 +69,7 @@ class GrpoTrainer:
         groups = self._source.next_groups(step, metrics)
         # All replicas have the same number of minibatches, though some of a replica's may be empty. All ranks therefore
         # do the same number of updates, whose collectives need every rank.
-        minibatches = self._make_minibatches(groups.kept)
+        minibatches = self._make_minibatches(groups.kept, metrics)
         if self._reference is not None:
             with metrics.time_phase("reference", wait_for_device=True), self._reference.swapped_in():
                 minibatches = [self._with_log_probs(batches, "ref_log_probs") for batches in minibatches]
@@ -94,23 +95,28 @@ class GrpoTrainer:
             rollouts=self._rollout_rows(step, groups) if mesh.is_replica_leader() else {},
         )
 
-    def _make_minibatches(self, groups: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
-        """Return the microbatches of each optimizer step of a pass over the groups."""
-        return [
-            make_policy_batches(
-                minibatch,
-                counts,
-                self._model,
-                microbatch_tokens=self._train.microbatch_tokens,
-                normalization=self._grpo.loss_normalization,
-                max_new_tokens=self._rollout.max_new_tokens,
+    def _make_minibatches(self, groups: Sequence[ScoredGroup], metrics: Metrics) -> list[list[PolicyBatch]]:
+        """Return the microbatches of each optimizer step of a pass over the groups, balanced between the replicas."""
+        minibatches = []
+        for minibatch, counts in split_into_minibatches(
+            groups,
+            self._grpo.num_minibatches,
+            skip_zero_advantages=self._objective.kl_coef == 0 and self._objective.entropy_coef == 0,
+        ):
+            dealt = deal_by_work(minibatch, self._model.model_config, frozen_parts=self._frozen_parts)
+            metrics.update_max("work_imbalance/before", dealt.imbalance_before)
+            metrics.update_max("work_imbalance/after", dealt.imbalance)
+            minibatches.append(
+                make_policy_batches(
+                    dealt.groups,
+                    counts,
+                    self._model,
+                    microbatch_tokens=self._train.microbatch_tokens,
+                    normalization=self._grpo.loss_normalization,
+                    max_new_tokens=self._rollout.max_new_tokens,
+                )
             )
-            for minibatch, counts in split_into_minibatches(
-                groups,
-                self._grpo.num_minibatches,
-                skip_zero_advantages=self._objective.kl_coef == 0 and self._objective.entropy_coef == 0,
-            )
-        ]
+        return minibatches
 
     def _with_log_probs(self, batches: list[PolicyBatch], field: str) -> list[PolicyBatch]:
         """Compute the log-probs of all targets with the model's current weights.
