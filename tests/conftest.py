@@ -42,7 +42,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_runtest_logfinish() -> None:
     """Free the process groups of models that reference cycles keep alive, when their threads have become many."""
-    if len(os.listdir("/proc/self/task")) > 200:
+    if len(os.listdir("/proc/self/task")) > 100:
         gc.collect()
 
 

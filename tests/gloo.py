@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -93,13 +95,17 @@ def _serve(rank: int, port: int, connection: Connection) -> None:
 
 
 def _destroy_subgroups() -> None:
-    """Destroy the previous function's process groups except the default one, since each keeps threads.
+    """Destroy the previous function's process groups except the default one, and free them.
 
-    All ranks have returned from that function: `GlooPool.run` waits for all of them.
+    Each group has threads that wake up all the time, even if nothing is sent. megatron-core's globals and the reference
+    cycles of models keep groups alive. All ranks have returned from the function: `GlooPool.run` waits for all of them.
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _world
 
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     for group in list(_world.pg_map) if dist.is_initialized() else ():
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()
