@@ -270,7 +270,7 @@ def test_every_metric_is_explained(folder: Path) -> None:
     explained = set(re.findall(r"`([a-z_0-9]+(?:/[A-Za-z_0-9]+)*)`", page))
     rows = [json.loads(line) for file in folder.glob("runs/*/metrics.jsonl") for line in file.read_text().splitlines()]
     assert rows
-    patterns = [re.compile(r"(reward|zero_rewards)/[a-z_]+/.*"), re.compile(r"time/[a-z]+_s")]
+    patterns = [re.compile(r"(reward|zero_rewards)/[a-z_]+/.*"), re.compile(r"time/[a-z_]+_s")]
     names = {name for row in rows for name in row if name != "step"}
     assert not {name for name in names - explained if not any(pattern.fullmatch(name) for pattern in patterns)}
 
