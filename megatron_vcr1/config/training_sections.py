@@ -209,8 +209,8 @@ class RewardsSection(Section):
     weights: Weights = Field(
         default={},
         description="Weight of each part of the reward in the total, by name, such as {format = 0.5, iou = 2.0}. A "
-        "part that is not named has weight 1, as in the paper. On the command line: --rewards.weights "
-        "format=0.5,iou=2.0",
+        "part that is not named has weight 1, as in the paper. The command line takes --rewards.weights "
+        "format=0.5,iou=2.0 as well.",
     )
 
 

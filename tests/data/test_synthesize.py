@@ -67,9 +67,8 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_videos(folder: Pat
 
 ENCODE_AND_HASH = """
 import hashlib, pathlib, sys
-from megatron_vcr1.data.scenes import VideoFormat, random_scene
+from megatron_vcr1.data.scenes import PAPER_TASKS, VideoFormat, random_scene
 from megatron_vcr1.data.synthesize import render_frames, write_video
-from megatron_vcr1.tasks import task_names
 path = pathlib.Path(sys.argv[1])
 for index in range(18):
     scene = random_scene("train", index, seed=3, task=PAPER_TASKS[index % 6], video_format=VideoFormat())
