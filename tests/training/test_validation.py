@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = read_manifest(folder / "data" / "train.jsonl")
     write_manifest(folder / "data" / "validation.jsonl", samples[:8])
     write_manifest(folder / "data" / "train.jsonl", samples[8:])
-    damaged = samples[0].video
+    damaged = samples[0].video.path
     assert isinstance(damaged, str)
     Path(damaged).write_bytes(b"no video")
     return folder
