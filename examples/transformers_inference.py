@@ -11,7 +11,6 @@ python examples/transformers_inference.py --model runs/own_data/export --video c
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 MAX_FRAME_PIXELS = 768 * 28 * 28
 
@@ -53,22 +53,8 @@ def read_frames(
                 decoded[index] = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     frames = torch.stack([decoded[index] for index in wanted])
     max_pixels = max(min(MAX_FRAME_PIXELS, total_pixels / count * 2), int(min_pixels * 1.05))
-    height, width = frame_size(*frames.shape[2:], factor, min_pixels, int(max_pixels))
+    height, width = smart_resize(*frames.shape[2:], factor, min_pixels, int(max_pixels))
     return resize(frames, [height, width], InterpolationMode.BICUBIC, antialias=True), duration_s
-
-
-def frame_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the size of Qwen's published preprocessing: multiples of `factor`, with an area within the bounds."""
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
 
 
 def with_published_positions(get_rope_index: Callable[..., Any], video_token_id: int) -> Callable[..., Any]:

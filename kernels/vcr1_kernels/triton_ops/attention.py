@@ -96,11 +96,14 @@ def launch_backward(
     # The part of dK and dV of each query head and split. A single part is the gradient itself.
     num_tokens, num_heads, head_dim = query.shape
     num_parts = num_heads // key.shape[1] * num_splits
-    part_shape, part_dtype = (
-        (num_tokens, num_heads * num_splits, head_dim),
-        key.dtype if num_parts == 1 else torch.float32,
+    grad_key, grad_value = (
+        torch.empty(
+            (num_tokens, num_heads * num_splits, head_dim),
+            dtype=key.dtype if num_parts == 1 else torch.float32,
+            device=query.device,
+        )
+        for _ in range(2)
     )
-    grad_key, grad_value = (torch.empty(part_shape, dtype=part_dtype, device=query.device) for _ in range(2))
     blocks, ranges = _key_blocks(layout, tiles, num_splits, query.device)
     key_gradient_kernel[(query.shape[1], len(blocks))](
         query,
