@@ -13,6 +13,7 @@ REQUIREMENTS = [
     "jinja2>=3.1,<4",  # for the report, and for chat templates in transformers, which does not declare it
     "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the last for Python 3.11; 0.17 needs Python 3.12
     "numpy>=1.26,<2.6",
+    "packaging>=23,<27",
     "pillow>=10,<14",
     "psutil>=5.9,<8",  # without it, megatron-core's checkpoint writer hangs instead of failing
     "pydantic>=2.7,<3",

@@ -62,7 +62,8 @@ def _with_python_path(config: RunConfig, files: Sequence[_File]) -> RunConfig:
     if data.python_path is not None or not (data.tasks or any(source.rewards for source in data.sources)):
         return config
     # Modules lie beside the file that names them, which may be the one that the other file extends.
-    naming = [file.path for file in files if {"tasks", "sources"} & file.tables.get("data", {}).keys()]
+    key = "tasks" if data.tasks else "sources"
+    naming = [file.path for file in files if key in file.tables.get("data", {})]
     folder = (naming or [files[0].path])[0].absolute().parent
     return config.model_copy(update={"data": data.model_copy(update={"python_path": folder})})
 

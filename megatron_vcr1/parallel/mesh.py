@@ -127,7 +127,7 @@ def check_master_address(name: str) -> None:
     """
     try:
         socket.getaddrinfo(name, None)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: it is not a host name at all
         raise UserError(
             f"MASTER_ADDR = {name!r}, the first rank's node, does not resolve on {socket.gethostname()} ({error}); "
             "set MASTER_ADDR to an address of that node that all nodes reach"

@@ -9,6 +9,8 @@ import logging
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.version import Version
+
 logger = logging.getLogger(__name__)
 
 NEWEST_TESTED = {
@@ -30,16 +32,11 @@ def warn_about_untested_versions() -> None:
             installed = version(package)
         except PackageNotFoundError:
             continue
-        known = _numbers(tested)
-        if _numbers(installed)[: len(known)] > known:
+        known = Version(tested).release
+        if Version(installed).release[: len(known)] > known:
             logger.warning(
                 "%s %s is newer than %s, the newest version that megatron_vcr1 is tested with",
                 package,
                 installed,
                 tested,
             )
-
-
-def _numbers(version_text: str) -> list[int]:
-    """Return major and minor number, or the major number of a version that has no other."""
-    return [int(part) for part in version_text.split(".")[:2]]

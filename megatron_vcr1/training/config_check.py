@@ -44,7 +44,8 @@ class Finding:
     """One row of the table.
 
     Attributes:
-        status: "ok", "warning" (`vcr1 train` starts, but may fail later) or "error" (`vcr1 train` refuses it).
+        status: "ok", "warning" (`vcr1 train` starts, but may fail later) or "error" (`vcr1 train` refuses it, or cannot
+            write its first checkpoint).
     """
 
     subject: str

@@ -71,7 +71,7 @@ class Run:
         self._num_steps = num_steps
         self.step = 0
         self.validated_step: int | None = None
-        self._best = BestStep()
+        self._best = BestStep(checkpoint.keep_best)
         self._consecutive_skipped = 0  # steps in a row whose update was not applied
         self._save_is_due = False
         self._save_s = 0.0  # time of the last save, reported with the next step
@@ -90,7 +90,7 @@ class Run:
         best = self._best.step
         if best is not None and not run_on_first_rank(lambda: self._store.path(best).is_dir()):
             logger.warning("the best checkpoint, of step %d, is gone: the next validation starts over", best)
-            self._best = BestStep()
+            self._best = BestStep(self._checkpoint.keep_best)
         logger.info("resumed from %s", self._store.path(newest))
 
     def run(self, lifecycle: Lifecycle, reporter: Reporter, profile: StepProfile) -> int:
@@ -103,7 +103,11 @@ class Run:
             TrainingStopped: too many steps in a row had a loss or a gradient that is not finite, or the trainer cannot
                 continue.
         """
-        if self._is_finished():
+        if self._stops_early():
+            logger.info(
+                "finished: stopped early after step %d; raise or unset validation.patience to continue", self.step
+            )
+        elif self._is_finished():
             logger.info(
                 "finished: step %d was the last one; raise train.num_steps or num_epochs to continue", self.step
             )
@@ -114,6 +118,9 @@ class Run:
         if self._validation_is_due():
             logger.info("validating the model of step %d", self.step)
             self._validate(lifecycle, reporter, may_be_best=self.step > 0)
+            # The checkpoint of this step exists already. If the run is finished, nothing stores the outcome: another
+            # start of the finished run validates once more.
+            self._save_is_due = False
         if not self._is_finished():
             logger.info("step %d starts", self.step + 1)
         while not self._is_finished():

@@ -78,16 +78,17 @@ class RunDir:
         _write_atomically(settings, text.encode())
         start = {"step": step, "num_steps": num_steps, "changed": changed, **environment(launched_world_size())}
         _append(self.path / "starts.jsonl", [start])
+        last_validation = -1 if validated_step is None else validated_step
         for file in (self._metrics, self._skipped):
             if file.exists():
-                _drop_rows_after(file, step, -1 if validated_step is None else validated_step)
+                _drop_rows_after(file, step, last_validation)
         for file in self._rollouts.iterdir():
             written = re.fullmatch(r"step_(\d+)\.(jsonl|part)", file.name)  # other files are the user's
             if written and (written[2] == "part" or int(written[1]) > step):
                 file.unlink()
         for folder in (self.path / VALIDATION_FOLDER).glob("step_*"):
             number = folder.name.removeprefix("step_")
-            if number.isdecimal() and int(number) > (-1 if validated_step is None else validated_step):
+            if number.isdecimal() and int(number) > last_validation:
                 shutil.rmtree(folder)
 
     def add_metrics(self, row: Mapping[str, float | int | None]) -> None:
@@ -203,6 +204,7 @@ def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:
             row = parse_json(line, path)
         except UserError:
             continue
+        # "validation/LABEL/METRIC" in metrics.jsonl, "validation" in skipped.jsonl
         is_validation = any(name.startswith("validation") for name in row)
         if row["step"] <= (validated_step if is_validation else step):
             kept.append(line.removesuffix("\n") + "\n")

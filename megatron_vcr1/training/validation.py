@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from megatron_vcr1.training.run_dir import VALIDATION_FOLDER
 from megatron_vcr1.training.shown_samples import SampleCollector, ShownSample
 from megatron_vcr1.types import Sample
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
@@ -42,8 +44,8 @@ class ValidationResult:
 
     Attributes:
         metrics: values by LABEL/METRIC, and the counts LABEL/num_samples, LABEL/num_unanswered and LABEL/num_unjudged.
-        unanswered: label, id and reason of each sample that could not be given to the model.
-        shown: samples for TensorBoard and Weights & Biases.
+        unanswered: label, id and reason of each sample that could not be given to the model; on the first rank only.
+        shown: samples for TensorBoard and Weights & Biases; on the first rank only.
     """
 
     metrics: Mapping[str, float]
@@ -114,19 +116,26 @@ class Validator:
         Raises:
             EngineError: the engine cannot generate.
         """
-        metrics: dict[str, float] = {}
-        unanswered: list[tuple[str, str, str]] = []
-        shown: list[ShownSample] = []
+        answered: list[tuple[BenchmarkJob, list[Prediction], SampleCollector]] = []
         for job in self._jobs:
             collector = SampleCollector(self._section.num_shown_samples if mesh.is_first_rank() else 0)
             predictions = self._predict(job, engine, collector, is_stopping)
             if predictions is None:
                 return None
-            part = run_on_first_rank(partial(self._score, job, predictions, collector, step))
-            metrics |= part.metrics
-            unanswered += part.unanswered
-            shown += part.shown
-        return ValidationResult(metrics, unanswered, shown)
+            answered.append((job, predictions, collector))
+        parts: list[ValidationResult] = []  # stays empty on the other ranks
+
+        def score() -> dict[str, float]:
+            parts.extend(self._score(*entry, step) for entry in answered)
+            return {name: value for part in parts for name, value in part.metrics.items()}
+
+        # Only the numbers travel: with NCCL, every rank would hold the frames of all ranks on its GPU.
+        metrics = run_on_first_rank(score)
+        return ValidationResult(
+            metrics,
+            unanswered=[entry for part in parts for entry in part.unanswered],
+            shown=[sample for part in parts for sample in part.shown],
+        )
 
     def _predict(
         self, job: BenchmarkJob, engine: RolloutEngine, collector: SampleCollector, is_stopping: Callable[[], bool]
@@ -187,11 +196,13 @@ class BestStep:
     """Tracks the step with the highest value of checkpoint.keep_best, over the validations of a run.
 
     Attributes:
+        metric: checkpoint.keep_best; None if no metric is tracked.
         step: the best step; None before the first validation after step 0.
         num_worse: validations in a row since then that were not better.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metric: str | None) -> None:
+        self.metric = metric
         self.step: int | None = None
         self.value = -math.inf
         self.num_worse = 0
@@ -212,10 +223,15 @@ class BestStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""
-        return {"step": self.step, "value": self.value if self.step is not None else None, "num_worse": self.num_worse}
+        value = self.value if self.step is not None else None
+        return {"metric": self.metric, "step": self.step, "value": value, "num_worse": self.num_worse}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of a checkpoint."""
+        """Continue from the state of a checkpoint, unless it is of another metric."""
+        if state["metric"] != self.metric:
+            if state["step"] is not None:
+                logger.warning("checkpoint.keep_best was %s: the best step starts over", state["metric"])
+            return
         self.step, self.num_worse = state["step"], state["num_worse"]
         self.value = state["value"] if self.step is not None else -math.inf
 

@@ -113,3 +113,9 @@ def test_the_extended_file_may_be_incomplete(base):
     base.write_text("[train]\nnum_epochs = 3")
     assert load_config(extended(base, "[model]\npath = 'm'")).train.num_epochs == 3
     assert "model.path: missing" in error_of(extended(base, "[model]\nfreeze = []"))
+
+
+def test_modules_lie_beside_the_file_that_names_the_tasks(base):
+    base.write_text(BASE.replace("[train]", '[data]\ntasks = ["my_task"]\n\n[train]'))
+    config = load_config(extended(base, "[[data.sources]]\nmanifest = 'c.jsonl'"))
+    assert config.data.python_path is not None and config.data.python_path.resolve() == base.parent

@@ -41,6 +41,11 @@ def test_a_node_name_that_does_not_resolve_is_named_at_once(monkeypatch: pytest.
         os.environ.update(before)
 
 
+def test_text_that_is_no_host_name_is_named_as_well() -> None:
+    with pytest.raises(UserError, match=r"MASTER_ADDR = 'a\.\.b'.* does not resolve on "):
+        mesh.check_master_address("a..b")
+
+
 def test_launched_world_size_reads_the_launchers_variables_and_writes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

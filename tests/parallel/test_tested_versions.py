@@ -12,7 +12,13 @@ from megatron_vcr1.parallel.tested_versions import warn_about_untested_versions
 
 
 def test_a_newer_library_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    installed = {"torch": "3.0.0a0+1f2e", "megatron-core": "0.19.7", "transformers": "5.9.0", "av": "18.1.0"}
+    installed = {
+        "torch": "3.0.0a0+1f2e",
+        "megatron-core": "0.19.7",
+        "transformers": "5.9.0",
+        "av": "18.1.0",
+        "triton": "3.8rc1+git12",
+    }
 
     def version(package: str) -> str:
         if package in installed:

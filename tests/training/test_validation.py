@@ -229,9 +229,18 @@ def test_settings_that_need_a_metric_are_refused_without_it(
 
 
 def test_best_step_ignores_missing_values_and_continues_from_its_state() -> None:
-    best = BestStep()
+    best = BestStep("grounding/mIoU")
     assert best.update(5, 0.2) and not best.update(10, None) and not best.update(15, 0.2)
-    again = BestStep()
+    again = BestStep("grounding/mIoU")
     again.load_state_dict(json.loads(json.dumps(best.state_dict())))
     assert (again.step, again.value, again.num_worse) == (5, 0.2, 1)
     assert again.update(20, 0.3) and again.num_worse == 0
+
+
+def test_best_step_of_another_metric_is_not_continued(caplog: pytest.LogCaptureFixture) -> None:
+    best = BestStep("grounding/mIoU")
+    best.update(5, 0.6)
+    other = BestStep("choices/accuracy")
+    other.load_state_dict(best.state_dict())
+    assert "checkpoint.keep_best was grounding/mIoU: the best step starts over" in caplog.text
+    assert other.step is None and other.update(10, 0.4)

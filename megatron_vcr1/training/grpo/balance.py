@@ -49,7 +49,8 @@ def deal_by_work(groups: Sequence[PolicyGroup], config: ModelConfig, *, frozen_p
     """
     if mesh.num_replicas() == 1:
         return Dealt(list(groups), 1.0, 1.0)
-    process_group = parallel_state.get_data_parallel_group()
+    # gloo also on GPUs: groups are CPU objects, and NCCL would create a communicator for each pair of ranks.
+    process_group = parallel_state.get_data_parallel_group_gloo()
     costs: list[list[float]] = [[]] * process_group.size()
     own_costs = [training_flops(config, _workload(group, config), freeze=frozen_parts).total for group in groups]
     dist.all_gather_object(costs, own_costs, group=process_group)

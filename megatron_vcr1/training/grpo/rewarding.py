@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_vcr1.config.data_sections import DataSource
@@ -128,10 +129,13 @@ def check_weights(section: RewardsSection, sources: Sequence[DataSource], sample
     Raises:
         UserError: a weight names an unknown part; names the known ones.
     """
+    if not section.weights:
+        return
     by_task = {sample.task: sample for source_samples in samples for sample in source_samples}
     known = {FORMAT: None, OVERLONG: None}
     for sample in by_task.values():
-        known |= dict.fromkeys(task_of(sample).reward_parts(sample, "", None))
+        where = f"sample {sample.id}: the reward of task {sample.task}"
+        known |= dict.fromkeys(call_user_code(partial(task_of(sample).reward_parts, sample, "", None), where))
     known |= {load_reward(name).part: None for source in sources for name in source.rewards}
     if unknown := [name for name in section.weights if name not in known]:
         raise UserError(

@@ -61,6 +61,7 @@ class GrpoTrainer:
         self._train = train
         self._grpo = grpo
         self._objective = objective_from_settings(grpo)
+        self._skips_zero_advantages = self._objective.kl_coef == 0 and self._objective.entropy_coef == 0
         self._rollout = rollout
 
     def step(self, step: int, metrics: Metrics) -> StepResult:
@@ -101,7 +102,7 @@ class GrpoTrainer:
         for minibatch, counts in split_into_minibatches(
             groups,
             self._grpo.num_minibatches,
-            skip_zero_advantages=self._objective.kl_coef == 0 and self._objective.entropy_coef == 0,
+            skip_zero_advantages=self._skips_zero_advantages,
         ):
             dealt = deal_by_work(minibatch, self._model.model_config, frozen_parts=self._frozen_parts)
             metrics.update_max("work_imbalance/before", dealt.imbalance_before)
@@ -166,7 +167,11 @@ class GrpoTrainer:
 
     def _rollout_rows(self, step: int, groups: StepGroups) -> dict[int, dict[str, Any]]:
         """Return the rows of rollouts/step_N.jsonl by the position of their prompt."""
-        trained = {group.prompt.position for group in groups.kept if group.scored_indices}
+        trained = {
+            group.prompt.position
+            for group in groups.kept
+            if (any(group.advantages) if self._skips_zero_advantages else group.scored_indices)
+        }
         return {
             group.prompt.position: rollout_row(
                 step,
