@@ -12,7 +12,8 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from megatron_vcr1.data.manifest import BadRow, scan_manifest
-from megatron_vcr1.types import Image, Interval, Medium, Sample, count_media
+from megatron_vcr1.data.templates import video_arguments
+from megatron_vcr1.types import Image, Interval, Medium, Sample, Video, count_media
 
 if TYPE_CHECKING:  # a check of the rows alone needs no decoders
     from megatron_vcr1.data.video_process import VideoReader
@@ -123,37 +124,44 @@ def _check_media(
     """
     from megatron_vcr1.data.video_process import VideoReader
 
-    uses: dict[tuple[str, str | tuple[str, ...]], list[tuple[Sample, Medium]]] = {}
+    uses: dict[Medium, list[tuple[Sample, Medium]]] = {}
     for sample in samples:
         for medium in sample.media:
-            uses.setdefault((medium.kind, medium.path), []).append((sample, medium))
+            uses.setdefault(_whole(medium), []).append((sample, medium))
     readers: SimpleQueue[VideoReader] = SimpleQueue()
 
-    def check(uses: list[tuple[Sample, Medium]]) -> list[BadMedium | LateSpan]:
+    def check(medium: Medium, uses: list[tuple[Sample, Medium]]) -> list[BadMedium | LateSpan]:
         reader = readers.get()
         try:
-            return _check_medium(uses, reader)
+            return _check_medium(medium, uses, reader)
         finally:
             readers.put(reader)
 
     with ExitStack() as stack, ThreadPoolExecutor(num_workers) as pool:
         for _ in range(num_workers):
             readers.put(stack.enter_context(VideoReader()))
-        for found in progress(pool.map(check, uses.values()), len(uses)):
+        for found in progress(pool.map(check, uses, uses.values()), len(uses)):
             yield from found
 
 
-def _check_medium(uses: list[tuple[Sample, Medium]], reader: VideoReader) -> list[BadMedium | LateSpan]:
-    """Decode the file that all these media share; return what is wrong with each sample."""
-    from megatron_vcr1.data.images import read_image
+def _whole(medium: Medium) -> Medium:
+    """Return the image, or the whole video at its image rate, that all samples which show it or a clip of it share."""
+    if isinstance(medium, Image):
+        return medium
+    return Video(medium.path, image_fps=video_arguments(medium, {}).get("image_fps"))
+
+
+def _check_medium(medium: Medium, uses: list[tuple[Sample, Medium]], reader: VideoReader) -> list[BadMedium | LateSpan]:
+    """Decode an image or a whole video; return what is wrong with each sample that shows it or a clip of it."""
     from megatron_vcr1.data.video import VideoError
 
-    medium = uses[0][1]
     try:
         if isinstance(medium, Image):
-            read_image(medium.path)
+            reader.read_image(medium.path)
             return []
-        duration_s = reader.read_frames(medium.path, num_threads=1).duration_s
+        path = medium.path
+        options = {} if medium.image_fps is None else {"image_fps": medium.image_fps}
+        duration_s = reader.read_frames(path, num_threads=1, **options).duration_s
     except VideoError as error:
         return [BadMedium(sample.id, str(medium.path), error.reason) for sample, _ in uses]
     found: list[BadMedium | LateSpan] = []

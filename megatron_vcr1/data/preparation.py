@@ -5,12 +5,14 @@ Decoding workers import this module, so it must not import the model or megatron
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_vcr1.config.data_sections import DataSection
+from megatron_vcr1.data.images import read_image
 from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import prepare_sample
@@ -53,14 +55,15 @@ def build_prepare_fn(
             "min_pixels": section.min_pixels,
         },
         read=reader.read_frames,
+        read_image=reader.read_image,
     )
 
 
 class CachedVideoReader:
-    """Reads videos with the settings of [data], through a cache that all readers of a process share.
+    """Reads videos and images with the settings of [data]; videos through a cache that all readers of a process share.
 
     It can be pickled. In the training process it decodes itself. In a decoding worker it decodes in a subprocess that
-    the worker starts (`VideoReader`), so that a decoder that crashes or hangs costs one video, not the run.
+    the worker starts (`VideoReader`), so that a decoder that crashes or hangs costs one sample, not the run.
     """
 
     def __init__(self, section: DataSection) -> None:
@@ -72,10 +75,20 @@ class CachedVideoReader:
         """Run `data.video.read_frames` with the section's backend."""
         return _cache_of_process(self._in_worker, self._backend, self._cache_bytes).read_frames(path, **options)
 
+    def read_image(self, path: str) -> Tensor:
+        """Run `data.images.read_image`."""
+        return _subprocess_of_worker().read_image(path) if self._in_worker else read_image(path)
+
+
+@cache
+def _subprocess_of_worker() -> VideoReader:
+    """Create the reader of this decoding worker once: its videos and images are decoded in the same subprocess."""
+    return VideoReader()
+
 
 @lru_cache(maxsize=1)  # a call with other settings replaces the cache, so that memory stays bounded
 def _cache_of_process(in_worker: bool, backend: str, max_bytes: int) -> VideoCache:
     """Create the cache of this process once. Training and evaluation share it, and so the videos that it holds."""
-    read = VideoReader().read_frames if in_worker else read_frames
+    read = _subprocess_of_worker().read_frames if in_worker else read_frames
     num_threads = 1 if in_worker else torch.get_num_threads()  # the workers run in parallel already
     return VideoCache(max_bytes, partial(read, backend=backend, num_threads=num_threads))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput, encode_messages
+from megatron_vcr1.data.images import read_image
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, build_messages
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
@@ -36,6 +39,7 @@ def prepare_sample(
     max_tokens: int,
     video_options: Mapping[str, float] | None = None,
     read: Callable[..., VideoFrames] = read_frames,
+    read_image: Callable[[str], Tensor] = read_image,
 ) -> PreparedSample:
     """Encode the prompt of a sample within a token limit. Media that take too many tokens are read again, smaller.
 
@@ -50,6 +54,7 @@ def prepare_sample(
         max_tokens: token limit of the prompt, text and media together.
         video_options: options of `read_frames`, for each video.
         read: function that decodes a video, with the signature of `read_frames`.
+        read_image: function that decodes an image, with the signature of `images.read_image`.
 
     Raises:
         VideoError: a video or image cannot be read, or a video has fewer frames than tracking has boxes.
@@ -59,7 +64,7 @@ def prepare_sample(
 
     def encode(limits: Sequence[Mapping[str, int]] = ()) -> EncodedPrompt:
         messages = build_messages(sample, templates, thinking=thinking, video_options=options, limits=limits)
-        return encode_messages(messages, processor, read=read)
+        return encode_messages(messages, processor, read=read, read_image=read_image)
 
     prompt = encode()
     num_tokens = len(prompt.token_ids)

@@ -114,7 +114,7 @@ def row_from_sample(sample: Sample, folder: Path | None = None) -> dict[str, Any
     """
     row: dict[str, Any] = {"id": sample.id, "task": sample.task}
     videos = [_video_row(video, folder) for video in sample.videos]
-    images = [_relative(image.path, folder) for image in sample.images]
+    images = [relative_path(image.path, folder) for image in sample.images]
     if len(videos) == 1:
         row |= {"video": videos[0].pop("video"), "duration_s": None, **videos[0]}
     elif videos:
@@ -203,8 +203,9 @@ def _resolved(path: str, folder: Path | None) -> str:
 def _video_row(video: Video, folder: Path | None) -> dict[str, Any]:
     """Convert a video to the keys of a row, without those that have no value."""
     path = video.path
+    files = [relative_path(file, folder) for file in ([path] if isinstance(path, str) else path)]
     row = {
-        "video": _relative(path, folder) if isinstance(path, str) else [_relative(frame, folder) for frame in path],
+        "video": files[0] if isinstance(path, str) else files,
         "duration_s": video.duration_s,
         "clip": video.clip and [video.clip.start_s, video.clip.end_s],
         "image_fps": video.image_fps,
@@ -212,7 +213,8 @@ def _video_row(video: Video, folder: Path | None) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _relative(path: str, folder: Path | None) -> str:
+def relative_path(path: str, folder: Path | None) -> str:
+    """Return a path relative to a folder that it is below; other paths and URLs are returned unchanged."""
     if folder is None or is_remote(path) or not Path(path).is_relative_to(folder):
         return path
     return str(Path(path).relative_to(folder))

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_vcr1.data.rows import row_from_sample
+from megatron_vcr1.data.rows import relative_path
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.types import Sample
 
@@ -33,7 +33,7 @@ def split_by_video(
     if any(fraction < 0 for fraction in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
         raise UserError(f"fractions {', '.join(map(str, fractions.values()))}: they must be 0 or more, and add up to 1")
     parts = {name: fraction for name, fraction in fractions.items() if fraction > 0}
-    files = [_files(sample, folder) for sample in samples]
+    files = [names_of_files(sample, folder) for sample in samples]
     group_of = _connected(files)
     keys = [group_of[names[0]] for names in files]
     videos = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed}/{key}".encode()).digest())
@@ -46,12 +46,18 @@ def split_by_video(
     return {name: [sample for sample, key in zip(samples, keys, strict=True) if part_of[key] == name] for name in parts}
 
 
-def _files(sample: Sample, folder: Path) -> list[str]:
-    """Return the names of a sample's videos and images; a sample of text alone has a name of its own."""
-    row = row_from_sample(sample, folder)
-    videos = [row["video"]] if "video" in row else [video["video"] for video in row.get("videos", ())]
-    images = [row["image"]] if "image" in row else row.get("images", [])
-    return [json.dumps(file) for file in (*videos, *images)] or [f"text of {sample.id}"]
+def names_of_files(sample: Sample, folder: Path | None = None) -> tuple[str, ...]:
+    """Return a name for each file of a sample's media; a sample of text alone has a name of its own.
+
+    A video that is a list of frames has a name for each frame: another list may contain some of the same frames.
+
+    Args:
+        sample: the sample.
+        folder: paths below this folder are made relative to it.
+    """
+    paths = [[medium.path] if isinstance(medium.path, str) else medium.path for medium in sample.media]
+    names = tuple(json.dumps(relative_path(path, folder)) for files in paths for path in files)
+    return names or (f"text of {sample.id}",)
 
 
 def _connected(groups: Iterable[Sequence[str]]) -> dict[str, str]:

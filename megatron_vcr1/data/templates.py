@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,7 +134,11 @@ def load_templates(templates: str | Path | None = None) -> PromptTemplates:
             raise UserError(f"{path}: {key} must be true or false, got {value!r}")
     tables = {name: _checked_table(content[name], name, path) for name in content if name not in settings}
     answer, think = (
-        {name: _template(table[key], find_task(name), key, path) for name, table in tables.items() if key in table}
+        {
+            name: find_task(name).checked_template(table[key], f"{path}: {name}.{key}")
+            for name, table in tables.items()
+            if key in table
+        }
         for key in _PROMPTS
     )
     numbers = NumberFormat(**decimals, trim_coordinates=switches.pop("trim_coordinates", False))
@@ -142,8 +147,10 @@ def load_templates(templates: str | Path | None = None) -> PromptTemplates:
 
 
 def normalized_query(query: str) -> str:
-    """Return a query in lower case and without a final period."""
-    return query.strip().lower().removesuffix(".").rstrip()
+    """Return a query in lower case and without a final period. A text like ``<IMAGE>`` must not become a mark."""
+    parts = re.split(f"({'|'.join(MARKS)})", query.strip(), flags=re.IGNORECASE)
+    lowered = "".join(part if index % 2 else part.lower() for index, part in enumerate(parts))
+    return lowered.removesuffix(".").rstrip()
 
 
 def build_messages(
@@ -208,22 +215,3 @@ def _checked_table(table: object, name: str, path: str | Path) -> dict[str, Any]
     if type(table.get(_NORMALIZE, False)) is not bool:
         raise UserError(f"{path}: {name}.{_NORMALIZE} must be true or false, got {table[_NORMALIZE]!r}")
     return table
-
-
-def _template(text: object, task: Task[Any], key: str, path: str | Path) -> Template:
-    """Check the text of a template; `key` is "answer" or "think"."""
-    where = f"{path}: {task.name}.{key}"
-    if not isinstance(text, str):
-        raise UserError(f"{where} must be a string")
-    template = Template(text.strip())
-    if not template.is_valid():
-        raise UserError(f"{where} has a stray dollar sign; write $$ for a literal one")
-    if mark := next((mark for mark in MARKS if mark in text), None):
-        raise UserError(f"{where} contains {mark}; only the query and the options of a sample mark places of media")
-    used, required = set(template.get_identifiers()), task.required_placeholders
-    if missing := sorted(required - used):
-        raise UserError(f"{where}: placeholder '{missing[0]}' is missing")
-    allowed = required | task.optional_placeholders
-    if unknown := sorted(used - allowed):
-        raise UserError(f"{where}: placeholder '{unknown[0]}' is unknown; known are {', '.join(sorted(allowed))}")
-    return template

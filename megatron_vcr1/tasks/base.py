@@ -6,14 +6,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import Template
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.rewards.answer_parsing import is_tagged
 from megatron_vcr1.rewards.formats import blocks_fault
 from megatron_vcr1.rewards.parsing import UnparsableError
 from megatron_vcr1.tasks.metrics import SampleMetrics
 from megatron_vcr1.tasks.row_fields import RowError, TargetField, shown
-from megatron_vcr1.types import OPTION_LETTERS, Box, Interval, RewardPart, Sample, Target
+from megatron_vcr1.types import MARKS, OPTION_LETTERS, Box, Interval, RewardPart, Sample, Target
 
 T = TypeVar("T", bound=Target)
 
@@ -95,6 +97,10 @@ class Task(ABC, Generic[T]):
     def __init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise ValueError(f"the name of a task, {self.name!r}, is not a word of lower-case letters and digits")
+        if not self.tags:
+            raise ValueError(f"{self.name}: tags is empty; a completion needs a block, such as 'answer'")
+        for key in ("answer_prompt", "think_prompt"):
+            self.checked_template(getattr(self, key), f"{self.name}.{key}")
         owner = vars(self.target_type).get("task", self)
         if owner.name != self.name:
             raise TypeError(f"{self.target_type.__name__} belongs to the task {owner.name}; derive a class of its own")
@@ -159,6 +165,35 @@ class Task(ABC, Generic[T]):
         """Placeholders that a prompt may have."""
         names = [name for name, _ in self.more_placeholders]
         return frozenset(names if self.needs_query else [*names, "query"])
+
+    def checked_template(self, text: object, where: str) -> Template:
+        """Return the template of a prompt of this task.
+
+        Args:
+            text: the template's text.
+            where: where the text comes from, for error messages.
+
+        Raises:
+            UserError: it is not a text, has a mark or a stray dollar sign, or its placeholders are not the task's.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"{where} must be a string")
+        template = Template(text.strip())
+        if not template.is_valid():
+            raise UserError(f"{where} has a stray dollar sign; write $$ for a literal one")
+        if mark := next((mark for mark in MARKS if mark in text), None):
+            raise UserError(f"{where} contains {mark}; only the query and the options of a sample mark places of media")
+        names = [match["named"] or match["braced"] for match in template.pattern.finditer(template.template)]
+        if missing := sorted(self.required_placeholders - set(names)):
+            raise UserError(f"{where}: placeholder '{missing[0]}' is missing")
+        allowed = self.required_placeholders | self.optional_placeholders
+        if unknown := sorted(set(filter(None, names)) - allowed):
+            raise UserError(f"{where}: placeholder '{unknown[0]}' is unknown; known are {', '.join(sorted(allowed))}")
+        # The marks of media must be in the prompt as in the sample: once, those of the query before those of options.
+        marked = [name for name in names if name in ("query", "options")]
+        if marked not in (["query", "options"], ["query"], ["options"], []):
+            raise UserError(f"{where}: write $query once, and $options once after it")
+        return template
 
     def placeholders(self, sample: Sample, numbers: NumberFormat) -> dict[str, str]:
         """Return the value of each placeholder that the prompt of a sample may use."""

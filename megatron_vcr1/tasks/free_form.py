@@ -6,11 +6,13 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.rewards.answer_parsing import read_answer
-from megatron_vcr1.rewards.parsing import UnparsableError, last_answer, parse_caption
+from megatron_vcr1.rewards.parsing import UnparsableError, last_answer
 from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Reference, Task
 from megatron_vcr1.tasks.metrics import SampleMetrics, reason_if_zero, value_or_default, with_tagged_answer
@@ -82,10 +84,8 @@ First reason about what you see inside <think> </think>. Then give the answer al
 
     def reward_parts(self, sample: Sample, completion: str, judged: float | None) -> dict[str, RewardPart]:
         def compute() -> float | None:
-            if self.needs_judge(sample):
-                parse_caption(completion)  # raises without an answer: such a completion scores 0, judged or not
-                return judged
-            return accuracy(last_answer(completion), self.target_of(sample))
+            answered = nonempty(last_answer(completion))  # without an answer, the part is 0, judged or not
+            return judged if self.needs_judge(sample) else accuracy(answered, self.target_of(sample))
 
         return {"accuracy": compute_part(compute, "wrong answer")}
 
@@ -115,11 +115,17 @@ def accuracy(answered: str, target: TextTarget) -> float:
     Raises:
         UnparsableError: the answer is empty.
     """
-    if not normalized(answered):
-        raise UnparsableError("empty answer")
+    nonempty(answered)
     if target.metric is TextMetric.ROUGE:
         return rouge(answered, target.answer)
     return float(normalized(answered) == normalized(target.answer))
+
+
+def nonempty(answered: str) -> str:
+    """Return an answer. Raises UnparsableError if it consists of white space and punctuation."""
+    if not normalized(answered):
+        raise UnparsableError("empty answer")
+    return answered
 
 
 def normalized(text: str) -> str:
@@ -127,6 +133,7 @@ def normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_PUNCTUATION)
 
 
+@cache  # of a success: errors are not cached
 def check_rouge() -> None:
     """Raise UserError if the optional package rouge-score is not installed."""
     if find_spec("rouge_score") is None:
@@ -135,9 +142,14 @@ def check_rouge() -> None:
 
 def rouge(answered: str, reference: str) -> float:
     """Return the F1 score of ROUGE-L, in [0, 1]. It compares words of ASCII letters and digits."""
+    return float(_rouge_scorer().score(reference, answered)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes seconds
 
-    return float(RougeScorer(["rougeL"]).score(reference, answered)["rougeL"].fmeasure)
+    return RougeScorer(["rougeL"])
 
 
 TASK = FreeForm()

@@ -106,3 +106,33 @@ def test_every_video_and_image_of_a_sample_is_checked(tmp_path: Path) -> None:
         ("both", "gone.mp4", "no such file"),
         ("clips", "good.mp4", "lasts 1.60 s, but an annotated span starts at 3.0 s"),
     ]
+
+
+def test_a_folder_of_images_lasts_as_long_as_its_image_rate_says(tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    for index in range(10):
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"frames/{index}.png")
+    listed = {"video": [f"frames/{index}.png" for index in range(10)], "duration_s": 10}
+    rows = [
+        row("slow", "frames", [8, 9]) | {"image_fps": 1, "duration_s": None},
+        row("usual", "frames", [8, 9]) | {"duration_s": None},
+        row("list", "frames", [8, 9]) | listed,
+    ]
+    check = check_manifest(write_rows(tmp_path / "m.jsonl", *rows), decode_media=True, num_workers=1)
+    assert [(bad.id, bad.reason) for bad in check.bad_media] == [
+        ("usual", "lasts 5.00 s, but an annotated span starts at 8.0 s")
+    ]
+    assert not check.late_spans
+
+
+def test_a_crash_of_the_image_decoder_costs_one_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(self: object, path: str) -> None:
+        raise VideoError(path, "the decoder crashed (SIGSEGV)")
+
+    monkeypatch.setattr(video_process.VideoReader, "read_image", crash)
+    manifest = write_rows(
+        tmp_path / "m.jsonl",
+        {"id": "a", "task": "quality", "image": "a.png", "target": {"label": "x"}, "duration_s": None},
+    )
+    check = check_manifest(manifest, decode_media=True, num_workers=1)
+    assert [(bad.id, bad.reason) for bad in check.bad_media] == [("a", "the decoder crashed (SIGSEGV)")]

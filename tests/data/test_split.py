@@ -73,3 +73,10 @@ def test_samples_that_share_a_video_or_an_image_stay_together() -> None:
 def test_impossible_splits_are_user_errors(fractions: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         split_by_video(samples_of([3, 1]), fractions, seed=0, folder=Path("/data"))
+
+
+def test_lists_that_share_a_frame_stay_together() -> None:
+    lists = [["1.png", "2.png"], ["2.png", "3.png"], ["3.png", "4.png"], ["5.png"]]
+    samples = [sample_from_row({**ROWS[0], "id": str(index), "video": frames}) for index, frames in enumerate(lists)]
+    parts = split_by_video(samples, {"train": 0.5, "test": 0.5}, seed=0, folder=Path("/data"))
+    assert sorted(len(part) for part in parts.values()) == [1, 3]

@@ -84,6 +84,15 @@ def test_media_without_marks_come_first(templates: PromptTemplates) -> None:
         assert [part["type"] for part in message["content"]] == [*(medium.kind for medium in media), "text"]
 
 
+def test_a_query_in_lower_case_has_the_marks_of_the_query() -> None:
+    media = (Image("a.png"), Image("b.png"))
+    templates = PromptTemplates(normalized=frozenset(["quality"]))
+    asked = sample("quality", media=media, query="<image> or <image>: WHAT is an <IMAGE>.")
+    (message,) = build_messages(asked, templates, thinking=False)
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    assert len(message["content"]) - len(texts) == 2 and ": what is an <IMAGE>" in texts[-1]
+
+
 WHOLE_FILE = """
 time_decimals = 1
 
@@ -125,6 +134,12 @@ def test_a_users_file_replaces_texts_and_precision_and_inherits_the_rest(tmp_pat
         ("time_decimals = 1", "time_decimals = 2.5", "time_decimals must be a whole number from 0 to 6, got 2.5"),
         (": $query", ": $qeury", r"temporal_grounding.think: placeholder 'query' is missing"),
         ("$options", "$options $first_box", r"grounded_qa.answer: placeholder 'first_box' is unknown"),
+        (
+            "$query\\n$options",
+            "$options $query",
+            r"grounded_qa.answer: write \$query once, and \$options once after it",
+        ),
+        (": $query", ": $query ${query}", r"temporal_grounding.think: write \$query once"),
         ("$options", "$ 5", "stray dollar sign"),
         ("$options", "<video> $options", "contains <video>; only the query and the options of a sample mark places"),
         ("[captioning]\nanswer", "[captioning]\nanwser", r"\[captioning\] must hold one or both of the strings"),

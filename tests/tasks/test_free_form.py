@@ -49,6 +49,7 @@ def test_rouge_grades_by_the_longest_common_subsequence() -> None:
 
 def test_rouge_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(free_form, "find_spec", lambda name: None)
+    free_form.check_rouge.cache_clear()
     with pytest.raises(UserError, match=r'pip install "megatron_vcr1\[rouge\]"'):
         sample_from_row({**ROW, "target": {"answer": "stop", "metric": "rouge"}})
 
@@ -60,7 +61,8 @@ def test_the_judge_decides_whether_an_answer_states_the_true_one() -> None:
     assert judge.recalls([judged] * 2, ["It is a red bicycle.", "a blue car"]) == [1, 0]
     assert score(judged, "<answer>a red bicycle</answer>", thinking=False, judged=1.0).total == 2
     assert score(judged, "<answer>a red bicycle</answer>", thinking=False).total is None
-    assert score(judged, "<answer></answer>", thinking=False).reasons == {"accuracy": "empty caption"}
+    assert score(judged, "<answer></answer>", thinking=False).reasons == {"accuracy": "empty answer"}
+    assert score(judged, "<answer>?!</answer>", thinking=False, judged=1.0).reasons == {"accuracy": "empty answer"}
     assert TASK.judged_metrics(0.0, 1.0).reasons == {"accuracy": "wrong answer"}
 
 

@@ -111,6 +111,21 @@ def test_an_unknown_task_is_refused() -> None:
         ("faulty", "TASK = 1 / 0\n", r"importing faulty failed:\nTraceback(.|\n)*faulty.py(.|\n)*ZeroDivisionError"),
         ("without_task", "x = 1\n", "has no variable TASK with an instance of megatron_vcr1.tasks.Task"),
         ("twin", MODULE.replace("NAME", "quality"), "there is already a task quality; give yours another name"),
+        (
+            "no_query",
+            MODULE.replace("NAME", "no_query").replace('"$query"', '"$qeury"'),
+            "no_query.answer_prompt: placeholder 'query' is missing",
+        ),
+        (
+            "stray",
+            MODULE.replace("NAME", "stray").replace('"Think. $query"', '"$ $query"'),
+            "stray.think_prompt has a stray dollar sign",
+        ),
+        (
+            "no_tags",
+            MODULE.replace("NAME", "no_tags").replace("    answer_", "    tags = ()\n    answer_"),
+            "tags is empty",
+        ),
         ("bad_name", MODULE.replace("NAME", "my task"), "'my task', is not a word of lower-case letters"),
     ],
 )

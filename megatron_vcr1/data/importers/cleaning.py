@@ -19,13 +19,22 @@ from megatron_vcr1.data.importers.files import Row
 from megatron_vcr1.data.paths import is_remote
 from megatron_vcr1.data.rows import sample_from_row
 from megatron_vcr1.data.video import VideoError
+from megatron_vcr1.data.video_images import IMAGE_SUFFIXES
 from megatron_vcr1.tasks import find_task
 from megatron_vcr1.tasks.row_fields import RowError
 from megatron_vcr1.types import OPTION_LETTERS, Sample
 
 Action = Literal["skipped", "repaired", "kept"]
+Kind = Literal["video", "image"]
+_KINDS: tuple[Kind, ...] = ("video", "image")
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+_VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+"""Suffixes that are tried for the name of a video without one."""
+_KNOWN_SUFFIXES = {
+    *_VIDEO_SUFFIXES,
+    *IMAGE_SUFFIXES,
+    *(".3gp", ".avif", ".flv", ".gif", ".m2ts", ".m4v", ".mpeg", ".mpg", ".ogv", ".tif", ".tiff", ".ts", ".wmv"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +65,7 @@ class SkipRow(Exception):
 
 @dataclass(frozen=True)
 class VideoFolder:
-    """The folder of a dataset's videos.
+    """The folder of a dataset's videos and images.
 
     Attributes:
         root: a folder or an fsspec URL. None leaves names as published, without checking that the files exist.
@@ -64,17 +73,19 @@ class VideoFolder:
 
     root: str | None = None
 
-    def find(self, name: str) -> str | None:
-        """Find a video; return its absolute path or URL, or None if it does not exist.
+    def find(self, name: str, kind: Kind = "video") -> str | None:
+        """Find a video or an image; return its absolute path or URL, or None if it does not exist.
 
-        A name without a known suffix is tried with each of them. A copy without the published subfolders is also found.
-        Without a root, a bare name gets the suffix .mp4.
+        A name without a known suffix is tried with those of its kind. A copy without the published subfolders is also
+        found. Without a root, the bare name of a video gets the suffix .mp4.
         """
+        known = PurePosixPath(name).suffix.lower() in _KNOWN_SUFFIXES
         if self.root is None:
-            return name if _has_suffix(name) or "/" in name else name + VIDEO_SUFFIXES[0]
+            return name if known or "/" in name or kind == "image" else name + _VIDEO_SUFFIXES[0]
+        suffixes = _VIDEO_SUFFIXES if kind == "video" else IMAGE_SUFFIXES
         root = self.root if is_remote(self.root) else os.path.abspath(self.root)
         for relative in dict.fromkeys([name, PurePosixPath(name).name]):
-            for suffix in ("",) if _has_suffix(name) else (*VIDEO_SUFFIXES, ""):
+            for suffix in ("",) if known else (*suffixes, ""):
                 path = os.path.join(root, relative + suffix)  # join() returns an absolute name unchanged
                 if _exists(path):
                     return path
@@ -111,9 +122,11 @@ class RowCleaner:
             row = {**row, "target": dict(row["target"])}
             if find_task(row["task"]).needs_query and not row["query"].strip():
                 raise SkipRow("empty_query", "the query is empty")
-            for key in ("video", "videos", "image", "images"):
-                if row.get(key) is not None:
-                    row[key] = self._found(row[key])
+            for kind in _KINDS:
+                if row.get(kind) is not None:
+                    row[kind] = self._found(row[kind], kind)
+                if isinstance(media := row.get(f"{kind}s"), list):
+                    row[f"{kind}s"] = [self._found(medium, kind) for medium in media]
             if self.durations is not None and row["duration_s"] is None and row.get("video") is not None:
                 row["duration_s"] = _measure(self.durations, row)
             notes += self._clean_intervals(row_id, row)
@@ -130,18 +143,15 @@ class RowCleaner:
         self.issues.extend(notes)
         return sample
 
-    def _found(self, media: Any) -> Any:
-        """Replace the names of videos and images, in lists and objects of them, by their paths."""
-        if isinstance(media, list):
-            return [self._found(medium) for medium in media]
-        if isinstance(media, dict):
-            return {**media, "video": self._found(media["video"])}
-        return self._find(media)
-
-    def _find(self, name: str) -> str:
-        path = self.videos.find(name)
+    def _found(self, medium: Any, kind: Kind) -> Any:
+        """Replace the names in a video or image by paths; a video may be an object, or a list of its frames' images."""
+        if isinstance(medium, list):
+            return [self._found(frame, "image") for frame in medium]
+        if isinstance(medium, dict):
+            return {**medium, "video": self._found(medium["video"], "video")}
+        path = self.videos.find(medium, kind)
         if path is None:
-            raise SkipRow("missing_video", f"{name} does not exist in {self.videos.root}")
+            raise SkipRow(f"missing_{kind}", f"{medium} does not exist in {self.videos.root}")
         return path
 
     def _clean_intervals(self, row_id: str, row: Row) -> list[Issue]:
@@ -246,10 +256,6 @@ def _unusual_row_issues(row_id: str, row: Row) -> list[Issue]:
     if len(row.get("options", ())) == 1:
         return [Issue(row_id, "single_option", f"the only option is {row['options'][0]!r}", "kept")]
     return []
-
-
-def _has_suffix(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in (*VIDEO_SUFFIXES, ".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def _exists(path: str) -> bool:

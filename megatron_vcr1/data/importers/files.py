@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from megatron_vcr1 import text_files
@@ -144,6 +145,14 @@ def read_table(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path.name}, row {number}", row
     else:
         raise UserError(f"{path}: expected a .json, .jsonl, .parquet or .arrow file, or a folder of them")
+
+
+def numbered_id(path: str, num_rows_of: Counter[str]) -> str:
+    """Return an id for the next row of a video or image: its path without suffix, and a number that counts its rows."""
+    name = str(PurePosixPath(path).with_suffix("")).strip("/").replace("/", "_")
+    number = num_rows_of[name]
+    num_rows_of[name] += 1
+    return f"{name}_{number}"
 
 
 def visible_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -22,9 +22,10 @@ from megatron_vcr1.data.importers.files import (
     read_table,
 )
 from megatron_vcr1.data.importers.own import ColumnMap, read_own
+from megatron_vcr1.data.split import names_of_files
 from megatron_vcr1.data.video_process import VideoReader
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.types import Medium, Sample
+from megatron_vcr1.types import Sample
 
 _SPLIT_FORMATS = ("got10k", "mvbench", "videomme", "perception_test", "dream1k")
 
@@ -155,6 +156,8 @@ def _clean(cleaner: RowCleaner, row: Row) -> Sample | MalformedRow | None:
     """Clean a row; None if it is skipped. Values of other types than the format has make it a malformed row."""
     try:
         return cleaner.clean(row)
+    except UserError:  # a package that the row's metric needs is not installed, which is no fault of the row
+        raise
     except MALFORMED as error:
         return MalformedRow(str(row["id"]), describe(error))
 
@@ -216,14 +219,15 @@ def _choose(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]
 
 
 def _choose_per_video(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """Choose up to `limit` samples of each video in the same way."""
+    """Choose up to `limit` samples of each video, whatever its clip, in the same way. All samples of text are kept."""
     if limit is None:
         return samples
-    num_kept: Counter[tuple[Medium, ...]] = Counter()
+    num_kept: Counter[tuple[str, ...]] = Counter()
     kept = set()
     for sample in sorted(samples, key=lambda sample: _hash(sample, seed)):
-        num_kept[sample.media] += 1
-        if num_kept[sample.media] <= limit:
+        files = names_of_files(sample)
+        num_kept[files] += 1
+        if num_kept[files] <= limit:
             kept.add(sample.id)
     return [sample for sample in samples if sample.id in kept]
 

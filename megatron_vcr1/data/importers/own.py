@@ -8,15 +8,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, read_csv, read_table
+from megatron_vcr1 import text_files
+from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, numbered_id, read_csv, read_table
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import Task, UnknownTaskError, find_task
 from megatron_vcr1.tasks.row_fields import INTERVAL, NUMBER, TEXT, JsonForm, list_of
 
 _LIST_OF_TEXT = list_of(TEXT)
+_SPANS = list_of(INTERVAL).name
 _MEDIA = ("video", "videos", "image", "images")
 _ROW_FORMS = {
     "id": TEXT,
@@ -33,7 +35,6 @@ _ROW_FORMS = {
     "options": _LIST_OF_TEXT,
     "clip": INTERVAL,
 }
-_MAX_OPTIONS = 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def read_own(
     Raises:
         UserError: a file cannot be read, a column does not exist, or a key that every sample needs has no column.
     """
-    num_of_video: Counter[str] = Counter()
+    num_rows_of: Counter[str] = Counter()
     for path in annotations:
         entries = _read(path)
         columns = _columns_of(entries)
@@ -89,7 +90,7 @@ def read_own(
         _check_keys(by_key, columns, task_name, path)
         yield from convert_rows(
             entries,
-            lambda entry, by_key=by_key: _row(entry, by_key, task_name, num_of_video),  # type: ignore[misc]
+            lambda entry, by_key=by_key: _row(entry, by_key, task_name, num_rows_of),  # type: ignore[misc]
             lambda entry, by_key=by_key: str(_value(entry, by_key["id"])),  # type: ignore[misc]
         )
 
@@ -140,12 +141,12 @@ def _check_keys(by_key: Mapping[str, str], columns: Sequence[str], task_name: st
             f"--columns {by_key.get(unknown[0], '...')}={unknown[0]}: there is no such key; use one of "
             f"{', '.join(_ROW_FORMS)} or target.KEY"
         )
-    needed = ["target"] if top_level & set(_MEDIA) else ["video", "target"]
     if task_name is None:
-        needed.append("task")
+        needed = ["target", "task"]
     else:
         task = _task(task_name)
-        needed += ["query"] * task.needs_query + ["options"] * task.has_options
+        needed = ["video"] if task.needs_media and not top_level & set(_MEDIA) else []
+        needed += ["target"] + ["query"] * task.needs_query + ["options"] * task.has_options
     if missing := [key for key in needed if key not in top_level]:
         example = {"task": "or give --task", "target": "for example start=target.start,end=target.end"}
         more = f" ({example[missing[0]]})" if missing[0] in example else ""
@@ -162,24 +163,35 @@ def _task(name: str) -> Task[Any]:
         raise UserError(f"task {error}") from None
 
 
-def _row(entry: Mapping[str, Any], by_key: Mapping[str, str], task_name: str | None, num_of_video: Counter[str]) -> Row:
+def _row(entry: Mapping[str, Any], by_key: Mapping[str, str], task_name: str | None, num_rows_of: Counter[str]) -> Row:
     """Convert an entry to a manifest row; it may lack keys or have values of another type, which cleaning reports."""
     values = {key: value for key, column in by_key.items() if not _is_missing(value := _value(entry, column))}
     media = {key: _paths(values[key], by_key[key]) for key in _MEDIA if key in values}
-    if not media:
-        raise KeyError("video")
-    name = _first_path(next(iter(media.values())))
-    name = str(PurePosixPath(name).with_suffix("")).strip("/").replace("/", "_")
-    index = num_of_video[name]
-    num_of_video[name] += 1  # counted for malformed rows too: the ids of later rows do not depend on them
+    # Malformed rows are counted, too: the ids of later rows do not depend on them.
+    row_id = numbered_id(_first_path(next(iter(media.values()))) if media else "row", num_rows_of)
     task = _task(task_name or values["task"])
-    row: Row = {"id": f"{name}_{index}", "duration_s": None, "query": "", "task": task.name}
+    if task.needs_media and not media:
+        raise KeyError("video")
+    row: Row = {"id": row_id, "duration_s": None, "query": "", "task": task.name}
     for key, form in _ROW_FORMS.items():
         if key in values and key != "task" and key not in _MEDIA:
             row[key] = _typed(values[key], form, by_key[key])
-    if options := [str(values[key]) for number in range(_MAX_OPTIONS) if (key := f"options.{number}") in values]:
+    if options := _options(values):
         row["options"] = options
     return {**row, **media, "target": _target(values, task, by_key)}
+
+
+def _options(values: Mapping[str, Any]) -> list[str]:
+    """Return the texts of options.0, options.1 ...; cells after the last option may be empty.
+
+    Raises:
+        ValueError: a cell before another option is empty: the options after it would get other letters.
+    """
+    given = {key: str(value) for key, value in values.items() if key.startswith("options.")}
+    keys = [f"options.{number}" for number in range(len(given))]
+    if missing := [key for key in keys if key not in given]:
+        raise ValueError(f"{missing[0]} is empty, but there is {max(given)}; give the options without a gap")
+    return [given[key] for key in keys]
 
 
 def _paths(value: Any, column: str) -> Any:
@@ -198,23 +210,36 @@ def _first_path(value: Any) -> str:
 
 def _target(values: Mapping[str, Any], task: Task[Any], by_key: Mapping[str, str]) -> Row:
     """Build the target; its values are converted to the forms that the task reads."""
-    target: Row = {}
     forms = {field.key: field.form for field in task.target_fields}
+    ends = ("target.start", "target.end") if _has_span(forms) else ()
+    target: Row = {}
     for key, value in values.items():
         outer, _, inner = key.partition(".")
-        if outer == "target" and inner and inner not in ("start", "end"):
+        if key == "target":
+            target |= _object(value, by_key[key])
+        elif outer == "target" and key not in ends:
             target[inner] = _typed(value, forms.get(inner, TEXT), by_key[key])
-        elif key == "target":
-            target |= value
-    if "target.start" in by_key and "target.end" in by_key:
-        span = [_typed(values[key], NUMBER, by_key[key]) for key in ("target.start", "target.end")]
-        single = [key for key, form in forms.items() if form.name == INTERVAL.name]
-        several = [key for key, form in forms.items() if form.name == list_of(INTERVAL).name]
-        if single:
-            target[single[0]] = span
-        elif several:
-            target[several[0]] = [span]
+    if any(key in by_key for key in ends):
+        span = [_typed(values[key], NUMBER, by_key[key]) for key in ends]
+        single = [key for key, form in forms.items() if form is INTERVAL]
+        several = [key for key, form in forms.items() if form.name == _SPANS]
+        target |= {single[0]: span} if single else {several[0]: [span]}
     return target
+
+
+def _has_span(forms: Mapping[str, JsonForm]) -> bool:
+    """Return whether target.start and target.end are the ends of a span: they are not if the task has such keys."""
+    if forms.keys() & {"start", "end"}:
+        return False
+    return any(form is INTERVAL or form.name == _SPANS for form in forms.values())
+
+
+def _object(value: Any, column: str) -> Mapping[str, Any]:
+    """Return the object of a cell; in CSV, it is written as JSON."""
+    parsed = text_files.parse_json(value, f"column {column!r}") if isinstance(value, str) else value
+    if not isinstance(parsed, Mapping):
+        raise ValueError(f"column {column!r} holds {value!r:.60}, which is not an object of the target's keys")
+    return parsed
 
 
 def _value(entry: Mapping[str, Any], column: str) -> Any:

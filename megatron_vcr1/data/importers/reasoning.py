@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_vcr1 import text_files
 from megatron_vcr1.data.importers.cleaning import Issue
-from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, read_json_list, read_table
+from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, numbered_id, read_json_list, read_table
 from megatron_vcr1.data.importers.questions import without_labels
 from megatron_vcr1.errors import UserError
 
@@ -89,10 +89,10 @@ def read_videochat_r1_5(annotations: tuple[Path, ...]) -> Iterator[Row | Issue |
     seconds), and ``duration``. The index is an object whose entries name the list in ``json_path``, which is looked for
     beside the index if it does not exist.
     """
-    num_of_video: Counter[str] = Counter()
+    num_rows_of: Counter[str] = Counter()
     for path in (file for given in annotations for file in _listed_files(given)):
         rows: Iterator[Row | Issue | MalformedRow] = convert_rows(
-            read_json_list(path), partial(_videochat_row, num_of_video=num_of_video)
+            read_json_list(path), partial(_videochat_row, num_rows_of=num_rows_of)
         )
         yield from rows
 
@@ -114,13 +114,12 @@ def _listed_files(path: Path) -> list[Path]:
     return files
 
 
-def _videochat_row(entry: Row, num_of_video: Counter[str]) -> Row | Issue:
-    name = entry.get("video") or entry["image"]
-    row_id = f"{str(PurePosixPath(name).with_suffix('')).strip('/').replace('/', '_')}_{num_of_video[name]}"
-    num_of_video[name] += 1
-    if "video" not in entry and entry.get("glue"):
+def _videochat_row(entry: Row, num_rows_of: Counter[str]) -> Row | Issue:
+    medium = "video" if entry.get("video") else "image"
+    name = entry[medium]
+    row_id = numbered_id(name, num_rows_of)
+    if medium == "image" and entry.get("glue"):
         return Issue(row_id, "box_in_image", f"{name} is an image, and its answer is a box", "skipped")
-    medium = "video" if "video" in entry else "image"
     row = {"id": row_id, medium: name, "duration_s": entry.get("duration"), "query": entry["question"].strip()}
     spans = _spans(entry["glue"]) if entry.get("glue") else []
     if not entry.get("options"):

@@ -45,3 +45,24 @@ def test_repeated_and_invalid_rows_are_reported(tmp_path: Path) -> None:
         ("c", "invalid_row", "skipped"),
     ]
     assert report.issue_counts() == {"invalid_row (skipped)": 2, "repeated_id (skipped)": 1}
+
+
+def test_images_and_videos_are_found_by_the_suffixes_of_their_kind(tmp_path: Path) -> None:
+    for name in ("1.mp4", "2.png", "3.gif", "3.gif.mp4", "4.flv"):
+        write(tmp_path / name, "")
+    question = {"task": "quality", "query": "how?", "target": {"label": "good"}}
+    media = [
+        {"image": "1"},
+        {"image": "2"},
+        {"image": "3.gif"},
+        {"video": "4.flv"},
+        {"video": "1"},
+        {"video": ["2", "1"]},
+    ]
+    rows = write(tmp_path / "rows.json", [question | {"id": str(index)} | medium for index, medium in enumerate(media)])
+    samples, report = run("huggingface", rows, videos=VideoFolder(str(tmp_path)))
+    paths = [str(tmp_path / name) for name in ("2.png", "3.gif", "4.flv", "1.mp4")]
+    assert [sample.media[0].path for sample in samples] == paths
+    assert issues(report) == [("0", "missing_image", "skipped"), ("5", "missing_image", "skipped")]
+    unchecked, _ = run("huggingface", rows)
+    assert [sample.media[0].path for sample in unchecked][:5] == ["1", "2", "3.gif", "4.flv", "1.mp4"]

@@ -31,6 +31,14 @@ def test_limit_per_video_keeps_as_many_samples_of_each_video(tmp_path: Path) -> 
     assert len(run("activitynet", annotations, limit_per_video=1, limit=7)[0]) == 7
 
 
+def test_clips_of_a_file_are_one_video_and_samples_of_text_are_none(tmp_path: Path) -> None:
+    question = {"task": "numeric", "query": "how many?", "target": {"value": 1}}
+    media = [{"video": "a.mp4", "clip": [0, 1]}, {"video": "a.mp4", "clip": [1, 2]}, {}, {}]
+    rows = write(tmp_path / "rows.json", [question | {"id": str(index)} | medium for index, medium in enumerate(media)])
+    samples, _ = run("huggingface", rows, limit_per_video=1)
+    assert [len(sample.media) for sample in samples] == [1, 0, 0]
+
+
 def test_real_charades_has_one_sample_for_each_of_its_videos(realdata: Path) -> None:
     """5,338 videos, of which two have only a query with an inverted span."""
     annotations = realdata / "annotations/charades_sta/videochat_r1_train.json"

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from megatron_vcr1.data.importers.cleaning import VideoFolder
-from megatron_vcr1.data.importers.own import ColumnMap
+from megatron_vcr1.data.importers.own import ColumnMap, _target
 from megatron_vcr1.data.rows import row_from_sample
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.tasks import find_task
+from megatron_vcr1.tasks.row_fields import INTERVAL, TEXT, TargetField
 from megatron_vcr1.types import Sample
 from tests.data.importers.importing import issues, run, write
 from tests.data.manifest_rows import ROWS
@@ -148,3 +150,56 @@ def test_cells_that_are_missing_or_of_another_type_skip_their_row(tmp_path: Path
     details = [issue.detail for issue in report.issues]
     assert "column 'from' holds 'soon', which is not a number" in details[0]
     assert "'target.end' is missing" in details[1] and "'video' is missing" in details[2]
+
+
+def test_a_gap_between_options_skips_the_row(tmp_path: Path) -> None:
+    row = {"id": "good", "video": "a.mp4", "query": "which?", "options.0": "cat", "options.1": "dog", "options.2": ""}
+    rows = [
+        row | {"target.choice": "B"},
+        row | {"id": "gap", "options.1": "", "options.2": "dog", "target.choice": "C"},
+    ]
+    samples, report = own(write_table(tmp_path / "a.csv", rows), "multiple_choice_qa")
+    assert [sample.options for sample in samples] == [("cat", "dog")]
+    assert issues(report) == [("gap", "invalid_row", "skipped")]
+    assert "options.1 is empty, but there is options.2" in report.issues[0].detail
+    many = row | {f"options.{number}": "x" for number in range(8)} | {"target.choice": "A"}
+    _, report = own(write_table(tmp_path / "a.csv", [many]), "multiple_choice_qa")
+    assert "options: need 1 to 7, got 8" in report.issues[0].detail
+
+
+def test_rows_of_text_alone_need_no_video(tmp_path: Path) -> None:
+    rows = [
+        {"query": "2 + 2?", "video": "", "v": 4},
+        {"query": "half?", "video": "a.mp4", "v": 1},
+        {"query": "3?", "v": 3},
+    ]
+    samples, _ = own(write(tmp_path / "a.json", rows), "numeric", "v=target.value")
+    assert [(sample.id, len(sample.media)) for sample in samples] == [("row_0", 0), ("a_0", 1), ("row_1", 0)]
+    (sample,), _ = own(write(tmp_path / "b.json", [{"id": "mine", "query": "3?", "v": 3}]), "numeric", "v=target.value")
+    assert (sample.id, sample.media) == ("mine", ())
+
+
+def test_a_target_may_be_json_in_a_cell(tmp_path: Path) -> None:
+    row = {"video": "a.mp4", "query": "when?", "target": '{"interval": [1, 2]}'}
+    rows = [row, row | {"target": "[1, 2]"}, row | {"target": "soon"}]
+    (sample,), report = own(write_table(tmp_path / "a.csv", rows), "temporal_grounding", "target=target")
+    assert (sample.intervals[0].start_s, sample.intervals[0].end_s) == (1, 2)
+    assert "'target' holds '[1, 2]', which is not an object" in report.issues[0].detail
+    assert "column 'target': not JSON" in report.issues[1].detail
+
+
+def test_the_ends_of_a_span_are_refused_by_a_task_without_spans(tmp_path: Path) -> None:
+    rows = [{"video": "a.mp4", "query": "how many?", "target.value": 3, "target.start": 1, "target.end": 2}]
+    samples, report = own(write(tmp_path / "a.json", rows), "numeric")
+    assert not samples and "key 'target.start' is unknown; a numeric target holds value" in report.issues[0].detail
+
+
+def test_a_task_may_have_keys_named_start_and_end() -> None:
+    fields = (
+        TargetField("start", TEXT, "first word"),
+        TargetField("end", TEXT, "last word"),
+        TargetField("span", INTERVAL, ""),
+    )
+    task = type("Words", (type(find_task("quality")),), {"target_fields": fields})
+    values = {"target.start": "a", "target.end": "b"}
+    assert _target(values, object.__new__(task), {key: key for key in values}) == {"start": "a", "end": "b"}

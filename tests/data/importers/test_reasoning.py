@@ -7,6 +7,7 @@ import pytest
 
 from megatron_vcr1.data.rows import row_from_sample
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.tasks import free_form
 from megatron_vcr1.types import Interval
 from tests.data.importers.importing import issues, run, write
 
@@ -106,3 +107,20 @@ def test_the_index_of_videochat_r1_5_lists_files_beside_it(tmp_path: Path) -> No
         run("videochat_r1_5", write(tmp_path / "index.json", {"lost": entry | {"json_path": "/elsewhere/lost.json"}}))
     with pytest.raises(UserError, match="'charades' names no json_path"):
         run("videochat_r1_5", write(tmp_path / "index.json", {"charades": [1]}))
+
+
+def test_a_package_that_is_not_installed_ends_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_form, "find_spec", lambda name: None)
+    free_form.check_rouge.cache_clear()
+    rows = [problem(1), problem(2, problem_type="free-form", options=[], solution="<answer>a dog</answer>")]
+    with pytest.raises(UserError, match=r'pip install "megatron_vcr1\[rouge\]"'):
+        run("video_r1", write(tmp_path / "a.json", rows))
+
+
+def test_an_image_of_videochat_r1_5_may_have_an_empty_video(tmp_path: Path) -> None:
+    row = {"video": None, "image": "a.jpg", "question": "what?", "options": ["(A) cat", "(B) dog"], "answer": "(B)"}
+    samples, report = run(
+        "videochat_r1_5", write(tmp_path / "rows.json", [row, row | {"video": "a.mp4"}, row | {"glue": [1, 2, 3, 4]}])
+    )
+    assert [(sample.id, sample.media[0].kind) for sample in samples] == [("a_0", "image"), ("a_1", "video")]
+    assert issues(report) == [("a_2", "box_in_image", "skipped")]
