@@ -7,6 +7,8 @@ import argparse
 from megatron_vcr1.cli.arguments import path_argument, positive
 from megatron_vcr1.planning.devices import DEVICES
 
+_GPUS_PER_NODE, _GPU = 8, "h100"
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `config` to the `vcr1` command."""
@@ -30,12 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--ranks", type=positive, metavar="N", help="with --check: check a run of N processes, one per GPU"
     )
-    parser.add_argument(
-        "--gpus-per-node", type=positive, default=8, metavar="N", help="with --ranks (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--gpu", choices=list(DEVICES), default="h100", help="with --ranks: whose memory counts (default: %(default)s)"
-    )
+    parser.add_argument("--gpus-per-node", type=positive, metavar="N", help=f"with --ranks (default: {_GPUS_PER_NODE})")
+    parser.add_argument("--gpu", choices=list(DEVICES), help=f"with --ranks: whose memory counts (default: {_GPU})")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -45,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcr1.config.rendering import default_config, render_toml
     from megatron_vcr1.errors import UserError
 
+    if args.config is not None and args.check is not None:
+        raise UserError(f"{args.config} and --check {args.check}: name one file")
+    if args.ranks is None and (args.gpu or args.gpus_per_node) is not None:
+        raise UserError("--gpu and --gpus-per-node: they describe the machine of --check FILE --ranks N; add --ranks")
     if args.ranks is not None:
         if args.check is None:
             raise UserError("--ranks: name the file to check: vcr1 config --check FILE --ranks N")
@@ -68,7 +70,9 @@ def _check(args: argparse.Namespace) -> int:
 
     config = load_config(args.check, args.overrides)
     cpu.install()
-    findings = check_config(config, JobSize(args.ranks, args.gpus_per_node, DEVICES[args.gpu]))
+    findings = check_config(
+        config, JobSize(args.ranks, args.gpus_per_node or _GPUS_PER_NODE, DEVICES[args.gpu or _GPU])
+    )
     rows = [(finding.subject, finding.status, escape(finding.text)) for finding in findings]
     title = f"{args.check} on {args.ranks} ranks"
     console().print(text_table(title, ("", "", ""), rows, left_columns=(0, 1, 2), wrap=True))

@@ -96,6 +96,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"{args.config or args.run_dir}: scoring a file takes no CONFIG.toml and no --run; leave it out"
         )
+    of_scoring = {
+        "--allow-missing": args.allow_missing,
+        "--allow-extra": args.allow_extra,
+        "--task-modules": args.task_modules,
+    }
+    if not scores_file and (given := [name for name, value in of_scoring.items() if value]):
+        instead = "; the key data.tasks names tasks of your own" if args.task_modules else ""
+        raise UserError(f"{given[0]}: only for scoring a file of predictions; leave it out{instead}")
     if args.manifest and (args.run_dir is None or args.config is not None):
         raise UserError(f"--manifest {args.manifest[0]}: it takes the place of CONFIG.toml, and needs --run RUN_DIR")
     return _score_file(args) if scores_file else _evaluate_model(args)

@@ -54,6 +54,8 @@ def _lines(status: RunStatus) -> Iterator[str]:
         yield f"validation  {status.metric} {status.last[1]:.4g} at step {status.last[0]}{best}"
     if status.num_skipped:
         yield f"skipped     {status.num_skipped} samples, see skipped.jsonl"
+    for note in status.notes:
+        yield f"note        {note}"
 
 
 def _duration(seconds: float) -> str:

@@ -92,14 +92,16 @@ def score_predictions(
         predictions: the prediction for each sample.
         judge: compares captions; None if no sample needs one.
     """
-    to_judge = [pair for pair in zip(samples, predictions, strict=True) if needs_judge([pair[0]])]
+    judged = [_needs_judge(sample) for sample in samples]
+    pairs = list(zip(samples, predictions, strict=True))
+    to_judge = [pair for pair, is_judged in zip(pairs, judged, strict=True) if is_judged]
     if to_judge and judge is None:
         raise ValueError(f"benchmark {benchmark.name} needs a judge")
     captions, unreadable = _read_captions(to_judge)
     verdicts = _judge_captions(judge, [sample for sample, _ in to_judge], captions) if judge is not None else {}
     sample_metrics = [
-        _judged_metrics(sample, unreadable, verdicts) if needs_judge([sample]) else _metrics(sample, prediction)
-        for sample, prediction in zip(samples, predictions, strict=True)
+        _judged_metrics(sample, unreadable, verdicts) if is_judged else _metrics(sample, prediction)
+        for (sample, prediction), is_judged in zip(pairs, judged, strict=True)
     ]
     return BenchmarkResult(
         benchmark,
@@ -114,7 +116,12 @@ def score_predictions(
 
 def needs_judge(samples: Iterable[Sample]) -> bool:
     """Return whether a judge has to decide on the completions of any of the samples."""
-    return any(task_of(sample).needs_judge(sample) for sample in samples)
+    return any(map(_needs_judge, samples))
+
+
+def _needs_judge(sample: Sample) -> bool:
+    task = task_of(sample)
+    return call_user_code(lambda: task.needs_judge(sample), f"sample {sample.id}: needs_judge of task {task.name}")
 
 
 def score_file(
@@ -212,11 +219,16 @@ def _judged_metrics(
     sample: Sample, unreadable: Mapping[str, str], verdicts: Mapping[str, CaptionVerdicts]
 ) -> SampleMetrics:
     task = task_of(sample)
-    zero = task.judged_metrics(0.0, 0.0)
+
+    def metrics(recall: float, precision: float) -> SampleMetrics:
+        where = f"sample {sample.id}: the judged metrics of task {task.name}"
+        return call_user_code(lambda: task.judged_metrics(recall, precision), where)
+
+    zero = metrics(0.0, 0.0)
     verdict, reason = verdicts.get(sample.id), unreadable.get(sample.id)
     if verdict is None and reason is None:
         return SampleMetrics({}, dict.fromkeys(zero.reasons, NOT_JUDGED))
-    judged = task.judged_metrics(verdict.recall, verdict.precision) if verdict else None
+    judged = metrics(verdict.recall, verdict.precision) if verdict else None
     unread = SampleMetrics(zero.values, dict.fromkeys(zero.reasons, reason)) if reason else None
     strict, lenient = unread or judged, judged or unread
     assert strict is not None  # one of them is there

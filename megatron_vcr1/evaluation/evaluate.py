@@ -38,8 +38,10 @@ from megatron_vcr1.evaluation.predictor import Predictor
 from megatron_vcr1.evaluation.provenance import (
     describe_prompts,
     differences_from_training,
+    holds_training,
     templates_digest,
     training_of,
+    training_run_of,
     video_settings,
     weights_digest,
 )
@@ -88,7 +90,7 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
     disable_nccl_cumem(config.rollout, config.sglang)
     with mesh.world(config.parallel, seed=config.train.seed):
         logs: dict[str, PredictionLog] = {}  # only the first rank opens them
-        differences: dict[str, list[str]] = {}
+        differences: dict[str, list[str] | None] = {}
 
         def open_logs() -> list[list[int]]:
             differences.update(_announce(jobs, config))
@@ -128,7 +130,7 @@ def check_run_dir(run_dir: Path, model: Path) -> None:
     Raises:
         UserError: `run_dir` holds a training run, and `model` is not in it.
     """
-    if not ((run_dir / "checkpoints").is_dir() or (run_dir / "metrics.jsonl").exists()):
+    if not holds_training(run_dir):
         return
     # A checkpoint may be a link to another disk, and the run's folder itself may be reached through a link.
     if model.absolute().is_relative_to(run_dir.absolute()) or model.resolve().is_relative_to(run_dir.resolve()):
@@ -141,14 +143,15 @@ def check_run_dir(run_dir: Path, model: Path) -> None:
     )
 
 
-def _announce(jobs: Sequence[BenchmarkJob], config: RunConfig) -> dict[str, list[str]]:
+def _announce(jobs: Sequence[BenchmarkJob], config: RunConfig) -> dict[str, list[str] | None]:
     """Log what is evaluated; warn if it is not the trained model, or if its prompts are not those of its training.
 
     Returns:
-        The differences from the model's training by label of the benchmark.
+        The differences from the model's training by label of the benchmark; None if the training is not known.
     """
-    training = training_of(config.model.path)
-    if training is None and config.data.sources:
+    run_dir = training_run_of(config.model.path)
+    training = None if run_dir is None else training_of(run_dir)
+    if run_dir is None and config.data.sources:
         logger.warning(
             "%s is not trained by these settings: it is the model that their training starts from. After the training, "
             "`vcr1 evaluate --run %s` evaluates the result",
@@ -156,13 +159,14 @@ def _announce(jobs: Sequence[BenchmarkJob], config: RunConfig) -> dict[str, list
             config.train.run_dir,
         )
         training = config
-    differences: dict[str, list[str]] = {}
+    differences: dict[str, list[str] | None] = {}
     for job in jobs:
         thinking = job.source.thinking
         logger.info("%s: %s, %s", job.label, config.model.path, describe_prompts(config.data, thinking))
-        differences[job.label] = differences_from_training(training, config.data, thinking) if training else []
-        for difference in differences[job.label]:
+        found = differences_from_training(training, config.data, thinking) if training else None
+        for difference in found or ():
             logger.warning("%s: %s", job.label, difference)
+        differences[job.label] = found
     return differences
 
 
@@ -245,21 +249,23 @@ def _settings(job: BenchmarkJob, config: RunConfig) -> dict[str, Any]:
 
 
 def _score(
-    job: BenchmarkJob, log: PredictionLog, judge: Judge | None, config: RunConfig, differences: Sequence[str]
+    job: BenchmarkJob, log: PredictionLog, judge: Judge | None, config: RunConfig, differences: Sequence[str] | None
 ) -> BenchmarkResult:
     """Score the predictions of a benchmark, and write the files of its result."""
     log.rewrite([sample.id for sample in job.samples])
     matched = [log.done[sample.id] for sample in job.samples]
     result = score_predictions(job.benchmark, job.samples, matched, judge)
+    training_run = training_run_of(config.model.path)
     details = {
         "label": job.label,
-        "model": str(config.model.path),
+        "model": str(config.model.path.absolute()),
+        "training_run": None if training_run is None else str(training_run),
         "weights": weights_digest(config.model.path),
         "thinking": job.source.thinking,
         "prompt": job.source.prompt or job.benchmark.task,
         "templates": str(config.data.templates or DEFAULT_TEMPLATES),
         "video": video_settings(config.data),
-        "differs_from_training": list(differences),
+        "differs_from_training": differences,
         "manifest": str(job.source.manifest.absolute()),
     }
     write_result(result, job.folder / METRICS_FILE, job.folder / SAMPLES_FILE, details)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.templates import DEFAULT_TEMPLATES, template_file
 from megatron_vcr1.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _NOT_READING = {"sources", "thinking", "templates", "num_workers", "video_cache_mb", "tasks", "python_path"}
 """Keys of [data] that do not change how a video is read."""
@@ -34,17 +37,25 @@ def weights_digest(model_dir: Path) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def training_of(model: Path) -> RunConfig | None:
-    """Return the settings of the run that trained a model; None if it is not the export or a checkpoint of a run."""
-    # RUN/export, RUN/export/step_N or RUN/checkpoints/step_N
-    for folder in list(model.absolute().parents)[:2]:
-        settings = folder / "config.toml"
-        if settings.exists() and (folder / "checkpoints").is_dir():
-            try:
-                return load_config(settings)
-            except UserError:  # settings of another version, or edited
-                return None
-    return None
+def holds_training(run_dir: Path) -> bool:
+    """Return whether a folder holds a training run, and not only evaluations."""
+    return (run_dir / "checkpoints").is_dir() or (run_dir / "metrics.jsonl").exists()
+
+
+def training_run_of(model: Path) -> Path | None:
+    """Return the folder of the run that trained a model; None if it is not the export or a checkpoint of a run."""
+    # RUN/export, RUN/export/step_N or RUN/checkpoints/step_N. A checkpoint, or the model's path, may be a link.
+    folders = [*list(model.absolute().parents)[:2], *list(model.resolve().parents)[:2]]
+    return next((path for path in folders if (path / "config.toml").exists() and holds_training(path)), None)
+
+
+def training_of(run_dir: Path) -> RunConfig | None:
+    """Return the settings of a training run; None, and a warning, if they cannot be read."""
+    try:
+        return load_config(run_dir / "config.toml")
+    except UserError as error:  # settings of another version, or edited
+        logger.warning("the prompts cannot be compared with those of the model's training: %s", error)
+        return None
 
 
 def differences_from_training(training: RunConfig, data: DataSection, thinking: bool) -> list[str]:

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from megatron_vcr1.report.page import Report
-from megatron_vcr1.report.paper_rows import PaperRow, paper_rows, rows_json
+from megatron_vcr1.report.paper_rows import PaperRow, is_base, paper_rows, rows_json
 from megatron_vcr1.report.paper_tables import TABLES, Column
 from megatron_vcr1.report.rendering import environment, made_with, write_text
 from megatron_vcr1.report.run_record import RunRecord
@@ -57,8 +57,17 @@ def _first_columns(columns: Sequence[Column]) -> set[int]:
 
 def _notes(runs: Sequence[RunRecord], rows: Mapping[int, Sequence[PaperRow]]) -> Iterator[str]:
     all_rows = [row for table_rows in rows.values() for row in table_rows]
-    if all_rows and not any(row.training is None for row in all_rows):
-        yield "no run evaluated a model that was not trained here, so no difference from a baseline is shown"
+    trained = dict.fromkeys((row.run, row.training) for row in all_rows if row.training)
+    for run_name, training in trained:
+        if not any(is_base(row.model, training) for row in all_rows):
+            base = training.base or "which its config.toml does not name"
+            yield f"{run_name}: no result of the model that its training started from, {base}: no difference is shown"
+    unknown = dict.fromkeys((row.run, row.model) for row in all_rows if not (row.training or row.is_untrained))
+    for run_name, model in unknown:
+        yield (
+            f"{run_name}: it is not known how its model {model or 'of another program'} was trained, because the "
+            "config.toml of its training cannot be read or was not recorded: no difference is shown"
+        )
     shown = {row.run for row in all_rows}
     if without := [run.name for run in runs if run.name not in shown]:
         yield f"without a result of these benchmarks: {', '.join(without)}"

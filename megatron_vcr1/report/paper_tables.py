@@ -20,12 +20,14 @@ class Training:
         tasks: the tasks of its manifests; empty if they are not known.
         thinking: whether its prompts asked for reasoning; None if only some did.
         num_epochs: number of epochs; None if the number of steps was set instead.
+        base: absolute path of the model that it started from; empty if it is not known.
     """
 
     stage: str
     tasks: frozenset[str]
     thinking: bool | None
     num_epochs: float | None
+    base: str
 
     @property
     def prompt(self) -> Prompt:

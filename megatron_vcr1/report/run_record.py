@@ -82,8 +82,7 @@ class RunRecord:
 
     def setting(self, section: str, key: str) -> Any:
         """Return a value of config.toml; None if there is none."""
-        table = self.config.get(section)
-        return table.get(key) if isinstance(table, dict) else None
+        return config_table(self.config, section).get(key)
 
     @cached_property
     def rollout_files(self) -> Mapping[int, Path]:
@@ -98,6 +97,12 @@ class RunRecord:
         files = [self.path / "metrics.jsonl", *(result.folder / "metrics.json" for result in self.evaluations)]
         times = [path.stat().st_mtime for path in files if path.exists()]
         return datetime.fromtimestamp(max(times)).astimezone() if times else None
+
+
+def config_table(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """Return a table of a run's config.toml, which may be damaged; empty if there is none."""
+    table = config.get(section)
+    return table if isinstance(table, dict) else {}
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -149,9 +154,9 @@ def read_run(path: Path) -> RunRecord:
 
 def _load_tasks(config: Mapping[str, Any], problems: list[str]) -> None:
     """Import the modules of the user's tasks that the settings of the run name."""
-    data = config.get("data")
-    modules = data.get("tasks") if isinstance(data, dict) else None
-    if not isinstance(modules, list) or not isinstance(data, dict):
+    data = config_table(config, "data")
+    modules = data.get("tasks")
+    if not isinstance(modules, list):
         return
     folder = data.get("python_path")
     try:

@@ -18,7 +18,7 @@ from megatron_vcr1.checkpoint.run_lock import LOCK_FILE
 from megatron_vcr1.checkpoint.step_dirs import saved_steps
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.report.curves import VALIDATION
-from megatron_vcr1.report.run_record import MetricTable, read_json_lines, read_metrics
+from megatron_vcr1.report.run_record import MetricTable, config_table, read_json_lines, read_metrics
 from megatron_vcr1.text_files import read_toml
 
 NUM_RECENT_STEPS = 20  # whose median duration the estimate uses
@@ -42,6 +42,7 @@ class RunStatus:
         best: step and value of its best validation, not counting the initial model.
         last: step and value of its newest validation.
         num_skipped: samples that could not be used.
+        notes: what could not be read, or was repeated; the numbers above do without it.
     """
 
     path: str
@@ -59,6 +60,7 @@ class RunStatus:
     best: tuple[int, float] | None
     last: tuple[int, float] | None
     num_skipped: int
+    notes: Sequence[str]
 
     def as_json(self) -> dict[str, Any]:
         """Return the status as JSON values."""
@@ -79,7 +81,7 @@ def read_status(path: Path) -> RunStatus:
     config = read_toml(path / "config.toml")
     metrics = read_metrics(path / "metrics.jsonl", problems)
     step = int(metrics.steps[-1]) if len(metrics) else int(starts[-1].get("step") or 0)
-    num_steps = starts[-1].get("num_steps") or _table(config, "train").get("num_steps")
+    num_steps = starts[-1].get("num_steps") or config_table(config, "train").get("num_steps")
     duration_s = _seconds_per_step(metrics)
     file = path / "metrics.jsonl"
     metric = _metric(config, metrics)
@@ -89,7 +91,7 @@ def read_status(path: Path) -> RunStatus:
     trained = [pair for pair in measured if pair[0] > 0]
     return RunStatus(
         path=str(path),
-        stage=str(_table(config, "train").get("stage", "run")),
+        stage=str(config_table(config, "train").get("stage", "run")),
         process=process_state(path / "checkpoints", starts[-1]),
         host=starts[-1].get("host"),
         pid=starts[-1].get("pid"),
@@ -103,12 +105,8 @@ def read_status(path: Path) -> RunStatus:
         best=max(trained, key=lambda pair: (pair[1], -pair[0])) if trained else None,
         last=measured[-1] if measured else None,
         num_skipped=len({str(row.get("id")) for row in read_json_lines(path / "skipped.jsonl", problems)}),
+        notes=problems,
     )
-
-
-def _table(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
-    table = config.get(section)
-    return table if isinstance(table, dict) else {}
 
 
 def _seconds_per_step(metrics: MetricTable) -> float | None:
@@ -123,7 +121,7 @@ def _seconds_per_step(metrics: MetricTable) -> float | None:
 
 
 def _metric(config: Mapping[str, Any], metrics: MetricTable) -> str | None:
-    keep_best = _table(config, "checkpoint").get("keep_best")
+    keep_best = config_table(config, "checkpoint").get("keep_best")
     names = [key.removeprefix(VALIDATION) for key in metrics.columns if key.startswith(VALIDATION)]
     return keep_best or next((name for name in names if "/num_" not in name), None)
 

@@ -67,8 +67,9 @@ def phase_rows(runs: Sequence[RunRecord]) -> list[PhaseRow]:
             continue
         total_s = sum(seconds.values())
         if (whole := columns.get("time/total_s")) is not None:
-            # The total of a step does not include the validation after it.
-            total_s = max(float(np.nansum(whole)) / num_steps + seconds.get("validation", 0.0), total_s)
+            # The total of a step does not include the checkpoint and the validation after it.
+            outside_s = seconds.get("save", 0.0) + seconds.get("validation", 0.0)
+            total_s = max(float(np.nansum(whole)) / num_steps + outside_s, total_s)
             if (rest := total_s - sum(seconds.values())) > MIN_PHASE_FRACTION * total_s:
                 seconds["other"] = rest
         fractions = [(phase, value, value / total_s) for phase, value in seconds.items()]

@@ -163,9 +163,11 @@ def _resolve_below(path: Path, root: Path) -> Path:
     The frames of a folder may be links, too; they must not lead out of `root` either.
     """
     resolved, root = path.resolve(), root.resolve()
-    frames = list_images(resolved) if resolved.is_dir() else []
-    if not all(file.is_relative_to(root) for file in (resolved, *(Path(frame).resolve() for frame in frames))):
-        raise RefusedRequest(f"{_shortened(str(path))}: is not below the folder that this server was given")
+    outside = RefusedRequest(f"{_shortened(str(path))}: is not below the folder that this server was given")
+    if not resolved.is_relative_to(root):  # before its files are listed, which takes long for a large folder
+        raise outside
+    if resolved.is_dir() and not all(Path(frame).resolve().is_relative_to(root) for frame in list_images(resolved)):
+        raise outside
     if resolved.exists() and not (resolved.is_file() or resolved.is_dir()):  # reading a pipe would never end
         raise RefusedRequest(f"{_shortened(str(path))}: is neither a file nor a folder of frames")
     return resolved

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
 import tomllib
+
+import pytest
 
 from megatron_vcr1.cli import main as cli
 
@@ -21,6 +24,19 @@ def test_config_prints_a_file_that_passes_its_check(tmp_path, capsys):
 def test_overrides_without_a_file_are_refused(capsys):
     assert cli.main(["config", "--parallel.tensor", "2"]) == 2
     assert "vcr1 config FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.toml", "--check", "b.toml"], "a.toml and --check b.toml: name one file"),
+        (["--check", "b.toml", "--gpu", "h100"], "--gpu and --gpus-per-node: .*; add --ranks"),
+        (["b.toml", "--gpus-per-node", "4"], "--gpu and --gpus-per-node: .*; add --ranks"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(arguments, message, capsys):
+    assert cli.main(["config", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_config_prints_the_resolved_settings_of_a_file(tmp_path, capsys):

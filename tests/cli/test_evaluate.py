@@ -67,6 +67,9 @@ def test_missing_predictions_are_refused_without_allow_missing(files: Path, caps
         (["--run", "runs/x"], "--run runs/x: no config.toml in it; name the folder of a training run"),
         (["--benchmark", "mvbench"], "--annotations and --predictions and --out missing"),
         (["run.toml", "--benchmark", "mvbench"], "run.toml: scoring a file takes no CONFIG.toml"),
+        (["run.toml", "--allow-missing"], "--allow-missing: only for scoring a file of predictions; leave it out"),
+        (["--run", "runs/x", "--allow-extra"], "--allow-extra: only for scoring a file of predictions"),
+        (["run.toml", "--task-modules", "mine"], "--task-modules: only for scoring a file of predictions"),
         (["absent.toml"], "absent.toml: no such file"),
     ],
 )

@@ -138,3 +138,13 @@ def test_failing_metrics_name_the_sample(monkeypatch: pytest.MonkeyPatch) -> Non
     samples = [Sample("a7", (Video("a.mp4"),), QualityTarget("low"), "how?")]
     with pytest.raises(UserCodeError, match=r"sample a7: the metrics of task quality(.|\n)*KeyError"):
         scored("quality", samples, "low")
+
+
+@pytest.mark.parametrize(("method", "what"), [("needs_judge", "needs_judge"), ("judged_metrics", "the judged metrics")])
+def test_failing_judged_metrics_name_the_sample(method: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise KeyError("colour")
+
+    monkeypatch.setattr(type(find_task("captioning")), method, fails)
+    with pytest.raises(UserCodeError, match=rf"sample a: {what} of task captioning(.|\n)*KeyError"):
+        scored("captioning", captions("a"), "A dog barks.", judge=Judge(LexicalBackend()))

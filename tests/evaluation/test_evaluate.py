@@ -106,6 +106,7 @@ def test_the_files_of_an_evaluation(folder: Path, whole: dict[str, Any]) -> None
         assert [row["id"] for row in rows(here / "samples.jsonl")] == asked
         details = json.loads((here / "metrics.json").read_text())
         assert details["label"] == details["benchmark"] == str(task)
+        assert details["training_run"] is None
         assert (details["model"], details["thinking"]) == (str(folder / "model"), False)
         assert details["manifest"] == str(manifest)
         assert details["prompt"] == task and details["templates"] == str(folder / "templates.toml")
@@ -304,6 +305,22 @@ def test_distributed_evaluation_gives_the_same_result(
     config = run_config(folder, run_dir, parallel=parallel)
     assert gloo_pool.run(_evaluate_in, config) == [3, 0, 0, 0]
     assert results(run_dir) == whole
+
+
+def test_a_training_whose_settings_cannot_be_read_is_not_called_a_base_model(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = {"sources": [{"manifest": folder / "data/train.jsonl"}]}
+    config = run_config(folder, tmp_path, "captioning", data=data)
+    jobs = read_jobs(config.evaluate.benchmarks, tmp_path / "evaluation", key="evaluate.benchmarks")
+    assert evaluate._announce(jobs, config)["captioning"] is not None
+    assert "the model that their training starts from" in caplog.text
+    caplog.clear()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.toml").write_text("[[")
+    trained = run_config(folder, tmp_path, "captioning", data=data, model={"path": tmp_path / "run/export"})
+    assert evaluate._announce(jobs, trained) == {"captioning": None}
+    assert "cannot be compared" in caplog.text and "starts from" not in caplog.text
 
 
 @pytest.mark.parametrize("holds", ["checkpoints/step_1", "metrics.jsonl"])

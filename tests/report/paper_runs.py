@@ -19,8 +19,9 @@ TASKS = {
 def add_result(
     run: Path,
     benchmark: str,
-    model: str = "models/base",
+    model: str = "/models/base",
     *,
+    training_run: Path | None = None,
     label: str = "",
     thinking: bool = False,
     prompt: str = "",
@@ -33,6 +34,7 @@ def add_result(
         "task": TASKS.get(benchmark, "multiple_choice_qa"),
         "prompt": prompt or TASKS.get(benchmark, "multiple_choice_qa"),
         "model": model,
+        "training_run": str(training_run) if training_run else None,
         "thinking": thinking,
         "num_samples": 100,
         "metrics": {names[name]: {"value": value} for name, value in metrics.items()},
@@ -43,11 +45,17 @@ def add_result(
 
 
 def make_trained_run(
-    run: Path, tasks: Sequence[str], *, stage: str = "grpo", thinking: bool = False, epochs: float = 1
+    run: Path,
+    tasks: Sequence[str],
+    *,
+    stage: str = "grpo",
+    thinking: bool = False,
+    epochs: float = 1,
+    base: str = "/models/base",
 ) -> Path:
     """Create the settings, manifests and metrics of a run that trained on tasks."""
     run.mkdir(parents=True)
-    lines = [f"[train]\nstage = '{stage}'\nnum_epochs = {epochs}"]
+    lines = [f"[model]\npath = '{base}'\n[train]\nstage = '{stage}'\nnum_epochs = {epochs}"]
     for task in tasks:
         (run / f"{task}.jsonl").write_text(json.dumps({"id": "1", "task": task}) + "\n")
         lines.append(f"[[data.sources]]\nmanifest = '{run / task}.jsonl'\nthinking = {str(thinking).lower()}")

@@ -59,7 +59,11 @@ def test_the_published_numbers_are_shown_on_request(runs):
 def test_a_missing_baseline_is_named(runs, capsys):
     _, run = runs
     assert report(run, "--layout", "paper") == 0
-    assert "not trained here, so no difference from a baseline is shown" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "sta_3_epochs: no result of the model that its training started from, /models/base: no difference" in error
+    (run / "config.toml").write_text("[[")
+    assert report(run, "--layout", "paper") == 0
+    assert f"sta_3_epochs: it is not known how its model {run}/export was trained" in capsys.readouterr().err
 
 
 def test_names_are_escaped(tmp_path):

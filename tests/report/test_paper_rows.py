@@ -69,14 +69,49 @@ def test_glue_and_thinking_have_rows_of_their_own_in_table_4(tmp_path, base):
     assert values(rows(base)[1][0])[10] == 71.3, "other tables show Video-MME without glue"
 
 
-def test_the_training_is_found_from_the_model_path(tmp_path, base):
+def test_the_training_is_that_of_the_run_that_the_evaluation_recorded(tmp_path, base):
     run = make_trained_run(tmp_path / "runs/sta", ["temporal_grounding"], thinking=True)
     elsewhere = tmp_path / "evaluations/sta"
-    add_result(elsewhere, "charades_sta", f"{run}/checkpoints/step_8", thinking=True, mIoU=0.59)
-    add_result(elsewhere, "activitynet", f"{run}/export", thinking=True, mIoU=0.31)
+    add_result(elsewhere, "charades_sta", f"{run}/checkpoints/step_8", thinking=True, mIoU=0.59, training_run=run)
+    add_result(elsewhere, "activitynet", f"{run}/export", thinking=True, mIoU=0.31, training_run=run)
     table = rows(base, elsewhere)[2]
     assert [row.training and row.training.thinking for row in table] == [None, True, True]
     assert deltas(table[2])[0] == 30.0, "without a baseline that thinks, the other one counts"
+
+
+def test_a_run_is_compared_with_the_model_that_its_training_started_from(tmp_path, base):
+    """One run started from a smaller model, and names it and itself relative to the folder where it was started."""
+    small = tmp_path / "small"
+    add_result(small, "charades_sta", str(tmp_path / "models/small"), mIoU=0.2)
+    first = make_trained_run(tmp_path / "runs/first", ["temporal_grounding"], base="models/small")
+    config = (first / "config.toml").read_text()
+    (first / "config.toml").write_text(config.replace("[train]", "[train]\nrun_dir = 'runs/first'"))
+    second = make_trained_run(tmp_path / "runs/second", ["temporal_grounding"], base=f"{first}/export")
+    other = make_trained_run(tmp_path / "runs/other", ["temporal_grounding"], base="/models/another")
+    for run, value in ((first, 0.5), (second, 0.6), (other, 0.7)):
+        add_result(run, "charades_sta", f"{run}/export", mIoU=value)
+    table = rows(base, small, first, second, other)[2]
+    assert [(row.run, deltas(row)[0]) for row in table] == [
+        *(("baseline", None), ("small", None), ("first", 30.0), ("second", 10.0), ("other", None))
+    ]
+
+
+def test_a_model_of_unknown_training_comes_after_the_untrained_ones(tmp_path, base):
+    run = make_trained_run(tmp_path / "run", ["temporal_grounding"])
+    for name, settings in (("damaged", "[["), ("removed", None)):
+        training_run = tmp_path / name
+        training_run.mkdir()
+        if settings:
+            (training_run / "config.toml").write_text(settings)
+        add_result(tmp_path / f"of_{name}", "charades_sta", f"/{name}", mIoU=0.9, training_run=training_run)
+    add_result(run, "charades_sta", f"{run}/export", mIoU=0.5)
+    table = rows(tmp_path / "of_damaged", tmp_path / "of_removed", base, run)[2]
+    assert [(row.run, row.is_untrained, row.training is None, deltas(row)[0]) for row in table] == [
+        ("baseline", True, True, None),
+        ("of_damaged", False, True, None),
+        ("of_removed", False, True, None),
+        ("run", False, False, 21.0),
+    ]
 
 
 def test_tasks_of_a_run_whose_manifests_are_gone(tmp_path):

@@ -8,7 +8,7 @@ JOINT = frozenset({"temporal_grounding", "tracking", "grounded_qa"})
 
 
 def accepted(stage: str, *tasks: str, thinking: bool = False) -> list[int]:
-    training = Training(stage, frozenset(tasks), thinking, 1)
+    training = Training(stage, frozenset(tasks), thinking, 1, "/base")
     return [table.number for table in TABLES if table.accepts(training)]
 
 
@@ -56,5 +56,5 @@ def test_which_models_a_table_compares(stage, tasks, thinking, numbers):
 
 
 def test_training_prompts():
-    assert Training("grpo", JOINT, True, 1).prompt == ("think", "answer", "glue")
-    assert Training("sft", frozenset({"tracking"}), False, 1).prompt == ("answer",)
+    assert Training("grpo", JOINT, True, 1, "/base").prompt == ("think", "answer", "glue")
+    assert Training("sft", frozenset({"tracking"}), False, 1, "/base").prompt == ("answer",)

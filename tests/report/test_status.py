@@ -50,6 +50,16 @@ def test_status_has_step_time_left_checkpoint_and_best_metric(
     assert json.loads(capsys.readouterr().out)["step"] == 5
 
 
+def test_lines_that_cannot_be_read_are_noted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not read_status(run_dir).notes
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    (run_dir / "metrics.jsonl").write_text("\n".join([*lines[:-1], "damaged", lines[-1][:9]]))
+    assert main(["status", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert "note        metrics.jsonl: the last line is incomplete and is left out" in printed
+    assert "metrics.jsonl: 1 lines are not JSON objects and are left out" in printed
+
+
 def test_run_before_its_first_step_and_folder_without_a_run(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "metrics.jsonl").unlink()
     status = read_status(run_dir)

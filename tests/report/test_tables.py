@@ -31,6 +31,15 @@ def test_phases_and_the_rest_add_up_to_the_step(tmp_path):
     ]
 
 
+def test_checkpoints_and_validations_are_added_to_the_total_of_a_step(tmp_path):
+    row = {"time/update_s": 8.0, "time/total_s": 10.0, "time/save_s": 4.0, "time/validation_s": 6.0}
+    (phases,) = phase_rows([report_run(tmp_path / "run", {"step": 1, **row})])
+    assert phases.total_s == 20
+    assert [(name, share) for name, _, share in phases.phases] == [
+        *(("update", 0.4), ("save", 0.2), ("validation", 0.3), ("other", 0.1))
+    ]
+
+
 def test_key_metrics_of_a_run(tmp_path):
     rows = [{"step": step, "reward/total": step / 20, "memory/peak_gb": 10 + step % 3} for step in range(1, 21)]
     metrics = dict(key_metrics(report_run(tmp_path / "run", *rows, config="[train]\nnum_steps = 40\n")))

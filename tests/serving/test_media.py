@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vcr1.serving import media
 from megatron_vcr1.serving.chat import ChatRequest, RefusedRequest
 from megatron_vcr1.serving.media import MAX_FRAMES, request_files
 from tests.data.video_clips import write_clip
@@ -74,6 +75,15 @@ def test_bad_urls_are_refused_with_their_place(tmp_path: Path, url: str, message
     (tmp_path / "frames" / "0.png").symlink_to("/etc/hostname")
     with pytest.raises(RefusedRequest, match=rf"messages\[0\].content\[1\]: .*{message}"):
         convert(video(url.format(folder=f"//{tmp_path}")), tmp_path)
+
+
+def test_a_folder_outside_is_refused_before_its_files_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "list_images", lambda folder: pytest.fail(f"{folder} is listed"))
+    (tmp_path / "files").mkdir()
+    with pytest.raises(RefusedRequest, match="is not below the folder"):
+        convert(video(tmp_path.as_uri()), tmp_path / "files")
 
 
 def test_file_urls_need_a_folder_of_files(tmp_path: Path) -> None:

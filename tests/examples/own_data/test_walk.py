@@ -76,7 +76,9 @@ def test_a_folder_of_clips_becomes_a_model_with_answers_and_a_report(
     assert sum(map(len, parts.values())) == report["num_samples"]
     result = json.loads(Path("own/sft/evaluation/test/metrics.json").read_text())
     assert result["num_samples"] == len(parts["test"]) and result["differs_from_training"] == []
-    assert (result["model"], result["thinking"], result["templates"]) == ("own/sft/export", False, "templates.toml")
+    run_dir = Path("own/sft").absolute()
+    assert (result["model"], result["training_run"]) == (str(run_dir / "export"), str(run_dir))
+    assert (result["thinking"], result["templates"]) == (False, "templates.toml")
     assert result["video"]["total_pixels"] == 3136
     assert printed[5].out.strip() and "own/sft/report.html" in printed[6].out
     assert "evaluation/test: asks" not in Path("own/sft/report.html").read_text()
