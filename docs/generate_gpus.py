@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +34,9 @@ reference swapped to the host, bfloat16, and SGLang servers on the same GPUs. Th
 responses of 200 tokens on average, 8 prompts per step, or one per GPU on 32 GPUs.
 
 A cell is the fastest layout that fits: tensor x pipeline x data parallelism, recomputation, peak memory per GPU and
-seconds per step, or the memory that training needs where nothing fits. These are predictions from published peaks and
-assumed efficiencies. **They have not been compared with a GPU** ([planning](planning.md)).
+seconds per step. Where nothing fits, it is the memory that a GPU would need for training and for a server beside it.
+These are predictions from published peaks and assumed efficiencies. **They have not been compared with a GPU**
+([planning](planning.md)).
 """
 
 
@@ -43,9 +45,8 @@ def cell(model: str, freeze: tuple[str, ...], gpu: str, num_gpus: int) -> str:
     job = Job(model_config(model), prompts_per_step=max(MIN_PROMPTS, num_gpus), freeze=freeze)
     plans, refusals = search(job, Cluster(DEVICES[gpu], num_gpus, min(8, num_gpus)), LONGEST_RESPONSE)
     if not plans:
-        needed = [refusal.reason for refusal in refusals if refusal.reason.startswith("training needs")]
-        least = min(int(reason.split()[2]) for reason in needed)
-        return f"no: {max(least, int(DEVICES[gpu].memory_bytes / 1e9) + 1):,} GB"
+        least = min(refusal.needed_bytes for refusal in refusals if refusal.needed_bytes is not None)
+        return f"no: {math.ceil(least / 1e9):,} GB"
     best = plans[0]
     recompute = "" if best.layout.recompute == "none" else f", recompute {best.layout.recompute}"
     return f"{best.layout.name}{recompute}, {best.peak_bytes / 1e9:.0f} GB, {best.time.total:.1f} s"

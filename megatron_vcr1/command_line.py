@@ -23,12 +23,6 @@ class HelpFormatter(argparse.HelpFormatter):
         return "\n\n".join(part if part.startswith(" ") else fill(part, width, indent) for part in paragraphs)
 
 
-def split_doc(doc: str | None) -> tuple[str, str]:
-    """Split a module's docstring into its first paragraph and the rest, for the top and the end of a help text."""
-    summary, _, rest = (doc or "").partition("\n\n")
-    return summary, rest
-
-
 def positive(text: str) -> int:
     """Parse an integer above 0."""
     if not int(text) > 0:

@@ -7,12 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_vcr1.command_line import split_doc, text_table, write_json
-
-
-def test_a_doc_has_a_summary_and_a_rest() -> None:
-    assert split_doc("Do it.\n\n    example") == ("Do it.", "    example")
-    assert split_doc(None) == ("", "")
+from megatron_vcr1.command_line import text_table, write_json
 
 
 def test_json_is_written_into_a_new_folder(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ FLOORS = {
     "vcr1_kernels": 0,
     "json_fields": 0,
     "command_line": 0,
+    "process_memory": 0,
     "text_files": -1,
     "user_modules": -1,
     "user_paths": -1,

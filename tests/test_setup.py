@@ -22,14 +22,22 @@ def files(folder: Path) -> set[Path]:
     return {path for path in found if "__pycache__" not in path.parts}
 
 
-def requirements() -> list[Requirement]:
-    """All requirements of setup.py, extras included."""
+def requirements(*, extras: bool = True) -> list[Requirement]:
+    """All requirements of setup.py."""
     lists = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse((ROOT / "setup.py").read_text()).body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
-    return [Requirement(text) for text in chain(lists["REQUIREMENTS"], *lists["EXTRAS"].values())]
+    return [Requirement(text) for text in chain(lists["REQUIREMENTS"], *(lists["EXTRAS"].values() if extras else ()))]
+
+
+def test_the_command_for_a_container_installs_everything_but_torch() -> None:
+    """docs/cluster.md installs the package with --no-deps, and then its requirements."""
+    page = (ROOT / "docs/cluster.md").read_text()
+    (command,) = (line for line in page.splitlines() if "--no-deps -e ." in line)
+    installed = {Requirement(text) for text in re.findall(r"'([^']+)'", command)}
+    assert installed == {requirement for requirement in requirements(extras=False) if requirement.name != "torch"}
 
 
 def test_every_file_of_the_packages_is_installed(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ _DESCRIPTION = """Measure throughput on this machine.
 
     vcr1 benchmark train --model qwen2.5-vl-7b
 
-Every command warms up, repeats its measurement and prints medians with their range; --json FILE also writes the result
-to a file. Temporary files, such as random weights, go to $TMPDIR."""
+Every command repeats its measurement and prints medians; --json FILE also writes the result, with the command line and
+the machine, to a file. Temporary files, such as random weights, go to $TMPDIR."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_vcr1.cli.arguments import path_argument
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.process_memory import peak_rss_bytes
 
 Progress = Callable[[int, int], None]  # called with a number of new bytes and the total number
 _HF_HELP = "Hugging Face directory with safetensors weights"
@@ -148,13 +149,6 @@ def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def peak_memory_mb() -> float:
-    """Return the peak memory of this process in MB. Unlike getrusage, it does not include the parent process's."""
-    status = Path("/proc/self/status").read_text()
-    kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(kibibytes) * 1024 / 1e6
-
-
 def _convert(args: argparse.Namespace) -> int:
     """Run the command on this rank, and print the report on the first rank. Return the exit code."""
     # Imported before the clock starts: time and memory of the libraries do not count as those of the conversion.
@@ -162,7 +156,7 @@ def _convert(args: argparse.Namespace) -> int:
     from megatron_vcr1.parallel import mesh
     from megatron_vcr1.parallel.collectives import run_on_every_rank
 
-    libraries_mb = peak_memory_mb()
+    libraries_bytes = peak_rss_bytes()
     start_s = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, disable=mesh.rank() != 0 or not sys.stderr.isatty()) as bar:
 
@@ -175,8 +169,8 @@ def _convert(args: argparse.Namespace) -> int:
     report |= {
         "seconds": round(seconds, 3),
         "bytes_per_second": round(report["bytes"] / seconds),
-        "peak_memory_mb": round(max(run_on_every_rank(peak_memory_mb))),
-        "libraries_memory_mb": round(libraries_mb),
+        "peak_memory_mb": round(max(run_on_every_rank(peak_rss_bytes)) / 1e6),
+        "libraries_memory_mb": round(libraries_bytes / 1e6),
     }
     if mesh.rank() == 0:
         _print(report, as_json=args.json or args.convert is run_verify, out=getattr(args, "out", None))

@@ -40,6 +40,7 @@ _NUMBERS = {
     "--prompt-tokens": "text and vision tokens of a prompt (default: 3840; with CONFIG.toml, a video that fills "
     "data.total_pixels)",
 }
+_MODEL = "qwen2.5-vl-7b"
 _PAPER = {"group_size": 8, "samples": 18_031, "prompt_tokens": 3840, "epochs": 1.0, "freeze": (), "reference": "swap"}
 """Defaults of the options that describe a run."""
 
@@ -54,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("config", nargs="?", type=path_argument, metavar="CONFIG.toml", help="settings of a run")
-    add_model_argument(parser, default="qwen2.5-vl-7b")
+    add_model_argument(parser, default=None, default_text=_MODEL)
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--nodes", type=positive, default=1, metavar="N", help="(default: %(default)s)")
     cluster.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="(default: %(default)s)")
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcr1.planning.calibration import Measured, calibrate
 
     config = _load(args)
+    args.model = args.model or _MODEL
     device = DEVICES[args.gpu]
     console = Console()
     if args.calibrate:
@@ -132,8 +134,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> RunConfig | None:
     """Load CONFIG.toml, if there is one. Raises UserError for options that it excludes."""
-    described = ["prompts_per_step", "group_size", "epochs", "freeze", "reference", "plot"]
+    described = ["model", "prompts_per_step", "group_size", "epochs", "freeze", "reference", "plot"]
     if args.config is None:
+        if args.plot is not None and not args.growth:
+            raise UserError("--plot: draws the comparison of --growth: add --growth, or leave --plot out")
         if args.overrides:
             raise UserError(f"{args.overrides[0]}: settings can be overridden only with a CONFIG.toml")
         return None
@@ -141,7 +145,10 @@ def _load(args: argparse.Namespace) -> RunConfig | None:
         raise UserError(f"--{given[0].replace('_', '-')}: leave it out: CONFIG.toml describes the run")
     from megatron_vcr1.config.loading import load_config
 
-    return load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
+    if args.samples is not None and config.train.num_steps is not None:
+        raise UserError("--samples: leave it out: train.num_steps sets the length of the run")
+    return config
 
 
 def _plan_run(args: argparse.Namespace, config: RunConfig, device: Device, console: Console) -> int:
@@ -153,6 +160,11 @@ def _plan_run(args: argparse.Namespace, config: RunConfig, device: Device, conso
 
     if config.train.stage != "grpo":
         raise UserError("train.stage: only GRPO runs can be planned; `vcr1 config --check` estimates the memory of SFT")
+    if problem := _without_colocated_servers(config):
+        raise UserError(
+            f"{problem}: only runs with SGLang servers on the GPUs of training can be planned; `vcr1 config --check` "
+            "estimates the memory of training"
+        )
     num_gpus = args.nodes * args.gpus_per_node
     cluster = Cluster(device, num_gpus, args.gpus_per_node)
     job = _checked(
@@ -175,7 +187,7 @@ def _plan_run(args: argparse.Namespace, config: RunConfig, device: Device, conso
         if isinstance(own, Plan):
             mine = own
         else:
-            reason = own[1]
+            reason = own.reason
     if plans:
         report.print_plans(console, plans, mine=mine)
         report.print_changes(console, config, plans[0], mine)
@@ -184,6 +196,15 @@ def _plan_run(args: argparse.Namespace, config: RunConfig, device: Device, conso
     extra = {"configured": None if mine is None else report.as_json(mine), "configured_refused": reason or None}
     code = _finish(args, device, console, plans, refusals, extra)
     return 1 if mine is None else code
+
+
+def _without_colocated_servers(config: RunConfig) -> str:
+    """Return the setting that gives a run another engine than servers on the GPUs of training; "" if there is none."""
+    if config.rollout.engine != "sglang":
+        return f'rollout.engine = "{config.rollout.engine}"'
+    if config.sglang.urls:
+        return "sglang.urls"
+    return "" if config.sglang.colocated else "sglang.colocated = false"
 
 
 def _finish(

@@ -104,13 +104,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_model_argument(parser: argparse.ArgumentParser, *, default: str) -> None:
+def add_model_argument(
+    parser: argparse.ArgumentParser, *, default: str | None, default_text: str = "%(default)s"
+) -> None:
+    """Add --model.
+
+    Args:
+        default_text: the default in the help text, for a command that needs to know whether the option was given.
+    """
     parser.add_argument(
         "--model",
         default=default,
         type=_preset_or_directory,
         metavar="MODEL",
-        help=f"one of {', '.join(PRESETS)}, or a directory with a config.json (default: %(default)s)",
+        help=f"one of {', '.join(PRESETS)}, or a directory with a config.json (default: {default_text})",
     )
 
 

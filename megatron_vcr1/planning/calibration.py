@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,14 +99,22 @@ def calibrate(device: Device, runs: Sequence[Measured]) -> Device:
     the efficiencies. These are fitted by least squares of the relative errors, with a lower bound of 0 and a weak pull
     towards the device's own values (`PRIOR_WEIGHT`).
 
+    The peak rate of a GPU is its published one; that of a CPU is its fastest measured matmul.
+
     Raises:
-        UserError: no run was on a single rank.
+        UserError: a run was measured on another device, or no run was on a single rank.
     """
+    if others := sorted({run.device for run in runs if not _is_measured_on(run, device)}):
+        raise UserError(
+            f"--calibrate: the results were measured on {', '.join(others)}, not on {device.name}: set --gpu to the "
+            "device that was measured"
+        )
     single = [run for run in runs if run.layout.num_gpus == 1]
     if not single:
         raise UserError("calibration needs a run on one GPU, without tensor, pipeline or data parallelism")
-    peak = bf16_peak(single[0].device) or max(run.matmul_flops_per_s for run in single)
-    device = replace(device, flops_per_s=peak, fixed_bytes=float(np.mean([run.fixed_bytes for run in single])))
+    device = replace(device, fixed_bytes=float(np.mean([run.fixed_bytes for run in single])))
+    if device.is_cpu:
+        device = replace(device, flops_per_s=max(run.matmul_flops_per_s for run in single))
     assumed = np.array([1 / getattr(device.efficiency, part) for part in PARTS])
     rows, constants = [], []
     for run in single:
@@ -117,6 +126,14 @@ def calibrate(device: Device, runs: Sequence[Measured]) -> Device:
     matrix = np.vstack([*rows, PRIOR_WEIGHT * np.diag(1 / assumed)])
     target = np.concatenate([1 - np.array(constants), np.full(len(PARTS), PRIOR_WEIGHT)])
     return _with_costs(device, _nonnegative_least_squares(matrix, target, assumed))
+
+
+def _is_measured_on(run: Measured, device: Device) -> bool:
+    """Whether a run's device is the planner's: the same model of GPU with the same peak, such as SXM and not PCIe."""
+    if device.is_cpu or not run.on_gpu:
+        return device.is_cpu and not run.on_gpu
+    model = device.name.split()[0]
+    return re.search(rf"\b{model}\b", run.device) is not None and bf16_peak(run.device) == device.flops_per_s
 
 
 def predicted_seconds(run: Measured, device: Device, gpus_per_node: int = 8) -> float:

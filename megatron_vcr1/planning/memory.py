@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from vcr1_kernels.ops.linear_log_probs import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
+
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.parameters import StageParameters, num_parameters, stage_parameters
 
 GRADIENT_BYTES = 4  # gradient buffers are float32 for all parameter dtypes
-GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 1280 * 2**20, 16 * 2**20  # of logits, in the fused head of vcr1_kernels
 
 
 @dataclass(frozen=True, slots=True)

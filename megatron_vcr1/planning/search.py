@@ -11,7 +11,7 @@ from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import RECOMPUTES, Job, Layout
-from megatron_vcr1.planning.memory import EngineMemory, Memory, engine_memory, training_memory
+from megatron_vcr1.planning.memory import EngineMemory, Memory, cache_bytes_per_token, engine_memory, training_memory
 from megatron_vcr1.planning.timing import (
     StepTime,
     pipeline_bubble,
@@ -89,6 +89,7 @@ class Refusal:
     tensor: int
     pipeline: int
     reason: str
+    needed_bytes: float | None = None  # memory that each GPU would need for training, and for an engine beside it
 
 
 def search(job: Job, cluster: Cluster, longest_response: int) -> tuple[list[Plan], list[Refusal]]:
@@ -116,12 +117,13 @@ def best_variant(job: Job, cluster: Cluster, tensor: int, pipeline: int, longest
         return Refusal(tensor, pipeline, reason)
     base = Layout(tensor, pipeline, replicas, sequence_parallel=tensor > 1)
     plans: list[Plan] = []
-    misfits: list[tuple[float, str]] = []  # missing bytes (infinite if the layout is impossible), reason
+    misfits: list[Refusal] = []
+    impossible: list[Refusal] = []
     for layout in _variants(job, base, cluster.device):
         try:
             check_layout(job.config.shape, layout.parallel, layout.recompute_section, cluster.num_gpus)
         except UserError as error:
-            misfits.append((math.inf, str(error).splitlines()[0]))
+            impossible.append(Refusal(tensor, pipeline, str(error).splitlines()[0]))
             continue
         found = evaluate(job, layout, cluster, longest_response)
         if isinstance(found, Plan):
@@ -130,41 +132,48 @@ def best_variant(job: Job, cluster: Cluster, tensor: int, pipeline: int, longest
             misfits.append(found)
     if plans:
         return min(plans, key=lambda plan: plan.time.total)
-    return Refusal(tensor, pipeline, min(misfits)[1])
+    if not misfits:
+        return impossible[0]
+    closest = min(misfits, key=lambda misfit: misfit.needed_bytes or math.inf)
+    return replace(closest, reason=f"{closest.reason}, even with recomputation")
 
 
-def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) -> Plan | tuple[float, str]:
-    """Predict a layout with the best engine size. If it does not fit, return the missing bytes and the reason."""
+def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) -> Plan | Refusal:
+    """Predict a layout with the best engine size, or say why it does not fit."""
     device = cluster.device
     memory = training_memory(job, layout, device)
-    fullest = max(memory, key=lambda stage: stage.total)
-    if (missing := fullest.total - device.memory_bytes) > 0:
+    resident, fullest = max(stage.resident for stage in memory), max(memory, key=lambda stage: stage.total)
+    engines = list(_engines(job, cluster, resident))
+    tokens = job.prompt_tokens + job.group_size * longest_response  # of a group with its longest responses
+    missing = min(tokens * cache_bytes_per_token(job, engine.ranks) - engine.cache for engine in engines)
+    needed_bytes = max(fullest.total, device.memory_bytes + missing)
+    if fullest.total > device.memory_bytes:
         part = fullest.largest_part
-        return missing, (
-            f"training needs {fullest.total / 1e9:.0f} GB of {device.memory_bytes / 1e9:.0f} even with recomputation "
+        reason = (
+            f"training needs {math.ceil(fullest.total / 1e9)} GB of {device.memory_bytes / 1e9:.0f} "
             f"(largest part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
         )
-    resident = max(stage.resident for stage in memory)
+        return Refusal(layout.tensor, layout.pipeline, reason, needed_bytes)
     traffic, stages = step_traffic(job, layout), stage_seconds(job, layout, device, training=True)
     plans = []
-    for engine in _engines(job, cluster, resident, longest_response):
-        time = step_seconds(job, layout, device, cluster.gpus_per_node, engine, longest_response)
-        plans.append(Plan(job, layout, cluster, memory, engine, time, traffic, stages))
+    for engine in engines:
+        if engine.tokens >= tokens:
+            time = step_seconds(job, layout, device, cluster.gpus_per_node, engine, longest_response)
+            plans.append(Plan(job, layout, cluster, memory, engine, time, traffic, stages))
     if plans:
         return min(plans, key=lambda plan: plan.time.total)
-    return resident, (
+    reason = (
         f"no room for an engine next to the {resident / 1e9:.0f} GB that training keeps while the engine samples "
         "(weights, gradients, optimizer)"
     )
+    return Refusal(layout.tensor, layout.pipeline, reason, needed_bytes)
 
 
-def _engines(job: Job, cluster: Cluster, resident: float, longest_response: int) -> Iterator[EngineMemory]:
-    """Yield engines of 1, 2, 4, ... GPUs whose KV cache holds at least one group with its longest responses."""
-    needed = job.prompt_tokens + job.group_size * longest_response
+def _engines(job: Job, cluster: Cluster, resident: float) -> Iterator[EngineMemory]:
+    """Yield engines of 1, 2, 4, ... GPUs."""
     for ranks in _powers_of_two(min(cluster.gpus_per_node, cluster.num_gpus)):
-        engine = engine_memory(job, cluster.device, resident, ranks)
-        if job.config.text.num_heads % ranks == 0 and engine.tokens >= needed:
-            yield engine
+        if job.config.text.num_heads % ranks == 0:
+            yield engine_memory(job, cluster.device, resident, ranks)
 
 
 def _variants(job: Job, base: Layout, device: Device) -> Iterator[Layout]:
@@ -204,11 +213,12 @@ def balanced(job: Job, layout: Layout, device: Device) -> Layout:
     if not choices:
         return layout
     fastest = min(choice[0] for choice in choices)
-    first, last = min((choice for choice in choices if choice[0] <= fastest * 1.001), key=lambda one: one[1:3])[3]
+    near = (choice for choice in choices if choice[0] <= fastest * 1.001)
+    first, last = min(near, key=lambda choice: choice[1:3])[3]
     return replace(layout, first_stage_layers=first, last_stage_layers=last)
 
 
 def _linear_cost(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
     """Return the seconds of a stage without layers, and the seconds of each layer."""
-    one, two = (seconds_of_stage(job, layout, device, stage, layers, training=True) for layers in (1, 2))
-    return 2 * one - two, two - one
+    one_layer, two_layers = (seconds_of_stage(job, layout, device, stage, layers, training=True) for layers in (1, 2))
+    return 2 * one_layer - two_layers, two_layers - one_layer

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from megatron_vcr1.model.flops import Flops, forward_flops, recomputed_flops, training_flops
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token
+from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
 from megatron_vcr1.planning.traffic import boundary_bytes, step_traffic, tensor_traffic
 
@@ -126,8 +126,8 @@ def update_seconds(
     compute = _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=True)
     replicas_within_node = layout.tensor * layout.replicas <= gpus_per_node
     gradients = step_traffic(job, layout).data / _bandwidth(device, within_node=replicas_within_node)
-    parameters = max(stage.total for stage in stage_parameters(job.config, layout)) / layout.replicas
-    optimizer = OPTIMIZER_BYTES * parameters / (device.memory_bytes_per_s * device.efficiency.memory)
+    trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) / layout.replicas
+    optimizer = OPTIMIZER_BYTES * trained / (device.memory_bytes_per_s * device.efficiency.memory)
     return compute + gradients + optimizer
 
 

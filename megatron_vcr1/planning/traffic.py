@@ -8,7 +8,7 @@ tensor    every layer: 2 all-reduces in the forward pass (after attention and ML
           forward ones again with full recomputation. With sequence parallelism also 2 all-gathers of the inputs for the
           weight gradients. Without it, the last layer computes only the target tokens after its attention
 pipeline  the hidden states of a microbatch to the next stage, and their gradients back
-data      float32 gradients to the rank that holds their optimizer state, and updated weights back
+data      of trained parameters: float32 gradients to the rank with their optimizer state, and updated weights back
 sync      the weights to the engines
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.memory import GRADIENT_BYTES
+from megatron_vcr1.planning.memory import GRADIENT_BYTES, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
 
 
@@ -48,11 +48,11 @@ def step_traffic(job: Job, layout: Layout) -> Traffic:
     # A middle stage sends hidden states forward and gradients back. With two stages, the first one sends only hidden
     # states and the last one only gradients.
     sends = 0 if layout.pipeline == 1 else 1 + reference + (layout.pipeline > 2)
-    weights = max(stage.total for stage in stage_parameters(job.config, layout))
+    trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout))
     return Traffic(
         tensor=num_microbatches * tensor,
         pipeline=num_microbatches * sends * boundary_bytes(job, layout),
-        data=(layout.replicas - 1) / layout.replicas * weights * (GRADIENT_BYTES + job.dtype_bytes),
+        data=(layout.replicas - 1) / layout.replicas * trained * (GRADIENT_BYTES + job.dtype_bytes),
         sync=num_parameters(job.config) * job.dtype_bytes,
     )
 

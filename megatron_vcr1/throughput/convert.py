@@ -24,8 +24,9 @@ from tqdm import tqdm
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.command_line import write_json
+from megatron_vcr1.process_memory import peak_rss_bytes
 from megatron_vcr1.throughput.arguments import add_repetition_arguments
-from megatron_vcr1.throughput.measure import machine, peak_memory_bytes, print_table, seconds
+from megatron_vcr1.throughput.measure import print_table, provenance, seconds
 from megatron_vcr1.throughput.random_weights import num_weight_bytes, write_random_model
 
 HELP = "import and export of a checkpoint, compared with cp"
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    result = measure_convert(args.gigabytes, args.rounds)
+    result = provenance(args) | measure_convert(args.gigabytes, args.rounds)
     write_json(args.json, result)
     print_table(
         f"{result['bytes'] / 1e9:.2f} GB, median of {args.rounds} rounds ({result['processor']})",
@@ -83,7 +84,7 @@ def measure_convert(gigabytes: float, rounds: int, model: Mapping[str, Any] = MO
         # Written by another process, whose memory does not count as memory of the conversions.
         with ProcessPoolExecutor(1, get_context("spawn")) as writer:
             num_bytes = writer.submit(write_checkpoint, hf_dir, round(gigabytes * 1e9), model).result()
-        libraries_mb = peak_memory_bytes() / 1e6
+        libraries_bytes = peak_rss_bytes()  # conversions need no GPU: their memory is that of the process
         runs: dict[str, tuple[Path, Path, Callable[[], object]]] = {
             "cp": (hf_dir, out, lambda: _copy(hf_dir, out)),
             "cp + sync": (hf_dir, out, lambda: _copy(hf_dir, out, sync=True)),
@@ -98,10 +99,10 @@ def measure_convert(gigabytes: float, rounds: int, model: Mapping[str, Any] = MO
                 times[case].append(round(seconds(convert), 3))
         subprocess.run(["diff", "-rq", hf_dir, out], check=True)  # the export is identical to what was imported
     medians = {case: statistics.median(values) for case, values in times.items()}
-    return machine() | {
+    return {
         "bytes": num_bytes,
-        "peak_memory_mb": round(peak_memory_bytes() / 1e6),
-        "libraries_memory_mb": round(libraries_mb),
+        "peak_memory_mb": round(peak_rss_bytes() / 1e6),
+        "libraries_memory_mb": round(libraries_bytes / 1e6),
         "cases": {
             case: {
                 "bytes_per_second": round(num_bytes / medians[case]),

@@ -28,7 +28,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.throughput import decode_worker
 from megatron_vcr1.throughput.arguments import add_repetition_arguments
 from megatron_vcr1.throughput.decode_worker import BACKENDS, OURS
-from megatron_vcr1.throughput.measure import machine, print_table
+from megatron_vcr1.throughput.measure import print_table, provenance
 
 HELP = "frames/s of video decoding"
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="benchmark-decode-") as folder:
         clips = args.videos or [write_clip(Path(folder) / "synthetic.mp4", args.seconds)]
         results = measure(start_workers(args.backends, args.threads), [str(clip) for clip in clips], args.rounds)
-    document = machine() | {"clips": [clip.name for clip in clips], "rounds": args.rounds, "backends": results}
+    document = provenance(args) | {"clips": [clip.name for clip in clips], "rounds": args.rounds, "backends": results}
     write_json(args.json, document | {"threads": args.threads})
     peers = [result["clips_per_s"] for name, result in results.items() if name not in OURS]
     columns = ("", "frames/s", "clips/s", "CPU s per clip", "peak MB", *(["x fastest peer"] if peers else []))

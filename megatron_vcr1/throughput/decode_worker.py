@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
+
+from megatron_vcr1.process_memory import peak_rss_bytes
 
 OURS = ("pyav", "dali-cpu", "dali-gpu")
 BACKENDS = (*OURS, "decord2", "torchcodec", "qwen-vl-utils")
@@ -39,18 +40,12 @@ def serve(backend: str, threads: int) -> None:
         answer({"missing": str(error).strip().splitlines()[0]})
         return
     answer({"missing": None})
-    idle_mb = _peak_memory_mb()
+    idle_mb = peak_rss_bytes() / 1e6
     for line in sys.stdin:
         start_s, cpu_start_s = time.perf_counter(), time.process_time()
         num_frames = read_clip(line.rstrip("\n"))
         times = {"seconds": time.perf_counter() - start_s, "cpu_seconds": time.process_time() - cpu_start_s}
-        answer(times | {"frames": num_frames, "peak_mb": _peak_memory_mb(), "idle_mb": idle_mb})
-
-
-def _peak_memory_mb() -> float:
-    # Not getrusage: after fork and exec, its peak includes the memory of the parent process.
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 1024
+        answer(times | {"frames": num_frames, "peak_mb": peak_rss_bytes() / 1e6, "idle_mb": idle_mb})
 
 
 def reader(backend: str, threads: int) -> ReadClip:

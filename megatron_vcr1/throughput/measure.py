@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_vcr1.command_line import console, text_table
+from megatron_vcr1.process_memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 
 TOOL = ("-m", "megatron_vcr1", "benchmark")
 """Arguments of Python that run this command again."""
@@ -58,16 +59,17 @@ class Spread:
 
 def command_line(args: argparse.Namespace) -> str:
     """Return the command line without --json."""
-    words = list(args.arguments)
+    words = [word for word in args.arguments if not word.startswith("--json=")]
     if "--json" in words:
         index = words.index("--json")
         del words[index : index + 2]
     return " ".join(["vcr1 benchmark", *words])
 
 
-def machine() -> dict[str, Any]:
-    """Return the date, processor, device and package versions, which every result records."""
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the command line, date, processor, device and package versions, which every result records."""
     return {
+        "command": command_line(args),
         "date": time.strftime("%Y-%m-%d"),
         "processor": f"{processor_name()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
@@ -115,25 +117,19 @@ def _synchronize() -> None:
 
 def memory_bytes() -> int:
     """Return the memory in use: allocated by torch on a GPU, otherwise resident memory of this process."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status_bytes("VmRSS")
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else rss_bytes()
 
 
 def peak_memory_bytes() -> int:
     """Return the peak of `memory_bytes` since the last reset."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 
 def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM
-
-
-def _status_bytes(field: str) -> int:
-    """Read a field of /proc/self/status in bytes. Unlike getrusage, its peak does not include the parent process's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(f"{field}:"))) * 1024
+        reset_peak_rss()
 
 
 def matmul_rate(dtype: torch.dtype) -> float:

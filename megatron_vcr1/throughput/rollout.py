@@ -32,7 +32,7 @@ from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.throughput.arguments import add_dtype_argument, add_repetition_arguments, add_size_arguments
-from megatron_vcr1.throughput.measure import Spread, machine, print_table, seconds
+from megatron_vcr1.throughput.measure import Spread, print_table, provenance, seconds
 from megatron_vcr1.throughput.random_weights import write_random_model
 from megatron_vcr1.throughput.update_case import UpdateCase
 from megatron_vcr1.throughput.update_plain import pixel_values
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         case = UpdateCase(str(model_dir), None, **{name: getattr(args, name) for name in SIZES})
         with mesh.world(case.run_config.parallel):
             result = measure(case, args.rounds)
-    result = {"machine": machine(), "model": args.model, "rounds": args.rounds, **result}
+    result = provenance(args) | {"model": args.model, "rounds": args.rounds, **result}
     write_json(args.json, result)
     report(result)
     return 0
@@ -177,7 +177,7 @@ def report(result: dict[str, Any]) -> None:
         f"{result['group_size']} responses of {result['response_tokens']} tokens each",
         ("", "seconds per group", "tokens/s", "x transformers"),
         rows,
-        caption=f"Median (range) of {result['rounds']} rounds; {result['dtype']}, {result['machine']['device']}, "
-        f"{result['machine']['threads']} thread(s) of {result['machine']['processor']}; "
+        caption=f"Median (range) of {result['rounds']} rounds; {result['dtype']}, {result['device']}, "
+        f"{result['threads']} thread(s) of {result['processor']}; "
         f"{result['equal_greedy_tokens']:.1%} of the greedy tokens are equal",
     )

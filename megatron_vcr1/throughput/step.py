@@ -19,7 +19,7 @@ from typing import Any
 from megatron_vcr1.command_line import positive, write_json
 from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.throughput.measure import Spread, command_line, machine, print_table
+from megatron_vcr1.throughput.measure import Spread, print_table, provenance
 
 HELP = "whole GRPO steps by phase"
 DEMO_MODEL = Path(__file__).parents[2] / "examples/demo/tiny_model.py"
@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for setting in args.set:
+        if "=" not in setting:
+            raise UserError(f"--set {setting}: write KEY=VALUE, for example grpo.group_size=16")
     with tempfile.TemporaryDirectory(prefix="benchmark-step-") as name:
         folder = Path(name)
         model = args.model or _tiny_model(folder / "model")
@@ -51,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = {phase: [row[f"time/{phase}_s"] for row in rows] for phase in PHASES}
     metrics = {key: [row[key] for row in rows] for key in METRICS if all(key in row for row in rows)}
     model_name = str(args.model or "the demo's model")
-    result = machine() | {
-        "command": command_line(args),
+    result = provenance(args) | {
         "model": model_name,
         "seconds": seconds,
         "metrics": metrics,

@@ -24,7 +24,7 @@ from megatron_vcr1.command_line import positive, write_json
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.flops import bf16_peak
 from megatron_vcr1.planning.job import RECOMPUTES
-from megatron_vcr1.throughput.measure import TOOL, Spread, print_table
+from megatron_vcr1.throughput.measure import TOOL, Spread, print_table, provenance
 
 HELP = "the update over layouts, recomputation and microbatches"
 AXES = ("tensor", "pipeline", "replicas", "recompute", "microbatch_tokens")
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             failures.append({"point": point, "reason": found})
     results.sort(key=lambda result: _seconds(result).median)
-    write_json(args.json, {"results": results, "failed": failures})
+    write_json(args.json, provenance(args) | {"results": results, "failed": failures})
     if results:
         print_table(
             f"{results[0]['model']}, {results[0]['device']}, {results[0]['date']}",

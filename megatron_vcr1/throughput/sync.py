@@ -26,7 +26,7 @@ from megatron_vcr1.model.presets import PRESETS, add_model_argument, raw_config
 from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.throughput.arguments import add_layout_arguments, add_repetition_arguments, default_model
-from megatron_vcr1.throughput.measure import Spread, machine, print_table, run_again, seconds
+from megatron_vcr1.throughput.measure import Spread, print_table, provenance, run_again, seconds
 
 HELP = "weights from the trainer to engines"
 
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.worker is not None:
         args.worker.write_text(json.dumps(result))
         return 0
+    result = provenance(args) | result
     write_json(args.json, result)
     rates = Spread.of([result["bytes"] / round_s / 1e9 for round_s in result["seconds"]])
     print_table(
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
             if not mesh.is_first_rank():
                 return None
     layout = {key: getattr(args, key) for key in ("tensor", "pipeline", "replicas", "dtype")}
-    return machine() | {
+    return {
         "model": args.model,
         "layout": layout,
         "method": args.method if args.urls else None,

@@ -34,7 +34,7 @@ from megatron_vcr1.model.flops import Workload, bf16_peak, forward_flops, recomp
 from megatron_vcr1.model.presets import model_config, raw_config
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.throughput.arguments import add_layout_arguments, add_repetition_arguments, add_size_arguments
-from megatron_vcr1.throughput.measure import Spread, command_line, machine, print_table, run_again
+from megatron_vcr1.throughput.measure import Spread, print_table, provenance, run_again
 from megatron_vcr1.throughput.random_weights import write_random_model
 from megatron_vcr1.throughput.train_worker import OURS, PLAIN, PLAIN_KEPT, TRL, run_side
 from megatron_vcr1.throughput.update_case import UpdateCase
@@ -163,8 +163,7 @@ def measure_in_job(args: argparse.Namespace, folder: Path) -> dict[str, Any] | N
 
 def _document(args: argparse.Namespace, case: UpdateCase, sides: dict[str, Any]) -> dict[str, Any]:
     config = model_config(case.model_dir)
-    return machine() | {
-        "command": command_line(args),
+    return provenance(args) | {
         "model": args.model,
         "case": dataclasses.asdict(case) | {"model_dir": args.model, "reference_dir": bool(case.reference_dir)},
         "replicas": args.replicas,

@@ -14,6 +14,7 @@ from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.model.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
+GRPO = str(ROOT / "examples/configs/grpo_joint.toml")
 
 
 def test_plans_are_printed_and_written_to_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,11 +87,11 @@ def test_a_configuration_is_shown_beside_the_best_layouts_with_what_to_change(
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(PRESETS["qwen2.5-vl-7b"]))
-    example, out = str(ROOT / "examples/configs/grpo_joint.toml"), tmp_path / "plan.json"
-    run = [example, "--model.path", str(tmp_path / "model"), "--train.num_steps", "100", "--json", str(out)]
+    out = tmp_path / "plan.json"
+    run = [GRPO, "--model.path", str(tmp_path / "model"), "--train.num_steps", "100", "--json", str(out)]
     assert main(["plan", *run, "--nodes", "1", "--recompute.granularity", "full"]) == 0
     printed = capsys.readouterr().out
-    config = load_config(Path(example))
+    config = load_config(Path(GRPO))
     own = f"{config.parallel.tensor} x {config.parallel.pipeline} x {8 // config.parallel.tensor}*"
     assert own in printed and "recompute.granularity = full -> " in printed
     document = json.loads(out.read_text())
@@ -108,7 +109,13 @@ def test_a_configuration_is_shown_beside_the_best_layouts_with_what_to_change(
     [
         (["--train.num_steps", "1"], "only with a CONFIG.toml"),
         (["run.toml", "--group-size", "4"], "--group-size: leave it out"),
+        (["run.toml", "--model", "qwen2.5-vl-7b"], "--model: leave it out"),
+        (["--plot", "growth.png"], "add --growth"),
+        ([GRPO, "--train.num_steps", "5", "--samples", "9"], "--samples: leave it out"),
         ([str(ROOT / "examples/configs/sft_joint.toml")], "only GRPO runs"),
+        ([str(ROOT / "examples/configs/grpo_one_step_off.toml")], "sglang.colocated = false: only runs with SGLang"),
+        ([GRPO, "--rollout.engine", "local"], 'rollout.engine = "local": only runs with SGLang'),
+        ([GRPO, "--sglang.urls", "http://a:1"], "sglang.urls: only runs with SGLang"),
     ],
 )
 def test_options_that_a_configuration_excludes(

@@ -49,7 +49,7 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, T
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_CPU_CHUNK_BYTES", "_GPU_CHUNK_BYTES"):
+    for name in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES"):
         monkeypatch.setattr(f"vcr1_kernels.ops.linear_log_probs.{name}", 2**15)
 
 

@@ -17,7 +17,7 @@ def _inputs(
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_CPU_CHUNK_BYTES", "_GPU_CHUNK_BYTES"):
+    for name in ("CPU_CHUNK_BYTES", "GPU_CHUNK_BYTES"):
         monkeypatch.setattr(f"vcr1_kernels.ops.linear_log_probs.{name}", 2**16)
 
 
@@ -45,7 +45,7 @@ def test_matches_float64(shape: tuple[int, int, int], dtype: torch.dtype, device
 def test_chunk_size_changes_only_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, target_ids = _inputs(45, 1023, 33, torch.float64, torch.device("cpu"))
     chunked = linear_log_probs(hidden, weight, target_ids)
-    monkeypatch.setattr("vcr1_kernels.ops.linear_log_probs._CPU_CHUNK_BYTES", 2**30)
+    monkeypatch.setattr("vcr1_kernels.ops.linear_log_probs.CPU_CHUNK_BYTES", 2**30)
     torch.testing.assert_close(chunked, linear_log_probs(hidden, weight, target_ids), rtol=1e-13, atol=0)
 
 

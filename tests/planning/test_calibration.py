@@ -55,6 +55,21 @@ def test_calibration_needs_a_run_on_a_single_rank() -> None:
         calibrate(DEVICES["cpu"], _runs([path for path in FILES if path not in SINGLE]))
 
 
+def test_results_of_another_device_are_refused() -> None:
+    runs = _runs(SINGLE)
+    with pytest.raises(UserError, match="measured on cpu, not on H100 SXM: set --gpu"):
+        calibrate(DEVICES["h100"], runs)
+    for gpu, name in [("h100", "NVIDIA H200"), ("h100", "NVIDIA H100 PCIe"), ("b200", "NVIDIA GB200"), ("cpu", "A100")]:
+        with pytest.raises(UserError, match=f"measured on {name}, not on"):
+            calibrate(DEVICES[gpu], [replace(runs[0], device=name)])
+
+
+@pytest.mark.parametrize("gpu, name", [("h100", "NVIDIA H100 80GB HBM3"), ("a100", "NVIDIA A100-SXM4-80GB")])
+def test_a_gpu_keeps_its_published_peak(gpu: str, name: str) -> None:
+    found = calibrate(DEVICES[gpu], [replace(run, device=name, matmul_flops_per_s=1.0) for run in _runs(SINGLE)])
+    assert found.flops_per_s == DEVICES[gpu].flops_per_s
+
+
 def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text("{}")

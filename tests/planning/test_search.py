@@ -9,7 +9,8 @@ import pytest
 from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.planning.devices import DEVICES
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.search import Cluster, Plan, Refusal, balanced, best_variant, search
+from megatron_vcr1.planning.memory import training_memory
+from megatron_vcr1.planning.search import Cluster, Plan, Refusal, balanced, best_variant, evaluate, search
 from megatron_vcr1.planning.timing import stage_seconds
 
 H100 = DEVICES["h100"]
@@ -32,11 +33,28 @@ def test_search_finds_the_papers_run_and_gives_reasons_for_the_rest() -> None:
 def test_a_refusal_names_missing_memory_or_indivisible_prompts() -> None:
     job = Job(model_config("qwen2.5-vl-72b"))
     found = best_variant(job, Cluster(H100, 8), 1, 1, longest_response=500)
-    assert isinstance(found, Refusal) and "GB of 80" in found.reason
+    assert isinstance(found, Refusal) and "GB of 80" in found.reason and "even with recomputation" in found.reason
+    assert found.needed_bytes is not None and found.needed_bytes > 80e9
     job = Job(model_config("qwen2.5-vl-7b"), prompts_per_step=4)
     found = best_variant(job, Cluster(H100, 8), 1, 1, longest_response=500)
     assert isinstance(found, Refusal) and "4 prompts per step are not a multiple of 8 replicas" in found.reason
     assert isinstance(best_variant(job, Cluster(H100, 8), 2, 1, longest_response=500), Plan)
+
+
+def test_a_layout_is_refused_without_a_word_about_other_layouts() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    found = evaluate(job, Layout(replicas=8), Cluster(H100, 8), longest_response=500)
+    assert isinstance(found, Refusal) and "training needs" in found.reason and "recomputation" not in found.reason
+
+
+def test_a_missing_engine_counts_before_missing_memory() -> None:
+    """With full recomputation training fits, and only the engine does not: more recomputation is no help."""
+    job = Job(model_config("qwen2.5-vl-7b"), prompts_per_step=4)
+    memory = training_memory(job, Layout(tensor=4, sequence_parallel=True, recompute="full"), H100)
+    needed = max(stage.total for stage in memory)
+    found = best_variant(job, Cluster(dataclasses.replace(H100, memory_bytes=1.001 * needed), 4), 4, 1, 10**7)
+    assert isinstance(found, Refusal) and "no room for an engine" in found.reason and found.needed_bytes is not None
+    assert found.needed_bytes > 4 * needed
 
 
 def test_balancing_moves_layers_away_from_the_stage_with_the_vision_tower() -> None:

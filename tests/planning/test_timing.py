@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -10,6 +11,7 @@ from megatron_vcr1.model.flops import forward_flops
 from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.planning.devices import DEVICES, Efficiency
 from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.parameters import stage_parameters
 from megatron_vcr1.planning.timing import (
     busiest_seconds,
     pipeline_bubble,
@@ -52,3 +54,14 @@ def test_update_seconds_grow_with_recomputation_prompts_and_network_traffic() ->
     assert 1.5 * base < update_seconds(twice, layout, device, 8) < 2 * base
     assert useful_flops(twice) == 2 * useful_flops(job)
     assert update_seconds(job, layout, device, 2) > base  # the replicas are on different nodes
+
+
+def test_the_optimizer_updates_only_trained_parameters() -> None:
+    """On a device that computes and sends for nothing, the update takes the optimizer's time alone."""
+    free = {"flops_per_s": math.inf, "link_bytes_per_s": math.inf, "network_bytes_per_s": math.inf}
+    device = dataclasses.replace(DEVICES["h100"], **free, microbatch_overhead_s=0.0, collective_latency_s=0.0)
+    job = Job(model_config("qwen2.5-vl-7b"))
+    (whole,) = stage_parameters(job.config, Layout())
+    frozen = dataclasses.replace(job, freeze=("vision_tower",))
+    both = [update_seconds(each, Layout(replicas=8), device, 8) for each in (job, frozen)]
+    assert both[1] / both[0] == pytest.approx((whole.text + whole.embedding) / whole.total)

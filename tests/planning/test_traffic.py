@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.parallel import mesh, schedule
 from megatron_vcr1.planning.job import Job, Layout, square_video
+from megatron_vcr1.planning.parameters import stage_parameters
 from megatron_vcr1.planning.traffic import boundary_bytes, step_traffic, tensor_traffic
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -110,6 +112,9 @@ def test_traffic_of_replicas_and_stages_equals_a_calculation_by_hand() -> None:
     assert alone.sync == 2 * NUM_PARAMETERS_7B
     replicas = step_traffic(job, Layout(replicas=8))
     assert replicas.data == pytest.approx(7 / 8 * NUM_PARAMETERS_7B * (4 + 2))
+    (whole,) = stage_parameters(job.config, Layout())
+    frozen = step_traffic(dataclasses.replace(job, freeze=("vision_tower",)), Layout(replicas=8))
+    assert frozen.data == pytest.approx(7 / 8 * (whole.text + whole.embedding) * (4 + 2)) and frozen.sync == alone.sync
     tokens = 3840 + 8 * 199
     stages = step_traffic(job, Layout(pipeline=2, replicas=4))
     assert stages.pipeline == 2 * 2 * tokens * 3584 * 2  # 2 microbatches per replica, for policy and reference

@@ -22,7 +22,9 @@ def test_given_clips_are_read(tmp_path: Path) -> None:
     out = tmp_path / "decode.json"
     arguments = ["decode", "--videos", str(clip), "--backends", "pyav", "--rounds", "1", "--json", str(out)]
     assert benchmark_throughput.main(arguments) == 0
-    assert json.loads(out.read_text())["backends"]["pyav"]["frames_per_s"] > 0
+    result = json.loads(out.read_text())
+    assert result["backends"]["pyav"]["frames_per_s"] > 0
+    assert result["command"].startswith("vcr1 benchmark decode --videos")
 
 
 def test_without_clips_a_synthetic_one_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

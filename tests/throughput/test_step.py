@@ -9,6 +9,11 @@ import benchmark_throughput
 import pytest
 
 
+def test_a_setting_needs_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_throughput.main(["step", "--set", "grpo.group_size"]) == 2
+    assert "--set grpo.group_size: write KEY=VALUE" in capsys.readouterr().err
+
+
 def test_a_step_of_the_tiny_model_is_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # capfd, not capsys: the training process inherits a real stderr.
     out = tmp_path / "step.json"

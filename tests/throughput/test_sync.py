@@ -15,6 +15,7 @@ def test_every_weight_is_streamed(tmp_path: Path) -> None:
     out = tmp_path / "sync.json"
     assert benchmark_throughput.main(["sync", "--model", "tiny", "--rounds", "2", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
+    assert result["command"] == "vcr1 benchmark sync --model tiny --rounds 2"
     assert result["bytes"] == 4 * 1_545_920 and len(result["seconds"]) == 2
 
 

@@ -22,8 +22,8 @@ from vcr1_kernels.records import RowSoftmax, RowStatistics
 
 # Size of the buffer for one chunk of logits. On a GPU, matmuls slow down below a few thousand rows; on a CPU, a chunk
 # should fit roughly into the last-level cache, because it is read several times.
-_GPU_CHUNK_BYTES = 1280 * 2**20
-_CPU_CHUNK_BYTES = 16 * 2**20
+GPU_CHUNK_BYTES = 1280 * 2**20
+CPU_CHUNK_BYTES = 16 * 2**20
 
 
 @overload
@@ -123,7 +123,7 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor
     All chunks share one buffer: each chunk overwrites the previous one. The callers write the gradient of the logits
     into the buffer too. Chunks have about equal lengths, which depend on shapes only and so agree across ranks.
     """
-    chunk_bytes = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
+    chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
     max_tokens = max(chunk_bytes // max(len(weight) * hidden.element_size(), 1), 1)
     num_chunks = -(-len(hidden) // max_tokens)
     buffer = hidden.new_empty(-(-len(hidden) // max(num_chunks, 1)), len(weight))
