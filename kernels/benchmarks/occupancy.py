@@ -67,7 +67,7 @@ def _query_block_costs(layout: SegmentLayout, query: torch.Tensor) -> list[float
     """Return the iterations of each row of the table of query blocks."""
     tiles = attention._query_tiles(query, layout)
     costs = []
-    for start, end, own_start, prefix_start, prefix_end in attention._query_blocks(
+    for start, end, own_start, prefix_start, prefix_end, _ in attention._query_blocks(
         layout, tiles.resident, query.device
     ).tolist():
         own_end = min(start + tiles.resident, end) if layout.causal else end
@@ -81,12 +81,12 @@ def _key_block_costs(layout: SegmentLayout, query: torch.Tensor) -> list[float]:
     num_splits = attention._num_key_splits(query, query[:, :1], layout, tiles)
     blocks, ranges = (table.tolist() for table in attention._key_blocks(layout, tiles, num_splits, query.device))
     return [
-        FIXED_COST + _num_tiles([(start, diagonal_end), *ranges[first_range:end_range]], tiles.streamed)
-        for start, _, diagonal_end, first_range, end_range, _ in blocks
+        FIXED_COST + _num_tiles([(first, last) for first, last, _ in ranges[first_range:end_range]], tiles.streamed)
+        for _, _, first_range, _, end_range, _ in blocks
     ]
 
 
-def _num_tiles(ranges: Iterable[Sequence[int]], tile: int) -> int:
+def _num_tiles(ranges: Iterable[tuple[int, int]], tile: int) -> int:
     """Return the number of tiles that cover the ranges; each range begins with a new tile."""
     return sum(-(-(end - start) // tile) for start, end in ranges)
 

@@ -6,7 +6,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+
+class QuerySpan(NamedTuple):
+    """Consecutive tokens of a segment that have a query."""
+
+    segment: int
+    start: int  # first token
+    end: int
+    row: int  # index of the first token's query in the query tensor
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    @property
+    def end_row(self) -> int:
+        return self.row + self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -23,14 +41,19 @@ class SegmentLayout:
             anywhere in the sequence.
         causal: within a segment, token i attends to tokens <= i if True, otherwise to the whole segment. A prefix is
             always attended to as a whole.
+        queries: the token ranges (start, end) that have a query here, in the order of the query tensor. None: every
+            token has a query, in order. Under context parallelism a rank has the queries of a part of the prefix and
+            the keys of all of it. Ranges need a causal layout.
 
     Raises:
-        ValueError: a length is negative, or a prefix is out of range or has a prefix itself.
+        ValueError: a length is negative, a prefix is out of range or has a prefix itself, or a range of queries is
+            not a range of tokens.
     """
 
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...]
     causal: bool = True
+    queries: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.prefixes):
@@ -49,6 +72,11 @@ class SegmentLayout:
                 raise ValueError(
                     f"segment {segment} names prefix {prefix}, which has a prefix itself; only one level is supported"
                 )
+        if self.queries is not None and not self.causal:
+            raise ValueError("a layout that is not causal has a query for every token; leave out `queries`")
+        for start, end in self.queries or ():
+            if not 0 <= start <= end <= self.num_tokens:
+                raise ValueError(f"queries of tokens {start} to {end} are not among the {self.num_tokens} tokens")
 
     @classmethod
     def packed(cls, lengths: Sequence[int], *, causal: bool = True) -> SegmentLayout:
@@ -57,8 +85,26 @@ class SegmentLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all segments."""
+        """Number of tokens of all segments, which is the number of keys."""
         return self.starts[-1]
+
+    @property
+    def num_queries(self) -> int:
+        """Number of tokens that have a query."""
+        return self.num_tokens if self.queries is None else sum(end - start for start, end in self.queries)
+
+    @cached_property
+    def query_spans(self) -> tuple[QuerySpan, ...]:
+        """The queries of each segment, as runs of consecutive tokens, in the order of the query tensor."""
+        spans = []
+        row = 0
+        for start, end in ((0, self.num_tokens),) if self.queries is None else self.queries:
+            for segment, (own_start, own_end) in enumerate(pairwise(self.starts)):
+                first, last = max(start, own_start), min(end, own_end)
+                if first < last:
+                    spans.append(QuerySpan(segment, first, last, row + first - start))
+            row += end - start
+        return tuple(spans)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -85,4 +131,5 @@ class SegmentLayout:
                 lengths.append(length)
                 prefixes.append(prefix)
             merged_index.append(len(lengths) - 1)
-        return SegmentLayout(tuple(lengths), tuple(-1 if prefix < 0 else merged_index[prefix] for prefix in prefixes))
+        merged_prefixes = tuple(-1 if prefix < 0 else merged_index[prefix] for prefix in prefixes)
+        return SegmentLayout(tuple(lengths), merged_prefixes, queries=self.queries)

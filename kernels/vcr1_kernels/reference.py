@@ -96,7 +96,7 @@ def grpo_token_loss(
 def shared_prefix_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, *, scale: float | None = None
 ) -> Tensor:
-    """Compute softmax attention with the layout's dense mask; [tokens, num_heads, head_dim]."""
+    """Compute softmax attention with the layout's dense mask; [queries, num_heads, head_dim]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads_per_kv_head = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(heads_per_kv_head, 1), value.repeat_interleave(heads_per_kv_head, 1)
@@ -106,7 +106,7 @@ def shared_prefix_attention(
 
 
 def attention_mask(layout: SegmentLayout) -> Tensor:
-    """Return the layout's mask, bool [tokens, tokens]: whether query i attends to key j."""
+    """Return the layout's mask, bool [queries, tokens]: whether query i attends to key j."""
     lengths = torch.tensor(layout.lengths, dtype=torch.int64)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     prefix = torch.tensor(layout.prefixes, dtype=torch.int64)[segment]
@@ -114,7 +114,10 @@ def attention_mask(layout: SegmentLayout) -> Tensor:
     if layout.causal:
         tokens = torch.arange(len(segment))
         own_segment &= tokens[:, None] >= tokens
-    return own_segment | (prefix[:, None] == segment)
+    mask = own_segment | (prefix[:, None] == segment)
+    if layout.queries is None:
+        return mask
+    return torch.cat([mask[:0], *(mask[start:end] for start, end in layout.queries)])
 
 
 def frames_to_patches(

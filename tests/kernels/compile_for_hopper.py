@@ -69,15 +69,19 @@ def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
     ).loss
     loss.backward()
     vk.log_probs_from_logits(leaf(num_tokens, vocab_size), target_ids).sum().backward()
-    # Small tiles for a short group, large tiles for a long one, and the windows of a vision tower.
+    # Small tiles for a short group, large tiles for a long one, a group in which some tokens have no query, and the
+    # windows of a vision tower.
     text_heads, vision_heads = (num_heads, num_kv_heads, num_kv_heads), (16, 16, 16)
     for heads, dim, layout in (
         (text_heads, head_dim, vk.SegmentLayout((num_tokens - 40, 30, 10), (-1, 0, 0))),
         (text_heads, head_dim, vk.SegmentLayout((100 * num_tokens, 200, 100), (-1, 0, 0))),
+        (text_heads, head_dim, vk.SegmentLayout((200 * num_tokens, 200), (-1, 0), queries=((9, 100 * num_tokens),))),
         (vision_heads, 80, vk.SegmentLayout.packed((64, num_tokens % 64), causal=False)),
         (vision_heads, 80, vk.SegmentLayout.packed((100 * num_tokens, num_tokens), causal=False)),
     ):
-        vk.shared_prefix_attention(*(leaf(layout.num_tokens, n, dim) for n in heads), layout).sum().backward()
+        sizes = (layout.num_queries, layout.num_tokens, layout.num_tokens)
+        inputs = [leaf(size, n, dim) for size, n in zip(sizes, heads, strict=True)]
+        vk.shared_prefix_attention(*inputs, layout).sum().backward()
     vk.swiglu(leaf(num_tokens, 96)).sum().backward()
     angles = torch.randn(num_tokens, head_dim)
     vk.mrope(leaf(num_tokens, num_heads, head_dim) * 1, leaf(num_tokens, num_kv_heads, head_dim) * 1, angles, angles)

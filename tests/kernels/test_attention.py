@@ -21,15 +21,23 @@ LAYOUTS = {
     "responses-as-long-as-the-prompt": SegmentLayout((8, 8, 8), (-1, 0, 0)),
     "equal-windows": SegmentLayout.packed((16, 16, 16), causal=False),
     "one-token": SegmentLayout.packed((1,)),
+    # The ranks of a context-parallel group: two parts of the prefix and some of the responses.
+    "context-rank": SegmentLayout((70, 33, 5), (-1, 0, 0), queries=((0, 18), (53, 70), (70, 108))),
+    "context-rank-without-response": SegmentLayout((70,), (-1,), queries=((18, 36), (36, 53))),
+    "context-rank-with-last-prompt-token": SegmentLayout((70, 66), (-1, 0), queries=((18, 35), (69, 70), (70, 136))),
+    "context-rank-two-groups": SegmentLayout(
+        (40, 9, 30, 9, 3), (-1, 0, -1, 2, -1), queries=((10, 20), (20, 30), (57, 64), (64, 71), (40, 49), (79, 91))
+    ),
+    "part-of-a-response-backwards": SegmentLayout((9, 24), (-1, 0), queries=((25, 33), (13, 19), (9, 9), (2, 5))),
 }
 
 
 def _inputs(
-    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    layout: SegmentLayout, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """Return a random query, key and value."""
-    heads = (num_heads, num_kv_heads, num_kv_heads)
-    return [torch.randn(num_tokens, n, head_dim).to(device, dtype) for n in heads]
+    sizes = ((layout.num_queries, num_heads), (layout.num_tokens, num_kv_heads), (layout.num_tokens, num_kv_heads))
+    return [torch.randn(*size, head_dim).to(device, dtype) for size in sizes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -37,7 +45,7 @@ def _inputs(
 def test_matches_float64(
     layout: SegmentLayout, dtype: torch.dtype, device: torch.device, skip_bfloat16_matmul_in_interpreter: None
 ) -> None:
-    inputs = _inputs(layout.num_tokens, 2, 1, 20, dtype, device)
+    inputs = _inputs(layout, 2, 1, 20, dtype, device)
 
     def op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return shared_prefix_attention(query, key, value, layout)
@@ -55,13 +63,16 @@ def test_matches_float64(
             assert_accurate(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("queries", [None, ((60, 147), (150, 229))], ids=["all", "some"])
 @pytest.mark.parametrize("num_sms", [1, 1000], ids=["large-tiles", "small-tiles-and-split-queries"])
-def test_every_tile_size_matches_float64(num_sms: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tile_size_matches_float64(
+    queries: tuple[tuple[int, int], ...] | None, num_sms: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tiles of half precision depend on the number of programs per SM; segments are longer than a tile."""
     if use_triton(torch.empty(0, device=device)):
         monkeypatch.setattr("vcr1_kernels.triton_ops.attention._num_sms", lambda device: num_sms)
-    layout = SegmentLayout((150, 70, 9), (-1, 0, 0))
-    inputs = _inputs(layout.num_tokens, 3, 1, 40, torch.float16, device)
+    layout = SegmentLayout((150, 70, 9), (-1, 0, 0), queries=queries)
+    inputs = _inputs(layout, 3, 1, 40, torch.float16, device)
 
     def op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return shared_prefix_attention(query, key, value, layout)
@@ -80,20 +91,21 @@ def test_every_tile_size_matches_float64(num_sms: int, device: torch.device, mon
     ("num_heads", "num_kv_heads", "head_dim", "layout"),
     [
         (28, 4, 128, SegmentLayout((6000, *[256] * 8), (-1, *[0] * 8))),
+        (28, 4, 128, SegmentLayout((6000, 256, 256), (-1, 0, 0), queries=((751, 1501), (4501, 5251), (6000, 6512)))),
         (7, 1, 128, SegmentLayout((6000, *[256] * 8), (-1, *[0] * 8))),
         (7, 1, 128, SegmentLayout((2011, *range(17, 1000, 123)), (-1, *[0] * 8))),
         (16, 2, 128, SegmentLayout((2000, 100, 300, 3000, 200, 1), (-1, 0, 0, -1, 3, 3))),
         (16, 16, 80, SegmentLayout.packed([64] * 90 + [48, 16, 32], causal=False)),
         (16, 16, 80, SegmentLayout.packed([1500, 1500, 1000], causal=False)),
     ],
-    ids=["7b-tp1", "7b-tp4", "7b-tp4-short", "3b-two-groups", "vision-windows", "vision-full"],
+    ids=["7b-tp1", "7b-cp4", "7b-tp4", "7b-tp4-short", "3b-two-groups", "vision-windows", "vision-full"],
 )
 def test_production_shapes_match_float64(
     num_heads: int, num_kv_heads: int, head_dim: int, layout: SegmentLayout
 ) -> None:
     """Compare the first and the last key-value head, with their query heads, with float64 on the same GPU."""
     device = torch.device("cuda")
-    inputs = _inputs(layout.num_tokens, num_heads, num_kv_heads, head_dim, torch.bfloat16, device)
+    inputs = _inputs(layout, num_heads, num_kv_heads, head_dim, torch.bfloat16, device)
     grad_output = torch.randn_like(inputs[0])
     leaves = [tensor.requires_grad_() for tensor in inputs]
     output = shared_prefix_attention(*leaves, layout)
@@ -113,7 +125,7 @@ def test_matches_separate_sequences(device: torch.device) -> None:
     """Compare with torch's attention of one sequence prompt + response per response, which does not use layouts."""
     prompt, responses, num_heads, num_kv_heads = 21, (7, 12, 1), 4, 2
     layout = SegmentLayout((prompt, *responses), (-1, 0, 0, 0))
-    inputs = _inputs(layout.num_tokens, num_heads, num_kv_heads, 16, torch.float32, device)
+    inputs = _inputs(layout, num_heads, num_kv_heads, 16, torch.float32, device)
 
     def unshared(*inputs: Tensor) -> Tensor:
         outputs = []
@@ -146,13 +158,13 @@ def test_query_key_and_value_may_be_slices_of_one_projection(device: torch.devic
 
 def test_gradcheck() -> None:
     layout = SegmentLayout((3, 2, 2), (-1, 0, 0))
-    inputs = [tensor.requires_grad_() for tensor in _inputs(7, 2, 1, 4, torch.float64, torch.device("cpu"))]
+    inputs = [tensor.requires_grad_() for tensor in _inputs(layout, 2, 1, 4, torch.float64, torch.device("cpu"))]
     torch.autograd.gradcheck(lambda *x: shared_prefix_attention(*x, layout), inputs)
 
 
 def test_equal_windows_are_computed_in_one_batch() -> None:
     layout = SegmentLayout.packed([16] * 4000, causal=False)
-    query, key, value = _inputs(layout.num_tokens, 2, 2, 16, torch.float32, torch.device("cpu"))
+    query, key, value = _inputs(layout, 2, 2, 16, torch.float32, torch.device("cpu"))
     output = shared_prefix_attention(query, key, value, layout)
     windows = [tensor.unflatten(0, (-1, 16)).transpose(1, 2) for tensor in (query, key, value)]
     torch.testing.assert_close(output, F.scaled_dot_product_attention(*windows).transpose(1, 2).flatten(0, 1))
@@ -160,10 +172,19 @@ def test_equal_windows_are_computed_in_one_batch() -> None:
 
 
 def test_empty_input(device: torch.device) -> None:
-    inputs = _inputs(0, 2, 1, 8, torch.float32, device)
-    assert [g.shape for g in gradients(lambda *x: shared_prefix_attention(*x, SegmentLayout((), ())), inputs)] == [
+    layout = SegmentLayout((), ())
+    inputs = _inputs(layout, 2, 1, 8, torch.float32, device)
+    assert [g.shape for g in gradients(lambda *x: shared_prefix_attention(*x, layout), inputs)] == [
         tensor.shape for tensor in inputs
     ]
+
+
+def test_keys_without_queries_have_a_gradient_of_zero(device: torch.device) -> None:
+    layout = SegmentLayout((5, 3), (-1, 0), queries=())
+    inputs = _inputs(layout, 2, 1, 8, torch.float32, device)
+    query, key, value = gradients(lambda *x: shared_prefix_attention(*x, layout), inputs)
+    assert query.shape == (0, 2, 8)
+    assert not key.any() and not value.any()
 
 
 @pytest.mark.parametrize(

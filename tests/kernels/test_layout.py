@@ -37,6 +37,32 @@ def test_a_prefix_and_its_only_segment_are_merged_if_adjacent(
     assert torch.equal(attention_mask(layout), attention_mask(merged))
 
 
+def test_queries_of_some_tokens() -> None:
+    layout = SegmentLayout((5, 2, 3), (-1, 0, -1), queries=((8, 10), (1, 7)))
+    assert (layout.num_tokens, layout.num_queries) == (10, 8)
+    assert layout.query_spans == ((2, 8, 10, 0), (0, 1, 5, 2), (1, 5, 7, 6))
+    assert torch.equal(
+        attention_mask(layout), attention_mask(SegmentLayout((5, 2, 3), (-1, 0, -1)))[[8, 9, *range(1, 7)]]
+    )
+
+
+def test_merging_keeps_the_queries() -> None:
+    layout = SegmentLayout((5, 2), (-1, 0), queries=((3, 7),))
+    assert layout.merged == SegmentLayout((7,), (-1,), queries=((3, 7),))
+    assert torch.equal(attention_mask(layout.merged), attention_mask(layout))
+
+
+@pytest.mark.parametrize("queries", [((0, 6),), ((-1, 2),), ((3, 2),)])
+def test_queries_must_be_ranges_of_tokens(queries: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValueError, match="are not among the 5 tokens"):
+        SegmentLayout((5,), (-1,), queries=queries)
+
+
+def test_noncausal_layouts_have_every_query() -> None:
+    with pytest.raises(ValueError, match="has a query for every token"):
+        SegmentLayout((5,), (-1,), causal=False, queries=((0, 5),))
+
+
 def test_noncausal_layouts_are_not_merged() -> None:
     layout = SegmentLayout((5, 3), (-1, 0), causal=False)
     assert layout.merged == layout

@@ -21,6 +21,10 @@ LAYOUTS = {
     "packed": SegmentLayout.packed((3, 3, 70, 1, 0)),
     "windows": SegmentLayout.packed((16, 16, 8, 16, 5), causal=False),
     "prefix-not-causal": SegmentLayout((20, 9, 9), (-1, 0, 0), causal=False),
+    "context-rank": SegmentLayout((70, 33, 5), (-1, 0, 0), queries=((3, 18), (50, 70), (70, 108))),
+    "context-rank-two-groups": SegmentLayout(
+        (40, 9, 30, 9, 3), (-1, 0, -1, 2, -1), queries=((10, 20), (20, 30), (57, 64), (64, 71), (40, 49), (79, 91))
+    ),
 }
 with_every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -32,12 +36,12 @@ def _assert_longest_first(lengths: list[int]) -> None:
 @with_every_layout
 def test_query_blocks_cover_the_mask(layout: SegmentLayout) -> None:
     block_queries = 16
-    count = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64)
+    count = torch.zeros(layout.num_queries, layout.num_tokens, dtype=torch.int64)
     num_keys = []
-    for start, end, own_start, prefix_start, prefix_end in _query_blocks(layout, block_queries, CPU).tolist():
-        queries = slice(start, min(start + block_queries, end))
+    for start, end, own_start, prefix_start, prefix_end, row in _query_blocks(layout, block_queries, CPU).tolist():
+        queries = slice(row, row + min(block_queries, end - start))
         count[queries, prefix_start:prefix_end] += 1
-        own = torch.ones(queries.stop - start, end - own_start, dtype=torch.int64)
+        own = torch.ones(queries.stop - row, end - own_start, dtype=torch.int64)
         count[queries, own_start:end] += own.tril(start - own_start) if layout.causal else own
         num_keys.append(prefix_end - prefix_start + (start if layout.causal else end) - own_start)
     assert torch.equal(count, attention_mask(layout).long())
@@ -49,18 +53,20 @@ def test_query_blocks_cover_the_mask(layout: SegmentLayout) -> None:
 @pytest.mark.parametrize("num_splits", [1, 2, 3])
 def test_key_blocks_cover_the_mask(layout: SegmentLayout, resident: int, streamed: int, num_splits: int) -> None:
     blocks, ranges = _key_blocks(layout, _Tiles(resident, streamed, num_warps=1, num_stages=1), num_splits, CPU)
-    count = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64)
+    count = torch.zeros(layout.num_queries, layout.num_tokens, dtype=torch.int64)
     num_queries = []
     num_rows = Counter(tuple(block[:1] + block[-1:]) for block in blocks.tolist())
     assert set(num_rows.values()) <= {1} and len(num_rows) == num_splits * len({start for start, _ in num_rows})
-    for start, end, diagonal_end, first_range, end_range, _ in blocks.tolist():
-        keys = slice(start, min(start + resident, end))
-        diagonal = torch.ones(diagonal_end - start, keys.stop - start, dtype=torch.int64)
-        count[start:diagonal_end, keys] += diagonal.tril()
-        block_ranges: list[list[int]] = ranges[first_range:end_range].tolist()
-        for range_start, range_end in block_ranges:
-            count[range_start:range_end, keys] += 1
-        num_queries.append(diagonal_end - start + sum(last - first for first, last in block_ranges))
+    for start, end, first_masked, first_whole, end_range, _ in blocks.tolist():
+        keys = torch.arange(start, min(start + resident, end))
+        masked: list[list[int]] = ranges[first_masked:first_whole].tolist()
+        for first, last, shift in masked:
+            rows = torch.arange(first, last)
+            count[first:last, start : start + len(keys)] += rows[:, None] + shift >= keys
+        whole: list[list[int]] = ranges[first_whole:end_range].tolist()
+        for first, last, _ in whole:
+            count[first:last, start : start + len(keys)] += 1
+        num_queries.append(sum(last - first for first, last, _ in (*masked, *whole)))
     assert torch.equal(count, attention_mask(layout).long())
     _assert_longest_first(num_queries)
 
@@ -68,7 +74,7 @@ def test_key_blocks_cover_the_mask(layout: SegmentLayout, resident: int, streame
 def test_tables_without_tokens_have_no_rows() -> None:
     empty: SegmentLayout = SegmentLayout((0,), (-1,))
     tables: tuple[Tensor, ...] = (_query_blocks(empty, 16, CPU), *_key_blocks(empty, _Tiles(16, 16, 1, 1), 2, CPU))
-    assert [tuple(table.shape) for table in tables] == [(0, 5), (0, 6), (0, 2)]
+    assert [tuple(table.shape) for table in tables] == [(0, 6), (0, 6), (0, 3)]
 
 
 def test_adjacent_ranges_are_joined_and_empty_ones_dropped() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from vcr1_kernels import reference
 from vcr1_kernels.backend import use_triton
 from vcr1_kernels.checks import require_contiguous_last_dim, require_floating, require_shape
-from vcr1_kernels.layout import SegmentLayout
+from vcr1_kernels.layout import QuerySpan, SegmentLayout
 from vcr1_kernels.ops.flash_attn import flash_attention, use_flash_attn
 
 
@@ -28,17 +29,18 @@ def shared_prefix_attention(
     copied nor recomputed for the segments that share it.
 
     Args:
-        query: [tokens, num_heads, head_dim]; the last dimension is contiguous, the other strides are arbitrary.
+        query: [queries, num_heads, head_dim]; the last dimension is contiguous, the other strides are arbitrary. Every
+            token has a query, unless the layout lists the ranges of tokens that have one.
         key: [tokens, num_kv_heads, head_dim]; num_heads is a multiple of num_kv_heads (grouped-query attention).
         value: [tokens, num_kv_heads, head_dim].
         layout: the segments of the tokens.
         scale: factor of query @ key. None: head_dim ** -0.5.
 
     Returns:
-        [tokens, num_heads, head_dim] in query's dtype.
+        [queries, num_heads, head_dim] in query's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or the layout's number of tokens do not fit together.
+        ValueError: shapes, dtypes or the layout's numbers of tokens and queries do not fit together.
     """
     _check(query, key, value, layout)
     layout = layout.merged
@@ -56,7 +58,7 @@ def shared_prefix_attention(
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> None:
-    require_shape("query", query, layout.num_tokens, "num_heads", "head_dim")
+    require_shape("query", query, layout.num_queries, "num_heads", "head_dim")
     require_shape("key", key, layout.num_tokens, "num_kv_heads", query.shape[2])
     require_shape("value", value, *key.shape)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -108,42 +110,57 @@ def _flatten(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _DenseBlock:
-    """Dense attentions of equal shape that run as one batch: of segments to themselves, or to a prefix."""
+    """Dense attentions of equal shape that run as one batch."""
 
-    queries: _TokenBatch
+    queries: _TokenBatch  # rows of the query tensor
     keys: _TokenBatch
     causal: bool
-    to_prefix: bool
+    is_first: bool  # whether these queries are in no earlier block
 
 
 @lru_cache(maxsize=64)
 def _dense_blocks(layout: SegmentLayout) -> tuple[_DenseBlock, ...]:
     """Decompose the attention of a layout into dense blocks, batched by shape.
 
-    First come the blocks of segments that attend to themselves: every token is a query and a key of exactly one such
-    block. Then come the blocks that attend to a prefix, with the queries of all segments that share it: a token is a
-    query of at most one such block.
+    First come the blocks in which runs of queries attend to their own keys: every query is in exactly one of them, and
+    if every token has a query, every key too. Then come the blocks that attend to the earlier tokens of their segment,
+    if these have no query here, and those that attend to a prefix, with the queries of all segments that share it.
     """
-    starts_by_length: dict[int, list[int]] = defaultdict(list)
-    queries_by_prefix: dict[int, list[Tensor]] = defaultdict(list)
-    for start, length, prefix in zip(layout.starts, layout.lengths, layout.prefixes, strict=False):
-        if length == 0:
-            continue
-        starts_by_length[length].append(start)
+    spans_by_length: dict[int, list[QuerySpan]] = defaultdict(list)
+    earlier: dict[tuple[int, int], list[Tensor]] = defaultdict(list)  # rows of the queries by their range of keys
+    prefixes: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    for span in layout.query_spans:
+        spans_by_length[span.length].append(span)
+        rows = torch.arange(span.row, span.end_row)
+        own_start, prefix = layout.starts[span.segment], layout.prefixes[span.segment]
+        if span.start > own_start:
+            earlier[own_start, span.start].append(rows)
         if prefix >= 0 and layout.lengths[prefix]:
-            queries_by_prefix[prefix].append(torch.arange(start, start + length))
+            prefixes[layout.starts[prefix], layout.starts[prefix + 1]].append(rows)
     blocks = []
-    for length, starts in starts_by_length.items():
-        tokens = _TokenBatch(torch.tensor(starts)[:, None] + torch.arange(length))
-        blocks.append(_DenseBlock(tokens, tokens, layout.causal, to_prefix=False))
+    for length, spans in spans_by_length.items():
+        rows = _TokenBatch(torch.tensor([span.row for span in spans])[:, None] + torch.arange(length))
+        tokens = _TokenBatch(torch.tensor([span.start for span in spans])[:, None] + torch.arange(length))
+        blocks.append(_DenseBlock(rows, tokens, layout.causal, is_first=True))
+    # A query may be in a block of both kinds, so the kinds are not batched together.
+    return (*blocks, *_batched_by_shape(earlier), *_batched_by_shape(prefixes))
+
+
+def _batched_by_shape(rows_by_keys: dict[tuple[int, int], list[Tensor]]) -> list[_DenseBlock]:
+    """Return the blocks in which queries attend to all keys of a range.
+
+    Args:
+        rows_by_keys: for each range of keys, the rows of its queries. A row occurs once.
+    """
     pairs_by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for prefix, segments in queries_by_prefix.items():
-        queries, keys = torch.cat(segments), torch.arange(layout.starts[prefix], layout.starts[prefix + 1])
-        pairs_by_shape[queries.numel(), keys.numel()].append((queries, keys))
+    for (start, end), rows in rows_by_keys.items():
+        queries, keys = torch.cat(rows), torch.arange(start, end)
+        pairs_by_shape[len(queries), len(keys)].append((queries, keys))
+    blocks = []
     for pairs in pairs_by_shape.values():
         query_batch, key_batch = (_TokenBatch(torch.stack(tokens)) for tokens in zip(*pairs, strict=True))
-        blocks.append(_DenseBlock(query_batch, key_batch, causal=False, to_prefix=True))
-    return tuple(blocks)
+        blocks.append(_DenseBlock(query_batch, key_batch, causal=False, is_first=False))
+    return blocks
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -158,17 +175,17 @@ class _BlockwiseAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
         accumulate_dtype = torch.promote_types(query.dtype, torch.float32)
         output = torch.empty(query.shape, dtype=accumulate_dtype)
-        log_sum_exp = torch.empty(query.shape[:2], dtype=accumulate_dtype)  # [tokens, num_heads]
+        log_sum_exp = torch.empty(query.shape[:2], dtype=accumulate_dtype)  # [queries, num_heads]
         blocks = _dense_blocks(layout)
         for block in blocks:
             queries, keys = block.queries, block.keys
             block_output, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 queries.gather(query), keys.gather(key), keys.gather(value), is_causal=block.causal, scale=scale
             )
-            if len(blocks) == 1:  # the block holds all tokens in their order: nothing to scatter
+            if _is_single_block(blocks, layout):
                 output, log_sum_exp = _flatten(block_output), _flatten(block_lse)
                 break
-            if block.to_prefix:  # the queries' own segments were computed by an earlier block
+            if not block.is_first:
                 own_lse = queries.gather(log_sum_exp)
                 merged_lse = torch.logaddexp(own_lse, block_lse)
                 own_weight, block_weight = ((lse - merged_lse).exp()[..., None] for lse in (own_lse, block_lse))
@@ -185,9 +202,13 @@ class _BlockwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum_exp = ctx.saved_tensors
-        # Not initialized: the blocks of segments that attend to themselves come first and write every token. The prefix
-        # blocks after them add to that.
-        grads = [torch.empty(tensor.shape, dtype=log_sum_exp.dtype) for tensor in (query, key, value)]
+        # Not initialized if every token has a query: the blocks in which segments attend to themselves come first and
+        # write every token. The blocks after them add to that.
+        has_all_queries = ctx.layout.queries is None
+        grads = [
+            (torch.empty if has_all_queries or tensor is query else torch.zeros)(tensor.shape, dtype=log_sum_exp.dtype)
+            for tensor in (query, key, value)
+        ]
         blocks = _dense_blocks(ctx.layout)
         for block in blocks:
             queries, keys = block.queries, block.keys
@@ -202,12 +223,20 @@ class _BlockwiseAttention(torch.autograd.Function):
                 block.causal,
                 scale=ctx.scale,
             )
-            if len(blocks) == 1:
+            if _is_single_block(blocks, ctx.layout):
                 grads = [_flatten(block_grad) for block_grad in block_grads]
                 break
-            for grad, tokens, block_grad in zip(grads, (queries, keys, keys), block_grads, strict=True):
-                (tokens.add if block.to_prefix else tokens.write)(grad, block_grad)
+            writes_keys = block.is_first and has_all_queries
+            for grad, tokens, block_grad, writes in zip(
+                grads, (queries, keys, keys), block_grads, (block.is_first, writes_keys, writes_keys), strict=True
+            ):
+                (tokens.write if writes else tokens.add)(grad, block_grad)
         return *(grad.to(query.dtype) for grad in grads), None, None
+
+
+def _is_single_block(blocks: Sequence[_DenseBlock], layout: SegmentLayout) -> bool:
+    """Return whether there is one block, which has all tokens in their order, so that there is nothing to scatter."""
+    return len(blocks) == 1 and layout.queries is None
 
 
 class _TritonAttention(torch.autograd.Function):

@@ -19,13 +19,15 @@ _MAX_HEAD_DIM = 256
 def use_flash_attn(query: Tensor, layout: SegmentLayout) -> bool:
     """Return whether flash-attn computes this attention.
 
-    It is used if it is installed, the tensors are half-precision GPU tensors, and no segment has a prefix.
+    It is used if it is installed, the tensors are half-precision GPU tensors, every token has a query, and no segment
+    has a prefix.
     """
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[2] <= _MAX_HEAD_DIM
         and flash_attn_is_installed()
+        and layout.queries is None
         and max(layout.prefixes) < 0
     )
 

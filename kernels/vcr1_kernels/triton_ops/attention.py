@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from vcr1_kernels.layout import SegmentLayout
+from vcr1_kernels.layout import QuerySpan, SegmentLayout
 from vcr1_kernels.triton_ops.attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from vcr1_kernels.triton_ops.sum_parts import sum_parts
 
@@ -31,10 +32,10 @@ class _Tiles(NamedTuple):
 def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output, [tokens, num_heads, head_dim], and the base-2 log-sum-exp, float32 [num_heads, tokens]."""
-    num_tokens, num_heads, _ = query.shape
+    """Return the output, [queries, num_heads, head_dim], and the base-2 log-sum-exp, float32 [num_heads, queries]."""
+    num_queries, num_heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    log_sum_exp = torch.empty(num_heads, num_queries, dtype=torch.float32, device=query.device)
     tiles = _query_tiles(query, layout)
     blocks = _query_blocks(layout, tiles.resident, query.device)
     forward_kernel[(num_heads, len(blocks))](
@@ -45,7 +46,7 @@ def launch_forward(
         log_sum_exp,
         blocks,
         *_strides(query, key, value),
-        num_tokens,
+        num_queries,
         scale * math.log2(math.e),
         BLOCK_QUERIES=tiles.resident,
         BLOCK_KEYS=tiles.streamed,
@@ -94,11 +95,11 @@ def launch_backward(
     tiles = _key_tiles(query, layout)
     num_splits = _num_key_splits(query, key, layout, tiles)
     # The part of dK and dV of each query head and split. A single part is the gradient itself.
-    num_tokens, num_heads, head_dim = query.shape
+    _, num_heads, head_dim = query.shape
     num_parts = num_heads // key.shape[1] * num_splits
     grad_key, grad_value = (
         torch.empty(
-            (num_tokens, num_heads * num_splits, head_dim),
+            (len(key), num_heads * num_splits, head_dim),
             dtype=key.dtype if num_parts == 1 else torch.float32,
             device=query.device,
         )
@@ -139,7 +140,8 @@ def _query_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
         return _Tiles(64, 32, num_warps=8, num_stages=2)
     large = _Tiles(128, 64, num_warps=8, num_stages=3)
     # Tiles of 128 tokens would be half empty (vision windows), or too few to keep all SMs busy.
-    if max(layout.lengths) <= 64 or _num_programs(query, layout, large) < 3 * _num_sms(query.device):
+    lengths = [span.length for span in layout.query_spans]
+    if max(lengths) <= 64 or _num_programs(query, lengths, large) < 3 * _num_sms(query.device):
         return _Tiles(64, 32, num_warps=4, num_stages=3)
     return large
 
@@ -165,12 +167,12 @@ def _num_key_splits(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _T
     """
     if query.shape[1] == key.shape[1] or not any(prefix >= 0 for prefix in layout.prefixes):
         return 1
-    num_programs = _num_programs(query, layout, tiles)
+    num_programs = _num_programs(query, layout.lengths, tiles)
     return 1 if num_programs >= 4 * _num_sms(query.device) else 2
 
 
-def _num_programs(query: Tensor, layout: SegmentLayout, tiles: _Tiles) -> int:
-    return query.shape[1] * sum(triton.cdiv(length, tiles.resident) for length in layout.lengths)
+def _num_programs(query: Tensor, lengths: Iterable[int], tiles: _Tiles) -> int:
+    return query.shape[1] * sum(triton.cdiv(length, tiles.resident) for length in lengths)
 
 
 def _is_power_of_2(value: int) -> bool:
@@ -206,53 +208,67 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 # The tables depend on the layout only. They are cached because every layer of a model uses the same layout.
 @lru_cache(maxsize=64)
 def _query_blocks(layout: SegmentLayout, block_queries: int, device: torch.device) -> Tensor:
-    """Return the table of query blocks, int32 [num_blocks, 5].
+    """Return the table of query blocks, int32 [num_blocks, 6].
 
-    Columns: first query, end of its segment, start of its segment, start and end of its prefix. The blocks with the
-    most keys come first: programs start in this order, and the last ones to finish should be short.
+    Columns: first token, end of the tokens that have a query or of their segment, start of their segment, start and end
+    of its prefix, first row of the query tensor. The blocks with the most keys come first: programs start in this
+    order, and the last ones to finish should be short.
     """
     blocks = []
-    for segment, prefix in enumerate(layout.prefixes):
-        own_start, end = layout.starts[segment], layout.starts[segment + 1]
+    for span in layout.query_spans:
+        prefix, own_start = layout.prefixes[span.segment], layout.starts[span.segment]
         prefix_start, prefix_end = (0, 0) if prefix < 0 else layout.starts[prefix : prefix + 2]
-        for start in range(own_start, end, block_queries):
+        for start in range(span.start, span.end, block_queries):
             # Keys on the causal diagonal are left out: all blocks have about equally many of them.
-            num_keys = prefix_end - prefix_start + (start if layout.causal else end) - own_start
-            blocks.append((num_keys, (start, end, own_start, prefix_start, prefix_end)))
-    return _table([block for _, block in sorted(blocks, reverse=True)], 5, device)
+            num_keys = prefix_end - prefix_start + (start if layout.causal else span.end) - own_start
+            row = span.row + start - span.start
+            blocks.append((num_keys, (start, span.end, own_start, prefix_start, prefix_end, row)))
+    return _table([block for _, block in sorted(blocks, reverse=True)], 6, device)
 
 
 @lru_cache(maxsize=64)
 def _key_blocks(layout: SegmentLayout, tiles: _Tiles, num_splits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the table of key blocks, int32 [num_blocks * num_splits, 6], and of query ranges, int32 [num_ranges, 2].
+    """Return the table of key blocks, int32 [num_blocks * num_splits, 6], and of query ranges, int32 [num_ranges, 3].
 
-    Columns of a key block: first key, end of its segment, end of the queries on its causal diagonal, first and end
-    index of its query ranges, index of the split. A query range holds queries that attend to all keys of the block: the
-    rest of its segment and the segments whose prefix it is in. The queries of a block are divided among `num_splits`
-    rows. The rows with the most queries come first.
+    Columns of a key block: first key, end of its segment, its first range of queries on the causal diagonal, its first
+    range of queries that attend to all of its keys, end of its ranges, index of the split. The queries that attend to
+    all keys of a block are the rest of its segment and the segments whose prefix it is in. Columns of a range: first
+    and end row of the query tensor, and the first query's token minus its row. The queries of a block are divided among
+    `num_splits` rows; the first one has the diagonal. The rows with the most queries come first.
     """
-    # For each segment, the token ranges of the segments that have it as their prefix.
-    follower_ranges: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]
-    for segment, prefix in enumerate(layout.prefixes):
-        if prefix >= 0:
-            follower_ranges[prefix].append((layout.starts[segment], layout.starts[segment + 1]))
+    own: list[list[QuerySpan]] = [[] for _ in layout.lengths]
+    followers: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]  # rows of the segments with this prefix
+    for span in layout.query_spans:
+        own[span.segment].append(span)
+        if layout.prefixes[span.segment] >= 0:
+            followers[layout.prefixes[span.segment]].append((span.row, span.end_row))
     rows: list[tuple[int, tuple[int, ...]]] = []
     ranges: list[tuple[int, ...]] = []
-    for segment, followers in enumerate(follower_ranges):
-        own_start, end = layout.starts[segment], layout.starts[segment + 1]
+    # The kernel iterates over whole tiles of queries, so the masked part is rounded up to whole tiles.
+    diagonal_length = triton.cdiv(tiles.resident, tiles.streamed) * tiles.streamed if layout.causal else 0
+    for segment, (own_start, end) in enumerate(pairwise(layout.starts)):
         for start in range(own_start, end, tiles.resident):
-            # The kernel iterates over whole tiles of queries, so the masked part is rounded up to whole tiles.
-            diagonal_length = triton.cdiv(tiles.resident, tiles.streamed) * tiles.streamed
-            diagonal_end = min(start + diagonal_length, end) if layout.causal else start
-            block_ranges = _joined([(diagonal_end if layout.causal else own_start, end), *followers])
-            parts = _split(block_ranges, diagonal_end - start, num_splits, tiles.streamed)
-            for index, part in enumerate(parts):
-                split_diagonal_end = diagonal_end if index == 0 else start  # the first split has the diagonal
-                num_queries = split_diagonal_end - start + _num_tokens(part)
-                row = (start, end, split_diagonal_end, len(ranges), len(ranges) + len(part), index)
-                rows.append((num_queries, row))
-                ranges += part
-    return _table([row for _, row in sorted(rows, reverse=True)], 6, device), _table(ranges, 2, device)
+            diagonal_end = start + diagonal_length if layout.causal else own_start
+            diagonal = [
+                (*_rows(span, start, diagonal_end), span.start - span.row)
+                for span in own[segment]
+                if span.end > start and span.start < diagonal_end
+            ]
+            whole = _joined([*(_rows(span, diagonal_end, end) for span in own[segment]), *followers[segment]])
+            num_diagonal = sum(last - first for first, last, _ in diagonal)
+            for index, part in enumerate(_split(whole, num_diagonal, num_splits, tiles.streamed)):
+                masked = diagonal if index == 0 else []
+                bounds = (len(ranges), len(ranges) + len(masked), len(ranges) + len(masked) + len(part))
+                num_queries = _num_tokens(part) + (num_diagonal if index == 0 else 0)
+                rows.append((num_queries, (start, end, *bounds, index)))
+                ranges += [*masked, *((first, last, 0) for first, last in part)]
+    return _table([row for _, row in sorted(rows, reverse=True)], 6, device), _table(ranges, 3, device)
+
+
+def _rows(span: QuerySpan, start: int, end: int) -> tuple[int, int]:
+    """Return the first and end row of the queries of a span whose tokens are in [start, end)."""
+    first, last = max(span.start, start), min(span.end, end)
+    return span.row + first - span.start, span.row + max(last, first) - span.start
 
 
 def _split(

@@ -9,10 +9,9 @@ head. The block belongs to one segment and visits two ranges of keys: its prefix
 key-gradient kernel computes the part of dK and dV that one query head contributes to one block of keys. It visits the
 queries on its causal diagonal, then the ranges of queries that attend to all of the block: the rest of its segment and
 the segments whose prefix it is in. If several query heads share a key-value head, these parts are float32 and
-`sum_parts` adds them. One program per key-value head would leave most of the GPU idle: there are few of them,
-and the first keys of a long prompt have far more queries than the others. With very few heads (tensor parallelism),
-the queries of a block are therefore also split between two programs.
-The tables that list blocks and ranges are built in `vcr1_kernels.triton_ops.attention`.
+`sum_parts` adds them. One program per key-value head would leave most of the GPU idle: there are few of them, and the
+first keys of a long prompt have far more queries than the others. With very few heads (tensor parallelism), the queries
+of a block are therefore also split between two programs. `vcr1_kernels.triton_ops.attention` builds the tables.
 
 Launch order. The head is the fastest axis of the grid, and the tables list the longest blocks first: the programs of
 all heads for the longest block start first, and the programs that finish last are short.
@@ -56,14 +55,11 @@ def _store_tokens(ptr, token_stride, start, end, channels, values, BLOCK: tl.con
 
 @triton.jit
 def _load_query_block(blocks_ptr):
-    """Load this program's row of the table of query blocks, int32 [num_blocks, 5].
-
-    Returns the first query, the end and the start of the queries' segment, and the start and end of its prefix.
-    """
-    block_ptr = blocks_ptr + tl.program_id(1) * 5
+    """Return this program's query block: first token, end of its tokens, start of their segment, prefix, first row."""
+    block_ptr = blocks_ptr + tl.program_id(1) * 6
     start, end, own_start = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     prefix_start, prefix_end = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
-    return start, end, own_start, prefix_start, prefix_end
+    return start, end, own_start, prefix_start, prefix_end, tl.load(block_ptr + 5)
 
 
 @triton.jit
@@ -117,21 +113,21 @@ def _attend(
     return accumulator, max_score, sum_exp
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_queries"])
 def forward_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
     out_ptr,  # contiguous [tokens, num_heads, head_dim]
     lse_ptr,  # float32 [num_heads, tokens]: L, base 2
-    blocks_ptr,  # int32 [num_blocks, 5], see _load_query_block
+    blocks_ptr,  # int32 [num_blocks, 6], see _load_query_block
     query_stride,
     query_head_stride,
     key_stride,
     key_head_stride,
     value_stride,
     value_head_stride,
-    num_tokens,
+    num_queries,
     exp2_scale,  # scale * log2(e)
     NUM_HEADS: tl.constexpr,
     HEADS_PER_KV_HEAD: tl.constexpr,  # query heads that share a key-value head
@@ -143,15 +139,16 @@ def forward_kernel(
     PRECISION: tl.constexpr,  # input precision of tl.dot for float32 inputs: "ieee" or "tf32"
 ):
     """Compute O = softmax(S) V and L for one block of queries of one head. Grid: (num_heads, query blocks)."""
-    start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
+    start, end, own_start, prefix_start, prefix_end, row = _load_query_block(blocks_ptr)
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
     value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
 
     channels = tl.arange(0, BLOCK_DIM)
     query_tokens = start + tl.arange(0, BLOCK_QUERIES)
+    end_row = row + end - start
     query = _load_tokens(
-        query_ptr + head * query_head_stride, query_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM
+        query_ptr + head * query_head_stride, query_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM
     )
     accumulator = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
     max_score = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
@@ -180,10 +177,11 @@ def forward_kernel(
     )  # fmt: skip
 
     _store_tokens(
-        out_ptr + head * HEAD_DIM, NUM_HEADS * HEAD_DIM, start, end, channels, accumulator / sum_exp[:, None],
+        out_ptr + head * HEAD_DIM, NUM_HEADS * HEAD_DIM, row, end_row, channels, accumulator / sum_exp[:, None],
         BLOCK_QUERIES, HEAD_DIM,
     )  # fmt: skip
-    tl.store(lse_ptr + head * num_tokens + query_tokens, max_score + tl.log2(sum_exp), mask=query_tokens < end)
+    rows = row + tl.arange(0, BLOCK_QUERIES)
+    tl.store(lse_ptr + head * num_queries + rows, max_score + tl.log2(sum_exp), mask=rows < end_row)
 
 
 @triton.jit
@@ -215,7 +213,7 @@ def _accumulate_query_gradient(
     return grad_query
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_queries"])
 def query_gradient_kernel(
     query_ptr,
     key_ptr,
@@ -225,14 +223,14 @@ def query_gradient_kernel(
     lse_ptr,
     delta_ptr,  # float32 [num_heads, tokens], output: the key-gradient kernel reads it
     grad_query_ptr,
-    blocks_ptr,  # int32 [num_blocks, 5], see _load_query_block
+    blocks_ptr,  # int32 [num_blocks, 6], see _load_query_block
     query_stride,
     query_head_stride,
     key_stride,
     key_head_stride,
     value_stride,
     value_head_stride,
-    num_tokens,
+    num_queries,
     scale,
     exp2_scale,
     NUM_HEADS: tl.constexpr,
@@ -245,24 +243,26 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """Compute delta and dQ = scale dS K for one block of queries of one head. Grid: (num_heads, query blocks)."""
-    start, end, own_start, prefix_start, prefix_end = _load_query_block(blocks_ptr)
+    start, end, own_start, prefix_start, prefix_end, row = _load_query_block(blocks_ptr)
     head = tl.program_id(0)
     key_ptr += tl.cast(head // HEADS_PER_KV_HEAD, tl.int64) * key_head_stride
     value_ptr += tl.cast(head // HEADS_PER_KV_HEAD, tl.int64) * value_head_stride
 
     channels = tl.arange(0, BLOCK_DIM)
     query_tokens = start + tl.arange(0, BLOCK_QUERIES)
+    rows, end_row = row + tl.arange(0, BLOCK_QUERIES), row + end - start
     query_ptr += tl.cast(head, tl.int64) * query_head_stride
-    query = _load_tokens(query_ptr, query_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
+    query = _load_tokens(query_ptr, query_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM)
     token_stride = NUM_HEADS * HEAD_DIM
-    out = _load_tokens(out_ptr + head * HEAD_DIM, token_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
-    grad_out = _load_tokens(grad_out_ptr + head * HEAD_DIM, token_stride, start, end, channels, BLOCK_QUERIES, HEAD_DIM)
+    out_ptr, grad_out_ptr = out_ptr + head * HEAD_DIM, grad_out_ptr + head * HEAD_DIM
+    out = _load_tokens(out_ptr, token_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM)
+    grad_out = _load_tokens(grad_out_ptr, token_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    lse_offset = tl.cast(head, tl.int64) * num_tokens
-    tl.store(delta_ptr + lse_offset + query_tokens, delta, mask=query_tokens < end)
+    lse_offset = tl.cast(head, tl.int64) * num_queries
+    tl.store(delta_ptr + lse_offset + rows, delta, mask=rows < end_row)
     # Queries >= end in the last block of a segment load 0 instead of a log-sum-exp. grad_out and delta are 0 for them
     # too, and their results are not stored.
-    lse = tl.load(lse_ptr + lse_offset + query_tokens, mask=query_tokens < end, other=0.0)
+    lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < end_row, other=0.0)
     grad_query = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
 
     prefix_whole, own_whole, own_end = _split_key_ranges(
@@ -285,35 +285,36 @@ def query_gradient_kernel(
         own_whole, own_end, own_end, exp2_scale, channels, True, CAUSAL, BLOCK_KEYS, HEAD_DIM, PRECISION,
     )  # fmt: skip
     # The block is loaded again, and `head` has only 32 bits: the loops leave no register to keep more in.
-    block_ptr = blocks_ptr + tl.program_id(1) * 5
-    start, end = tl.load(block_ptr), tl.load(block_ptr + 1)
+    block_ptr = blocks_ptr + tl.program_id(1) * 6
+    start, end, row = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 5)
     _store_tokens(
-        grad_query_ptr + head * HEAD_DIM, token_stride, start, end, channels, grad_query * scale,
+        grad_query_ptr + head * HEAD_DIM, token_stride, row, row + end - start, channels, grad_query * scale,
         BLOCK_QUERIES, HEAD_DIM,
     )  # fmt: skip
 
 
 @triton.jit
 def _accumulate_key_gradients(
-    grad_key, grad_value, key, value, key_tokens,
+    grad_key, grad_value, key, value, key_rows,
     query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_stride, grad_out_stride,
-    start, stop, end, exp2_scale, channels,
+    start, end, exp2_scale, channels,
     CAUSAL: tl.constexpr, BLOCK_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T Q and P^T dO over the query blocks that begin in [start, stop); queries >= end are hidden.
+    """Add dS^T Q and P^T dO over the queries in rows [start, end).
 
-    Scores are computed transposed, [keys, queries], so that both matmuls use P and dS as their left operand.
+    `key_rows` are the rows of the keys' own tokens; with CAUSAL, rows before them are hidden. Scores are computed
+    transposed, [keys, queries], so that both matmuls use P and dS as their left operand.
     """
-    for query_start in range(start, stop, BLOCK_QUERIES):
-        query_tokens = query_start + tl.arange(0, BLOCK_QUERIES)
+    for query_start in range(start, end, BLOCK_QUERIES):
+        rows = query_start + tl.arange(0, BLOCK_QUERIES)
         query = _load_tokens(query_ptr, query_stride, query_start, end, channels, BLOCK_QUERIES, HEAD_DIM)
         grad_out = _load_tokens(grad_out_ptr, grad_out_stride, query_start, end, channels, BLOCK_QUERIES, HEAD_DIM)
-        lse = tl.load(lse_ptr + query_tokens, mask=query_tokens < end, other=float("inf"))  # hidden queries: P is 0
-        delta = tl.load(delta_ptr + query_tokens, mask=query_tokens < end, other=0.0)
+        lse = tl.load(lse_ptr + rows, mask=rows < end, other=float("inf"))  # hidden queries: P is 0
+        delta = tl.load(delta_ptr + rows, mask=rows < end, other=0.0)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * exp2_scale  # [keys, queries]
         p = tl.exp2(scores - lse[None, :])
         if CAUSAL:
-            p = tl.where(query_tokens[None, :] >= key_tokens[:, None], p, 0.0)
+            p = tl.where(rows[None, :] >= key_rows[:, None], p, 0.0)
         grad_value = tl.dot(p.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
         grad_p = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[None, :])
@@ -321,7 +322,7 @@ def _accumulate_key_gradients(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_queries"])
 def key_gradient_kernel(
     query_ptr,
     key_ptr,
@@ -331,15 +332,15 @@ def key_gradient_kernel(
     delta_ptr,
     grad_key_ptr,  # contiguous [tokens, num_heads, NUM_SPLITS, head_dim], like grad_value
     grad_value_ptr,
-    blocks_ptr,  # int32 [num_blocks, 6]: first key, end of its segment, end of the diagonal, first and end range, split
-    ranges_ptr,  # int32 [num_ranges, 2]: start and end of queries that attend to all keys of a block
+    blocks_ptr,  # int32 [num_blocks, 6]: first key, end of its segment, first masked, first whole and end range, split
+    ranges_ptr,  # int32 [num_ranges, 3]: first and end row of queries, the first query's token minus its row
     query_stride,
     query_head_stride,
     key_stride,
     key_head_stride,
     value_stride,
     value_head_stride,
-    num_tokens,
+    num_queries,
     scale,
     exp2_scale,
     NUM_HEADS: tl.constexpr,
@@ -354,16 +355,17 @@ def key_gradient_kernel(
 ):
     """Compute the part of dK and dV that a query head contributes to a block of keys. Grid: (num_heads, key blocks)."""
     block_ptr = blocks_ptr + tl.program_id(1) * 6
-    start, end, diagonal_end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
-    first_range, end_range = tl.load(block_ptr + 3), tl.load(block_ptr + 4)  # indices into the table of ranges
+    start, end = tl.load(block_ptr), tl.load(block_ptr + 1)
+    # Indices into the table of ranges: first those with queries on the causal diagonal, then those without.
+    first_masked, first_whole, end_range = tl.load(block_ptr + 2), tl.load(block_ptr + 3), tl.load(block_ptr + 4)
     split = tl.load(block_ptr + 5)
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
     value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
     query_ptr += head * query_head_stride
     grad_out_ptr += head * HEAD_DIM
-    lse_ptr += head * num_tokens
-    delta_ptr += head * num_tokens
+    lse_ptr += head * num_queries
+    delta_ptr += head * num_queries
 
     channels = tl.arange(0, BLOCK_DIM)
     key_tokens = start + tl.arange(0, BLOCK_KEYS)
@@ -374,16 +376,19 @@ def key_gradient_kernel(
     token_stride = NUM_HEADS * HEAD_DIM
 
     if CAUSAL:
+        for range_index in range(first_masked, first_whole):
+            range_ptr = ranges_ptr + 3 * range_index
+            range_start, range_end, shift = tl.load(range_ptr), tl.load(range_ptr + 1), tl.load(range_ptr + 2)
+            grad_key, grad_value = _accumulate_key_gradients(
+                grad_key, grad_value, key, value, key_tokens - shift, query_ptr, grad_out_ptr, lse_ptr, delta_ptr,
+                query_stride, token_stride, range_start, range_end, exp2_scale, channels,
+                True, BLOCK_QUERIES, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+    for range_index in range(first_whole, end_range):
+        range_start, range_end = tl.load(ranges_ptr + 3 * range_index), tl.load(ranges_ptr + 3 * range_index + 1)
         grad_key, grad_value = _accumulate_key_gradients(
-            grad_key, grad_value, key, value, key_tokens, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_stride,
-            token_stride, start, diagonal_end, end, exp2_scale, channels,
-            True, BLOCK_QUERIES, HEAD_DIM, PRECISION,
-        )  # fmt: skip
-    for range_index in range(first_range, end_range):
-        range_start, range_end = tl.load(ranges_ptr + 2 * range_index), tl.load(ranges_ptr + 2 * range_index + 1)
-        grad_key, grad_value = _accumulate_key_gradients(
-            grad_key, grad_value, key, value, key_tokens, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_stride,
-            token_stride, range_start, range_end, range_end, exp2_scale, channels,
+            grad_key, grad_value, key, value, key_tokens, query_ptr, grad_out_ptr, lse_ptr, delta_ptr,
+            query_stride, token_stride, range_start, range_end, exp2_scale, channels,
             False, BLOCK_QUERIES, HEAD_DIM, PRECISION,
         )  # fmt: skip
 
