@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests.limits import HANG_S
+
 WORLD_SIZE = 4
 
 
@@ -39,7 +41,7 @@ class GlooPool:
             process.start()
             self._workers.append((process, ours))
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 180, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = HANG_S, **kwargs: Any) -> list[Any]:
         """Call `function` on every rank and return the ranks' results, in rank order.
 
         Raises:

@@ -33,6 +33,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.packed_batch import pack
 from tests.checkpoint.malicious_pickle import PickleThatCreatesFile
 from tests.checkpoint.toy_run import ToyRun, train_until_killed
+from tests.limits import HANG_S
 from tests.model import tiny
 
 pytestmark = [pytest.mark.usefixtures("single_process"), pytest.mark.one_lane]
@@ -322,7 +323,7 @@ def test_processes_killed_at_any_moment_leave_an_intact_checkpoint(
             process.start()
         theirs.close()
         first = True
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while time.monotonic() < deadline and reports.poll(60):
             step, *numbers = reports.recv()
             assert seen.setdefault(step, tuple(numbers)) == tuple(numbers)

@@ -17,6 +17,7 @@ from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.data import shared_memory
 from megatron_vcr1.data.shared_memory import PackedResult, max_bytes_in_flight, pack, unpack
 from megatron_vcr1.errors import UserError
+from tests.limits import HANG_S
 
 MB = 2**20
 
@@ -77,7 +78,7 @@ def run_reader(folder: Path, limit: str, *wrapper: str) -> subprocess.CompletedP
     script = folder / "reader.py"
     script.write_text(READER)
     command = [*wrapper, sys.executable, str(script), limit]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
 
 
 @pytest.mark.parametrize("limit", ["file size", "address space"])

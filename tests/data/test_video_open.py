@@ -17,6 +17,7 @@ from PIL import Image
 
 from megatron_vcr1.data.video import VideoError, read_frames
 from tests.data.video_clips import SIDE, numbers_of, write_clip
+from tests.limits import HANG_S
 
 PLAYLISTS = {
     "segment.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{url}\n#EXT-X-ENDLIST\n",
@@ -68,7 +69,7 @@ def test_playlists_open_no_files_and_no_connections(tmp_path: Path) -> None:
                 (tmp_path / path).write_text(text.replace("{url}", f"http://{address}/a.ts"))
                 paths.append(path)
         command = [sys.executable, "-c", READ_EVERYTHING, *paths]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=HANG_S)
         with pytest.raises(BlockingIOError):
             listener.accept()
     *errors, usage = done.stdout.splitlines()

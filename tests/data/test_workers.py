@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.data.workers import decode_ahead, worker_name
+from tests.limits import HANG_S
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -50,7 +51,7 @@ def test_workers_end_with_a_reader_that_is_killed(tmp_path: Path) -> None:
     assert worker.parent == Path("/proc") and worker.is_dir() and worker.name != str(reader.pid)
     os.kill(reader.pid, signal.SIGKILL)
     reader.communicate()
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while worker.is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.is_dir()
@@ -68,5 +69,5 @@ if __name__ == "__main__":
 def test_a_reader_that_fails_does_not_wait_for_its_workers(tmp_path: Path) -> None:
     script = tmp_path / "reader.py"
     script.write_text(READER_THAT_FAILS)
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=HANG_S)
     assert (result.returncode, result.stderr) == (1, "read 1, then failed\n")

@@ -28,6 +28,7 @@ from megatron_vcr1.evaluation.jobs import BenchmarkJob, read_jobs, templates_of_
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.tasks import ChoiceTarget
 from tests.gloo import GlooPool
+from tests.limits import HANG_S
 from tests.training import workspace
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +136,7 @@ def _open(config: RunConfig) -> tuple[BenchmarkJob, evaluate.PredictionLog]:
 
 def wait_for_end_of_session(session: int) -> None:
     """Wait until the decoding processes have noticed and exited."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     try:
         while time.monotonic() < deadline:
             os.killpg(session, 0)
@@ -162,7 +163,7 @@ def test_a_killed_evaluation_resumes_with_the_same_result(folder: Path, whole: d
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     first = folder / "killed" / "evaluation" / str(TASKS[0]) / "predictions.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANG_S
     while not (first.exists() and first.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

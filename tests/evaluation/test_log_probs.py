@@ -20,6 +20,7 @@ from megatron_vcr1.evaluation.log_probs import read_requests
 from megatron_vcr1.model.config import ModelConfig
 from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
+from tests.limits import HANG_S
 from tests.model import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def _score(folder: Path, *options: str, ranks: int = 1, data: str = "data.jsonl"
     command += ["--model", str(folder / "model"), "--data", str(folder / data), "--out", str(folder / "out.jsonl")]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *options], env=environment, cwd=folder, capture_output=True, text=True, timeout=240, check=False
+        [*command, *options], env=environment, cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=False
     )
 
 

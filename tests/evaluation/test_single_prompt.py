@@ -28,6 +28,7 @@ from megatron_vcr1.rollout.engine import SamplingParams
 from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
 from tests.gloo import GlooPool
+from tests.limits import HANG_S
 from tests.model import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def _generate(folder: Path, *options: str, model: str = "model", ranks: int = 1)
     command += ["--model", str(folder / model), "--max-new-tokens", str(NUM_TOKENS), "--prompt", "When?", *options]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=False
     )
 
 

@@ -19,6 +19,7 @@ from megatron_vcr1.judge import Judge, build_judge
 from megatron_vcr1.tasks import CaptionTarget, ChoiceTarget
 from megatron_vcr1.types import Sample, Video
 from tests.judge.server import JudgeServer, count, judge_server
+from tests.limits import HANG_S
 
 EVENTS = ("A dog barks at a cat.", "The cat runs away.")
 REFERENCE = "A dog barks at a cat. The cat runs away."
@@ -216,7 +217,7 @@ def test_cached_responses_survive_a_kill(server: JudgeServer, tmp_path: Path) ->
     command = [sys.executable, "-c", KILLED_RUN, section.model_dump_json(), str(tmp_path)]
     root = str(Path(__file__).parents[2])
     run = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": f"{root}:{root}/kernels"})
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while len(list(tmp_path.rglob("*.json"))) < 8 and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)

@@ -10,6 +10,8 @@ import torch
 from vcr1_kernels import backend
 from vcr1_kernels.backend import interpreter, use_triton
 
+from tests.limits import HANG_S
+
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, triton compiles its kernels")
 
 
@@ -17,7 +19,7 @@ def _run_python(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a new process, without TRITON_INTERPRET."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "kernels")
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANG_S)
 
 
 def test_cpu_tensors_use_pytorch() -> None:

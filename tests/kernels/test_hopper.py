@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.limits import HANG_S
+
 SHARED_BYTES = 227 * 1024
 # The loads and stores of local memory that are accepted, by compute capability times 10. On Blackwell accumulators pass
 # through registers on their way to the tensor memory: triton 3.6 spills 6 and 20 times, triton 3.8 0 and 49 times.
@@ -30,7 +32,7 @@ def report(capability: int) -> dict[str, dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(kernels), environment.get("PYTHONPATH", "")])
     process = subprocess.run(
-        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True, timeout=HANG_S
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)

@@ -17,6 +17,7 @@ from PIL import Image, ImageColor
 from megatron_vcr1.cli.main import report as command
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.errors import UserError
+from tests.limits import HANG_S
 from tests.report.runs import add_evaluation, make_run, synthetic_manifest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -231,7 +232,7 @@ def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=180,
+        timeout=HANG_S,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.limits import HANG_S
 from tests.serving.requests import ServerProcess
 from tests.training import workspace
 
@@ -31,4 +32,4 @@ def server(folder: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def client(server: ServerProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=HANG_S)

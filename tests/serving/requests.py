@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from megatron_vcr1.data.manifest import read_manifest
+from tests.limits import HANG_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +61,7 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait(timeout=120)
+        self.process.wait(timeout=HANG_S)
 
     def errors(self) -> str:
         """Return the text that the process has written to standard error."""
@@ -68,14 +69,14 @@ class ServerProcess:
         return self._errors.read()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=HANG_S)
 
 
 def post(url: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
     """POST a body, and return the status and the body of the response."""
     request = urllib.request.Request(f"{url}/chat/completions", data=body, headers=headers or {}, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
+        with urllib.request.urlopen(request, timeout=HANG_S) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()

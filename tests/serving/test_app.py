@@ -15,6 +15,7 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.limits import HANG_S
 from tests.serving.requests import (
     MAX_BODY_BYTES,
     MAX_IN_FLIGHT,
@@ -154,7 +155,7 @@ def test_a_body_above_the_limit_gets_413(server: ServerProcess) -> None:
 def test_requests_in_flight_are_bounded(folder: Path) -> None:
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
     with ServerProcess(folder / "model", stall_timeout_s=600) as server:
-        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=HANG_S)
         connections = [server.connect() for _ in range(MAX_IN_FLIGHT)]
         for connection in connections:
             connection.sendall(head)  # the body stays incomplete, so that all of them stay in flight

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.cli.main import main
+from tests.limits import HANG_S
 from tests.serving.requests import ServerProcess, post
 
 
@@ -17,7 +18,7 @@ def test_a_signal_ends_the_server_cleanly(folder: Path, number: signal.Signals, 
         idle = server.connect()  # must not hold the server up
         assert post(server.url, b'{"messages": [{"role": "user", "content": "when?"}], "max_tokens": 1}')[0] == 200
         server.process.send_signal(number)
-        assert server.process.wait(timeout=120) == code
+        assert server.process.wait(timeout=HANG_S) == code
         assert idle.recv(1) == b""
         assert "Traceback" not in server.errors()
 

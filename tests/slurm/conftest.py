@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_S
+
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
@@ -34,7 +36,9 @@ class Cluster:
         # The tests themselves may run inside a Slurm job.
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         clean |= {"SLURM_CONF": str(self.folder / "slurm.conf"), **environment}
-        done = subprocess.run(list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=HANG_S
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
@@ -54,7 +58,7 @@ class Cluster:
                 time.sleep(0.5)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, job: str, *, until: object = None, timeout_s: float = 120) -> dict[str, str]:
+    def wait(self, job: str, *, until: object = None, timeout_s: float = HANG_S) -> dict[str, str]:
         """Wait until the job has ended, or until `until(fields)` is true."""
         end = time.monotonic() + timeout_s
         while True:
@@ -80,11 +84,11 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="vcr1-slurm-", dir="/tmp"))  # a short path, because it contains Unix sockets
     folder.chmod(0o755)
     try:
-        started = subprocess.run(["bash", CLUSTER, folder, "start"], capture_output=True, text=True, timeout=120)
+        started = subprocess.run(["bash", CLUSTER, folder, "start"], capture_output=True, text=True, timeout=HANG_S)
         assert started.returncode == 0, started.stderr
         yield Cluster(folder)
     finally:
-        subprocess.run(["bash", CLUSTER, folder, "stop"], timeout=120)
+        subprocess.run(["bash", CLUSTER, folder, "stop"], timeout=HANG_S)
         shutil.rmtree(folder, ignore_errors=True)
 
 

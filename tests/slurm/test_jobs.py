@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_S
+
 pytestmark = pytest.mark.xdist_group("slurm")
 
 FAKE_VCR1 = f"""#!{sys.executable}
@@ -73,7 +75,7 @@ def logs(folder: Path, job: str) -> dict[str, str]:
 
 def wait_for_ranks(folder: Path, job: str, text: str, num_ranks: int) -> None:
     """Wait until the logs of `num_ranks` ranks contain the text."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + HANG_S
     while sum(text in log for log in logs(folder, job).values()) < num_ranks:
         assert time.monotonic() < end, f"{text!r} did not appear: {logs(folder, job)}"
         time.sleep(0.2)

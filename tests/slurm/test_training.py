@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcr1.config.rendering import render_toml
+from tests.limits import HANG_S
 from tests.training import workspace
 
 pytestmark = pytest.mark.xdist_group("slurm")
@@ -43,7 +44,7 @@ def rows(run_dir: Path) -> list[dict[str, object]]:
 
 
 def wait_for_step(run_dir: Path, step: int, log: Path) -> None:
-    end = time.monotonic() + 300
+    end = time.monotonic() + HANG_S
     while not (run_dir / "metrics.jsonl").exists() or len(workspace.metrics(run_dir)) < step:
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.1)
@@ -54,7 +55,7 @@ def test_a_run_over_three_starts_equals_an_uninterrupted_run(cluster, settings):
     environment = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[2])}
     whole, parts = settings / "whole", settings / "parts"
     job = cluster.submit(settings, *TWO_NODES, "run.toml", "--train.run_dir", whole, **environment)
-    assert cluster.wait(job, timeout_s=400)["JobState"] == "COMPLETED", (settings / f"vcr1-{job}.out").read_text()
+    assert cluster.wait(job, timeout_s=HANG_S)["JobState"] == "COMPLETED", (settings / f"vcr1-{job}.out").read_text()
 
     job = cluster.submit(settings, *TWO_NODES, "run.toml", "--train.run_dir", parts, **environment)
     log = settings / f"vcr1-{job}.out"
@@ -68,7 +69,7 @@ def test_a_run_over_three_starts_equals_an_uninterrupted_run(cluster, settings):
         cluster.wait(job, until=lambda fields: fields["Restarts"] == "2")
     finally:
         cluster.boot("n2")
-    assert cluster.wait(job, timeout_s=400)["JobState"] == "COMPLETED", log.read_text()
+    assert cluster.wait(job, timeout_s=HANG_S)["JobState"] == "COMPLETED", log.read_text()
 
     assert len(rows(whole)) == NUM_STEPS and any(row["loss"] for row in rows(whole))
     assert rows(parts) == rows(whole)

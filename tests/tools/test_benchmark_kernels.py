@@ -13,6 +13,8 @@ import benchmark_kernels
 import pytest
 import torch
 
+from tests.limits import HANG_S
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
@@ -109,7 +111,7 @@ def test_gpu_check_exits_with_2_without_a_gpu_or_with_an_unknown_section(tmp_pat
     environment = {"PATH": "/usr/bin:/bin", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
     unknown = subprocess.run([*script, "kernel"], env=environment, capture_output=True, text=True)
     assert unknown.returncode == 2 and "unknown section 'kernel'; the sections are: kernels model" in unknown.stderr
-    without = subprocess.run([*script, "kernels"], env=environment, capture_output=True, text=True, timeout=120)
+    without = subprocess.run([*script, "kernels"], env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert without.returncode == 2 and "no GPU" in without.stderr
     usage = subprocess.run([*script, "--help"], env=environment, capture_output=True, text=True)
     assert usage.returncode == 0 and "update_plain" in usage.stdout and "set -u" not in usage.stdout

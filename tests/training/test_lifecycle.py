@@ -15,6 +15,7 @@ import pytest
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.training.lifecycle import STOP_SIGNALS, Lifecycle
 from megatron_vcr1.training.trainer import TrainingStopped
+from tests.limits import HANG_S
 from tests.training import workspace
 
 pytestmark = pytest.mark.one_lane
@@ -56,7 +57,7 @@ with Lifecycle(step_timeout_s=2, finish_saving=lambda: None) as lifecycle:
     print("hangs now", flush=True)
     time.sleep(60)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert process.stdout == "hangs now\n" and process.returncode == 1
     assert "Timeout (0:00:02)!" in process.stderr
 
@@ -87,7 +88,7 @@ def test_hung_run_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    first, last = [rank.communicate(timeout=300)[1] for rank in ranks]
+    first, last = [rank.communicate(timeout=HANG_S)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert "Timeout (0:00:20)!" in last and never_returns_on_the_last_rank.__name__ in last, last
     # Rank 0 either dumps its own stacks, or, if rank 1 ended earlier, fails in the collective that waits for rank 1.

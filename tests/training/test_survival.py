@@ -29,6 +29,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.train import train_in_world
 from tests.gloo import GlooPool
+from tests.limits import HANG_S
 from tests.training import workspace
 
 pytestmark = pytest.mark.xdist_group("gloo")
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 NUM_KILLS = int(os.environ.get("VCR1_KILLS", "4"))
 NUM_STEPS = 3 * NUM_KILLS
 VALIDATION_STEPS = 4  # each starts decoding processes
-TIMEOUT_S = 240  # the machine may be loaded
+TIMEOUT_S = HANG_S  # the machine may be loaded
 TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
 
 
@@ -111,7 +112,7 @@ class Command:
         return code
 
     def _wait_for_workers(self) -> None:
-        deadline = time.monotonic() + 240  # decoding processes check every few seconds for their parent
+        deadline = time.monotonic() + HANG_S  # decoding processes check every few seconds for their parent
         while self._is_alive():
             assert time.monotonic() < deadline, "processes of the run have outlived it"
             time.sleep(0.1)

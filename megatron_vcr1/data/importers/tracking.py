@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -105,7 +106,7 @@ def _sequence_rows(sequence: Path) -> list[Row | Issue]:
     if len(absence) != len(frames):
         detail = f"{len(frames)} images, but absence.label has {len(absence)} lines"
         return [Issue(sequence.name, "incomplete_sequence", detail, "skipped")]
-    has_box = [not absent and box[2] > 0 and box[3] > 0 for absent, box in zip(absence, boxes_px, strict=True)]
+    has_box = [not absent and _has_area(box) for absent, box in zip(absence, boxes_px, strict=True)]
     visible = [index for index, is_visible in enumerate(has_box) if is_visible]
     if len(visible) < NUM_TRACKED_FRAMES:
         detail = f"{len(visible)} of {len(frames)} frames have a box, but tracking needs {NUM_TRACKED_FRAMES}"
@@ -135,7 +136,12 @@ def _absence(path: Path, num_frames: int) -> list[bool]:
     """Return for each line of absence.label whether the object is out of sight; all False without the file."""
     if not path.exists():
         return [False] * num_frames
-    return [line.strip() == "1" for line in read_lines(path)]
+    absent = {"0": False, "1": True}
+    lines = [line.strip() for line in read_lines(path)]
+    for number, line in enumerate(lines, start=1):
+        if line not in absent:
+            raise ValueError(f"absence.label, line {number}: {line!r} is neither 0 nor 1")
+    return [absent[line] for line in lines]
 
 
 def _meta_info(path: Path) -> tuple[str, float]:
@@ -144,7 +150,15 @@ def _meta_info(path: Path) -> tuple[str, float]:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(read_text(path), source=str(path))
     meta = parser["METAINFO"]
-    return meta["object_class"], float(meta["anno_fps"].lower().removesuffix("hz"))
+    frames_per_second = float(meta["anno_fps"].lower().removesuffix("hz"))
+    if not (math.isfinite(frames_per_second) and frames_per_second > 0):
+        raise ValueError(f"meta_info.ini: anno_fps is {meta['anno_fps']}, which is not a positive number")
+    return meta["object_class"], frames_per_second
+
+
+def _has_area(box_px: list[float]) -> bool:
+    """Whether [left, top, width, height] is a box. Some annotators write NaN or no size where the object is absent."""
+    return all(map(math.isfinite, box_px)) and box_px[2] > 0 and box_px[3] > 0
 
 
 def _box_in_fractions(box_px: list[float], width: int, height: int) -> list[float]:

@@ -46,13 +46,13 @@ def test_frames_in_which_the_object_is_absent_are_left_out_and_counted(tmp_path:
     boxes = [f"{index},20,40,50" for index in range(15)]
     got10k_sequence(tmp_path / "GOT_1", 15, boxes)
     write(tmp_path / "GOT_1/absence.label", "0\n" * 5 + "1\n" * 4 + "0\n" * 6)
-    got10k_sequence(tmp_path / "GOT_2", 15, [*boxes[:14], "0,0,0,0"])  # a box without area is no box
+    got10k_sequence(tmp_path / "GOT_2", 15, [*boxes[:13], "nan,20,40,50", "0,0,0,0"])  # neither is a box
     got10k_sequence(tmp_path / "GOT_3", 15, boxes)
     write(tmp_path / "GOT_3/absence.label", "0\n" * 7 + "1\n" * 8)
     samples, report = run("got10k", tmp_path)
     lefts = {sample.id: [round(box.x0 * 200) for box in sample.target.boxes] for sample in samples}
     assert lefts["GOT_1"] == [0, 1, 3, 4, 10, 11, 13, 14]  # evenly spaced among the eleven frames with a box
-    assert lefts["GOT_2"] == [0, 2, 4, 6, 7, 9, 11, 13]
+    assert lefts["GOT_2"] == [0, 2, 3, 5, 7, 9, 10, 12]
     for sample in samples:
         assert [int(Path(frame).stem) - 1 for frame in sample.media[0].path] == lefts[sample.id]
     assert issues(report) == [
@@ -164,7 +164,7 @@ def test_meta_info_with_percent_signs_and_a_byte_order_mark_is_read(tmp_path: Pa
 
 
 def test_malformed_sequences_among_good_ones_are_skipped_and_listed(tmp_path: Path) -> None:
-    for number in range(8):
+    for number in range(10):
         got10k_sequence(tmp_path / f"GOT_{number}", 8, ["10,20,40,50"] * 8)
     write(tmp_path / "GOT_1/groundtruth.txt", "10,20,40,x\n" * 8)
     write(tmp_path / "GOT_2/groundtruth.txt", "10,20,40\n" * 8)
@@ -172,9 +172,15 @@ def test_malformed_sequences_among_good_ones_are_skipped_and_listed(tmp_path: Pa
     (tmp_path / "GOT_4/meta_info.ini").unlink()
     write(tmp_path / "GOT_5/meta_info.ini", "[METAINFO]\nanno_fps: fast\nobject_class: sloth\n")
     write(tmp_path / "GOT_6/00000001.jpg", "no image")
+    write(tmp_path / "GOT_7/meta_info.ini", "[METAINFO]\nanno_fps: 0Hz\nobject_class: sloth\n")
+    write(tmp_path / "GOT_8/absence.label", "0\n" * 6 + "yes\n0\n")
     samples, report = run("got10k", tmp_path)
-    assert [sample.id for sample in samples] == ["GOT_0", "GOT_7"]
-    assert issues(report) == [(f"GOT_{number}", "invalid_row", "skipped") for number in range(1, 7)]
+    assert [sample.id for sample in samples] == ["GOT_0", "GOT_9"]
+    assert issues(report) == [(f"GOT_{number}", "invalid_row", "skipped") for number in range(1, 9)]
+    assert [issue.detail.split(": ", 1)[1] for issue in report.issues[-2:]] == [
+        "meta_info.ini: anno_fps is 0Hz, which is not a positive number",
+        "absence.label, line 7: 'yes' is neither 0 nor 1",
+    ]
     (tmp_path / "GOT_0/meta_info.ini").unlink()
     with pytest.raises(UserError, match="first row, GOT_0"):
         run("got10k", tmp_path)

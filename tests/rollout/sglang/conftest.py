@@ -33,10 +33,11 @@ from megatron_vcr1.rollout.engine import GenerationRequest
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import RolloutGroup
+from tests.limits import HANG_S
 from tests.model import tiny
 from tests.rollout.sglang import model_dir
 
-SERVER_TIMEOUT_S = 300.0  # enough on a busy machine
+SERVER_TIMEOUT_S = HANG_S  # enough on a busy machine
 TOKENS = SpecialTokens(frozenset([model_dir.END]), (tiny.IMAGE_PAD, tiny.VIDEO_PAD, tiny.VISION_START, tiny.VISION_END))
 SERVER_ARGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),

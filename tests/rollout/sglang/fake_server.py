@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import httpx
 
+from tests.limits import HANG_S
+
 Reply = tuple[int, Any]  # status, and a value to send as JSON, or bytes to send as they are
 
 
@@ -79,7 +81,7 @@ def proxy(upstream: str, intervene: Callable[[str, Any], Reply | None]) -> FakeS
             return answer
         method = "GET" if body is None and path in ("/model_info", "/server_info", "/health_generate") else "POST"
         try:
-            real = httpx.request(method, upstream + path, json=body, timeout=120, trust_env=False)
+            real = httpx.request(method, upstream + path, json=body, timeout=HANG_S, trust_env=False)
         except httpx.HTTPError as error:
             return 502, {"error": f"{type(error).__name__} {error}"}
         try:

@@ -20,6 +20,7 @@ from megatron_vcr1.rollout.sglang.engine import SglangEngine
 from megatron_vcr1.rollout.sglang.http import weight_version
 from megatron_vcr1.rollout.sglang.memory import RELEASED, MemoryRelease
 from megatron_vcr1.types import FinishReason
+from tests.limits import HANG_S
 from tests.model import tiny
 from tests.rollout.sglang import model_dir
 from tests.rollout.sglang.conftest import TOKENS, Serving, change, largest_difference, requests, start_with
@@ -164,7 +165,7 @@ def test_abort_also_stops_sampling_that_has_not_begun(world: None, tmp_path: Pat
 
 def wait_for_load(url: str) -> None:
     """Wait until the server is sampling."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         states = httpx.get(f"{url}/server_info", timeout=30).json()["internal_states"]
         if any(state.get("num_running_reqs", state.get("last_gen_throughput", 0)) for state in states):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from megatron_vcr1.rollout.sglang import guard
+from tests.limits import HANG_S
 
 # A server that ignores SIGTERM, starts a process in another session, and writes both process ids to a file.
 SERVER = """
@@ -32,7 +33,7 @@ time.sleep(600)
 
 
 def started(ids: Path) -> list[int]:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while not ids.exists():
         assert time.monotonic() < deadline, "the server has not started"
         time.sleep(0.05)
@@ -40,7 +41,7 @@ def started(ids: Path) -> list[int]:
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
         assert time.monotonic() < deadline, "some processes are left"
         time.sleep(0.05)

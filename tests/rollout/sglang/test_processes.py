@@ -22,6 +22,7 @@ from megatron_vcr1.rollout.sglang import processes
 from megatron_vcr1.rollout.sglang.launch import ServerSpec
 from megatron_vcr1.rollout.sglang.memory import MemoryRelease
 from megatron_vcr1.rollout.sglang.processes import ServerGroup
+from tests.limits import HANG_S
 
 # Responds to everything with status 200; with "refuse" it is never ready, with "crash" it ends at once.
 SCRIPT = """
@@ -71,7 +72,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def response(group: ServerGroup) -> dict[str, Any]:
     """Return the server's response, as soon as there is one."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while True:
         try:
             return httpx.get(group.urls[0], timeout=0.5).json()
@@ -81,7 +82,7 @@ def response(group: ServerGroup) -> dict[str, Any]:
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.05)

@@ -21,6 +21,7 @@ from megatron_vcr1.rollout.sglang.channels import broadcast
 from megatron_vcr1.rollout.sglang.channels.base import LIVENESS_TIMEOUT_S
 from megatron_vcr1.rollout.sglang.channels.broadcast import BroadcastChannel
 from megatron_vcr1.rollout.sglang.weight_update import WeightUpdate
+from tests.limits import HANG_S
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 # A rank of a server: it joins the group as SGLang does, prints that, and receives a tensor of ones per line of input.
@@ -147,7 +148,7 @@ def test_no_group_is_left_if_the_server_joins_after_an_error(server: tuple[Serve
     update = WeightUpdate([url], "2@run", BroadcastChannel("gloo", timeout_s=60), timeout_s=60)
     assert "status 400" in update.failed[url]
     behavior._expect("joined")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_S
     while not (destroyed := behavior.is_left) or _world.pg_map:
         assert time.monotonic() < deadline, f"the server's side is left: {destroyed}"
         time.sleep(0.01)

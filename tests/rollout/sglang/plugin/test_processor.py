@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import megatron_vcr1
+from tests.limits import HANG_S
 
 pytestmark = pytest.mark.xdist_group("sglang")
 
@@ -54,7 +55,7 @@ def found(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     (folder / "megatron_vcr1").symlink_to(Path(megatron_vcr1.__file__).parent)
     environment = os.environ | {"PYTHONPATH": str(folder), "SGLANG_USE_CPU_ENGINE": "1"}
     result = subprocess.run(
-        [sglang_python, "-c", SCRIPT], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
+        [sglang_python, "-c", SCRIPT], env=environment, cwd=folder, capture_output=True, text=True, timeout=HANG_S
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])
