@@ -117,7 +117,7 @@ has() {
 
 run_kernels() { has kernels pytest && run_limited kernels "${pytest[@]}" "${workers[@]}" tests/kernels; }
 run_model() {
-    has model pytest megatron_vcr1.model.qwen_vl megatron_vcr1.rollout.local.engine || return
+    has model pytest megatron_vcr1.model.video_language_model megatron_vcr1.rollout.local.engine || return
     run_limited model "${pytest[@]}" -rA tests/model/test_on_gpu.py tests/model/test_transformer_engine.py
 }
 run_benchmark() { run_limited benchmark "$python" tools/benchmark_kernels.py --json "$out/kernels.json"; }

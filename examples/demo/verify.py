@@ -69,13 +69,7 @@ def greedy_response(
     """
     (video,) = prompt.vision
     vision = config.vision
-    positions = prompt_positions(
-        prompt.token_ids,
-        [(video.grid_thw, video.seconds_per_grid)],
-        vision_token_ids=frozenset((config.image_token_id, config.video_token_id)),
-        merge_size=vision.merge_size,
-        tokens_per_second=vision.tokens_per_second,
-    )
+    positions = prompt_positions(config, prompt)
     patches = frames_to_patches(
         video.frames,
         patch_size=vision.patch_size,

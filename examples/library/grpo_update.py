@@ -27,7 +27,7 @@ from megatron_vcr1.data.templates import build_messages, load_templates
 from megatron_vcr1.model import cpu
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rewards import score
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams

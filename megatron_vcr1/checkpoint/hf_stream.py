@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_vcr1.checkpoint.shard_slices import parameter_slices
 from megatron_vcr1.model.hf_layout import TensorLayout, model_layout, to_hf
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 
 
@@ -35,7 +35,7 @@ class HfTensorStream:
     It can be iterated any number of times, and each time yields the weights of that moment.
     """
 
-    def __init__(self, model: QwenVLModel) -> None:
+    def __init__(self, model: VideoLanguageModel) -> None:
         self._model = model
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -49,7 +49,7 @@ class HfTensorStream:
             yield from to_hf(layout, _gather_tensor(layout, rectangles[key], shards_of_key)).items()
 
 
-def stream_hf_tensors(model: QwenVLModel) -> HfTensorStream:
+def stream_hf_tensors(model: VideoLanguageModel) -> HfTensorStream:
     """Return the weights of a model under their Hugging Face names, gathered from tensor- and pipeline-parallel shards.
 
     Iteration is collective: all ranks of a replica must iterate to the end, in step. Every rank gets every tensor, on

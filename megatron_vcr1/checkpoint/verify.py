@@ -42,8 +42,8 @@ def compare_weights(hf_dir: Path, model_dir: Path, *, progress: Progress = no_pr
     theirs, ours = ModelConfig.from_pretrained(hf_dir), ModelConfig.from_pretrained(model_dir)
     if theirs.family != ours.family:
         raise UserError(
-            f"{hf_dir} is a {theirs.family} model, but {model_dir} is a {ours.family} model; compare models of one "
-            "family"
+            f"{hf_dir} is a {theirs.family.title} model, but {model_dir} is a {ours.family.title} model; compare "
+            "models of one family"
         )
     if theirs.shape != ours.shape:
         raise UserError(f"{hf_dir} and {model_dir} have different shapes: {theirs.shape}, {ours.shape}")

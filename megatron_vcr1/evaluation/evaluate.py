@@ -47,7 +47,7 @@ from megatron_vcr1.evaluation.provenance import (
 )
 from megatron_vcr1.judge import Judge
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem

@@ -25,7 +25,7 @@ from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.parallel.prompts import broadcast_prompts
 from megatron_vcr1.text_files import parse_json, read_lines
@@ -127,7 +127,7 @@ class LogProbScorer:
     """
 
     def __init__(
-        self, model: QwenVLModel, processor: PromptProcessor, temperature: float, microbatch_tokens: int
+        self, model: VideoLanguageModel, processor: PromptProcessor, temperature: float, microbatch_tokens: int
     ) -> None:
         self.model = model
         self.processor = processor

@@ -21,7 +21,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.prompts import broadcast_prompts
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams

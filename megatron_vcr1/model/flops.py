@@ -12,14 +12,14 @@ by the device's peak (PaLM, arXiv 2204.02311, appendix B, but with half squares 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.model.config import ModelConfig, TextConfig, VisionConfig
+from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.packed_batch import PackedBatch
-
-Grid = tuple[int, int, int]  # patches in time, height, width
 
 # Published peaks of dense bfloat16 matmuls with float32 accumulation, in FLOP/s. The first entry whose words are all in
 # the device's name is used, so longer names come before the names that they contain.
@@ -40,8 +40,7 @@ class Workload:
     """The size of a forward pass. Workloads can be added."""
 
     patches: int = 0  # patches of the vision tower
-    window_pairs: int = 0  # pairs of query and key patches in a layer with windowed attention
-    full_pairs: int = 0  # the same in a layer that attends to whole temporal steps
+    vision_pairs: int = 0  # pairs of query and key patches, summed over the layers of the vision tower
     tokens: int = 0  # tokens of the language model
     text_pairs: int = 0  # pairs of query and key tokens that the language model's mask allows
     targets: int = 0  # tokens that the head scores
@@ -63,7 +62,7 @@ class Workload:
         """
         input_lengths = [length - 1 for length in response_lengths]  # a response's last token is not an input
         lengths = (num_prompt_tokens, *input_lengths)
-        return _vision_workload(config.vision, grids) + cls(
+        return _vision_workload(config, grids) + cls(
             tokens=sum(lengths),
             text_pairs=sum(map(_half_square, lengths)) + num_prompt_tokens * sum(input_lengths),
             targets=sum(response_lengths),
@@ -74,7 +73,7 @@ class Workload:
         """Return the workload of a packed microbatch."""
         layout = batch.layout
         prefixes = (0 if prefix < 0 else layout.lengths[prefix] for prefix in layout.prefixes)
-        return _vision_workload(config.vision, (item.grid_thw for item in batch.vision)) + cls(
+        return _vision_workload(config, (item.grid_thw for item in batch.vision)) + cls(
             tokens=layout.num_tokens,
             text_pairs=sum(
                 _half_square(length) + length * prefix for length, prefix in zip(layout.lengths, prefixes, strict=True)
@@ -110,13 +109,15 @@ class Flops:
 def forward_flops(config: ModelConfig, work: Workload) -> Flops:
     """Count one forward pass, including the head."""
     text, vision = config.text, config.vision
-    num_full = len(vision.full_attention_layers) if vision.window_size is not None else vision.num_layers
-    vision_pairs = num_full * work.full_pairs + (vision.num_layers - num_full) * work.window_pairs
     return Flops(
         patch_embed=2 * work.patches * vision.hidden_size * vision.patch_dim,
         vision_layers=2 * work.patches * vision.num_layers * vision_layer_weights(vision),
-        vision_attention=4 * vision_pairs * vision.hidden_size,
-        merger=2 * work.patches // vision.patches_per_token * merger_weights(vision),
+        vision_attention=4 * work.vision_pairs * vision.hidden_size,
+        merger=2
+        * work.patches
+        // vision.patches_per_token
+        * config.family.num_mergers(vision)
+        * merger_weights(vision),
         text_layers=2 * work.tokens * text.num_layers * _text_qkv_weights(text)
         + 2 * _tokens_after_attention(config, work) * (text_layer_weights(text) - _text_qkv_weights(text)),
         text_attention=4 * work.text_pairs * text.num_layers * text.num_heads * text.head_dim,
@@ -217,34 +218,16 @@ def vision_mlp_weights(vision: VisionConfig) -> int:
 
 
 def merger_weights(vision: VisionConfig) -> int:
-    """Return the number of weights in the matrices of the patch merger."""
+    """Return the number of weights in the matrices of a patch merger."""
     unit_size = vision.hidden_size * vision.patches_per_token
     return unit_size * (unit_size + vision.out_hidden_size)
 
 
-def _vision_workload(vision: VisionConfig, grids: Iterable[Grid]) -> Workload:
+def _vision_workload(config: ModelConfig, grids: Iterable[Grid]) -> Workload:
     total = Workload()
-    for num_steps, height, width in grids:
-        step_patches = height * width  # attention never crosses temporal steps
-        window_pairs = step_patches**2
-        if vision.window_size is not None:
-            # Side of a window in merge units (squares of patches that become one token).
-            side = vision.window_size // vision.merge_size // vision.patch_size
-            # The sum over windows of (rows * columns)^2 is a product of two sums, over rows and over columns.
-            window_pairs = _sum_of_squares(height // vision.merge_size, side)
-            window_pairs *= _sum_of_squares(width // vision.merge_size, side) * vision.patches_per_token**2
-        total += Workload(
-            patches=num_steps * step_patches,
-            window_pairs=num_steps * window_pairs,
-            full_pairs=num_steps * step_patches**2,
-        )
+    for grid in grids:
+        total += Workload(patches=math.prod(grid), vision_pairs=config.family.vision_pairs(config.vision, grid))
     return total
-
-
-def _sum_of_squares(length: int, side: int) -> int:
-    """Split `length` into parts of `side` and a shorter last one; return the sum of the squares of the parts."""
-    num_whole, rest = divmod(length, side)
-    return num_whole * side**2 + rest**2
 
 
 def _half_square(length: int) -> int:

@@ -53,8 +53,7 @@ class TensorLayout:
 
 def model_layout(config: ModelConfig) -> dict[str, TensorLayout]:
     """Return the layout of every tensor of the model by Megatron key, in the order of the forward pass."""
-    layouts = [*_vision_tower(config.vision), *_language_model(config.text)]
-    return {layout.key: layout for layout in layouts}
+    return {layout.key: layout for layout in config.family.tensor_layouts(config)}
 
 
 def hf_shapes(layouts: Mapping[str, TensorLayout]) -> dict[str, tuple[int, ...]]:
@@ -109,95 +108,89 @@ def to_hf(layout: TensorLayout, tensor: Tensor) -> dict[str, Tensor]:
     return hf_tensors
 
 
-def _language_model(config: TextConfig) -> Iterator[TensorLayout]:
+def language_model_layouts(config: TextConfig, hf_name: str) -> Iterator[TensorLayout]:
+    """Yield the tensors of the language model.
+
+    Args:
+        config: the language model.
+        hf_name: published name of the module that contains the embedding, the layers and the final norm.
+    """
     hidden = config.hidden_size
-    yield _whole(
-        "language_model.embedding.word_embeddings.weight", "model.embed_tokens.weight", config.vocab_size, hidden
+    yield whole(
+        "language_model.embedding.word_embeddings.weight", f"{hf_name}.embed_tokens.weight", config.vocab_size, hidden
     )
     for index in range(config.num_layers):
-        yield from _language_layer(config, f"language_model.decoder.layers.{index}", f"model.layers.{index}")
-    yield _whole("language_model.decoder.final_layernorm.weight", "model.norm.weight", hidden)
+        yield from _language_layer(config, f"language_model.decoder.layers.{index}", f"{hf_name}.layers.{index}")
+    yield whole("language_model.decoder.final_layernorm.weight", f"{hf_name}.norm.weight", hidden)
     if not config.tied_embeddings:
-        yield _whole("language_model.output_layer.weight", "lm_head.weight", config.vocab_size, hidden)
+        yield whole("language_model.output_layer.weight", "lm_head.weight", config.vocab_size, hidden)
 
 
 def _language_layer(config: TextConfig, key: str, hf_name: str) -> Iterator[TensorLayout]:
     hidden, ffn_hidden = config.hidden_size, config.ffn_hidden_size
     query_rows = config.num_heads // config.num_kv_heads * config.head_dim  # query rows of one key-value group
     attention, hf_attention = f"{key}.self_attention", f"{hf_name}.self_attn"
-    yield _whole(f"{attention}.linear_qkv.layer_norm_weight", f"{hf_name}.input_layernorm.weight", hidden)
-    for part, columns in (("weight", (hidden,)), ("bias", ())):
+    yield whole(f"{attention}.linear_qkv.layer_norm_weight", f"{hf_name}.input_layernorm.weight", hidden)
+    for part, columns in (("weight", (hidden,)), ("bias", ())) if config.qkv_bias else (("weight", (hidden,)),):
         sources = [(f"{hf_attention}.q_proj.{part}", 0, query_rows)]
         sources += [(f"{hf_attention}.{name}.{part}", 0, config.head_dim) for name in ("k_proj", "v_proj")]
-        yield _interleaved(f"{attention}.linear_qkv.{part}", sources, config.num_kv_heads, columns)
-    yield _whole(
+        yield interleaved(f"{attention}.linear_qkv.{part}", sources, config.num_kv_heads, columns)
+    yield whole(
         f"{attention}.linear_proj.weight", f"{hf_attention}.o_proj.weight", hidden, config.num_heads * config.head_dim
     )
-    yield _whole(f"{key}.mlp.linear_fc1.layer_norm_weight", f"{hf_name}.post_attention_layernorm.weight", hidden)
-    yield _gate_on_up(f"{key}.mlp.linear_fc1", f"{hf_name}.mlp", "weight", ffn_hidden, (hidden,))
-    yield _whole(f"{key}.mlp.linear_fc2.weight", f"{hf_name}.mlp.down_proj.weight", hidden, ffn_hidden)
+    yield whole(f"{key}.mlp.linear_fc1.layer_norm_weight", f"{hf_name}.post_attention_layernorm.weight", hidden)
+    yield gate_on_up(f"{key}.mlp.linear_fc1", f"{hf_name}.mlp", "weight", ffn_hidden, (hidden,))
+    yield whole(f"{key}.mlp.linear_fc2.weight", f"{hf_name}.mlp.down_proj.weight", hidden, ffn_hidden)
 
 
-def _vision_tower(config: VisionConfig) -> Iterator[TensorLayout]:
-    patch_shape = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
-    name = "visual.patch_embed.proj.weight"
-    yield TensorLayout(
+def patch_embed_layout(vision: VisionConfig, hf_name: str) -> TensorLayout:
+    """Describe the weight of the patch embedding, which is published as a 3-D convolution."""
+    patch_shape = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    name = f"{hf_name}.weight"
+    return TensorLayout(
         "vision_tower.patch_embed.weight",
-        (config.hidden_size, config.patch_dim),
-        (RowBlock(name, 0, 0, config.hidden_size),),
-        {name: (config.hidden_size, *patch_shape)},
+        (vision.hidden_size, vision.patch_dim),
+        (RowBlock(name, 0, 0, vision.hidden_size),),
+        {name: (vision.hidden_size, *patch_shape)},
     )
-    for index in range(config.num_layers):
-        yield from _vision_layer(config, f"vision_tower.decoder.layers.{index}", f"visual.blocks.{index}")
-    yield from _merger(config)
 
 
-def _vision_layer(config: VisionConfig, key: str, hf_name: str) -> Iterator[TensorLayout]:
-    hidden, ffn_hidden = config.hidden_size, config.ffn_hidden_size
-    norm_parts = ("weight",) if config.gated else ("weight", "bias")  # RMSNorm or LayerNorm
-    attention = f"{key}.self_attention"
-    for part in norm_parts:
-        yield _whole(f"{attention}.linear_qkv.layer_norm_{part}", f"{hf_name}.norm1.{part}", hidden)
-        yield _whole(f"{key}.mlp.linear_fc1.layer_norm_{part}", f"{hf_name}.norm2.{part}", hidden)
+def norm_parts(normalization: str) -> tuple[str, ...]:
+    """Return the names of a norm's parameters."""
+    return ("weight",) if normalization == "RMSNorm" else ("weight", "bias")
+
+
+def vision_attention_layouts(vision: VisionConfig, key: str, hf_name: str) -> Iterator[TensorLayout]:
+    """Yield the tensors of a vision layer's attention and of the norm before it.
+
+    Args:
+        vision: the vision tower.
+        key: key of the attention module.
+        hf_name: published name of the layer.
+    """
+    hidden = vision.hidden_size
+    for part in norm_parts(vision.normalization):
+        yield whole(f"{key}.linear_qkv.layer_norm_{part}", f"{hf_name}.norm1.{part}", hidden)
     for part in ("weight", "bias"):
         columns = (hidden,) if part == "weight" else ()
         qkv = f"{hf_name}.attn.qkv.{part}"  # all query heads, then all key heads, then all value heads
-        sources = [(qkv, first, config.head_dim) for first in (0, hidden, 2 * hidden)]
-        yield _interleaved(f"{attention}.linear_qkv.{part}", sources, config.num_heads, columns)
-        yield _whole(f"{attention}.linear_proj.{part}", f"{hf_name}.attn.proj.{part}", hidden, *columns)
-        if config.gated:
-            yield _gate_on_up(f"{key}.mlp.linear_fc1", f"{hf_name}.mlp", part, ffn_hidden, columns)
-        else:
-            yield _whole(f"{key}.mlp.linear_fc1.{part}", f"{hf_name}.mlp.fc1.{part}", ffn_hidden, *columns)
-        down = "down_proj" if config.gated else "fc2"
-        down_columns = (ffn_hidden,) if part == "weight" else ()
-        yield _whole(f"{key}.mlp.linear_fc2.{part}", f"{hf_name}.mlp.{down}.{part}", hidden, *down_columns)
+        sources = [(qkv, first, vision.head_dim) for first in (0, hidden, 2 * hidden)]
+        yield interleaved(f"{key}.linear_qkv.{part}", sources, vision.num_heads, columns)
+        yield whole(f"{key}.linear_proj.{part}", f"{hf_name}.attn.proj.{part}", hidden, *columns)
 
 
-def _merger(config: VisionConfig) -> Iterator[TensorLayout]:
-    merged = config.hidden_size * config.patches_per_token
-    for part in ("weight",) if config.gated else ("weight", "bias"):
-        yield _whole(f"vision_tower.merger.norm.{part}", f"visual.merger.ln_q.{part}", config.hidden_size)
-    for part in ("weight", "bias"):
-        columns = (merged,) if part == "weight" else ()
-        yield _whole(f"vision_tower.merger.linear_fc1.{part}", f"visual.merger.mlp.0.{part}", merged, *columns)
-        yield _whole(
-            f"vision_tower.merger.linear_fc2.{part}", f"visual.merger.mlp.2.{part}", config.out_hidden_size, *columns
-        )
-
-
-def _whole(key: str, hf_name: str, *shape: int) -> TensorLayout:
+def whole(key: str, hf_name: str, *shape: int) -> TensorLayout:
     """Describe a Megatron tensor that equals a Hugging Face tensor."""
     return TensorLayout(key, shape, (RowBlock(hf_name, 0, 0, shape[0]),), {hf_name: shape})
 
 
-def _gate_on_up(key: str, hf_mlp: str, part: str, ffn_hidden: int, columns: tuple[int, ...]) -> TensorLayout:
+def gate_on_up(key: str, hf_mlp: str, part: str, ffn_hidden: int, columns: tuple[int, ...]) -> TensorLayout:
     """Describe the first layer of a gated MLP: all rows of the gate projection, then all rows of the up projection."""
     sources = [(f"{hf_mlp}.{name}.{part}", 0, ffn_hidden) for name in ("gate_proj", "up_proj")]
-    return _interleaved(f"{key}.{part}", sources, 1, columns)
+    return interleaved(f"{key}.{part}", sources, 1, columns)
 
 
-def _interleaved(
+def interleaved(
     key: str, sources: list[tuple[str, int, int]], num_groups: int, columns: tuple[int, ...]
 ) -> TensorLayout:
     """Describe a tensor that is a sequence of groups, each with rows of every source.

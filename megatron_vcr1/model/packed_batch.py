@@ -52,8 +52,8 @@ def pack(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: in
     Args:
         groups: prompts and their responses, of at least one token each.
         config: configuration of the model: ids of the vision pads, and parameters of the mRoPE positions.
-        pad_to_multiple_of: the number of tokens is padded to a multiple of this (`QwenVLModel.token_multiple`). The
-            padding is a segment that nothing attends to and that predicts nothing.
+        pad_to_multiple_of: the number of tokens is padded to a multiple of this (`VideoLanguageModel.token_multiple`).
+            The padding is a segment that nothing attends to and that predicts nothing.
 
     Raises:
         ValueError: a prompt or a response has no tokens, or the vision pads do not match the prompt's images and
@@ -74,7 +74,6 @@ class _Packer:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.pad_ids = frozenset((config.image_token_id, config.video_token_id))
         self.num_tokens = 0
         self.token_ids: list[Tensor] = []
         self.position_ids: list[Tensor] = []
@@ -97,16 +96,10 @@ class _Packer:
         """Append a prompt and its responses: a segment for the prompt, then a segment for each response."""
         if not len(prompt.token_ids) or any(not len(response) for response in responses):
             raise ValueError("a prompt and each of its responses need at least one token")
-        positions = prompt_positions(
-            prompt.token_ids,
-            [(item.grid_thw, item.seconds_per_grid) for item in prompt.vision],
-            vision_token_ids=self.pad_ids,
-            merge_size=self.config.vision.merge_size,
-            tokens_per_second=self.config.vision.tokens_per_second,
-        )
+        positions = prompt_positions(self.config, prompt)
         self.vision.extend(prompt.vision)
         # Only the prompt's pads: a response may contain the same ids as ordinary tokens.
-        is_vision = vision_token_mask(prompt.token_ids, self.pad_ids)
+        is_vision = vision_token_mask(prompt.token_ids, self.config.pad_ids)
         self.vision_token_indices.append(is_vision.nonzero()[:, 0] + self.num_tokens)
         prompt_segment = len(self.lengths)
         self._add_segment(prompt.token_ids, positions, prefix=-1)

@@ -1,107 +1,16 @@
-"""Shapes of the published models and of small test models, in the format of Hugging Face's config.json."""
+"""The choice of a model by the name of a preset, or by its directory."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from megatron_vcr1.model.families.presets import PRESETS
 from megatron_vcr1.text_files import read_json, require_object
 
 if TYPE_CHECKING:  # `vcr1 --help` lists the presets and must not load pydantic
     from megatron_vcr1.model.config import ModelConfig
-
-
-def _config(
-    family: str,
-    vision: dict[str, Any],
-    *,
-    hidden_size: int,
-    ffn: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    vocab: int,
-    mrope: tuple[int, int, int] = (16, 24, 24),
-    tied: bool = False,
-    token_ids: Mapping[str, int] = MappingProxyType({}),
-) -> dict[str, Any]:
-    name = "Qwen2_5_VL" if family == "qwen2_5_vl" else "Qwen2VL"
-    return {
-        "architectures": [f"{name}ForConditionalGeneration"],
-        "model_type": family,
-        "hidden_size": hidden_size,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": 128000,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(mrope)},
-        "tie_word_embeddings": tied,
-        "vision_config": {"depth": 32, **vision},
-        **token_ids,
-    }
-
-
-def _qwen2_5(vocab: int, vision_ffn: int = 3420, **language: Any) -> dict[str, Any]:
-    return _config("qwen2_5_vl", _vision_2_5(language["hidden_size"], vision_ffn), vocab=vocab, **language)
-
-
-def _vision_2_5(out: int, ffn: int) -> dict[str, Any]:
-    tower = {"hidden_size": 1280, "intermediate_size": ffn, "num_heads": 16, "out_hidden_size": out}
-    return {**tower, "tokens_per_second": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
-
-
-def _qwen2(vocab: int, **language: Any) -> dict[str, Any]:
-    tower = {"embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": language["hidden_size"]}
-    return _config("qwen2_vl", tower, vocab=vocab, **language)
-
-
-def _test_model(vision_ffn: int, vision: dict[str, Any], **language: Any) -> dict[str, Any]:
-    special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    token_ids = {"bos_token_id": 0, "eos_token_id": 1} | {name: 10 + index for index, name in enumerate(special)}
-    tower = _vision_2_5(language["hidden_size"], vision_ffn) | {"num_heads": 4} | vision
-    return _config("qwen2_5_vl", tower, token_ids=token_ids, **language)
-
-
-SEVEN_B = {"hidden_size": 3584, "ffn": 18944, "layers": 28, "heads": 28, "kv_heads": 4}
-
-# "small" and "tiny" are not published: a CPU computes their updates in seconds.
-PRESETS: dict[str, dict[str, Any]] = {
-    "qwen2.5-vl-3b": _qwen2_5(151936, hidden_size=2048, ffn=11008, layers=36, heads=16, kv_heads=2, tied=True),
-    "qwen2.5-vl-7b": _qwen2_5(152064, **SEVEN_B),
-    "qwen2.5-vl-32b": _qwen2_5(152064, 3456, hidden_size=5120, ffn=27648, layers=64, heads=40, kv_heads=8),
-    "qwen2.5-vl-72b": _qwen2_5(152064, 3456, hidden_size=8192, ffn=29568, layers=80, heads=64, kv_heads=8),
-    "qwen2-vl-2b": _qwen2(151936, hidden_size=1536, ffn=8960, layers=28, heads=12, kv_heads=2, tied=True),
-    "qwen2-vl-7b": _qwen2(152064, **SEVEN_B),
-    "small": _test_model(
-        704,
-        {"depth": 6, "hidden_size": 256, "fullatt_block_indexes": [2, 5]},
-        hidden_size=512,
-        ffn=1408,
-        layers=6,
-        heads=8,
-        kv_heads=2,
-        vocab=32768,
-        mrope=(8, 12, 12),
-    ),
-    "tiny": _test_model(
-        192,
-        {"depth": 2, "hidden_size": 64, "fullatt_block_indexes": [1]},
-        hidden_size=128,
-        ffn=352,
-        layers=4,
-        heads=4,
-        kv_heads=2,
-        vocab=2048,
-        mrope=(4, 6, 6),
-    ),
-}
 
 
 def add_model_argument(
@@ -132,7 +41,7 @@ def _preset_or_directory(name: str) -> str:
 def raw_config(model: str) -> dict[str, Any]:
     """Return the parsed config.json of a preset or of a directory."""
     path = Path(model) / "config.json"
-    return PRESETS[model] if model in PRESETS else require_object(read_json(path), path)
+    return dict(PRESETS[model]) if model in PRESETS else require_object(read_json(path), path)
 
 
 def model_config(model: str) -> ModelConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.config import TextConfig, VisionConfig
+from megatron_vcr1.model.config import Activation, TextConfig, VisionConfig
 from megatron_vcr1.parallel.megatron_compat import no_cuda_graphs
 
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
@@ -108,11 +110,18 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Compute the sigmoid approximation of GELU that Qwen2-VL's vision tower was trained with.
+    """Compute the sigmoid approximation of GELU.
 
     megatron-core has the same function, but compiles it on first use.
     """
     return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def text_transformer_config(
@@ -137,7 +146,7 @@ def text_transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=text.qkv_bias,
         pipeline_model_parallel_size=parallel.pipeline,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
@@ -166,10 +175,10 @@ def vision_transformer_config(
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=vision.num_heads,
         kv_channels=vision.head_dim,
-        normalization="RMSNorm" if vision.gated else "LayerNorm",
+        normalization=vision.normalization,
         layernorm_epsilon=1e-6,
         gated_linear_unit=vision.gated,
-        activation_func=F.silu if vision.gated else quick_gelu,
+        activation_func=_ACTIVATIONS[vision.activation],
         add_bias_linear=True,
         add_qkv_bias=True,
         pipeline_model_parallel_size=1,

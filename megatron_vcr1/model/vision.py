@@ -1,4 +1,4 @@
-"""The vision tower of Qwen2-VL and Qwen2.5-VL on megatron-core layers: frames in, one feature per vision token out.
+"""The vision tower on megatron-core layers: frames in, one feature per vision token out. Families extend `VisionTower`.
 
 A merge unit is a square of merge_size x merge_size patches, which the merger turns into one vision token. Patches are
 always ordered by merge unit: the patches of a unit are neighbours in the packed sequence.
@@ -6,8 +6,10 @@ always ordered by merge unit: the patches of a unit are neighbours in the packed
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -24,30 +26,10 @@ from vcr1_kernels import SegmentLayout, frames_to_patches
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.model.attention import AttentionLayout, RotaryTables
 from megatron_vcr1.model.config import VisionConfig
+from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.layer_specs import block_spec, recompute_in_backward
 
-Grid = tuple[int, int, int]  # patches in time, height, width
 ROTARY_BASE = 10_000.0
-
-
-def window_order(grid: Grid, config: VisionConfig) -> tuple[Tensor, tuple[int, ...]]:
-    """Sort the merge units of an image or video by attention window.
-
-    Windows tile each temporal step from its top left corner; those at the right and lower edges may be smaller.
-
-    Returns:
-        order: int64 [units]; order[i] is the raster index of the i-th unit in window order.
-        lengths: number of patches of each window, in window order.
-    """
-    assert config.window_size is not None
-    num_steps, rows, columns = grid[0], grid[1] // config.merge_size, grid[2] // config.merge_size
-    side = config.window_size // config.merge_size // config.patch_size  # in merge units
-    windows_down, windows_across = -(-rows // side), -(-columns // side)
-    step, row, column = torch.meshgrid(
-        torch.arange(num_steps), torch.arange(rows), torch.arange(columns), indexing="ij"
-    )
-    window = ((step * windows_down + row // side) * windows_across + column // side).flatten()
-    return window.argsort(stable=True), tuple((window.bincount() * config.patches_per_token).tolist())
 
 
 def patch_coordinates(grid: Grid, merge_size: int) -> Tensor:
@@ -130,7 +112,10 @@ class PatchMerger(MegatronModule):
         super().__init__(config=config)
         self.unit_size = vision.hidden_size * vision.patches_per_token
         self.norm = build_module(
-            backend.layer_norm(rms_norm=vision.gated), config=config, hidden_size=vision.hidden_size, eps=1e-6
+            backend.layer_norm(rms_norm=vision.normalization == "RMSNorm"),
+            config=config,
+            hidden_size=vision.hidden_size,
+            eps=1e-6,
         )
         self.linear_fc1 = build_module(
             backend.column_parallel_linear(),
@@ -169,34 +154,52 @@ class PatchMerger(MegatronModule):
 
 
 class VisionTower(MegatronModule):
-    """Patch embedding, transformer layers with windowed and full attention, and patch merger."""
+    """Patch embedding, transformer layers with attention within each temporal step, and patch merger.
+
+    A family with attention windows overrides `order_units`, and names the layers that have them.
+    """
 
     def __init__(
         self,
         vision: VisionConfig,
         config: TransformerConfig,
-        merger_config: TransformerConfig,
         backend: BackendSpecProvider,
-        groups: ProcessGroupCollection,
+        *,
+        windowed_layers: frozenset[int] = frozenset(),
     ) -> None:
+        """Build this rank's shard.
+
+        Args:
+            vision: the tower's configuration.
+            config: the same for megatron-core.
+            backend: provides the linear layers and norms.
+            windowed_layers: 1-based numbers of the layers with windowed attention.
+        """
         super().__init__(config=config)
         self.vision = vision
+        groups = ProcessGroupCollection.use_mpu_process_groups()
         self.patch_embed = PatchEmbed(vision, config)
-        all_layers = range(1, vision.num_layers + 1)
-        windowed = (
-            n for n in all_layers if vision.window_size is not None and n - 1 not in vision.full_attention_layers
-        )
         spec = block_spec(
             backend,
             num_layers=vision.num_layers,
             causal=False,
             final_norm=False,
-            windowed_layers=frozenset(windowed),
+            windowed_layers=windowed_layers,
         )
         self.decoder = TransformerBlock(
             config, spec, post_layer_norm=False, pre_process=True, post_process=True, pg_collection=groups
         )
+        merger_config = dataclasses.replace(config, sequence_parallel=False)  # all ranks merge all patches
         self.merger = PatchMerger(vision, merger_config, backend, groups)
+
+    def order_units(self, grid: Grid) -> tuple[Tensor, tuple[int, ...] | None]:
+        """Choose the order in which the merge units of an image or video are packed.
+
+        Returns:
+            order: int64 [units]; order[i] is the raster index of the i-th unit. Temporal steps stay contiguous.
+            windows: number of patches of each attention window, in that order; None without windowed attention.
+        """
+        return torch.arange(math.prod(grid) // self.vision.patches_per_token), None
 
     def forward(self, inputs: Sequence[VisionInput]) -> Tensor:
         """Encode images and videos in one packed pass.
@@ -211,20 +214,11 @@ class VisionTower(MegatronModule):
         inputs = join_inputs(inputs, vision.temporal_patch_size)
         grids = [item.grid_thw for item in inputs]
         steps = tuple(height * width for num_steps, height, width in grids for _ in range(num_steps))
-        if vision.window_size is None:
-            orders = [torch.arange(_num_units(grid, vision)) for grid in grids]
-            windows = None
-        else:
-            # The patches are packed in window order. Windows do not cross temporal steps, so each step stays contiguous
-            # and `steps` describes the segments of full attention in this order too.
-            ordered = [window_order(grid, vision) for grid in grids]
-            orders = [order for order, _ in ordered]
-            windows = tuple(length for _, lengths in ordered for length in lengths)
-
-        starts = accumulate(map(len, orders), initial=0)
-        units = torch.cat([order + start for order, start in zip(orders, starts, strict=False)])
-        # The inverse permutation, from window order back to the order of the inputs.
-        places = units.argsort().to(self.patch_embed.weight.device, non_blocking=True)
+        ordered = [self.order_units(grid) for grid in grids]
+        orders = [order for order, _ in ordered]
+        # Windows do not cross temporal steps, so `steps` describes the segments of full attention in this order too.
+        lengths = [windows for _, windows in ordered if windows is not None]
+        windows = tuple(chain.from_iterable(lengths)) if lengths else None
 
         def all_patches() -> Tensor:
             return torch.cat([self._patches(item, order) for item, order in zip(inputs, orders, strict=True)])
@@ -237,8 +231,13 @@ class VisionTower(MegatronModule):
         with recompute_in_backward(patches, all_patches):
             embedded = self.patch_embed(patches)
         coordinates = coordinates.flatten(0, 1).to(embedded.device, non_blocking=True)
-        hidden = self._encode(embedded, coordinates, steps, windows)
-        return self.merger(hidden).index_select(0, places)
+        features = self.merger(self._encode(embedded, coordinates, steps, windows))
+        if windows is None:  # the units are in the order of the inputs
+            return features
+        starts = accumulate(map(len, orders), initial=0)
+        units = torch.cat([order + start for order, start in zip(orders, starts, strict=False)])
+        # The inverse permutation, from window order back to the order of the inputs.
+        return features.index_select(0, units.argsort().to(features.device, non_blocking=True))
 
     def _patches(self, item: VisionInput, order: Tensor) -> Tensor:
         """Return the normalized patches of an input, [patches, patch_dim], with its merge units in the given order."""
@@ -293,6 +292,14 @@ class VisionTower(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)[:num_patches]
 
+    def freeze(self, parts: tuple[str, ...]) -> None:
+        """Freeze the modules of the given parts: "vision_tower" (patch embedding and layers), "merger" or both."""
+        if "vision_tower" in parts:
+            self.patch_embed.requires_grad_(False)
+            self.decoder.requires_grad_(False)
+        if "merger" in parts:
+            self.merger.requires_grad_(False)
+
 
 def with_zero_gradients(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return `x`, and make its backward pass give a gradient of zero to parameters that `x` does not depend on.
@@ -312,10 +319,6 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         return gradients[0], *(p.new_zeros(()).expand_as(p) for p in ctx.parameters)
-
-
-def _num_units(grid: Grid, config: VisionConfig) -> int:
-    return grid[0] * grid[1] * grid[2] // config.patches_per_token
 
 
 def _bidirectional(lengths: tuple[int, ...], padding: int) -> SegmentLayout:

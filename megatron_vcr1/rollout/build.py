@@ -8,7 +8,7 @@ from functools import partial
 from megatron_vcr1.config.rollout_sections import RolloutSection, SglangSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.placement import Placement
@@ -16,7 +16,7 @@ from megatron_vcr1.rollout.special_tokens import SpecialTokens
 
 
 def build_engine(
-    config: RunConfig, model: QwenVLModel, processor: PromptProcessor, tokens: SpecialTokens
+    config: RunConfig, model: VideoLanguageModel, processor: PromptProcessor, tokens: SpecialTokens
 ) -> RolloutEngine:
     """Build the engine that `rollout.engine` selects. Every rank calls it, after the model's weights are loaded.
 

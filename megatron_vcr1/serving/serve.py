@@ -13,7 +13,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens, read_repetition_penalty

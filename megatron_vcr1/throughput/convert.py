@@ -24,6 +24,7 @@ from tqdm import tqdm
 from megatron_vcr1.checkpoint.hf_export import export_checkpoint
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.command_line import write_json
+from megatron_vcr1.model.presets import raw_config
 from megatron_vcr1.process_memory import peak_rss_bytes
 from megatron_vcr1.throughput.arguments import add_repetition_arguments
 from megatron_vcr1.throughput.measure import print_table, provenance, seconds
@@ -33,17 +34,8 @@ HELP = "import and export of a checkpoint, compared with cp"
 CASES = ("cp", "cp + sync", "import", "export")
 
 # Qwen2.5-VL-3B with fewer layers: the tensors have realistic sizes.
-MODEL = {
-    "model_type": "qwen2_5_vl",
-    "tie_word_embeddings": True,
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_config": {"depth": 8, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048},
-}
+MODEL = raw_config("qwen2.5-vl-3b")
+MODEL["vision_config"] = MODEL["vision_config"] | {"depth": 8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

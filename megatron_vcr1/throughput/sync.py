@@ -23,7 +23,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.presets import PRESETS, add_model_argument, raw_config
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.throughput.arguments import add_layout_arguments, add_repetition_arguments, default_model
 from megatron_vcr1.throughput.measure import Spread, print_table, provenance, run_again, seconds
@@ -120,7 +120,7 @@ def _run_config(args: argparse.Namespace, folder: Path) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
-def _stream_alone(model: QwenVLModel) -> Callable[[], None]:
+def _stream_alone(model: VideoLanguageModel) -> Callable[[], None]:
     def send() -> None:
         for _ in stream_hf_tensors(model):
             pass
@@ -128,7 +128,7 @@ def _stream_alone(model: QwenVLModel) -> Callable[[], None]:
     return send
 
 
-def _engine_update(run_config: RunConfig, model: QwenVLModel, folder: Path) -> Callable[[], None]:
+def _engine_update(run_config: RunConfig, model: VideoLanguageModel, folder: Path) -> Callable[[], None]:
     from megatron_vcr1.rollout.build import build_engine
     from megatron_vcr1.rollout.special_tokens import SpecialTokens
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh, schedule
 from megatron_vcr1.throughput.update_case import UpdateCase
 from megatron_vcr1.training.grpo.batch import Counts, PolicyBatch, PolicyGroup, make_policy_batches

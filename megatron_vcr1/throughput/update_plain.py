@@ -108,14 +108,7 @@ def save_gradients(model: torch.nn.Module, path: Path) -> None:
 
 def sequence_positions(group: Group, config: ModelConfig) -> Tensor:
     """Return the mRoPE positions of a prompt and a response, [3, num_tokens]; all responses have the same length."""
-    prompt = group.prompt
-    positions = prompt_positions(
-        prompt.token_ids,
-        [(item.grid_thw, item.seconds_per_grid) for item in prompt.vision],
-        vision_token_ids=frozenset((config.image_token_id, config.video_token_id)),
-        merge_size=config.vision.merge_size,
-        tokens_per_second=config.vision.tokens_per_second,
-    )
+    positions = prompt_positions(config, group.prompt)
     response = torch.arange(len(group.responses[0])) + int(positions.max()) + 1
     return torch.cat((positions, response.expand(3, -1)), dim=1)
 

@@ -98,8 +98,8 @@ def check_config(config: RunConfig, size: JobSize) -> list[Finding]:
 def _layout(config: RunConfig, size: JobSize) -> tuple[str, str]:
     model, parallel = read_model_config(config, size.num_ranks), config.parallel
     replicas = size.num_ranks // (parallel.tensor * parallel.pipeline)
-    text = f"{model.family}, {model.text.num_layers} layers; tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
-    text += f"{replicas} replicas"
+    text = f"{model.family.title}, {model.text.num_layers} layers; tensor {parallel.tensor} x "
+    text += f"pipeline {parallel.pipeline} x {replicas} replicas"
     if parallel.tensor > size.gpus_per_node or size.gpus_per_node % parallel.tensor:
         return "warning", f"{text}: tensor-parallel groups cross nodes of {size.gpus_per_node} GPUs, which is slow"
     return "ok", text

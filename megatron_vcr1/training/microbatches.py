@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vcr1.data.packing import AnyGroup, pack_groups
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 
 
@@ -23,7 +23,7 @@ class Microbatch:
 
 
 def pack_microbatches(
-    groups: Sequence[AnyGroup], model: QwenVLModel, max_tokens: int
+    groups: Sequence[AnyGroup], model: VideoLanguageModel, max_tokens: int
 ) -> list[tuple[tuple[AnyGroup, ...], PackedBatch]]:
     """Pack groups into as few sequences as best-fit decreasing finds, and move them to this rank's device.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vcr1.config.training_sections import OptimizerSection
 from megatron_vcr1.model.cpu import adam
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.training.microbatches import Microbatch
 
@@ -52,7 +52,7 @@ class Learner:
     All ranks of the job must call the methods together.
     """
 
-    def __init__(self, model: QwenVLModel, section: OptimizerSection, num_steps: int) -> None:
+    def __init__(self, model: VideoLanguageModel, section: OptimizerSection, num_steps: int) -> None:
         """Wrap the model in megatron-core's data parallelism and build its optimizer.
 
         The distributed optimizer moves the parameters into one buffer: build the learner before anything keeps a
@@ -142,7 +142,7 @@ def _finalize_gradients(models: list[Any], num_tokens: Tensor | None = None, **k
     finalize_model_grads(models, None, **kwargs)
 
 
-def _fuse_gradient_accumulation(model: QwenVLModel) -> None:
+def _fuse_gradient_accumulation(model: VideoLanguageModel) -> None:
     """Let linear layers add their weight gradients directly to the gradient buffers.
 
     This saves a temporary tensor and a pass per weight. megatron-core's layers can do it with Apex's extension, or on a

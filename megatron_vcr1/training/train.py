@@ -12,7 +12,7 @@ from megatron_vcr1.checkpoint.run_store import RunStore
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.shared_memory import warn_if_shared_memory_is_small
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem

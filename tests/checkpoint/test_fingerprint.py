@@ -12,7 +12,7 @@ from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -20,7 +20,7 @@ from tests.model import tiny
 LAYOUTS: tuple[dict[str, Any], ...] = ({}, {"tensor": 4}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2})
 
 
-def _load(model_dir: Path, parallel: dict[str, Any]) -> QwenVLModel:
+def _load(model_dir: Path, parallel: dict[str, Any]) -> VideoLanguageModel:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}, "parallel": parallel})
     mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(model_dir), run.model, run.parallel, run.recompute)

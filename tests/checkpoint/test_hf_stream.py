@@ -15,7 +15,7 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import published_name
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from tests.gloo import GlooPool
 from tests.model import tiny

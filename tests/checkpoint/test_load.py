@@ -23,7 +23,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import model_layout, to_megatron
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from tests.checkpoint.hf_dirs import FAMILIES, contents, random_weights, small_config, write_hf_dir
 from tests.gloo import GlooPool

@@ -36,7 +36,7 @@ def test_differing_tensors_are_named_and_equal_nan_are_not(tmp_path: Path) -> No
 def test_models_of_different_families_or_shapes_are_refused(imported_dir: Path, tmp_path: Path) -> None:
     other = small_config("qwen2_vl")
     write_hf_dir(tmp_path / "family", other, random_weights(other))
-    with pytest.raises(UserError, match=r"family is a qwen2_vl model, but .*imported is a qwen2_5_vl model"):
+    with pytest.raises(UserError, match=r"family is a Qwen2-VL model, but .*imported is a Qwen2\.5-VL model"):
         compare_weights(tmp_path / "family", imported_dir)
     smaller = small_config()
     smaller["num_hidden_layers"] = 1

@@ -27,8 +27,8 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import model_layout
 from megatron_vcr1.model.layer_specs import LocalBackend, transformer_engine_backend
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel
 from megatron_vcr1.model.transformer_config import Fp8Recipe, text_transformer_config, vision_transformer_config
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.microbatches import Microbatch
 from megatron_vcr1.training.optimizer import Learner
@@ -42,10 +42,10 @@ def build(
     *,
     fp8: Fp8Recipe | None = None,
     recompute: RecomputeSection | None = None,
-) -> QwenVLModel:
+) -> VideoLanguageModel:
     config = ModelConfig.from_pretrained(folder)
     settings = (ParallelSection(), recompute or RecomputeSection())
-    model = QwenVLModel(
+    model = VideoLanguageModel(
         config,
         text_transformer_config(config.text, *settings, dtype=dtype, fp8=fp8, initialize_weights=False),
         vision_transformer_config(config.vision, *settings, dtype=dtype, initialize_weights=False),
@@ -60,16 +60,16 @@ def group() -> Group:
     return Group("0", tiny.prompt("iv", seed=3), tiny.responses((4, 6), seed=4))
 
 
-def _batch(model: QwenVLModel) -> PackedBatch:
+def _batch(model: VideoLanguageModel) -> PackedBatch:
     return pack([group()], model.model_config, pad_to_multiple_of=model.token_multiple).to(mesh.device())
 
 
-def logits(model: QwenVLModel) -> Tensor:
+def logits(model: VideoLanguageModel) -> Tensor:
     with torch.no_grad():
         return model.logits(model(_batch(model)))
 
 
-def run(model: QwenVLModel) -> dict[str, Tensor]:
+def run(model: VideoLanguageModel) -> dict[str, Tensor]:
     """Return logits, and gradients by checkpoint key (the whole gradient of a gated weight has its first key)."""
     batch = _batch(model)
     hidden = model(batch)
@@ -81,7 +81,7 @@ def run(model: QwenVLModel) -> dict[str, Tensor]:
     return results
 
 
-def learn(model: QwenVLModel) -> dict[str, Tensor]:
+def learn(model: VideoLanguageModel) -> dict[str, Tensor]:
     """Return the gradient norms of two updates of two microbatches each, and the updated weights by checkpoint key."""
     learner = Learner(model, OptimizerSection(learning_rate=1e-2, epsilon=1.0, max_grad_norm=0.0), num_steps=2)
     assert all(getattr(module, "fuse_wgrad_accumulation", True) for module in model.modules())

@@ -15,6 +15,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig, TextConfig
 from tests.model import tiny
 
+PUBLISHED_AXES = (*[0] * 16, *[1] * 24, *[2] * 24)
 HOSTILE_JSON = [
     ("[" * 100_000, "nested too deeply"),
     ('{"vocab_size": ' + "9" * 5_000 + "}", "not JSON that can be read"),
@@ -25,7 +26,7 @@ def test_published_qwen2_5_vl_7b(realdata: Path) -> None:
     config = ModelConfig.from_pretrained(realdata / "qwen" / "Qwen2.5-VL-7B-Instruct")
     text, vision = config.text, config.vision
     assert (text.num_layers, text.hidden_size, text.ffn_hidden_size, text.vocab_size) == (28, 3584, 18944, 152064)
-    assert (text.num_heads, text.num_kv_heads, text.head_dim, text.mrope_section) == (28, 4, 128, (16, 24, 24))
+    assert (text.num_heads, text.num_kv_heads, text.head_dim, text.mrope_axes) == (28, 4, 128, PUBLISHED_AXES)
     assert (text.rope_theta, text.norm_epsilon, text.tied_embeddings) == (1e6, 1e-6, False)
     assert (vision.num_layers, vision.hidden_size, vision.ffn_hidden_size, vision.num_heads) == (32, 1280, 3420, 16)
     assert (vision.window_size, vision.full_attention_layers, vision.tokens_per_second) == (112, (7, 15, 23, 31), 2)
@@ -50,7 +51,7 @@ def test_files_of_transformers_5_are_read_as_transformers_reads_them(tmp_path: P
 def _assert_equals_transformers(model_dir: Path) -> None:
     ours, theirs = ModelConfig.from_pretrained(model_dir), transformers.AutoConfig.from_pretrained(model_dir)
     text, vision = theirs.get_text_config(), theirs.vision_config
-    assert (ours.family, ours.image_token_id, ours.video_token_id) == (
+    assert (ours.family.model_type, ours.image_token_id, ours.video_token_id) == (
         theirs.model_type,
         theirs.image_token_id,
         theirs.video_token_id,
@@ -61,10 +62,12 @@ def _assert_equals_transformers(model_dir: Path) -> None:
         ffn_hidden_size=text.intermediate_size,
         num_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads,
+        head_dim=text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
         norm_epsilon=text.rms_norm_eps,
         rope_theta=text.rope_parameters["rope_theta"],
-        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        mrope_axes=tuple(axis for axis, n in enumerate(text.rope_parameters["mrope_section"]) for _ in range(n)),
+        qkv_bias=True,
         tied_embeddings=theirs.tie_word_embeddings,
     )
     assert (ours.vision.num_layers, ours.vision.num_heads) == (vision.depth, vision.num_heads)
@@ -96,15 +99,16 @@ def test_keys_that_published_qwen2_vl_omits_have_defaults() -> None:
     }
     vision = ModelConfig.from_dict(raw).vision
     assert (vision.num_layers, vision.hidden_size, vision.ffn_hidden_size, vision.num_heads) == (32, 1280, 5120, 16)
-    assert (vision.out_hidden_size, vision.window_size, vision.tokens_per_second) == (1536, None, None)
+    assert vision.out_hidden_size == 1536
     assert ModelConfig.from_dict(raw).text.tied_embeddings
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_nested_layout_of_transformers_5(family: str) -> None:
     config = ModelConfig.from_dict(tiny.hf_config(family).to_dict())
-    assert (config.family, config.text.num_layers, config.text.rope_theta) == (family, 4, 1e4)
+    assert (config.family.model_type, config.text.num_layers, config.text.rope_theta) == (family, 4, 1e4)
     assert config.vision.gated is (family == "qwen2_5_vl")
+    assert (config.vision.normalization == "RMSNorm") is (family == "qwen2_5_vl")
     assert config.text.tied_embeddings is (family == "qwen2_vl")
 
 

@@ -14,6 +14,7 @@ from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.families.qwen2_5_vl import window_order
 from megatron_vcr1.model.flops import (
     Flops,
     Workload,
@@ -23,8 +24,7 @@ from megatron_vcr1.model.flops import (
     training_flops,
 )
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
-from megatron_vcr1.model.qwen_vl import build_model
-from megatron_vcr1.model.vision import window_order
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from tests.model import tiny
 
@@ -146,7 +146,10 @@ def test_window_pairs_are_the_sum_of_the_windows_squares() -> None:
     config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
     for grid in ((1, 4, 4), (3, 6, 10), (2, 14, 2)):
         _, lengths = window_order(grid, config.vision)
-        assert Workload.of_group(config, 1, (), [grid]).window_pairs == sum(length**2 for length in lengths)
+        windowed = sum(length**2 for length in lengths)
+        full = grid[0] * (grid[1] * grid[2]) ** 2
+        # One of the three layers has full attention.
+        assert Workload.of_group(config, 1, (), [grid]).vision_pairs == 2 * windowed + full
 
 
 def test_a_group_is_counted_as_it_is_packed() -> None:

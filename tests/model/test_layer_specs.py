@@ -1,4 +1,4 @@
-"""The tensors that layers save for the backward pass. test_qwen_vl.py compares their results with transformers."""
+"""The tensors that layers save for backward; test_video_language_model.py compares their results."""
 
 from __future__ import annotations
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
+from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import prompt_positions, rotary_angles, vision_positions
 from tests.model import tiny
 from tests.model.tiny import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
-PADS = frozenset((IMAGE_PAD, VIDEO_PAD))
 
-
-def _positions(token_ids: list[int], vision: list[tuple[tuple[int, int, int], float | None]], **kwargs: int) -> Tensor:
-    settings = {"merge_size": 2, "tokens_per_second": 2, **kwargs}
-    return prompt_positions(torch.tensor(token_ids), vision, vision_token_ids=PADS, **settings)
+def _positions(token_ids: list[int], vision: list[tuple[tuple[int, int, int], float | None]]) -> Tensor:
+    config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
+    inputs = tuple(VisionInput(torch.empty(0), grid, seconds) for grid, seconds in vision)
+    return prompt_positions(config, EncodedPrompt(torch.tensor(token_ids), inputs))
 
 
 def test_text_advances_all_axes_together() -> None:
@@ -116,9 +117,9 @@ class _Tf32Matmuls(TorchDispatchMode):
 
 def test_angles_of_long_videos_are_exact_where_matmuls_use_tf32() -> None:
     positions = torch.tensor([[4099, 30_001], [2049, 7], [5001, 12_345]])
+    axes = [0] * 16 + [1] * 24 + [2] * 24  # axes and base of the published models
     with _Tf32Matmuls():
         assert float(torch.tensor([[4099.0]]) @ torch.ones(1, 1)) == 4100
-        angles = rotary_angles(positions, (16, 24, 24), 1e6)  # sections and base of the published models
-    axes = torch.tensor([0] * 16 + [1] * 24 + [2] * 24)
-    exact = positions.double()[axes].T / 1e6 ** (torch.arange(64).double() / 64)
+        angles = rotary_angles(positions, axes, 1e6)
+    exact = positions.double()[torch.tensor(axes)].T / 1e6 ** (torch.arange(64).double() / 64)
     torch.testing.assert_close(angles.double(), exact.repeat(1, 2), rtol=1e-6, atol=0)

@@ -19,7 +19,7 @@ from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

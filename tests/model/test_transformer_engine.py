@@ -22,12 +22,12 @@ from megatron_vcr1.checkpoint.shard_slices import parameter_slices
 from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, RecomputeSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model import layer_specs, qwen_vl
+from megatron_vcr1.model import layer_specs, video_language_model
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.layer_specs import LocalBackend, choose_backend, transformer_engine_backend
 from megatron_vcr1.model.presets import PRESETS
-from megatron_vcr1.model.qwen_vl import build_model
 from megatron_vcr1.model.transformer_config import FP8_RECIPES, check_fp8
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.local.stages import generation_mode
 from megatron_vcr1.throughput.random_weights import write_random_model
@@ -93,7 +93,7 @@ def test_fp8_needs_transformer_engine_and_half_precision(monkeypatch: pytest.Mon
         ModelSection(path="model", layer_spec="local", fp8="tensorwise")
     with pytest.raises(ValueError, match="fp8 needs dtype = 'bfloat16', not 'float32'"):
         ModelSection(path="model", dtype="float32", fp8="tensorwise")
-    monkeypatch.setattr(qwen_vl, "choose_backend", lambda requested: LocalBackend())
+    monkeypatch.setattr(video_language_model, "choose_backend", lambda requested: LocalBackend())
     run = RunConfig.model_validate({"model": {"path": "model", "fp8": "tensorwise"}})
     with pytest.raises(UserError, match=r"model\.fp8 = 'tensorwise' needs TransformerEngine and a GPU"):
         build_model(ModelConfig.from_dict(PRESETS["tiny"]), run.model, run.parallel, run.recompute)

@@ -1,4 +1,4 @@
-"""Window order and patch coordinates against transformers; the whole tower is compared in test_qwen_vl.py."""
+"""Window order and patch coordinates against transformers; test_video_language_model.py compares the tower."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from transformers import vision_utils
 
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.vision import join_inputs, patch_coordinates, rotary_angles, window_order
+from megatron_vcr1.model.families.qwen2_5_vl import window_order
+from megatron_vcr1.model.vision import join_inputs, patch_coordinates, rotary_angles
 from tests.model import tiny
 
 VISION = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict()).vision

@@ -137,13 +137,7 @@ def transformers_inputs(item: EncodedPrompt, response: Tensor | None = None) -> 
 
 def transformers_logits(model: torch.nn.Module, config: ModelConfig, item: EncodedPrompt, response: Tensor) -> Tensor:
     """Return transformers' logits for each token of a response after a prompt, [tokens, vocab_size]."""
-    positions = prompt_positions(
-        item.token_ids,
-        [(vision.grid_thw, vision.seconds_per_grid) for vision in item.vision],
-        vision_token_ids=frozenset((config.image_token_id, config.video_token_id)),
-        merge_size=2,
-        tokens_per_second=config.vision.tokens_per_second,
-    )
+    positions = prompt_positions(config, item)
     tail = (torch.arange(len(response)) + int(positions.max()) + 1).expand(3, -1)
     output = model(
         **transformers_inputs(item, response),

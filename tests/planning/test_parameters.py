@@ -11,7 +11,7 @@ import torch
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.presets import PRESETS, model_config
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.planning.job import Layout
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters

@@ -17,7 +17,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.model.presets import model_config
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh, schedule
 from megatron_vcr1.planning.job import Job, Layout, square_video
 from megatron_vcr1.planning.parameters import stage_parameters

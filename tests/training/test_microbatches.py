@@ -10,14 +10,14 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.microbatches import pack_microbatches
 from tests.model import tiny
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Iterator[QwenVLModel]:
+def model(tmp_path: Path) -> Iterator[VideoLanguageModel]:
     tiny.create("qwen2_5_vl", tmp_path)
     run = RunConfig.model_validate({"model": {"path": tmp_path, "dtype": "float32"}})
     with mesh.world(ParallelSection()):
@@ -32,7 +32,7 @@ def _groups() -> list[Group]:
     ]
 
 
-def test_microbatches_hold_every_group_once_within_the_budget(model: QwenVLModel) -> None:
+def test_microbatches_hold_every_group_once_within_the_budget(model: VideoLanguageModel) -> None:
     groups = _groups()
     max_tokens = 2 * max(group.num_tokens for group in groups)
     microbatches = pack_microbatches(groups, model, max_tokens)
@@ -45,7 +45,7 @@ def test_microbatches_hold_every_group_once_within_the_budget(model: QwenVLModel
         assert packed.response_lengths == tuple(len(response) for response in responses)
 
 
-def test_a_group_over_the_budget_raises_the_budget(model: QwenVLModel) -> None:
+def test_a_group_over_the_budget_raises_the_budget(model: VideoLanguageModel) -> None:
     groups = _groups()
     longest = max(group.num_tokens for group in groups)
     microbatches = pack_microbatches(groups, model, max_tokens=1)

@@ -17,7 +17,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.microbatches import Microbatch
 from megatron_vcr1.training.optimizer import Learner
@@ -119,7 +119,7 @@ def _train(folder: Path, frozen: str, layout: dict[str, Any]) -> dict[str, float
     }
 
 
-def _build(folder: Path, run: RunConfig, weights: str) -> QwenVLModel:
+def _build(folder: Path, run: RunConfig, weights: str) -> VideoLanguageModel:
     model = build_model(ModelConfig.from_pretrained(folder / "model"), run.model, run.parallel, run.recompute)
     load_model_weights(model, folder / weights)
     return model

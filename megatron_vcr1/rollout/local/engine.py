@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.sampling import EndOfResponse
 from megatron_vcr1.rollout.local.stages import generation_mode
@@ -24,7 +24,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: QwenVLModel,
+        model: VideoLanguageModel,
         tokens: SpecialTokens,
         decode: Callable[[Sequence[int]], str],
         *,

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_vcr1.model.attention import CachedAttention
 from megatron_vcr1.model.packed_batch import PackedBatch
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 
 
 @contextmanager
-def generation_mode(model: QwenVLModel) -> Iterator[None]:
+def generation_mode(model: VideoLanguageModel) -> Iterator[None]:
     """Put the model into evaluation mode, without gradients, sequence parallelism and FP8, and restore it afterwards.
 
     Sequence parallelism and FP8 both require token counts with certain divisors, which a decoding batch does not have.
@@ -43,7 +43,7 @@ def generation_mode(model: QwenVLModel) -> Iterator[None]:
         model.language_model.decoder.input_tensor = None
 
 
-def forward_through_stages(model: QwenVLModel, batch: PackedBatch, cached: CachedAttention) -> Tensor | None:
+def forward_through_stages(model: VideoLanguageModel, batch: PackedBatch, cached: CachedAttention) -> Tensor | None:
     """Compute this rank's stage: receive hidden states from the previous stage, and send them to the next one.
 
     All ranks of the replica must call it, for the same batches in the same order. A stage only waits for the previous

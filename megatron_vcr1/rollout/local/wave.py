@@ -12,7 +12,7 @@ from vcr1_kernels import SegmentLayout
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.kv_cache import KVCache, PrefillAttention
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.sampling import EndOfResponse, choose_tokens, response_uniforms
@@ -98,7 +98,7 @@ class Wave:
 
     def __init__(
         self,
-        model: QwenVLModel,
+        model: VideoLanguageModel,
         requests: Sequence[GenerationRequest],
         entries: Sequence[WaveEntry],
         params: SamplingParams,

@@ -31,7 +31,6 @@ class PromptEncoder:
     def __init__(self, config: ModelConfig) -> None:
         vision = config.vision
         self.config = config
-        self.pad_ids = frozenset((config.image_token_id, config.video_token_id))
         self.patches = PatchSettings(
             vision.patch_size, vision.temporal_patch_size, vision.merge_size, vision.pixel_mean, vision.pixel_std
         )
@@ -48,18 +47,11 @@ class PromptEncoder:
         """
         if not prompt.vision:
             return None
-        vision = self.config.vision
-        positions = prompt_positions(
-            prompt.token_ids,
-            [(item.grid_thw, item.seconds_per_grid) for item in prompt.vision],
-            vision_token_ids=self.pad_ids,
-            merge_size=vision.merge_size,
-            tokens_per_second=vision.tokens_per_second,
-        )
-        pads = iter(vision_token_mask(prompt.token_ids, self.pad_ids).nonzero()[:, 0].tolist())
+        positions = prompt_positions(self.config, prompt)
+        pads = iter(vision_token_mask(prompt.token_ids, self.config.pad_ids).nonzero()[:, 0].tolist())
         media = []
         for item in prompt.vision:
-            tokens = [next(pads) for _ in range(item.num_tokens(vision.merge_size))]
+            tokens = [next(pads) for _ in range(item.num_tokens(self.config.vision.merge_size))]
             # Frames that were decoded on a GPU (dali-gpu) are copied to the host.
             media.append(MediaItem(item.frames.cpu(), item.seconds_per_grid is not None, tokens[0]))
         return Payload(tuple(media), positions, self.patches, salt)

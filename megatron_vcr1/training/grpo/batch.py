@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcr1.data.packing import Group
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.training.grpo.scoring import ScoredGroup, all_positions
 from megatron_vcr1.training.microbatches import Microbatch, pack_microbatches
@@ -118,7 +118,7 @@ def split_into_minibatches(
 def make_policy_batches(
     groups: Sequence[PolicyGroup],
     counts: Counts,
-    model: QwenVLModel,
+    model: VideoLanguageModel,
     *,
     microbatch_tokens: int,
     normalization: LossNormalization,

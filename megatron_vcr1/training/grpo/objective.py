@@ -9,7 +9,7 @@ from torch import Tensor
 from vcr1_kernels import LinearGrpoLoss, Objective, linear_objective_loss
 
 from megatron_vcr1.config.training_sections import GrpoSection
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.training.grpo.batch import PolicyBatch
 from megatron_vcr1.training.metrics import Metrics
 
@@ -29,7 +29,7 @@ def objective_from_settings(section: GrpoSection) -> Objective:
 
 
 def grpo_loss(
-    model: QwenVLModel, hidden: Tensor, batch: PolicyBatch, objective: Objective, *, temperature: float
+    model: VideoLanguageModel, hidden: Tensor, batch: PolicyBatch, objective: Objective, *, temperature: float
 ) -> LinearGrpoLoss:
     """Compute the weighted sum of the objective over a microbatch's tokens, fused with the language-model head.
 

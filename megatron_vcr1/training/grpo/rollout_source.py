@@ -14,7 +14,7 @@ from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.rollout_sections import RolloutSection
 from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
 from megatron_vcr1.data.loader import SkippedSample
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_vcr1.training.grpo.scoring import GroupScorer, ScoredGroup, all_positions
@@ -52,7 +52,7 @@ class RolloutSource(ABC):
     def __init__(
         self,
         engine: RolloutEngine,
-        policy: QwenVLModel,
+        policy: VideoLanguageModel,
         stream: PromptStream,
         scorer: GroupScorer,
         *,

@@ -79,7 +79,7 @@ def test_the_vocabulary_has_no_duplicates() -> None:
 
 def test_the_directory_is_a_qwen2_5_vl_with_one_token_per_two_frames(folder: Path, processor: PromptProcessor) -> None:
     config = ModelConfig.from_pretrained(folder)
-    assert config.family == "qwen2_5_vl"
+    assert config.family.model_type == "qwen2_5_vl"
     assert config.text.vocab_size == len(vocabulary())
     assert config.vision.pixel_mean == (0.5, 0.5, 0.5)
     assert (processor.factor, processor.temporal_patch_size) == (16, 2)

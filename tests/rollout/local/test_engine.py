@@ -20,7 +20,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.cpu import decode
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
@@ -73,7 +73,7 @@ def _engine(
     *,
     end: tuple[int, ...] = (),
     max_batch_responses: int = 256,
-) -> tuple[LocalEngine, QwenVLModel]:
+) -> tuple[LocalEngine, VideoLanguageModel]:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}, "parallel": parallel or {}})
     mesh.initialize(run.parallel)
     model = build_model(ModelConfig.from_pretrained(model_dir), run.model, run.parallel, run.recompute)
@@ -113,7 +113,7 @@ def test_greedy_responses_equal_transformers_generate(
 ) -> None:
     engine, model = _engine(model_dir, end=END)
     config = model.model_config
-    theirs = tiny.create(config.family, tmp_path)
+    theirs = tiny.create(config.family.model_type, tmp_path)
     params = SamplingParams(max_new_tokens=12, temperature=0, repetition_penalty=repetition_penalty)
     generated = engine.generate(_requests(), params)
     for request, group in zip(_requests(), generated, strict=True):
@@ -123,7 +123,7 @@ def test_greedy_responses_equal_transformers_generate(
         assert {rollout.finish_reason for rollout in group.rollouts} == {reason}
 
 
-def _scored(model: QwenVLModel, request: GenerationRequest, group: RolloutGroup, temperature: float) -> Tensor:
+def _scored(model: VideoLanguageModel, request: GenerationRequest, group: RolloutGroup, temperature: float) -> Tensor:
     responses = tuple(torch.tensor(rollout.token_ids) for rollout in group.rollouts)
     batch = pack([Group(request.id, request.prompt, responses)], model.model_config)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.local.stages import broadcast_from_last_stage, generation_mode
 from tests.gloo import GlooPool

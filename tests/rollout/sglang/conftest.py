@@ -27,7 +27,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
@@ -145,18 +145,18 @@ def world() -> Iterator[None]:
 
 
 @pytest.fixture
-def model(world: None, serving: Serving) -> QwenVLModel:
+def model(world: None, serving: Serving) -> VideoLanguageModel:
     """Return the policy, with the weights that the server was started with."""
     return load(serving.config())
 
 
-def load(config: RunConfig) -> QwenVLModel:
+def load(config: RunConfig) -> VideoLanguageModel:
     model = build_model(ModelConfig.from_pretrained(config.model.path), config.model, config.parallel, config.recompute)
     load_model_weights(model, config.model.path)
     return model
 
 
-def change(model: QwenVLModel, seed: int) -> None:
+def change(model: VideoLanguageModel, seed: int) -> None:
     """Change all weights, as an optimizer step might."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -202,7 +202,10 @@ def requests(
 
 
 def largest_difference(
-    model: QwenVLModel, sent: Sequence[GenerationRequest], groups: Sequence[RolloutGroup], temperature: float = 1.0
+    model: VideoLanguageModel,
+    sent: Sequence[GenerationRequest],
+    groups: Sequence[RolloutGroup],
+    temperature: float = 1.0,
 ) -> float:
     """Return the largest difference between the server's log-probs and the model's, over all tokens."""
     differences = []

@@ -13,7 +13,7 @@ import pytest
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.engine import EngineError, SamplingParams
 from megatron_vcr1.rollout.sglang import payload
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
@@ -37,7 +37,7 @@ def payload_files() -> set[Path]:
 
 
 @pytest.mark.parametrize("transport", ["inline", "file"])
-def test_responses_to_text_images_and_videos(start_engine: Start, model: QwenVLModel, transport: str) -> None:
+def test_responses_to_text_images_and_videos(start_engine: Start, model: VideoLanguageModel, transport: str) -> None:
     before = payload_files()
     engine = start_engine(transport=transport)
     engine.update_weights(stream_hf_tensors(model), 0)
@@ -69,7 +69,7 @@ def test_responses_to_text_images_and_videos(start_engine: Start, model: QwenVLM
     ids=["cold", "top-p", "top-k", "greedy"],
 )
 def test_log_probs_are_over_the_whole_vocabulary_at_the_sampling_temperature(
-    start_engine: Start, model: QwenVLModel, params: SamplingParams
+    start_engine: Start, model: VideoLanguageModel, params: SamplingParams
 ) -> None:
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
@@ -81,7 +81,7 @@ def test_log_probs_are_over_the_whole_vocabulary_at_the_sampling_temperature(
 
 
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(
-    start_engine: Start, model: QwenVLModel
+    start_engine: Start, model: VideoLanguageModel
 ) -> None:
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
@@ -97,7 +97,7 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(
 
 @pytest.mark.parametrize("weight_sync", ["broadcast", "tensor", "disk"])
 def test_log_probs_are_those_of_the_new_weights_after_a_sync(
-    start_engine: Start, model: QwenVLModel, serving: Serving, weight_sync: str
+    start_engine: Start, model: VideoLanguageModel, serving: Serving, weight_sync: str
 ) -> None:
     engine = start_engine(weight_sync=weight_sync)
     sent = requests(4)
@@ -116,7 +116,7 @@ def test_log_probs_are_those_of_the_new_weights_after_a_sync(
         assert len(list(folder.iterdir())) == 1  # earlier versions are removed
 
 
-def test_weights_of_another_run_are_detected(start_engine: Start, model: QwenVLModel) -> None:
+def test_weights_of_another_run_are_detected(start_engine: Start, model: VideoLanguageModel) -> None:
     first = start_engine()
     first.update_weights(stream_hf_tensors(model), 0)
     second = start_engine()
@@ -128,7 +128,7 @@ def test_weights_of_another_run_are_detected(start_engine: Start, model: QwenVLM
     assert first.generate(requests(1, ("",)), SamplingParams(4))[0].rollouts[0].policy_version == 0
 
 
-def test_abort_ends_running_requests(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_abort_ends_running_requests(start_engine: Start, model: VideoLanguageModel, serving: Serving) -> None:
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
     errors: list[BaseException] = []
@@ -173,7 +173,7 @@ def wait_for_load(url: str) -> None:
         time.sleep(0.05)
 
 
-def test_generation_continues_after_a_pause(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_generation_continues_after_a_pause(start_engine: Start, model: VideoLanguageModel, serving: Serving) -> None:
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
     sent, groups = requests(4, ("v",)), []
@@ -187,7 +187,7 @@ def test_generation_continues_after_a_pause(start_engine: Start, model: QwenVLMo
     assert largest_difference(model, sent, groups) < TOLERANCE
 
 
-def test_memory_release_and_resume(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_memory_release_and_resume(start_engine: Start, model: VideoLanguageModel, serving: Serving) -> None:
     """Checks only the calls and their order: without a GPU, there is no memory saver and nothing is freed."""
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
@@ -204,7 +204,7 @@ def test_memory_release_and_resume(start_engine: Start, model: QwenVLModel, serv
 
 
 def test_memory_that_a_killed_run_left_released_is_resumed(
-    start_engine: Start, model: QwenVLModel, serving: Serving
+    start_engine: Start, model: VideoLanguageModel, serving: Serving
 ) -> None:
     MemoryRelease([serving.url], None, timeout_s=60).release()
     server = serving.server()

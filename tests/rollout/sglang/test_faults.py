@@ -14,7 +14,7 @@ import pytest
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.engine import EngineError, SamplingParams
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
 from megatron_vcr1.rollout.sglang.http import weight_version
@@ -42,7 +42,7 @@ def versions(groups: Any) -> set[int]:
     return {rollout.policy_version for group in groups for rollout in group.rollouts}
 
 
-def test_status_500_is_retried(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_status_500_is_retried(start_engine: Start, model: VideoLanguageModel, serving: Serving) -> None:
     failures = iter([(500, {"error": "broken"}), (503, {"error": "busy"})])
 
     def intervene(path: str, body: Any) -> Reply | None:
@@ -57,7 +57,7 @@ def test_status_500_is_retried(start_engine: Start, model: QwenVLModel, serving:
         assert front.count("/generate") == len(sent) + 2
 
 
-def test_a_refused_weight_update_is_repeated(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_a_refused_weight_update_is_repeated(start_engine: Start, model: VideoLanguageModel, serving: Serving) -> None:
     refusals = iter([(400, {"success": False, "message": "no"})])
 
     def intervene(path: str, body: Any) -> Reply | None:
@@ -70,7 +70,7 @@ def test_a_refused_weight_update_is_repeated(start_engine: Start, model: QwenVLM
 
 
 def test_a_server_that_refuses_every_weight_update_gets_no_requests(
-    start_engine: Start, model: QwenVLModel, serving: Serving
+    start_engine: Start, model: VideoLanguageModel, serving: Serving
 ) -> None:
     def intervene(path: str, body: Any) -> Reply | None:
         # After the first bucket of a pass: the weights are a mixture of old and new.
@@ -87,7 +87,7 @@ def test_a_server_that_refuses_every_weight_update_gets_no_requests(
         assert front.count("/generate") == 0
 
 
-def test_a_hung_server_times_out_and_returns(start_engine: Start, model: QwenVLModel, serving: Serving) -> None:
+def test_a_hung_server_times_out_and_returns(start_engine: Start, model: VideoLanguageModel, serving: Serving) -> None:
     engine = start_engine(request_timeout_s=20)
     engine.update_weights(stream_hf_tensors(model), 1)
     engine.generate(requests(1, ("v",)), SamplingParams(4))
@@ -107,7 +107,7 @@ def test_a_hung_server_times_out_and_returns(start_engine: Start, model: QwenVLM
 
 
 def test_a_server_that_dies_while_sampling_is_restarted_and_gets_the_policys_weights(
-    start_engine: Start, model: QwenVLModel, serving: Serving
+    start_engine: Start, model: VideoLanguageModel, serving: Serving
 ) -> None:
     engine = start_engine(weight_sync="broadcast")
     change(model, seed=1)
@@ -122,7 +122,7 @@ def test_a_server_that_dies_while_sampling_is_restarted_and_gets_the_policys_wei
 
 
 def test_a_server_that_dies_between_two_buckets_of_an_update(
-    start_engine: Start, model: QwenVLModel, serving: Serving
+    start_engine: Start, model: VideoLanguageModel, serving: Serving
 ) -> None:
     killed: list[psutil.Process] = []
     update = "/update_weights_from_distributed"

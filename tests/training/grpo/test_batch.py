@@ -9,7 +9,7 @@ import torch
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.qwen_vl import build_model
+from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rewards import RewardBreakdown
 from megatron_vcr1.training.grpo.batch import (

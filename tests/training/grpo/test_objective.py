@@ -14,7 +14,7 @@ from vcr1_kernels import LinearGrpoLoss
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.training_sections import GrpoSection
 from megatron_vcr1.model.packed_batch import PackedBatch
-from megatron_vcr1.model.qwen_vl import QwenVLModel
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.grpo.batch import Counts, PolicyBatch, token_weights
 from megatron_vcr1.training.grpo.objective import (
@@ -67,7 +67,7 @@ class Toy:
     def fused(self, section: GrpoSection, batch: PolicyBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss and its gradients with respect to hidden and weight, as training computes them."""
         hidden, weight = self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
-        model = cast(QwenVLModel, SimpleNamespace(head_weight=lambda: weight, tensor_group=None))
+        model = cast(VideoLanguageModel, SimpleNamespace(head_weight=lambda: weight, tensor_group=None))
         objective = objective_from_settings(section)
         counts = Counts(len(LENGTHS), sum(LENGTHS))
         weights = token_weights(LENGTHS, counts, section.loss_normalization, MAX_NEW_TOKENS).double()
@@ -198,5 +198,5 @@ def test_mismatch_compares_the_policy_before_the_first_update() -> None:
 
 
 def _paper_result(toy: Toy) -> LinearGrpoLoss:
-    model = cast(QwenVLModel, SimpleNamespace(head_weight=lambda: toy.weight, tensor_group=None))
+    model = cast(VideoLanguageModel, SimpleNamespace(head_weight=lambda: toy.weight, tensor_group=None))
     return grpo_loss(model, toy.hidden, toy.batch, objective_from_settings(GrpoSection()), temperature=TEMPERATURE)

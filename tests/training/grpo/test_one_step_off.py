@@ -21,7 +21,7 @@ from megatron_vcr1.data.manifest import read_manifest, write_manifest
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.cpu.cuda_emulation import CudaMeansCpu
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
 from megatron_vcr1.rollout.local.engine import LocalEngine
@@ -100,7 +100,7 @@ def _trainer(
     )
 
     def build_engine(
-        config: RunConfig, model: QwenVLModel, processor: PromptProcessor, tokens: SpecialTokens
+        config: RunConfig, model: VideoLanguageModel, processor: PromptProcessor, tokens: SpecialTokens
     ) -> ServerLikeEngine:
         return ServerLikeEngine(config, folder / "server", processor)
 

@@ -1,8 +1,7 @@
-"""Qwen2-VL and Qwen2.5-VL on megatron-core, sharded across tensor- and pipeline-parallel ranks."""
+"""A video language model of any family on megatron-core, sharded across tensor- and pipeline-parallel ranks."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -11,7 +10,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -49,7 +47,7 @@ logger = logging.getLogger(__name__)
 SHARDING_METADATA = {"non_homogeneous_layers": True}
 
 
-class QwenVLModel(MegatronModule):
+class VideoLanguageModel(MegatronModule):
     """This rank's part of the model. The first stage also has the vision tower, the last stage the head.
 
     Calling it with a `PackedBatch` returns, on the last stage, the hidden state that predicts each target, [targets,
@@ -72,9 +70,7 @@ class QwenVLModel(MegatronModule):
         self.share_embeddings_and_output_weights = config.text.tied_embeddings
         self.vision_tower: VisionTower | None = None
         if self.pre_process:
-            groups = ProcessGroupCollection.use_mpu_process_groups()
-            merger_config = dataclasses.replace(vision_config, sequence_parallel=False)
-            self.vision_tower = VisionTower(config.vision, vision_config, merger_config, backend, groups)
+            self.vision_tower = config.family.build_vision_tower(config.vision, vision_config, backend)
         spec = block_spec(
             backend,
             num_layers=get_num_layers_to_build(text_config),
@@ -131,7 +127,7 @@ class QwenVLModel(MegatronModule):
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         embeddings = self._embed(batch) if self.pre_process else None
         text = self.model_config.text
-        rope = RotaryTables.from_angles(rotary_angles(batch.position_ids, text.mrope_section, text.rope_theta))
+        rope = RotaryTables.from_angles(rotary_angles(batch.position_ids, text.mrope_axes, text.rope_theta))
         decoder = self.language_model.decoder
         if isinstance(cached, KVCache) and decode.supports(decoder):
             stage_input = decoder.input_tensor if embeddings is None else embeddings
@@ -235,7 +231,7 @@ def build_model(
     recompute: RecomputeSection,
     *,
     initialize_weights: bool = False,
-) -> QwenVLModel:
+) -> VideoLanguageModel:
     """Build this rank's part of a model. Call it after `parallel.mesh.initialize`.
 
     Args:
@@ -259,7 +255,7 @@ def build_model(
         logger.info("matmuls of the language model's layers: FP8, %s", fp8)
     logger.info("attention: %s", _attention_name())
     dtype = getattr(torch, section.dtype)
-    model = QwenVLModel(
+    model = VideoLanguageModel(
         config,
         text_transformer_config(
             config.text, parallel, recompute, dtype=dtype, fp8=fp8, initialize_weights=initialize_weights
@@ -274,7 +270,7 @@ def build_model(
     return model
 
 
-def _set_sharding_attributes(model: QwenVLModel) -> None:
+def _set_sharding_attributes(model: VideoLanguageModel) -> None:
     """Mark the weights that are sharded across tensor-parallel ranks.
 
     The gradient norm counts a weight without this mark on one tensor-parallel rank only. megatron-core's layers set it
@@ -296,7 +292,7 @@ def _attention_name() -> str:
     return "Triton, and flash-attn where no prefix is shared" if flash_attn_is_installed() else "Triton"
 
 
-def freeze(model: QwenVLModel, parts: tuple[str, ...]) -> None:
+def freeze(model: VideoLanguageModel, parts: tuple[str, ...]) -> None:
     """Freeze parts of the model.
 
     Args:
@@ -305,10 +301,5 @@ def freeze(model: QwenVLModel, parts: tuple[str, ...]) -> None:
     """
     if "language_model" in parts:
         model.language_model.requires_grad_(False)
-    if model.vision_tower is None:
-        return
-    if "vision_tower" in parts:
-        model.vision_tower.patch_embed.requires_grad_(False)
-        model.vision_tower.decoder.requires_grad_(False)
-    if "merger" in parts:
-        model.vision_tower.merger.requires_grad_(False)
+    if model.vision_tower is not None:
+        model.vision_tower.freeze(parts)

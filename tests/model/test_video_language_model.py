@@ -16,7 +16,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
-from megatron_vcr1.model.qwen_vl import QwenVLModel, build_model
+from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh, schedule
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -86,14 +86,16 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def _build(folder: Path, settings: dict[str, Any], weights: str) -> QwenVLModel:
+def _build(folder: Path, settings: dict[str, Any], weights: str) -> VideoLanguageModel:
     run = RunConfig.model_validate({"model": {"path": folder / "model", "dtype": "float32"}, **settings})
     model = build_model(ModelConfig.from_pretrained(folder / "model"), run.model, run.parallel, run.recompute)
     load_model_weights(model, folder / weights)
     return model
 
 
-def _forward_backward(model: QwenVLModel, ddp: dict[str, bool]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def _forward_backward(
+    model: VideoLanguageModel, ddp: dict[str, bool]
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Run all cases through the pipeline schedule; return the last stage's metrics and this rank's gradients.
 
     Args:
@@ -141,7 +143,7 @@ def _compare(folder: Path, settings: dict[str, Any], **ddp: bool) -> dict[str, f
     return worst
 
 
-def _loss_and_gradients(model: QwenVLModel, batches: list[PackedBatch]) -> tuple[float, dict[str, Tensor]]:
+def _loss_and_gradients(model: VideoLanguageModel, batches: list[PackedBatch]) -> tuple[float, dict[str, Tensor]]:
     """Return the mean log-prob of all targets and its gradients, without the pipeline schedule."""
     model.zero_grad()
     total = torch.zeros(())

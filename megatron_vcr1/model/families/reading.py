@@ -1,0 +1,123 @@
+"""Reading of the keys in config.json that families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.json_fields import Fields
+from megatron_vcr1.model.config import TextConfig
+
+MAX_LAYERS = 4096
+IMAGE_PAD_ID, VIDEO_PAD_ID = 151655, 151656
+"""Ids of the pads in all published models."""
+
+
+def language_model_fields(raw: Fields) -> Fields:
+    """Return the keys of the language model.
+
+    The published files of older models have them at the top level; transformers 5 writes a nested ``text_config``,
+    whose values take precedence.
+    """
+    nested = raw.section("text_config")
+    is_nested = "hidden_size" in nested or "num_hidden_layers" in nested
+    present = {key: value for key, value in nested.values.items() if value is not None}
+    return Fields({**raw.values, **present}, nested.where if is_nested else raw.where)
+
+
+def rope_fields(raw: Fields) -> Fields:
+    """Return the section of the rotary positions; transformers 4 calls it ``rope_scaling``.
+
+    Raises:
+        UserError: the positions are of a type that no published model of these families has.
+    """
+    rope = raw.section("rope_parameters" if raw.values.get("rope_parameters") else "rope_scaling")
+    for key in ("rope_type", "type"):
+        if rope.text(key, None) not in (None, "default", "mrope"):
+            raise rope.error(key, "is not supported; only 'mrope', the published models' rope type, is")
+    return rope
+
+
+def embeddings_are_tied(raw: Fields) -> bool:
+    """Return whether the head's weight is the embedding.
+
+    transformers 4.52 to 4.57 wrote the key, which concerns the whole model, to ``text_config`` only.
+    """
+    return any([part.boolean("tie_word_embeddings") for part in (raw, raw.section("text_config"))])
+
+
+def pad_id(raw: Fields, key: str, default: int, vocab_size: int) -> int:
+    """Return the id of a pad. The default, which is that of the published models, may lie beyond the vocabulary of a
+    small model that has no pads.
+    """
+    token_id = raw.integer(key, default, minimum=0)
+    if key in raw and token_id >= vocab_size:
+        raise raw.error(key, f"must be below vocab_size, which is {vocab_size}: the embedding has no row for it")
+    return token_id
+
+
+def read_text_config(
+    raw: Fields,
+    *,
+    head_dim: int | None,
+    rope_theta: float,
+    mrope_axes: Callable[[tuple[int, ...]], tuple[int, ...]],
+    qkv_bias: bool,
+    tied_embeddings: bool,
+) -> TextConfig:
+    """Read the language model.
+
+    Args:
+        raw: its keys, from `language_model_fields`.
+        head_dim: size of a head; None for hidden size / heads.
+        rope_theta: base of the rotary frequencies.
+        mrope_axes: maps mrope_section, the numbers of frequencies of time, height and width, to TextConfig.mrope_axes.
+        qkv_bias, tied_embeddings: as in TextConfig.
+
+    Raises:
+        UserError: a key is missing or has a value that is not supported; the message names the key.
+    """
+    if raw.values.get("hidden_act", "silu") != "silu":
+        raise raw.error("hidden_act", "must be 'silu'; no other value is supported")
+    num_layers = raw.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    _check_layer_types(raw, num_layers)
+    hidden_size, num_heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise UserError(f"{raw.where}: hidden size {hidden_size} is not a multiple of {num_heads} heads")
+        head_dim = hidden_size // num_heads
+    section = rope_fields(raw).integers("mrope_section", length=3)
+    if 2 * sum(section) != head_dim:
+        raise UserError(
+            f"{raw.where}: mrope_section {list(section)} must sum to half the head dimension, {head_dim // 2}"
+        )
+    return TextConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=raw.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=raw.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        vocab_size=raw.integer("vocab_size"),
+        norm_epsilon=raw.number("rms_norm_eps", 1e-6, below=1),
+        rope_theta=rope_theta,
+        mrope_axes=mrope_axes(section),
+        qkv_bias=qkv_bias,
+        tied_embeddings=tied_embeddings,
+    )
+
+
+def _check_layer_types(raw: Fields, num_layers: int) -> None:
+    """Check the list of attention types that transformers 5 writes, one per layer; all of them must be full."""
+    if "layer_types" not in raw:
+        return
+    types = raw.values["layer_types"]
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise raw.error("layer_types", "must be a list of strings, one per layer")
+    if len(types) != num_layers:
+        raise UserError(
+            f"{raw.where}: layer_types has {len(types)} entries, but num_hidden_layers is {num_layers}; correct one of "
+            "them, or remove layer_types"
+        )
+    if other := sorted(set(types) - {"full_attention"}):
+        raise UserError(f"{raw.where}: layer_types contains {other[0]!r}; only 'full_attention' is supported")
