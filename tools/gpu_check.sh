@@ -4,8 +4,8 @@
 #     bash tools/gpu_check.sh [SECTION...]      # default: all sections, in this order, until the time is used up
 #
 #     kernels        tests of the Triton kernels
-#     model          tests of the model and the in-process engine against transformers; if TransformerEngine is
-#                    installed, also of its layers and of FP8
+#     model          tests of the model and the in-process engine against transformers, and of the reference in host
+#                    memory; if TransformerEngine is installed, also of its layers and of FP8
 #     benchmark      the kernels compared with alternative implementations
 #     update         a GRPO update with the shapes of Qwen2.5-VL-3B
 #     update_te      the same update with TransformerEngine's layers, then with FP8
@@ -118,7 +118,9 @@ has() {
 run_kernels() { has kernels pytest && run_limited kernels "${pytest[@]}" "${workers[@]}" tests/kernels; }
 run_model() {
     has model pytest megatron_vcr1.model.video_language_model megatron_vcr1.rollout.local.engine || return
-    run_limited model "${pytest[@]}" -rA tests/model/test_on_gpu.py tests/model/test_transformer_engine.py
+    # The tests of sharded buffers need four ranks.
+    run_limited model "${pytest[@]}" -rA -k "not sharded" tests/model/test_on_gpu.py \
+        tests/model/test_transformer_engine.py tests/training/test_reference.py
 }
 run_benchmark() { run_limited benchmark "$python" tools/benchmark_kernels.py --json "$out/kernels.json"; }
 

@@ -41,7 +41,7 @@ _NUMBERS = {
     "data.total_pixels)",
 }
 _MODEL = "qwen2.5-vl-7b"
-_PAPER = {"group_size": 8, "samples": 18_031, "prompt_tokens": 3840, "epochs": 1.0, "freeze": (), "reference": "swap"}
+_PAPER = {"group_size": 8, "samples": 18_031, "prompt_tokens": 3840, "epochs": 1.0, "freeze": (), "reference": "host"}
 """Defaults of the options that describe a run."""
 
 
@@ -90,8 +90,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     job.add_argument(
         "--reference",
-        choices=("swap", "resident", "none"),
-        help="where the reference is kept, see grpo.reference (default: swap)",
+        choices=("host", "resident", "none"),
+        help="where the reference is kept, see grpo.reference (default: host)",
     )
     parser.add_argument("--growth", action="store_true", help="compare the best layouts of 8 to 1,024 GPUs")
     parser.add_argument(

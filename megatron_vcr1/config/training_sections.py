@@ -196,10 +196,11 @@ class GrpoSection(Section):
         description="Sample the responses of the next step while the current step trains, so that they are one policy "
         "version old. Needs rollout.engine = 'sglang' with separate servers.",
     )
-    reference: Literal["swap", "resident"] = Field(
-        default="swap",
-        description="Location of the reference's weights: 'swap' keeps them in host memory and swaps them with the "
-        "policy's for the reference's forward pass, 'resident' keeps both on the GPU.",
+    reference: Literal["host", "resident"] = Field(
+        default="host",
+        description="Location of the reference's weights: 'host' keeps them in host memory and copies them to the "
+        "gradient buffers, which are not in use then, for the reference's forward pass; 'resident' keeps them on the "
+        "GPU.",
     )
 
 

@@ -40,7 +40,7 @@ class Device:
     decoded_frames_per_s: float = 400.0  # video decoding and resizing by this GPU's part of the node's CPU cores
     fixed_bytes: float = 3e9  # CUDA context, libraries, communication buffers
     fragmentation: float = 0.05  # additional memory that the allocator loses, as a fraction of what varies
-    is_cpu: bool = False  # the host memory is the device memory, so a swapped-out reference occupies it too
+    is_cpu: bool = False  # the host memory is the device memory, so a reference in host memory occupies it too
 
 
 # bfloat16 without sparsity; NVLink within nodes, and one 400 Gbit/s adapter (A100: 200 Gbit/s) per GPU.

@@ -42,7 +42,7 @@ class Job:
     dtype_bytes: int = 2  # of parameters and activations
     freeze: tuple[str, ...] = ()
     with_reference: bool = True  # whether the log-probs of the reference are computed
-    reference_resident: bool = False  # True: the reference stays on the device; False: it is swapped in from the host
+    reference_resident: bool = False  # whether the reference's weights stay on the device, or in host memory
 
     @property
     def num_steps(self) -> int:

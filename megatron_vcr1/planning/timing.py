@@ -134,14 +134,10 @@ def update_seconds(
 def reference_seconds(
     job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline = pipeline_seconds
 ) -> float:
-    """Predict the log-probs of the reference, including the swap of its weights unless they are resident."""
+    """Predict the log-probs of the reference. Its weights are copied from the host while the engine samples."""
     if not job.with_reference:
         return 0.0
-    compute = _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=False)
-    weights = max(stage.total for stage in stage_parameters(job.config, layout)) * job.dtype_bytes
-    # Four sequential copies: policy to host, reference to device, then both back.
-    swap = 0.0 if job.reference_resident or device.is_cpu else 4 * weights / device.host_bytes_per_s
-    return compute + swap
+    return _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=False)
 
 
 def _pass_seconds(

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--reference",
-        choices=("swap", "resident", "none"),
-        default="swap",
+        choices=("host", "resident", "none"),
+        default="host",
         help="of our side, see grpo.reference; none: no KL on any side (default: %(default)s)",
     )
     add_layout_arguments(parser)
@@ -195,7 +195,7 @@ def _write_case(args: argparse.Namespace, folder: Path) -> UpdateCase:
         | {
             "model_dir": str(folder / "policy"),
             "reference_dir": str(folder / "reference") if with_reference else None,
-            "reference": "resident" if args.reference == "resident" else "swap",
+            "reference": "resident" if args.reference == "resident" else "host",
         }
     )
 

@@ -31,7 +31,7 @@ class UpdateCase:
     group_size: int = 8
     response_tokens: int = 64
     kl_coef: float = 0.04
-    reference: str = "swap"  # or "resident"; used if reference_dir is set
+    reference: str = "host"  # or "resident"; used if reference_dir is set
     learning_rate: float = 1e-6
     max_grad_norm: float = 1.0
     microbatch_tokens: int = 16384

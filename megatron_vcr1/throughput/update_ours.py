@@ -46,7 +46,7 @@ class OurUpdate:
         if case.reference_dir is not None:
             if has_weights:
                 load_model_weights(self.model, Path(case.reference_dir))
-            self.reference = Reference(self.model, self.run_config.grpo.reference)
+            self.reference = Reference(self.learner.ddp_model, self.run_config.grpo.reference)
         if has_weights:
             load_model_weights(self.model, Path(case.model_dir))
             self.learner.optimizer.reload_model_params()

@@ -1,54 +1,147 @@
-"""The frozen reference policy: a second set of weights that is swapped into the model when it is needed."""
+"""The frozen reference policy: a second set of weights that the model uses for the reference's forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
+
+_PAGE_BYTES = 4096
 
 
 class Reference:
-    """A copy of a model's trainable parameters. Frozen parameters never change, so they are not copied."""
+    """A copy of a model's trainable parameters. Frozen parameters never change, so they are not copied.
 
-    def __init__(self, model: nn.Module, placement: Literal["swap", "resident"]) -> None:
+    With placement "host" the copy needs no GPU memory of its own: from the end of an update to the start of the next
+    one, the gradient buffers hold nothing of value, and they are at least as large as the parameters. `prefetch` copies
+    the reference there, and `swapped_in` points the parameters at it. The policy's weights do not move.
+    """
+
+    def __init__(self, ddp_model: DistributedDataParallel, placement: Literal["host", "resident"]) -> None:
         """Copy the parameters as they are now.
 
         Args:
-            placement: "swap" keeps the copy in pinned host memory while it is not in use, "resident" on the model's
-                device. On a CPU there is no difference.
+            placement: "host" keeps the copy in host memory, pinned if the model is on a GPU; "resident" on the model's
+                device.
         """
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._on_host = placement == "swap" and any(parameter.is_cuda for parameter in self._parameters)
-        # The weights that are not in the model now: the reference's, or the policy's within `swapped_in`.
-        self._stored = [self._copy(parameter) for parameter in self._parameters]
+        weights = _HostWeights if placement == "host" else _ResidentWeights
+        self._weights = [weights(buffer) for buffer in ddp_model.buffers]
 
-    def _copy(self, parameter: Tensor) -> Tensor:
-        if not self._on_host:
-            return parameter.detach().clone()
-        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True).copy_(parameter.detach())
+    def prefetch(self) -> None:
+        """Start to copy the weights to the device, in the order of the current CUDA stream; the host does not wait.
+
+        Call it early in a step. The update that follows `swapped_in` clears the gradient buffers; until then nothing
+        else may use them.
+        """
+        for weights in self._weights:
+            weights.prefetch()
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Give the model the reference's weights within the with-block, in which nothing may change parameters."""
-        self._swap()
+        self.prefetch()
+        for weights in self._weights:
+            weights.swap()
         try:
             yield
         finally:
-            self._swap()
+            for weights in self._weights:
+                weights.swap()
+                weights.release()
 
-    @torch.no_grad()
-    def _swap(self) -> None:
-        if self._on_host:
-            for parameter, stored in zip(self._parameters, self._stored, strict=True):
-                # One parameter at a time: the temporary copy is on the GPU.
-                current = parameter.clone()
-                parameter.copy_(stored)
-                stored.copy_(current)
-            return
+
+class _ResidentWeights:
+    """The reference's weights of the parameters in one buffer of megatron-core, on the model's device."""
+
+    def __init__(self, buffer: Any) -> None:
+        """
+        Args:
+            buffer: a `_ParamAndGradBuffer`: parameters of one dtype, and the memory of their gradients.
+        """
+        self._parameters = order_by_alignment(buffer.params)
+        self._num_bytes = sum(parameter.nbytes for parameter in self._parameters)
+        # bytes [num_bytes]: where the model reads the reference's weights
+        self._flat = self._allocate(buffer)
+        sizes = [parameter.nbytes for parameter in self._parameters]
+        # The weights that are not in the model now: the reference's, or the policy's within `Reference.swapped_in`.
+        self._stored = [
+            values.view(parameter.dtype).view(parameter.shape)
+            for values, parameter in zip(self._flat.split(sizes), self._parameters, strict=True)
+        ]
+        for stored, parameter in zip(self._stored, self._parameters, strict=True):
+            stored.copy_(parameter.detach())
+
+    def _allocate(self, buffer: Any) -> Tensor:
+        return torch.empty(self._num_bytes, dtype=torch.uint8, device=buffer.grad_data.device)
+
+    def prefetch(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def swap(self) -> None:
+        """Swap storages instead of copying values.
+
+        The optimizer and the distributed optimizer's buffer keep their views of the policy's storage, which comes back
+        with the second swap.
+        """
         for index, parameter in enumerate(self._parameters):
-            # Swap the storages instead of copying values. The optimizer and the distributed optimizer's buffer keep
-            # their views of the policy's storage, which comes back with the second swap.
             parameter.data, self._stored[index] = self._stored[index], parameter.data
+
+
+class _HostWeights(_ResidentWeights):
+    """The same in host memory; the gradient buffer holds them while the model uses them."""
+
+    def __init__(self, buffer: Any) -> None:
+        super().__init__(buffer)
+        is_on_gpu = buffer.grad_data.device.type == "cuda"
+        sizes = power_of_two_sizes(self._num_bytes)
+        self._chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=is_on_gpu) for size in sizes]
+        for chunk, values in self._chunks_and_values():
+            chunk.copy_(values)
+        self._is_fetched = False
+
+    def _allocate(self, buffer: Any) -> Tensor:
+        gradients = buffer.grad_data.view(torch.uint8)
+        assert gradients.numel() >= self._num_bytes, "gradients have at least the parameters' precision"
+        return gradients[: self._num_bytes]
+
+    def _chunks_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the used part of each chunk, and the part of the flat memory that has the same values."""
+        start = 0
+        for chunk in self._chunks:
+            values = self._flat[start : start + chunk.numel()]
+            yield chunk[: values.numel()], values
+            start += chunk.numel()
+
+    def prefetch(self) -> None:
+        if not self._is_fetched:
+            for chunk, values in self._chunks_and_values():
+                values.copy_(chunk, non_blocking=True)
+            self._is_fetched = True
+
+    def release(self) -> None:
+        self._is_fetched = False
+
+
+def order_by_alignment(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Order parameters so that, packed without gaps, each one starts at a multiple of the largest power of two that
+    divides its size.
+
+    Matrices thus keep the alignment that fast kernels need, and only parameters of an odd size start at odd addresses.
+    """
+    return sorted(parameters, key=lambda parameter: parameter.nbytes & -parameter.nbytes, reverse=True)
+
+
+def power_of_two_sizes(num_bytes: int) -> list[int]:
+    """Divide a number of bytes, rounded up to whole pages, into powers of two, largest first.
+
+    torch rounds each allocation of pinned memory up to a power of two: a single one could take twice the memory.
+    """
+    num_pages = -(-num_bytes // _PAGE_BYTES)
+    return [_PAGE_BYTES << bit for bit in reversed(range(num_pages.bit_length())) if num_pages >> bit & 1]

@@ -137,7 +137,7 @@ def _build_grpo_trainer(config: RunConfig, learner: Learner, inputs: RunInputs) 
     train, grpo, rollout = config.train, config.grpo, config.rollout
     stream, scorer = inputs.stream, inputs.scorer
     assert scorer is not None
-    reference = Reference(learner.model, grpo.reference) if grpo.kl_coef > 0 else None
+    reference = Reference(learner.ddp_model, grpo.reference) if grpo.kl_coef > 0 else None
     engine = _start_engine(config, learner, inputs)
     source: RolloutSource
     if grpo.one_step_off:

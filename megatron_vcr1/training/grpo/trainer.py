@@ -67,6 +67,8 @@ class GrpoTrainer:
     def step(self, step: int, metrics: Metrics) -> StepResult:
         """Get scored groups from the rollout source and update the policy with the objective (equation 2)."""
         version = self._source.policy_version
+        if self._reference is not None:
+            self._reference.prefetch()
         groups = self._source.next_groups(step, metrics)
         # All replicas have the same number of minibatches, though some of a replica's may be empty. All ranks therefore
         # do the same number of updates, whose collectives need every rank.
