@@ -13,6 +13,7 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.loading import load_config
 from megatron_vcr1.config.schema import DataSection
 from megatron_vcr1.data.encoding import EncodedPrompt, encode_messages
+from megatron_vcr1.data.preparation import video_options
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video import VideoFrames, read_frames
 from megatron_vcr1.errors import UserError
@@ -46,7 +47,7 @@ def ask(demo: Demo, video: Path, thing: str, console: Console) -> None:
     tokens = SpecialTokens.from_pretrained(model_dir, processor, model_config.num_embeddings)
     options = _video_options(config.data)
     start_s = time.perf_counter()
-    frames = read_frames(video, factor=processor.factor, **options)  # type: ignore[arg-type]
+    frames = read_frames(video, factor=processor.factor, rules=processor.frame_rules, **options)  # type: ignore[arg-type]
     decode_s = time.perf_counter() - start_s
     picture = demo.out / "real.png"
     _contact_sheet(frames).save(picture)
@@ -82,13 +83,8 @@ def _prompts(thing: str) -> tuple[str, ...]:
 
 
 def _video_options(data: DataSection) -> dict[str, float]:
-    return {
-        "fps": data.fps,
-        "max_frames": NUM_FRAMES,
-        "total_pixels": data.total_pixels,
-        "min_pixels": data.min_pixels,
-        "max_pixels": data.min_pixels,
-    }
+    options = video_options(data)
+    return {**options, "max_frames": NUM_FRAMES, "max_pixels": options["min_pixels"]}
 
 
 def _print_response(

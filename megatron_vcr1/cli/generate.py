@@ -16,7 +16,7 @@ _VIDEO_OPTIONS = {
     "fps": (float, "frames per second to sample (default: 2)"),
     "min_frames": (int, "smallest number of frames (default: 4)"),
     "max_frames": (int, "largest number of frames (default: 768)"),
-    "total_pixels": (int, "pixel budget of the video (default: 3584 * 28 * 28)"),
+    "total_pixels": (int, "pixel budget of the video (default: the model's, see data.total_pixels)"),
 }
 
 

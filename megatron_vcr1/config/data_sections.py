@@ -74,16 +74,19 @@ class DataSection(Section):
         ge=2,
         description="Maximum number of frames sampled from a video. Longer videos are sampled at a lower rate.",
     )
-    total_pixels: int = Field(
-        default=3584 * 28 * 28,
+    total_pixels: int | None = Field(
+        default=None,
         ge=1,
         description="Pixel budget of a video: frames are scaled down until the pixels of all temporal patches (two "
-        "frames each) fit. One vision token covers 28 * 28 pixels of a temporal patch, so the default is 3584 tokens.",
+        "frames each) fit. One vision token covers 28 * 28 pixels of a temporal patch (Qwen3-VL: 32 * 32). Unset: "
+        "3584 * 28 * 28, which is 3584 tokens; for Qwen3-VL, half of the longest_edge in the model's video processor "
+        "file, which is 12288 tokens in the published models.",
     )
-    min_pixels: int = Field(
-        default=16 * 28 * 28,
+    min_pixels: int | None = Field(
+        default=None,
         ge=1,
-        description="Minimum area of a frame in pixels. Smaller frames are enlarged to it.",
+        description="Minimum area of a frame in pixels. Smaller frames are enlarged to it. Unset: 16 * 28 * 28; for "
+        "Qwen3-VL, the frames of a video together have at least the shortest_edge in the model's video processor file.",
     )
     backend: Literal["auto", "pyav", "dali-cpu", "dali-gpu"] = Field(
         default="auto",

@@ -39,7 +39,7 @@ class EncodedPrompt:
     """A prompt as the model takes it: token ids and vision inputs."""
 
     token_ids: Tensor
-    """int64 [num_tokens]; every vision pad is repeated once for each token of its input."""
+    """int64 [num_tokens]; every vision pad is repeated once for each token that it stands for."""
     vision: tuple[VisionInput, ...]
     """Images and videos, in the order of their pads in `token_ids`."""
 
@@ -56,7 +56,7 @@ def encode_messages(
     read: Callable[..., VideoFrames] = read_frames,
     read_image: Callable[[str], Tensor] = read_image,
 ) -> EncodedPrompt:
-    """Encode a conversation with images and videos exactly as transformers' Qwen2-VL and Qwen2.5-VL processors do.
+    """Encode a conversation with images and videos exactly as transformers' processor of the model's family does.
 
     Control tokens in its texts, such as `<|im_end|>` and `<|video_pad|>`, are encoded as text; transformers takes them
     for the end of a turn or for an image.
@@ -74,22 +74,29 @@ def encode_messages(
         VideoError: an image or video cannot be read; names the file and the reason.
         MessageError: a part is malformed, or the chat template refuses the conversation.
     """
-    vision = []
+    vision: list[VisionInput] = []
+    pads: list[Tensor] = []
     for where, part in checked_parts(messages):
         if part["type"] == "image":
             vision.append(_encode_image(part, processor, read_image, where))
+            pads.append(torch.tensor([processor.image_token_id]))
         elif part["type"] == "video":
-            vision.append(_encode_video(part, processor, read, where))
+            video = _read_video(part, processor, read, where)
+            vision.append(encode_frames(video, processor))
+            pads.append(processor.tokenize_video(step_times_s(video, processor.temporal_patch_size)))
     token_ids = processor.tokenize_conversation(messages, add_generation_prompt=add_generation_prompt)
-    return EncodedPrompt(expand_vision_pads(token_ids, vision, processor), tuple(vision))
+    return EncodedPrompt(_expand_pads(token_ids, vision, pads, processor), tuple(vision))
 
 
-def expand_vision_pads(token_ids: Tensor, vision: Sequence[VisionInput], processor: PromptProcessor) -> Tensor:
-    """Repeat each vision pad once for each token of its input.
+def _expand_pads(
+    token_ids: Tensor, vision: Sequence[VisionInput], pads: Sequence[Tensor], processor: PromptProcessor
+) -> Tensor:
+    """Replace the pad of each image and video by its tokens.
 
     Args:
         token_ids: int64 [num_text_tokens], with one pad for each input.
         vision: images and videos in the order of their pads.
+        pads: for each of them, int64 [tokens]: its text and one pad for each run of pads; the runs have equal lengths.
         processor: the model's processor, which knows the pads.
 
     Returns:
@@ -98,15 +105,24 @@ def expand_vision_pads(token_ids: Tensor, vision: Sequence[VisionInput], process
     Raises:
         MessageError: the number of pads differs from the number of inputs; the chat template is for another model.
     """
-    is_pad = (token_ids == processor.image_token_id) | (token_ids == processor.video_token_id)
-    if int(is_pad.sum()) != len(vision):
+    places = _is_pad(token_ids, processor).nonzero()[:, 0].tolist()
+    if len(places) != len(vision):
         raise MessageError(
-            f"the chat template wrote {int(is_pad.sum())} vision tokens for {len(vision)} images and videos; "
+            f"the chat template wrote {len(places)} vision tokens for {len(vision)} images and videos; "
             "use the model's own chat template"
         )
-    repeats = torch.ones_like(token_ids)
-    repeats[is_pad] = torch.tensor([item.num_tokens(processor.merge_size) for item in vision], dtype=torch.int64)
-    return token_ids.repeat_interleave(repeats)
+    pieces, start = [], 0
+    for place, item, tokens in zip(places, vision, pads, strict=True):
+        is_pad = _is_pad(tokens, processor)
+        repeats = torch.ones_like(tokens)
+        repeats[is_pad] = item.num_tokens(processor.merge_size) // int(is_pad.sum())
+        pieces += [token_ids[start:place], tokens.repeat_interleave(repeats)]
+        start = place + 1
+    return torch.cat([*pieces, token_ids[start:]])
+
+
+def _is_pad(token_ids: Tensor, processor: PromptProcessor) -> Tensor:
+    return (token_ids == processor.image_token_id) | (token_ids == processor.video_token_id)
 
 
 def encode_frames(video: VideoFrames, processor: PromptProcessor) -> VisionInput:
@@ -121,15 +137,24 @@ def encode_frames(video: VideoFrames, processor: PromptProcessor) -> VisionInput
     return VisionInput(video.frames, grid_thw, seconds_per_grid)
 
 
-def _encode_video(
-    part: Message, processor: PromptProcessor, read: Callable[..., VideoFrames], where: str
-) -> VisionInput:
+def step_times_s(video: VideoFrames, temporal_patch_size: int) -> list[float]:
+    """Return the time of each temporal patch: the mean of its first and its last frame's time stamps, in seconds."""
+    times = [*video.timestamps_s]
+    times += times[-1:] * (-len(times) % temporal_patch_size)
+    return [
+        (first + last) / 2
+        for first, last in zip(
+            times[::temporal_patch_size], times[temporal_patch_size - 1 :: temporal_patch_size], strict=True
+        )
+    ]
+
+
+def _read_video(part: Message, processor: PromptProcessor, read: Callable[..., VideoFrames], where: str) -> VideoFrames:
     options = _options(part, VIDEO_OPTIONS)
     try:
-        video = read(part["video"], factor=processor.factor, **options)
+        return read(part["video"], factor=processor.factor, rules=processor.frame_rules, **options)
     except OptionError as error:
         raise MessageError(f"{where}: {error}") from error
-    return encode_frames(video, processor)
 
 
 def _encode_image(part: Message, processor: PromptProcessor, read: Callable[[str], Tensor], where: str) -> VisionInput:

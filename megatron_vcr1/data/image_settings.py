@@ -7,7 +7,8 @@ preprocessor_config.json, which images and videos share, or a video_preprocessor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_vcr1.json_fields import Fields
@@ -30,13 +31,21 @@ class ImageSettings:
     merge_size: int  # merge_size x merge_size patches become one token
     min_pixels: int | None  # bounds of an image's area after resizing; None: not set
     max_pixels: int | None
+    # The same for all frames of a video together, from the section or file for videos, and the bound on one frame.
+    min_video_pixels: int | None
+    max_video_pixels: int | None
+    max_frame_pixels: int | None
     # Mean and standard deviation of pixels in [0, 1], by channel; None: not set.
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
 
 
-def read_image_settings(model_dir: Path) -> ImageSettings | None:
+def read_image_settings(model_dir: Path, *, video_patch_size: int = 14) -> ImageSettings | None:
     """Read the image settings of a model directory; None if it has none.
+
+    Args:
+        model_dir: the directory.
+        video_patch_size: patch size of videos if their settings have none.
 
     Raises:
         UserError: a file is damaged, a value has the wrong type or is out of range, videos have other settings than
@@ -46,15 +55,25 @@ def read_image_settings(model_dir: Path) -> ImageSettings | None:
     image = combined.section("image_processor") if combined and "image_processor" in combined else None
     video = combined.section("video_processor") if combined and "video_processor" in combined else None
     image = image or _read(model_dir / IMAGE_FILE)
-    video = video or _read(model_dir / VIDEO_FILE)
-    if image is None:
+    video = video or _read(model_dir / VIDEO_FILE) or image
+    if image is None or video is None:
         return None
     _check_steps(image)
-    settings = _settings(image)
-    if video is not None:
-        _check_steps(video)
-        _check_same(settings, _settings(video), video)
-    return settings
+    _check_steps(video)
+    settings = _settings(image, _PATCH_DEFAULTS)
+    defaults = _PATCH_DEFAULTS | {"patch_size": video_patch_size}
+    of_videos = _settings(video, defaults)
+    _check_same(settings, of_videos, video, defaults)
+    max_frame_pixels = None
+    if video.boolean("cap_pixels_per_frame", False):
+        max_frame_tokens = video.integer("max_video_tokens", 768, maximum=_MAX_PIXELS)
+        max_frame_pixels = max_frame_tokens * (settings.patch_size * settings.merge_size) ** 2
+    return replace(
+        settings,
+        min_video_pixels=of_videos.min_pixels,
+        max_video_pixels=of_videos.max_pixels,
+        max_frame_pixels=max_frame_pixels,
+    )
 
 
 def _read(path: Path) -> Fields | None:
@@ -62,16 +81,17 @@ def _read(path: Path) -> Fields | None:
     return Fields.from_file(path) if path.exists() else None
 
 
-def _settings(fields: Fields) -> ImageSettings:
-    sizes = {
-        key: fields.integer(key, default, maximum=_MAX_PATCH_SIZES[key]) for key, default in _PATCH_DEFAULTS.items()
-    }
+def _settings(fields: Fields, defaults: Mapping[str, int]) -> ImageSettings:
+    sizes = {key: fields.integer(key, default, maximum=_MAX_PATCH_SIZES[key]) for key, default in defaults.items()}
     min_pixels, max_pixels = _pixel_bounds(fields)
     return ImageSettings(
         fields.where,
         **sizes,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
+        min_video_pixels=None,
+        max_video_pixels=None,
+        max_frame_pixels=None,
         mean=fields.numbers("image_mean", length=3) if "image_mean" in fields else None,
         std=fields.numbers("image_std", length=3, above=0) if "image_std" in fields else None,
     )
@@ -101,7 +121,7 @@ def _check_steps(fields: Fields) -> None:
         raise fields.error("rescale_factor", "must be 1/255: pixels are scaled to [0, 1]")
 
 
-def _check_same(image: ImageSettings, video: ImageSettings, fields: Fields) -> None:
+def _check_same(image: ImageSettings, video: ImageSettings, fields: Fields, defaults: Mapping[str, int]) -> None:
     """Refuse a video section that differs from the images' settings: the model treats both alike."""
     keys = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "merge_size"}
     keys |= {"image_mean": "mean", "image_std": "std"}
@@ -109,7 +129,7 @@ def _check_same(image: ImageSettings, video: ImageSettings, fields: Fields) -> N
         expected, found = getattr(image, attribute), getattr(video, attribute)
         if key in fields and expected is not None and found != expected:
             raise fields.error(key, f"must be {_shown(expected)}, as for images ({image.where})")
-        if key in _PATCH_DEFAULTS and found != expected:
+        if key in defaults and found != expected:
             raise fields.error(key, f"defaults to {found}, but must be {_shown(expected)}, as in {image.where}")
 
 

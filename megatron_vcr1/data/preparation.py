@@ -47,16 +47,16 @@ def build_prepare_fn(
         processor=processor,
         thinking=thinking,
         max_tokens=section.max_prompt_tokens,
-        video_options={
-            "fps": section.fps,
-            "min_frames": section.min_frames,
-            "max_frames": section.max_frames,
-            "total_pixels": section.total_pixels,
-            "min_pixels": section.min_pixels,
-        },
+        video_options=video_options(section),
         read=reader.read_frames,
         read_image=reader.read_image,
     )
+
+
+def video_options(section: DataSection) -> dict[str, float]:
+    """Return the options of `read_frames` that [data] sets; the others have the defaults of the model's rules."""
+    names = ("fps", "min_frames", "max_frames", "total_pixels", "min_pixels")
+    return {name: value for name in names if (value := getattr(section, name)) is not None}
 
 
 class CachedVideoReader:

@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_vcr1.data.chat_template import JINJA_FILE, JSON_FILES, check_chat_template, read_chat_template
 from megatron_vcr1.data.control_tokens import ControlTokens
 from megatron_vcr1.data.cpu_limit import CpuLimitExceeded, cpu_limit
+from megatron_vcr1.data.frame_rules import PER_FRAME_RULES, FrameRules
 from megatron_vcr1.data.image_settings import COMBINED_FILE, IMAGE_FILE, read_image_settings
+from megatron_vcr1.data.media_rules import MediaRules
 from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
@@ -25,7 +27,8 @@ from megatron_vcr1.types import Sample
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _PADS = {"image": IMAGE_PAD, "video": VIDEO_PAD}
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD)
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+VISION_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 # The files that transformers may read for a tokenizer. It reads config.json too.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
@@ -40,8 +43,8 @@ _MERGES_FILE = "merges.txt"
 _RENDER_LIMIT_S = 5.0
 
 
-class ModelTokens(Protocol):
-    """The token ids that a model defines; `model.config.ModelConfig` has them."""
+class ModelFacts(Protocol):
+    """The token ids and media rules of a model; `model.config.ModelConfig` has them."""
 
     @property
     def num_embeddings(self) -> int:
@@ -55,10 +58,14 @@ class ModelTokens(Protocol):
     def video_token_id(self) -> int:
         """Id of the video pad."""
 
+    @property
+    def media(self) -> MediaRules:
+        """What the model expects of images and videos."""
+
 
 @dataclass(frozen=True)
 class PromptProcessor:
-    """The tokenizer and vision settings of a Qwen-VL model.
+    """The tokenizer and media settings of a model.
 
     It replaces transformers' own processor, which requires torchvision.
     """
@@ -75,9 +82,13 @@ class PromptProcessor:
     temporal_patch_size: int = 2
     merge_size: int = 2
     min_pixels: int = 56 * 56
-    """Smallest area of an image after resizing, in pixels. For videos, the options of `read_frames` apply."""
+    """Smallest area of an image after resizing, in pixels."""
     max_pixels: int = 28 * 28 * 1280
     """Largest area of an image after resizing, in pixels."""
+    frame_rules: FrameRules = PER_FRAME_RULES
+    """The rules for the number and the size of a video's frames, with the pixel bounds of the model's files."""
+    timestamps_as_text: bool = False
+    """Whether each temporal patch of a video follows its time stamp in the text, with pads of its own."""
 
     @property
     def factor(self) -> int:
@@ -85,18 +96,18 @@ class PromptProcessor:
         return self.patch_size * self.merge_size
 
     @classmethod
-    def from_pretrained(cls, model_dir: str | Path, model: ModelTokens) -> PromptProcessor:
+    def from_pretrained(cls, model_dir: str | Path, model: ModelFacts) -> PromptProcessor:
         """Read a model directory that transformers 4 or 5 saved.
 
         Args:
             model_dir: the directory.
-            model: the token ids that the model's config.json defines.
+            model: the token ids that the model's config.json defines, and the media rules of its family.
 
         Raises:
             UserError: a file is missing or damaged, or tokenizer and model do not fit together; names the file.
         """
         folder = Path(model_dir)
-        settings = read_image_settings(folder)
+        settings = read_image_settings(folder, video_patch_size=model.media.video_patch_size)
         if settings is None:
             raise UserError(
                 f"{folder}: neither {COMBINED_FILE} nor {IMAGE_FILE} has image settings; add the model's file"
@@ -117,6 +128,10 @@ class PromptProcessor:
             merge_size=settings.merge_size,
             min_pixels=cls.min_pixels if min_pixels is None else min_pixels,
             max_pixels=cls.max_pixels if max_pixels is None else max_pixels,
+            frame_rules=model.media.frames.with_file_bounds(
+                settings.min_video_pixels, settings.max_video_pixels, settings.max_frame_pixels
+            ),
+            timestamps_as_text=model.media.timestamps_as_text,
         )
 
     def check_samples(self, samples: Iterable[Sample]) -> None:
@@ -155,6 +170,20 @@ class PromptProcessor:
     def tokenize(self, text: str) -> Tensor:
         """Tokenize a text in which control tokens have their meaning; return token ids, int64 [num_tokens]."""
         return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64)
+
+    def tokenize_video(self, step_times_s: Sequence[float]) -> Tensor:
+        """Tokenize what the pad of a video in the chat template stands for, with one pad for each run of pads.
+
+        Args:
+            step_times_s: time of each temporal patch, in seconds from the start of the clip.
+
+        Returns:
+            Token ids, int64 [num_tokens]: one pad, or a pad after the time stamp of each temporal patch.
+        """
+        if not self.timestamps_as_text:
+            return torch.tensor([self.video_token_id])
+        blocks = [f"<{time_s:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for time_s in step_times_s]
+        return self.tokenize("".join(blocks))
 
     def tokenize_text(self, text: str) -> Tensor:
         """Tokenize a text in which control tokens such as `<|im_end|>` are plain text.
@@ -215,13 +244,14 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ModelTokens, folder: Path) -> None:
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ModelFacts, folder: Path) -> None:
     """Check that the model has an embedding for every token, and that both sides agree about the vision pads.
 
     The embedding may have more rows than the tokenizer has tokens: published models are padded.
 
     Raises:
-        UserError: a token has no embedding, or a pad has another id than config.json says.
+        UserError: a token has no embedding, a pad has another id than config.json says, or a token that marks the
+            temporal patches of videos is missing.
     """
     vocabulary = tokenizer.get_vocab()
     num_embeddings = model.num_embeddings
@@ -248,3 +278,5 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ModelTokens, fo
                 f"{where}: {key} is {expected}, but {text} is token {vocabulary[text]} of the tokenizer; use the "
                 "tokenizer that the model was saved with"
             )
+    if model.media.timestamps_as_text and (missing := [token for token in VISION_TOKENS if token not in vocabulary]):
+        raise UserError(f"{folder}: the tokenizer has no token {missing[0]}; use the one that the model was saved with")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput, encode_messages
+from megatron_vcr1.data.frame_rules import PixelOptions
 from megatron_vcr1.data.images import read_image
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, build_messages
@@ -88,15 +89,27 @@ def _limits(
 ) -> list[dict[str, int]]:
     """Return options for each image and video that make the prompt fit. All media shrink by the same factor."""
     sizes = [item.num_tokens(processor.merge_size) for item in prompt.vision]
-    max_vision_tokens = max(max_tokens - len(prompt.token_ids) + sum(sizes), 1)
+    sizes = [size + _num_stamp_tokens(item, processor) for size, item in zip(sizes, prompt.vision, strict=True)]
+    max_media_tokens = max(max_tokens - len(prompt.token_ids) + sum(sizes), 1)
     limits = []
     for item, size in zip(prompt.vision, sizes, strict=True):
-        max_item_tokens = max_vision_tokens * size // sum(sizes)
+        max_item_tokens = max_media_tokens * size // sum(sizes)
         if item.seconds_per_grid is None:
             limits.append({"max_pixels": max(max_item_tokens * processor.factor**2, processor.min_pixels)})
         else:
-            limits.append(reduced_video_options(len(item.frames), max_item_tokens, processor, options))
+            step_tokens = _num_stamp_tokens(item, processor) // item.grid_thw[0]
+            limits.append(
+                reduced_video_options(len(item.frames), max_item_tokens, processor, options, stamp_tokens=step_tokens)
+            )
     return limits
+
+
+def _num_stamp_tokens(item: VisionInput, processor: PromptProcessor) -> int:
+    """Return the number of tokens of a video's time stamps, or a little more: every stamp counts like the last one."""
+    if item.seconds_per_grid is None:
+        return 0
+    num_steps = item.grid_thw[0]
+    return num_steps * (len(processor.tokenize_video([num_steps * item.seconds_per_grid])) - 1)
 
 
 def _too_long(sample: Sample, num_tokens: int, num_smallest: int, max_tokens: int) -> str:
@@ -109,20 +122,39 @@ def _too_long(sample: Sample, num_tokens: int, num_smallest: int, max_tokens: in
 
 
 def reduced_video_options(
-    num_frames: int, max_video_tokens: int, processor: PromptProcessor, options: Mapping[str, float]
+    num_frames: int,
+    max_video_tokens: int,
+    processor: PromptProcessor,
+    options: Mapping[str, float],
+    *,
+    stamp_tokens: int = 0,
 ) -> dict[str, int]:
     """Return options that reduce a video of `num_frames` to at most `max_video_tokens`, if the minimum sizes allow it.
 
     A video within `total_pixels` takes at most total_pixels / factor**2 tokens, unless its frames are at their minimum
     of `min_pixels` (plus 5 %, see `max_pixels_per_frame`). In that case the number of frames is reduced.
+
+    Args:
+        num_frames: number of frames of the video at its full size.
+        max_video_tokens: token limit of the video, its time stamps included.
+        processor: the model's processor.
+        options: options of `read_frames` with which the video was read.
+        stamp_tokens: number of text tokens before and after each temporal patch.
     """
-    pixels = max(max_video_tokens, 1) * processor.factor**2
-    least_frame_pixels = int(options.get("min_pixels", 16 * 28 * 28) * 1.05)
-    most_frames = processor.temporal_patch_size * pixels // least_frame_pixels
-    if most_frames >= num_frames:
-        return {"total_pixels": pixels}
-    least_frames = int(options.get("min_frames", 4))
-    return {"total_pixels": pixels, "max_frames": max(most_frames - most_frames % 2, least_frames)}
+    depth, token_pixels = processor.temporal_patch_size, processor.factor**2
+    least_frame_pixels = options.get("min_pixels")
+    if least_frame_pixels is None:
+        least_frame_pixels = processor.frame_rules.with_defaults(PixelOptions()).min_pixels or 16 * token_pixels
+    least_pixels = int(least_frame_pixels * 1.05) + stamp_tokens * token_pixels  # of a temporal patch
+    most_frames = depth * (max(max_video_tokens, 1) * token_pixels // least_pixels)
+    changes: dict[str, int] = {}
+    if most_frames < num_frames:
+        num_frames = max(most_frames, int(options.get("min_frames", 4)))
+        changes["max_frames"] = num_frames
+    num_steps = -(-num_frames // depth)
+    vision_tokens = max(max_video_tokens - stamp_tokens * num_steps, 1)
+    # Half a temporal patch takes as many tokens as a whole one, but the budget may not count it.
+    return {"total_pixels": vision_tokens * token_pixels * (num_frames // depth) // num_steps, **changes}
 
 
 def _size_change(before: VisionInput, after: VisionInput) -> str:

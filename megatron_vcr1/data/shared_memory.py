@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_vcr1.config.data_sections import DataSection
-from megatron_vcr1.data.resize import PIXELS_PER_TOKEN, max_pixels_per_frame
+from megatron_vcr1.data.frame_rules import PixelOptions
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -120,38 +121,44 @@ def _message(failure: str) -> str:
     return f"a decoding worker cannot send a decoded sample to its rank: {failure}. {room}. {_ADVICE}"
 
 
-def max_bytes_in_flight(section: DataSection) -> int:
+def max_bytes_in_flight(section: DataSection, processor: PromptProcessor) -> int:
     """Return the most shared memory that the decoding workers of one rank can need, in bytes.
 
     DataLoader keeps `num_workers * PREFETCH_PER_WORKER` samples in flight. It orders the next sample before the reader
     has copied the current one out, which makes it one more.
     """
-    return (section.num_workers * PREFETCH_PER_WORKER + 1) * max_video_bytes(section) if section.num_workers else 0
+    return (
+        (section.num_workers * PREFETCH_PER_WORKER + 1) * max_video_bytes(section, processor)
+        if section.num_workers
+        else 0
+    )
 
 
-def max_video_bytes(section: DataSection) -> int:
+def max_video_bytes(section: DataSection, processor: PromptProcessor) -> int:
     """Return the largest size of a decoded video within the limits of [data], in bytes (3 per pixel).
 
     A video is limited by data.max_frames and data.total_pixels, and by data.max_prompt_tokens: a token takes
-    PIXELS_PER_TOKEN pixels of two frames.
+    factor x factor pixels of the frames of a temporal patch.
     """
+    options = PixelOptions(section.total_pixels, section.min_pixels)
     pixels = max(
-        num_frames * max_pixels_per_frame(num_frames, total_pixels=section.total_pixels, min_pixels=section.min_pixels)
+        processor.frame_rules.most_pixels(num_frames, options)
         for num_frames in range(section.min_frames, section.max_frames + 1)
     )
-    return 3 * min(pixels, 2 * PIXELS_PER_TOKEN * section.max_prompt_tokens)
+    return 3 * min(pixels, processor.temporal_patch_size * processor.factor**2 * section.max_prompt_tokens)
 
 
-def warn_if_shared_memory_is_small(section: DataSection, *, num_readers: int) -> None:
+def warn_if_shared_memory_is_small(section: DataSection, processor: PromptProcessor, *, num_readers: int) -> None:
     """Warn if the decoding workers of this host could need more shared memory than is free.
 
     It is no error: videos may be shorter than the settings allow. `unpack` raises one if memory does run out.
 
     Args:
         section: the settings of [data].
+        processor: the model's processor.
         num_readers: number of ranks on this host that have decoding workers.
     """
-    needed = num_readers * max_bytes_in_flight(section)
+    needed = num_readers * max_bytes_in_flight(section, processor)
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
@@ -166,6 +173,6 @@ def warn_if_shared_memory_is_small(section: DataSection, *, num_readers: int) ->
             num_readers,
             section.num_workers,
             PREFETCH_PER_WORKER,
-            max_video_bytes(section) / _MB,
+            max_video_bytes(section, processor) / _MB,
             _ADVICE,
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron_vcr1.data.resize import MAX_FRAME_PIXELS
+from megatron_vcr1.data.frame_rules import PER_FRAME_RULES, FrameRules, PixelOptions
 from megatron_vcr1.data.video_images import decode_images, images_in_folder
 from megatron_vcr1.data.video_pyav import decode_with_pyav
 from megatron_vcr1.data.video_types import (
@@ -43,10 +43,11 @@ def read_frames(
     fps: float = 2.0,
     min_frames: int = 4,
     max_frames: int = 768,
-    total_pixels: int = 3584 * 28 * 28,
-    min_pixels: int = 16 * 28 * 28,
-    max_pixels: int = MAX_FRAME_PIXELS,
+    total_pixels: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     factor: int = 28,
+    rules: FrameRules = PER_FRAME_RULES,
     start_s: float = 0.0,
     end_s: float = math.inf,
     image_fps: float = 2.0,
@@ -54,22 +55,25 @@ def read_frames(
     num_threads: int = 0,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> VideoFrames:
-    """Decode a video's frames at `fps` and resize them as Qwen2-VL and Qwen2.5-VL expect.
+    """Decode a video's frames at `fps` and resize them as a model expects, by default Qwen2-VL and Qwen2.5-VL.
 
-    The number of frames is even, and they are spread evenly over the video, from its first frame to its last. Resizing
-    keeps the aspect ratio within the pixel budget (`max_pixels_per_frame`) and makes both sides multiples of `factor`.
+    The frames are spread evenly over the video, from its first frame to its last; their number is even unless the rules
+    say otherwise. Resizing keeps the aspect ratio within the pixel budget and makes both sides multiples of `factor`.
     Packets, time stamps and the decoder's error flags are checked before any frame is returned, so that a damaged video
     raises an error instead of giving wrong frames.
 
     Args:
         path: a video file, a folder of images (read in the order of their names), an fsspec URL, or a list of image
-            files. All images of a list are used; if their number is odd, the last one is used twice.
+            files. All images of a list are used; if their number is odd and must be even, the last one is used twice.
         fps: frames sampled per second of video.
         min_frames, max_frames: bounds on the number of frames. A video that has fewer than min_frames gives all of
             its frames.
-        total_pixels: pixel budget of the video, counted over one frame of each temporal patch.
-        min_pixels, max_pixels: bounds on the number of pixels of one frame.
+        total_pixels: pixel budget of the video, counted over one frame of each temporal patch. None: the rules' budget,
+            which is 3584 * 28 * 28 by default.
+        min_pixels, max_pixels: bounds on the number of pixels of one frame. None: the rules' bounds, which are
+            16 * 28 * 28 and 768 * 28 * 28 by default.
         factor: patch_size * merge_size of the model.
+        rules: the model's rules for the number and the size of the frames (`PromptProcessor.frame_rules`).
         start_s, end_s: the clip to read, in seconds from the video's first frame. Not allowed for a list of images.
         image_fps: images per second, for a folder or a list of images.
         backend: "auto", "pyav", "dali-cpu" or "dali-gpu"; "auto" is PyAV, which reads every codec.
@@ -83,7 +87,8 @@ def read_frames(
     """
     if not image_fps > 0:
         raise OptionError(f"image_fps must be above 0, got {image_fps}")
-    sampling = Sampling(fps, min_frames, max_frames, total_pixels, min_pixels, max_pixels, factor, start_s, end_s)
+    pixels = PixelOptions(total_pixels, min_pixels, max_pixels)
+    sampling = Sampling(fps, min_frames, max_frames, pixels, factor, start_s, end_s, rules)
     if backend not in BACKENDS:
         raise OptionError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend in ("auto", "pyav"):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_vcr1.data.images import read_image
-from megatron_vcr1.data.resize import resize_frame
+from megatron_vcr1.data.resize import TEMPORAL_PATCH_SIZE, resize_frame
 from megatron_vcr1.data.video_types import (
     Deadline,
     FrameChoice,
@@ -58,7 +58,7 @@ def decode_images(
         sampling: number and size of the frames.
         image_fps: images per second.
         sample: whether to sample frames at sampling.fps. Otherwise all images are used, the last one twice if their
-            number is odd.
+            number must be even.
         deadline: time limit, checked before each image.
 
     Raises:
@@ -66,7 +66,7 @@ def decode_images(
     """
     if not files:
         raise VideoError(files, "the list of frames is empty")
-    choice = _sampled(files, sampling, image_fps) if sample else _all(files, image_fps)
+    choice = _sampled(files, sampling, image_fps) if sample else _all(files, image_fps, sampling.rules.frame_multiple)
     first = read_image(files[choice.indices[0]])
     height, width = sampling.frame_size(len(choice.indices), first.shape[0], first.shape[1], files[choice.indices[0]])
     frames = torch.empty(len(choice.indices), height, width, 3, dtype=torch.uint8)
@@ -86,9 +86,10 @@ def _sampled(files: Sequence[str], sampling: Sampling, image_fps: float) -> Fram
     return choose_frames(table, sampling, Path(files[0]).parent)
 
 
-def _all(files: Sequence[str], image_fps: float) -> FrameChoice:
-    """Choose every image once, and an odd last one twice, so that the last temporal patch is full."""
-    indices = np.arange(len(files) + len(files) % 2).clip(max=len(files) - 1)
+def _all(files: Sequence[str], image_fps: float, multiple: int) -> FrameChoice:
+    """Choose every image once, and repeat the last one up to a multiple, and a single one to fill a temporal patch."""
+    num_frames = max(len(files) + -len(files) % multiple, TEMPORAL_PATCH_SIZE)
+    indices = np.arange(num_frames).clip(max=len(files) - 1)
     return FrameChoice(indices, tuple((indices / image_fps).tolist()), len(indices) / image_fps)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_vcr1.data.resize import max_pixels_per_frame, smart_resize
+from megatron_vcr1.data.frame_rules import PER_FRAME_RULES, FrameRules, PixelOptions
+from megatron_vcr1.data.resize import TEMPORAL_PATCH_SIZE
 
 VideoPath = str | PathLike[str] | Sequence[str | PathLike[str]]
 """A video file, a folder of images, an fsspec URL, or a list of image files."""
@@ -69,22 +70,24 @@ class Sampling:
     fps: float
     min_frames: int
     max_frames: int
-    total_pixels: int
-    min_pixels: int
-    max_pixels: int
+    pixels: PixelOptions
     factor: int
     start_s: float = 0.0
     end_s: float = math.inf
+    rules: FrameRules = PER_FRAME_RULES
 
     def __post_init__(self) -> None:
         if not self.fps > 0:
             raise OptionError(f"fps must be above 0, got {self.fps}")
         if not 2 <= self.min_frames <= self.max_frames:
             raise OptionError(f"need 2 <= min_frames <= max_frames, got {self.min_frames}..{self.max_frames}")
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise OptionError(f"need 0 < min_pixels <= max_pixels, got {self.min_pixels}..{self.max_pixels}")
-        if not self.total_pixels > 0:
-            raise OptionError(f"total_pixels must be above 0, got {self.total_pixels}")
+        bounds = self.rules.with_defaults(self.pixels)
+        least = 1 if bounds.min_pixels is None else bounds.min_pixels
+        most = math.inf if bounds.max_pixels is None else bounds.max_pixels
+        if not 0 < least <= most:
+            raise OptionError(f"need 0 < min_pixels <= max_pixels, got {least}..{most}")
+        if bounds.total_pixels is not None and not bounds.total_pixels > 0:
+            raise OptionError(f"total_pixels must be above 0, got {bounds.total_pixels}")
         if not 0 <= self.start_s < self.end_s:
             raise OptionError(f"need 0 <= start_s < end_s, got {self.start_s}..{self.end_s}")
 
@@ -94,11 +97,8 @@ class Sampling:
         Raises:
             VideoError: the aspect ratio is too extreme for the model.
         """
-        max_pixels = max_pixels_per_frame(
-            num_frames, total_pixels=self.total_pixels, min_pixels=self.min_pixels, max_pixels=self.max_pixels
-        )
         try:
-            return smart_resize(height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=max_pixels)
+            return self.rules.frame_size(num_frames, height, width, factor=self.factor, options=self.pixels)
         except ValueError as error:
             raise VideoError(file, str(error)) from error
 
@@ -170,12 +170,13 @@ def choose_frames(table: FrameTable, sampling: Sampling, file: object) -> FrameC
 def num_sampled_frames(duration_s: float, total_frames: float, sampling: Sampling) -> int:
     """Return the number of frames to sample: duration times fps, within the bounds, and rounded down to even.
 
-    The result is at most `total_frames`, except that a video of a single frame gives two, so that the vision tower's
-    temporal patch is full.
+    The rules of some models round it to a whole number only. The result is at most `total_frames`, except that a video
+    of a single frame gives two, so that the vision tower's temporal patch is full.
     """
-    frames = max(duration_s * sampling.fps, sampling.min_frames + sampling.min_frames % 2)
+    multiple = sampling.rules.frame_multiple
+    frames = max(duration_s * sampling.fps, sampling.min_frames + -sampling.min_frames % multiple)
     frames = int(min(frames + TIME_ROUNDING_S, sampling.max_frames, total_frames))
-    return max(frames - frames % 2, 2)
+    return max(frames - frames % multiple, TEMPORAL_PATCH_SIZE)
 
 
 def frames_on_screen(appears: NDArray[np.int64], duration: int, num_frames: int) -> NDArray[np.int64]:
@@ -185,7 +186,8 @@ def frames_on_screen(appears: NDArray[np.int64], duration: int, num_frames: int)
     at which it appears. The first instant is in the middle of the first frame, the last one in the last frame.
 
     At a constant frame rate the result is round(i * (total_frames - 1) / (num_frames - 1)), as in Qwen's published
-    preprocessing. There are no ties to round, since `num_frames` is even.
+    preprocessing. Only an odd `num_frames` has ties, instants at which one frame replaces another; they are rounded as
+    NumPy's floating-point numbers are there.
 
     Args:
         appears: int64 [total_frames], ascending, at least one: time at which each frame replaces the one before it. The
@@ -205,8 +207,14 @@ def frames_on_screen(appears: NDArray[np.int64], duration: int, num_frames: int)
     # Time stamps are integers, so the frame on screen at t is the one on screen at floor(t). Python's integers do not
     # overflow where int64 would: nanoseconds times the square of the number of frames.
     denominator = 2 * num_frames * (num_frames - 1)
-    instants = [(start * (num_frames - 1) + i * (end - start)) // denominator for i in range(num_frames)]
-    return np.searchsorted(appears, np.array(instants, dtype=np.int64), side="right") - 1
+    exact = [start * (num_frames - 1) + i * (end - start) for i in range(num_frames)]
+    instants = np.array([instant // denominator for instant in exact], dtype=np.int64)
+    chosen = np.searchsorted(appears, instants, side="right") - 1
+    if num_frames % 2:
+        is_whole = np.array([instant % denominator == 0 for instant in exact])
+        published = np.linspace(0, len(appears) - 1, num_frames).round()
+        chosen -= is_whole & (appears[chosen] == instants) & (published == chosen - 1)
+    return chosen
 
 
 def _max_frames_worth_sampling(table: FrameTable, first: int, stop: int) -> float:

@@ -100,7 +100,7 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
         missing = run_on_first_rank(open_logs)  # all ranks get the indices, or the first rank's UserError
         if any(missing):
             if mesh.is_first_rank_on_host():
-                warn_if_shared_memory_is_small(config.data, num_readers=mesh.num_leaders_on_host())
+                warn_if_shared_memory_is_small(config.data, processor, num_readers=mesh.num_leaders_on_host())
             engine = _start_engine(config, model_config, processor, tokens)
             try:
                 for job, indices in zip(jobs, missing, strict=True):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_vcr1.data.preparation import video_options
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.trained_run import TrainedRun, trained_tasks
 from megatron_vcr1.tasks import UnknownTaskError, find_task
-
-VIDEO_OPTIONS = ("fps", "min_frames", "max_frames", "total_pixels", "min_pixels")
 
 
 def trained_message(
@@ -64,4 +63,4 @@ def trained_message(
 
 def trained_video_options(run: TrainedRun) -> dict[str, Any]:
     """Return the options of a video part with which the run's training read its videos."""
-    return {name: getattr(run.config.data, name) for name in VIDEO_OPTIONS}
+    return video_options(run.config.data)

@@ -9,6 +9,7 @@ from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.config.layout import check_batch_size, check_layout
 from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.frame_rules import PixelOptions
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.planning.job import Job, Layout
@@ -62,7 +63,8 @@ def longest_prompt(data: DataSection, model: ModelConfig) -> int:
     Not below the shortest prompt that the planner knows, one with a small video.
     """
     patch = model.vision.patch_size**2 * model.vision.patches_per_token
-    return max(min(data.total_pixels // patch + TEXT_TOKENS, data.max_prompt_tokens), MIN_PROMPT_TOKENS)
+    total_pixels = model.media.frames.with_defaults(PixelOptions(data.total_pixels)).total_pixels or 0
+    return max(min(total_pixels // patch + TEXT_TOKENS, data.max_prompt_tokens), MIN_PROMPT_TOKENS)
 
 
 def count_samples(manifests: Sequence[Path]) -> int:

@@ -124,10 +124,10 @@ def _resize(frames: Any) -> int:
 
 
 def _sampling() -> Any:
-    from megatron_vcr1.data.resize import MAX_FRAME_PIXELS
+    from megatron_vcr1.data.frame_rules import PixelOptions
     from megatron_vcr1.data.video_types import Sampling
 
-    return Sampling(2.0, 4, 768, TOTAL_PIXELS, MIN_PIXELS, MAX_FRAME_PIXELS, 28)
+    return Sampling(2.0, 4, 768, PixelOptions(TOTAL_PIXELS, MIN_PIXELS), 28)
 
 
 if __name__ == "__main__":

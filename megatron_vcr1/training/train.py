@@ -96,7 +96,7 @@ def read_inputs_of_rank(config: RunConfig, model_config: ModelConfig) -> RunInpu
     """Call `read_inputs` for this rank of the running job."""
     inputs = read_inputs(config, model_config, num_ranks=dist.get_world_size(), replica_index=mesh.replica_index())
     if mesh.is_first_rank_on_host():
-        warn_if_shared_memory_is_small(config.data, num_readers=mesh.num_leaders_on_host())
+        warn_if_shared_memory_is_small(config.data, inputs.processor, num_readers=mesh.num_leaders_on_host())
     return inputs
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_vcr1.data.frame_rules import WholeVideoRules
+from megatron_vcr1.data.media_rules import MediaRules
 from megatron_vcr1.data.processor import VISION_TOKENS
 
 # Like the published template: one pad for each image or video, and a default system turn if there is none.
@@ -26,18 +28,31 @@ IMAGE_SETTINGS = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+MEDIA = MediaRules()
+STAMPED_MEDIA = MediaRules(
+    timestamps_as_text=True,
+    frames=WholeVideoRules(min_video_pixels=4096, max_video_pixels=24576 * 1024),
+    video_patch_size=16,
+)
+"""The media rules of Qwen3-VL."""
+
+
 @dataclass(frozen=True)
-class _Tokens:
+class _Facts:
     num_embeddings: int = 264
     image_token_id: int = 260
     video_token_id: int = 261
+    media: MediaRules = MEDIA
 
 
-QWEN_7B_TOKENS = _Tokens(152064, 151655, 151656)
-TOKENS = _Tokens()
+QWEN_7B_TOKENS = _Facts(152064, 151655, 151656)
+TOKENS = _Facts()
 """The token ids of `write_model_dir`; its tokenizer has 256 bytes and 6 special tokens."""
 
-PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+SETTINGS_3: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+SETTINGS_3 |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+"""The settings of Qwen3-VL's processor that images and videos share."""
 
 
 def write_model_dir(folder: Path, family: str = "qwen2_5_vl") -> Path:
@@ -57,6 +72,12 @@ def write_model_dir(folder: Path, family: str = "qwen2_5_vl") -> Path:
     write_json(folder / "config.json", config)
     names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": PROCESSORS[family]}
     write_json(folder / "preprocessor_config.json", IMAGE_SETTINGS | names)
+    if family == "qwen3_vl":
+        size = {"shortest_edge": 4096, "longest_edge": 160 * 1024}
+        write_json(folder / "preprocessor_config.json", SETTINGS_3 | names | {"size": size})
+        size = {"shortest_edge": 60 * 1024, "longest_edge": 400 * 1024}
+        names["video_processor_type"] = "Qwen3VLVideoProcessor"
+        write_json(folder / "video_preprocessor_config.json", SETTINGS_3 | names | {"size": size})
     write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     return folder
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,15 +19,17 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from vcr1_kernels import frames_to_patches
 
-from megatron_vcr1.data.encoding import encode_frames, encode_messages
+from megatron_vcr1.data.encoding import EncodedPrompt, encode_frames, encode_messages
+from megatron_vcr1.data.frame_rules import PER_FRAME_RULES
 from megatron_vcr1.data.messages import MessageError
-from megatron_vcr1.data.processor import ModelTokens, PromptProcessor
+from megatron_vcr1.data.processor import ModelFacts, PromptProcessor
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
+from megatron_vcr1.errors import UserError
 from tests.data.model_dirs import (
     IMAGE_SETTINGS,
     MEAN,
-    PROCESSORS,
     QWEN_7B_TOKENS,
+    STAMPED_MEDIA,
     STD,
     TOKENS,
     write_json,
@@ -105,14 +108,19 @@ def test_an_image_is_resized_as_transformers_does(processor: PromptProcessor, me
     torch.testing.assert_close(patches(image.frames, processor), theirs["pixel_values"], atol=one_level * 1.01, rtol=0)
 
 
-def patches(frames: torch.Tensor, processor: PromptProcessor) -> torch.Tensor:
+def patches(
+    frames: torch.Tensor,
+    processor: PromptProcessor,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> torch.Tensor:
     return frames_to_patches(
         frames,
         patch_size=processor.patch_size,
         temporal_patch_size=processor.temporal_patch_size,
         merge_size=processor.merge_size,
-        mean=MEAN,
-        std=STD,
+        mean=mean,
+        std=std,
     )
 
 
@@ -133,7 +141,7 @@ def test_the_reader_is_given_the_options_and_the_factor(processor: PromptProcess
 
     part = {"type": "video", "video": "a.mp4", "fps": 3, "start_s": 1.5, "end_s": 4}
     encode_messages([{"role": "user", "content": [part]}], processor, read=read)
-    assert seen == {"path": "a.mp4", "fps": 3, "start_s": 1.5, "end_s": 4, "factor": 28}
+    assert seen == {"path": "a.mp4", "fps": 3, "start_s": 1.5, "end_s": 4, "factor": 28, "rules": PER_FRAME_RULES}
 
 
 @pytest.mark.parametrize(
@@ -229,8 +237,8 @@ result = processor(
     images=[Image.open(file) for file in request["images"]],
     videos=videos,
     video_metadata=request["metadata"],
-    images_kwargs={"max_pixels": request["max_pixels"], "min_pixels": request["min_pixels"]},
-    videos_kwargs={"do_sample_frames": False},  # the default since transformers 5.24 is True
+    images_kwargs=request["images_kwargs"],
+    videos_kwargs=request["videos_kwargs"],
     return_tensors="pt",
 )
 save_file({key: torch.as_tensor(value).contiguous() for key, value in result.items()}, result_file)
@@ -241,23 +249,15 @@ def run_transformers(
     torchvision_path: Path,
     model_dir: Path,
     messages: list[dict[str, Any]],
-    videos: list[VideoFrames],
-    max_pixels: int,
+    videos: list[torch.Tensor],
     folder: Path,
+    **request: Any,
 ) -> dict[str, torch.Tensor]:
-    """Encode the messages with transformers' processor of the model, given the frames that we decoded."""
+    """Encode the messages with transformers' processor of the model, given the frames of the videos."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    request = {
-        "messages": messages,
-        "images": [part["image"] for part in parts if part["type"] == "image"],
-        "metadata": [
-            {"fps": len(video.frames) / video.duration_s, "total_num_frames": len(video.frames)} for video in videos
-        ],
-        "min_pixels": 3136,
-        "max_pixels": max_pixels,
-    }
+    request |= {"messages": messages, "images": [part["image"] for part in parts if part["type"] == "image"]}
     write_json(folder / "request.json", request)
-    save_file({f"{index:03}": video.frames for index, video in enumerate(videos)}, folder / "frames.safetensors")
+    save_file({f"{index:03}": frames for index, frames in enumerate(videos)}, folder / "frames.safetensors")
     (folder / "script.py").write_text(TRANSFORMERS_SCRIPT)
     files = [folder / name for name in ("request.json", "frames.safetensors", "result.safetensors")]
     search_path = os.pathsep.join([str(torchvision_path), *filter(None, sys.path)])
@@ -267,9 +267,9 @@ def run_transformers(
 
 
 def assert_equal_to_transformers(
-    torchvision_path: Path, model_dir: Path, messages: list[dict[str, Any]], folder: Path, tokens: ModelTokens = TOKENS
+    torchvision_path: Path, model_dir: Path, messages: list[dict[str, Any]], folder: Path, facts: ModelFacts = TOKENS
 ) -> None:
-    processor = PromptProcessor.from_pretrained(model_dir, tokens)
+    processor = PromptProcessor.from_pretrained(model_dir, facts)
     videos = []
 
     def read(path: str, **options: Any) -> VideoFrames:
@@ -277,23 +277,45 @@ def assert_equal_to_transformers(
         return videos[-1]
 
     prompt = encode_messages(messages, processor, read=read)
-    theirs = run_transformers(torchvision_path, model_dir, messages, videos, processor.max_pixels, folder)
-    assert torch.equal(prompt.token_ids, theirs["input_ids"][0])
-    for kind, grids, pixels in (
-        ("image", "image_grid_thw", "pixel_values"),
-        ("video", "video_grid_thw", "pixel_values_videos"),
-    ):
-        ours = [vision for vision in prompt.vision if (vision.seconds_per_grid is not None) == (kind == "video")]
-        assert [list(vision.grid_thw) for vision in ours] == theirs[grids].tolist()
-        our_pixels = torch.cat([patches(vision.frames, processor) for vision in ours])
-        torch.testing.assert_close(our_pixels, theirs[pixels], atol=1e-6, rtol=1e-6)
+    theirs = run_transformers(
+        torchvision_path,
+        model_dir,
+        messages,
+        [video.frames for video in videos],
+        folder,
+        metadata=[
+            {"fps": len(video.frames) / video.duration_s, "total_num_frames": len(video.frames)} for video in videos
+        ],
+        images_kwargs={"min_pixels": 3136, "max_pixels": processor.max_pixels},
+        videos_kwargs={"do_sample_frames": False},  # the default since transformers 5.24 is True
+    )
+    assert_equal(prompt, theirs, processor)
     if "second_per_grid_ts" in theirs:  # Qwen2-VL's positions do not use it
         durations = [vision.seconds_per_grid for vision in prompt.vision if vision.seconds_per_grid is not None]
         seconds = torch.tensor(durations)
         torch.testing.assert_close(seconds, theirs["second_per_grid_ts"].to(seconds.dtype))
 
 
-@pytest.mark.parametrize("family", PROCESSORS)
+def assert_equal(
+    prompt: EncodedPrompt,
+    theirs: dict[str, torch.Tensor],
+    processor: PromptProcessor,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> None:
+    """Compare token ids, grids and normalized pixels."""
+    assert prompt.token_ids.tolist() == theirs["input_ids"][0].tolist()
+    for kind, grids, pixels in (
+        ("image", "image_grid_thw", "pixel_values"),
+        ("video", "video_grid_thw", "pixel_values_videos"),
+    ):
+        ours = [vision for vision in prompt.vision if (vision.seconds_per_grid is not None) == (kind == "video")]
+        assert [list(vision.grid_thw) for vision in ours] == theirs[grids].tolist()
+        our_pixels = torch.cat([patches(vision.frames, processor, mean, std) for vision in ours])
+        torch.testing.assert_close(our_pixels, theirs[pixels], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_prompts_equal_those_of_transformers(torchvision_path: Path, tmp_path: Path, media: Path, family: str) -> None:
     messages = conversation(media)
     messages[-1]["content"][0].pop("max_pixels")  # transformers has one max_pixels for all images
@@ -311,3 +333,65 @@ def test_prompts_with_the_real_tokenizer_and_videos_equal_those_of_transformers(
             part["video"] = str(realdata / "videos" / "llamafactory_3.mp4")
     model_dir = realdata / "qwen" / "Qwen2.5-VL-7B-Instruct"
     assert_equal_to_transformers(torchvision_path, model_dir, messages, tmp_path, QWEN_7B_TOKENS)
+
+
+STAMPED = replace(TOKENS, media=STAMPED_MEDIA)
+
+
+def test_videos_with_time_stamps_equal_those_of_transformers(
+    torchvision_path: Path, tmp_path: Path, media: Path
+) -> None:
+    """transformers gets every frame of the videos: it chooses, resizes and stamps them itself."""
+    write_clip(tmp_path / "odd.mp4", num_frames=26, size=(640, 368))  # 5 frames at 5 fps
+    clips = [str(media / "clip.mp4"), str(tmp_path / "odd.mp4")]
+    messages = conversation(media)
+    (first, _, _), (_, second) = messages[0]["content"], messages[2]["content"]
+    for part, clip in zip((first, second), clips, strict=True):
+        part.clear()
+        part.update({"type": "video", "video": clip, "fps": 5})
+    messages[2]["content"][0].pop("max_pixels")
+    model_dir = write_model_dir(tmp_path / "model", "qwen3_vl")
+    processor = PromptProcessor.from_pretrained(model_dir, STAMPED)
+    prompt = encode_messages(messages, processor)
+    assert [vision.grid_thw[0] for vision in prompt.vision] == [4, 1, 1, 3]
+    theirs = run_transformers(
+        torchvision_path,
+        model_dir,
+        messages,
+        [all_frames(clip) for clip in clips],
+        tmp_path,
+        metadata=[{"fps": 25, "total_num_frames": len(all_frames(clip))} for clip in clips],
+        images_kwargs={},
+        videos_kwargs={"fps": 5, "do_sample_frames": True},
+    )
+    assert_equal(prompt, theirs, processor, (0.5,) * 3, (0.5,) * 3)
+    assert "<0.1 seconds><|vision_start|>" in processor.decode(prompt.token_ids, skip_special_tokens=False)
+
+
+def all_frames(clip: str) -> torch.Tensor:
+    with av.open(clip) as container:
+        return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)])
+
+
+def test_every_temporal_patch_has_a_time_stamp_and_pads_of_its_own(tmp_path: Path) -> None:
+    processor = PromptProcessor.from_pretrained(write_model_dir(tmp_path / "model", "qwen3_vl"), STAMPED)
+
+    def read(path: str, **options: Any) -> VideoFrames:
+        return VideoFrames(torch.zeros(5, 64, 32, 3, dtype=torch.uint8), (0.0, 0.5, 1.0, 9.6, 10.0), 11.0, "images")
+
+    text = "at <0.2 seconds><|video_pad|>"  # a user's text is no time stamp and has no pads
+    content = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": text}]
+    prompt = encode_messages([{"role": "user", "content": content}], processor, read=read)
+    pads = "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+    stamped = f"<0.2 seconds>{pads}<5.3 seconds>{pads}<10.0 seconds>{pads}"
+    decoded = processor.decode(prompt.token_ids, skip_special_tokens=False)
+    assert f"user\n<|vision_start|>{stamped}<|vision_end|>{text}<|im_end|>" in decoded
+    assert prompt.token_ids.tolist().count(261) == prompt.vision[0].num_tokens(2) == 6
+
+
+def test_time_stamps_need_the_tokens_that_mark_vision(tmp_path: Path) -> None:
+    folder = write_model_dir(tmp_path / "model", "qwen3_vl")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<|vision_end|>", "<|seen|>"))
+    with pytest.raises(UserError, match=r"model: the tokenizer has no token <\|vision_end\|>"):
+        PromptProcessor.from_pretrained(folder, STAMPED)

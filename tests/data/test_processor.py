@@ -74,7 +74,8 @@ def test_reading_a_processor_needs_no_torchvision(model_dir: Path) -> None:
         "from megatron_vcr1.data.encoding import encode_messages\n"
         "from megatron_vcr1.data.processor import PromptProcessor\n"
         "from types import SimpleNamespace\n"
-        "tokens = SimpleNamespace(num_embeddings=264, image_token_id=260, video_token_id=261)\n"
+        "from megatron_vcr1.data.media_rules import MediaRules\n"
+        "tokens = SimpleNamespace(num_embeddings=264, image_token_id=260, video_token_id=261, media=MediaRules())\n"
         f"processor = PromptProcessor.from_pretrained({str(model_dir)!r}, tokens)\n"
         "encode_messages([{'role': 'user', 'content': 'Hi'}], processor)\n"
     )

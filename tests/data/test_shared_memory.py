@@ -17,6 +17,7 @@ from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.data import shared_memory
 from megatron_vcr1.data.shared_memory import PackedResult, max_bytes_in_flight, pack, unpack
 from megatron_vcr1.errors import UserError
+from tests.data.tiny_processor import tiny_processor
 from tests.limits import HANG_S
 
 MB = 2**20
@@ -120,13 +121,16 @@ def test_the_reader_reports_its_own_lack_of_memory(monkeypatch: pytest.MonkeyPat
         unpack(PackedResult(b""))
 
 
+PROCESSOR = tiny_processor(patch_size=14)
+
+
 def test_needed_bytes_follow_the_settings() -> None:
     # 100 frames of at most 28 * 28 * 10 pixels: their share of the pixel budget.
     section = DataSection(num_workers=3, max_frames=100, total_pixels=28 * 28 * 500, min_pixels=28 * 28)
-    assert max_bytes_in_flight(section) == (3 * 2 + 1) * 3 * 28 * 28 * 1000
+    assert max_bytes_in_flight(section, PROCESSOR) == (3 * 2 + 1) * 3 * 28 * 28 * 1000
     short = section.model_copy(update={"max_prompt_tokens": 100})
-    assert max_bytes_in_flight(short) == (3 * 2 + 1) * 3 * 28 * 28 * 200
-    assert max_bytes_in_flight(section.model_copy(update={"num_workers": 0})) == 0
+    assert max_bytes_in_flight(short, PROCESSOR) == (3 * 2 + 1) * 3 * 28 * 28 * 200
+    assert max_bytes_in_flight(section.model_copy(update={"num_workers": 0}), PROCESSOR) == 0
 
 
 def test_a_small_dev_shm_is_reported_at_the_start(
@@ -135,9 +139,11 @@ def test_a_small_dev_shm_is_reported_at_the_start(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda path: usage(64_000_000, 0, 64_000_000))
     section = DataSection(num_workers=2, max_frames=100, total_pixels=28 * 28 * 4000)
-    shared_memory.warn_if_shared_memory_is_small(section, num_readers=4)
+    shared_memory.warn_if_shared_memory_is_small(section, PROCESSOR, num_readers=4)
     assert "/dev/shm has 64 MB free, but up to 376 MB can be needed: 4 ranks x (2 data.num_workers" in caplog.text
     assert "--shm-size" in caplog.text
     caplog.clear()
-    shared_memory.warn_if_shared_memory_is_small(section.model_copy(update={"num_workers": 0}), num_readers=4)
+    shared_memory.warn_if_shared_memory_is_small(
+        section.model_copy(update={"num_workers": 0}), PROCESSOR, num_readers=4
+    )
     assert caplog.text == ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import pickle
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vcr1.data.frame_rules import PixelOptions, WholeVideoRules
 from megatron_vcr1.data.video_types import (
     FrameTable,
     Sampling,
@@ -21,18 +23,16 @@ from megatron_vcr1.data.video_types import (
 )
 
 
-def sampling(**options: float) -> Sampling:
-    defaults = {"fps": 2.0, "min_frames": 4, "max_frames": 768}
-    pixels = {"total_pixels": 3584 * 784, "min_pixels": 16 * 784, "max_pixels": 768 * 784, "factor": 28}
-    return Sampling(**(defaults | pixels | options))  # type: ignore[arg-type]
+def sampling(**options: Any) -> Sampling:
+    defaults: dict[str, Any] = {"fps": 2.0, "min_frames": 4, "max_frames": 768, "pixels": PixelOptions(), "factor": 28}
+    return Sampling(**(defaults | options))
 
 
-@given(total=st.integers(1, 5000), num_pairs=st.integers(1, 384), ticks=st.integers(1, 4000))
-def test_a_constant_rate_gives_the_published_evenly_spaced_indices(total: int, num_pairs: int, ticks: int) -> None:
-    num_frames = min(2 * num_pairs, max(total - total % 2, 2))
+@given(total=st.integers(1, 5000), num_frames=st.integers(2, 768), ticks=st.integers(1, 4000))
+def test_a_constant_rate_gives_the_published_evenly_spaced_indices(total: int, num_frames: int, ticks: int) -> None:
+    num_frames = min(num_frames, max(total, 2))
     chosen = frames_on_screen(ticks * np.arange(total, dtype=np.int64), ticks * total, num_frames)
-    # round() of a Fraction has no floating-point error
-    assert chosen.tolist() == [round(Fraction(i * (total - 1), num_frames - 1)) for i in range(num_frames)]
+    assert chosen.tolist() == np.linspace(0, total - 1, num_frames).round().tolist()
 
 
 @given(shown_for=st.lists(st.integers(1, 500), min_size=1, max_size=60), num_pairs=st.integers(1, 20))
@@ -71,6 +71,14 @@ def test_long_videos_in_nanoseconds_do_not_overflow() -> None:
 )
 def test_number_of_frames(duration_s: float, total_frames: float, options: dict[str, float], expected: int) -> None:
     assert num_sampled_frames(duration_s, total_frames, sampling(**options)) == expected
+
+
+@given(total=st.integers(2, 20_000), fps=st.floats(0.5, 12), min_frames=st.integers(2, 9))
+def test_rules_for_whole_videos_sample_any_number_of_frames(total: int, fps: float, min_frames: int) -> None:
+    rules = WholeVideoRules(min_video_pixels=4096, max_video_pixels=2**24)
+    options = sampling(fps=fps, min_frames=min_frames, rules=rules)
+    published = min(max(int(total / 25 * fps + 1e-6), min_frames), 768, total)
+    assert num_sampled_frames(total / 25, total, options) == published
 
 
 def test_a_frame_that_is_held_is_sampled_for_as_long_as_it_is_on_screen() -> None:

@@ -35,13 +35,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 class Qwen2Family(Family):
     """The base of both families."""
 
-    media = MediaRules(
-        timestamps_as_text=False,
-        min_image_tokens=4,
-        max_image_tokens=1280,
-        min_frame_tokens=16,
-        max_frame_tokens=768,
-    )
+    media = MediaRules()
 
     @abstractmethod
     def read_vision(self, raw: Fields, text_hidden_size: int) -> VisionConfig:
