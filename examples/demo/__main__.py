@@ -24,10 +24,10 @@ MEASURED = Path(__file__).with_name("measured.json")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/demo.sh",
-        description="Run the whole pipeline on a tiny model, on a CPU: synthesize videos, build a tiny Qwen2.5-VL, "
-        "train a base model, fine-tune it with SFT and GRPO on one task and on three tasks, evaluate every model, "
-        "export it, compare the export with transformers, and write report.html and report.json. Run the same command "
-        "again to continue an interrupted demo.",
+        description="Run the whole pipeline on a tiny model, on a CPU: synthesize videos, build a tiny Qwen2.5-VL or "
+        "Qwen3-VL, train a base model, fine-tune it with SFT and GRPO on one task and on three tasks, evaluate every "
+        "model, export it, compare the export with transformers, and write report.html and report.json. Run the same "
+        "command again to continue an interrupted demo.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -39,6 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seeds", type=_seeds, default=(0, 1), metavar="N,N", help="training seeds (default: 0,1, as in the README)"
+    )
+    parser.add_argument(
+        "--family",
+        choices=("qwen2_5_vl", "qwen3_vl"),
+        default="qwen2_5_vl",
+        help="family of the tiny model (default: %(default)s, as in the README)",
     )
     parser.add_argument("--quick", action="store_true", help="run only a few steps of each job, as a smoke test")
     parser.add_argument(
@@ -63,7 +69,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
-    demo = Demo(args.out, args.seeds, args.quick)
+    demo = Demo(args.out, args.seeds, args.quick, args.family)
     num_workers = args.workers or min(len(os.sched_getaffinity(0)), 8)
     record = Record(demo.out)
     console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width: leave room for the tables
@@ -72,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         return _ask(demo, args.real, args.ask, console)
     if not record.matches(demo.fingerprint()):
         print(
-            f"demo: {demo.out} holds results of another demo (with or without --quick, or of another version). Delete "
-            "the directory, or choose another one with --out",
+            f"demo: {demo.out} holds results of another demo (with or without --quick, of another family or version). "
+            "Delete the directory, or choose another one with --out",
             file=sys.stderr,
         )
         return 2
@@ -95,7 +101,7 @@ def announce(demo: Demo, num_workers: int, console: Console) -> None:
     """Print the results of an earlier run, so that the reader knows what to expect, and where this run writes."""
     from demo.results import print_results
 
-    if MEASURED.exists() and not demo.quick:
+    if MEASURED.exists() and not demo.quick and demo.family == "qwen2_5_vl":
         console.print("[bold]Results of an earlier run; this run reproduces them[/]")
         print_results(json.loads(MEASURED.read_text(encoding="utf-8")), console)
     console.print(f"Working in {demo.out} with {num_workers} single-threaded processes; logs: {demo.out / 'logs'}")

@@ -65,11 +65,13 @@ class Demo:
         seeds: seeds of the initial weights, the data order and the sampling. The comparison with few labels always has
             three seeds, which also choose the labels; all of them start from the base model of the first seed.
         quick: run only a few steps of each job, as a smoke test.
+        family: family of the tiny model, one of `tiny_model.FAMILIES`.
     """
 
     out: Path
     seeds: tuple[int, ...] = (0, 1)
     quick: bool = False
+    family: str = "qwen2_5_vl"
 
     @property
     def sizes(self) -> Sizes:
@@ -104,7 +106,7 @@ class Demo:
         here = Path(__file__).parent
         files = [*sorted(CONFIGS.glob("*.toml")), *(here / name for name in ("data.py", "plan.py", "tiny_model.py"))]
         contents = [path.read_bytes() for path in (*files, here / "templates.toml")]
-        return hashlib.sha256(b"\0".join((str(self.quick).encode(), *contents))).hexdigest()
+        return hashlib.sha256(b"\0".join((str(self.quick).encode(), self.family.encode(), *contents))).hexdigest()
 
     def jobs(self) -> list[Job]:
         """List all jobs; the ones that should start early when two processes share the work come first."""
@@ -114,7 +116,9 @@ class Demo:
         videos = tuple(job.name for job in parts)
         jobs = [*parts, Job("manifests", partial(write_manifests, self.data, self.sizes), seconds=5.0)]
         for seed in self.seeds:
-            jobs.append(Job(f"model-{seed}", partial(_make_model, self.out / f"model-{seed}", seed), seconds=3.0))
+            jobs.append(
+                Job(f"model-{seed}", partial(_make_model, self.out / f"model-{seed}", seed, self.family), seconds=3.0)
+            )
         for seed in self.seeds:
             jobs.append(self._train("base", seed, after=(*videos, "manifests", f"model-{seed}")))
         for name in ("grpo_joint", "grpo_grounding", "sft_joint", "sft_grounding"):  # the longest first
@@ -193,12 +197,12 @@ def _synthesize(folder: Path, sizes: Sizes, part: int, num_parts: int) -> None:
         videos.write(folder, part, num_parts)
 
 
-def _make_model(folder: Path, seed: int) -> None:
+def _make_model(folder: Path, seed: int, family: str) -> None:
     """Write a Hugging Face directory with random weights, and import it."""
     from demo.tiny_model import write_model
 
     shutil.rmtree(folder, ignore_errors=True)  # remains of an interrupted attempt
-    write_model(folder / "hf", seed)
+    write_model(folder / "hf", seed, family)
     vcr1("convert", "import", "--hf", str(folder / "hf"), "--out", str(folder / "imported"))
 
 

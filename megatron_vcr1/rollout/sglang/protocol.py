@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_vcr1.data.encoding import EncodedPrompt
+from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import prompt_positions, vision_token_mask
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
@@ -49,12 +49,24 @@ class PromptEncoder:
             return None
         positions = prompt_positions(self.config, prompt)
         pads = iter(vision_token_mask(prompt.token_ids, self.config.pad_ids).nonzero()[:, 0].tolist())
-        media = []
+        media: list[MediaItem] = []
         for item in prompt.vision:
             tokens = [next(pads) for _ in range(item.num_tokens(self.config.vision.merge_size))]
-            # Frames that were decoded on a GPU (dali-gpu) are copied to the host.
-            media.append(MediaItem(item.frames.cpu(), item.seconds_per_grid is not None, tokens[0]))
+            media += self._media_items(item, tokens)
         return Payload(tuple(media), positions, self.patches, salt)
+
+    def _media_items(self, item: VisionInput, tokens: Sequence[int]) -> Iterator[MediaItem]:
+        """Split an image or video into an item for each of its runs of pads.
+
+        Attention of the vision tower stays within a temporal patch, so its patches can be computed apart. A video whose
+        temporal patches have runs of their own becomes as many items: SGLang batches items of a single run, and
+        computes only those that a chunk of its prefill needs.
+        """
+        starts = [token for token, before in zip(tokens, [-2, *tokens], strict=False) if token != before + 1]
+        all_frames = item.frames.cpu()  # frames that were decoded on a GPU (dali-gpu) are copied to the host
+        pieces = [all_frames] if len(starts) == 1 else all_frames.split(self.patches.temporal_patch_size)
+        for start, frames in zip(starts, pieces, strict=True):
+            yield MediaItem(frames, item.seconds_per_grid is not None, start)
 
 
 def generate_body(

@@ -19,6 +19,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from sglang.srt.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 
 from megatron_vcr1.rollout.sglang.patches import to_patches
@@ -30,7 +31,11 @@ TESTED_VERSIONS = ("0.5.23",)
 class ExactQwenVLProcessor(QwenVLImageProcessor):
     """A multimodal processor that SGLang finds through SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE."""
 
-    models = (Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration)
+    models = (
+        Qwen2VLForConditionalGeneration,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen3VLForConditionalGeneration,
+    )
 
     async def process_mm_data_async(
         self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
