@@ -45,6 +45,8 @@ def print_plans(console: Console, plans: Sequence[Plan], *, mine: Plan | None = 
     console.print(_stage_table(best), "")
     traffic = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in dataclasses.asdict(best.traffic).items())
     console.print(f"Each GPU sends per step: {traffic}\n")
+    if best.layout.replicas > 1:
+        console.print(f"FLOPs of the busiest of {best.layout.replicas} replicas: {best.imbalance:.2f} x the mean\n")
     options = " ".join(f"--{key} {value}" for key, value in settings(best).items())
     console.print(f"Settings: {options}\n", soft_wrap=True)  # on one line, so that it can be copied
 
@@ -266,5 +268,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bytes_sent": dataclasses.asdict(plan.traffic),
         "mfu": plan.mfu,
         "update_mfu": plan.update_mfu,
+        "work_imbalance": plan.imbalance,
         "gpu_hours": plan.gpu_hours,
     }

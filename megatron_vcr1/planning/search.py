@@ -10,6 +10,7 @@ from itertools import product
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.imbalance import work_imbalance
 from megatron_vcr1.planning.job import RECOMPUTES, Job, Layout
 from megatron_vcr1.planning.memory import EngineMemory, Memory, cache_bytes_per_token, engine_memory, training_memory
 from megatron_vcr1.planning.timing import (
@@ -46,6 +47,7 @@ class Plan:
     time: StepTime
     traffic: Traffic
     stages: tuple[float, ...]  # seconds of one microbatch on each stage, forward and backward
+    imbalance: float  # FLOPs of the replica with the most work over the mean
 
     @property
     def peak_bytes(self) -> float:
@@ -159,7 +161,8 @@ def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) 
     for engine in engines:
         if engine.tokens >= tokens:
             time = step_seconds(job, layout, device, cluster.gpus_per_node, engine, longest_response)
-            plans.append(Plan(job, layout, cluster, memory, engine, time, traffic, stages))
+            imbalance = work_imbalance(job, layout.replicas, longest_response)
+            plans.append(Plan(job, layout, cluster, memory, engine, time, traffic, stages, imbalance))
     if plans:
         return min(plans, key=lambda plan: plan.time.total)
     reason = (

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 from megatron_vcr1.model.flops import Flops, forward_flops, recomputed_flops, training_flops
 from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.imbalance import work_imbalance
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
@@ -120,10 +121,20 @@ def busiest_seconds(stages: Sequence[float], num_microbatches: int) -> float:
 
 
 def update_seconds(
-    job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline = pipeline_seconds
+    job: Job,
+    layout: Layout,
+    device: Device,
+    gpus_per_node: int,
+    pipeline: Pipeline = pipeline_seconds,
+    *,
+    imbalance: float = 1.0,
 ) -> float:
-    """Predict the update: forward and backward of all microbatches, gradient reduction over replicas, optimizer."""
-    compute = _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=True)
+    """Predict the update: forward and backward of all microbatches, gradient reduction over replicas, optimizer.
+
+    Args:
+        imbalance: work of the busiest replica, for which the others wait, over the mean.
+    """
+    compute = imbalance * _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=True)
     replicas_within_node = layout.tensor * layout.replicas <= gpus_per_node
     gradients = step_traffic(job, layout).data / _bandwidth(device, within_node=replicas_within_node)
     trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) / layout.replicas
@@ -188,8 +199,10 @@ def step_seconds(
     """Predict a whole GRPO step with engines colocated on the training GPUs."""
     num_engines = max(layout.num_gpus // engine.ranks, 1)
     rollout = rollout_seconds(job, device, num_engines, engine, longest_response)
-    reference = reference_seconds(job, layout, device, gpus_per_node)
-    update = update_seconds(job, layout, device, gpus_per_node)
+    imbalance = work_imbalance(job, layout.replicas, longest_response)
+    # A replica that is done with its reference pass goes on with its update: all wait at the end of the update only.
+    reference = reference_seconds(job, layout, device, gpus_per_node) * imbalance
+    update = update_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
     sync_bandwidth = _bandwidth(device, within_node=layout.num_gpus <= gpus_per_node)
     sync = step_traffic(job, layout).sync / sync_bandwidth
     frames = job.frames_per_prompt * job.prompts_per_step / layout.num_gpus

@@ -79,7 +79,16 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[_Spec]]] = (
         "",
         (
             _Spec("Throughput", "tokens/s", {"tokens_per_s": "tokens/s"}),
-            _Spec("Model FLOPs utilization", "fraction of peak", {"mfu": "MFU"}),
+            _Spec(
+                "Model FLOPs utilization",
+                "fraction of peak",
+                {
+                    "mfu": "update",
+                    "mfu_hardware": "update, with recomputation",
+                    "mfu/reference": "reference",
+                    "mfu/old_log_probs": "old log-probs",
+                },
+            ),
             _Spec("Model FLOPs", "TFLOP/s per rank, during the update", {"tflops_per_s": "TFLOP/s"}),
             _Spec("Prompt tokens in the engine's prefix cache", "fraction", {"cached_prompt_fraction": "cached"}),
             _Spec("Trained tokens", "per step", {"tokens": "tokens"}),
@@ -116,8 +125,9 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[CurveSection]:
     )
     sections = [("Reward", note, list(_reward_specs(keys))), validation, *_SECTIONS]
     shown = {key for _, _, specs in sections for spec in specs for key in spec.keys}
-    hidden = (*shown, "policy_version", "model_flops")  # the number of the step, and a metric that TFLOP/s replaces
-    other = [key for key in keys if key not in hidden and not key.startswith(("zero_rewards/", "time/", VALIDATION))]
+    # The number of the step, phases that the report shows as bars, and metrics that MFU and TFLOP/s replace.
+    hidden = ("policy_version", "zero_rewards/", "time/", "model_flops", "hardware_flops", VALIDATION)
+    other = [key for key in keys if key not in shown and not key.startswith(hidden)]
     sections.append(("Other metrics", "", [_Spec(key, "", {key: key}) for key in other[:_MAX_OTHER_CHARTS]]))
     drawn = [
         _section(title, note, [chart for spec in specs for chart in _charts(runs, spec)])

@@ -239,14 +239,17 @@ def _flops(case: UpdateCase, work: Workload) -> dict[str, float]:
 def report(result: dict[str, Any]) -> None:
     ours, case = result["sides"][OURS], result["case"]
     num_devices = case["tensor"] * case["pipeline"] * result["replicas"]
-    useful, peak = result["flops"]["ours"]["total"], bf16_peak(result["device"])
+    flops, peak = result["flops"], bf16_peak(result["device"])
+    useful = flops["ours"]["total"]
+    hardware = useful + flops["ours"]["recomputed"]
     # On a CPU that other programs use too, compare CPU time.
     clock = "seconds" if peak else "cpu_seconds"
     rows = []
     for name, side in result["sides"].items():
         spread = Spread.of(side[clock])
         devices = num_devices if name == OURS else 1
-        mfu = useful / spread.median / devices / (peak or side["matmul_flops_per_s"])
+        # Fraction of the peak per FLOP of the update.
+        rate = 1 / spread.median / devices / (peak or side["matmul_flops_per_s"])
         above, ours_above = (measured["peak_bytes"] - measured["libraries_bytes"] for measured in (side, ours))
         rows.append(
             (
@@ -256,18 +259,19 @@ def report(result: dict[str, Any]) -> None:
                 f"{spread.median / Spread.of(ours[clock]).median:.1f}",
                 f"{side['peak_bytes'] / 1e9:.2f}",
                 f"{side['peak_bytes'] / ours['peak_bytes']:.1f} ({above / ours_above:.1f})",
-                f"{100 * mfu:.1f} %",
+                f"{100 * useful * rate:.1f} %",
+                f"{100 * hardware * rate:.1f} %" if name == OURS else "-",
                 "-" if name == OURS else f"{side['gradient_difference']:.1e}",
             )
         )
     sizes = f"{case['num_prompts']} x ({case['prompt_tokens']} + {case['group_size']} x {case['response_tokens']})"
     print_table(
         f"GRPO update, {result['model']}, {case['dtype']}, {sizes} tokens, {result['device']}, {result['date']}",
-        ("", "seconds", "CPU seconds", "x ours", "peak GB", "x ours", "MFU", "gradients"),
+        ("", "seconds", "CPU seconds", "x ours", "peak GB", "x ours", "MFU", "hardware", "gradients"),
         rows,
         f"Median (range) of {len(ours['seconds'])} updates. Peak memory of the {'allocator' if peak else 'process'}; "
         f"in brackets, the ratio without {ours['libraries_bytes'] / 1e9:.2f} GB of libraries. MFU: {useful / 1e12:.3f} "
         f"TFLOP, with each prompt counted once, at the {'published bfloat16' if peak else 'measured matmul'} rate; "
-        f"plain computes {result['flops']['plain']['total'] / useful:.1f} times as many. gradients: largest difference "
-        "from ours.",
+        f"plain computes {flops['plain']['total'] / useful:.1f} times as many. hardware: MFU with the FLOPs that "
+        "our side recomputes. gradients: largest difference from ours.",
     )

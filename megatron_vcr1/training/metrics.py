@@ -9,12 +9,15 @@ from contextlib import contextmanager
 import torch
 
 from megatron_vcr1 import timeline
+from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.flops import Workload, bf16_peak, training_flops
+from megatron_vcr1.model.flops import Workload, bf16_peak, forward_flops, recomputed_flops, training_flops
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.training.microbatches import Microbatch
 
 PHASES = ("decode", "rollout", "judge", "reference", "old_log_probs", "update", "sync", "save", "total")
+FORWARD_PHASES = ("reference", "old_log_probs")
+"""Phases that compute log-probs with a forward pass alone."""
 
 
 class Metrics:
@@ -93,45 +96,72 @@ class Metrics:
 
 
 def add_update_work(
-    metrics: Metrics, batches: Sequence[Microbatch], config: ModelConfig, *, frozen_parts: Collection[str]
+    metrics: Metrics,
+    batches: Sequence[Microbatch],
+    config: ModelConfig,
+    *,
+    frozen_parts: Collection[str],
+    recompute: RecomputeSection,
 ) -> None:
     """Add the tokens and FLOPs of an update's forward and backward pass, once per replica.
 
     Args:
         batches: the update's microbatches.
         frozen_parts: model.freeze; these parts have no weight gradients to compute.
+        recompute: what the backward pass recomputes; only the hardware FLOPs count it.
     """
     if not mesh.is_replica_leader():
         return
-    work = Workload()
-    for batch in batches:
-        work += Workload.of_batch(config, batch.packed)
+    work = _workload(batches, config)
+    useful = training_flops(config, work, freeze=frozen_parts).total
     metrics.add_to_sum("tokens", work.tokens)
-    metrics.add_to_sum("model_flops", training_flops(config, work, freeze=frozen_parts).total)
+    metrics.add_to_sum("model_flops", useful)
+    recomputed = recomputed_flops(config, work, recompute, freeze=frozen_parts).total
+    metrics.add_to_sum("hardware_flops", useful + recomputed)
+
+
+def add_forward_work(metrics: Metrics, phase: str, batches: Sequence[Microbatch], config: ModelConfig) -> None:
+    """Add the FLOPs of a forward pass to a phase of `FORWARD_PHASES`, once per replica."""
+    if mesh.is_replica_leader():
+        metrics.add_to_sum(f"model_flops/{phase}", forward_flops(config, _workload(batches, config)).total)
+
+
+def _workload(batches: Sequence[Microbatch], config: ModelConfig) -> Workload:
+    return sum((Workload.of_batch(config, batch.packed) for batch in batches), Workload())
 
 
 def throughput(metrics: Mapping[str, float], num_ranks: int, device_name: str | None) -> dict[str, float]:
     """Compute the rates of a step from its reduced metrics.
 
     Args:
-        metrics: "tokens" and "model_flops" may be missing; then the rates that need them are left out.
+        metrics: the tokens and FLOPs may be missing; then the rates that need them are left out.
         num_ranks: number of ranks of the job.
         device_name: the GPU's name as CUDA reports it; None without a GPU.
 
     Returns:
         tokens_per_s: tokens trained on (prompts once per group, and responses), per second of the whole step.
         tflops_per_s: model FLOPs of the updates, per second of update time and per rank, in 10^12.
-        mfu: tflops_per_s over the device's published bfloat16 peak. Left out for devices whose peak is not known, such
-            as CPUs.
+        mfu: tflops_per_s over the device's published bfloat16 peak. This rate and the next ones are left out for
+            devices whose peak is not known, such as CPUs.
+        mfu_hardware: the same with the FLOPs that the backward pass recomputes.
+        mfu/PHASE: MFU of a forward pass without gradients, for the phases in `FORWARD_PHASES`.
     """
     rates: dict[str, float] = {}
     if "tokens" in metrics and metrics["time/total_s"] > 0:
         rates["tokens_per_s"] = metrics["tokens"] / metrics["time/total_s"]
-    if "model_flops" in metrics and metrics["time/update_s"] > 0:
-        flops_per_s = metrics["model_flops"] / metrics["time/update_s"] / num_ranks
-        rates["tflops_per_s"] = flops_per_s / 1e12
-        if device_name is not None and (peak := bf16_peak(device_name)):
-            rates["mfu"] = flops_per_s / peak
+    flops_per_s = {
+        rate: metrics[flops] / metrics[f"time/{phase}_s"] / num_ranks
+        for rate, flops, phase in (
+            ("mfu", "model_flops", "update"),
+            ("mfu_hardware", "hardware_flops", "update"),
+            *((f"mfu/{phase}", f"model_flops/{phase}", phase) for phase in FORWARD_PHASES),
+        )
+        if flops in metrics and metrics[f"time/{phase}_s"] > 0
+    }
+    if "mfu" in flops_per_s:
+        rates["tflops_per_s"] = flops_per_s["mfu"] / 1e12
+    if device_name is not None and (peak := bf16_peak(device_name)):
+        rates |= {rate: value / peak for rate, value in flops_per_s.items()}
     return rates
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.data_sections import DataSource
+from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.config.training_sections import TrainSection
 from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.data.packing import Group
@@ -35,13 +36,14 @@ class SftTrainer:
         *,
         data_sources: Sequence[DataSource],
         frozen_parts: Collection[str],
+        recompute: RecomputeSection,
         train: TrainSection,
     ) -> None:
         """
         Args:
             engine: generates responses in validation; the trainer closes it. None without validation.
             data_sources: data.sources; each says whether its prompts ask for reasoning.
-            frozen_parts: model.freeze, for the FLOPs of an update.
+            frozen_parts: model.freeze, for the FLOPs of an update, like recompute.
 
         Raises:
             UserError: the chat template cannot close an assistant's turn.
@@ -53,6 +55,7 @@ class SftTrainer:
         self._targets = TargetEncoder(processor)
         self._data_sources = data_sources
         self._frozen_parts = frozen_parts
+        self._recompute = recompute
         self._train = train
 
     def step(self, step: int, metrics: Metrics) -> StepResult:
@@ -71,7 +74,13 @@ class SftTrainer:
                 return -self._learner.model.log_probs(hidden, batch.packed.target_ids).sum() / num_tokens, {}
 
             update = self._learner.update(batches, loss)
-        add_update_work(metrics, batches, self._learner.model.model_config, frozen_parts=self._frozen_parts)
+        add_update_work(
+            metrics,
+            batches,
+            self._learner.model.model_config,
+            frozen_parts=self._frozen_parts,
+            recompute=self._recompute,
+        )
         if mesh.is_replica_leader():
             metrics.add_to_mean("response_tokens/mean", sum(lengths), len(lengths))
             metrics.update_max("response_tokens/max", max(lengths))

@@ -121,6 +121,7 @@ def build(config: RunConfig, inputs: RunInputs) -> tuple[Learner, Trainer]:
         _start_engine(config, learner, inputs) if needs_engine else None,
         data_sources=config.data.sources,
         frozen_parts=config.model.freeze,
+        recompute=config.recompute,
         train=config.train,
     )
     return learner, trainer
@@ -152,6 +153,7 @@ def _build_grpo_trainer(config: RunConfig, learner: Learner, inputs: RunInputs) 
         reference,
         data_sources=config.data.sources,
         frozen_parts=config.model.freeze,
+        recompute=config.recompute,
         train=train,
         grpo=grpo,
         rollout=rollout,

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.flops import Workload, training_flops
+from megatron_vcr1.model.flops import Workload, forward_flops, recomputed_flops, training_flops
 from megatron_vcr1.model.packed_batch import pack
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.training.metrics import Metrics, add_update_work, peak_memory_gb, throughput
+from megatron_vcr1.training.metrics import Metrics, add_forward_work, add_update_work, peak_memory_gb, throughput
 from megatron_vcr1.training.microbatches import Microbatch
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -68,17 +68,24 @@ def test_tokens_flops_and_throughput_of_an_update(world: None, tmp_path: Path) -
     group = Group("g", tiny.prompt("v", seed=0), tiny.responses((4, 6), seed=1))
     batch = Microbatch(pack([group], config))
     metrics = Metrics()
-    add_update_work(metrics, [batch, batch], config, frozen_parts=("vision_tower",))
+    recompute = RecomputeSection(granularity="full")
+    add_update_work(metrics, [batch, batch], config, frozen_parts=("vision_tower",), recompute=recompute)
+    add_forward_work(metrics, "reference", [batch], config)
     row: dict[str, Any] = metrics.reduce()
     assert row["tokens"] == 2 * (len(group.prompt.token_ids) + 3 + 5)
     work = Workload.of_batch(config, batch.packed)
     assert row["model_flops"] == pytest.approx(2 * training_flops(config, work, freeze=("vision_tower",)).total)
-    row |= {"time/total_s": 4.0, "time/update_s": 2.0}
+    recomputed = 2 * recomputed_flops(config, work, recompute, freeze=("vision_tower",)).total
+    assert row["hardware_flops"] == pytest.approx(row["model_flops"] + recomputed)
+    row |= {"time/total_s": 4.0, "time/update_s": 2.0, "time/reference_s": 0.5}
     rates = throughput(row, 8, "NVIDIA H100 80GB HBM3")
     assert rates["tokens_per_s"] == row["tokens"] / 4
     assert rates["tflops_per_s"] == pytest.approx(row["model_flops"] / 2 / 8 / 1e12)
     assert rates["mfu"] == pytest.approx(rates["tflops_per_s"] * 1e12 / 989.4e12)
-    assert "mfu" not in throughput(row, 8, None)
+    assert rates["mfu_hardware"] == pytest.approx(rates["mfu"] * row["hardware_flops"] / row["model_flops"])
+    assert rates["mfu/reference"] == pytest.approx(forward_flops(config, work).total / 0.5 / 8 / 989.4e12)
+    assert "mfu/old_log_probs" not in rates
+    assert set(throughput(row, 8, None)) == {"tokens_per_s", "tflops_per_s"}
 
 
 def test_peak_memory_is_in_gigabytes() -> None:

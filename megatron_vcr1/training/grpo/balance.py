@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload, training_flops
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.balance import imbalance, longest_first
 from megatron_vcr1.training.grpo.batch import PolicyGroup
 
 MIN_GAIN = 0.02
@@ -57,40 +58,16 @@ def deal_by_work(groups: Sequence[PolicyGroup], config: ModelConfig, *, frozen_p
     old = [replica for replica, replica_costs in enumerate(costs) for _ in replica_costs]
     flat_costs = [cost for replica_costs in costs for cost in replica_costs]
     new = longest_first(flat_costs, len(costs))
-    before, after = _imbalance(flat_costs, old, len(costs)), _imbalance(flat_costs, new, len(costs))
+    before, after = imbalance(flat_costs, old, len(costs)), imbalance(flat_costs, new, len(costs))
     if after > before * (1 - MIN_GAIN):
         return Dealt(list(groups), before, before)
     return Dealt(_exchange(groups, old, new, process_group), before, after)
-
-
-def longest_first(costs: Sequence[float], num_bins: int) -> list[int]:
-    """Assign each cost to a bin: from the largest to the smallest, each to the bin with the lowest sum so far.
-
-    The largest sum is at most 4/3 of the best possible one (Graham 1969, SIAM J. Appl. Math. 17).
-
-    Returns:
-        The bin of each cost. Equal costs and equal sums go in order, so every rank computes the same bins.
-    """
-    sums = [0.0] * num_bins
-    bins = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        bins[index] = min(range(num_bins), key=lambda candidate: (sums[candidate], candidate))
-        sums[bins[index]] += costs[index]
-    return bins
 
 
 def _workload(group: PolicyGroup, config: ModelConfig) -> Workload:
     grids = [item.grid_thw for item in group.prompt.vision]
     lengths = [len(response) for response in group.responses]
     return Workload.of_group(config, len(group.prompt.token_ids), lengths, grids)
-
-
-def _imbalance(costs: Sequence[float], bins: Sequence[int], num_bins: int) -> float:
-    """Return the largest sum of a bin over the mean of all bins; 1 without costs."""
-    sums = [0.0] * num_bins
-    for cost, index in zip(costs, bins, strict=True):
-        sums[index] += cost
-    return max(sums) * num_bins / sum(sums) if sum(sums) else 1.0
 
 
 def _exchange(

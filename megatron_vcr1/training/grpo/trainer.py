@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_vcr1.config.data_sections import DataSource
+from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.config.rollout_sections import RolloutSection
 from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
 from megatron_vcr1.data.loader import SkippedSample
@@ -24,7 +25,7 @@ from megatron_vcr1.training.grpo.objective import (
 )
 from megatron_vcr1.training.grpo.rollout_source import RolloutSource, StepGroups
 from megatron_vcr1.training.grpo.scoring import ScoredGroup, rollout_row
-from megatron_vcr1.training.metrics import Metrics, add_update_work
+from megatron_vcr1.training.metrics import Metrics, add_forward_work, add_update_work
 from megatron_vcr1.training.optimizer import Learner, Update
 from megatron_vcr1.training.reference import Reference
 from megatron_vcr1.training.trainer import StepResult
@@ -41,6 +42,7 @@ class GrpoTrainer:
         *,
         data_sources: Sequence[DataSource],
         frozen_parts: Collection[str],
+        recompute: RecomputeSection,
         train: TrainSection,
         grpo: GrpoSection,
         rollout: RolloutSection,
@@ -50,7 +52,7 @@ class GrpoTrainer:
             source: supplies each step's groups; the trainer closes it.
             reference: the frozen policy of the KL term. None without a KL term.
             data_sources: data.sources, for the records of rollouts.
-            frozen_parts: model.freeze, for the FLOPs of an update.
+            frozen_parts: model.freeze, for the FLOPs of an update, like recompute.
         """
         self._learner = learner
         self._model = learner.model
@@ -58,6 +60,7 @@ class GrpoTrainer:
         self._reference = reference
         self._data_sources = data_sources
         self._frozen_parts = frozen_parts
+        self._recompute = recompute
         self._train = train
         self._grpo = grpo
         self._objective = objective_from_settings(grpo)
@@ -75,11 +78,11 @@ class GrpoTrainer:
         minibatches = self._make_minibatches(groups.kept, metrics)
         if self._reference is not None:
             with metrics.time_phase("reference", wait_for_device=True), self._reference.swapped_in():
-                minibatches = [self._with_log_probs(batches, "ref_log_probs") for batches in minibatches]
+                minibatches = [self._with_log_probs(b, "ref_log_probs", "reference", metrics) for b in minibatches]
         num_passes = self._grpo.epochs_per_rollout
         if num_passes * len(minibatches) > 1:  # a single update is on-policy: its ratio is 1 without old log-probs
             with metrics.time_phase("old_log_probs", wait_for_device=True):
-                minibatches = [self._with_log_probs(batches, "old_log_probs") for batches in minibatches]
+                minibatches = [self._with_log_probs(b, "old_log_probs", "old_log_probs", metrics) for b in minibatches]
         with metrics.time_phase("update"):
             updates = [
                 self._update(batches, metrics, is_first_pass=index == 0)
@@ -121,11 +124,14 @@ class GrpoTrainer:
             )
         return minibatches
 
-    def _with_log_probs(self, batches: list[PolicyBatch], field: str) -> list[PolicyBatch]:
+    def _with_log_probs(
+        self, batches: list[PolicyBatch], field: str, phase: str, metrics: Metrics
+    ) -> list[PolicyBatch]:
         """Compute the log-probs of all targets with the model's current weights.
 
         Args:
             field: the field of `PolicyBatch` to set.
+            phase: phase of the metrics to which the FLOPs belong.
 
         Returns:
             The batches with the field set on the last stage, which computes the loss; unchanged on other stages.
@@ -134,6 +140,7 @@ class GrpoTrainer:
         def log_probs(batch: PolicyBatch, hidden: Tensor) -> Tensor:
             return self._model.log_probs(hidden, batch.packed.target_ids, temperature=self._rollout.temperature)
 
+        add_forward_work(metrics, phase, batches, self._model.model_config)
         if not batches:  # a forward pass has collectives within a replica only, so a replica without groups can skip it
             return batches
         values = schedule.forward_only(self._model, batches, log_probs, model_input=lambda batch: batch.packed)
@@ -145,7 +152,9 @@ class GrpoTrainer:
     def _update(self, batches: Sequence[PolicyBatch], metrics: Metrics, *, is_first_pass: bool) -> Update:
         """Do one optimizer step, and add the statistics of its forward pass to the metrics."""
         update = self._learner.update(batches, self._loss)
-        add_update_work(metrics, batches, self._model.model_config, frozen_parts=self._frozen_parts)
+        add_update_work(
+            metrics, batches, self._model.model_config, frozen_parts=self._frozen_parts, recompute=self._recompute
+        )
         if mesh.is_output_rank():
             for batch, statistics in zip(batches, update.metrics, strict=True):
                 add_policy_metrics(metrics, statistics, batch, with_mismatch=is_first_pass)
