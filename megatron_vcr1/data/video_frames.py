@@ -26,7 +26,8 @@ def intact_frames(source: VideoSource, frames: Sequence[av.VideoFrame]) -> Itera
     for frame in frames:
         # Check every decoded frame, not only the chosen ones: a chosen frame may refer to it.
         if frame.is_corrupt:
-            raise VideoError(source.file, f"damaged: the frame at {frame.time:.2f} s did not decode cleanly")
+            which = "a frame" if frame.time is None else f"the frame at {frame.time:.2f} s"  # raw H.264 has no times
+            raise VideoError(source.file, f"damaged: {which} did not decode cleanly")
         yield frame
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vcr1.data.video import read_frames
 from megatron_vcr1.data.video_in_order import _frame_times
+from megatron_vcr1.data.video_types import VideoError
 from tests.data.odd_clips import set_edit_list, write_packed_bitstream, write_vfw_matroska
 from tests.data.video_clips import RATE, numbers_of, write_clip
 
@@ -40,6 +41,16 @@ def test_every_frame_is_read_at_its_time(tmp_path: Path, name: str) -> None:
     clip = read_frames(path, fps=5, start_s=0.5, end_s=1.3)
     assert numbers_of(clip.frames) == [12, 19, 25, 32]  # 12 since 0.48 s
     assert clip.timestamps_s == pytest.approx([0, 0.26, 0.5, 0.78], abs=1e-3)
+
+
+def test_damaged_frame_without_a_time_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "no_time_stamps.h264")
+    content = bytearray(path.read_bytes())
+    damage = slice(len(content) * 2 // 5, len(content) * 2 // 5 + 8)  # in the data of the first frame
+    content[damage] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match="damaged: a frame did not decode cleanly"):
+        read_frames(path, fps=RATE)
 
 
 def test_b_frames_of_asf_are_in_order(tmp_path: Path) -> None:

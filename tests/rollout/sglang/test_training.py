@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.evaluation.evaluate import evaluate_model
 from megatron_vcr1.training.train import train
 from tests.data.tiny_processor import CHAT_TEMPLATE
 from tests.rollout.sglang.conftest import Serving
@@ -30,6 +33,7 @@ def test_log_probs_of_rollout_and_training_agree_at_every_step(
     serving: Serving, folder: Path, tmp_path: Path, weight_sync: str, one_step_off: bool
 ) -> None:
     source: dict[str, Any] = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
+    benchmark = {"name": "temporal_grounding", "manifest": source["manifest"], "thinking": False}
     data = workspace.config(folder, "grpo").data.model_dump()
     config = workspace.config(
         folder,
@@ -37,15 +41,30 @@ def test_log_probs_of_rollout_and_training_agree_at_every_step(
         model={"path": serving.model_dir},
         data=data | {"sources": [source | {"rewards": ["tests.training.own_rewards:variety"]}]},
         train={"num_steps": 3, "run_dir": tmp_path / "run"},
+        validation={"benchmarks": [benchmark], "every_steps": 3, "max_new_tokens": 6},
+        evaluate={"benchmarks": [benchmark], "max_new_tokens": 6},
+        checkpoint={"export": "end"},
         grpo={"one_step_off": one_step_off, "group_size": 4},
         rollout={"engine": "sglang"},
         sglang={"urls": [serving.url], "weight_sync": weight_sync, "weight_sync_bucket_mb": 1, "colocated": False},
     )
     assert train(config) == 0
-    rows = workspace.metrics(config.train.run_dir)
+    rows = [row for row in workspace.metrics(config.train.run_dir) if "loss" in row]
     assert [row["policy_version"] for row in rows] == [0, 1, 2]
     assert [row["policy_lag"] for row in rows] == ([0, 1, 1] if one_step_off else [0, 0, 0])
     assert all(row["grad_norm"] > 0 for row in rows)
     for row in rows:
         if row["policy_lag"] == 0:  # otherwise the policies differ by one step
             assert row["mismatch/max_abs"] < TOLERANCE
+    # A validation samples from the server with the weights of its step, as the exported model does in this process.
+    local = {"model": {"path": config.train.run_dir / "export"}, "rollout": {"engine": "local"}}
+    trained = config.model_copy(update={"train": config.train.model_copy(update={"run_dir": tmp_path / "evaluated"})})
+    evaluate_model(RunConfig.model_validate(trained.model_dump() | local))
+    run_dir = config.train.run_dir
+    at_start, at_end = (_completions(run_dir / f"validation/step_{step}") for step in (0, 3))
+    assert at_end == _completions(tmp_path / "evaluated/evaluation") and at_start != at_end
+
+
+def _completions(results: Path) -> list[str]:
+    lines = (results / "temporal_grounding" / "predictions.jsonl").read_text().splitlines()
+    return [json.loads(line)["completion"] for line in lines]
