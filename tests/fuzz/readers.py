@@ -167,8 +167,9 @@ def main(folder: Path, name: str, first_seed: int, num_inputs: int) -> None:
             usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             descriptors = len(os.listdir("/proc/self/fd"))
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - usage
-    if growth > MAX_GROWTH_KB or len(os.listdir("/proc/self/fd")) > descriptors + 5:
-        print("FAULT growth", growth, "kB;", descriptors, "to", len(os.listdir("/proc/self/fd")), "descriptors")
+    now_open = len(os.listdir("/proc/self/fd"))
+    if growth > MAX_GROWTH_KB or now_open > descriptors + 5:
+        print("FAULT", name, "growth", growth, "kB;", descriptors, "to", now_open, "descriptors")
 
 
 if __name__ == "__main__":
