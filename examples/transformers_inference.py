@@ -1,6 +1,7 @@
 """Ask a trained model about a video in plain transformers, with the frames, pixels and positions of its training.
 
-It needs no part of megatron_vcr1:
+It is for Qwen2-VL and Qwen2.5-VL: transformers' processor of Qwen3-VL reads videos as training does. It needs no part
+of megatron_vcr1:
 
 pip install torch torchvision transformers av
 python examples/transformers_inference.py --model runs/own_data/export --video clip.mp4 --prompt "When?"
@@ -79,6 +80,8 @@ def answer(arguments: argparse.Namespace) -> str:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     processor = AutoProcessor.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=dtype).to(device).eval()
+    if model.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise SystemExit(f"{arguments.model} is a {model.config.model_type}: use transformers' own processor for it")
     model.model.get_rope_index = with_published_positions(model.model.get_rope_index, model.config.video_token_id)
     vision = model.config.vision_config
     frames, duration_s = read_frames(

@@ -96,3 +96,21 @@ def test_videos_must_have_the_settings_of_images(tmp_path: Path, video: dict[str
     with pytest.raises(UserError) as error:
         read_image_settings(tmp_path)
     assert f"{tmp_path / 'processor_config.json'}: video_processor: {message}" in str(error.value)
+
+
+def test_the_bounds_of_videos_are_those_of_their_own_section_or_file(tmp_path: Path) -> None:
+    image = {"patch_size": 16, "size": {"shortest_edge": 10, "longest_edge": 90}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(image))
+    shared = read_image_settings(tmp_path, video_patch_size=16)
+    assert shared is not None  # without a file of their own, videos share the one of images
+    assert (shared.min_video_pixels, shared.max_video_pixels, shared.max_frame_pixels) == (10, 90, None)
+    video = {"size": {"shortest_edge": 20, "longest_edge": 800}, "cap_pixels_per_frame": True, "max_video_tokens": 5}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
+    own = read_image_settings(tmp_path, video_patch_size=16)
+    assert own is not None
+    assert (own.min_pixels, own.max_pixels) == (10, 90)
+    assert (own.min_video_pixels, own.max_video_pixels, own.max_frame_pixels) == (20, 800, 5 * 32 * 32)
+    with pytest.raises(
+        UserError, match=r"patch_size is None; it defaults to 14, but must be 16, as in .*/preprocessor_config"
+    ):
+        read_image_settings(tmp_path)

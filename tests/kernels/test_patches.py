@@ -30,6 +30,13 @@ def test_matches_reference(shape: tuple[int, int, int], dtype: torch.dtype, devi
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=rounding, atol=1e-6)
 
 
+def test_patches_of_16_pixels_match_the_reference(device: torch.device) -> None:
+    frames = _frames(3, 32, 64)
+    options = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    actual = frames_to_patches(frames.to(device), **options)
+    torch.testing.assert_close(actual.cpu(), reference.frames_to_patches(frames, **options), rtol=1e-6, atol=1e-6)
+
+
 def test_unit_order_reorders_merge_units(device: torch.device) -> None:
     frames = _frames(4, 16, 24).to(device)
     unit_order = torch.randperm(2 * 2 * 3)
