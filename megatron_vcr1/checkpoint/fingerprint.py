@@ -35,7 +35,7 @@ def weights_fingerprint(model: ShardedModel) -> str:
         16 hexadecimal digits, the same on every rank.
     """
     total = 0
-    if mesh.replica_index() == 0:  # the other replicas hold the same weights
+    if mesh.weight_holder_index() == 0:  # the other ranks of this place hold the same weights
         for shard in chain.from_iterable(parameter_slices(model).values()):
             if shard.is_main_replica:
                 total += sum(_hash_block(shard.key, *block) for block in _blocks(shard))

@@ -153,10 +153,15 @@ def slices_of_range(
             )
 
 
-def slices_of_replica(slices: Sequence[ShardSlice], index: int, num_replicas: int) -> list[ShardSlice]:
-    """Select the slices that one data-parallel replica writes, out of those that all replicas hold.
+def slices_of_holder(slices: Sequence[ShardSlice], index: int, num_holders: int) -> list[ShardSlice]:
+    """Select the slices that one rank writes, out of those that all ranks with the same weights hold.
 
-    Every slice is written by one replica, and all replicas write about equally many bytes.
+    Every slice is written by one of them, and all of them write about equally many bytes.
+
+    Args:
+        slices: the same on all of these ranks.
+        index: the rank's index among them (`mesh.weight_holder_index`).
+        num_holders: number of ranks with the same weights.
     """
     sizes = [part.values.nbytes for part in slices]
     total = max(sum(sizes), 1)
@@ -164,7 +169,7 @@ def slices_of_replica(slices: Sequence[ShardSlice], index: int, num_replicas: in
     return [
         part
         for part, start in zip(slices, starts, strict=False)
-        if min(start * num_replicas // total, num_replicas - 1) == index
+        if min(start * num_holders // total, num_holders - 1) == index
     ]
 
 

@@ -18,7 +18,7 @@ from megatron_vcr1.checkpoint.shard_slices import (
     ShardSlice,
     parameter_slices,
     read_slices,
-    slices_of_replica,
+    slices_of_holder,
     split_into_chunks,
 )
 from megatron_vcr1.checkpoint.torch_dist import Chunk, ChunkData, TensorSpec, read_metadata, write_chunks
@@ -39,16 +39,16 @@ class RankFile:
 def slices_to_write(model: nn.Module, optimizer: MegatronOptimizer) -> list[ShardSlice]:
     """Return the slices that this rank writes, so that all ranks together write every value exactly once.
 
-    Weights, and the state of an optimizer that is not distributed, are replicated on all data-parallel ranks, which
-    split them among themselves. State of the distributed optimizer exists on one rank only.
+    Weights, and the state of an optimizer that is not distributed, are replicated on all data- and context-parallel
+    ranks, which split them among themselves. State of the distributed optimizer exists on one rank only.
     """
     parameters = parameter_slices(unwrap(model))
     replicated = [
         *chain.from_iterable(parameters.values()),
         *optimizer_slices(optimizer, parameters, distributed=False),
     ]
-    mine = slices_of_replica(
-        [part for part in replicated if part.is_main_replica], mesh.replica_index(), mesh.num_replicas()
+    mine = slices_of_holder(
+        [part for part in replicated if part.is_main_replica], mesh.weight_holder_index(), mesh.num_weight_holders()
     )
     sharded = optimizer_slices(optimizer, parameters, distributed=True)
     return [*mine, *(part for part in sharded if part.is_main_replica)]

@@ -30,7 +30,7 @@ def check_layout(shape: ModelShape, parallel: ParallelSection, recompute: Recomp
 
     Args:
         shape: sizes of the model.
-        parallel: tensor- and pipeline-parallel sizes.
+        parallel: tensor-, context- and pipeline-parallel sizes.
         recompute: activation recomputation; whole blocks of layers must fit into the pipeline stages.
         world_size: number of ranks.
 
@@ -128,12 +128,12 @@ def _stage_problems(num_layers: int, parallel: ParallelSection, recompute: Recom
 
 
 def _world_problems(parallel: ParallelSection, world_size: int) -> Iterator[str]:
-    ranks_per_replica = parallel.tensor * parallel.pipeline
-    if world_size % ranks_per_replica:
+    if world_size % parallel.ranks_per_replica:
+        sizes = {"tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline}
+        keys = [f"parallel.{name}" for name, size in sizes.items() if size > 1]
         yield (
-            f"{world_size} ranks cannot be split into replicas of parallel.tensor * parallel.pipeline = "
-            f"{ranks_per_replica} ranks; launch a multiple of {ranks_per_replica}, or lower parallel.tensor or "
-            "parallel.pipeline"
+            f"{world_size} ranks cannot be split into replicas of {' * '.join(keys)} = {parallel.ranks_per_replica} "
+            f"ranks; launch a multiple of {parallel.ranks_per_replica}, or lower {' or '.join(keys)}"
         )
 
 

@@ -74,6 +74,13 @@ class ParallelSection(Section):
         description="Pipeline-parallel size: number of stages that the language model's layers are split into. The "
         "first stage also holds the vision tower.",
     )
+    context: int = Field(
+        default=1,
+        ge=1,
+        description="Context-parallel size: number of ranks that the tokens of a group are split across, for prompts "
+        "that are too long for one rank. The prompt is cut into parts, and every response stays whole on one rank. "
+        "These ranks hold the same weights and shard the optimizer state, as data-parallel ranks do.",
+    )
     sequence_parallel: bool = Field(
         default=False,
         description="Sequence parallelism: shard the activations between tensor-parallel regions along the sequence. "
@@ -97,6 +104,11 @@ class ParallelSection(Section):
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor > 1; raise tensor, or set sequence_parallel = false")
         return self
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Number of ranks that compute a microbatch together."""
+        return self.tensor * self.context * self.pipeline
 
 
 class RecomputeSection(Section):

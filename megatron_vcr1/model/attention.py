@@ -6,13 +6,17 @@ language model packs tokens, the vision tower packs patches; this module calls b
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 from vcr1_kernels import SegmentLayout, mrope, shared_prefix_attention
+
+from megatron_vcr1.parallel.context import KeyGather, gather_keys, regather_in_backward
 
 
 class CachedAttention(Protocol):
@@ -54,6 +58,9 @@ class AttentionLayout(PackedSeqParams):
     A layer that was built with windowed attention attends within `windows`, any other layer within `full`. Only the
     vision tower of Qwen2.5-VL has windows. In generation, `cached` replaces both.
 
+    Under context parallelism, the queries are those of this rank's tokens, and `keys` is the plan by which the
+    context-parallel ranks gather the keys and values that `full` describes.
+
     `selected` is read by the last layer of the language model (`layer_specs.TokenSelectingLayer`): after its attention,
     only these tokens are computed further.
     """
@@ -63,6 +70,7 @@ class AttentionLayout(PackedSeqParams):
     full: SegmentLayout | None = None
     windows: SegmentLayout | None = None
     cached: CachedAttention | None = None
+    keys: KeyGather | None = None
     selected: Tensor | None = None  # int64 [selected tokens]; None selects all
 
     def select(self, x: Tensor) -> Tensor:
@@ -135,7 +143,36 @@ class PackedAttention(MegatronModule):
         else:
             layout = packed_seq_params.windows if self.windowed else packed_seq_params.full
             assert layout is not None, "the AttentionLayout has no segments for this layer"
-            output = shared_prefix_attention(query, key, value, layout, scale=self.softmax_scale)
+            if packed_seq_params.keys is None:
+                output = shared_prefix_attention(query, key, value, layout, scale=self.softmax_scale)
+            else:
+                output = self._attend_across_ranks(query, key, value, layout, packed_seq_params.keys)
         if self.selects_tokens:
             output = packed_seq_params.select(output)
         return output.flatten(1).unsqueeze(1)
+
+    def _attend_across_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, plan: KeyGather
+    ) -> Tensor:
+        """Gather the keys and values of all context-parallel ranks' prompt tokens, and attend to them.
+
+        Args:
+            query: [tokens, heads, head_dim], of this rank's tokens; key and value have kv_heads.
+            layout: segments of the gathered keys, with the ranges that have a query on this rank.
+            plan: how the keys are gathered.
+        """
+        local = torch.cat((key, value), dim=1)  # one collective for both
+        gathered = gather_keys(local, plan)
+        # Where attention is recomputed, the keys are gathered once more anyway, and kept only until its backward pass.
+        modules = self.config.recompute_modules or ()
+        is_recomputed = self.config.recompute_granularity == "full" or (
+            self.config.recompute_granularity == "selective" and "core_attn" in modules
+        )
+        regathers = (
+            nullcontext()
+            if is_recomputed
+            else regather_in_backward(gathered, lambda: gather_keys(local.detach(), plan))
+        )
+        with regathers:
+            keys, values = gathered.chunk(2, dim=1)
+            return shared_prefix_attention(query, keys, values, layout, scale=self.softmax_scale)

@@ -13,11 +13,31 @@ from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import prompt_positions, vision_token_mask
+from megatron_vcr1.parallel.context import FeatureExchange, KeyGather, sum_over_context_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class ContextShard:
+    """How a context-parallel rank's part of a microbatch relates to the whole (`model.context_shard`).
+
+    Attributes:
+        keys: the plan by which the ranks gather the keys and values of prompts.
+        features: the plan by which vision features reach the ranks of their tokens.
+        target_indices: int64 [targets of this rank]; their indices among all targets of the microbatch.
+        num_targets: targets of the microbatch, of all ranks together.
+    """
+
+    keys: KeyGather
+    features: FeatureExchange
+    target_indices: Tensor
+    num_targets: int
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """The tokens of a packed sequence, and the targets that some of them predict.
+
+    Under context parallelism, these are the tokens and targets of one rank, and `context` describes the others.
 
     A prompt is in the sequence once, however many responses it has. The last token of a response is a target but not an
     input, so a response of R tokens adds R - 1 tokens, and a group has P + sum(R_i - 1) tokens.
@@ -31,6 +51,7 @@ class PackedBatch:
     predicting_token_indices: Tensor  # int64 [targets]: the token whose hidden state predicts each target
     target_ids: Tensor  # int64 [targets]: the response tokens
     response_lengths: tuple[int, ...]  # targets of each response, in order; they sum to the number of targets
+    context: ContextShard | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch with its index tensors on a device. Frames move when the vision tower reads them."""
@@ -43,7 +64,30 @@ class PackedBatch:
             predicting_token_indices=self.predicting_token_indices.to(device, non_blocking=True),
             target_ids=self.target_ids.to(device, non_blocking=True),
             response_lengths=self.response_lengths,
+            context=None
+            if self.context is None
+            else ContextShard(
+                keys=self.context.keys.to(device),
+                features=self.context.features.to(device),
+                target_indices=self.context.target_indices.to(device, non_blocking=True),
+                num_targets=self.context.num_targets,
+            ),
         )
+
+    def select_targets(self, values: Tensor) -> Tensor:
+        """Return the values of this rank's targets: [targets of the microbatch] -> [targets]."""
+        return values if self.context is None else values[self.context.target_indices.to(values.device)]
+
+    def gather_targets(self, values: Tensor) -> Tensor:
+        """Return the values of all targets of the microbatch, [targets] -> [targets of the microbatch].
+
+        All context-parallel ranks must call it, and all of them receive the result.
+        """
+        if self.context is None:
+            return values
+        whole = values.new_zeros(self.context.num_targets, *values.shape[1:])
+        whole[self.context.target_indices] = values
+        return sum_over_context_ranks(whole)
 
 
 def pack(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: int = 1) -> PackedBatch:

@@ -25,7 +25,7 @@ def broadcast_within_replica(produce: Callable[[], T]) -> T:
     Raises:
         Exception: whatever `produce` raises, on all ranks of the replica.
     """
-    return _broadcast(produce, parallel_state.get_model_parallel_src_rank(), parallel_state.get_model_parallel_group())
+    return _broadcast(produce, mesh.replica_group())
 
 
 def broadcast_within_stage(produce: Callable[[], T]) -> T:
@@ -34,16 +34,13 @@ def broadcast_within_stage(produce: Callable[[], T]) -> T:
     Raises:
         Exception: whatever `produce` raises, on all ranks of the stage.
     """
-    return _broadcast(
-        produce,
-        parallel_state.get_tensor_model_parallel_src_rank(),
-        parallel_state.get_tensor_model_parallel_group(),
-    )
+    return _broadcast(produce, parallel_state.get_tensor_and_context_parallel_group())
 
 
-def _broadcast(produce: Callable[[], T], source: int, group: dist.ProcessGroup) -> T:
+def _broadcast(produce: Callable[[], T], group: dist.ProcessGroup) -> T:
     if group.size() == 1:
         return produce()  # the object itself: nothing is pickled
+    source = dist.get_global_rank(group, 0)
     if dist.get_rank() != source:
         box: list[Any] = [None, None]
         dist.broadcast_object_list(box, src=source, group=group)
@@ -61,9 +58,18 @@ def _broadcast(produce: Callable[[], T], source: int, group: dist.ProcessGroup) 
     return value
 
 
+def gather_from_context_ranks(value: T) -> list[T]:
+    """Return the `value` of every context-parallel rank of this tensor-parallel rank and stage, in order."""
+    group = parallel_state.get_context_parallel_group()
+    gathered: list[Any] = [value] * group.size()
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
 def barrier_within_replica() -> None:
     """Wait until all ranks of this replica have arrived."""
-    dist.barrier(group=parallel_state.get_model_parallel_group())
+    dist.barrier(group=mesh.replica_group())
 
 
 def gather_objects(value: T) -> list[T]:

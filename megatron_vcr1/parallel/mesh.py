@@ -27,6 +27,8 @@ from megatron_vcr1.parallel.tested_versions import warn_about_untested_versions
 # a video or samples responses.
 COLLECTIVE_TIMEOUT_S = 3600.0
 
+_replica_group: dist.ProcessGroup | None = None  # set by `initialize`
+
 
 def launched_world_size() -> int:
     """Return the number of processes that torchrun or srun launched; 1 for a process that was started alone.
@@ -65,9 +67,35 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = C
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
+    _build_replica_group(parallel, timeout_s)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _build_replica_group(parallel: ParallelSection, timeout_s: float) -> None:
+    """Build the process group of this rank's replica.
+
+    megatron-core's model-parallel group has the tensor- and pipeline-parallel ranks only, which is the replica without
+    context parallelism.
+    """
+    global _replica_group
+    _replica_group = parallel_state.get_model_parallel_group()
+    if parallel.context == 1:
+        return
+    # Ranks are ordered by tensor-parallel, context-parallel and data-parallel rank and then by stage.
+    stage_size = parallel.tensor * parallel.context
+    num_replicas = dist.get_world_size() // parallel.ranks_per_replica
+    for replica in range(num_replicas):
+        ranks = [
+            (stage * num_replicas + replica) * stage_size + rank
+            for stage in range(parallel.pipeline)
+            for rank in range(stage_size)
+        ]
+        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+        if dist.get_rank() in ranks:
+            _replica_group = group
 
 
 def shutdown() -> None:
@@ -179,9 +207,15 @@ def num_replicas() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def replica_group() -> dist.ProcessGroup:
+    """Return the process group of this rank's replica."""
+    assert _replica_group is not None, "call initialize first"
+    return _replica_group
+
+
 def ranks_per_replica() -> int:
-    """Return the number of ranks that one replica is sharded across (tensor- times pipeline-parallel size)."""
-    return parallel_state.get_model_parallel_group().size()
+    """Return the number of ranks of one replica (tensor- times context- times pipeline-parallel size)."""
+    return replica_group().size()
 
 
 def replica_index() -> int:
@@ -189,14 +223,43 @@ def replica_index() -> int:
     return parallel_state.get_data_parallel_rank()
 
 
-def is_output_rank() -> bool:
-    """Return whether this rank reports its replica's results: the first tensor-parallel rank of the last stage."""
+def context_size() -> int:
+    """Return the number of ranks that the tokens of a group are split across."""
+    return parallel_state.get_context_parallel_world_size()
+
+
+def context_rank() -> int:
+    """Return this rank's index among the ranks that the tokens of a group are split across."""
+    return parallel_state.get_context_parallel_rank()
+
+
+def num_weight_holders() -> int:
+    """Return the number of ranks that hold the same weights as this one (data- times context-parallel size)."""
+    return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+
+def weight_holder_index() -> int:
+    """Return this rank's index among the ranks that hold the same weights; 0 is context rank 0 of replica 0."""
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+
+def is_loss_rank() -> bool:
+    """Return whether this rank reports the loss of the targets that it computes.
+
+    It is the first tensor-parallel rank of the last stage: one rank for each context-parallel rank, and these have
+    different targets.
+    """
     return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def is_output_rank() -> bool:
+    """Return whether this rank reports its replica's results: the loss rank of context-parallel rank 0."""
+    return is_loss_rank() and context_rank() == 0
 
 
 def is_replica_leader() -> bool:
     """Return whether this rank is its replica's first, on which `collectives.broadcast_within_replica` runs."""
-    return dist.get_rank() == parallel_state.get_model_parallel_src_rank()
+    return replica_group().rank() == 0
 
 
 def is_first_rank_on_host() -> bool:

@@ -82,7 +82,7 @@ def layout_of_run(config: RunConfig, job: Job, num_gpus: int) -> Layout:
     """
     parallel = config.parallel
     check_layout(job.config.shape, parallel, config.recompute, num_gpus)
-    replicas = num_gpus // (parallel.tensor * parallel.pipeline)
+    replicas = num_gpus // parallel.ranks_per_replica
     check_batch_size(config.train, config.grpo, replicas)
     groups = min(config.train.microbatch_tokens // job.group_tokens, job.prompts_per_step // replicas)
     return Layout(

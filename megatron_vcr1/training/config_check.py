@@ -97,7 +97,7 @@ def check_config(config: RunConfig, size: JobSize) -> list[Finding]:
 
 def _layout(config: RunConfig, size: JobSize) -> tuple[str, str]:
     model, parallel = read_model_config(config, size.num_ranks), config.parallel
-    replicas = size.num_ranks // (parallel.tensor * parallel.pipeline)
+    replicas = size.num_ranks // parallel.ranks_per_replica
     text = f"{model.family.title}, {model.text.num_layers} layers; tensor {parallel.tensor} x "
     text += f"pipeline {parallel.pipeline} x {replicas} replicas"
     if parallel.tensor > size.gpus_per_node or size.gpus_per_node % parallel.tensor:
@@ -112,7 +112,7 @@ def _job(config: RunConfig, model: ModelConfig) -> Job:
 
 
 def _batch(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
-    replicas = size.num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    replicas = size.num_ranks // config.parallel.ranks_per_replica
     check_batch_size(config.train, config.grpo, replicas)
     layout = layout_of_run(config, job, size.num_ranks)
     per_replica = config.train.prompts_per_step // replicas
@@ -204,7 +204,7 @@ def _servers(config: RunConfig, size: JobSize) -> tuple[str, str]:
     check_server_args(section)
     placement.server_gpus(size.ranks_per_node)
     if section.colocated:
-        ranks = config.parallel.tensor * config.parallel.pipeline
+        ranks = config.parallel.ranks_per_replica
         placement.check_sharing(max(1, size.ranks_per_node // ranks), section.num_servers)
     require_sglang(section.python)
     kind = "colocated" if section.colocated else "separate"

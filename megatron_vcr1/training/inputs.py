@@ -70,7 +70,7 @@ def read_inputs(config: RunConfig, model_config: ModelConfig, *, num_ranks: int,
     Raises:
         UserError: the settings, the model's files or the data are wrong.
     """
-    num_replicas = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    num_replicas = num_ranks // config.parallel.ranks_per_replica
     check_batch_size(config.train, config.grpo, num_replicas)
     check_profile_ranks(config.profile, num_ranks)
     load_tasks(config.data.tasks, config.data.python_path)

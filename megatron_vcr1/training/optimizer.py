@@ -65,9 +65,9 @@ class Learner:
         model.config.finalize_model_grads_func = _finalize_gradients
         self.model = model
         self.max_grad_norm = section.max_grad_norm
-        # With a single replica there is nothing to shard the optimizer state over, but megatron-core's distributed
-        # optimizer would still copy all weights and gradients at every step.
-        is_distributed = section.distributed and mesh.num_replicas() > 1
+        # If no other rank holds the same weights, there is nothing to shard the optimizer state over, but
+        # megatron-core's distributed optimizer would still copy all weights and gradients at every step.
+        is_distributed = section.distributed and mesh.num_weight_holders() > 1
         self.ddp_model = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(use_distributed_optimizer=is_distributed, grad_reduce_in_fp32=True),
@@ -89,7 +89,7 @@ class Learner:
         self.optimizer.zero_grad()
         self.model.train()
         results = self._forward_backward(batches, loss)
-        local_loss = sum(float(value) for value, _ in results) if mesh.is_output_rank() else 0.0
+        local_loss = sum(float(value) for value, _ in results) if mesh.is_loss_rank() else 0.0
         (total_loss,) = collectives.sum_over_ranks([local_loss])
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())

@@ -12,8 +12,8 @@ from megatron_vcr1.checkpoint import torch_dist
 from megatron_vcr1.checkpoint.shard_slices import (
     ShardSlice,
     read_slices,
+    slices_of_holder,
     slices_of_range,
-    slices_of_replica,
     split_into_chunks,
     split_into_rectangles,
 )
@@ -49,7 +49,7 @@ def test_a_range_over_two_shards_gives_a_slice_of_each() -> None:
 
 def test_replicas_split_the_writing_evenly() -> None:
     slices = [_slice(torch.zeros(size), (size,)) for size in (50, 1, 1, 1, 30, 40, 7)]
-    shares = [slices_of_replica(slices, index, 3) for index in range(3)]
+    shares = [slices_of_holder(slices, index, 3) for index in range(3)]
     assert [len(part.values) for share in shares for part in share] == [50, 1, 1, 1, 30, 40, 7]
     assert all(sum(len(part.values) for part in share) <= 43 + 50 for share in shares)
 

@@ -12,14 +12,14 @@ import torch
 
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel import collectives, mesh
 from tests.gloo import GlooPool
 from tests.parallel.test_slurm import TASK
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_INSTALL = """
 from megatron_vcr1.config.model_sections import ParallelSection
-from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel import collectives, mesh
 
 mesh.initialize(ParallelSection())
 """
@@ -94,6 +94,19 @@ def _place() -> tuple[int, int, bool, bool]:
     assert (mesh.num_replicas(), mesh.ranks_per_replica()) == (1, 4)
     assert (mesh.is_first_stage(), mesh.is_last_stage()) == (mesh.rank() < 2, mesh.rank() >= 2)
     assert mesh.is_output_rank() == (mesh.rank() == 2)
+    mesh.initialize(ParallelSection(context=2, pipeline=2))
+    assert (mesh.num_replicas(), mesh.ranks_per_replica(), mesh.context_size()) == (1, 4, 2)
+    assert (mesh.context_rank(), mesh.is_first_stage()) == (mesh.rank() % 2, mesh.rank() < 2)
+    assert (mesh.weight_holder_index(), mesh.num_weight_holders()) == (mesh.rank() % 2, 2)
+    assert (mesh.is_loss_rank(), mesh.is_output_rank()) == (mesh.rank() >= 2, mesh.rank() == 2)
+    assert mesh.is_replica_leader() == (mesh.rank() == 0)
+    assert collectives.broadcast_within_replica(mesh.rank) == 0
+    assert collectives.broadcast_within_stage(mesh.rank) == (0 if mesh.is_first_stage() else 2)
+    assert collectives.gather_from_context_ranks(mesh.rank()) == ([0, 1] if mesh.is_first_stage() else [2, 3])
+    mesh.initialize(ParallelSection(context=2))
+    assert (mesh.num_replicas(), mesh.replica_index(), mesh.context_rank()) == (2, mesh.rank() // 2, mesh.rank() % 2)
+    assert collectives.broadcast_within_replica(mesh.rank) == mesh.rank() // 2 * 2
+    assert (mesh.weight_holder_index(), mesh.num_weight_holders()) == (mesh.rank(), 4)
     return first
 
 

@@ -80,5 +80,5 @@ def broadcast_from_last_stage(values: Tensor) -> None:
     if replica.size() > 1:
         # Ranks are ordered by stage, then by tensor-parallel rank: this is the first rank of the last stage.
         output_rank = dist.get_process_group_ranks(replica)[-parallel_state.get_tensor_model_parallel_world_size()]
-        assert (dist.get_rank() == output_rank) == mesh.is_output_rank()
+        assert (dist.get_rank() == output_rank) == mesh.is_loss_rank()
         dist.broadcast(values, output_rank, group=replica)

@@ -155,7 +155,7 @@ class GrpoTrainer:
         add_update_work(
             metrics, batches, self._model.model_config, frozen_parts=self._frozen_parts, recompute=self._recompute
         )
-        if mesh.is_output_rank():
+        if mesh.is_loss_rank():
             for batch, statistics in zip(batches, update.metrics, strict=True):
                 add_policy_metrics(metrics, statistics, batch, with_mismatch=is_first_pass)
         return update

@@ -1,0 +1,236 @@
+"""A rank's part of a microbatch under context parallelism: its tokens, its targets and its share of the frames.
+
+Prompts are cut in zigzag: into 2N parts of equal length, of which rank r has the parts r and 2N - 1 - r. So all ranks
+have equally many tokens, and the causal attention of their two parts costs the same: the early part has few keys, the
+late one many. (One part per rank, cut by FLOPs, would balance compute too, but not memory: the first rank would have
+the most tokens.) Responses are whole on one rank, dealt from the
+longest to the shortest. The first token of a response is predicted by the last token of its prompt. A rank that has
+responses, but not this token, computes it once more, as a query without key, rather than receive its hidden state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from vcr1_kernels import SegmentLayout
+
+from megatron_vcr1.data.encoding import VisionInput
+from megatron_vcr1.data.packing import deal_longest_first
+from megatron_vcr1.model.config import VisionConfig
+from megatron_vcr1.model.packed_batch import ContextShard, PackedBatch
+from megatron_vcr1.parallel.context import FeatureExchange, KeyGather
+
+
+def shard_batch(
+    batch: PackedBatch, vision: VisionConfig, *, rank: int, num_ranks: int, pad_to_multiple_of: int = 1
+) -> PackedBatch:
+    """Return the part of a microbatch that a context-parallel rank computes. No rank communicates with another.
+
+    Args:
+        batch: the whole microbatch, without padding.
+        vision: the model's vision tower, for the number of tokens of a temporal step.
+        rank: index of the context-parallel rank.
+        num_ranks: number of context-parallel ranks.
+        pad_to_multiple_of: the number of tokens is padded to a multiple of this.
+    """
+    return _Sharder(batch, rank, num_ranks).shard(vision, pad_to_multiple_of)
+
+
+def zigzag_ranges(length: int, rank: int, num_ranks: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the two ranges of a prompt's tokens that a rank has.
+
+    The first parts are one token longer if the length is not a multiple of the number of parts. No rank has more than
+    ceil(length / num_ranks) tokens.
+    """
+    size, longer = divmod(length, 2 * num_ranks)
+    early, late = (
+        (part * size + min(part, longer), (part + 1) * size + min(part + 1, longer))
+        for part in (rank, 2 * num_ranks - 1 - rank)
+    )
+    return early, late
+
+
+def deal_steps(patches: Sequence[int], num_ranks: int) -> list[int]:
+    """Assign temporal steps to ranks: consecutive runs with about equal numbers of patches.
+
+    Consecutive steps keep a rank's frames together, and most of its features belong to few other ranks.
+
+    Args:
+        patches: number of patches of each temporal step of a microbatch.
+
+    Returns:
+        The rank of each step.
+    """
+    total = max(sum(patches), 1)
+    ends = accumulate(patches)
+    # The middle of a step decides, so that a long step goes where most of it belongs.
+    return [int((2 * end - size) * num_ranks // (2 * total)) for end, size in zip(ends, patches, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt of a microbatch: its segment, the range of its tokens, and its first key (all prompts come first)."""
+
+    segment: int
+    start: int
+    end: int
+    first_key: int
+
+
+class _Sharder:
+    """The tokens of every rank, from which this rank's plans follow. "Global" counts tokens of the whole microbatch."""
+
+    def __init__(self, batch: PackedBatch, rank: int, num_ranks: int) -> None:
+        self.batch, self.rank, self.num_ranks = batch, rank, num_ranks
+        layout = batch.layout
+        segments = [segment for segment, prefix in enumerate(layout.prefixes) if prefix < 0]
+        first_keys = accumulate((layout.lengths[segment] for segment in segments), initial=0)
+        self.prompts = [
+            _Prompt(segment, layout.starts[segment], layout.starts[segment + 1], first_key)
+            for segment, first_key in zip(segments, first_keys, strict=False)
+        ]
+        self.num_prompt_tokens = sum(prompt.end - prompt.start for prompt in self.prompts)
+        responses = [segment for segment, prefix in enumerate(layout.prefixes) if prefix >= 0]
+        # The targets' number rather than the tokens', which leaves out the last one: it is never 0.
+        owners = deal_longest_first(batch.response_lengths, num_ranks)
+        self.owners = dict(zip(responses, owners, strict=True))
+        # For each rank, its tokens of prompts, and the last tokens of prompts that it computes in addition.
+        self.prompt_tokens = [self._prompt_tokens(other) for other in range(num_ranks)]
+        self.repeated_tokens = [self._repeated_tokens(other) for other in range(num_ranks)]
+
+    def _prompt_tokens(self, rank: int) -> Tensor:
+        return _concatenate(
+            torch.arange(prompt.start + first, prompt.start + last)
+            for prompt in self.prompts
+            for first, last in zigzag_ranges(prompt.end - prompt.start, rank, self.num_ranks)
+        )
+
+    def _repeated_tokens(self, rank: int) -> Tensor:
+        layout = self.batch.layout
+        with_responses = {layout.prefixes[segment] for segment, owner in self.owners.items() if owner == rank}
+        last_tokens = torch.tensor(
+            [prompt.end - 1 for prompt in self.prompts if prompt.segment in with_responses], dtype=torch.long
+        )
+        return last_tokens[~torch.isin(last_tokens, self.prompt_tokens[rank])]
+
+    def shard(self, vision: VisionConfig, pad_to_multiple_of: int) -> PackedBatch:
+        batch, layout = self.batch, self.batch.layout
+        own = [segment for segment, owner in self.owners.items() if owner == self.rank]
+        own_tokens = _concatenate(torch.arange(*layout.starts[segment : segment + 2]) for segment in own)
+        head = torch.cat((self.prompt_tokens[self.rank], self.repeated_tokens[self.rank]))
+        tokens = torch.cat((head, own_tokens))
+        # Layers need at least one token.
+        padding = math.ceil(max(len(tokens), 1) / pad_to_multiple_of) * pad_to_multiple_of - len(tokens)
+        local_index = torch.full((layout.num_tokens,), -1)
+        local_index[tokens] = torch.arange(len(tokens))
+        target_indices = self._target_indices(own)
+        inputs, exchange, vision_token_indices = self._vision(vision, head)
+        return PackedBatch(
+            token_ids=torch.nn.functional.pad(batch.token_ids[tokens], (0, padding)),
+            position_ids=torch.nn.functional.pad(batch.position_ids[:, tokens], (0, padding)),
+            layout=self._layout(own, len(own_tokens) + padding, padding),
+            vision=inputs,
+            vision_token_indices=vision_token_indices,
+            predicting_token_indices=local_index[batch.predicting_token_indices[target_indices]],
+            target_ids=batch.target_ids[target_indices],
+            response_lengths=tuple(
+                length for length, segment in zip(batch.response_lengths, self.owners, strict=True) if segment in own
+            ),
+            context=ContextShard(self._key_gather(len(head)), exchange, target_indices, len(batch.target_ids)),
+        )
+
+    def _target_indices(self, own: Sequence[int]) -> Tensor:
+        """Return the indices of the targets of this rank's responses among all targets of the microbatch."""
+        ends = accumulate(self.batch.response_lengths)
+        ranges = {
+            segment: torch.arange(end - length, end)
+            for segment, length, end in zip(self.owners, self.batch.response_lengths, ends, strict=True)
+        }
+        return _concatenate(ranges[segment] for segment in own)
+
+    def _layout(self, own: Sequence[int], num_own_tokens: int, padding: int) -> SegmentLayout:
+        """Return the segments of this rank's keys (all prompts, own responses, padding) and the ranges of its queries.
+
+        Args:
+            num_own_tokens: tokens of own responses and padding.
+        """
+        layout = self.batch.layout
+        index = {prompt.segment: number for number, prompt in enumerate(self.prompts)}
+        queries = [
+            (prompt.first_key + first, prompt.first_key + last)
+            for prompt in self.prompts
+            for first, last in zigzag_ranges(prompt.end - prompt.start, self.rank, self.num_ranks)
+        ]
+        first_key = {prompt.end - 1: prompt.first_key + prompt.end - 1 - prompt.start for prompt in self.prompts}
+        queries += [(first_key[token], first_key[token] + 1) for token in self.repeated_tokens[self.rank].tolist()]
+        queries.append((self.num_prompt_tokens, self.num_prompt_tokens + num_own_tokens))
+        return SegmentLayout(
+            (*(prompt.end - prompt.start for prompt in self.prompts), *(layout.lengths[s] for s in own), padding),
+            (*(-1 for _ in self.prompts), *(index[layout.prefixes[segment]] for segment in own), -1),
+            queries=tuple((start, end) for start, end in queries if start < end),
+        )
+
+    def _key_gather(self, own_start: int) -> KeyGather:
+        slots = max(map(len, self.prompt_tokens))
+        rows_of_tokens = torch.empty(self.batch.layout.num_tokens, dtype=torch.long)
+        for rank, tokens in enumerate(self.prompt_tokens):
+            rows_of_tokens[tokens] = torch.arange(len(tokens)) + rank * slots
+        rows = _concatenate(rows_of_tokens[prompt.start : prompt.end] for prompt in self.prompts)
+        return KeyGather(len(self.prompt_tokens[self.rank]), slots, rows, own_start)
+
+    def _vision(self, config: VisionConfig, head: Tensor) -> tuple[tuple[VisionInput, ...], FeatureExchange, Tensor]:
+        """Return the frames that this rank encodes, the exchange of features, and which of its tokens receive one.
+
+        Args:
+            head: this rank's tokens of prompts, repeated ones included.
+        """
+        batch = self.batch
+        patches = [item.grid_thw[1] * item.grid_thw[2] for item in batch.vision for _ in range(item.grid_thw[0])]
+        step_ranks = deal_steps(patches, self.num_ranks)
+        sizes = torch.tensor(patches, dtype=torch.long) // config.patches_per_token
+        encoders = torch.tensor(step_ranks, dtype=torch.long).repeat_interleave(sizes)
+        # Steps are dealt in order, so a rank's features are consecutive.
+        firsts = torch.searchsorted(encoders, torch.arange(self.num_ranks))
+        feature_of_token = torch.full((batch.layout.num_tokens,), -1)
+        feature_of_token[batch.vision_token_indices] = torch.arange(len(batch.vision_token_indices))
+        needed = []  # for each rank, the features of its tokens
+        for prompt_tokens, repeated in zip(self.prompt_tokens, self.repeated_tokens, strict=True):
+            found = feature_of_token[torch.cat((prompt_tokens, repeated))]
+            needed.append(found[found >= 0])
+        sent = [features[encoders[features] == self.rank] - firsts[self.rank] for features in needed]
+        mine = encoders[needed[self.rank]]
+        order = mine.argsort(stable=True).argsort()  # the inverse permutation: from the order of ranks to the tokens'
+        exchange = FeatureExchange(
+            sent_rows=_concatenate(sent),
+            sent=tuple(map(len, sent)),
+            received=tuple(mine.bincount(minlength=self.num_ranks).tolist()),
+            order=order,
+            num_features=len(encoders),
+        )
+        inputs = _slice_inputs(batch.vision, step_ranks, self.rank, config.temporal_patch_size)
+        return inputs, exchange, (feature_of_token[head] >= 0).nonzero()[:, 0]
+
+
+def _slice_inputs(
+    inputs: Sequence[VisionInput], step_ranks: Sequence[int], rank: int, temporal_patch_size: int
+) -> tuple[VisionInput, ...]:
+    """Return the temporal steps of images and videos that a rank encodes, as views of their frames."""
+    slices = []
+    start = 0  # index of the input's first step among all steps
+    for item in inputs:
+        num_steps, height, width = item.grid_thw
+        own = [step for step in range(num_steps) if step_ranks[start + step] == rank]
+        start += num_steps
+        if own:
+            frames = item.frames[own[0] * temporal_patch_size : (own[-1] + 1) * temporal_patch_size]
+            slices.append(replace(item, frames=frames, grid_thw=(len(own), height, width)))
+    return tuple(slices)
+
+
+def _concatenate(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat((torch.empty(0, dtype=torch.long), *tensors))

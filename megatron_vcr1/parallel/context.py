@@ -1,0 +1,187 @@
+"""Context parallelism: what the ranks that share the tokens of a microbatch send each other.
+
+The prompts' tokens are split across the ranks; every response is whole on one rank. In each layer a rank attends from
+its own tokens to all tokens of the prompts, so the ranks gather the prompts' keys and values; in backward, the
+gradients are reduced and scattered. Responses do not attend to each other, so nothing else travels. Before the first
+layer, vision features go from the rank that encoded them to the ranks whose tokens they belong to.
+
+All ranks of a context-parallel group must call these functions in the same order, and so must their backward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDevice:
+    def to(self, device: torch.device) -> Self:
+        """Return the plan with its index tensors on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self,
+            **{name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KeyGather(_OnDevice):
+    """The plan by which a rank puts together the keys that its tokens attend to: all prompts, then its own responses.
+
+    Attributes:
+        num_prompt_tokens: this rank's tokens of prompts, which are its first ones.
+        slots: tokens that every rank contributes; the contribution of a rank with fewer prompt tokens is padded.
+        rows: int64 [prompt tokens of all ranks]; the row of each prompt token in the contributions, [ranks * slots].
+        own_start: this rank's first token of a response. The tokens between its prompt tokens and this one have a query
+            only: their keys come from the ranks that they belong to.
+    """
+
+    num_prompt_tokens: int
+    slots: int
+    rows: Tensor
+    own_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureExchange(_OnDevice):
+    """The plan by which vision features go from the ranks that encode them to the ranks that have their tokens.
+
+    Attributes:
+        sent_rows: int64; rows of this rank's features to send, ordered by receiving rank.
+        sent: number of features that each rank receives from this one.
+        received: number of features that this rank receives from each rank.
+        order: int64 [features of this rank's tokens]; the index of each token's feature among the received ones.
+        num_features: vision features of the whole microbatch. Without any, no rank sends anything.
+    """
+
+    sent_rows: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    order: Tensor
+    num_features: int
+
+
+def gather_keys(local: Tensor, plan: KeyGather) -> Tensor:
+    """Put together the keys that this rank's tokens attend to.
+
+    In backward, each rank receives the gradients of its prompt tokens, summed over the ranks.
+
+    Args:
+        local: keys, or keys and values, of this rank's tokens: [tokens, heads, head_dim].
+
+    Returns:
+        [prompt tokens of all ranks + own response tokens, heads, head_dim].
+    """
+    return _GatherKeys.apply(local, plan)
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, plan: KeyGather) -> Tensor:
+        ctx.plan, ctx.num_tokens = plan, len(local)
+        group = parallel_state.get_context_parallel_group()
+        contribution = local.new_zeros(plan.slots, *local.shape[1:])
+        contribution[: plan.num_prompt_tokens] = local[: plan.num_prompt_tokens]
+        contributions = local.new_empty(group.size() * plan.slots, *local.shape[1:])
+        dist.all_gather_into_tensor(contributions, contribution, group=group)
+        return torch.cat((contributions.index_select(0, plan.rows), local[plan.own_start :]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        plan: KeyGather = ctx.plan
+        group = parallel_state.get_context_parallel_group()
+        num_prompt_tokens = len(plan.rows)
+        contributions = grad.new_zeros(group.size() * plan.slots, *grad.shape[1:])
+        contributions[plan.rows] = grad[:num_prompt_tokens]  # every row belongs to at most one token
+        contribution = grad.new_empty(plan.slots, *grad.shape[1:])
+        dist.reduce_scatter_tensor(contribution, contributions, group=group)
+        grad_local = grad.new_zeros(ctx.num_tokens, *grad.shape[1:])
+        grad_local[: plan.num_prompt_tokens] = contribution[: plan.num_prompt_tokens]
+        grad_local[plan.own_start :] = grad[num_prompt_tokens:]
+        return grad_local, None
+
+
+@contextmanager
+def regather_in_backward(gathered: Tensor, gather: Callable[[], Tensor]) -> Iterator[None]:
+    """Stop autograd from saving views of gathered keys in the with-block; backward gathers them once more instead.
+
+    Saved, they would take as much memory on every rank as without context parallelism.
+
+    Args:
+        gathered: the tensor.
+        gather: gathers it, from detached inputs. It is called once, when the first view is needed.
+    """
+    storage = gathered.untyped_storage().data_ptr()
+    saved_views = 0
+    in_backward: list[Tensor] = []  # the tensor, from the first view that is needed to the last
+
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
+        nonlocal saved_views
+        if tensor.untyped_storage().data_ptr() != storage:
+            return tensor
+        saved_views += 1
+        return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpack(saved: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        nonlocal saved_views
+        if isinstance(saved, Tensor):
+            return saved
+        if not in_backward:
+            in_backward.append(gather())
+        view = in_backward[0].as_strided(*saved)
+        saved_views -= 1
+        if not saved_views:
+            in_backward.clear()
+        return view
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def exchange_features(features: Tensor, plan: FeatureExchange) -> Tensor:
+    """Send vision features to the ranks that have their tokens; in backward, the gradients go back and are summed.
+
+    Args:
+        features: [features that this rank has encoded, hidden_size]. If they require a gradient on one rank, they must
+            do so on all ranks, also where there are none.
+
+    Returns:
+        [vision tokens of this rank, hidden_size], in the order of the tokens.
+    """
+    to_send = features.index_select(0, plan.sent_rows)
+    return _AllToAll.apply(to_send, plan.sent, plan.received).index_select(0, plan.order)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        ctx.sent, ctx.received = sent, received
+        return _all_to_all(rows, sent, received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _all_to_all(grad.contiguous(), ctx.received, ctx.sent), None, None
+
+
+def _all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    output = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(output, rows, list(received), list(sent), group=parallel_state.get_context_parallel_group())
+    return output
+
+
+def sum_over_context_ranks(values: Tensor) -> Tensor:
+    """Return the sum of a tensor over the context-parallel ranks, on all of them."""
+    total = values.clone()
+    dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    return total
