@@ -24,7 +24,8 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.context_shard import pack_for_rank
+from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.parallel.prompts import broadcast_prompts
@@ -173,18 +174,23 @@ class LogProbScorer:
         pad_to_multiple_of = config.tensor_model_parallel_size if config.sequence_parallel else 1
         longest = max(group.num_tokens for group in ready)
         microbatches = pack_groups(ready, max(self.microbatch_tokens, longest))
-        batches = [pack(microbatch, model_config, pad_to_multiple_of=pad_to_multiple_of) for microbatch in microbatches]
+        batches = [
+            pack_for_rank(microbatch, model_config, pad_to_multiple_of=pad_to_multiple_of)
+            for microbatch in microbatches
+        ]
 
-        def collect(batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, ...]:
+        def collect(batch: PackedBatch, hidden: Tensor) -> Tensor:
             values = self.model.log_probs(hidden, batch.target_ids, temperature=self.temperature)
-            return values.cpu().split(batch.response_lengths)
+            return batch.gather_targets(values).cpu()
 
         results = schedule.forward_only(self.model, [batch.to(mesh.device()) for batch in batches], collect)
         # Only the last stage has results, so the two sequences may differ in length.
         return {
             group.id: {"id": group.id, "token_ids": group.responses[0].tolist(), "log_probs": log_probs.tolist()}
             for microbatch, values in zip(microbatches, results, strict=False)
-            for group, log_probs in zip(microbatch, values, strict=True)
+            for group, log_probs in zip(
+                microbatch, values.split([len(g.responses[0]) for g in microbatch]), strict=True
+            )
         }
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from vcr1_kernels import SegmentLayout
 
 from megatron_vcr1.data.encoding import VisionInput
-from megatron_vcr1.data.packing import deal_longest_first
-from megatron_vcr1.model.config import VisionConfig
-from megatron_vcr1.model.packed_batch import ContextShard, PackedBatch
+from megatron_vcr1.data.packing import Group, deal_longest_first
+from megatron_vcr1.model.config import ModelConfig, VisionConfig
+from megatron_vcr1.model.packed_batch import ContextShard, PackedBatch, pack
+from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.context import FeatureExchange, KeyGather
 
 
@@ -39,6 +40,22 @@ def shard_batch(
         pad_to_multiple_of: the number of tokens is padded to a multiple of this.
     """
     return _Sharder(batch, rank, num_ranks).shard(vision, pad_to_multiple_of)
+
+
+def pack_for_rank(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: int = 1) -> PackedBatch:
+    """Pack groups into a microbatch, and return the part of it that this rank computes.
+
+    The ranks of a replica must pack the same groups. The arguments are `pack`'s.
+    """
+    if mesh.context_size() == 1:
+        return pack(groups, config, pad_to_multiple_of=pad_to_multiple_of)
+    return shard_batch(
+        pack(groups, config),
+        config.vision,
+        rank=mesh.context_rank(),
+        num_ranks=mesh.context_size(),
+        pad_to_multiple_of=pad_to_multiple_of,
+    )
 
 
 def zigzag_ranges(length: int, rank: int, num_ranks: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -141,7 +158,14 @@ class _Sharder:
             response_lengths=tuple(
                 length for length, segment in zip(batch.response_lengths, self.owners, strict=True) if segment in own
             ),
-            context=ContextShard(self._key_gather(len(head)), exchange, target_indices, len(batch.target_ids)),
+            context=ContextShard(
+                keys=self._key_gather(len(head)),
+                features=exchange,
+                target_indices=target_indices,
+                num_targets=len(batch.target_ids),
+                layout=layout,
+                grids=tuple(item.grid_thw for item in batch.vision),
+            ),
         )
 
     def _target_indices(self, own: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,25 @@ class ContextShard:
         features: the plan by which vision features reach the ranks of their tokens.
         target_indices: int64 [targets of this rank]; their indices among all targets of the microbatch.
         num_targets: targets of the microbatch, of all ranks together.
+        layout: the segments of the microbatch.
+        grids: patches in time, height and width of the microbatch's images and videos.
     """
 
     keys: KeyGather
     features: FeatureExchange
     target_indices: Tensor
     num_targets: int
+    layout: SegmentLayout
+    grids: tuple[tuple[int, int, int], ...]
+
+    def to(self, device: torch.device) -> ContextShard:
+        """Return the plans with their index tensors on a device."""
+        return replace(
+            self,
+            keys=self.keys.to(device),
+            features=self.features.to(device),
+            target_indices=self.target_indices.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +77,7 @@ class PackedBatch:
             predicting_token_indices=self.predicting_token_indices.to(device, non_blocking=True),
             target_ids=self.target_ids.to(device, non_blocking=True),
             response_lengths=self.response_lengths,
-            context=None
-            if self.context is None
-            else ContextShard(
-                keys=self.context.keys.to(device),
-                features=self.context.features.to(device),
-                target_indices=self.context.target_indices.to(device, non_blocking=True),
-                num_targets=self.context.num_targets,
-            ),
+            context=None if self.context is None else self.context.to(device),
         )
 
     def select_targets(self, values: Tensor) -> Tensor:

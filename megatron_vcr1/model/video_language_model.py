@@ -39,6 +39,7 @@ from megatron_vcr1.model.transformer_config import (
     vision_transformer_config,
 )
 from megatron_vcr1.model.vision import VisionTower, with_zero_gradients
+from megatron_vcr1.parallel.context import exchange_features
 from megatron_vcr1.parallel.megatron_compat import silence_megatron
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ class VideoLanguageModel(MegatronModule):
                     rope=rope,
                     full=batch.layout,
                     cached=cached,
+                    keys=None if batch.context is None else batch.context.keys,
                     selected=batch.predicting_token_indices if selects else None,
                 ),
             )
@@ -161,14 +163,33 @@ class VideoLanguageModel(MegatronModule):
         """
         assert self.vision_tower is not None
         embeddings = self.language_model.embedding(batch.token_ids[None], position_ids=None)
-        if batch.vision:
-            features = self.vision_tower(batch.vision).to(embeddings.dtype)
+        features = self._vision_features(batch, embeddings)
+        if features is not None:
             embeddings = embeddings.index_copy(0, batch.vision_token_indices, features[:, None])
         elif torch.is_grad_enabled():
             embeddings = with_zero_gradients(embeddings, self.vision_tower.parameters())
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
         return embeddings
+
+    def _vision_features(self, batch: PackedBatch, embeddings: Tensor) -> Tensor | None:
+        """Encode the images and videos, under context parallelism together with the other ranks.
+
+        Args:
+            embeddings: the embedded tokens, for their dtype and hidden size.
+
+        Returns:
+            [vision tokens, hidden_size]; None if the microbatch has no images and videos.
+        """
+        assert self.vision_tower is not None
+        features = self.vision_tower(batch.vision).to(embeddings.dtype) if batch.vision else None
+        if batch.context is None or not batch.context.features.num_features:
+            return features
+        if features is None:  # this rank encodes nothing, but its backward pass must take part in the exchange
+            features = embeddings.new_empty(0, embeddings.shape[-1])
+            if torch.is_grad_enabled():
+                features = with_zero_gradients(features, self.vision_tower.parameters())
+        return exchange_features(features, batch.context.features)
 
     def head_weight(self) -> Tensor:
         """Return this rank's shard of the language-model head, [vocab_shard, hidden_size]; on the last stage."""

@@ -58,15 +58,6 @@ def _broadcast(produce: Callable[[], T], group: dist.ProcessGroup) -> T:
     return value
 
 
-def gather_from_context_ranks(value: T) -> list[T]:
-    """Return the `value` of every context-parallel rank of this tensor-parallel rank and stage, in order."""
-    group = parallel_state.get_context_parallel_group()
-    gathered: list[Any] = [value] * group.size()
-    if len(gathered) > 1:
-        dist.all_gather_object(gathered, value, group=group)
-    return gathered
-
-
 def barrier_within_replica() -> None:
     """Wait until all ranks of this replica have arrived."""
     dist.barrier(group=mesh.replica_group())
@@ -78,6 +69,16 @@ def gather_objects(value: T) -> list[T]:
     if len(gathered) > 1:
         dist.all_gather_object(gathered, value)
     return gathered
+
+
+def run_on_context_ranks(work: Callable[[], T]) -> list[T]:
+    """Call `work` on every context-parallel rank, and return the results in their order on all of them.
+
+    If `work` raises on any of them, it raises on all of them.
+    """
+    return (
+        [work()] if mesh.context_size() == 1 else run_on_every_rank(work, parallel_state.get_context_parallel_group())
+    )
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
@@ -95,8 +96,8 @@ def run_on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None = N
 
     Args:
         work: the callable.
-        group: process group of all ranks; a background thread passes its own, so that its collectives do not
-            interleave with the main thread's.
+        group: process group of the ranks that call it, instead of all ranks. A background thread passes a group of its
+            own, so that its collectives do not interleave with the main thread's.
 
     Raises:
         Exception: the error of the lowest rank that failed.
@@ -107,11 +108,12 @@ def run_on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None = N
         result = work()
     except Exception as error:  # raised below, on all ranks: they wait for each other's outcomes
         failure = error
-    outcomes = [(result, failure)] * mesh.num_ranks()
+    ranks = list(range(mesh.num_ranks())) if group is None else dist.get_process_group_ranks(group)
+    outcomes = [(result, failure)] * len(ranks)
     if dist.is_initialized():
         dist.all_gather_object(outcomes, (result, failure and portable(failure)), group=group)
-        outcomes[mesh.rank()] = (result, failure)  # the local exception keeps its traceback
-    for rank, (_, failure) in enumerate(outcomes):
+        outcomes[ranks.index(mesh.rank())] = (result, failure)  # the local exception keeps its traceback
+    for rank, (_, failure) in zip(ranks, outcomes, strict=True):
         if failure is not None:
             if rank != mesh.rank():
                 failure.add_note(f"raised on rank {rank} and sent to all ranks")

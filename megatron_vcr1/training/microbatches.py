@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vcr1.data.packing import AnyGroup, pack_groups
-from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.context_shard import pack_for_rank
+from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 
@@ -34,11 +35,12 @@ def pack_microbatches(
         max_tokens: token budget of a microbatch. A group that is longer raises the budget of this call to its length.
 
     Returns:
-        The groups of each microbatch, in the order in which they are packed, and their packed sequence.
+        The groups of each microbatch, in the order in which they are packed, and their packed sequence; under context
+        parallelism, this rank's part of it.
     """
     longest = max((group.num_tokens for group in groups), default=0)
     device = mesh.device()
     return [
-        (members, pack(members, model.model_config, pad_to_multiple_of=model.token_multiple).to(device))
+        (members, pack_for_rank(members, model.model_config, pad_to_multiple_of=model.token_multiple).to(device))
         for members in pack_groups(groups, max(max_tokens, longest))
     ]

@@ -15,9 +15,11 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.context_shard import pack_for_rank
 from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh, schedule
+from megatron_vcr1.parallel.context import sum_over_context_ranks
 from tests.gloo import GlooPool
 from tests.model import tiny
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("gloo")
 
 TOLERANCE = 1e-5
 # The images (i) and videos (v) of a prompt, and the lengths of its responses.
-CASES = (("", (3, 5)), ("i", (4, 1, 2)), ("v", (6,)), ("ivv", (2, 7)))
+CASES = (("", (3, 5)), ("i", (4, 1, 2, 3, 5, 2, 1, 6)), ("v", (6,)), ("ivv", (2, 7)))
 # Cases that share a microbatch: two together, one alone, and one without vision input.
 MICROBATCHES = ((1, 2), (3,), (0,))
 
@@ -48,6 +50,16 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2-pp2-sp-recompute-selective": {
         "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
         "recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]},
+    },
+    "cp2": {"parallel": {"context": 2}},  # times two replicas
+    "cp4": {"parallel": {"context": 4}},
+    "cp2-tp2-sp-recompute-selective": {
+        "parallel": {"context": 2, "tensor": 2, "sequence_parallel": True},
+        "recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]},
+    },
+    "cp2-pp2-recompute-full": {
+        "parallel": {"context": 2, "pipeline": 2},
+        "recompute": {"granularity": "full"},
     },
 }
 
@@ -106,7 +118,7 @@ def _forward_backward(
     model.config.no_sync_func = parallel.no_sync
     parallel.zero_grad_buffer()
     batches = [
-        pack([_group(case) for case in cases], model.model_config, pad_to_multiple_of=model.token_multiple)
+        pack_for_rank([_group(case) for case in cases], model.model_config, pad_to_multiple_of=model.token_multiple)
         for cases in MICROBATCHES
     ]
     coefficients = [torch.cat([_coefficients(sum(CASES[case][1])) for case in cases]) for cases in MICROBATCHES]
@@ -118,8 +130,9 @@ def _forward_backward(
             log_probs = logits.log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
         else:
             log_probs = model.log_probs(hidden, batch.target_ids)
-        value = (log_probs * coefficients[index]).sum() / NUM_TARGETS
-        metrics = {"loss": value.item(), "logits": model.logits(hidden.detach())}
+        value = (log_probs * batch.select_targets(coefficients[index])).sum() / NUM_TARGETS
+        logits = batch.gather_targets(model.logits(hidden.detach()))
+        metrics = {"loss": float(sum_over_context_ranks(value.detach())), "logits": logits}
         return value / mesh.num_replicas(), metrics  # every replica computes all cases, and gradients are summed
 
     metrics = schedule.forward_backward(parallel, batches, loss)

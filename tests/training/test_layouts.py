@@ -33,6 +33,13 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
         "recompute": {"granularity": "full"},
     },
+    "cp2-dp2": {"parallel": {"context": 2}},
+    "cp2-tp2-sp": {"parallel": {"context": 2, "tensor": 2, "sequence_parallel": True}},
+    "cp2-pp2-recompute": {"parallel": {"context": 2, "pipeline": 2}, "recompute": {"granularity": "full"}},
+    "cp4-whole-optimizer": {
+        "parallel": {"context": 4},
+        "optimizer": {"learning_rate": 1e-4, "distributed": False},
+    },
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.sampling import EndOfResponse
 from megatron_vcr1.rollout.local.stages import generation_mode
@@ -17,6 +18,10 @@ from megatron_vcr1.types import Rollout, RolloutGroup
 
 class LocalEngine:
     """A `RolloutEngine` that uses the trained model itself, at any tensor- and pipeline-parallel size.
+
+    Context-parallel ranks hold the same weights, so each of them prefills and decodes a part of the requests by itself,
+    as a replica would, and they exchange the responses. Prompts are therefore not split: the KV cache of a prompt must
+    fit onto the tensor- and pipeline-parallel ranks of one context-parallel rank.
 
     Responses are decoded in waves of at most `max_batch_responses`. The responses to a request depend only on the
     request, not on the wave and not on the parallel layout, up to rounding in matmuls of other shapes.
@@ -62,11 +67,20 @@ class LocalEngine:
         Args:
             requests: prompts and numbers of responses.
             params: sampling parameters.
-            on_token: called for every token as soon as it is sampled, on every rank.
+            on_token: called for every token as soon as it is sampled, on every rank; not with context parallelism.
 
         Raises:
             ValueError: a prompt is empty, or its pads do not match its images and videos; names the request.
         """
+        rank, num_ranks = mesh.context_rank(), mesh.context_size()
+        assert on_token is None or num_ranks == 1
+        parts = collectives.run_on_context_ranks(lambda: self._generate(requests[rank::num_ranks], params, on_token))
+        return [parts[index % num_ranks][index // num_ranks] for index in range(len(requests))]
+
+    def _generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, on_token: OnToken | None
+    ) -> list[RolloutGroup]:
+        """Sample the responses to this context-parallel rank's requests."""
         end = EndOfResponse(self._tokens.end, params.stop, self._decode)
         rollouts: list[list[Rollout]] = [[] for _ in requests]
         cached_tokens: list[list[int]] = [[] for _ in requests]

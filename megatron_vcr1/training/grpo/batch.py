@@ -35,6 +35,8 @@ class PolicyGroup(Group):
 class PolicyBatch(Microbatch):
     """A microbatch and the objective's inputs. All tensors are [targets], on the device, in the order of the packing.
 
+    Under context parallelism, these are the targets of this rank's responses; there may be none.
+
     Attributes:
         advantages: float32; the advantage of the token's response.
         rollout_log_probs: float32; log-probs that the engine reported when it sampled the tokens.
@@ -134,17 +136,22 @@ def make_policy_batches(
     device = mesh.device()
     batches = []
     for members, packed in pack_microbatches(groups, model, microbatch_tokens):
-        lengths = torch.tensor(packed.response_lengths)
+        lengths = [len(response) for group in members for response in group.responses]
         advantages = torch.tensor([advantage for group in members for advantage in group.advantages])
         log_probs = [value for group in members for response in group.rollout_log_probs for value in response]
-        weights = token_weights(packed.response_lengths, counts, normalization, max_new_tokens)
+        repeats = torch.tensor(lengths)
+        # Values of all targets of the microbatch, of which this rank may compute a part (context parallelism).
+        values = {
+            "advantages": advantages.repeat_interleave(repeats),
+            "rollout_log_probs": torch.tensor(log_probs),
+            "weights": token_weights(lengths, counts, normalization, max_new_tokens),
+        }
+        own_lengths = torch.tensor(packed.response_lengths, dtype=torch.long)
         batches.append(
             PolicyBatch(
                 packed,
-                advantages=advantages.repeat_interleave(lengths).to(device),
-                rollout_log_probs=torch.tensor(log_probs).to(device),
-                segment_ids=torch.arange(len(lengths)).repeat_interleave(lengths).to(device),
-                weights=weights.to(device),
+                segment_ids=torch.arange(len(own_lengths)).repeat_interleave(own_lengths).to(device),
+                **{name: packed.select_targets(value.to(device)) for name, value in values.items()},
             )
         )
     return batches

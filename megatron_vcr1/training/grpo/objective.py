@@ -86,7 +86,7 @@ def add_policy_metrics(
     for name, total in zip(names, statistics["sums"].tolist(), strict=True):
         if name != "kl" or batch.ref_log_probs is not None:  # without a reference the KL is unknown, not 0
             metrics.add_to_mean(name, total, num_tokens)
-    if with_mismatch:
+    if with_mismatch and num_tokens:  # a context-parallel rank may have no response
         # The engine sampled before the first update of the step. With several minibatches in a pass, `log_probs` may
         # already come from an updated policy.
         before = log_probs if batch.old_log_probs is None else batch.old_log_probs
