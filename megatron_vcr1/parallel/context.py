@@ -130,7 +130,7 @@ def regather_in_backward(gathered: Tensor, gather: Callable[[], Tensor]) -> Iter
         if tensor.untyped_storage().data_ptr() != storage:
             return tensor
         saved_views += 1
-        return tensor.shape, tensor.stride(), tensor.storage_offset()
+        return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
     def unpack(saved: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
         nonlocal saved_views

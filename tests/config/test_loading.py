@@ -70,7 +70,10 @@ def test_texts_are_not_split_at_commas(run_toml):
         (["--parallel.tensor", "0"], "--parallel.tensor: input should be greater than or equal to 1, not '0'"),
         (["--parallel.tenser", "2"], "--parallel.tenser: unknown key; did you mean tensor?"),
         (["--paralel.tensor", "2"], "--paralel.tensor: unknown section; did you mean parallel?"),
-        (["--parallel.zzz", "2"], "--parallel.zzz: unknown key; use one of tensor, pipeline, context, sequence_parallel"),
+        (
+            ["--parallel.zzz", "2"],
+            "--parallel.zzz: unknown key; use one of tensor, pipeline, context, sequence_parallel",
+        ),
         (["--model.dtype", "int8"], "--model.dtype: input should be 'float32' or 'bfloat16', not 'int8'"),
         (["--model.freeze", "head"], "--model.freeze: input should be 'vision_tower', 'merger' or 'language_model'"),
         (["--model.freeze", "vision_tower,merger,language_model"], "nothing would be trained"),

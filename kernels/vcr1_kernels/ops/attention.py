@@ -139,9 +139,9 @@ def _dense_blocks(layout: SegmentLayout) -> tuple[_DenseBlock, ...]:
             prefixes[layout.starts[prefix], layout.starts[prefix + 1]].append(rows)
     blocks = []
     for length, spans in spans_by_length.items():
-        rows = _TokenBatch(torch.tensor([span.row for span in spans])[:, None] + torch.arange(length))
-        tokens = _TokenBatch(torch.tensor([span.start for span in spans])[:, None] + torch.arange(length))
-        blocks.append(_DenseBlock(rows, tokens, layout.causal, is_first=True))
+        queries = _TokenBatch(torch.tensor([span.row for span in spans])[:, None] + torch.arange(length))
+        keys = _TokenBatch(torch.tensor([span.start for span in spans])[:, None] + torch.arange(length))
+        blocks.append(_DenseBlock(queries, keys, layout.causal, is_first=True))
     # A query may be in a block of both kinds, so the kinds are not batched together.
     return (*blocks, *_batched_by_shape(earlier), *_batched_by_shape(prefixes))
 
