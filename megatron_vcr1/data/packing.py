@@ -75,19 +75,3 @@ def pack_groups(groups: Sequence[AnyGroup], max_tokens: int) -> list[tuple[AnyGr
         free_tokens[slot] -= num_tokens
     in_order = sorted(sorted(microbatch) for microbatch in microbatches)
     return [tuple(groups[index] for index in microbatch) for microbatch in in_order]
-
-
-def deal_longest_first(costs: Sequence[float], num_bins: int) -> list[int]:
-    """Assign each cost to a bin: from the largest to the smallest, each to the bin with the lowest sum so far.
-
-    The largest sum is at most 4/3 of the best possible one (Graham 1969, SIAM J. Appl. Math. 17).
-
-    Returns:
-        The bin of each cost. Equal costs and equal sums go in order, so every rank computes the same bins.
-    """
-    sums = [0.0] * num_bins
-    bins = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        bins[index] = min(range(num_bins), key=lambda candidate: (sums[candidate], candidate))
-        sums[bins[index]] += costs[index]
-    return bins

@@ -20,10 +20,11 @@ from torch import Tensor
 from vcr1_kernels import SegmentLayout
 
 from megatron_vcr1.data.encoding import VisionInput
-from megatron_vcr1.data.packing import Group, deal_longest_first
+from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig, VisionConfig
 from megatron_vcr1.model.packed_batch import ContextShard, PackedBatch, pack
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.balance import longest_first
 from megatron_vcr1.parallel.context import FeatureExchange, KeyGather
 
 
@@ -114,7 +115,7 @@ class _Sharder:
         self.num_prompt_tokens = sum(prompt.end - prompt.start for prompt in self.prompts)
         responses = [segment for segment, prefix in enumerate(layout.prefixes) if prefix >= 0]
         # The targets' number rather than the tokens', which leaves out the last one: it is never 0.
-        owners = deal_longest_first(batch.response_lengths, num_ranks)
+        owners = longest_first(batch.response_lengths, num_ranks)
         self.owners = dict(zip(responses, owners, strict=True))
         # For each rank, its tokens of prompts, and the last tokens of prompts that it computes in addition.
         self.prompt_tokens = [self._prompt_tokens(other) for other in range(num_ranks)]

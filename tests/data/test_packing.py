@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
 import torch
 
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.data.packing import Group, deal_longest_first, pack_groups
+from megatron_vcr1.data.packing import Group, pack_groups
 from megatron_vcr1.errors import UserError
 
 
@@ -57,20 +56,3 @@ def test_random_groups_are_packed_once_within_budget_and_no_two_microbatches_cou
     assert max(sizes) <= 100
     assert len(sizes) < 2 or sum(sorted(sizes)[:2]) > 100  # no two microbatches fit into one
     assert names(pack_groups(groups, 100)) == names(microbatches)
-
-
-def _largest_sum(costs: list[float], bins: tuple[int, ...] | list[int], num_bins: int) -> float:
-    return max(sum(cost for cost, index in zip(costs, bins, strict=True) if index == b) for b in range(num_bins))
-
-
-def test_longest_first_is_close_to_the_best_assignment() -> None:
-    generator = random.Random(0)
-    for _ in range(20):
-        costs = [generator.uniform(1, 10) for _ in range(7)]
-        best = min(_largest_sum(costs, bins, 3) for bins in itertools.product(range(3), repeat=len(costs)))
-        assert _largest_sum(costs, deal_longest_first(costs, 3), 3) <= best * (4 / 3 - 1 / 9)
-
-
-def test_equal_costs_are_dealt_by_number_in_order() -> None:
-    assert deal_longest_first([2.0] * 6, 3) == [0, 1, 2, 0, 1, 2]
-    assert deal_longest_first([], 3) == []

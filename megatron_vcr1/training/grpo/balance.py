@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_vcr1.data.packing import deal_longest_first
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.flops import Workload, training_flops
 from megatron_vcr1.parallel import mesh
@@ -58,7 +57,7 @@ def deal_by_work(groups: Sequence[PolicyGroup], config: ModelConfig, *, frozen_p
     dist.all_gather_object(costs, own_costs, group=process_group)
     old = [replica for replica, replica_costs in enumerate(costs) for _ in replica_costs]
     flat_costs = [cost for replica_costs in costs for cost in replica_costs]
-    new = deal_longest_first(flat_costs, len(costs))
+    new = longest_first(flat_costs, len(costs))
     before, after = imbalance(flat_costs, old, len(costs)), imbalance(flat_costs, new, len(costs))
     if after > before * (1 - MIN_GAIN):
         return Dealt(list(groups), before, before)
