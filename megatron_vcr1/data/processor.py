@@ -60,7 +60,7 @@ class ModelFacts(Protocol):
 
     @property
     def media(self) -> MediaRules:
-        """What the model expects of images and videos."""
+        """Rules of the model's family for images and videos."""
 
 
 @dataclass(frozen=True)
