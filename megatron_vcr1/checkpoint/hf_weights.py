@@ -120,7 +120,7 @@ class HfWeights:
         return self.locations[layout.blocks[0].hf_name][0].tensor.dtype
 
     def read_rows(self, layout: TensorLayout, start: int, rows: Tensor) -> None:
-        """Read consecutive rows of a Megatron tensor.
+        """Read consecutive rows of a Megatron tensor, padding included.
 
         Args:
             layout: the Megatron tensor.
@@ -130,8 +130,14 @@ class HfWeights:
         Raises:
             UserError: the head of a model with tied embeddings differs from the embedding.
         """
+        if layout.is_padded:
+            rows.zero_()
         for block in layout.blocks_in(start, start + rows.shape[0]):
-            self._fill(block.hf_name, block.hf_row, rows[block.row : block.row + block.num_rows])
+            target = rows[block.row : block.row + block.num_rows, : layout.num_hf_columns]
+            if target.is_contiguous():
+                self._fill(block.hf_name, block.hf_row, target)
+            else:
+                target.copy_(self.read_hf_rows(block.hf_name, block.hf_row, block.num_rows))
 
     def read_hf_rows(self, name: str, row: int, num_rows: int) -> Tensor:
         """Return rows of a Hugging Face tensor by its published name: [num_rows, num_columns], in the stored dtype."""

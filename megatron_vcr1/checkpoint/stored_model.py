@@ -46,11 +46,17 @@ class StoredModel:
         return sum(tensor.num_bytes for header in self.headers.values() for tensor in header.tensors)
 
     def read(self, chunk: Chunk) -> Iterator[StoredRows]:
-        """Read a chunk, as rows of Hugging Face tensors. Raises UserError if the checkpoint is damaged."""
-        rows = read_chunk(self.megatron_dir, chunk).reshape(chunk.shape[0], -1)
+        """Read a chunk, as rows of Hugging Face tensors, without padding.
+
+        Raises UserError if the checkpoint is damaged.
+        """
+        layout = self.layouts[chunk.key]
         start = chunk.offsets[0]
         column = chunk.offsets[1] if len(chunk.offsets) > 1 else 0
-        for block in self.layouts[chunk.key].blocks_in(start, start + chunk.shape[0]):
+        if column >= layout.num_hf_columns:
+            return
+        rows = read_chunk(self.megatron_dir, chunk).reshape(chunk.shape[0], -1)[:, : layout.num_hf_columns - column]
+        for block in layout.blocks_in(start, start + chunk.shape[0]):
             yield StoredRows(block.hf_name, block.hf_row, column, rows[block.row : block.row + block.num_rows])
 
 

@@ -3,7 +3,8 @@
 A Megatron tensor is a stack of row blocks of Hugging Face tensors. The query-key-value projection interleaves its
 rows by key-value group, the gated MLP stacks the gate on top of the up projection, and every other tensor is
 one block. Rows are the first dimension; the remaining dimensions are flattened into columns and never split. Every
-Hugging Face tensor belongs to exactly one Megatron tensor.
+Hugging Face tensor belongs to exactly one Megatron tensor. Rows that no block covers, and columns beyond those of the
+Hugging Face tensors, are zero: they pad the vision tower's MLPs (`config.mlp_padding`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class RowBlock:
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
-    """A Megatron tensor: its checkpoint key, its global shape, and the blocks that cover its rows without gaps."""
+    """A Megatron tensor: its checkpoint key, its global shape, and the blocks that cover its rows without padding."""
 
     key: str
     shape: tuple[int, ...]
@@ -41,6 +42,16 @@ class TensorLayout:
     def num_columns(self) -> int:
         """Number of columns: the product of all dimensions after the first."""
         return math.prod(self.shape[1:])
+
+    @property
+    def num_hf_columns(self) -> int:
+        """Number of columns of the Hugging Face tensors; columns after them are padding."""
+        return math.prod(next(iter(self.hf_shapes.values()))[1:])
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some values are in no Hugging Face tensor, and zero."""
+        return math.prod(self.shape) > sum(map(math.prod, self.hf_shapes.values()))
 
     def blocks_in(self, start: int, stop: int) -> Iterator[RowBlock]:
         """Yield the parts of the blocks in Megatron rows [start, stop); their ``row`` is relative to ``start``."""
@@ -87,19 +98,21 @@ def to_megatron(layout: TensorLayout, hf_tensors: Mapping[str, Tensor]) -> Tenso
     Raises:
         KeyError: a Hugging Face tensor is missing.
     """
-    rows = [
-        hf_tensors[block.hf_name].reshape(-1, layout.num_columns)[block.hf_row : block.hf_row + block.num_rows]
-        for block in layout.blocks
-    ]
-    return torch.cat(rows).reshape(layout.shape)
+    first = hf_tensors[layout.blocks[0].hf_name]
+    rows = torch.zeros(layout.shape[0], layout.num_columns, dtype=first.dtype, device=first.device)
+    for block in layout.blocks:
+        source = hf_tensors[block.hf_name].reshape(-1, layout.num_hf_columns)
+        target = rows[block.row : block.row + block.num_rows, : layout.num_hf_columns]
+        target.copy_(source[block.hf_row : block.hf_row + block.num_rows])
+    return rows.reshape(layout.shape)
 
 
 def to_hf(layout: TensorLayout, tensor: Tensor) -> dict[str, Tensor]:
     """Split a whole Megatron tensor into its Hugging Face tensors, by published name; the inverse of `to_megatron`.
 
-    Rows beyond ``layout.shape``, which pad the vocabulary, are dropped.
+    Padding is dropped, and so are rows beyond ``layout.shape``, which pad the vocabulary.
     """
-    rows = tensor.reshape(tensor.shape[0], layout.num_columns)
+    rows = tensor.reshape(tensor.shape[0], layout.num_columns)[:, : layout.num_hf_columns]
     hf_tensors = {}
     for name, shape in layout.hf_shapes.items():
         blocks = sorted((block for block in layout.blocks if block.hf_name == name), key=lambda block: block.hf_row)
@@ -179,19 +192,25 @@ def vision_attention_layouts(vision: VisionConfig, key: str, hf_name: str) -> It
         yield whole(f"{key}.linear_proj.{part}", f"{hf_name}.attn.proj.{part}", hidden, *columns)
 
 
-def whole(key: str, hf_name: str, *shape: int) -> TensorLayout:
-    """Describe a Megatron tensor that equals a Hugging Face tensor."""
-    return TensorLayout(key, shape, (RowBlock(hf_name, 0, 0, shape[0]),), {hf_name: shape})
+def whole(key: str, hf_name: str, *shape: int, padded_shape: tuple[int, ...] | None = None) -> TensorLayout:
+    """Describe a Megatron tensor that equals a Hugging Face tensor, except for padding at the end of its dimensions."""
+    return TensorLayout(key, padded_shape or shape, (RowBlock(hf_name, 0, 0, shape[0]),), {hf_name: shape})
 
 
-def gate_on_up(key: str, hf_mlp: str, part: str, ffn_hidden: int, columns: tuple[int, ...]) -> TensorLayout:
-    """Describe the first layer of a gated MLP: all rows of the gate projection, then all rows of the up projection."""
+def gate_on_up(
+    key: str, hf_mlp: str, part: str, ffn_hidden: int, columns: tuple[int, ...], padding: int = 0
+) -> TensorLayout:
+    """Describe the first layer of a gated MLP: all rows of the gate projection, then all rows of the up projection.
+
+    Args:
+        padding: number of zero rows after each projection.
+    """
     sources = [(f"{hf_mlp}.{name}.{part}", 0, ffn_hidden) for name in ("gate_proj", "up_proj")]
-    return interleaved(f"{key}.{part}", sources, 1, columns)
+    return interleaved(f"{key}.{part}", sources, 1, columns, padding)
 
 
 def interleaved(
-    key: str, sources: list[tuple[str, int, int]], num_groups: int, columns: tuple[int, ...]
+    key: str, sources: list[tuple[str, int, int]], num_groups: int, columns: tuple[int, ...], padding: int = 0
 ) -> TensorLayout:
     """Describe a tensor that is a sequence of groups, each with rows of every source.
 
@@ -201,6 +220,7 @@ def interleaved(
             group. One name may occur several times.
         num_groups: number of groups.
         columns: the dimensions after the first.
+        padding: number of zero rows after the rows of each source.
     """
     blocks: list[RowBlock] = []
     hf_rows: dict[str, int] = {}
@@ -209,5 +229,5 @@ def interleaved(
         for name, first, rows in sources:
             blocks.append(RowBlock(name, first + group * rows, row, rows))
             hf_rows[name] = hf_rows.get(name, 0) + rows
-            row += rows
+            row += rows + padding
     return TensorLayout(key, (row, *columns), tuple(blocks), {name: (rows, *columns) for name, rows in hf_rows.items()})

@@ -172,7 +172,7 @@ def vision_transformer_config(
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.ffn_hidden_size,
+        ffn_hidden_size=vision.padded_ffn_hidden_size,
         num_attention_heads=vision.num_heads,
         kv_channels=vision.head_dim,
         normalization=vision.normalization,

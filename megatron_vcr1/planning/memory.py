@@ -76,7 +76,7 @@ def vision_layer_activations(job: Job, layout: Layout, device: Device) -> LayerA
     """
     vision, ranks = job.config.vision, layout.tensor
     heads = vision.hidden_size / ranks
-    return _layer_activations(vision.hidden_size, heads, heads, vision.ffn_hidden_size / ranks, layout, device)
+    return _layer_activations(vision.hidden_size, heads, heads, vision.padded_ffn_hidden_size / ranks, layout, device)
 
 
 def _layer_activations(

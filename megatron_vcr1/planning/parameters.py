@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.hf_layout import model_layout
+from megatron_vcr1.model.hf_layout import hf_shapes, model_layout
 from megatron_vcr1.planning.job import Layout
 
 # These tensors are sharded across tensor-parallel ranks; all others are replicated.
@@ -32,13 +32,14 @@ class StageParameters:
 
 @cache
 def _sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the parameters of every tensor in training, the padding of the vision MLP included."""
     return {key: math.prod(tensor.shape) for key, tensor in model_layout(config).items()}
 
 
 @cache
 def num_parameters(config: ModelConfig) -> int:
-    """Return the parameters of the whole model; tied embeddings count once."""
-    return sum(_sizes(config).values())
+    """Return the parameters of the whole published model; tied embeddings count once."""
+    return sum(map(math.prod, hf_shapes(model_layout(config)).values()))
 
 
 def stage_parameters(config: ModelConfig, layout: Layout) -> tuple[StageParameters, ...]:

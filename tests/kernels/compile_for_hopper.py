@@ -25,6 +25,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from vcr1_kernels import backend
 
+# FFN sizes of the published language models, and of their vision towers as they are in training.
+FFN_SIZES = (6144, 8960, 9728, 11008, 12288, 18944, 25600, 27648, 29568, 3456, 3584)
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 compiled: dict[str, dict[str, Any]] = defaultdict(dict)  # by kernel name and specialization
 
@@ -82,7 +84,9 @@ def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
         sizes = (layout.num_queries, layout.num_tokens, layout.num_tokens)
         inputs = [leaf(size, n, dim) for size, n in zip(sizes, heads, strict=True)]
         vk.shared_prefix_attention(*inputs, layout).sum().backward()
-    vk.swiglu(leaf(num_tokens, 96)).sum().backward()
+    for ffn_size in FFN_SIZES:
+        for ranks in (1, 2, 4, 8):
+            vk.swiglu(leaf(num_tokens % 7, 2 * ffn_size // ranks)).sum().backward()
     angles = torch.randn(num_tokens, head_dim)
     vk.mrope(leaf(num_tokens, num_heads, head_dim) * 1, leaf(num_tokens, num_kv_heads, head_dim) * 1, angles, angles)
     frames = torch.zeros(num_tokens % 7, 56, 28 * (num_tokens % 5), 3, dtype=torch.uint8)
@@ -108,6 +112,12 @@ def num_spilling_instructions(cubin: bytes) -> int:
         return len(re.findall(r"\b(?:LDL|STL)\b", subprocess.check_output(command, text=True)))
 
 
+def num_narrow_accesses(ptx: str) -> int:
+    """Count the loads and stores of global memory that move less than 16 bytes."""
+    sizes = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
+    return sum(int(count or 1) * int(bits) < 128 for count, bits in sizes)
+
+
 def main() -> None:
     JITFunction.run = compile_instead_of_launching
     backend._interpreting = True  # CPU tensors reach the launch functions
@@ -121,6 +131,7 @@ def main() -> None:
             "recompiled": len(kernels) - num_compiled[name],
             "shared_bytes": max(kernel.metadata.shared for kernel in kernels.values()),
             "spills": sum(num_spilling_instructions(kernel.asm["cubin"]) for kernel in kernels.values()),
+            "narrow_accesses": sum(num_narrow_accesses(kernel.asm["ptx"]) for kernel in kernels.values()),
             "tensor_cores": all(
                 re.search("wgmma|tcgen05", kernel.asm["ptx"]) is not None for kernel in kernels.values()
             ),

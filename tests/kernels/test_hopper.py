@@ -64,6 +64,13 @@ def test_kernels_fit_into_shared_memory_and_registers(capability: int, report: d
     assert {name: kernel["spills"] for name, kernel in report.items() if kernel["spills"] > accepted.get(name, 0)} == {}
 
 
+def test_swiglu_moves_16_bytes_at_a_time_at_every_published_size(report: dict[str, dict[str, Any]]) -> None:
+    """A single version of each kernel serves all sizes at tensor-parallel sizes 1 to 8."""
+    for name in ("_swiglu_kernel", "_swiglu_backward_kernel"):
+        assert (report[name]["compiled"], report[name]["narrow_accesses"]) == (1, 0)
+    assert report["_frames_to_patches_kernel"]["narrow_accesses"] > 0  # it loads bytes
+
+
 def test_attention_uses_the_tensor_cores(report: dict[str, dict[str, Any]]) -> None:
     for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
         assert report[name]["tensor_cores"]

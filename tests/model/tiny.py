@@ -19,10 +19,13 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 FAMILIES = ("qwen2_5_vl", "qwen2_vl")
 
 
-def hf_config(family: str, **overrides: int) -> transformers.PretrainedConfig:
+def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transformers.PretrainedConfig:
     """Return a configuration: 12 heads and 2 key-value heads of 8 features, windows of 2 x 2 merge units.
 
     Qwen2-VL has tied embeddings.
+
+    Args:
+        vision_ffn: inner features of the MLPs in Qwen2.5-VL's vision tower.
     """
     tokens = dict(image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD)
     tokens |= dict(vision_start_token_id=VISION_START, vision_end_token_id=VISION_END)
@@ -41,7 +44,7 @@ def hf_config(family: str, **overrides: int) -> transformers.PretrainedConfig:
     )
     vision: dict[str, Any] = dict(depth=3, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
     if family == "qwen2_5_vl":
-        vision |= dict(hidden_size=32, intermediate_size=36, out_hidden_size=96)
+        vision |= dict(hidden_size=32, intermediate_size=vision_ffn, out_hidden_size=96)
         vision |= dict(window_size=56, fullatt_block_indexes=[1], tokens_per_second=2)
     else:
         vision |= dict(embed_dim=32, hidden_size=96, mlp_ratio=4)

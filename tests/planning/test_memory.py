@@ -11,7 +11,7 @@ from megatron_vcr1.planning.devices import DEVICES
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import cache_bytes_per_token, engine_memory, training_memory
 
-NUM_PARAMETERS_7B = 8_292_166_656
+NUM_PARAMETERS_7B = 8_292_166_656 + 20_162_816  # published, and the padding of the vision tower's MLPs
 H100 = DEVICES["h100"]
 
 

@@ -83,19 +83,22 @@ def _consecutive_axes(section: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _vision_layer(vision: VisionConfig, key: str, hf_name: str) -> Iterator[TensorLayout]:
-    hidden, ffn_hidden = vision.hidden_size, vision.ffn_hidden_size
+    hidden, ffn_hidden, padding = vision.hidden_size, vision.ffn_hidden_size, vision.ffn_padding
     yield from vision_attention_layouts(vision, f"{key}.self_attention", hf_name)
     for part in norm_parts(vision.normalization):
         yield whole(f"{key}.mlp.linear_fc1.layer_norm_{part}", f"{hf_name}.norm2.{part}", hidden)
     for part in ("weight", "bias"):
         columns = (hidden,) if part == "weight" else ()
         if vision.gated:
-            yield gate_on_up(f"{key}.mlp.linear_fc1", f"{hf_name}.mlp", part, ffn_hidden, columns)
+            yield gate_on_up(f"{key}.mlp.linear_fc1", f"{hf_name}.mlp", part, ffn_hidden, columns, padding)
         else:
-            yield whole(f"{key}.mlp.linear_fc1.{part}", f"{hf_name}.mlp.fc1.{part}", ffn_hidden, *columns)
-        down = "down_proj" if vision.gated else "fc2"
-        down_columns = (ffn_hidden,) if part == "weight" else ()
-        yield whole(f"{key}.mlp.linear_fc2.{part}", f"{hf_name}.mlp.{down}.{part}", hidden, *down_columns)
+            padded = (ffn_hidden + padding, *columns)
+            name = f"{hf_name}.mlp.fc1.{part}"
+            yield whole(f"{key}.mlp.linear_fc1.{part}", name, ffn_hidden, *columns, padded_shape=padded)
+    down = f"{hf_name}.mlp.{'down_proj' if vision.gated else 'fc2'}"
+    padded = (hidden, ffn_hidden + padding)
+    yield whole(f"{key}.mlp.linear_fc2.weight", f"{down}.weight", hidden, ffn_hidden, padded_shape=padded)
+    yield whole(f"{key}.mlp.linear_fc2.bias", f"{down}.bias", hidden)
 
 
 def _merger(vision: VisionConfig) -> Iterator[TensorLayout]:
