@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.model_dir import read_headers
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsHeader, SafetensorsReader, StoredTensor
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.hf_layout import TensorLayout, hf_shapes, published_name
+from megatron_vcr1.model.hf_layout import EMBEDDING_KEY, TensorLayout, hf_shapes, published_name
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,12 @@ def locate_tensors(
     files: dict[str, str] = {}
     for file, header in headers.items():
         for tensor in header.tensors:
-            name = published_name(tensor.name)
+            name = published_name(tensor.name, shapes)
             if name in files:
                 raise UserError(f"{where}: {name} exists twice, in {files[name]} and in {file}; remove one of them")
             files[name] = file
             if name == _HEAD and _HEAD not in shapes:
-                name = _EMBEDDING
+                name = layouts[EMBEDDING_KEY].blocks[0].hf_name
             if name not in shapes:
                 unexpected.append(f"{tensor.name} ({file})")
             elif tensor.shape != shapes[name]:

@@ -14,10 +14,10 @@ from megatron_vcr1.checkpoint.safetensors_io import SafetensorsHeader
 from megatron_vcr1.checkpoint.torch_dist import Chunk, GlobalTensor, read_chunk, read_metadata
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.hf_layout import TensorLayout, model_layout
+from megatron_vcr1.model.hf_layout import EMBEDDING_KEY, TensorLayout, model_layout
 
 # Training may pad the vocabulary so that it is divisible by the tensor-parallel size.
-_PADDED_KEYS = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
+_PADDED_KEYS = (EMBEDDING_KEY, "language_model.output_layer.weight")
 
 
 @dataclass(frozen=True, slots=True)

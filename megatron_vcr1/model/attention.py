@@ -16,6 +16,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 from vcr1_kernels import SegmentLayout, mrope, shared_prefix_attention
 
+from megatron_vcr1.model.layer_features import LayerFeatures
 from megatron_vcr1.parallel.context import KeyGather, gather_keys, regather_in_backward
 
 
@@ -61,6 +62,8 @@ class AttentionLayout(PackedSeqParams):
     Under context parallelism, the queries are those of this rank's tokens, and `keys` is the plan by which the
     context-parallel ranks gather the keys and values that `full` describes.
 
+    `features` are added to the outputs of the first language layers (`layer_specs.FeatureAddingLayer`).
+
     `selected` is read by the last layer of the language model (`layer_specs.TokenSelectingLayer`): after its attention,
     only these tokens are computed further.
     """
@@ -71,6 +74,7 @@ class AttentionLayout(PackedSeqParams):
     windows: SegmentLayout | None = None
     cached: CachedAttention | None = None
     keys: KeyGather | None = None
+    features: LayerFeatures | None = None
     selected: Tensor | None = None  # int64 [selected tokens]; None selects all
 
     def select(self, x: Tensor) -> Tensor:

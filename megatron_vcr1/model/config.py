@@ -39,6 +39,7 @@ class TextConfig:
     # The axis of each rotary frequency, from the highest on: 0 time, 1 height, 2 width. There are head_dim / 2.
     mrope_axes: tuple[int, ...]
     qkv_bias: bool
+    qk_norm: bool  # whether an RMSNorm over each head precedes the rotary positions of queries and keys
     tied_embeddings: bool
 
 

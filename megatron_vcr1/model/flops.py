@@ -118,7 +118,7 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
         merger=2
         * work.patches
         // vision.patches_per_token
-        * config.family.num_mergers(vision)
+        * (1 + config.family.num_feature_layers(vision))
         * merger_weights(vision),
         text_layers=2 * work.tokens * text.num_layers * _text_qkv_weights(text)
         + 2 * _tokens_after_attention(config, work) * (text_layer_weights(text) - _text_qkv_weights(text)),

@@ -10,13 +10,15 @@ Hugging Face tensors, are zero: they pad the vision tower's MLPs (`config.mlp_pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_vcr1.model.config import ModelConfig, TextConfig, VisionConfig
+
+EMBEDDING_KEY = "language_model.embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +74,28 @@ def hf_shapes(layouts: Mapping[str, TensorLayout]) -> dict[str, tuple[int, ...]]
     return {name: shape for layout in layouts.values() for name, shape in layout.hf_shapes.items()}
 
 
-def published_name(hf_name: str) -> str:
-    """Return the published name (``visual.*``, ``model.layers.*``) of a tensor, which transformers may have renamed.
+def published_name(hf_name: str, published: Container[str]) -> str:
+    """Return the published name of a tensor, which another version of transformers may have renamed.
 
-    >>> published_name("model.language_model.norm.weight"), published_name("model.visual.merger.ln_q.weight")
-    ('model.norm.weight', 'visual.merger.ln_q.weight')
+    A model is published with flat names (``visual.*``, ``model.layers.*``) or nested ones (``model.visual.*``,
+    ``model.language_model.layers.*``).
+
+    Args:
+        hf_name: the name in a file, or in transformers' model.
+        published: the published names. A name that is not among them in either form is returned unchanged.
+
+    >>> published_name("model.language_model.norm.weight", {"model.norm.weight"})
+    'model.norm.weight'
+    >>> published_name("visual.merger.norm.weight", {"model.visual.merger.norm.weight"})
+    'model.visual.merger.norm.weight'
     """
-    if hf_name.startswith("model.visual."):
-        return hf_name.removeprefix("model.")
-    if hf_name.startswith("model.language_model."):
-        return "model." + hf_name.removeprefix("model.language_model.")
+    if hf_name in published:
+        return hf_name
+    for flat, nested in (("visual.", "model.visual."), ("model.", "model.language_model.")):
+        for old, new in ((nested, flat), (flat, nested)):
+            renamed = new + hf_name.removeprefix(old)
+            if hf_name.startswith(old) and renamed in published:
+                return renamed
     return hf_name
 
 
@@ -129,9 +143,7 @@ def language_model_layouts(config: TextConfig, hf_name: str) -> Iterator[TensorL
         hf_name: published name of the module that contains the embedding, the layers and the final norm.
     """
     hidden = config.hidden_size
-    yield whole(
-        "language_model.embedding.word_embeddings.weight", f"{hf_name}.embed_tokens.weight", config.vocab_size, hidden
-    )
+    yield whole(EMBEDDING_KEY, f"{hf_name}.embed_tokens.weight", config.vocab_size, hidden)
     for index in range(config.num_layers):
         yield from _language_layer(config, f"language_model.decoder.layers.{index}", f"{hf_name}.layers.{index}")
     yield whole("language_model.decoder.final_layernorm.weight", f"{hf_name}.norm.weight", hidden)
@@ -144,10 +156,13 @@ def _language_layer(config: TextConfig, key: str, hf_name: str) -> Iterator[Tens
     query_rows = config.num_heads // config.num_kv_heads * config.head_dim  # query rows of one key-value group
     attention, hf_attention = f"{key}.self_attention", f"{hf_name}.self_attn"
     yield whole(f"{attention}.linear_qkv.layer_norm_weight", f"{hf_name}.input_layernorm.weight", hidden)
-    for part, columns in (("weight", (hidden,)), ("bias", ())) if config.qkv_bias else (("weight", (hidden,)),):
+    for part in ("weight", "bias") if config.qkv_bias else ("weight",):
+        columns = (hidden,) if part == "weight" else ()
         sources = [(f"{hf_attention}.q_proj.{part}", 0, query_rows)]
         sources += [(f"{hf_attention}.{name}.{part}", 0, config.head_dim) for name in ("k_proj", "v_proj")]
         yield interleaved(f"{attention}.linear_qkv.{part}", sources, config.num_kv_heads, columns)
+    for name in ("q", "k") if config.qk_norm else ():
+        yield whole(f"{attention}.{name}_layernorm.weight", f"{hf_attention}.{name}_norm.weight", config.head_dim)
     yield whole(
         f"{attention}.linear_proj.weight", f"{hf_attention}.o_proj.weight", hidden, config.num_heads * config.head_dim
     )

@@ -137,6 +137,16 @@ class TokenSelectingLayer(TransformerLayer):
             return add(output_with_bias, packed_seq_params.select(hidden_states), self.hidden_dropout), None
 
 
+class FeatureAddingLayer(TransformerLayer):
+    """A language layer that adds the layout's vision features to its output; see `LayerFeatures`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Run the layer; [tokens, 1, hidden_size] to the same shape, and megatron-core's context."""
+        hidden, context = super().forward(*args, **kwargs)
+        features = kwargs["packed_seq_params"].features
+        return (hidden if features is None else features.add(hidden, self.layer_number)), context
+
+
 class InPlaceBiasColumnParallelLinear(ColumnParallelLinear):
     """A ColumnParallelLinear that adds its bias in place.
 
@@ -252,7 +262,9 @@ def block_spec(
     num_layers: int,
     causal: bool,
     final_norm: bool,
+    qk_norm: bool = False,
     windowed_layers: frozenset[int] = frozenset(),
+    adds_features: bool = False,
     selects_tokens: bool = False,
 ) -> TransformerBlockSubmodules:
     """Describe the layers of one tower on this pipeline stage.
@@ -262,12 +274,16 @@ def block_spec(
         num_layers: number of layers on this stage.
         causal: whether attention is causal.
         final_norm: whether an RMSNorm follows the tower's last layer.
+        qk_norm: whether an RMSNorm over each head precedes the rotary positions of queries and keys.
         windowed_layers: 1-based numbers of the layers with windowed attention.
+        adds_features: whether the layers are `FeatureAddingLayer`s, except for one that selects tokens.
         selects_tokens: whether the last of these layers is a `TokenSelectingLayer`.
     """
-    layer_spec = partial(_layer_spec, backend, causal=causal)
+    layer_spec = partial(_layer_spec, backend, causal=causal, qk_norm=qk_norm)
     # One spec object serves all layers: megatron-core passes the layer number when it builds each of them.
-    layers = [layer_spec(attention=partial(PackedAttention, windowed_layers=windowed_layers))] * num_layers
+    attention = partial(PackedAttention, windowed_layers=windowed_layers)
+    layer = FeatureAddingLayer if adds_features else TransformerLayer
+    layers = [layer_spec(attention=attention, layer=layer)] * num_layers
     if selects_tokens:
         layers[-1] = layer_spec(attention=partial(PackedAttention, selects_tokens=True), layer=TokenSelectingLayer)
     return TransformerBlockSubmodules(
@@ -279,9 +295,11 @@ def _layer_spec(
     backend: BackendSpecProvider,
     *,
     causal: bool,
+    qk_norm: bool,
     attention: partial[PackedAttention],
     layer: type[TransformerLayer] = TransformerLayer,
 ) -> ModuleSpec:
+    head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_norm else IdentityOp
     norm_linear = backend.column_parallel_layer_norm_linear()
     self_attention = ModuleSpec(
         module=SelfAttention,
@@ -290,8 +308,8 @@ def _layer_spec(
             linear_qkv=norm_linear,
             core_attention=attention,
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(

@@ -147,6 +147,7 @@ def text_transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=text.qkv_bias,
+        qk_layernorm=text.qk_norm,  # megatron-core sums the norms' gradients over the tensor-parallel ranks
         pipeline_model_parallel_size=parallel.pipeline,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,

@@ -29,6 +29,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.cpu import decode
 from megatron_vcr1.model.cpu.skinny_linear import skinny_linear
 from megatron_vcr1.model.kv_cache import KVCache
+from megatron_vcr1.model.layer_features import LayerFeatures
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.mrope import rotary_angles
 from megatron_vcr1.model.packed_batch import PackedBatch
@@ -38,7 +39,7 @@ from megatron_vcr1.model.transformer_config import (
     text_transformer_config,
     vision_transformer_config,
 )
-from megatron_vcr1.model.vision import VisionTower, with_zero_gradients
+from megatron_vcr1.model.vision import VisionFeatures, VisionTower, with_zero_gradients
 from megatron_vcr1.parallel.context import exchange_features
 from megatron_vcr1.parallel.megatron_compat import silence_megatron
 
@@ -77,6 +78,8 @@ class VideoLanguageModel(MegatronModule):
             num_layers=get_num_layers_to_build(text_config),
             causal=True,
             final_norm=True,
+            qk_norm=config.text.qk_norm,
+            adds_features=config.family.num_feature_layers(config.vision) > 0,
             selects_tokens=self.post_process,
         )
         self.language_model = GPTModel(
@@ -119,34 +122,38 @@ class VideoLanguageModel(MegatronModule):
             cached: in generation, the attention that replaces attention over `batch.layout`.
 
         Returns:
-            [targets, hidden_size] on the last stage, [tokens, 1, hidden_size] on others (of this rank's tokens only,
-            under sequence parallelism).
+            [targets, hidden_size] on the last stage. On others [tokens, 1, hidden_size] (of this rank's tokens only,
+            under sequence parallelism), followed by the vision features that layers of later stages add.
         """
         # The last layer drops the tokens that predict nothing, right after its attention. In two cases they are dropped
         # after the whole layer instead: under sequence parallelism, because the tokens are sharded across ranks, and
         # with FP8, whose matmuls need a number of tokens that is a multiple of `token_multiple`.
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
-        embeddings = self._embed(batch) if self.pre_process else None
+        hidden, features = self._embed(batch) if self.pre_process else self._received(batch)
         text = self.model_config.text
         rope = RotaryTables.from_angles(rotary_angles(batch.position_ids, text.mrope_axes, text.rope_theta))
         decoder = self.language_model.decoder
         if isinstance(cached, KVCache) and decode.supports(decoder):
-            stage_input = decoder.input_tensor if embeddings is None else embeddings
-            hidden = decode.run_layers(decoder, stage_input[:, 0], rope, cached)[:, None]
+            hidden = decode.run_layers(decoder, hidden[:, 0], rope, cached)[:, None]
         else:
+            if features is not None:
+                hidden = features.attach(hidden)
+                if not self.pre_process:
+                    decoder.set_input_tensor(hidden)  # the input of stages after the first
             hidden = decoder(
-                hidden_states=embeddings,
+                hidden_states=hidden,
                 attention_mask=None,
                 packed_seq_params=AttentionLayout(
                     rope=rope,
                     full=batch.layout,
                     cached=cached,
                     keys=None if batch.context is None else batch.context.keys,
+                    features=features,
                     selected=batch.predicting_token_indices if selects else None,
                 ),
             )
         if not self.post_process:
-            return hidden
+            return hidden if features is None else self._append_features(hidden, features)
         if selects:
             return hidden[:, 0]
         if self.config.sequence_parallel:
@@ -155,41 +162,101 @@ class VideoLanguageModel(MegatronModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden[:, 0].index_select(0, batch.predicting_token_indices)
 
-    def _embed(self, batch: PackedBatch) -> Tensor:
+    def num_input_rows(self, batch: PackedBatch) -> int:
+        """Return the length of the first dimension of what a stage after the first receives for a batch.
+
+        It is the number of this rank's tokens, plus the vision features that this stage and later ones add.
+        """
+        num_tokens, num_layers = self._num_tokens(batch), self._num_feature_layers()
+        return num_tokens + (num_layers * len(self._vision_tokens(batch)[1]) if num_layers else 0)
+
+    def _num_tokens(self, batch: PackedBatch) -> int:
+        """Return the number of tokens of this rank, which has a part of them under sequence parallelism."""
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return len(batch.token_ids) // ranks
+
+    def _num_feature_layers(self) -> int:
+        """Return the number of layers on this stage and on later ones that add vision features."""
+        first_layer = self.language_model.decoder.layers[0].layer_number
+        return max(self.model_config.family.num_feature_layers(self.model_config.vision) - first_layer + 1, 0)
+
+    def _vision_tokens(self, batch: PackedBatch) -> tuple[slice, Tensor]:
+        """Return the vision tokens that this rank has, among all of the batch, and their indices among its tokens."""
+        if not self.config.sequence_parallel:
+            return slice(None), batch.vision_token_indices
+        num_tokens = self._num_tokens(batch)
+        start = num_tokens * parallel_state.get_tensor_model_parallel_rank()
+        bounds = torch.tensor([start, start + num_tokens], device=batch.vision_token_indices.device)
+        mine = slice(*torch.searchsorted(batch.vision_token_indices, bounds).tolist())
+        return mine, batch.vision_token_indices[mine] - start
+
+    def _received(self, batch: PackedBatch) -> tuple[Tensor, LayerFeatures | None]:
+        """Return the previous stage's hidden states, and the vision features that came with them."""
+        received, num_layers = self.language_model.decoder.input_tensor, self._num_feature_layers()
+        if not num_layers:
+            return received, None
+        _, token_indices = self._vision_tokens(batch)
+        if not len(token_indices):
+            return received, None
+        hidden, features = received.tensor_split((self._num_tokens(batch),))
+        features = features.view(num_layers, len(token_indices), -1)
+        first_layer = self.language_model.decoder.layers[0].layer_number
+        return hidden, LayerFeatures(features, token_indices, first_layer)
+
+    def _append_features(self, hidden: Tensor, features: LayerFeatures) -> Tensor:
+        """Append the features that later stages add to this stage's output; `_received` takes them off again."""
+        after = features.after(self.language_model.decoder.layers[-1].layer_number)
+        return torch.cat((hidden, after.flatten(0, 1)[:, None])) if len(after) else hidden
+
+    def _embed(self, batch: PackedBatch) -> tuple[Tensor, LayerFeatures | None]:
         """Embed the tokens, with vision features in place of the pads.
 
         Returns:
-            [tokens, 1, hidden_size]; under sequence parallelism, this rank's part of the tokens.
+            [tokens, 1, hidden_size], under sequence parallelism of this rank's tokens; and the vision features that
+            layers add, if there are any.
         """
         assert self.vision_tower is not None
         embeddings = self.language_model.embedding(batch.token_ids[None], position_ids=None)
-        features = self._vision_features(batch, embeddings)
-        if features is not None:
-            embeddings = embeddings.index_copy(0, batch.vision_token_indices, features[:, None])
+        vision, features = self._vision_features(batch, embeddings), None
+        if vision is not None:
+            embeddings = embeddings.index_copy(0, batch.vision_token_indices, vision.embeddings[:, None])
+            if vision.layers is not None:
+                features = self._layer_features(vision.layers, batch)
         elif torch.is_grad_enabled():
             embeddings = with_zero_gradients(embeddings, self.vision_tower.parameters())
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
-        return embeddings
+        return embeddings, features
 
-    def _vision_features(self, batch: PackedBatch, embeddings: Tensor) -> Tensor | None:
+    def _layer_features(self, features: Tensor, batch: PackedBatch) -> LayerFeatures:
+        """Collect the features [layers, vision tokens, hidden_size] that layers add to this rank's tokens."""
+        mine, token_indices = self._vision_tokens(batch)
+        if self.config.sequence_parallel:
+            # Each rank uses the features of its own tokens; backward sums their gradients over the ranks.
+            features = tensor_parallel.copy_to_tensor_model_parallel_region(features)[:, mine]
+        return LayerFeatures(features, token_indices, first_layer=1)
+
+    def _vision_features(self, batch: PackedBatch, embeddings: Tensor) -> VisionFeatures | None:
         """Encode the images and videos, under context parallelism together with the other ranks.
 
         Args:
             embeddings: the embedded tokens, for their dtype and hidden size.
 
         Returns:
-            [vision tokens, hidden_size]; None if the microbatch has no images and videos.
+            The features of this rank's vision tokens; None if the microbatch has no images and videos.
         """
         assert self.vision_tower is not None
         features = self.vision_tower(batch.vision).to(embeddings.dtype) if batch.vision else None
         if batch.context is None or not batch.context.features.num_features:
             return features
+        hidden_size = embeddings.shape[-1]
         if features is None:  # this rank encodes nothing, but its backward pass must take part in the exchange
-            features = embeddings.new_empty(0, embeddings.shape[-1])
+            joined = embeddings.new_empty(0, hidden_size * (1 + self._num_feature_layers()))
             if torch.is_grad_enabled():
-                features = with_zero_gradients(features, self.vision_tower.parameters())
-        return exchange_features(features, batch.context.features)
+                joined = with_zero_gradients(joined, self.vision_tower.parameters())
+        else:
+            joined = features.join()
+        return VisionFeatures.split(exchange_features(joined, batch.context.features), hidden_size)
 
     def head_weight(self) -> Tensor:
         """Return this rank's shard of the language-model head, [vocab_shard, hidden_size]; on the last stage."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,6 @@ from megatron.core import tensor_parallel
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 from vcr1_kernels import SegmentLayout, frames_to_patches
@@ -28,6 +29,7 @@ from megatron_vcr1.model.attention import AttentionLayout, RotaryTables
 from megatron_vcr1.model.config import VisionConfig
 from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.layer_specs import block_spec, recompute_in_backward
+from megatron_vcr1.model.patch_layers import PatchEmbed, PatchMerger
 
 ROTARY_BASE = 10_000.0
 
@@ -82,115 +84,70 @@ def _join_run(run: Sequence[VisionInput]) -> VisionInput:
     return VisionInput(torch.cat([item.frames for item in run]), (num_steps, height, width), seconds_per_grid=None)
 
 
-class PatchEmbed(nn.Module):
-    """The linear patch embedding. It equals the published 3-D convolution, whose stride is its kernel size."""
+@dataclass(frozen=True, slots=True)
+class VisionFeatures:
+    """The output of the vision tower."""
 
-    def __init__(self, vision: VisionConfig, config: TransformerConfig) -> None:
-        super().__init__()
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(
-            torch.empty(vision.hidden_size, vision.patch_dim, dtype=config.params_dtype, device=device)
-        )
-        if config.perform_initialization:
-            config.init_method(self.weight)
+    embeddings: Tensor
+    """[vision tokens, hidden_size]: they replace the embeddings of the pads."""
+    layers: Tensor | None = None
+    """[layers, vision tokens, hidden_size]: the first language layers add them to their outputs."""
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """Embed flattened patches: [patches, patch_dim] -> [patches, hidden_size]."""
-        return F.linear(patches, self.weight)
+    def to(self, dtype: torch.dtype) -> VisionFeatures:
+        """Return the features in a dtype."""
+        return VisionFeatures(self.embeddings.to(dtype), None if self.layers is None else self.layers.to(dtype))
 
+    def join(self) -> Tensor:
+        """Return all features of each token as one vector, [vision tokens, (1 + layers) * hidden_size]."""
+        if self.layers is None:
+            return self.embeddings
+        return torch.cat((self.embeddings, self.layers.transpose(0, 1).flatten(1)), dim=1)
 
-class PatchMerger(MegatronModule):
-    """The merger: turns each merge unit of patches into one vision feature."""
+    @classmethod
+    def split(cls, joined: Tensor, hidden_size: int) -> VisionFeatures:
+        """Return the features that `join` has joined."""
+        embeddings, layers = joined[:, :hidden_size], joined[:, hidden_size:]
+        if not layers.shape[1]:
+            return cls(embeddings)
+        return cls(embeddings, layers.unflatten(1, (-1, hidden_size)).transpose(0, 1))
 
-    def __init__(
-        self,
-        vision: VisionConfig,
-        config: TransformerConfig,
-        backend: BackendSpecProvider,
-        groups: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(config=config)
-        self.unit_size = vision.hidden_size * vision.patches_per_token
-        self.norm = build_module(
-            backend.layer_norm(rms_norm=vision.normalization == "RMSNorm"),
-            config=config,
-            hidden_size=vision.hidden_size,
-            eps=1e-6,
-        )
-        self.linear_fc1 = build_module(
-            backend.column_parallel_linear(),
-            self.unit_size,
-            self.unit_size,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=True,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc1",
-            tp_group=groups.tp,
-        )
-        self.linear_fc2 = build_module(
-            backend.row_parallel_linear(),
-            self.unit_size,
-            vision.out_hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=groups.tp,
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Merge patches, which are ordered by merge unit: [patches, hidden_size] -> [tokens, out_hidden_size]."""
-        # Each patch is normalized on its own; then the patches of a unit, which are neighbours, are concatenated.
-        units = self.norm(hidden).view(-1, 1, self.unit_size)
-        inner, _ = self.linear_fc1(units)
-        output, _ = self.linear_fc2(F.gelu(inner))
-        return output.squeeze(1)
+    def reordered(self, order: Tensor) -> VisionFeatures:
+        """Return the features with token order[i] as the i-th."""
+        layers = None if self.layers is None else self.layers.index_select(1, order)
+        return VisionFeatures(self.embeddings.index_select(0, order), layers)
 
 
 class VisionTower(MegatronModule):
     """Patch embedding, transformer layers with attention within each temporal step, and patch merger.
 
-    A family with attention windows overrides `order_units`, and names the layers that have them.
+    Families override the methods without a leading underscore.
     """
 
-    def __init__(
-        self,
-        vision: VisionConfig,
-        config: TransformerConfig,
-        backend: BackendSpecProvider,
-        *,
-        windowed_layers: frozenset[int] = frozenset(),
-    ) -> None:
+    patch_bias: ClassVar[bool] = False  # whether the patch embedding has a bias
+
+    def __init__(self, vision: VisionConfig, config: TransformerConfig, backend: BackendSpecProvider) -> None:
         """Build this rank's shard.
 
         Args:
             vision: the tower's configuration.
             config: the same for megatron-core.
             backend: provides the linear layers and norms.
-            windowed_layers: 1-based numbers of the layers with windowed attention.
         """
         super().__init__(config=config)
         self.vision = vision
+        self.patch_embed = PatchEmbed(vision, config, bias=self.patch_bias)
+        self.decoder = self.build_layers(backend)
+        self.merger = self.build_merger(backend)
+
+    def build_layers(self, backend: BackendSpecProvider) -> MegatronModule:
+        """Build the transformer layers, which `run_layers` runs."""
+        return vision_block(self.config, backend, num_layers=self.vision.num_layers)
+
+    def build_merger(self, backend: BackendSpecProvider, *, norm_of_units: bool = False) -> PatchMerger:
+        """Build a patch merger, which every tensor-parallel rank applies to all patches."""
+        config = dataclasses.replace(self.config, sequence_parallel=False)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        self.patch_embed = PatchEmbed(vision, config)
-        spec = block_spec(
-            backend,
-            num_layers=vision.num_layers,
-            causal=False,
-            final_norm=False,
-            windowed_layers=windowed_layers,
-        )
-        self.decoder = TransformerBlock(
-            config, spec, post_layer_norm=False, pre_process=True, post_process=True, pg_collection=groups
-        )
-        merger_config = dataclasses.replace(config, sequence_parallel=False)  # all ranks merge all patches
-        self.merger = PatchMerger(vision, merger_config, backend, groups)
+        return PatchMerger(self.vision, config, backend, groups, norm_of_units=norm_of_units)
 
     def order_units(self, grid: Grid) -> tuple[Tensor, tuple[int, ...] | None]:
         """Choose the order in which the merge units of an image or video are packed.
@@ -201,14 +158,42 @@ class VisionTower(MegatronModule):
         """
         return torch.arange(math.prod(grid) // self.vision.patches_per_token), None
 
-    def forward(self, inputs: Sequence[VisionInput]) -> Tensor:
+    def add_positions(self, embedded: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Add learned positions, if the tower has any, to the embedded patches of all inputs.
+
+        Args:
+            embedded: [patches, hidden_size], in the order of `order_units`.
+            grids: patches of each input in time, height, width.
+
+        Returns:
+            [patches, hidden_size].
+        """
+        return embedded
+
+    def run_layers(self, hidden: Tensor, layout: AttentionLayout) -> list[Tensor]:
+        """Run the transformer layers.
+
+        Args:
+            hidden: [patches, 1, hidden_size]; under sequence parallelism, this rank's part of the patches.
+            layout: the attention's segments and RoPE tables.
+
+        Returns:
+            The hidden states that `merge` merges, shaped as `hidden`.
+        """
+        return [self.decoder(hidden, attention_mask=None, packed_seq_params=layout)]
+
+    def merge(self, states: Sequence[Tensor]) -> VisionFeatures:
+        """Merge the patches of the states that `run_layers` returned, [patches, hidden_size] each."""
+        return VisionFeatures(self.merger(states[0]))
+
+    def forward(self, inputs: Sequence[VisionInput]) -> VisionFeatures:
         """Encode images and videos in one packed pass.
 
         Args:
             inputs: at least one image or video; the frames may be on another device.
 
         Returns:
-            [tokens, out_hidden_size]: the vision features of all inputs, in order.
+            The features of the vision tokens of all inputs, in order.
         """
         vision = self.vision
         inputs = join_inputs(inputs, vision.temporal_patch_size)
@@ -230,14 +215,15 @@ class VisionTower(MegatronModule):
         patches = all_patches()
         with recompute_in_backward(patches, all_patches):
             embedded = self.patch_embed(patches)
+        embedded = self.add_positions(embedded, grids)
         coordinates = coordinates.flatten(0, 1).to(embedded.device, non_blocking=True)
-        features = self.merger(self._encode(embedded, coordinates, steps, windows))
+        features = self.merge(self._encode(embedded, coordinates, steps, windows))
         if windows is None:  # the units are in the order of the inputs
             return features
         starts = accumulate(map(len, orders), initial=0)
         units = torch.cat([order + start for order, start in zip(orders, starts, strict=False)])
         # The inverse permutation, from window order back to the order of the inputs.
-        return features.index_select(0, units.argsort().to(features.device, non_blocking=True))
+        return features.reordered(units.argsort().to(embedded.device, non_blocking=True))
 
     def _patches(self, item: VisionInput, order: Tensor) -> Tensor:
         """Return the normalized patches of an input, [patches, patch_dim], with its merge units in the given order."""
@@ -255,7 +241,7 @@ class VisionTower(MegatronModule):
 
     def _encode(
         self, hidden: Tensor, coordinates: Tensor, steps: tuple[int, ...], windows: tuple[int, ...] | None
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """Run the transformer layers.
 
         Under sequence parallelism, the patches are padded to a multiple of the tensor-parallel ranks.
@@ -267,7 +253,7 @@ class VisionTower(MegatronModule):
             windows: number of patches of each attention window; None without windowed attention.
 
         Returns:
-            [patches, hidden_size].
+            The states that `run_layers` returns, [patches, hidden_size] each.
         """
         num_patches = len(hidden)
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
@@ -277,20 +263,18 @@ class VisionTower(MegatronModule):
         hidden = hidden.unsqueeze(1)
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
-        hidden = self.decoder(
-            hidden,
-            attention_mask=None,
-            packed_seq_params=AttentionLayout(
-                rope=RotaryTables.from_angles(rotary_angles(coordinates, self.vision.head_dim)),
-                full=_bidirectional(steps, padding),
-                windows=None if windows is None else _bidirectional(windows, padding),
-            ),
+        layout = AttentionLayout(
+            rope=RotaryTables.from_angles(rotary_angles(coordinates, self.vision.head_dim)),
+            full=_bidirectional(steps, padding),
+            windows=None if windows is None else _bidirectional(windows, padding),
         )
+        states = self.run_layers(hidden, layout)
         if self.config.sequence_parallel:
             # Every rank continues with all patches and computes the same, so each receives the full gradient. In
             # backward it is only sliced, not reduced (tensor_parallel_output_grad=False).
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return hidden.squeeze(1)[:num_patches]
+            gather = partial(tensor_parallel.gather_from_sequence_parallel_region, tensor_parallel_output_grad=False)
+            states = [gather(state) for state in states]
+        return [state.squeeze(1)[:num_patches] for state in states]
 
     def freeze(self, parts: tuple[str, ...]) -> None:
         """Freeze the modules of the given parts: "vision_tower" (patch embedding and layers), "merger" or both."""
@@ -299,6 +283,32 @@ class VisionTower(MegatronModule):
             self.decoder.requires_grad_(False)
         if "merger" in parts:
             self.merger.requires_grad_(False)
+
+
+def vision_block(
+    config: TransformerConfig,
+    backend: BackendSpecProvider,
+    *,
+    num_layers: int,
+    windowed_layers: frozenset[int] = frozenset(),
+) -> TransformerBlock:
+    """Build consecutive layers of a vision tower, without a norm after them.
+
+    Args:
+        config: megatron-core's configuration of the tower.
+        backend: provides the linear layers and norms.
+        num_layers: number of layers.
+        windowed_layers: 1-based numbers of the layers with windowed attention.
+    """
+    spec = block_spec(backend, num_layers=num_layers, causal=False, final_norm=False, windowed_layers=windowed_layers)
+    return TransformerBlock(
+        config,
+        spec,
+        post_layer_norm=False,
+        pre_process=True,
+        post_process=True,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
 
 
 def with_zero_gradients(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig, VisionConfig
-from megatron_vcr1.model.hf_layout import published_name
+from megatron_vcr1.model.hf_layout import hf_shapes, model_layout, published_name
 from megatron_vcr1.model.mrope import prompt_positions
 from megatron_vcr1.throughput.update_case import UpdateCase
 
@@ -59,7 +59,7 @@ class PlainUpdate:
 
     def save_gradients(self, path: Path) -> None:
         """Save the clipped gradients of the last update by published names."""
-        save_gradients(self.model, path)
+        save_gradients(self.model, self.config, path)
 
     def _loss(self, group: Group, advantages: Tensor) -> Tensor:
         inputs = self._inputs(group)
@@ -100,9 +100,10 @@ class PlainUpdate:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
 
-def save_gradients(model: torch.nn.Module, path: Path) -> None:
+def save_gradients(model: torch.nn.Module, config: ModelConfig, path: Path) -> None:
     """Save the gradients of a transformers model by published names."""
-    gradients = {published_name(name): parameter.grad for name, parameter in model.named_parameters()}
+    published = hf_shapes(model_layout(config))
+    gradients = {published_name(name, published): parameter.grad for name, parameter in model.named_parameters()}
     save_file({name: grad.contiguous() for name, grad in gradients.items() if grad is not None}, path)
 
 

@@ -39,9 +39,11 @@ class TrlUpdate:
 
     def __init__(self, case: UpdateCase) -> None:
         self.case = case
-        config = ModelConfig.from_pretrained(case.model_dir)
-        groups = case.groups(config)
-        positions = sequence_positions(groups[0], config)  # the same for all groups, whose videos have the same size
+        self.config = ModelConfig.from_pretrained(case.model_dir)
+        groups = case.groups(self.config)
+        positions = sequence_positions(
+            groups[0], self.config
+        )  # the same for all groups, whose videos have the same size
         model = AutoModelForImageTextToText.from_pretrained(
             case.model_dir, dtype=getattr(torch, case.dtype), attn_implementation="sdpa"
         )
@@ -50,7 +52,8 @@ class TrlUpdate:
         if case.reference_dir is not None:
             model.config._name_or_path = case.reference_dir  # the trainer loads its reference from there
         with tempfile.TemporaryDirectory(prefix="benchmark-trl-") as folder:
-            self.trainer = _Trainer(_rollout(case, groups, config), positions, model=model, args=_options(case, folder))
+            rollout = _rollout(case, groups, self.config)
+            self.trainer = _Trainer(rollout, positions, model=model, args=_options(case, folder))
         self.trainer.create_optimizer()
 
     @property
@@ -79,7 +82,7 @@ class TrlUpdate:
 
     def save_gradients(self, path: Path) -> None:
         """Save the clipped gradients of the last update by published names."""
-        save_gradients(self.trainer.model, path)
+        save_gradients(self.trainer.model, self.config, path)
 
 
 class _Trainer(GRPOTrainer):

@@ -12,7 +12,7 @@ import torch
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import hf_shapes, model_layout
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 _TEXT = {
     "hidden_size": 96,
     "intermediate_size": 128,
@@ -22,15 +22,31 @@ _TEXT = {
     "vocab_size": 160,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
 }
+_TEXT_3 = {
+    "head_dim": 20,
+    "rope_theta": 1e4,
+    "rope_scaling": {"rope_type": "default", "mrope_section": [4, 3, 3], "mrope_interleaved": True},
+}
 _VISION = {
     "qwen2_5_vl": {"depth": 2, "hidden_size": 48, "intermediate_size": 80, "num_heads": 4, "out_hidden_size": 96},
     "qwen2_vl": {"depth": 2, "embed_dim": 48, "mlp_ratio": 2, "num_heads": 4, "hidden_size": 96},
+    "qwen3_vl": {
+        "depth": 2,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_heads": 4,
+        "out_hidden_size": 96,
+        "patch_size": 14,
+        "num_position_embeddings": 9,
+        "deepstack_visual_indexes": [0],
+    },
 }
 
 
 def small_config(family: str = "qwen2_5_vl", *, tied: bool = False) -> dict[str, Any]:
     """Return a config.json in the published format, with two layers, six query heads and two key-value heads."""
-    return {"model_type": family, "tie_word_embeddings": tied, "vision_config": _VISION[family], **_TEXT}
+    config = {"model_type": family, "tie_word_embeddings": tied, "vision_config": _VISION[family]}
+    return config | ({"text_config": _TEXT | _TEXT_3} if family == "qwen3_vl" else _TEXT)
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

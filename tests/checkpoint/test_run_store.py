@@ -36,7 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models of both families; the embeddings of Qwen2-VL are tied."""
+    """Tiny models of all families."""
     folder = tmp_path_factory.mktemp("models")
     for family in tiny.FAMILIES:
         tiny.create(family, folder / family)
@@ -72,6 +72,7 @@ def _resume(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, 
         ("qwen2_vl", "tp2-pp2", {"model": {"freeze": ["vision_tower"]}, "optimizer": {"distributed": False}}),
         ("qwen2_vl", "tp2-sp", {"model": {"dtype": "bfloat16"}, "optimizer": {"distributed": False}}),
         ("qwen2_vl", "pp2", {"checkpoint": {"asynchronous": False}}),
+        ("qwen3_vl", "pp4", {}),
     ],
 )
 def test_resume_is_bitwise_identical(

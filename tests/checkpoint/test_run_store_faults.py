@@ -100,7 +100,8 @@ def test_transformers_computes_the_same_logits_from_an_exported_checkpoint(tmp_p
     }  # without the checkpoint's own files, so that another run can start from it
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "exported", dtype=torch.float32)
     config = run.model.model_config
-    prompt, responses = tiny.prompt("iv", seed=3), tiny.responses((5,), seed=4)
+    prompt = tiny.prompt("iv", seed=3, timestamps=config.media.timestamps_as_text)
+    responses = tiny.responses((5,), seed=4)
     expected = tiny.transformers_logits(theirs.eval(), config, prompt, responses[0])
     logits = run.model.logits(run.model(pack([Group("one", prompt, responses)], config)))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

@@ -52,8 +52,9 @@ class ToyRun:
     def _step(self) -> tuple[float, float]:
         first = GROUPS_PER_STEP * self.steps
         seeds = range(first + mesh.replica_index(), first + GROUPS_PER_STEP, mesh.num_replicas())
+        config = self.model.model_config
         batches = [
-            Microbatch(pack([_group(seed)], self.model.model_config, pad_to_multiple_of=self.model.token_multiple))
+            Microbatch(pack([_group(seed, config)], config, pad_to_multiple_of=self.model.token_multiple))
             for seed in seeds
         ]
         update = self.learner.update(batches, self._loss)
@@ -84,8 +85,9 @@ class ToyRun:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
 
-def _group(seed: int) -> Group:
-    return Group(str(seed), tiny.prompt(("i", "", "v")[seed % 3], seed), tiny.responses(RESPONSE_LENGTHS, seed + 1000))
+def _group(seed: int, config: ModelConfig) -> Group:
+    prompt = tiny.prompt(("i", "", "v")[seed % 3], seed, timestamps=config.media.timestamps_as_text)
+    return Group(str(seed), prompt, tiny.responses(RESPONSE_LENGTHS, seed + 1000))
 
 
 def train_until_killed(

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
 def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory, a data file with text, image and video prompts, and transformers' log-probs for it."""
     folder = tmp_path_factory.mktemp(request.param)

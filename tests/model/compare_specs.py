@@ -55,13 +55,17 @@ def build(
     return model.train()
 
 
-def group() -> Group:
+def group(config: ModelConfig) -> Group:
     """Return the models' input: an image, a video and text, and two responses."""
-    return Group("0", tiny.prompt("iv", seed=3), tiny.responses((4, 6), seed=4))
+    return Group(
+        "0", tiny.prompt("iv", seed=3, timestamps=config.media.timestamps_as_text), tiny.responses((4, 6), seed=4)
+    )
 
 
 def _batch(model: VideoLanguageModel) -> PackedBatch:
-    return pack([group()], model.model_config, pad_to_multiple_of=model.token_multiple).to(mesh.device())
+    return pack([group(model.model_config)], model.model_config, pad_to_multiple_of=model.token_multiple).to(
+        mesh.device()
+    )
 
 
 def logits(model: VideoLanguageModel) -> Tensor:

@@ -48,6 +48,15 @@ def test_files_of_transformers_5_are_read_as_transformers_reads_them(tmp_path: P
     _assert_equals_transformers(tmp_path)
 
 
+def _axes(rope: dict[str, Any]) -> tuple[int, ...]:
+    section = rope["mrope_section"]
+    if not rope.get("mrope_interleaved"):
+        return tuple(axis for axis, number in enumerate(section) for _ in range(number))
+    return tuple(
+        axis if axis and place < 3 * section[axis] else 0 for place in range(sum(section)) for axis in [place % 3]
+    )
+
+
 def _assert_equals_transformers(model_dir: Path) -> None:
     ours, theirs = ModelConfig.from_pretrained(model_dir), transformers.AutoConfig.from_pretrained(model_dir)
     text, vision = theirs.get_text_config(), theirs.vision_config
@@ -62,12 +71,13 @@ def _assert_equals_transformers(model_dir: Path) -> None:
         ffn_hidden_size=text.intermediate_size,
         num_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads,
-        head_dim=text.hidden_size // text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", text.hidden_size // text.num_attention_heads),
         vocab_size=text.vocab_size,
         norm_epsilon=text.rms_norm_eps,
         rope_theta=text.rope_parameters["rope_theta"],
-        mrope_axes=tuple(axis for axis, n in enumerate(text.rope_parameters["mrope_section"]) for _ in range(n)),
-        qkv_bias=True,
+        mrope_axes=_axes(text.rope_parameters),
+        qkv_bias=theirs.model_type != "qwen3_vl",
+        qk_norm=theirs.model_type == "qwen3_vl",
         tied_embeddings=theirs.tie_word_embeddings,
     )
     assert (ours.vision.num_layers, ours.vision.num_heads) == (vision.depth, vision.num_heads)
@@ -78,6 +88,11 @@ def _assert_equals_transformers(model_dir: Path) -> None:
         assert (ours.vision.ffn_hidden_size, ours.vision.window_size) == (vision.intermediate_size, vision.window_size)
         assert ours.vision.full_attention_layers == tuple(vision.fullatt_block_indexes)
         assert ours.vision.tokens_per_second == vision.tokens_per_second
+    elif theirs.model_type == "qwen3_vl":
+        assert (ours.vision.hidden_size, ours.vision.out_hidden_size) == (vision.hidden_size, vision.out_hidden_size)
+        assert ours.vision.ffn_hidden_size == vision.intermediate_size
+        assert ours.vision.deepstack_layers == tuple(vision.deepstack_visual_indexes)
+        assert ours.vision.positions_per_side**2 == vision.num_position_embeddings
     else:
         assert (ours.vision.hidden_size, ours.vision.out_hidden_size) == (vision.embed_dim, vision.hidden_size)
         assert ours.vision.ffn_hidden_size == vision.embed_dim * vision.mlp_ratio
@@ -109,7 +124,7 @@ def test_nested_layout_of_transformers_5(family: str) -> None:
     assert (config.family.model_type, config.text.num_layers, config.text.rope_theta) == (family, 4, 1e4)
     assert config.vision.gated is (family == "qwen2_5_vl")
     assert (config.vision.normalization == "RMSNorm") is (family == "qwen2_5_vl")
-    assert config.text.tied_embeddings is (family == "qwen2_vl")
+    assert config.text.tied_embeddings is (family != "qwen2_5_vl")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

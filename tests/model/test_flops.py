@@ -67,9 +67,12 @@ def _counter() -> FlopCounterMode:
 
 
 def _batch(config: ModelConfig) -> PackedBatch:
+    first, second = (
+        tiny.prompt(kinds, seed, timestamps=config.media.timestamps_as_text) for kinds, seed in (("iv", 1), ("vv", 3))
+    )
     samples = [
-        Group("a", tiny.prompt("iv", seed=1), tiny.responses((5, 1, 3, 8), seed=2)),
-        Group("b", tiny.prompt("vv", seed=3), tiny.responses((2, 7), seed=4)),
+        Group("a", first, tiny.responses((5, 1, 3, 8), seed=2)),
+        Group("b", second, tiny.responses((2, 7), seed=4)),
     ]
     return pack(samples, config)
 
@@ -131,7 +134,10 @@ def test_forward_flops_equal_those_of_transformers_with_full_squares(model_dir: 
     kind = transformers.AutoModelForImageTextToText
     model = kind.from_pretrained(model_dir, attn_implementation="eager")
     config = ModelConfig.from_pretrained(model_dir)
-    prompt, response = tiny.prompt("v", seed=5), tiny.responses((6,), seed=6)[0]
+    prompt, response = (
+        tiny.prompt("v", seed=5, timestamps=config.media.timestamps_as_text),
+        tiny.responses((6,), seed=6)[0],
+    )
     with torch.no_grad(), _counter() as counter:
         tiny.transformers_logits(model, config, prompt, response)
     (item,) = prompt.vision

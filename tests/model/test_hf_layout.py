@@ -35,6 +35,17 @@ def _vision_2_5(ffn: int, out: int) -> dict[str, Any]:
     return {"hidden_size": 1280, "intermediate_size": ffn, "out_hidden_size": out}
 
 
+def _text_3(hidden: int, ffn: int, layers: int, heads: int, *, tied: bool) -> dict[str, Any]:
+    rope = {"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"}
+    text = _text(hidden, ffn, layers, heads, 8, 151936, tied=tied)
+    return text | {"head_dim": 128, "rope_theta": 5e6, "rope_scaling": rope}
+
+
+def _vision_3(depth: int, hidden: int, ffn: int, out: int, deepstack: list[int]) -> dict[str, Any]:
+    sizes = {"depth": depth, "hidden_size": hidden, "intermediate_size": ffn, "num_heads": 16, "out_hidden_size": out}
+    return sizes | {"num_position_embeddings": 2304, "deepstack_visual_indexes": deepstack}
+
+
 # Sizes in the published config.json files, and the number of parameters that the model pages show.
 PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "Qwen2.5-VL-3B": (
@@ -73,6 +84,30 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         {"hidden_size": 3584},
         8_291_375_616,
     ),
+    "Qwen3-VL-2B": (
+        "qwen3_vl",
+        _text_3(2048, 6144, 28, 16, tied=True),
+        _vision_3(24, 1024, 4096, 2048, [5, 11, 17]),
+        2_127_532_032,
+    ),
+    "Qwen3-VL-4B": (
+        "qwen3_vl",
+        _text_3(2560, 9728, 36, 32, tied=True),
+        _vision_3(24, 1024, 4096, 2560, [5, 11, 17]),
+        4_437_815_808,
+    ),
+    "Qwen3-VL-8B": (
+        "qwen3_vl",
+        _text_3(4096, 12288, 36, 32, tied=False),
+        _vision_3(27, 1152, 4304, 4096, [8, 16, 24]),
+        8_767_123_696,
+    ),
+    "Qwen3-VL-32B": (
+        "qwen3_vl",
+        _text_3(5120, 25600, 64, 64, tied=False),
+        _vision_3(27, 1152, 4304, 5120, [8, 16, 24]),
+        33_357_390_064,
+    ),
     "Qwen2-VL-72B": (
         "qwen2_vl",
         _text(8192, 29568, 80, 64, 8, 152064, tied=False),
@@ -83,6 +118,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
 TRANSFORMERS = {
     "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
     "qwen2_vl": (transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration),
+    "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
 }
 SMALL_TEXT = _text(96, 40, 1, 6, 2, 50, tied=False) | {"rope_scaling": {"mrope_section": [2, 3, 3]}}
 
@@ -95,7 +131,13 @@ def _small_layouts(family: str = "qwen2_5_vl") -> dict[str, TensorLayout]:
     size = {"hidden_size": 24, "intermediate_size": 20, "out_hidden_size": 96}
     if family == "qwen2_vl":
         size = {"embed_dim": 24, "mlp_ratio": 2, "hidden_size": 96}
-    return _layouts(family, SMALL_TEXT, {"depth": 1, "num_heads": 3, "spatial_merge_size": 2, **size})
+    if family == "qwen3_vl":
+        size |= {"num_position_embeddings": 9, "deepstack_visual_indexes": [0]}
+    text = SMALL_TEXT
+    if family == "qwen3_vl":
+        rope = {"mrope_section": [2, 2, 1]}
+        text = text | {"num_hidden_layers": 2, "head_dim": 10, "rope_theta": 1e4, "rope_scaling": rope}
+    return _layouts(family, text, {"depth": 1, "num_heads": 3, "spatial_merge_size": 2, **size})
 
 
 def _numbered(layout: TensorLayout) -> dict[str, torch.Tensor]:
@@ -111,15 +153,24 @@ def _numbered(layout: TensorLayout) -> dict[str, torch.Tensor]:
 def test_layouts_cover_exactly_the_tensors_of_transformers(size: str) -> None:
     family, text, vision, num_parameters = PUBLISHED[size]
     config_class, model_class = TRANSFORMERS[family]
+    if family == "qwen3_vl":
+        config = config_class(text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
+    else:
+        config = config_class(**text, vision_config=vision)
     with torch.device("meta"):
-        model = model_class(config_class(**text, vision_config=vision))
-    expected = {published_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        model = model_class(config)
+    layouts = _layouts(family, text, vision)
+    shapes = hf_shapes(layouts)
+    expected = {published_name(name, shapes): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if text["tie_word_embeddings"]:
         del expected["lm_head.weight"]  # the same tensor as the embedding, and not in the published files
-    layouts = _layouts(family, text, vision)
-    assert hf_shapes(layouts) == expected
+    assert shapes == expected
     assert sum(math.prod(shape) for shape in expected.values()) == num_parameters
-    padding = 32 * 164 * (3 * 1280 + 2) if size in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B") else 0  # 3420 becomes 3584
+    padding = 0
+    if size in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B"):
+        padding = 32 * 164 * (3 * 1280 + 2)  # 3420 becomes 3584
+    elif size in ("Qwen3-VL-8B", "Qwen3-VL-32B"):
+        padding = 27 * 304 * (2 * 1152 + 1)  # 4304 becomes 4608
     assert sum(math.prod(layout.shape) for layout in layouts.values()) == num_parameters + padding
 
 
@@ -234,5 +285,15 @@ def test_blocks_in_returns_the_blocks_of_a_range_of_rows(data: st.DataObject) ->
         ("lm_head.weight", "lm_head.weight"),
     ],
 )
-def test_published_names(name: str, expected: str) -> None:
-    assert published_name(name) == expected
+def test_flat_published_names(name: str, expected: str) -> None:
+    assert published_name(name, {expected}) == expected
+
+
+@pytest.mark.parametrize("name", ["model.visual.merger.norm.weight", "model.language_model.norm.weight"])
+def test_nested_published_names(name: str) -> None:
+    assert published_name(name, {name}) == name
+    assert published_name(name.replace("model.visual", "visual").replace("language_model.", ""), {name}) == name
+
+
+def test_a_name_of_another_model_is_unchanged() -> None:
+    assert published_name("model.audio.weight", {"audio.weight"}) == "model.audio.weight"

@@ -37,7 +37,7 @@ def _transformers_results(folder: Path, family: str) -> dict[str, Tensor]:
     """Compute the results of `compare_specs.run` with transformers, in float32 on the CPU."""
     model = tiny.create(family, folder / "model")
     config = ModelConfig.from_pretrained(folder / "model")
-    group = compare_specs.group()
+    group = compare_specs.group(config)
     logits = torch.cat(
         [tiny.transformers_logits(model, config, group.prompt, response) for response in group.responses]
     )

@@ -64,9 +64,10 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def _group(case: int) -> Group:
+def _group(case: int, config: ModelConfig) -> Group:
     kinds, lengths = CASES[case]
-    return Group(str(case), tiny.prompt(kinds, seed=case), tiny.responses(lengths, seed=100 + case))
+    prompt = tiny.prompt(kinds, seed=case, timestamps=config.media.timestamps_as_text)
+    return Group(str(case), prompt, tiny.responses(lengths, seed=100 + case))
 
 
 def _coefficients(num_targets: int) -> Tensor:
@@ -85,7 +86,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     config = ModelConfig.from_pretrained(folder / "model")
     logits, loss = {}, torch.zeros(())
     for case in range(len(CASES)):
-        group = _group(case)
+        group = _group(case, config)
         case_logits = torch.cat(
             [tiny.transformers_logits(model, config, group.prompt, response) for response in group.responses]
         )
@@ -117,8 +118,9 @@ def _forward_backward(
     parallel = DistributedDataParallel(model.config, DistributedDataParallelConfig(**ddp), model)
     model.config.no_sync_func = parallel.no_sync
     parallel.zero_grad_buffer()
+    config, multiple = model.model_config, model.token_multiple
     batches = [
-        pack_for_rank([_group(case) for case in cases], model.model_config, pad_to_multiple_of=model.token_multiple)
+        pack_for_rank([_group(case, config) for case in cases], config, pad_to_multiple_of=multiple)
         for cases in MICROBATCHES
     ]
     coefficients = [torch.cat([_coefficients(sum(CASES[case][1])) for case in cases]) for cases in MICROBATCHES]
@@ -170,10 +172,12 @@ def _loss_and_gradients(model: VideoLanguageModel, batches: list[PackedBatch]) -
 def _shared_against_separate(folder: Path) -> dict[str, float]:
     mesh.initialize(RunConfig.model_validate({"model": {"path": folder}}).parallel)
     model = _build(folder, {}, "model").train()
-    shared = [Group("g", tiny.prompt("iv", seed=7), tiny.responses((5, 1, 3, 8), seed=8)), _group(0)]
+    config = model.model_config
+    prompt = tiny.prompt("iv", seed=7, timestamps=config.media.timestamps_as_text)
+    shared = [Group("g", prompt, tiny.responses((5, 1, 3, 8), seed=8)), _group(0, config)]
     separate = [Group(group.id, group.prompt, (response,)) for group in shared for response in group.responses]
-    loss, gradients = _loss_and_gradients(model, [pack(shared, model.model_config)])
-    expected_loss, expected = _loss_and_gradients(model, [pack([group], model.model_config) for group in separate])
+    loss, gradients = _loss_and_gradients(model, [pack(shared, config)])
+    expected_loss, expected = _loss_and_gradients(model, [pack([group], config) for group in separate])
     assert gradients.keys() == expected.keys()
     return {
         "loss": abs(loss - expected_loss),
@@ -189,18 +193,17 @@ def test_a_shared_prefix_gives_the_loss_and_gradient_of_separate_prompts(referen
 def _has_gradient(folder: Path, frozen: str) -> dict[str, bool]:
     run = RunConfig.model_validate({"model": {"path": folder, "dtype": "float32", "freeze": [frozen]}})
     mesh.initialize(run.parallel)
-    model = build_model(
-        ModelConfig.from_pretrained(folder / "model"), run.model, run.parallel, run.recompute, initialize_weights=True
-    ).train()
-    _, gradients = _loss_and_gradients(model, [pack([_group(1)], model.model_config)])
+    config = ModelConfig.from_pretrained(folder / "model")
+    model = build_model(config, run.model, run.parallel, run.recompute, initialize_weights=True).train()
+    _, gradients = _loss_and_gradients(model, [pack([_group(1, config)], config)])
     return {name: name in gradients for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
     "part, prefixes",
     [
-        ("vision_tower", ("vision_tower.patch_embed.", "vision_tower.decoder.")),
-        ("merger", ("vision_tower.merger.",)),
+        ("vision_tower", ("vision_tower.patch_embed.", "vision_tower.decoder.", "vision_tower.position_embedding")),
+        ("merger", ("vision_tower.merger.", "vision_tower.deepstack_mergers.")),
         ("language_model", ("language_model.",)),
     ],
 )

@@ -1,7 +1,8 @@
-"""Small random models of both families with awkward sizes, and transformers' results for them."""
+"""Small random models of all families with awkward sizes, and transformers' results for them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,25 @@ from megatron_vcr1.model.mrope import prompt_positions
 VOCAB_SIZE = 204
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 190, 191, 192, 193
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FAMILIES = ("qwen2_5_vl", "qwen2_vl")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+
+
+_CONFIGS = {
+    "qwen2_5_vl": transformers.Qwen2_5_VLConfig,
+    "qwen2_vl": transformers.Qwen2VLConfig,
+    "qwen3_vl": transformers.Qwen3VLConfig,
+}
+_MODELS = {
+    "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
+    "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
+}
 
 
 def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transformers.PretrainedConfig:
     """Return a configuration: 12 heads and 2 key-value heads of 8 features, windows of 2 x 2 merge units.
 
-    Qwen2-VL has tied embeddings.
+    Qwen2-VL and Qwen3-VL have tied embeddings.
 
     Args:
         vision_ffn: inner features of the MLPs in Qwen2.5-VL's vision tower.
@@ -42,28 +55,29 @@ def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transfo
         bos_token_id=0,
         eos_token_id=1,
     )
+    if family == "qwen3_vl":  # heads of 10 features, which are not hidden_size / num_attention_heads
+        text["rope_parameters"] |= {"mrope_section": [2, 2, 1], "mrope_interleaved": True}
+        text |= dict(head_dim=10, pad_token_id=None)
     vision: dict[str, Any] = dict(depth=3, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
     if family == "qwen2_5_vl":
         vision |= dict(hidden_size=32, intermediate_size=vision_ffn, out_hidden_size=96)
         vision |= dict(window_size=56, fullatt_block_indexes=[1], tokens_per_second=2)
-    else:
+    elif family == "qwen2_vl":
         vision |= dict(embed_dim=32, hidden_size=96, mlp_ratio=4)
-    kind = transformers.Qwen2_5_VLConfig if family == "qwen2_5_vl" else transformers.Qwen2VLConfig
-    return kind(
+    else:  # the features of three layers, two of which are neighbours, for three of the four language layers
+        vision |= dict(depth=5, hidden_size=32, intermediate_size=36, out_hidden_size=96)
+        vision |= dict(num_position_embeddings=25, deepstack_visual_indexes=[0, 2, 3])
+    return _CONFIGS[family](
         text_config=text,
         vision_config=vision,
-        tie_word_embeddings=family == "qwen2_vl",
+        tie_word_embeddings=family != "qwen2_5_vl",
         **{**tokens, **overrides},
     )
 
 
 def create(family: str, folder: Path, seed: int = 0, **overrides: int) -> torch.nn.Module:
     """Create a random model and save it in Hugging Face format."""
-    kinds = {
-        "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
-        "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
-    }
-    model = kinds[family](hf_config(family, **overrides))
+    model = _MODELS[family](hf_config(family, **overrides))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -72,6 +86,9 @@ def create(family: str, folder: Path, seed: int = 0, **overrides: int) -> torch.
             parameter.copy_(noise + 1 if is_scale else noise)
     model = model.float().eval()
     model.save_pretrained(folder)
+    if family == "qwen3_vl":  # the statistics that `_pixel_values` uses are not this family's defaults
+        settings = {"patch_size": 14, "image_mean": MEAN, "image_std": STD}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return model
 
 
@@ -82,12 +99,13 @@ def vision_input(
     return VisionInput(frames=pixels, grid_thw=(max(frames // 2, 1), height, width), seconds_per_grid=seconds)
 
 
-def prompt(kinds: str, seed: int) -> EncodedPrompt:
+def prompt(kinds: str, seed: int, *, timestamps: bool = False) -> EncodedPrompt:
     """Return a prompt with random text between images and videos.
 
     Args:
         kinds: one letter for each: i(mage) or v(ideo).
         seed: seed of the random text and pixels.
+        timestamps: put every temporal patch of a video after text of its own.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -101,8 +119,10 @@ def prompt(kinds: str, seed: int) -> EncodedPrompt:
         else:  # an odd grid, and time steps that are not whole seconds
             item, pad = vision_input(generator, 6, 4, 10 - 4 * index, 0.8 + index), VIDEO_PAD
         inputs.append(item)
-        num_pads = item.num_tokens(2)
-        ids += [torch.tensor([VISION_START]), torch.full((num_pads,), pad), torch.tensor([VISION_END]), text(4)]
+        num_runs = item.grid_thw[0] if timestamps else 1
+        run = [torch.tensor([VISION_START]), torch.full((item.num_tokens(2) // num_runs,), pad)]
+        for _ in range(num_runs):
+            ids += [*run, torch.tensor([VISION_END]), text(4)]
     return EncodedPrompt(torch.cat(ids), tuple(inputs))
 
 

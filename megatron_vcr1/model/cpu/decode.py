@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_vcr1.model.attention import RotaryTables
 from megatron_vcr1.model.cpu.skinny_linear import skinny_linear
 from megatron_vcr1.model.kv_cache import KVCache
-from megatron_vcr1.model.layer_specs import LayerNormColumnParallelLinear
+from megatron_vcr1.model.layer_specs import LayerNormColumnParallelLinear, RMSNorm
 
 
 def supports(decoder: TransformerBlock) -> bool:
@@ -70,10 +70,16 @@ def _attention(attention: Any, x: Tensor, cos: Tensor, signed_sin: Tensor, cache
         [responses, hidden_size], without the residual.
     """
     linear, head_dim = attention.linear_qkv, signed_sin.shape[-1]
-    heads = skinny_linear(_normalize(linear, x), linear.weight).add_(linear.bias)
+    heads = skinny_linear(_normalize(linear, x), linear.weight)
+    if linear.bias is not None:
+        heads.add_(linear.bias)
     # [responses, kv_heads, queries per kv_head + 2, head_dim]: for each key-value head its queries, its key, its value.
     heads = heads.view(len(x), attention.num_query_groups_per_partition, -1, head_dim)
-    query_key = heads[:, :, :-1].to(signed_sin.dtype)  # in float32, as vcr1_kernels.mrope
+    query_key = heads[:, :, :-1]
+    if isinstance(attention.q_layernorm, RMSNorm):
+        parts = zip((attention.q_layernorm, attention.k_layernorm), query_key.tensor_split((-1,), 2), strict=True)
+        query_key = torch.cat([F.rms_norm(part, norm.weight.shape, norm.weight, norm.eps) for norm, part in parts], 2)
+    query_key = query_key.to(signed_sin.dtype)  # in float32, as vcr1_kernels.mrope
     query_key = (query_key * cos + query_key.roll(head_dim // 2, -1) * signed_sin).to(x.dtype)
     core = attention.core_attention
     query, key, value = query_key[:, :, :-1].flatten(1, 2), query_key[:, :, -1], heads[:, :, -1]

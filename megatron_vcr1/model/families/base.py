@@ -85,6 +85,9 @@ class Family(ABC):
         num_steps, height, width = grid
         return vision.num_layers * num_steps * (height * width) ** 2
 
-    def num_mergers(self, vision: VisionConfig) -> int:
-        """Return the number of patch mergers, each of which produces one feature per vision token. The default is 1."""
-        return 1
+    def num_feature_layers(self, vision: VisionConfig) -> int:
+        """Return how many language layers, from the first on, add vision features to their output (DeepStack).
+
+        The vision tower has a patch merger for each of them, besides the one that replaces the pads' embeddings.
+        """
+        return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_vcr1.errors import UserError
@@ -16,7 +16,7 @@ from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.families.qwen2_common import PIXEL_MEAN, PIXEL_STD, Qwen2Family
 from megatron_vcr1.model.families.reading import MAX_LAYERS
 from megatron_vcr1.model.mrope import vision_positions
-from megatron_vcr1.model.vision import VisionTower
+from megatron_vcr1.model.vision import VisionTower, vision_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,10 @@ class WindowedVisionTower(VisionTower):
 
     vision: WindowedVisionConfig
 
-    def __init__(self, vision: WindowedVisionConfig, config: TransformerConfig, backend: BackendSpecProvider) -> None:
-        windowed = (n for n in range(1, vision.num_layers + 1) if n - 1 not in vision.full_attention_layers)
-        super().__init__(vision, config, backend, windowed_layers=frozenset(windowed))
+    def build_layers(self, backend: BackendSpecProvider) -> MegatronModule:
+        layers = range(1, self.vision.num_layers + 1)
+        windowed = frozenset(number for number in layers if number - 1 not in self.vision.full_attention_layers)
+        return vision_block(self.config, backend, num_layers=len(layers), windowed_layers=windowed)
 
     def order_units(self, grid: Grid) -> tuple[Tensor, tuple[int, ...] | None]:
         return window_order(grid, self.vision)

@@ -58,6 +58,7 @@ class Qwen2Family(Family):
             rope_theta=float((rope if "rope_theta" in rope else fields).number("rope_theta", 1e6)),
             mrope_axes=_consecutive_axes,
             qkv_bias=True,
+            qk_norm=False,
             tied_embeddings=tied,
         )
         return ModelConfig(

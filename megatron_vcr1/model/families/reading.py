@@ -39,7 +39,7 @@ def rope_fields(raw: Fields) -> Fields:
 
 
 def embeddings_are_tied(raw: Fields) -> bool:
-    """Return whether the head's weight is the embedding.
+    """Return whether the head's weight is the embedding in Qwen2-VL and Qwen2.5-VL.
 
     transformers 4.52 to 4.57 wrote the key, which concerns the whole model, to ``text_config`` only.
     """
@@ -63,6 +63,7 @@ def read_text_config(
     rope_theta: float,
     mrope_axes: Callable[[tuple[int, ...]], tuple[int, ...]],
     qkv_bias: bool,
+    qk_norm: bool,
     tied_embeddings: bool,
 ) -> TextConfig:
     """Read the language model.
@@ -71,8 +72,9 @@ def read_text_config(
         raw: its keys, from `language_model_fields`.
         head_dim: size of a head; None for hidden size / heads.
         rope_theta: base of the rotary frequencies.
-        mrope_axes: maps mrope_section, the numbers of frequencies of time, height and width, to TextConfig.mrope_axes.
-        qkv_bias, tied_embeddings: as in TextConfig.
+        mrope_axes: maps mrope_section, the numbers of frequencies of time, height and width, to TextConfig.mrope_axes;
+            raises ValueError if it cannot.
+        qkv_bias, qk_norm, tied_embeddings: as in TextConfig.
 
     Raises:
         UserError: a key is missing or has a value that is not supported; the message names the key.
@@ -91,6 +93,10 @@ def read_text_config(
         raise UserError(
             f"{raw.where}: mrope_section {list(section)} must sum to half the head dimension, {head_dim // 2}"
         )
+    try:
+        axes = mrope_axes(section)
+    except ValueError as error:
+        raise UserError(f"{raw.where}: {error}") from None
     return TextConfig(
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -101,8 +107,9 @@ def read_text_config(
         vocab_size=raw.integer("vocab_size"),
         norm_epsilon=raw.number("rms_norm_eps", 1e-6, below=1),
         rope_theta=rope_theta,
-        mrope_axes=mrope_axes(section),
+        mrope_axes=axes,
         qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
         tied_embeddings=tied_embeddings,
     )
 

@@ -59,7 +59,7 @@ def forward_through_stages(model: VideoLanguageModel, batch: PackedBatch, cached
     """
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if not model.pre_process:
-        shape = (len(batch.token_ids), 1, model.config.hidden_size)
+        shape = (model.num_input_rows(batch), 1, model.config.hidden_size)
         received = torch.empty(shape, dtype=model.config.pipeline_dtype, device=batch.token_ids.device)
         dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
         model.set_input_tensor([received])

@@ -48,10 +48,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 SAMPLING = SamplingParams(max_new_tokens=30, temperature=1.0, top_p=0.9, top_k=150)
 
 
-def _requests() -> list[GenerationRequest]:
+ONE_FAMILY = pytest.mark.parametrize("model_dir", ["qwen2_5_vl"], indirect=True)
+"""For tests of what does not depend on the model."""
+
+
+def _requests(model_dir: Path) -> list[GenerationRequest]:
     """Requests with text, an image, a video, two of them, and all; 1 to 5 responses."""
-    kinds = ("", "i", "v", "ivv", "vi")
-    return [GenerationRequest(kind, tiny.prompt(kind, seed=3 + i), 1 + i, seed=i) for i, kind in enumerate(kinds)]
+    timestamps = ModelConfig.from_pretrained(model_dir).media.timestamps_as_text
+    return [
+        GenerationRequest(kind, tiny.prompt(kind, seed=3 + i, timestamps=timestamps), 1 + i, seed=i)
+        for i, kind in enumerate(("", "i", "v", "ivv", "vi"))
+    ]
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -115,8 +122,8 @@ def test_greedy_responses_equal_transformers_generate(
     config = model.model_config
     theirs = tiny.create(config.family.model_type, tmp_path)
     params = SamplingParams(max_new_tokens=12, temperature=0, repetition_penalty=repetition_penalty)
-    generated = engine.generate(_requests(), params)
-    for request, group in zip(_requests(), generated, strict=True):
+    generated = engine.generate(_requests(model_dir), params)
+    for request, group in zip(_requests(model_dir), generated, strict=True):
         expected = _transformers_greedy(theirs, config, request, params)
         assert [list(rollout.token_ids) for rollout in group.rollouts] == [expected] * request.num_responses
         reason = FinishReason.STOP if expected[-1] in END else FinishReason.LENGTH
@@ -134,10 +141,10 @@ def _scored(model: VideoLanguageModel, request: GenerationRequest, group: Rollou
 def test_log_probs_equal_those_of_a_forward_pass(model_dir: Path, one_process: None, end: tuple[int, ...]) -> None:
     """Checks responses that are removed from the batch early, and full-length responses, for which the cache grows."""
     engine, model = _engine(model_dir, end=end)
-    generated = engine.generate(_requests(), SamplingParams(max_new_tokens=70, temperature=0.7))
+    generated = engine.generate(_requests(model_dir), SamplingParams(max_new_tokens=70, temperature=0.7))
     lengths = {len(rollout.token_ids) for group in generated for rollout in group.rollouts}
     assert len(lengths) > 5 if end else lengths == {70}
-    for request, group in zip(_requests(), generated, strict=True):
+    for request, group in zip(_requests(model_dir), generated, strict=True):
         sampled = torch.tensor([log_prob for rollout in group.rollouts for log_prob in rollout.log_probs])
         torch.testing.assert_close(sampled, _scored(model, request, group, 0.7), atol=TOLERANCE, rtol=0)
 
@@ -147,9 +154,9 @@ def test_the_fast_token_step_equals_the_modules(
 ) -> None:
     engine, model = _engine(model_dir, end=END)
     assert decode.supports(model.language_model.decoder)
-    generated = engine.generate(_requests(), SAMPLING)
+    generated = engine.generate(_requests(model_dir), SAMPLING)
     monkeypatch.setattr(decode, "supports", lambda decoder: False)
-    from_modules = engine.generate(_requests(), SAMPLING)
+    from_modules = engine.generate(_requests(model_dir), SAMPLING)
     assert _tokens(generated) == _tokens(from_modules)
     for group, other in zip(generated, from_modules, strict=True):
         for rollout, same in zip(group.rollouts, other.rollouts, strict=True):
@@ -158,7 +165,7 @@ def test_the_fast_token_step_equals_the_modules(
 
 def _sample(model_dir: Path, parallel: dict[str, Any]) -> list[RolloutGroup]:
     engine, model = _engine(model_dir, parallel, end=END)
-    generated = engine.generate(_requests(), SAMPLING)
+    generated = engine.generate(_requests(model_dir), SAMPLING)
     assert model.config.sequence_parallel == parallel.get("sequence_parallel", False)
     assert model.training and model.language_model.decoder.input_tensor is None
     return generated
@@ -182,26 +189,28 @@ def test_every_layout_samples_the_same_tokens(
                 assert rollout.finish_reason == other.finish_reason
 
 
+@ONE_FAMILY
 def test_responses_do_not_depend_on_other_requests(
     model_dir: Path, sampled: list[RolloutGroup], one_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compares requests one by one with all at once, with waves that split groups, and with single-prompt prefills."""
     engine, _ = _engine(model_dir, end=END)
-    alone = [engine.generate([request], SAMPLING)[0] for request in _requests()]
+    alone = [engine.generate([request], SAMPLING)[0] for request in _requests(model_dir)]
     assert _tokens(alone) == _tokens(sampled)
     narrow, _ = _engine(model_dir, end=END, max_batch_responses=3)
     monkeypatch.setattr(local_wave, "PREFILL_TOKENS", 20)
-    divided = narrow.generate(_requests(), SAMPLING)
+    divided = narrow.generate(_requests(model_dir), SAMPLING)
     assert _tokens(divided) == _tokens(sampled)
-    num_prompt_tokens = len(_requests()[3].prompt.token_ids)
+    num_prompt_tokens = len(_requests(model_dir)[3].prompt.token_ids)
     assert sampled[3].cached_tokens == (0, *[num_prompt_tokens] * 3)
     assert divided[3].cached_tokens == (0, num_prompt_tokens, num_prompt_tokens, 0)
-    again = [replace(request, seed=request.seed + 1) for request in _requests()]
+    again = [replace(request, seed=request.seed + 1) for request in _requests(model_dir)]
     assert all(
         tokens != other for tokens, other in zip(_tokens(engine.generate(again, SAMPLING)), _tokens(alone), strict=True)
     )
 
 
+@ONE_FAMILY
 def test_max_new_tokens_stop_strings_and_banned_tokens(model_dir: Path, one_process: None) -> None:
     engine, _ = _engine(model_dir)
     request = GenerationRequest("many", tiny.prompt("i", seed=0), 32, seed=5)
@@ -228,6 +237,7 @@ def test_max_new_tokens_stop_strings_and_banned_tokens(model_dir: Path, one_proc
     assert [rollout.token_ids for rollout in short.rollouts] == [rollout.token_ids[:1] for rollout in group.rollouts]
 
 
+@ONE_FAMILY
 def test_build_engine_shares_the_trained_weights(model_dir: Path, one_process: None) -> None:
     run = RunConfig.model_validate({"model": {"path": model_dir, "dtype": "float32"}})
     mesh.initialize(run.parallel)
@@ -249,6 +259,7 @@ def test_build_engine_shares_the_trained_weights(model_dir: Path, one_process: N
     engine.close()
 
 
+@ONE_FAMILY
 def test_an_invalid_prompt_is_named(model_dir: Path, one_process: None) -> None:
     engine, model = _engine(model_dir)
     bad = GenerationRequest("bad", replace(tiny.prompt("i", seed=0), vision=()), 2)

@@ -1,0 +1,1 @@
+"""Qwen3-VL: its configuration and weight names (`family`), and its vision tower with DeepStack (`tower`)."""

@@ -1,0 +1,97 @@
+"""The vision tower of Qwen3-VL: learned positions, and features of several of its layers (DeepStack)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+
+from megatron_vcr1.model.attention import AttentionLayout
+from megatron_vcr1.model.families.base import Grid
+from megatron_vcr1.model.families.qwen3_vl.config import Qwen3VisionConfig
+from megatron_vcr1.model.patch_layers import new_parameter
+from megatron_vcr1.model.vision import VisionFeatures, VisionTower, vision_block
+
+
+def segment_bounds(vision: Qwen3VisionConfig) -> list[tuple[int, int]]:
+    """Return the first layer, and the one after the last, of each segment: a segment ends after a DeepStack layer."""
+    ends = [layer + 1 for layer in vision.deepstack_layers]
+    bounds = sorted({0, *ends, vision.num_layers})
+    return list(pairwise(bounds))
+
+
+class ModuleSequence(MegatronModule):
+    """A list of megatron-core modules. Unlike nn.ModuleList, it keeps their sharding in checkpoints."""
+
+    def __init__(self, config: TransformerConfig, modules: Iterable[MegatronModule]) -> None:
+        super().__init__(config=config)
+        for index, module in enumerate(modules):
+            self.add_module(str(index), module)
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        """Iterate over the modules."""
+        return iter(self.children())
+
+
+class DeepStackTower(VisionTower):
+    """A vision tower that also returns the merged patches of several layers.
+
+    Its layers are divided into segments, blocks that end where a feature is taken, because full recomputation returns
+    no states from within a block.
+    """
+
+    patch_bias = True
+    vision: Qwen3VisionConfig
+
+    def __init__(self, vision: Qwen3VisionConfig, config: TransformerConfig, backend: BackendSpecProvider) -> None:
+        super().__init__(vision, config, backend)
+        self.position_embedding = new_parameter(config, vision.positions_per_side**2, vision.hidden_size)
+        mergers = (self.build_merger(backend, norm_of_units=True) for _ in vision.deepstack_layers)
+        self.deepstack_mergers = ModuleSequence(config, mergers)
+
+    def build_layers(self, backend: BackendSpecProvider) -> MegatronModule:
+        segments = (
+            vision_block(dataclasses.replace(self.config, num_layers=end - start), backend, num_layers=end - start)
+            for start, end in segment_bounds(self.vision)
+        )
+        return ModuleSequence(self.config, segments)
+
+    def add_positions(self, embedded: Tensor, grids: Sequence[Grid]) -> Tensor:
+        return embedded + torch.cat([self._positions(grid).to(embedded.dtype) for grid in grids])
+
+    def _positions(self, grid: Grid) -> Tensor:
+        """Interpolate the learned positions to a grid of patches, float32 [patches, hidden_size].
+
+        The corners of the two grids coincide. Patches are ordered by merge unit; all temporal steps have the same.
+        """
+        num_steps, height, width = grid
+        side, merge = self.vision.positions_per_side, self.vision.merge_size
+        table = self.position_embedding.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+        positions = F.interpolate(table, size=(height, width), mode="bilinear", align_corners=True)[0]
+        units = positions.view(-1, height // merge, merge, width // merge, merge).permute(1, 3, 2, 4, 0)
+        return units.flatten(0, 3).repeat(num_steps, 1)
+
+    def run_layers(self, hidden: Tensor, layout: AttentionLayout) -> list[Tensor]:
+        states = []
+        for segment in self.decoder:
+            hidden = segment(hidden, attention_mask=None, packed_seq_params=layout)
+            states.append(hidden)
+        return states
+
+    def merge(self, states: Sequence[Tensor]) -> VisionFeatures:
+        # If the last layer is a DeepStack layer, its state is merged in both ways.
+        features = [merger(state) for merger, state in zip(self.deepstack_mergers, states, strict=False)]
+        return VisionFeatures(self.merger(states[-1]), torch.stack(features) if features else None)
+
+    def freeze(self, parts: tuple[str, ...]) -> None:
+        super().freeze(parts)
+        if "vision_tower" in parts:
+            self.position_embedding.requires_grad_(False)
+        if "merger" in parts:
+            self.deepstack_mergers.requires_grad_(False)
