@@ -102,7 +102,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, sharded: bool, requi
         parser.set_defaults(tensor_parallel=1, pipeline_parallel=1)
 
 
-def run_config(args: argparse.Namespace, *, sequence_parallel: bool = False) -> RunConfig:
+def run_config(args: argparse.Namespace, *, context_parallel: int = 1, sequence_parallel: bool = False) -> RunConfig:
     """Build the settings from the arguments of `add_model_arguments`."""
     from megatron_vcr1.config.model_sections import ModelSection, ParallelSection
     from megatron_vcr1.config.schema import RunConfig
@@ -110,6 +110,9 @@ def run_config(args: argparse.Namespace, *, sequence_parallel: bool = False) -> 
     return RunConfig(
         model=ModelSection(path=args.model, dtype=args.dtype or "bfloat16", layer_spec=args.layer_spec),
         parallel=ParallelSection(
-            tensor=args.tensor_parallel, pipeline=args.pipeline_parallel, sequence_parallel=sequence_parallel
+            tensor=args.tensor_parallel,
+            pipeline=args.pipeline_parallel,
+            context=context_parallel,
+            sequence_parallel=sequence_parallel,
         ),
     )

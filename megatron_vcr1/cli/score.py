@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compute per-token log-probs of given responses",
         description="Compute per-token log-probs of given responses to prompts with text, images and videos. For a "
         "model that is sharded across processes: torchrun --nproc-per-node N --no-python vcr1 score ... "
-        "--tensor-parallel T --pipeline-parallel P",
+        "--tensor-parallel T --context-parallel C --pipeline-parallel P",
         allow_abbrev=False,
     )
     add_model_arguments(parser, sharded=True)
@@ -32,6 +32,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         required=True,
         metavar="FILE.jsonl",
         help='the file to write: lines of {"id", "token_ids", "log_probs"}, or of {"id", "error"}',
+    )
+    parser.add_argument(
+        "--context-parallel",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="number of ranks that the tokens of a long prompt are split across (default: 1)",
     )
     parser.add_argument(
         "--sequence-parallel", action="store_true", help="also shard activations along the sequence dimension"
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--sequence-parallel needs --tensor-parallel > 1: raise that, or leave it out")
     cpu.install()
     num_failed = write_log_probs(
-        run_config(args, sequence_parallel=args.sequence_parallel),
+        run_config(args, context_parallel=args.context_parallel, sequence_parallel=args.sequence_parallel),
         args.data,
         args.out,
         temperature=args.temperature,

@@ -84,20 +84,28 @@ class Layout:
     last_stage_layers: int | None = None
     recompute: str = "none"  # one of RECOMPUTES
     groups_per_microbatch: int = 1
+    context: int = 1
 
     @property
     def num_gpus(self) -> int:
-        return self.tensor * self.pipeline * self.replicas
+        return self.tensor * self.context * self.pipeline * self.replicas
+
+    @property
+    def num_weight_holders(self) -> int:
+        """Return the number of GPUs that hold the same weights, which shard the optimizer state."""
+        return self.context * self.replicas
 
     @property
     def name(self) -> str:
-        return f"{self.tensor} x {self.pipeline} x {self.replicas}"
+        context = f", CP {self.context}" if self.context > 1 else ""
+        return f"{self.tensor} x {self.pipeline} x {self.replicas}{context}"
 
     @property
     def parallel(self) -> ParallelSection:
         return ParallelSection(
             tensor=self.tensor,
             pipeline=self.pipeline,
+            context=self.context,
             sequence_parallel=self.sequence_parallel,
             first_stage_layers=self.first_stage_layers,
             last_stage_layers=self.last_stage_layers,
@@ -108,6 +116,15 @@ class Layout:
         if self.recompute == "mlp":
             return RecomputeSection(granularity="selective", modules=("mlp",))
         return RecomputeSection.model_validate({"granularity": self.recompute})
+
+    def response_share(self, job: Job) -> float:
+        """Return the fraction of a group's responses on the context-parallel rank with the most of them."""
+        return math.ceil(job.group_size / self.context) / job.group_size
+
+    def token_share(self, job: Job) -> float:
+        """Return the fraction of a group's tokens on the context-parallel rank with the most of them."""
+        response_tokens = job.group_tokens - job.prompt_tokens
+        return (job.prompt_tokens / self.context + self.response_share(job) * response_tokens) / job.group_tokens
 
     def stages(self, config: ModelConfig) -> tuple[int, ...]:
         """Return the number of language-model layers of each stage.

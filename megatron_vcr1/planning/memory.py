@@ -11,6 +11,10 @@ GPUs are assumed to run TransformerEngine layers. h is replicated on all tensor-
 parallelism. Without sequence parallelism, the last layer keeps only the tokens that predict a target after its
 attention. Full recomputation keeps h per layer, and one whole layer while it is recomputed; MLP recomputation drops the
 2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule).
+
+With context parallelism a rank saves the values of its own tokens only. The gathered keys and values are temporary: in
+backward, two times 2k per prompt token for them and for what is sent, 2k for their gradients, and with grouped-query
+attention the float32 parts of these gradients, 2q.
 """
 
 from __future__ import annotations
@@ -118,7 +122,7 @@ def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, paramete
     return Memory(
         parameters=weights,
         gradients=trained * GRADIENT_BYTES,
-        optimizer=trained * state_bytes / layout.replicas,  # the distributed optimizer shards its state over replicas
+        optimizer=trained * state_bytes / layout.num_weight_holders,  # the distributed optimizer shards its state
         reference=weights if job.with_reference and (job.reference_resident or device.is_cpu) else 0.0,
         activations=activations,
         working=working,
@@ -146,11 +150,24 @@ def num_trained(job: Job, parameters: StageParameters) -> int:
 def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
     """Return the saved bytes of one microbatch on a stage, and the temporary bytes of one layer."""
     layer = text_layer_activations(job, layout, device)
-    tokens = job.group_tokens * layout.groups_per_microbatch
+    tokens = job.group_tokens * layout.groups_per_microbatch * layout.token_share(job)
     saved = tokens * layout.stages(job.config)[stage] * layer.saved
     if stage == layout.pipeline - 1 and not layout.sequence_parallel:
-        saved -= (tokens - job.groups(layout.groups_per_microbatch).targets) * layer.saved_after_attention
-    return saved * job.dtype_bytes, tokens * layer.working * job.dtype_bytes
+        targets = job.groups(layout.groups_per_microbatch).targets * layout.response_share(job)
+        saved -= (tokens - targets) * layer.saved_after_attention
+    working = tokens * layer.working * job.dtype_bytes + _gathered_bytes(job, layout)
+    return saved * job.dtype_bytes, working
+
+
+def _gathered_bytes(job: Job, layout: Layout) -> float:
+    """Return the temporary bytes of gathered keys and values in the backward pass of one layer."""
+    if layout.context == 1:
+        return 0.0
+    text, ranks = job.config.text, layout.tensor
+    key = max(text.num_kv_heads / ranks, 1) * text.head_dim
+    query = text.num_heads / ranks * text.head_dim
+    parts = 2 * query * 4 if query > key else 0.0
+    return job.prompt_tokens * layout.groups_per_microbatch * (3 * 2 * key * job.dtype_bytes + parts)
 
 
 def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float, float]:
@@ -158,7 +175,7 @@ def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float
     if {"vision_tower", "merger"} <= set(job.freeze):
         return 0.0, 0.0
     vision = job.config.vision
-    patches = job.groups(layout.groups_per_microbatch).patches
+    patches = job.groups(layout.groups_per_microbatch).patches / layout.context
     layer = vision_layer_activations(job, layout, device)
     # The merger saves the input and output of its norm and two inner states. The patch embedding's pixels are
     # recomputed.
@@ -173,7 +190,7 @@ def _head_bytes(job: Job, layout: Layout, device: Device) -> float:
     The gradient of the head's weight is accumulated into its gradient buffer and needs no temporary memory.
     """
     text = job.config.text
-    targets = job.group_size * job.response_tokens * layout.groups_per_microbatch
+    targets = job.group_size * job.response_tokens * layout.groups_per_microbatch * layout.response_share(job)
     vocab_shard = text.vocab_size / layout.tensor
     chunk = min(CPU_CHUNK_BYTES if device.is_cpu else GPU_CHUNK_BYTES, targets * vocab_shard * job.dtype_bytes)
     return chunk + targets * text.hidden_size * (4 + job.dtype_bytes)

@@ -145,6 +145,7 @@ def settings(plan: Plan) -> dict[str, Any]:
     layout, job = plan.layout, plan.job
     keys: dict[str, Any] = {
         "parallel.tensor": layout.tensor,
+        "parallel.context": layout.context if layout.context > 1 else None,
         "parallel.pipeline": layout.pipeline,
         "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
         "parallel.first_stage_layers": layout.first_stage_layers,

@@ -88,6 +88,7 @@ def layout_of_run(config: RunConfig, job: Job, num_gpus: int) -> Layout:
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        context=parallel.context,
         replicas=replicas,
         sequence_parallel=parallel.sequence_parallel,
         first_stage_layers=parallel.first_stage_layers,

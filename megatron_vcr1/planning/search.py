@@ -24,6 +24,9 @@ from megatron_vcr1.planning.timing import (
 from megatron_vcr1.planning.traffic import Traffic, step_traffic
 
 PIPELINES = (1, 2, 4, 8, 16)
+CONTEXTS = (1, 2, 4, 8, 16)
+MIN_CONTEXT_TOKENS = 4096
+"""Prompt tokens of a context-parallel rank: with fewer, a prompt fits onto fewer ranks, and matmuls become small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +113,36 @@ def search(job: Job, cluster: Cluster, longest_response: int) -> tuple[list[Plan
 
 
 def best_variant(job: Job, cluster: Cluster, tensor: int, pipeline: int, longest_response: int) -> Plan | Refusal:
-    """Find the fastest recomputation, microbatch size and layer distribution that fits, or the reason why none does."""
-    replicas, rest = divmod(cluster.num_gpus, tensor * pipeline)
+    """Find the fastest context-parallel size, recomputation, microbatch size and layer distribution that fits.
+
+    Returns:
+        The plan, or the reason why none fits. Long prompts are also tried with context parallelism.
+    """
+    contexts = [
+        size
+        for size in CONTEXTS
+        if size == 1
+        or (job.prompt_tokens >= size * MIN_CONTEXT_TOKENS and tensor * pipeline * size <= cluster.num_gpus)
+    ]
+    found = [_best_of_size(job, cluster, tensor, pipeline, context, longest_response) for context in contexts]
+    plans = [plan for plan in found if isinstance(plan, Plan)]
+    if plans:
+        return min(plans, key=lambda plan: plan.time.total)
+    refusals = [refusal for refusal in found if isinstance(refusal, Refusal)]
+    return min(refusals, key=lambda refusal: refusal.needed_bytes or math.inf)
+
+
+def _best_of_size(
+    job: Job, cluster: Cluster, tensor: int, pipeline: int, context: int, longest_response: int
+) -> Plan | Refusal:
+    ranks = tensor * context * pipeline
+    replicas, rest = divmod(cluster.num_gpus, ranks)
     if rest:
-        return Refusal(tensor, pipeline, f"{cluster.num_gpus} GPUs are not a multiple of {tensor * pipeline}")
+        return Refusal(tensor, pipeline, f"{cluster.num_gpus} GPUs are not a multiple of {ranks}")
     if job.prompts_per_step % replicas:
         reason = f"{job.prompts_per_step} prompts per step are not a multiple of {replicas} replicas"
         return Refusal(tensor, pipeline, reason)
-    base = Layout(tensor, pipeline, replicas, sequence_parallel=tensor > 1)
+    base = Layout(tensor, pipeline, replicas, sequence_parallel=tensor > 1, context=context)
     plans: list[Plan] = []
     misfits: list[Refusal] = []
     impossible: list[Refusal] = []
@@ -156,7 +181,10 @@ def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) 
             f"(largest part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
         )
         return Refusal(layout.tensor, layout.pipeline, reason, needed_bytes)
-    traffic, stages = step_traffic(job, layout), stage_seconds(job, layout, device, training=True)
+    traffic, stages = (
+        step_traffic(job, layout),
+        stage_seconds(job, layout, device, cluster.gpus_per_node, training=True),
+    )
     plans = []
     for engine in engines:
         if engine.tokens >= tokens:

@@ -21,7 +21,7 @@ from megatron_vcr1.planning.imbalance import work_imbalance
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
-from megatron_vcr1.planning.traffic import boundary_bytes, step_traffic, tensor_traffic
+from megatron_vcr1.planning.traffic import boundary_bytes, context_traffic, step_traffic, tensor_traffic
 
 Pipeline = Callable[[Sequence[float], int], float]
 """Seconds of all microbatches, from the seconds of each stage and the number of microbatches."""
@@ -59,15 +59,19 @@ def compute_seconds(device: Device, flops: Flops) -> float:
     return sum(scaled) / device.flops_per_s
 
 
-def stage_seconds(job: Job, layout: Layout, device: Device, *, training: bool) -> tuple[float, ...]:
+def stage_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int = 8, *, training: bool
+) -> tuple[float, ...]:
     """Predict the seconds of one microbatch on each stage: forward pass, with `training` also backward pass."""
     return tuple(
-        seconds_of_stage(job, layout, device, stage, layers, training=training)
+        seconds_of_stage(job, layout, device, stage, layers, gpus_per_node, training=training)
         for stage, layers in enumerate(layout.stages(job.config))
     )
 
 
-def seconds_of_stage(job: Job, layout: Layout, device: Device, stage: int, num_layers: int, *, training: bool) -> float:
+def seconds_of_stage(
+    job: Job, layout: Layout, device: Device, stage: int, num_layers: int, gpus_per_node: int = 8, *, training: bool
+) -> float:
     """Predict the seconds of one stage with a given number of language-model layers; linear in that number."""
     config, work = job.config, job.groups(layout.groups_per_microbatch)
     once = forward_flops(config, work)
@@ -80,6 +84,8 @@ def seconds_of_stage(job: Job, layout: Layout, device: Device, stage: int, num_l
             vision_attention=SCORES_RECOMPUTED * once.vision_attention * ("vision_tower" not in job.freeze),
         )
     first, last = stage == 0, stage == layout.pipeline - 1
+    # The context-parallel rank with the most responses; frames and prompts are split evenly.
+    tokens, responses, frames = layout.token_share(job), layout.response_share(job), 1 / layout.context
     # `once` contains a last layer that computes only the target tokens after its attention. That layer belongs to the
     # last stage, and with sequence parallelism it computes all tokens: add what it saves back where it does not apply.
     saved = forward_flops(config, replace(work, targets=work.tokens)).text_layers - once.text_layers
@@ -87,21 +93,22 @@ def seconds_of_stage(job: Job, layout: Layout, device: Device, stage: int, num_l
     fraction = num_layers / config.text.num_layers
     text_layers = fraction * (once.text_layers + saved) - (last and not layout.sequence_parallel) * saved
     stage_flops = Flops(
-        patch_embed=flops.patch_embed * layout.tensor * first,  # replicated on all tensor-parallel ranks
-        vision_layers=flops.vision_layers * first,
-        vision_attention=flops.vision_attention * first,
-        merger=flops.merger * first,
-        text_layers=passes * text_layers,
-        text_attention=flops.text_attention * fraction,
-        head=flops.head * last,
+        patch_embed=flops.patch_embed * layout.tensor * first * frames,  # replicated on all tensor-parallel ranks
+        vision_layers=flops.vision_layers * first * frames,
+        vision_attention=flops.vision_attention * first * frames,
+        merger=flops.merger * first * frames,
+        text_layers=passes * text_layers * tokens,
+        text_attention=flops.text_attention * fraction * tokens,
+        head=flops.head * last * responses,
     )
-    forward, backward = tensor_traffic(job, layout, stage, num_layers)
-    return (
-        compute_seconds(device, stage_flops) / layout.tensor
-        + (forward.bytes + backward.bytes * training) / _bandwidth(device, within_node=True)
-        + (forward.collectives + backward.collectives * training) * device.collective_latency_s
-        + device.microbatch_overhead_s * (3 if training else 1)
-    )
+    seconds = compute_seconds(device, stage_flops) / layout.tensor
+    context_within_node = layout.tensor * layout.context <= gpus_per_node
+    for traffic, within_node in ((tensor_traffic, True), (context_traffic, context_within_node)):
+        forward, backward = traffic(job, layout, stage, num_layers)
+        sent = forward.bytes + backward.bytes * training
+        collectives = forward.collectives + backward.collectives * training
+        seconds += sent / _bandwidth(device, within_node=within_node) + collectives * device.collective_latency_s
+    return seconds + device.microbatch_overhead_s * (3 if training else 1)
 
 
 def pipeline_seconds(stages: Sequence[float], num_microbatches: int) -> float:
@@ -135,9 +142,9 @@ def update_seconds(
         imbalance: work of the busiest replica, for which the others wait, over the mean.
     """
     compute = imbalance * _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=True)
-    replicas_within_node = layout.tensor * layout.replicas <= gpus_per_node
-    gradients = step_traffic(job, layout).data / _bandwidth(device, within_node=replicas_within_node)
-    trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) / layout.replicas
+    holders_within_node = layout.tensor * layout.num_weight_holders <= gpus_per_node
+    gradients = step_traffic(job, layout).data / _bandwidth(device, within_node=holders_within_node)
+    trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) / layout.num_weight_holders
     optimizer = OPTIMIZER_BYTES * trained / (device.memory_bytes_per_s * device.efficiency.memory)
     return compute + gradients + optimizer
 
@@ -156,7 +163,7 @@ def _pass_seconds(
 ) -> float:
     """Predict the passes of all microbatches through all stages, including sends between stages."""
     num_microbatches = layout.num_microbatches(job)
-    compute = pipeline(stage_seconds(job, layout, device, training=training), num_microbatches)
+    compute = pipeline(stage_seconds(job, layout, device, gpus_per_node, training=training), num_microbatches)
     if layout.pipeline == 1:
         return compute
     # Stages are the outermost dimension of the ranks: they share a node only if the whole job does.

@@ -8,12 +8,15 @@ tensor    every layer: 2 all-reduces in the forward pass (after attention and ML
           forward ones again with full recomputation. With sequence parallelism also 2 all-gathers of the inputs for the
           weight gradients. Without it, the last layer computes only the target tokens after its attention
 pipeline  the hidden states of a microbatch to the next stage, and their gradients back
+context   every layer: an all-gather of the prompts' keys and values forward; backward another one and a reduce-scatter
+          of their gradients. Vision features to the ranks of their tokens, and their gradients back
 data      of trained parameters: float32 gradients to the rank with their optimizer state, and updated weights back
 sync      the weights to the engines
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_vcr1.planning.job import Job, Layout
@@ -26,6 +29,7 @@ class Traffic:
     """Bytes that the busiest GPU sends in a step."""
 
     tensor: float
+    context: float
     pipeline: float
     data: float
     sync: float
@@ -33,7 +37,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """The traffic of one rank within its tensor-parallel group, for one microbatch."""
+    """The traffic of one rank within its tensor- or context-parallel group, for one microbatch."""
 
     bytes: float = 0.0
     collectives: int = 0
@@ -43,16 +47,24 @@ def step_traffic(job: Job, layout: Layout) -> Traffic:
     """Predict the traffic of one GRPO step, including the forward pass of the reference."""
     num_microbatches = layout.num_microbatches(job)
     reference = 1 if job.with_reference else 0
-    stages = (tensor_traffic(job, layout, stage, layers) for stage, layers in enumerate(layout.stages(job.config)))
-    tensor = max((1 + reference) * forward.bytes + backward.bytes for forward, backward in stages)
+    tensor, context = (
+        max(
+            (1 + reference) * forward.bytes + backward.bytes
+            for forward, backward in (
+                traffic(job, layout, stage, layers) for stage, layers in enumerate(layout.stages(job.config))
+            )
+        )
+        for traffic in (tensor_traffic, context_traffic)
+    )
     # A middle stage sends hidden states forward and gradients back. With two stages, the first one sends only hidden
     # states and the last one only gradients.
     sends = 0 if layout.pipeline == 1 else 1 + reference + (layout.pipeline > 2)
     trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout))
     return Traffic(
         tensor=num_microbatches * tensor,
+        context=num_microbatches * context,
         pipeline=num_microbatches * sends * boundary_bytes(job, layout),
-        data=(layout.replicas - 1) / layout.replicas * trained * (GRADIENT_BYTES + job.dtype_bytes),
+        data=(1 - 1 / layout.num_weight_holders) * trained * (GRADIENT_BYTES + job.dtype_bytes),
         sync=num_parameters(job.config) * job.dtype_bytes,
     )
 
@@ -96,16 +108,44 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
     if layout.recompute == "full":
         backward_sums += forward_layers
         backward_gathers += forward_gathers[:num_layers] if gathers_qkv else []
-    return _sent(layout, forward_sums, forward_gathers), _sent(layout, backward_sums, backward_gathers)
+    share = layout.token_share(job)  # of the tokens, on this context-parallel rank
+    return _sent(layout, share, forward_sums, forward_gathers), _sent(layout, share, backward_sums, backward_gathers)
 
 
-def _sent(layout: Layout, all_reduces: list[int], gathers: list[int]) -> Sent:
-    ring = (layout.tensor - 1) / layout.tensor
+def _sent(layout: Layout, share: float, all_reduces: list[int], gathers: list[int]) -> Sent:
+    ring = (layout.tensor - 1) / layout.tensor * share
     return Sent(ring * (2 * sum(all_reduces) + sum(gathers)), len(all_reduces) + len(gathers))
+
+
+def key_bytes(job: Job, layout: Layout) -> float:
+    """Return the bytes that a context-parallel rank sends to gather the keys and values of one layer, once.
+
+    With N ranks, P prompt tokens and k values of a token's keys on a tensor-parallel rank: (N - 1) ceil(P / N) 2k.
+    """
+    text, ranks = job.config.text, layout.context
+    key = max(text.num_kv_heads / layout.tensor, 1) * text.head_dim
+    slots = math.ceil(job.prompt_tokens / ranks) * layout.groups_per_microbatch
+    return (ranks - 1) * slots * 2 * key * job.dtype_bytes
+
+
+def context_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tuple[Sent, Sent]:
+    """Predict the context-parallel traffic of one microbatch on a stage: forward pass, backward pass."""
+    ranks = layout.context
+    if ranks == 1:
+        return Sent(), Sent()
+    keys = num_layers * key_bytes(job, layout)
+    features = 0.0
+    if stage == 0:
+        vision = job.config.vision
+        num_features = job.groups(layout.groups_per_microbatch).patches / vision.patches_per_token
+        # The features that a rank encodes belong to all ranks alike, so it keeps 1 / N of them.
+        features = num_features / ranks * (1 - 1 / ranks) * vision.out_hidden_size * job.dtype_bytes
+    first = stage == 0
+    return Sent(keys + features, num_layers + first), Sent(2 * keys + features, 2 * num_layers + first)
 
 
 def boundary_bytes(job: Job, layout: Layout) -> float:
     """Return the bytes that one rank sends to the next stage for one microbatch."""
-    tokens = job.group_tokens * layout.groups_per_microbatch
+    tokens = job.group_tokens * layout.groups_per_microbatch * layout.token_share(job)
     ranks = layout.tensor if layout.sequence_parallel else 1
     return tokens * job.config.text.hidden_size * job.dtype_bytes / ranks

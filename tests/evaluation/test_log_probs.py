@@ -97,6 +97,7 @@ def _score(folder: Path, *options: str, ranks: int = 1, data: str = "data.jsonl"
     [
         (1, ["--microbatch-tokens", "100"]),
         (4, ["--tensor-parallel", "2", "--pipeline-parallel", "2", "--sequence-parallel"]),
+        (4, ["--tensor-parallel", "2", "--context-parallel", "2", "--sequence-parallel"]),
     ],
 )
 def test_log_probs_equal_transformers(workspace: Path, ranks: int, options: list[str]) -> None:

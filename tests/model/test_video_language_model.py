@@ -229,3 +229,31 @@ def test_gradient_buckets_are_reduced_during_a_backward_pass_without_vision(
     """The last microbatch has no vision. megatron-core starts to reduce a bucket when it has all of its gradients."""
     for worst in gloo_pool.run(_compare, reference, LAYOUTS["pp2"], overlap_grad_reduce=True):
         assert all(value <= TOLERANCE for value in worst.values()), worst
+
+
+def _gradients_with_frozen_parts(folder: Path, layout: dict[str, int]) -> list[dict[str, Tensor]]:
+    """Return the gradients of this rank, summed over the context-parallel ranks, for each choice of frozen parts."""
+    results = []
+    for freeze in (["vision_tower", "merger"], ["vision_tower"], ["language_model"]):
+        run = {"model": {"path": folder / "model", "dtype": "float32", "freeze": freeze}, "parallel": layout}
+        config = RunConfig.model_validate(run)
+        mesh.initialize(config.parallel)
+        model = build_model(
+            ModelConfig.from_pretrained(folder / "model"), config.model, config.parallel, config.recompute
+        ).train()
+        load_model_weights(model, folder / "model")
+        batch = pack_for_rank([_group(1), _group(0)], model.model_config)
+        model.log_probs(model(batch), batch.target_ids).sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({name: sum_over_context_ranks(gradient) for name, gradient in found.items()})
+    return results
+
+
+def test_frozen_parts_under_context_parallelism(reference: Path, gloo_pool: GlooPool) -> None:
+    """The only image has one temporal step: three of the four ranks encode nothing, and one has no response."""
+    expected = gloo_pool.run(_gradients_with_frozen_parts, reference, {})[0]
+    for rank in gloo_pool.run(_gradients_with_frozen_parts, reference, {"context": 4}):
+        for actual, alone in zip(rank, expected, strict=True):
+            assert actual.keys() == alone.keys()
+            worst = max(float((actual[name] - alone[name]).abs().max()) for name in alone)
+            assert worst <= TOLERANCE * max(float(gradient.abs().max()) for gradient in alone.values())

@@ -29,6 +29,18 @@ def test_memory_of_the_7b_model_equals_a_calculation_by_hand() -> None:
     assert memory.activations == pytest.approx(2 * saved)
 
 
+def test_context_parallelism_divides_activations_and_optimizer_state() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"), prompt_tokens=65_536, prompts_per_step=2)
+    (whole,) = training_memory(job, Layout(replicas=2, recompute="full"), H100)
+    (rank,) = training_memory(job, Layout(replicas=2, context=4, recompute="full"), H100)
+    assert (rank.parameters, rank.gradients) == (whole.parameters, whole.gradients)
+    assert rank.optimizer == whole.optimizer / 4
+    assert rank.activations == pytest.approx(whole.activations / 4)  # 8 responses on 4 ranks
+    (three,) = training_memory(job, Layout(replicas=2, context=3, recompute="full"), H100)
+    tokens, patches = 65_536 / 3 + 3 * 199, job.groups(1).patches / 3  # one rank has 3 of the 8 responses
+    assert three.activations == pytest.approx(2 * (tokens * 28 * 3584 + patches * (32 * 1280 + 4 * 1280)))
+
+
 def test_a_resident_reference_takes_the_memory_of_its_weights() -> None:
     job = Job(model_config("qwen2.5-vl-7b"), reference_resident=True)
     (memory,) = training_memory(job, Layout(replicas=8), H100)

@@ -10,6 +10,7 @@ from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.planning.devices import DEVICES
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import training_memory
+from megatron_vcr1.planning.report import settings
 from megatron_vcr1.planning.search import Cluster, Plan, Refusal, balanced, best_variant, evaluate, search
 from megatron_vcr1.planning.timing import stage_seconds
 
@@ -28,6 +29,18 @@ def test_search_finds_the_papers_run_and_gives_reasons_for_the_rest() -> None:
         assert plan.gpu_hours == pytest.approx(plan.time.total * 2254 * 8 / 3600)
     (eight,) = (refusal for refusal in refusals if (refusal.tensor, refusal.pipeline) == (8, 1))
     assert "28 attention heads" in eight.reason
+
+
+def test_long_prompts_are_split_across_ranks_where_that_helps() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"), prompt_tokens=131_072, prompts_per_step=8)
+    found = best_variant(job, Cluster(H100, 8), 2, 1, longest_response=500)
+    assert isinstance(found, Plan) and found.layout.context > 1 and found.layout.num_gpus == 8
+    assert settings(found)["parallel.context"] == found.layout.context
+    assert found.traffic.context > 0
+    alone = evaluate(job, Layout(tensor=2, replicas=4, sequence_parallel=True, recompute="full"), Cluster(H100, 8), 500)
+    assert isinstance(alone, Refusal)  # without context parallelism, it does not fit
+    short = best_variant(Job(job.config), Cluster(H100, 8), 2, 1, longest_response=500)
+    assert isinstance(short, Plan) and short.layout.context == 1 and "parallel.context" not in settings(short)
 
 
 def test_a_refusal_names_missing_memory_or_indivisible_prompts() -> None:

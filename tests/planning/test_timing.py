@@ -17,9 +17,11 @@ from megatron_vcr1.planning.timing import (
     pipeline_bubble,
     pipeline_seconds,
     seconds_of_stage,
+    stage_seconds,
     update_seconds,
     useful_flops,
 )
+from megatron_vcr1.planning.traffic import context_traffic
 
 
 def test_pipeline_formulas() -> None:
@@ -43,6 +45,19 @@ def test_the_last_layer_computes_only_target_tokens_after_its_attention() -> Non
     saved = 2 * (tokens - targets) * (3584 * 3584 + 3 * 3584 * 18944)  # output projection and MLP
     others = work.head + work.text_attention / 2
     assert second - others == pytest.approx((work.text_layers + saved) / 2 - saved)
+
+
+def test_context_parallelism_divides_the_work_and_sends_more_between_nodes() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"), prompt_tokens=65_536)
+    device = dataclasses.replace(DEVICES["h100"], microbatch_overhead_s=0, collective_latency_s=0)
+    (alone,) = stage_seconds(job, Layout(), device, training=True)
+    (split,) = stage_seconds(job, Layout(context=4), device, training=True)
+    assert alone / 4 < split < 1.05 * alone / 4  # the rest of the time: keys and values
+    (between_nodes,) = stage_seconds(job, Layout(context=4), device, 2, training=True)
+    sent = sum(traffic.bytes for traffic in context_traffic(job, Layout(context=4), 0, 28))
+    network = device.network_bytes_per_s * device.efficiency.network
+    link = device.link_bytes_per_s * device.efficiency.link
+    assert between_nodes - split == pytest.approx(sent / network - sent / link)
 
 
 def test_update_seconds_grow_with_recomputation_prompts_and_network_traffic() -> None:

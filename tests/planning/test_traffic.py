@@ -15,13 +15,13 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.packed_batch import pack
+from megatron_vcr1.model.context_shard import pack_for_rank
 from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh, schedule
 from megatron_vcr1.planning.job import Job, Layout, square_video
 from megatron_vcr1.planning.parameters import stage_parameters
-from megatron_vcr1.planning.traffic import boundary_bytes, step_traffic, tensor_traffic
+from megatron_vcr1.planning.traffic import boundary_bytes, context_traffic, key_bytes, step_traffic, tensor_traffic
 from tests.gloo import GlooPool
 from tests.model import tiny
 
@@ -64,7 +64,7 @@ def _record(folder: Path, layout: Layout, prompt: Any, responses: Any) -> dict[s
     model = build_model(
         ModelConfig.from_pretrained(folder), run.model, run.parallel, run.recompute, initialize_weights=True
     ).train()
-    batch = pack([Group("a", prompt, responses)], model.model_config, pad_to_multiple_of=layout.tensor)
+    batch = pack_for_rank([Group("a", prompt, responses)], model.model_config, pad_to_multiple_of=layout.tensor)
 
     def loss(batch: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         return model.log_probs(hidden, batch.target_ids).sum(), {}
@@ -93,6 +93,28 @@ def test_predicted_bytes_equal_those_of_the_collectives(name: str, gloo_pool: Gl
         assert forward.bytes + backward.bytes == pytest.approx(sent, rel=0.02), recorded
     if layout.pipeline > 1:
         assert ranks[0]["send"] == pytest.approx(boundary_bytes(job, layout), rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_predicted_bytes_of_context_parallelism_equal_those_of_the_collectives(
+    recompute: str, gloo_pool: GlooPool, tmp_path: Path
+) -> None:
+    layout = Layout(context=4, recompute=recompute)
+    tiny.hf_config("qwen2_5_vl").save_pretrained(tmp_path)
+    config = ModelConfig.from_pretrained(tmp_path)
+    job = Job(config, prompts_per_step=1, group_size=4, prompt_tokens=257, response_tokens=9, dtype_bytes=4)
+    ranks = gloo_pool.run(_record, tmp_path, layout, *_group_of(job))
+    # 3 ranks' parts of ceil(257 / 4) tokens, keys and values of 2 heads of 8 float32 values.
+    assert key_bytes(job, layout) == 3 * 65 * 2 * 2 * 8 * 4
+    forward, backward = context_traffic(job, layout, 0, num_layers=4)
+    for recorded in ranks:
+        keys = 3 / 4 * (recorded["allgather_base"] + recorded["reduce_scatter_base"])
+        assert keys == 4 * 3 * key_bytes(job, layout)  # in each of 4 layers, two gathers and a scatter
+    features = [recorded["alltoall_base"] for recorded in ranks]  # what a rank sends or receives, its own included
+    # Each feature is sent once, forward and backward, and the last prompt token is text: nothing is sent twice.
+    num_features = 3 * 64
+    assert sum(features) >= 2 * num_features * 96 * 4
+    assert forward.bytes + backward.bytes == pytest.approx(keys + 3 / 4 * sum(features) / 4, rel=0.1)
 
 
 def _group_of(job: Job) -> tuple[EncodedPrompt, tuple[torch.Tensor, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,24 @@ def test_grpo_curve_and_responses_match_a_single_process(folder: Path, gloo_pool
     _check_curve(config.train.run_dir, alone, ("reward/total", "kl", "entropy"))
     for step in range(1, NUM_STEPS + 1):
         assert _texts(config.train.run_dir, step) == _texts(alone, step)
+
+
+def test_a_run_resumes_at_another_context_parallel_size(folder: Path, gloo_pool: GlooPool) -> None:
+    """The run is cut off after its first step, as if it had been killed then."""
+    config = _config(folder, "grpo", "cut", {**LAYOUTS["cp2-dp2"], "checkpoint": {"every_steps": 1}})
+    assert gloo_pool.run(_train, config) == [0] * 4
+    whole = workspace.metrics(config.train.run_dir)
+    for name, layout, tolerance in (
+        ("same", LAYOUTS["cp2-dp2"], 0),
+        ("other", {"parallel": {"context": 4}}, TOLERANCE),
+    ):
+        resumed = _config(folder, "grpo", f"resumed-{name}", {**layout, "checkpoint": {"every_steps": 1}})
+        shutil.copytree(config.train.run_dir, resumed.train.run_dir)
+        shutil.rmtree(resumed.train.run_dir / "checkpoints" / f"step_{NUM_STEPS}")
+        assert gloo_pool.run(_train, resumed) == [0] * 4
+        for mine, expected in zip(workspace.metrics(resumed.train.run_dir), whole, strict=True):
+            for key in ("loss", "grad_norm", "kl", "entropy", "reward/total"):
+                assert mine[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), (name, key)
 
 
 def test_several_updates_per_rollout_match_a_single_process(folder: Path, gloo_pool: GlooPool) -> None:
