@@ -14,8 +14,8 @@ class ModelSection(Section):
     """The model to train, its precision, and the parts of it that stay frozen."""
 
     path: Path = Field(
-        description="Directory of the initial model: a Hugging Face directory of a Qwen2.5-VL or Qwen2-VL model, or "
-        "an imported one.",
+        description="Directory of the initial model: a Hugging Face directory of a Qwen3-VL, Qwen2.5-VL or Qwen2-VL "
+        "model, or an imported one.",
         examples=["models/Qwen2.5-VL-7B-Instruct"],
     )
     layer_spec: Literal["auto", "local", "transformer_engine"] = Field(

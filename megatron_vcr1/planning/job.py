@@ -13,16 +13,18 @@ from megatron_vcr1.model.flops import Grid, Workload
 
 RECOMPUTES = ("none", "mlp", "full")  # no recomputation, the MLP of every layer (selective), whole layers
 MIN_TEXT_TOKENS = 64  # of a prompt; its video takes the other tokens
+STAMP_TOKENS = 10  # of a temporal patch with a time stamp: the stamp, and the tokens around its pads
 
 
 def square_video(config: ModelConfig, num_prompt_tokens: int) -> Grid:
-    """Return the patch grid of a video that fills a prompt: square frames of 224 pixels, or 392 in longer prompts.
+    """Return the patch grid of a video that fills a prompt: square frames of 16 patches, or 28 in longer prompts.
 
     Raises:
         ValueError: the prompt is too short for a video.
     """
     side = 16 if num_prompt_tokens <= 2048 else 28
-    steps = (num_prompt_tokens - MIN_TEXT_TOKENS) // (side**2 // config.vision.patches_per_token)
+    step_tokens = side**2 // config.vision.patches_per_token + STAMP_TOKENS * config.media.timestamps_as_text
+    steps = (num_prompt_tokens - MIN_TEXT_TOKENS) // step_tokens
     if steps < 1:
         raise ValueError(f"a prompt of {num_prompt_tokens} tokens has no room for a video; take at least 128")
     return steps, side, side

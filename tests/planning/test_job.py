@@ -12,6 +12,7 @@ def test_the_video_fills_the_prompt() -> None:
     config = model_config("qwen2.5-vl-7b")
     assert square_video(config, 1024) == (15, 16, 16)
     assert square_video(config, 3840) == (19, 28, 28)
+    assert square_video(model_config("qwen3-vl-8b"), 3840) == (18, 28, 28)  # with time stamps
     with pytest.raises(ValueError, match="at least 128"):
         square_video(config, 100)
 

@@ -58,6 +58,42 @@ def _qwen2(vocab: int, **language: Any) -> dict[str, Any]:
     return _config("qwen2_vl", tower, vocab=vocab, **language)
 
 
+def _qwen3(hidden_size: int, ffn: int, *, layers: int, heads: int, tied: bool = False) -> dict[str, Any]:
+    """Return a Qwen3-VL configuration; the models with tied embeddings have the smaller vision tower."""
+    tower = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+    if tied:
+        tower = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "hidden_size": hidden_size,
+            "intermediate_size": ffn,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 5e6,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": hidden_size,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            **tower,
+        },
+        "tie_word_embeddings": tied,
+    }
+
+
 def _test_model(vision_ffn: int, vision: dict[str, Any], **language: Any) -> dict[str, Any]:
     special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     token_ids = {"bos_token_id": 0, "eos_token_id": 1} | {name: 10 + index for index, name in enumerate(special)}
@@ -69,6 +105,10 @@ SEVEN_B = {"hidden_size": 3584, "ffn": 18944, "layers": 28, "heads": 28, "kv_hea
 
 # "small" and "tiny" are not published: a CPU computes their updates in seconds.
 PRESETS: dict[str, dict[str, Any]] = {
+    "qwen3-vl-2b": _qwen3(2048, 6144, layers=28, heads=16, tied=True),
+    "qwen3-vl-4b": _qwen3(2560, 9728, layers=36, heads=32, tied=True),
+    "qwen3-vl-8b": _qwen3(4096, 12288, layers=36, heads=32),
+    "qwen3-vl-32b": _qwen3(5120, 25600, layers=64, heads=64),
     "qwen2.5-vl-3b": _qwen2_5(151936, hidden_size=2048, ffn=11008, layers=36, heads=16, kv_heads=2, tied=True),
     "qwen2.5-vl-7b": _qwen2_5(152064, **SEVEN_B),
     "qwen2.5-vl-32b": _qwen2_5(152064, 3456, hidden_size=5120, ffn=27648, layers=64, heads=40, kv_heads=8),

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from demo.data import TASKS, VIDEO, base_samples
 from demo.plan import QUICK_SIZES, ROOT
-from demo.tiny_model import UNKNOWN, vocabulary, write_model
+from demo.tiny_model import FAMILIES, UNKNOWN, vocabulary, write_model
 
+from megatron_vcr1.data.encoding import encode_messages
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.scenes import random_scene, sample_of_scene
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates, target_text
+from megatron_vcr1.data.video import VideoFrames
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.training.targets import completion_text
 from megatron_vcr1.types import Sample
@@ -73,8 +76,9 @@ def test_other_words_become_the_unknown_token(processor: PromptProcessor) -> Non
     assert UNKNOWN in processor.tokenizer.convert_ids_to_tokens(token_ids.tolist())
 
 
-def test_the_vocabulary_has_no_duplicates() -> None:
-    assert len(set(vocabulary())) == len(vocabulary())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vocabulary_has_no_duplicates(family: str) -> None:
+    assert len(set(vocabulary(family))) == len(vocabulary(family))
 
 
 def test_the_directory_is_a_qwen2_5_vl_with_one_token_per_two_frames(folder: Path, processor: PromptProcessor) -> None:
@@ -84,3 +88,24 @@ def test_the_directory_is_a_qwen2_5_vl_with_one_token_per_two_frames(folder: Pat
     assert config.vision.pixel_mean == (0.5, 0.5, 0.5)
     assert (processor.factor, processor.temporal_patch_size) == (16, 2)
     assert config.video_token_id == processor.video_token_id == vocabulary().index("<|video_pad|>")
+
+
+def test_a_tiny_qwen3_vl_reads_its_time_stamps(tmp_path: Path, templates: PromptTemplates) -> None:
+    write_model(tmp_path, seed=0, family="qwen3_vl")
+    config = ModelConfig.from_pretrained(tmp_path)
+    processor = PromptProcessor.from_pretrained(tmp_path, config)
+    assert config.family.model_type == "qwen3_vl"
+    sample = sample_of_scene(random_scene("train", 0, seed=0, task=TASKS[0], video_format=VIDEO), "x.mp4")
+    frames = torch.zeros(VIDEO.num_frames, 16, 16, 3, dtype=torch.uint8)
+    times = tuple(index / VIDEO.fps for index in range(VIDEO.num_frames))
+    prompt = encode_messages(
+        build_messages(sample, templates, thinking=True),
+        processor,
+        read=lambda *_, **__: VideoFrames(frames, times, VIDEO.num_frames / VIDEO.fps, "fake"),
+    )
+    tokens = processor.tokenizer.convert_ids_to_tokens(prompt.token_ids.tolist())
+    assert UNKNOWN not in tokens
+    assert [token for token in tokens if token.endswith(" seconds>")] == [
+        f"<{second}.2 seconds>" for second in range(VIDEO.num_frames // 2)
+    ]
+    assert prompt.vision[0].num_tokens(2) == VIDEO.num_frames // 2

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,15 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Run one server for the whole session, and check at the end that SIGINT ends it with all of its processes."""
-    folder, port = tmp_path_factory.mktemp("serving"), free_port()
-    model = model_dir.create("qwen2_5_vl", folder / "model")
+    with serve("qwen2_5_vl", tmp_path_factory.mktemp("serving"), sglang_python) as server:
+        yield server
+
+
+@contextmanager
+def serve(family: str, folder: Path, sglang_python: Path) -> Iterator[Serving]:
+    """Run a server with a tiny model of a family."""
+    port = free_port()
+    model = model_dir.create(family, folder / "model")
     config = RunConfig.model_validate(settings(folder, model, sglang_python, port=port, max_restarts=20))
     (folder / "run.toml").write_text(render_toml(config, documented=False))
     command = [sys.executable, "-m", "megatron_vcr1", "rollout", "serve", str(folder / "run.toml")]
@@ -195,10 +203,13 @@ def start_engine(world: None, serving: Serving) -> Iterator[Callable[..., Sglang
 
 
 def requests(
-    num_responses: int, kinds: Sequence[str] = ("", "i", "v", "ivv"), seed: int = 3
+    num_responses: int, kinds: Sequence[str] = ("", "i", "v", "ivv"), seed: int = 3, *, timestamps: bool = False
 ) -> list[GenerationRequest]:
     """Return requests with text, an image, a video, and all of them."""
-    return [GenerationRequest(kind or "text", tiny.prompt(kind, seed=seed), num_responses) for kind in kinds]
+    prompts = [tiny.prompt(kind, seed=seed, timestamps=timestamps) for kind in kinds]
+    return [
+        GenerationRequest(kind or "text", prompt, num_responses) for kind, prompt in zip(kinds, prompts, strict=True)
+    ]
 
 
 def largest_difference(

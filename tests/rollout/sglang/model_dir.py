@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.data.model_dirs import PROCESSORS
 from tests.model import tiny
 
 END = 1  # tiny's eos_token_id
@@ -34,8 +35,10 @@ def create(family: str, folder: Path, seed: int = 0) -> Path:
     fast.add_special_tokens({"additional_special_tokens": list(special.values())})
     fast.chat_template = "{{ messages }}"
     fast.save_pretrained(folder)
-    processor = {"processor_class": "Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else "Qwen2VLProcessor"}
-    processor |= {"image_processor_type": "Qwen2VLImageProcessor"}
+    processor = {"processor_class": PROCESSORS[family], "image_processor_type": "Qwen2VLImageProcessor"}
     settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor | settings))
+    if family == "qwen3_vl":
+        processor["video_processor_type"] = "Qwen3VLVideoProcessor"
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(processor | settings))
     return folder

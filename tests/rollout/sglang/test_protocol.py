@@ -61,6 +61,25 @@ def test_a_request_contains_all_sampling_parameters() -> None:
     assert everything["sampling_params"]["top_k"] == -1 and everything["sampling_params"]["stop"] is None
 
 
+def test_a_video_with_time_stamps_becomes_an_item_for_each_temporal_patch() -> None:
+    config = ModelConfig.from_dict(tiny.hf_config("qwen3_vl").to_dict())
+    prompt = tiny.prompt("vi", seed=1, timestamps=True)
+    payload = PromptEncoder(config).payload(prompt, "salt")
+    assert payload is not None
+    video, image = prompt.vision
+    assert [media.is_video for media in payload.media] == [True] * 3 + [False]
+    assert torch.equal(torch.cat([media.frames for media in payload.media[:3]]), video.frames)
+    assert payload.media[3].frames is image.frames
+    pads = [
+        index
+        for media in payload.media
+        for index in range(media.first_token, media.first_token + payload.num_tokens(media))
+    ]
+    is_pad = torch.isin(prompt.token_ids, torch.tensor([tiny.VIDEO_PAD, tiny.IMAGE_PAD]))
+    assert pads == is_pad.nonzero()[:, 0].tolist()
+    assert len({payload.identity(media) for media in payload.media}) == 4
+
+
 @pytest.mark.parametrize("kinds", ["i", "v", "ivv"])
 def test_images_and_videos_keep_their_positions_and_order(kinds: str) -> None:
     config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())

@@ -2,9 +2,10 @@
 
 This is the only file that imports sglang. SGLang's own video path differs from the published models in timing (seconds
 per temporal patch), in vision attention (all frames of a grid row attend to each other in the full-attention layers)
-and, with transformers 5, in positions. This processor makes each temporal step a grid row of its own, takes the
-positions from the trainer, and gives every image and video an identity that covers everything its features depend on.
-Requests without our payload go to SGLang's processor unchanged.
+and, with transformers 5, in positions. For Qwen3-VL it differs in the choice of frames and in their pixels: it resizes
+them to multiples of 28 pixels before transformers' processor resizes them again. This processor makes each temporal
+step a grid row of its own, takes the positions from the trainer, and gives every image and video an identity that
+covers everything its features depend on. Requests without our payload go to SGLang's processor unchanged.
 """
 
 from __future__ import annotations
