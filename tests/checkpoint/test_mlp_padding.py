@@ -83,7 +83,7 @@ def _train(model_dir: Path, directory: Path, tensor: int, *, padded: bool) -> tu
     if not is_resumed:
         published = load_file(model_dir / "model.safetensors").items()
         stream = dict(stream_hf_tensors(run.model))
-        assert all(torch.equal(stream[published_name(name)], values) for name, values in published)
+        assert all(torch.equal(stream[published_name(name, stream)], values) for name, values in published)
     losses = [loss for loss, _ in run.train(2)]
     if padded:
         _check_padding(run)

@@ -23,11 +23,13 @@ from tests.data.video_clips import write_clip
 from tests.limits import HANG_S
 from tests.model import tiny
 
+ONE_FAMILY = pytest.mark.parametrize("workspace", ["qwen2_5_vl"], indirect=True)
+"""For tests of what does not depend on the model."""
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
 def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory, a data file with text, image and video prompts, and transformers' log-probs for it."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -40,6 +42,7 @@ def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     )
     stand_in.tokenizer.save_pretrained(folder / "model")
     settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56}
+    settings |= {"image_mean": tiny.MEAN, "image_std": tiny.STD}
     (folder / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
 
     clip = write_clip(folder / "clip.mp4", num_frames=60)
@@ -112,6 +115,7 @@ def test_log_probs_equal_transformers(workspace: Path, ranks: int, options: list
     assert "4 scored, 0 failed" in result.stdout
 
 
+@ONE_FAMILY
 def test_a_bad_video_fails_only_its_own_row(workspace: Path) -> None:
     rows = [json.loads(line) for line in (workspace / "data.jsonl").read_text().splitlines()]
     missing = {"type": "video", "video": "nowhere.mp4"}
@@ -125,6 +129,7 @@ def test_a_bad_video_fails_only_its_own_row(workspace: Path) -> None:
     assert "2 scored, 1 failed" in result.stdout
 
 
+@ONE_FAMILY
 def test_a_malformed_request_fails_only_its_own_row(workspace: Path) -> None:
     good, _, video, _ = (json.loads(line) for line in (workspace / "data.jsonl").read_text().splitlines())
     faults: dict[str, Any] = {
@@ -170,6 +175,7 @@ def test_bad_data_is_refused_before_anything_is_computed(tmp_path: Path, line: s
     assert message in str(error.value)
 
 
+@ONE_FAMILY
 def test_a_layout_that_does_not_fit_the_model_is_refused(workspace: Path) -> None:
     result = _score(workspace, "--tensor-parallel", "5")
     assert result.returncode == 2
