@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 from megatron_vcr1.data.resize import (
@@ -147,6 +147,16 @@ class WholeVideoRules(FrameRules):
 
 
 PER_FRAME_RULES = PerFrameRules()
+
+
+def rules_to_json(rules: FrameRules) -> dict[str, int | None]:
+    """Return rules as a JSON object, for `rules_from_json`: their fields, which tell both kinds apart."""
+    return asdict(rules)  # type: ignore[call-overload, no-any-return]  # the base class is not a dataclass
+
+
+def rules_from_json(content: dict[str, int | None]) -> FrameRules:
+    """Return the rules that `rules_to_json` has written."""
+    return WholeVideoRules(**content) if content else PER_FRAME_RULES  # type: ignore[arg-type]
 
 
 def _per_frame_bounds(options: PixelOptions) -> tuple[int, int, int]:

@@ -27,6 +27,7 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor
 
+from megatron_vcr1.data.frame_rules import PER_FRAME_RULES, rules_from_json, rules_to_json
 from megatron_vcr1.data.images import read_image
 from megatron_vcr1.data.signals import block_job_signals_in_children
 from megatron_vcr1.data.video import TIME_LIMIT_S, VideoError, VideoFrames, VideoPath, read_frames
@@ -64,7 +65,8 @@ class VideoReader:
         if options.get("backend") == "dali-gpu":
             raise OptionError("dali-gpu decodes in the process that owns the GPU; call read_frames there")
         files = os.fspath(path) if isinstance(path, str | os.PathLike) else [os.fspath(file) for file in path]
-        reply, frames = self._request({"video": files, "options": options}, path)
+        rules = rules_to_json(options.pop("rules", PER_FRAME_RULES))
+        reply, frames = self._request({"video": files, "rules": rules, "options": options}, path)
         return VideoFrames(frames, tuple(reply["timestamps_s"]), reply["duration_s"], reply["backend"])
 
     def read_image(self, path: str, *, time_limit_s: float = TIME_LIMIT_S) -> Tensor:
@@ -178,7 +180,7 @@ def _read(request: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     if "image" in request:
         image = read_image(request["image"])
         return {"shape": list(image.shape)}, image
-    video = read_frames(request["video"], **request["options"])
+    video = read_frames(request["video"], rules=rules_from_json(request["rules"]), **request["options"])
     reply = {
         "shape": list(video.frames.shape),
         "timestamps_s": video.timestamps_s,

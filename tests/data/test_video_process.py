@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vcr1.data.frame_rules import PER_FRAME_RULES, WholeVideoRules
 from megatron_vcr1.data.video import VideoError, read_frames
 from megatron_vcr1.data.video_process import VideoReader
 from tests.data.video_clips import write_clip
@@ -28,7 +29,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_results_equal_those_of_read_frames(reader: VideoReader, clip: Path) -> None:
-    for options in ({}, {"fps": 10.0}, {"max_pixels": 20 * 784, "min_frames": 2}):
+    whole_video = WholeVideoRules(min_video_pixels=4096, max_video_pixels=50_000)
+    rules = ({"rules": PER_FRAME_RULES}, {"rules": whole_video, "fps": 3.2, "factor": 32})
+    for options in ({}, {"fps": 10.0}, {"max_pixels": 20 * 784, "min_frames": 2}, *rules):
         actual, expected = reader.read_frames(clip, **options), read_frames(clip, **options)  # type: ignore[arg-type]
         assert torch.equal(actual.frames, expected.frames)
         assert actual.timestamps_s == expected.timestamps_s
