@@ -102,6 +102,11 @@ class OptimizerSection(Section):
         description="Distributed optimizer: shard the optimizer state over the data-parallel replicas instead of "
         "replicating it.",
     )
+    overlap_grad_reduce: bool = Field(
+        default=False,
+        description="Reduce the gradients over the replicas in parts, while the backward pass of the last microbatch "
+        "computes the next ones, instead of all at once after it.",
+    )
 
     @model_validator(mode="after")
     def _check_learning_rates(self) -> Self:

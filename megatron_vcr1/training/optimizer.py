@@ -21,6 +21,7 @@ from megatron_vcr1.model.cpu import adam
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import collectives, mesh, schedule
 from megatron_vcr1.training.microbatches import Microbatch
+from megatron_vcr1.training.overlapped_reduction import OverlappedReduction
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,14 @@ class Learner:
         is_distributed = section.distributed and mesh.num_weight_holders() > 1
         self.ddp_model = DistributedDataParallel(
             model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=is_distributed, grad_reduce_in_fp32=True),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=is_distributed,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=section.overlap_grad_reduce,
+            ),
             model,
         )
+        self._overlapped = OverlappedReduction(self.ddp_model) if section.overlap_grad_reduce else None
         _fuse_gradient_accumulation(model)
         self.optimizer = _build_optimizer(self.ddp_model, section, is_distributed=is_distributed)
         self.scheduler = _build_scheduler(self.optimizer, section, num_steps)
@@ -86,6 +92,8 @@ class Learner:
             loss: its scalar must be normalized by counts over all replicas (see `schedule.forward_backward`).
         """
         self.ddp_model.zero_grad_buffer()
+        if self._overlapped is not None:
+            self._overlapped.reset()
         self.optimizer.zero_grad()
         self.model.train()
         results = self._forward_backward(batches, loss)
@@ -117,6 +125,8 @@ class Learner:
             )
         # The schedule calls this at its end. A replica without microbatches must call it, too: otherwise the gradient
         # reduction of the other replicas would hang.
+        if self._overlapped is not None:
+            self._overlapped.start_all()
         _finalize_gradients([self.ddp_model])
         return []
 
@@ -145,19 +155,15 @@ def _finalize_gradients(models: list[Any], num_tokens: Tensor | None = None, **k
 def _fuse_gradient_accumulation(model: VideoLanguageModel) -> None:
     """Let linear layers add their weight gradients directly to the gradient buffers.
 
-    This saves a temporary tensor and a pass per weight. megatron-core's layers can do it with Apex's extension, or on a
-    CPU with the replacement of `model.cpu`; TransformerEngine's layers always can.
+    This saves a temporary tensor and a pass per weight. megatron-core's layers can do it with Apex's extension or with
+    `model.cpu.weight_gradients`; TransformerEngine's layers always can.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine
             module.fuse_wgrad_accumulation = True
         elif hasattr(module, "gradient_accumulation_fusion"):  # megatron-core
-            module.gradient_accumulation_fusion = layers._grad_accum_fusion_available
-    if not layers._grad_accum_fusion_available:
-        logger.info(
-            "gradients: megatron-core's linear layers add their weight gradients in a second pass (Apex's extension is "
-            "not installed)"
-        )
+            assert layers._grad_accum_fusion_available, "model.cpu.install has been called"
+            module.gradient_accumulation_fusion = True
 
 
 def _build_optimizer(

@@ -2,6 +2,8 @@
 
     cuda_emulation  megatron-core without CUDA, over gloo
     adam            an AdamW that megatron-core can save and resume, where TransformerEngine and Apex are missing
+    weight_gradients
+                    weight gradients that are added to the gradient buffers in one matmul, where Apex is missing
     decode          the decoder layers for one new token per response, without megatron-core's modules
     skinny_linear   a fast matmul for a few rows
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vcr1.model.cpu import adam, cuda_emulation
+from megatron_vcr1.model.cpu import adam, cuda_emulation, weight_gradients
 
 
 def install() -> None:
@@ -23,9 +25,12 @@ def install() -> None:
     - Without CUDA, megatron-core gets the CPU wherever it asks for the CUDA device (`cuda_emulation`).
     - Without TransformerEngine and Apex, with or without CUDA, megatron-core's optimizers get an Adam whose state they
       can save and resume (`adam`).
+    - Without Apex, with or without CUDA, megatron-core's linear layers add their weight gradients to the gradient
+      buffers as they do with Apex's extension (`weight_gradients`).
 
-    Where CUDA and TransformerEngine or Apex exist, it changes nothing.
+    Where CUDA and Apex exist, it changes nothing.
     """
     if not torch.cuda.is_available():
         cuda_emulation.install()
     adam.install()
+    weight_gradients.install()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -59,7 +58,6 @@ def install() -> None:
     _installed = True
     _keep_random_states_on_cpu()  # first: it imports megatron-core, which must still find torch unpatched
     _patch_torch_cuda()
-    _replace_apex_weight_gradients()
     CudaMeansCpu().__enter__()  # never exited: it holds until the process ends
 
 
@@ -77,20 +75,6 @@ def _patch_torch_cuda() -> None:
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-
-
-def _replace_apex_weight_gradients() -> None:
-    """Provide the function that adds a weight gradient to its buffer; on a GPU it comes with Apex's extension."""
-    import megatron.core.tensor_parallel.layers as mcore_layers
-
-    def add_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, weight_grad: torch.Tensor) -> None:
-        if x.dtype == weight_grad.dtype:
-            weight_grad.addmm_(grad_output.t(), x)
-        else:
-            weight_grad.add_(grad_output.t() @ x)
-
-    mcore_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
-    mcore_layers._grad_accum_fusion_available = True
 
 
 def _keep_random_states_on_cpu() -> None:
