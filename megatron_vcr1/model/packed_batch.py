@@ -65,6 +65,8 @@ class PackedBatch:
     target_ids: Tensor  # int64 [targets]: the response tokens
     response_lengths: tuple[int, ...]  # targets of each response, in order; they sum to the number of targets
     context: ContextShard | None = None
+    # The vision token indices in host memory, where sizes that depend on them are computed without a GPU sync.
+    host_vision_token_indices: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch with its index tensors on a device. Frames move when the vision tower reads them."""
@@ -78,7 +80,17 @@ class PackedBatch:
             target_ids=self.target_ids.to(device, non_blocking=True),
             response_lengths=self.response_lengths,
             context=None if self.context is None else self.context.to(device),
+            host_vision_token_indices=self._host_indices,
         )
+
+    @property
+    def _host_indices(self) -> Tensor:
+        host = self.host_vision_token_indices
+        return self.vision_token_indices if host is None else host
+
+    def vision_tokens_in(self, start: int, stop: int) -> slice:
+        """Return which of the vision tokens are among the tokens [start, stop)."""
+        return slice(*torch.searchsorted(self._host_indices, torch.tensor([start, stop])).tolist())
 
     def select_targets(self, values: Tensor) -> Tensor:
         """Return the values of this rank's targets: [targets of the microbatch] -> [targets]."""

@@ -186,8 +186,7 @@ class VideoLanguageModel(MegatronModule):
             return slice(None), batch.vision_token_indices
         num_tokens = self._num_tokens(batch)
         start = num_tokens * parallel_state.get_tensor_model_parallel_rank()
-        bounds = torch.tensor([start, start + num_tokens], device=batch.vision_token_indices.device)
-        mine = slice(*torch.searchsorted(batch.vision_token_indices, bounds).tolist())
+        mine = batch.vision_tokens_in(start, start + num_tokens)
         return mine, batch.vision_token_indices[mine] - start
 
     def _received(self, batch: PackedBatch) -> tuple[Tensor, LayerFeatures | None]:

@@ -5,6 +5,7 @@ the hidden size, q and k the sizes of all query heads and all key heads of the r
 
     two norms       their input: 2h; TransformerEngine also saves their output: 4h
     attention       rotated queries and keys, values, output: 2q + 2k
+    q and k norms   the query-key-value projection, in models that have them: q + 2k
     gated MLP       gate and up projection: 2f; their product is recomputed
 
 GPUs are assumed to run TransformerEngine layers. h is replicated on all tensor-parallel ranks, or sharded with sequence
@@ -19,7 +20,7 @@ attention the float32 parts of these gradients, 2q.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from vcr1_kernels.ops.linear_log_probs import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
 
@@ -70,7 +71,11 @@ def text_layer_activations(job: Job, layout: Layout, device: Device) -> LayerAct
     text, ranks = job.config.text, layout.tensor
     key = max(text.num_kv_heads / ranks, 1) * text.head_dim
     query = text.num_heads / ranks * text.head_dim
-    return _layer_activations(text.hidden_size, query, key, text.ffn_hidden_size / ranks, layout, device)
+    layer = _layer_activations(text.hidden_size, query, key, text.ffn_hidden_size / ranks, layout, device)
+    if not text.qk_norm or layout.recompute == "full":
+        return layer
+    # The norms of queries and keys save their inputs, views of the whole query-key-value projection.
+    return replace(layer, saved=layer.saved + query + 2 * key)
 
 
 def vision_layer_activations(job: Job, layout: Layout, device: Device) -> LayerActivations:
@@ -179,7 +184,8 @@ def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float
     layer = vision_layer_activations(job, layout, device)
     # The merger saves the input and output of its norm and two inner states. The patch embedding's pixels are
     # recomputed.
-    merger = (2 + 2 / layout.tensor) * vision.hidden_size
+    num_mergers = 1 + job.config.family.num_feature_layers(vision)
+    merger = num_mergers * (2 + 2 / layout.tensor) * vision.hidden_size
     saved = vision.num_layers * layer.saved + merger
     return patches * saved * job.dtype_bytes, patches * layer.working * job.dtype_bytes
 

@@ -73,3 +73,13 @@ def test_an_engine_that_does_not_fit_has_no_cache() -> None:
     job = Job(model_config("qwen2.5-vl-7b"))
     engine = engine_memory(job, H100, resident=79e9, ranks=1)
     assert engine.cache < 0 and engine.tokens == 0
+
+
+def test_the_norms_of_queries_and_keys_save_the_projection() -> None:
+    job = Job(model_config("qwen3-vl-8b"))
+    plain = dataclasses.replace(job.config.text, qk_norm=False)
+    without = dataclasses.replace(job, config=dataclasses.replace(job.config, text=plain))
+    (memory,), (expected,) = (training_memory(each, Layout(tensor=2, replicas=4), H100) for each in (job, without))
+    tokens, targets = 3840 + 8 * 199, 8 * 200
+    assert tokens > targets
+    assert memory.activations - expected.activations == pytest.approx(2 * tokens * 36 * (32 + 2 * 8) / 2 * 128)
