@@ -47,9 +47,10 @@ class RotaryTables:
     sin: Tensor  # float32 [tokens, head_dim]
 
     @classmethod
-    def from_angles(cls, angles: Tensor) -> RotaryTables:
-        """Compute the tables of rotary angles, [tokens, head_dim]."""
-        return cls(angles.cos(), angles.sin())
+    def from_angles(cls, angles: Tensor, factor: float = 1.0) -> RotaryTables:
+        """Compute the tables of rotary angles, [tokens, head_dim], times a factor (YaRN's)."""
+        cos, sin = angles.cos(), angles.sin()
+        return cls(cos, sin) if factor == 1 else cls(factor * cos, factor * sin)
 
 
 @dataclass

@@ -24,6 +24,25 @@ Activation = Literal["silu", "quick_gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
+class Yarn:
+    """YaRN (arXiv:2309.00071): rotary frequencies for longer sequences than a model was first trained with.
+
+    Attributes:
+        factor: by how much the range of positions grows.
+        original_max_positions: the range of positions before that.
+        beta_fast: frequencies with more rotations over the original range stay as they are.
+        beta_slow: frequencies with fewer rotations over it are divided by the factor; in between, both are mixed.
+        attention_factor: factor of the RoPE tables.
+    """
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class TextConfig:
     """The language model: a decoder with RMSNorm, SwiGLU, grouped-query attention and mRoPE."""
 
@@ -41,6 +60,9 @@ class TextConfig:
     qkv_bias: bool
     qk_norm: bool  # whether an RMSNorm over each head precedes the rotary positions of queries and keys
     tied_embeddings: bool
+    # Positions are below this in the model's training, or in the range that YaRN extends it to. None: not known.
+    max_positions: int | None = None
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,15 @@ and width only, so its positions overlap for long videos; pass our positions to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig, Yarn
 
 
 def vision_positions(
@@ -87,7 +89,7 @@ def vision_token_mask(token_ids: Tensor, vision_token_ids: frozenset[int]) -> Te
     return torch.isin(token_ids, torch.tensor(sorted(vision_token_ids), dtype=token_ids.dtype))
 
 
-def rotary_angles(position_ids: Tensor, axes: Sequence[int], rotary_base: float) -> Tensor:
+def rotary_angles(position_ids: Tensor, axes: Sequence[int], rotary_base: float, yarn: Yarn | None = None) -> Tensor:
     """Compute the rotary angles of queries and keys.
 
     The angles are elementwise products. megatron-core and transformers use a matmul, which rounds positions above 2048
@@ -97,12 +99,47 @@ def rotary_angles(position_ids: Tensor, axes: Sequence[int], rotary_base: float)
         position_ids: int64 [3, tokens].
         axes: axis of each frequency, from the highest on: 0 time, 1 height, 2 width.
         rotary_base: base of the frequencies (rope_theta).
+        yarn: changes the lower frequencies.
 
     Returns:
         float32 [tokens, 2 * len(axes)]: the angles of all frequencies, repeated twice.
     """
     head_dim = 2 * len(axes)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    frequencies = 1 / rotary_base**exponents
+    if yarn is not None:
+        kept = _kept_by_yarn(yarn, head_dim, rotary_base).to(position_ids.device)
+        frequencies = frequencies / yarn.factor * (1 - kept) + frequencies * kept
     axis_of_frequency = torch.tensor(axes, device=position_ids.device)
-    angles = position_ids.float().T[:, axis_of_frequency] * (1 / rotary_base**exponents)
+    angles = position_ids.float().T[:, axis_of_frequency] * frequencies
     return torch.cat((angles, angles), dim=-1)
+
+
+def _kept_by_yarn(yarn: Yarn, head_dim: int, rotary_base: float) -> Tensor:
+    """Return how much of each frequency YaRN keeps: 1 for the highest, 0 for the lowest, and a ramp in between."""
+
+    def index_of(num_rotations: float) -> float:
+        """Return the index of the frequency that makes this number of rotations over the original positions."""
+        wavelength = yarn.original_max_positions / (num_rotations * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rotary_base))
+
+    first, last = max(math.floor(index_of(yarn.beta_fast)), 0), min(math.ceil(index_of(yarn.beta_slow)), head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - first) / max(last - first, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def check_positions(config: ModelConfig, position_ids: Tensor, num_new_tokens: int) -> None:
+    """Raise UserError if a prompt's positions, or those of the tokens after it, are beyond the model's range.
+
+    Args:
+        position_ids: int64 [3, tokens], of the prompt.
+        num_new_tokens: tokens that follow the prompt, of the longest response.
+    """
+    limit = config.text.max_positions
+    last = int(position_ids.max()) + num_new_tokens
+    if limit is not None and last >= limit:
+        raise UserError(
+            f"its rotary positions reach {last}, but the model's range ends at {limit} (config.json: "
+            "max_position_embeddings). Take a shorter video or prompt (data.max_prompt_tokens), or extend the range by "
+            'YaRN in config.json: rope_scaling with "type": "yarn", "factor" and "original_max_position_embeddings"'
+        )

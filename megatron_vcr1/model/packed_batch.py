@@ -11,8 +11,9 @@ from vcr1_kernels import SegmentLayout
 
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.data.packing import Group
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.mrope import prompt_positions, vision_token_mask
+from megatron_vcr1.model.mrope import check_positions, prompt_positions, vision_token_mask
 from megatron_vcr1.parallel.context import FeatureExchange, KeyGather, sum_over_context_ranks
 
 
@@ -120,11 +121,14 @@ def pack(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: in
     Raises:
         ValueError: a prompt or a response has no tokens, or the vision pads do not match the prompt's images and
             videos; the message names the sample.
+        UserError: a sample's rotary positions are beyond the model's range.
     """
     packer = _Packer(config)
     for group in groups:
         try:
             packer.add(group.prompt, group.responses)
+        except UserError as error:
+            raise UserError(f"sample {group.id}: {error}") from error
         except ValueError as error:
             raise ValueError(f"sample {group.id}: {error}") from error
     packer.pad(pad_to_multiple_of)
@@ -159,6 +163,7 @@ class _Packer:
         if not len(prompt.token_ids) or any(not len(response) for response in responses):
             raise ValueError("a prompt and each of its responses need at least one token")
         positions = prompt_positions(self.config, prompt)
+        check_positions(self.config, positions, max((len(response) - 1 for response in responses), default=0))
         self.vision.extend(prompt.vision)
         # Only the prompt's pads: a response may contain the same ids as ordinary tokens.
         is_vision = vision_token_mask(prompt.token_ids, self.config.pad_ids)

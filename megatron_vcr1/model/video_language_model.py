@@ -131,7 +131,10 @@ class VideoLanguageModel(MegatronModule):
         selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
         hidden, features = self._embed(batch) if self.pre_process else self._received(batch)
         text = self.model_config.text
-        rope = RotaryTables.from_angles(rotary_angles(batch.position_ids, text.mrope_axes, text.rope_theta))
+        rope = RotaryTables.from_angles(
+            rotary_angles(batch.position_ids, text.mrope_axes, text.rope_theta, text.yarn),
+            1.0 if text.yarn is None else text.yarn.attention_factor,
+        )
         decoder = self.language_model.decoder
         if isinstance(cached, KVCache) and decode.supports(decoder):
             hidden = decode.run_layers(decoder, hidden[:, 0], rope, cached)[:, None]

@@ -15,6 +15,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig, TextConfig
 from tests.model import tiny
 
+YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 256, "mrope_section": [1, 1, 2]}
 PUBLISHED_AXES = (*[0] * 16, *[1] * 24, *[2] * 24)
 HOSTILE_JSON = [
     ("[" * 100_000, "nested too deeply"),
@@ -79,6 +80,7 @@ def _assert_equals_transformers(model_dir: Path) -> None:
         qkv_bias=theirs.model_type != "qwen3_vl",
         qk_norm=theirs.model_type == "qwen3_vl",
         tied_embeddings=theirs.tie_word_embeddings,
+        max_positions=text.max_position_embeddings,
     )
     assert (ours.vision.num_layers, ours.vision.num_heads) == (vision.depth, vision.num_heads)
     assert (ours.vision.patch_size, ours.vision.temporal_patch_size) == (vision.patch_size, vision.temporal_patch_size)
@@ -153,8 +155,20 @@ def test_tied_embeddings_are_found_wherever_a_transformers_version_wrote_them(
         ({"text_config": {"num_key_value_heads": 5}}, "12 heads are not a multiple of 5 key-value heads"),
         ({"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1]}}}, "mrope_section [1, 1, 1] must sum to"),
         (
-            {"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}},
-            "rope_parameters: rope_type is 'yarn'",
+            {"text_config": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}},
+            "rope_parameters: rope_type is 'dynamic'",
+        ),
+        (
+            {"text_config": {"rope_parameters": YARN | {"mscale": 1.0}}},
+            "mscale is 1.0; it is not supported with 'yarn'; give attention_factor instead",
+        ),
+        (
+            {"text_config": {"rope_parameters": YARN | {"truncate": False}}},
+            "truncate is False; it is not supported with 'yarn'",
+        ),
+        (
+            {"text_config": {"rope_parameters": YARN | {"original_max_position_embeddings": None}}},
+            "lacks 'original_max_position_embeddings'",
         ),
         ({"text_config": {"use_sliding_window": True}}, "use_sliding_window is True"),
         (

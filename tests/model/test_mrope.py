@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
+from megatron_vcr1.model.attention import RotaryTables
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import prompt_positions, rotary_angles, vision_positions
+from megatron_vcr1.model.presets import raw_config
 from tests.model import tiny
 from tests.model.tiny import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
@@ -123,3 +127,24 @@ def test_angles_of_long_videos_are_exact_where_matmuls_use_tf32() -> None:
         angles = rotary_angles(positions, axes, 1e6)
     exact = positions.double()[torch.tensor(axes)].T / 1e6 ** (torch.arange(64).double() / 64)
     torch.testing.assert_close(angles.double(), exact.repeat(1, 2), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_factor": 0.8, "beta_fast": 20, "beta_slow": 2}])
+def test_yarn_equals_transformers(options: dict[str, float]) -> None:
+    """The parameters of the published Qwen2.5-VL model cards."""
+    rope = {"type": "yarn", "mrope_section": [16, 24, 24], "factor": 4, "original_max_position_embeddings": 32768}
+    raw = raw_config("qwen2.5-vl-7b") | {"max_position_embeddings": 32768, "rope_scaling": rope | options}
+    text = ModelConfig.from_dict(raw).text
+    assert text.yarn is not None and text.max_positions == 131_072
+    theirs = transformers.Qwen2_5_VLTextConfig(
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.num_heads,
+        rope_parameters={**rope, **options, "rope_type": "yarn", "rope_theta": 1e6},
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    angles = rotary_angles(torch.full((3, 1), 1), text.mrope_axes, text.rope_theta, text.yarn)[0]
+    torch.testing.assert_close(angles, frequencies.repeat(2), rtol=1e-6, atol=0)
+    assert text.yarn.attention_factor == pytest.approx(factor)
+    tables = RotaryTables.from_angles(angles, text.yarn.attention_factor)
+    torch.testing.assert_close(tables.cos, angles.cos() * factor)
+    torch.testing.assert_close(tables.sin, angles.sin() * factor)

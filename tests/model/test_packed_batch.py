@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vcr1_kernels import SegmentLayout
 
 from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.packing import Group
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.packed_batch import pack
 from tests.model import tiny
@@ -70,3 +73,10 @@ def test_errors_name_the_sample(group: Group, message: str) -> None:
     with pytest.raises(ValueError) as error:
         pack([group], CONFIG)
     assert message in str(error.value)
+
+
+def test_positions_beyond_the_range_of_the_model_are_refused() -> None:
+    config = replace(CONFIG, text=replace(CONFIG.text, max_positions=6))
+    pack([_text_group("fits", [5, 6, 7], [10, 11, 12, 13])], config)  # the last response token is not an input
+    with pytest.raises(UserError, match=r"sample long: its rotary positions reach 6, but the model's range ends at 6"):
+        pack([_text_group("long", [5, 6, 7], [10, 11, 12, 13, 14])], config)

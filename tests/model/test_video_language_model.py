@@ -242,7 +242,7 @@ def _gradients_with_frozen_parts(folder: Path, layout: dict[str, int]) -> list[d
             ModelConfig.from_pretrained(folder / "model"), config.model, config.parallel, config.recompute
         ).train()
         load_model_weights(model, folder / "model")
-        batch = pack_for_rank([_group(1), _group(0)], model.model_config)
+        batch = pack_for_rank([_group(1, model.model_config), _group(0, model.model_config)], model.model_config)
         model.log_probs(model(batch), batch.target_ids).sum().backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append({name: sum_over_context_ranks(gradient) for name, gradient in found.items()})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
-from megatron_vcr1.model.config import TextConfig
+from megatron_vcr1.model.config import TextConfig, Yarn
 
 MAX_LAYERS = 4096
 IMAGE_PAD_ID, VIDEO_PAD_ID = 151655, 151656
@@ -33,9 +34,40 @@ def rope_fields(raw: Fields) -> Fields:
     """
     rope = raw.section("rope_parameters" if raw.values.get("rope_parameters") else "rope_scaling")
     for key in ("rope_type", "type"):
-        if rope.text(key, None) not in (None, "default", "mrope"):
-            raise rope.error(key, "is not supported; only 'mrope', the published models' rope type, is")
+        if rope.text(key, None) not in (None, "default", "mrope", "yarn"):
+            raise rope.error(key, "is not supported; only 'mrope', the published models' rope type, and 'yarn' are")
     return rope
+
+
+def _yarn(rope: Fields) -> Yarn | None:
+    """Return YaRN's parameters, with transformers' defaults; None if the positions are not of this type.
+
+    Raises:
+        UserError: a key is missing or has a value that is not supported.
+    """
+    if "yarn" not in (rope.text("rope_type", None), rope.text("type", None)):
+        return None
+    for key in ("mscale", "mscale_all_dim"):
+        if key in rope:
+            raise rope.error(key, "is not supported with 'yarn'; give attention_factor instead")
+    if "truncate" in rope and not rope.boolean("truncate"):
+        raise rope.error("truncate", "is not supported with 'yarn'; leave it out")
+    factor = float(rope.number("factor"))
+    return Yarn(
+        factor=factor,
+        original_max_positions=rope.integer("original_max_position_embeddings"),
+        beta_fast=float(rope.number("beta_fast", 32)),
+        beta_slow=float(rope.number("beta_slow", 1)),
+        attention_factor=float(rope.number("attention_factor", 0.1 * math.log(factor) + 1 if factor > 1 else 1.0)),
+    )
+
+
+def _max_positions(raw: Fields, yarn: Yarn | None) -> int | None:
+    """Return the range of positions that the model can be used with."""
+    trained = raw.integer("max_position_embeddings", None)
+    if yarn is None:
+        return trained
+    return max(trained or 0, math.floor(yarn.factor * yarn.original_max_positions))
 
 
 def embeddings_are_tied(raw: Fields) -> bool:
@@ -88,7 +120,8 @@ def read_text_config(
         if hidden_size % num_heads:
             raise UserError(f"{raw.where}: hidden size {hidden_size} is not a multiple of {num_heads} heads")
         head_dim = hidden_size // num_heads
-    section = rope_fields(raw).integers("mrope_section", length=3)
+    rope = rope_fields(raw)
+    section, yarn = rope.integers("mrope_section", length=3), _yarn(rope)
     if 2 * sum(section) != head_dim:
         raise UserError(
             f"{raw.where}: mrope_section {list(section)} must sum to half the head dimension, {head_dim // 2}"
@@ -111,6 +144,8 @@ def read_text_config(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         tied_embeddings=tied_embeddings,
+        max_positions=_max_positions(raw, yarn),
+        yarn=yarn,
     )
 
 
