@@ -39,6 +39,11 @@ _REJECTED_ARGUMENTS = {
     ),
 }
 
+# With CUDA graphs for the vision tower, SGLang interpolates the learned positions of Qwen3-VL in another way, unless
+# the argument says otherwise.
+_VISION_GRAPH_VARIABLE = "SGLANG_VIT_ENABLE_CUDA_GRAPH"
+_EXACT_POSITIONS_ARGUMENT = "--enable-precise-embedding-interpolation"
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
@@ -94,10 +99,16 @@ def require_sglang(python: Path | None) -> None:
 
 
 def check_server_args(section: SglangSection) -> None:
-    """Raise UserError for server arguments that break training."""
+    """Raise UserError for server arguments, and for a variable of SGLang, that break training."""
     for argument in section.server_args:
         if reason := _REJECTED_ARGUMENTS.get(argument.partition("=")[0]):
             raise UserError(f"sglang.server_args: remove {argument}: {reason}")
+    uses_graphs = os.environ.get(_VISION_GRAPH_VARIABLE, "").lower() in ("1", "true", "yes", "on")
+    if uses_graphs and _EXACT_POSITIONS_ARGUMENT not in section.server_args:
+        raise UserError(
+            f"sglang.server_args: {_VISION_GRAPH_VARIABLE} is set, so add {_EXACT_POSITIONS_ARGUMENT}, or unset the "
+            "variable: otherwise the servers give Qwen3-VL other vision features than training"
+        )
 
 
 def server_specs(

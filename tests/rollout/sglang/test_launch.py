@@ -70,6 +70,15 @@ def test_an_unsupported_server_argument_is_rejected(tmp_path: Path, argument: st
         specs_of(config(tmp_path, server_args=["--log-level", "error", argument, "2"]))
 
 
+def test_graphs_of_the_vision_tower_need_exact_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_VIT_ENABLE_CUDA_GRAPH", "1")
+    run = config(tmp_path)
+    with pytest.raises(UserError, match="SGLANG_VIT_ENABLE_CUDA_GRAPH is set, so add --enable-precise-embedding"):
+        specs_of(run)
+    arguments = ("--enable-precise-embedding-interpolation",)
+    assert specs_of(run.model_copy(update={"sglang": run.sglang.model_copy(update={"server_args": arguments})}))
+
+
 def test_colocated_servers_can_release_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "expandable_segments:True")  # for training; the memory saver does not support it
