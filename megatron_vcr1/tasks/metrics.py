@@ -57,9 +57,17 @@ def lenient_choice(sample: Sample, output: str) -> str:
 
 
 def with_tagged_answer(output: str) -> str:
-    """Return an output that holds the leniently read answer in ``<answer>``; the output itself if there is none."""
+    """Return an output that the strict parsing reads: the output itself, or the leniently read answer in its tags.
+
+    If neither reading finds an answer, it is the output itself.
+    """
     try:
-        return f"<answer>{leniently(lambda: read_answer(output), lambda: lenient_answer(output))}</answer>"
+        read_answer(output)
+        return output  # not in tags of our own: it may hold a stray "</answer>", which would close them
+    except UnparsableError:
+        pass
+    try:
+        return f"<answer>{lenient_answer(output)}</answer>"
     except UnparsableError:
         return output
 

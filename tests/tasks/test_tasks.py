@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_vcr1.data.templates import load_templates, target_text
@@ -59,6 +59,7 @@ def test_lenient_metrics_stand_beside_the_strict_ones(task: str) -> None:
 
 @pytest.mark.parametrize("task", WITHOUT_JUDGE)
 @given(completions | st.text(max_size=30))
+@example("</answer>12.5 to 17")
 def test_any_output_is_scored(task: str, output: str) -> None:
     check_is_scored(task, output)
 
