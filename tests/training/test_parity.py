@@ -36,9 +36,9 @@ OPTIMIZER = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspace.create(tmp_path_factory.mktemp("parity"), num_videos=6)
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workspace.create(tmp_path_factory.mktemp("parity"), family=request.param, num_videos=6)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ class TransformersLearner:
 
     @staticmethod
     def _load(model_dir: Path) -> torch.nn.Module:
-        kind = transformers.Qwen2_5_VLForConditionalGeneration
+        kind = transformers.AutoModelForImageTextToText
         return kind.from_pretrained(model_dir, dtype=torch.float32).train()
 
     def log_probs(self, prompt: EncodedPrompt, response: Tensor, model: torch.nn.Module | None = None) -> Tensor:

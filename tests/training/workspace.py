@@ -47,6 +47,7 @@ def create(
     processor.tokenizer.chat_template = processor.chat_template
     processor.tokenizer.save_pretrained(folder / "model")
     settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56}
+    settings |= {"image_mean": tiny.MEAN, "image_std": tiny.STD}
     (folder / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     (folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
