@@ -68,7 +68,7 @@ def test_host_syncs_are_counted_by_line(read: Callable[[Tensor], object]) -> Non
 @pytest.mark.parametrize(
     "family, stage, options",
     [
-        ("qwen2_vl", "sft", ["--recompute.granularity", "full"]),
+        ("qwen3_vl", "sft", ["--recompute.granularity", "full"]),
         ("qwen2_5_vl", "grpo", ["--grpo.epochs_per_rollout", "2"]),
     ],
 )

@@ -16,7 +16,7 @@ from megatron_vcr1.model.families.reading import (
     language_model_fields,
     pad_id,
     read_text_config,
-    rope_fields,
+    rope_base,
 )
 from megatron_vcr1.model.hf_layout import (
     TensorLayout,
@@ -49,13 +49,12 @@ class Qwen2Family(Family):
     def read_config(self, raw: Fields) -> ModelConfig:
         tied = embeddings_are_tied(raw)
         fields = language_model_fields(raw)
-        rope = rope_fields(fields)
         if fields.boolean("use_sliding_window"):
             raise fields.error("use_sliding_window", f"is not supported, and no published {self.title} model uses it")
         text = read_text_config(
             fields,
             head_dim=None,
-            rope_theta=float((rope if "rope_theta" in rope else fields).number("rope_theta", 1e6)),
+            rope_theta=rope_base(fields, 1e6),
             mrope_axes=_consecutive_axes,
             qkv_bias=True,
             qk_norm=False,

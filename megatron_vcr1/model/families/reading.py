@@ -39,6 +39,30 @@ def rope_fields(raw: Fields) -> Fields:
     return rope
 
 
+def rope_base(raw: Fields, default: float | None = None) -> float:
+    """Return rope_theta, the base of the rotary frequencies.
+
+    transformers 4 wrote it beside the section of the rotary positions, transformers 5 writes it into the section.
+
+    Args:
+        raw: the language model's keys.
+        default: the value if the file has none; None: it must have one.
+
+    Raises:
+        UserError: it is missing, is not a number, or has two values.
+    """
+    rope = rope_fields(raw)
+    inside, beside = (fields.number("rope_theta", None) for fields in (rope, raw))
+    if inside is not None and beside is not None and inside != beside:
+        raise UserError(
+            f"{rope.where}: rope_theta is {inside:g}, but {raw.where}: rope_theta is {beside:g}; remove the wrong one"
+        )
+    found = beside if inside is None else inside
+    if found is None:
+        found = raw.number("rope_theta") if default is None else default
+    return float(found)
+
+
 def _yarn(rope: Fields) -> Yarn | None:
     """Return YaRN's parameters, with transformers' defaults; None if the positions are not of this type.
 

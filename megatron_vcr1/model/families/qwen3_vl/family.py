@@ -22,6 +22,7 @@ from megatron_vcr1.model.families.reading import (
     language_model_fields,
     pad_id,
     read_text_config,
+    rope_base,
     rope_fields,
 )
 from megatron_vcr1.model.hf_layout import (
@@ -59,7 +60,7 @@ class Qwen3VL(Family):
         text = read_text_config(
             fields,
             head_dim=fields.integer("head_dim", 128, maximum=4096),
-            rope_theta=float((rope if "rope_theta" in rope else fields).number("rope_theta")),
+            rope_theta=rope_base(fields),
             mrope_axes=interleaved_axes,
             qkv_bias=False,
             qk_norm=True,

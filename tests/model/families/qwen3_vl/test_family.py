@@ -76,6 +76,7 @@ def test_interleaved_angles_equal_transformers(section: list[int]) -> None:
             {"text_config": {"rope_parameters": {"mrope_section": [2, 2, 1], "mrope_interleaved": False}}},
             "mrope_interleaved is False; it must be true",
         ),
+        ({"text_config": {"rope_theta": 5e6}}, "rope_parameters: rope_theta is 10000, but "),
         ({"vision_config": {"num_position_embeddings": 24}}, "num_position_embeddings is 24; it must be a square"),
         ({"vision_config": {"deepstack_visual_indexes": [2, 0]}}, "must be an ascending list of layers below depth"),
         ({"vision_config": {"deepstack_visual_indexes": [0, 5]}}, "below depth, which is 5"),
