@@ -33,6 +33,7 @@ def test_every_model_has_a_training_and_a_test_job_in_this_order(tmp_path: Path)
     assert set(jobs["report"].after) == set(jobs) - {"report"}
 
 
-def test_the_fingerprint_depends_on_quick_but_not_on_the_output_folder(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_quick_and_the_family_but_not_on_the_output_folder(tmp_path: Path) -> None:
     assert Demo(tmp_path / "a").fingerprint() == Demo(tmp_path / "b").fingerprint()
     assert Demo(tmp_path / "a").fingerprint() != Demo(tmp_path / "a", quick=True).fingerprint()
+    assert Demo(tmp_path / "a").fingerprint() != Demo(tmp_path / "a", family="qwen3_vl").fingerprint()
