@@ -10,6 +10,7 @@
 #     update         a GRPO update with the shapes of Qwen2.5-VL-3B
 #     update_te      the same update with TransformerEngine's layers, then with FP8
 #     update_plain   the same update compared with plain transformers code, including the gradients
+#     switches       GRPO steps of the demo's model with the settings that no other section uses
 #
 # Nothing is installed. The sections kernels and benchmark need a python3 with torch, triton and pytest. The other ones
 # also need megatron-core, transformers, pydantic, av and their dependencies; this package itself need not be installed.
@@ -23,8 +24,9 @@
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-SECTIONS=(kernels model benchmark update update_te update_plain)
-declare -A LIMIT_S=([kernels]=200 [model]=120 [benchmark]=120 [update]=150 [update_te]=150 [update_plain]=300)
+SECTIONS=(kernels model benchmark update update_te update_plain switches)
+declare -A LIMIT_S=([kernels]=200 [model]=120 [benchmark]=120 [update]=150 [update_te]=150 [update_plain]=300
+    [switches]=120)
 TOTAL_S=${TOTAL_S:-525}
 MIN_SECTION_S=20 # a section is not started if less time than this is left
 
@@ -140,6 +142,11 @@ run_update_plain() {
     has update_plain throughput.train throughput.update_plain || return
     run_limited update_plain "$python" "${UPDATE[@]}" --sides ours plain --json "$out/update_plain.json"
 }
+run_switches() {
+    has switches throughput.step || return
+    run_limited switches "$python" tools/benchmark_throughput.py step --steps 2 --json "$out/switches.json" \
+        --set train.deterministic=true optimizer.overlap_grad_reduce=true grpo.num_minibatches=2
+}
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name(), torch.__version__)' || exit 2
 pytest=("$python" -m pytest -q -p no:cacheprovider)
@@ -158,6 +165,7 @@ for section in "${SECTIONS[@]}"; do
         update) run_update ;;
         update_te) run_update_te ;;
         update_plain) run_update_plain ;;
+        switches) run_switches ;;
         esac
     fi
 done

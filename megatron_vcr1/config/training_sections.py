@@ -53,6 +53,11 @@ class TrainSection(Section):
         description="Number of consecutive steps with a non-finite loss or gradient norm that are tolerated. The "
         "update of such a step is skipped; one more of them stops the run.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Use only algorithms whose results do not depend on the order in which a GPU's threads finish, so "
+        "that the same run on the same machine gives the same numbers. Slower. On CPUs runs are deterministic anyway.",
+    )
     step_timeout_s: float = Field(
         default=3600.0,
         gt=0,

@@ -198,6 +198,7 @@ def _common(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),  # the embedding's gradient without atomics
         attention_dropout=0.0,
         hidden_dropout=0.0,
         use_cpu_initialization=not torch.cuda.is_available(),

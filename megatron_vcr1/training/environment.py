@@ -1,4 +1,4 @@
-"""Describes the environment that a run starts in (command, machine, package versions) for starts.jsonl."""
+"""The environment that a run starts in: its description for starts.jsonl, and deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import torch
 
 from megatron_vcr1.training.metrics import device_name
 
@@ -24,6 +26,19 @@ PACKAGES = (
     "sglang",
     "nvidia-dali-cuda130",
 )
+
+
+def use_deterministic_algorithms() -> None:
+    """Make torch use deterministic algorithms, and raise an error where it has none.
+
+    flash-attn and megatron-core's embedding follow torch's switch (`vcr1_kernels.ops.flash_attn`,
+    `model.transformer_config`); the Triton kernels are always deterministic. Call it before the first use of CUDA:
+    cuBLAS reads its variable when it is initialized.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # torch would also fill every new tensor, to show reads of memory that was never written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def environment(num_ranks: int) -> dict[str, Any]:

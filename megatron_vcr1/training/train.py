@@ -17,6 +17,7 @@ from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_first_rank
 from megatron_vcr1.rollout.build import build_engine, disable_nccl_cumem
 from megatron_vcr1.rollout.engine import RolloutEngine
+from megatron_vcr1.training.environment import use_deterministic_algorithms
 from megatron_vcr1.training.grpo.one_step_off import OneStepOffSource
 from megatron_vcr1.training.grpo.rollout_source import RolloutSource, SynchronousSource
 from megatron_vcr1.training.grpo.trainer import GrpoTrainer
@@ -46,6 +47,8 @@ def train(config: RunConfig) -> int:
         TrainingStopped: the run cannot continue sensibly.
     """
     model_config = read_model_config(config, mesh.launched_world_size())
+    if config.train.deterministic:
+        use_deterministic_algorithms()
     disable_nccl_cumem(config.rollout, config.sglang)
     # Longer than the watchdog's timeout: the watchdog must end a hung job first, because it reports where each rank is.
     timeout_s = config.train.step_timeout_s + mesh.COLLECTIVE_TIMEOUT_S

@@ -29,7 +29,9 @@ def _fake_varlen_func(
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    deterministic: bool,
 ) -> Tensor:
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert max_seqlen_q == int(cu_seqlens_q.diff().max()) and max_seqlen_k == int(cu_seqlens_k.diff().max())
     outputs = []

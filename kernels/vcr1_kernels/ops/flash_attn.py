@@ -59,6 +59,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLa
         max_seqlen_k=longest,
         softmax_scale=scale,
         causal=layout.causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # the backward pass without atomic additions
     )
 
 

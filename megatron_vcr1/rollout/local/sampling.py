@@ -84,7 +84,7 @@ def keep_likely(probs: Tensor, *, top_k: int, top_p: float) -> Tensor:
     likeliest, order = probs.topk(min(top_k or vocab_size, vocab_size))
     if top_p < 1:
         # Keep a token while the tokens before it have less than top_p together. The first token is always kept.
-        before = likeliest.cumsum(-1) - likeliest
+        before = _cumulative_sum(likeliest) - likeliest
         likeliest = likeliest.where(before < top_p * likeliest.sum(-1, keepdim=True), 0)
     return torch.zeros_like(probs).scatter_(-1, order, likeliest)
 
@@ -100,11 +100,21 @@ def invert_distribution(probs: Tensor, uniforms: Tensor) -> Tensor:
         int64 [responses]. A token of probability zero is never chosen. If the probabilities are NaN, the last token is
         chosen; its log-prob is NaN too, which training detects.
     """
-    cumulative = probs.cumsum(-1, dtype=torch.float64)  # in float32, rounding could skip unlikely tokens
+    cumulative = _cumulative_sum(probs.double())  # in float32, rounding could skip unlikely tokens
     total = cumulative[:, -1:]
     # The product can round up to the total, at which no token would be found: stay just below it.
     target = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
+def _cumulative_sum(values: Tensor) -> Tensor:
+    """Return the cumulative sum over the last dimension.
+
+    CUDA has no deterministic algorithm for it: where one is required, the host computes it, which is slow.
+    """
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(-1).to(values.device)
+    return values.cumsum(-1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.scenes import PAPER_TASKS
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.rollout.local import sampling
+from megatron_vcr1.training.environment import use_deterministic_algorithms
 from megatron_vcr1.training.grpo.batch import split_into_minibatches
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.optimizer import Learner
@@ -85,6 +88,47 @@ def test_reference_stays_frozen_while_the_policy_trains(folder: Path, world: Non
         assert all(torch.equal(before[name], inside[name]) for name in before)
         assert all(torch.equal(after[name], weight) for name, weight in _weights(learner).items())
     assert kl[0] == kl[1] > 0  # the log-probs are bitwise the same
+
+
+class _CudaOperators(TorchDispatchMode):
+    """Refuses the operators for which CUDA has no deterministic algorithm (docs of use_deterministic_algorithms)."""
+
+    NONDETERMINISTIC = (
+        *("cumsum", "cumprod", "kthvalue", "median", "histc", "put_", "nll_loss2d", "ctc_loss", "embedding_bag"),
+        *("scatter_reduce", "index_reduce", "grid_sampler", "upsample", "reflection_pad", "replication_pad"),
+        *("adaptive_avg_pool", "adaptive_max_pool", "avg_pool3d", "max_unpool", "max_pool3d", "fractional_max_pool"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        self.names.add(name)
+        assert not name.startswith(self.NONDETERMINISTIC), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_deterministic_training_uses_no_operator_that_is_not(
+    folder: Path, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = do_step(build_trainer(config(folder))[1])
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    use_deterministic_algorithms()
+    try:
+        learner, trainer = build_trainer(config(folder))
+        assert learner.model.config.deterministic_mode
+        # Sampling has its own way on a GPU.
+        monkeypatch.setattr(sampling, "_cumulative_sum", lambda values: torch.from_numpy(values.numpy().cumsum(-1)))
+        with _CudaOperators() as operators:
+            found = do_step(trainer)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert len(operators.names) > 50
+    assert "embedding_dense_backward" not in operators.names
+    assert found["loss"] == expected["loss"] and found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("frozen", ["vision_tower", "merger", "language_model"])
