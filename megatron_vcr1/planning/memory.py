@@ -49,8 +49,8 @@ class Memory:
 
     @property
     def resident(self) -> float:
-        """Return the bytes that training keeps while the engine samples."""
-        return self.parameters + self.gradients + self.optimizer + self.reference + self.fixed
+        """Return the bytes that training keeps while the engine samples. The gradient buffers are released then."""
+        return self.parameters + self.optimizer + self.reference + self.fixed
 
     @property
     def largest_part(self) -> str:

@@ -195,7 +195,7 @@ def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) 
         return min(plans, key=lambda plan: plan.time.total)
     reason = (
         f"no room for an engine next to the {resident / 1e9:.0f} GB that training keeps while the engine samples "
-        "(weights, gradients, optimizer)"
+        "(weights, optimizer)"
     )
     return Refusal(layout.tensor, layout.pipeline, reason, needed_bytes)
 

@@ -91,6 +91,7 @@ class Learner:
                 takes part in the gradient reduction.
             loss: its scalar must be normalized by counts over all replicas (see `schedule.forward_backward`).
         """
+        self.restore_gradients()
         self.ddp_model.zero_grad_buffer()
         if self._overlapped is not None:
             self._overlapped.reset()
@@ -136,6 +137,14 @@ class Learner:
                 torch.nn.utils.clip_grads_with_norm_(
                     optimizer.get_parameters(), self.max_grad_norm, torch.tensor(grad_norm)
                 )
+
+    def release_gradients(self) -> None:
+        """Free the memory of the gradient buffers until `restore_gradients`, for servers that share the GPU."""
+        self.ddp_model.offload_grad_buffers()
+
+    def restore_gradients(self) -> None:
+        """Allocate the gradient buffers again, as zeros, if `release_gradients` has freed them."""
+        self.ddp_model.restore_grad_buffers(synchronize=False)
 
     def end_step(self) -> float:
         """Advance the learning rate after the updates of a step, and return the rate that they used."""

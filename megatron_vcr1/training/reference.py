@@ -34,8 +34,8 @@ class Reference:
     def prefetch(self) -> None:
         """Start to copy the weights to the device, in the order of the current CUDA stream; the host does not wait.
 
-        Call it early in a step. The update that follows `swapped_in` clears the gradient buffers; until then nothing
-        else may use them.
+        Call it early in a step, unless the gradient buffers' memory is released: then `swapped_in` copies. The update
+        that follows clears the gradient buffers; until then nothing else may use them.
         """
         for weights in self._weights:
             weights.prefetch()

@@ -142,6 +142,9 @@ def _build_grpo_trainer(config: RunConfig, learner: Learner, inputs: RunInputs) 
     stream, scorer = inputs.stream, inputs.scorer
     assert scorer is not None
     reference = Reference(learner.ddp_model, grpo.reference) if grpo.kl_coef > 0 else None
+    has_colocated_servers = rollout.engine == "sglang" and config.sglang.colocated
+    if has_colocated_servers:
+        learner.release_gradients()
     engine = _start_engine(config, learner, inputs)
     source: RolloutSource
     if grpo.one_step_off:
@@ -154,6 +157,7 @@ def _build_grpo_trainer(config: RunConfig, learner: Learner, inputs: RunInputs) 
         learner,
         source,
         reference,
+        releases_gradients=has_colocated_servers,
         data_sources=config.data.sources,
         frozen_parts=config.model.freeze,
         recompute=config.recompute,

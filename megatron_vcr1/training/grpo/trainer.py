@@ -40,6 +40,7 @@ class GrpoTrainer:
         source: RolloutSource,
         reference: Reference | None,
         *,
+        releases_gradients: bool,
         data_sources: Sequence[DataSource],
         frozen_parts: Collection[str],
         recompute: RecomputeSection,
@@ -51,6 +52,8 @@ class GrpoTrainer:
         Args:
             source: supplies each step's groups; the trainer closes it.
             reference: the frozen policy of the KL term. None without a KL term.
+            releases_gradients: whether the gradient buffers' memory is free while the engine samples, for colocated
+                servers. The caller has released it before it started the servers.
             data_sources: data.sources, for the records of rollouts.
             frozen_parts: model.freeze, for the FLOPs of an update, like recompute.
         """
@@ -58,6 +61,7 @@ class GrpoTrainer:
         self._model = learner.model
         self._source = source
         self._reference = reference
+        self._releases_gradients = releases_gradients
         self._data_sources = data_sources
         self._frozen_parts = frozen_parts
         self._recompute = recompute
@@ -70,9 +74,10 @@ class GrpoTrainer:
     def step(self, step: int, metrics: Metrics) -> StepResult:
         """Get scored groups from the rollout source and update the policy with the objective (equation 2)."""
         version = self._source.policy_version
-        if self._reference is not None:
+        if self._reference is not None and not self._releases_gradients:
             self._reference.prefetch()
         groups = self._source.next_groups(step, metrics)
+        self._learner.restore_gradients()
         # All replicas have the same number of minibatches, though some of a replica's may be empty. All ranks therefore
         # do the same number of updates, whose collectives need every rank.
         minibatches = self._make_minibatches(groups.kept, metrics)
@@ -90,6 +95,8 @@ class GrpoTrainer:
                 for batches in minibatches
             ]
             learning_rate = self._learner.end_step()
+        if self._releases_gradients:
+            self._learner.release_gradients()
         self._source.policy_updated(step, metrics)
         self._add_group_metrics(groups, version, metrics)
         return StepResult(

@@ -90,6 +90,30 @@ def test_reference_stays_frozen_while_the_policy_trains(folder: Path, world: Non
     assert kl[0] == kl[1] > 0  # the log-probs are bitwise the same
 
 
+def test_gradient_buffers_are_free_while_the_engine_samples_and_nothing_changes(
+    folder: Path, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Colocated servers use that memory."""
+    _, trainer = build_trainer(config(folder))
+    expected = [do_step(trainer, number) for number in (1, 2)]
+    learner, trainer = build_trainer(config(folder))
+    monkeypatch.setattr(trainer, "_releases_gradients", True)
+    learner.release_gradients()
+    sizes = []
+    for name in ("next_groups", "policy_updated"):
+        method = getattr(trainer._source, name)
+
+        def record(*args: Any, method: Any = method) -> Any:
+            sizes.append(sum(buffer.grad_data.untyped_storage().nbytes() for buffer in learner.ddp_model.buffers))
+            return method(*args)
+
+        monkeypatch.setattr(trainer._source, name, record)
+    found = [do_step(trainer, number) for number in (1, 2)]
+    assert sizes == [0] * 4
+    for key in ("loss", "grad_norm", "kl", "reward/total"):
+        assert [step[key] for step in found] == [step[key] for step in expected]
+
+
 class _CudaOperators(TorchDispatchMode):
     """Refuses the operators for which CUDA has no deterministic algorithm (docs of use_deterministic_algorithms)."""
 
