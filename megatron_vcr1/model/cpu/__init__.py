@@ -1,11 +1,10 @@
 """Code that is needed only on machines without CUDA, or without TransformerEngine and Apex.
 
-    cuda_emulation  megatron-core without CUDA, over gloo
-    adam            an AdamW that megatron-core can save and resume, where TransformerEngine and Apex are missing
-    weight_gradients
-                    weight gradients that are added to the gradient buffers in one matmul, where Apex is missing
-    decode          the decoder layers for one new token per response, without megatron-core's modules
-    skinny_linear   a fast matmul for a few rows
+    cuda_emulation    megatron-core without CUDA, over gloo
+    adam              an AdamW that megatron-core can save and resume, where TransformerEngine and Apex are missing
+    weight_gradients  weight gradients that are added to the gradient buffers in one matmul, where Apex is missing
+    decode            the decoder layers for one new token per response, without megatron-core's modules
+    skinny_linear     a fast matmul for a few rows
 
 Every program calls `install` once at start-up. Importing the package changes nothing.
 """
