@@ -30,6 +30,28 @@ class LayerFeatures:
         self.first_layer = first_layer
         self._gradient: Tensor | None = None
 
+    @classmethod
+    def split_off(
+        cls, received: Tensor, num_tokens: int, token_indices: Tensor, first_layer: int
+    ) -> tuple[Tensor, LayerFeatures]:
+        """Take the features off the hidden states that `append_to` has appended them to.
+
+        Args:
+            received: [num_tokens + layers * vision tokens, 1, hidden_size].
+            num_tokens: number of tokens.
+            token_indices, first_layer: as for LayerFeatures.
+
+        Returns:
+            The hidden states, [num_tokens, 1, hidden_size], and the features.
+        """
+        hidden, features = received.tensor_split((num_tokens,))
+        return hidden, cls(features.view(-1, len(token_indices), features.shape[-1]), token_indices, first_layer)
+
+    def append_to(self, hidden: Tensor, last_layer: int) -> Tensor:
+        """Append the features of the layers after `last_layer`, the stage's last, to its output."""
+        after = self.features[last_layer + 1 - self.first_layer :]
+        return torch.cat((hidden, after.flatten(0, 1)[:, None])) if len(after) else hidden
+
     def attach(self, hidden: Tensor) -> Tensor:
         """Return the input of the stage's first layer, [tokens, 1, hidden_size], so that gradients reach the features.
 
@@ -41,10 +63,6 @@ class LayerFeatures:
         """Add the features of a layer to its output, [tokens, 1, hidden_size]; returns it unchanged after the last."""
         index = layer_number - self.first_layer
         return _Add.apply(hidden, self, index) if index < len(self.features) else hidden
-
-    def after(self, layer_number: int) -> Tensor:
-        """Return the features of the layers after this one, [layers, vision tokens, hidden_size]."""
-        return self.features[layer_number + 1 - self.first_layer :]
 
     def store_gradient(self, index: int, gradient: Tensor) -> None:
         """Store the gradient of one layer's features, [vision tokens, hidden_size]."""

@@ -156,7 +156,7 @@ class VideoLanguageModel(MegatronModule):
                 ),
             )
         if not self.post_process:
-            return hidden if features is None else self._append_features(hidden, features)
+            return hidden if features is None else features.append_to(hidden, decoder.layers[-1].layer_number)
         if selects:
             return hidden[:, 0]
         if self.config.sequence_parallel:
@@ -194,21 +194,14 @@ class VideoLanguageModel(MegatronModule):
 
     def _received(self, batch: PackedBatch) -> tuple[Tensor, LayerFeatures | None]:
         """Return the previous stage's hidden states, and the vision features that came with them."""
-        received, num_layers = self.language_model.decoder.input_tensor, self._num_feature_layers()
-        if not num_layers:
-            return received, None
+        decoder = self.language_model.decoder
+        if not self._num_feature_layers():
+            return decoder.input_tensor, None
         _, token_indices = self._vision_tokens(batch)
         if not len(token_indices):
-            return received, None
-        hidden, features = received.tensor_split((self._num_tokens(batch),))
-        features = features.view(num_layers, len(token_indices), -1)
-        first_layer = self.language_model.decoder.layers[0].layer_number
-        return hidden, LayerFeatures(features, token_indices, first_layer)
-
-    def _append_features(self, hidden: Tensor, features: LayerFeatures) -> Tensor:
-        """Append the features that later stages add to this stage's output; `_received` takes them off again."""
-        after = features.after(self.language_model.decoder.layers[-1].layer_number)
-        return torch.cat((hidden, after.flatten(0, 1)[:, None])) if len(after) else hidden
+            return decoder.input_tensor, None
+        first_layer = decoder.layers[0].layer_number
+        return LayerFeatures.split_off(decoder.input_tensor, self._num_tokens(batch), token_indices, first_layer)
 
     def _embed(self, batch: PackedBatch) -> tuple[Tensor, LayerFeatures | None]:
         """Embed the tokens, with vision features in place of the pads.

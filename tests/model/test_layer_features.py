@@ -50,7 +50,9 @@ def test_gradients_equal_autograd(run: Callable[..., Tensor], num_stages: int) -
     x, current = first.attach(x), first
     for number, weight in enumerate(weights, 1):
         if number == 3 and num_stages == 2:  # the next stage gets the features that are left
-            current = LayerFeatures(first.after(2), INDICES, first_layer=3)
+            sent = first.append_to(x, 2)
+            assert sent.shape == (6 + 3, 1, 4)
+            x, current = LayerFeatures.split_off(sent, 6, INDICES, first_layer=3)
             x = current.attach(x)
 
         def layer(x: Tensor, weight: Tensor = weight, number: int = number, source: LayerFeatures = current) -> Tensor:
@@ -67,4 +69,4 @@ def test_layers_after_the_last_feature_are_unchanged() -> None:
     hidden, source, _ = _tensors()
     features = LayerFeatures(_features(source), INDICES, first_layer=1)
     assert features.add(hidden, 3) is hidden
-    assert len(features.after(2)) == 0
+    assert features.append_to(hidden, 2) is hidden
