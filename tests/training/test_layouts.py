@@ -68,9 +68,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with a model whose head is tied to its embedding: the first and the last stage both hold it."""
-    folder = workspace.create(tmp_path_factory.mktemp("tied"), family="qwen2_vl", num_videos=12)
-    assert train(_config(folder, "sft", "alone", {})) == 0
+    """A workspace with a model whose head is tied to its embedding: the first and the last stage both hold it.
+
+    Three of its four layers add vision features, which therefore travel to the second stage.
+    """
+    folder = workspace.create(tmp_path_factory.mktemp("tied"), family="qwen3_vl", num_videos=12)
+    for stage in ("sft", "grpo"):
+        assert train(_config(folder, stage, "alone", {})) == 0
     return folder
 
 
@@ -98,10 +102,13 @@ def test_sft_curve_matches_a_single_process(folder: Path, gloo_pool: GlooPool, l
     _check_curve(config.train.run_dir, folder / "runs" / "sft-alone", ())
 
 
-def test_sft_curve_with_tied_embeddings_matches_in_a_pipeline(tied_folder: Path, gloo_pool: GlooPool) -> None:
-    config = _config(tied_folder, "sft", "pp2", LAYOUTS["tp2-pp2"])
+@pytest.mark.parametrize("stage, layout", [("sft", "tp2-pp2"), ("grpo", "tp2-pp2-sp-recompute")])
+def test_curves_with_tied_embeddings_and_deepstack_match_in_a_pipeline(
+    tied_folder: Path, gloo_pool: GlooPool, stage: str, layout: str
+) -> None:
+    config = _config(tied_folder, stage, layout, LAYOUTS[layout])
     assert gloo_pool.run(_train, config) == [0] * 4
-    _check_curve(config.train.run_dir, tied_folder / "runs" / "sft-alone", ())
+    _check_curve(config.train.run_dir, tied_folder / "runs" / f"{stage}-alone", ())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
