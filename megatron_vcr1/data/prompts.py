@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput, encode_messages
 from megatron_vcr1.data.frame_rules import PixelOptions
 from megatron_vcr1.data.images import read_image
+from megatron_vcr1.data.messages import Message
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, build_messages
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
@@ -63,16 +65,20 @@ def prepare_sample(
     """
     options = dict(video_options or {})
 
-    def encode(limits: Sequence[Mapping[str, int]] = ()) -> EncodedPrompt:
-        messages = build_messages(sample, templates, thinking=thinking, video_options=options, limits=limits)
+    def messages(limits: Sequence[Mapping[str, int]] = ()) -> list[dict[str, Any]]:
+        return build_messages(sample, templates, thinking=thinking, video_options=options, limits=limits)
+
+    def encode(messages: Sequence[Message]) -> EncodedPrompt:
         return encode_messages(messages, processor, read=read, read_image=read_image)
 
-    prompt = encode()
+    prompt = encode(messages())
     num_tokens = len(prompt.token_ids)
     reduction = None
     if num_tokens > max_tokens:
         full = prompt.vision
-        prompt = encode(_limits(prompt, max_tokens, processor, options))
+        num_text_tokens = len(processor.tokenize_conversation(messages())) - len(full)
+        limits = _limits(prompt, max(max_tokens - num_text_tokens, 1), processor, options)
+        prompt = encode(messages(limits))
         if len(prompt.token_ids) > max_tokens:
             raise PromptTooLongError(_too_long(sample, num_tokens, len(prompt.token_ids), max_tokens))
         changes = "; ".join(_size_change(before, after) for before, after in zip(full, prompt.vision, strict=True))
@@ -85,12 +91,11 @@ def prepare_sample(
 
 
 def _limits(
-    prompt: EncodedPrompt, max_tokens: int, processor: PromptProcessor, options: Mapping[str, float]
+    prompt: EncodedPrompt, max_media_tokens: int, processor: PromptProcessor, options: Mapping[str, float]
 ) -> list[dict[str, int]]:
-    """Return options for each image and video that make the prompt fit. All media shrink by the same factor."""
+    """Return options for each image and video with which they fit. All of them shrink by the same factor."""
     sizes = [item.num_tokens(processor.merge_size) for item in prompt.vision]
     sizes = [size + _num_stamp_tokens(item, processor) for size, item in zip(sizes, prompt.vision, strict=True)]
-    max_media_tokens = max(max_tokens - len(prompt.token_ids) + sum(sizes), 1)
     limits = []
     for item, size in zip(prompt.vision, sizes, strict=True):
         max_item_tokens = max_media_tokens * size // sum(sizes)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
+from megatron_vcr1.data.frame_rules import PixelOptions, WholeVideoRules
 from megatron_vcr1.data.prompts import PromptTooLongError, prepare_sample, reduced_video_options
 from megatron_vcr1.data.synthesize import write_video
 from megatron_vcr1.data.templates import PromptTemplates, build_messages, load_templates
@@ -132,6 +134,36 @@ def test_reduced_video_options_keep_the_token_limit(num_frames: int, max_video_t
     video = FakeVideo(num_frames, 4096)("v", factor=processor.factor, **{**options, **changes})
     tokens = len(video.frames) // 2 * (video.frames.shape[1] // processor.factor) ** 2
     assert tokens <= max_video_tokens
+
+
+@pytest.mark.parametrize("num_frames", [5, 24, 61])
+@pytest.mark.parametrize("max_video_tokens", [60, 200, 1500])
+def test_time_stamps_count_in_the_token_limit(
+    templates: PromptTemplates, num_frames: int, max_video_tokens: int
+) -> None:
+    rules = WholeVideoRules(min_video_pixels=4096, max_video_pixels=2**24)
+    processor = replace(tiny_processor(16), timestamps_as_text=True, frame_rules=rules)
+
+    def read(path: str, *, factor: int, rules: WholeVideoRules, **options: Any) -> VideoFrames:
+        number = min(num_frames, options.get("max_frames", num_frames))
+        pixels = PixelOptions(options.get("total_pixels"), options.get("min_pixels"))
+        height, width = rules.frame_size(number, 480, 640, factor=factor, options=pixels)
+        times = tuple(2.0 * index for index in range(number))
+        return VideoFrames(torch.zeros(number, height, width, 3, dtype=torch.uint8), times, 2.0 * number, "fake")
+
+    limit = num_text_tokens(templates) + max_video_tokens
+    prepared = prepare_sample(
+        sample("quality"),
+        templates,
+        processor,
+        thinking=False,
+        max_tokens=limit,
+        video_options={"min_frames": 2},
+        read=read,
+    )
+    assert len(prepared.prompt.token_ids) <= limit
+    (video,) = prepared.prompt.vision
+    assert video.num_tokens(2) * 4 >= video.grid_thw[0] * 16  # a temporal patch keeps a quarter of 16 tokens at least
 
 
 def test_only_the_clip_of_a_file_is_shown(templates: PromptTemplates, tmp_path: Path) -> None:
