@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
@@ -63,19 +64,24 @@ class DeepStackTower(VisionTower):
         return ModuleSequence(self.config, segments)
 
     def add_positions(self, embedded: Tensor, grids: Sequence[Grid]) -> Tensor:
-        return embedded + torch.cat([self._positions(grid).to(embedded.dtype) for grid in grids])
+        # All temporal steps of an input have the same positions.
+        inputs = embedded.split([math.prod(grid) for grid in grids])
+        parts = [
+            part.view(num_steps, height * width, -1) + self._positions(height, width).to(embedded.dtype)
+            for part, (num_steps, height, width) in zip(inputs, grids, strict=True)
+        ]
+        return torch.cat([part.flatten(0, 1) for part in parts])
 
-    def _positions(self, grid: Grid) -> Tensor:
-        """Interpolate the learned positions to a grid of patches, float32 [patches, hidden_size].
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Interpolate the learned positions to the patches of a temporal step, float32 [patches, hidden_size].
 
-        The corners of the two grids coincide. Patches are ordered by merge unit; all temporal steps have the same.
+        The corners of the two grids coincide. Patches are ordered by merge unit.
         """
-        num_steps, height, width = grid
         side, merge = self.vision.positions_per_side, self.vision.merge_size
         table = self.position_embedding.float().view(1, side, side, -1).permute(0, 3, 1, 2)
         positions = F.interpolate(table, size=(height, width), mode="bilinear", align_corners=True)[0]
         units = positions.view(-1, height // merge, merge, width // merge, merge).permute(1, 3, 2, 4, 0)
-        return units.flatten(0, 3).repeat(num_steps, 1)
+        return units.flatten(0, 3)
 
     def run_layers(self, hidden: Tensor, layout: AttentionLayout) -> list[Tensor]:
         states = []
