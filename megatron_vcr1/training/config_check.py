@@ -99,6 +99,7 @@ def _layout(config: RunConfig, size: JobSize) -> tuple[str, str]:
     model, parallel = read_model_config(config, size.num_ranks), config.parallel
     replicas = size.num_ranks // parallel.ranks_per_replica
     text = f"{model.family.title}, {model.text.num_layers} layers; tensor {parallel.tensor} x "
+    text += f"context {parallel.context} x " if parallel.context > 1 else ""
     text += f"pipeline {parallel.pipeline} x {replicas} replicas"
     if parallel.tensor > size.gpus_per_node or size.gpus_per_node % parallel.tensor:
         return "warning", f"{text}: tensor-parallel groups cross nodes of {size.gpus_per_node} GPUs, which is slow"
