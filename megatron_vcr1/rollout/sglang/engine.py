@@ -210,18 +210,24 @@ class SglangEngine:
 
         Each pass runs: a broadcast of the outcome of `_begin_pass`; the collectives that gather the tensors, in which
         the leader also sends them; a broadcast of whether a server has the weights.
+
+        Servers keep their memory afterwards: nothing trains before they sample, and to release and resume their weights
+        and cache would move them through the host for nothing.
         """
+        is_synced = False
         try:
             for _ in range(MAX_SYNC_PASSES):
                 collectives.broadcast_within_replica(self._begin_pass)
                 for bucket in split_into_buckets(tensors, self._section.weight_sync_bucket_mb * 2**20):
                     self._weight_sync.send(bucket)  # does nothing on other ranks than the leader
-                if collectives.broadcast_within_replica(self._weight_sync.end):
+                is_synced = collectives.broadcast_within_replica(self._weight_sync.end)
+                if is_synced:
                     return
                 if iter(tensors) is tensors:
                     break  # an iterator, which is exhausted now
         finally:
-            self._memory.release()
+            if not is_synced:
+                self._memory.release()
         raise EngineError(f"no SGLang server took over the weights of version {self._version}; the log says why")
 
     def _begin_pass(self) -> None:

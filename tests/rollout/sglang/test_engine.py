@@ -203,6 +203,19 @@ def test_memory_release_and_resume(start_engine: Start, model: VideoLanguageMode
     assert largest_difference(model, sent, engine.generate(sent, SamplingParams(8))) < TOLERANCE
 
 
+def test_memory_stays_from_the_weight_sync_to_the_end_of_the_rollout(
+    start_engine: Start, model: VideoLanguageModel, serving: Serving
+) -> None:
+    engine = start_engine()
+    engine._memory = MemoryRelease([serving.url], None, timeout_s=60)
+    for version in (1, 2):
+        engine.update_weights(stream_hf_tensors(model), version)
+        assert not weight_version(serving.url).startswith(RELEASED)
+        engine.generate(requests(1), SamplingParams(4))
+        assert weight_version(serving.url).startswith(RELEASED)
+    engine._memory.resume()
+
+
 def test_memory_that_a_killed_run_left_released_is_resumed(
     start_engine: Start, model: VideoLanguageModel, serving: Serving
 ) -> None:
