@@ -264,6 +264,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"vision_config": {"fullatt_block_indexes": [-1]}}, "fullatt_block_indexes is [-1]; it must be a list"),
     ({"vision_config": {"tokens_per_second": 0}}, "tokens_per_second is 0; it must be an integer"),
     ({"vision_config": {"in_channels": 1}}, "in_channels is 1; it must be 3"),
+    ({"vision_config": {"rope_parameters": {"rope_theta": 1e6}}}, "rope_theta is 1000000.0; it must be 10000"),
     ({"image_token_id": "190"}, "image_token_id is '190'; it must be an integer"),
     ({"image_token_id": 204}, "image_token_id is 204; it must be below vocab_size, which is 204"),
     ({"video_token_id": -1}, "video_token_id is -1; it must be an integer"),

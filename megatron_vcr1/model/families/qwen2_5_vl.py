@@ -14,7 +14,7 @@ from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.model.config import VisionConfig, mlp_padding
 from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.families.qwen2_common import PIXEL_MEAN, PIXEL_STD, Qwen2Family
-from megatron_vcr1.model.families.reading import MAX_LAYERS
+from megatron_vcr1.model.families.reading import MAX_LAYERS, check_vision_keys
 from megatron_vcr1.model.mrope import vision_positions
 from megatron_vcr1.model.vision import VisionTower, vision_block
 
@@ -70,9 +70,7 @@ class Qwen25VL(Qwen2Family):
 
     def read_vision(self, raw: Fields, text_hidden_size: int) -> VisionConfig:
         # Published files omit keys that have the family's default values (depth 32, 16 heads, patches of 2 x 14 x 14).
-        for key, supported in (("in_channels", 3), ("in_chans", 3), ("hidden_act", "silu")):
-            if raw.values.get(key, supported) != supported:
-                raise raw.error(key, f"must be {supported!r}; no other value is supported")
+        check_vision_keys(raw, hidden_act="silu")
         full_attention: tuple[int, ...] = (7, 15, 23, 31)
         if "fullatt_block_indexes" in raw:
             full_attention = raw.integers("fullatt_block_indexes", below=MAX_LAYERS)

@@ -12,7 +12,7 @@ from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.model.config import VisionConfig
 from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.families.qwen2_common import PIXEL_MEAN, PIXEL_STD, Qwen2Family
-from megatron_vcr1.model.families.reading import MAX_LAYERS
+from megatron_vcr1.model.families.reading import MAX_LAYERS, check_vision_keys
 from megatron_vcr1.model.mrope import vision_positions
 from megatron_vcr1.model.vision import VisionTower
 
@@ -26,9 +26,7 @@ class Qwen2VL(Qwen2Family):
 
     def read_vision(self, raw: Fields, text_hidden_size: int) -> VisionConfig:
         # Published files omit keys that have the family's default values (depth 32, 16 heads, patches of 2 x 14 x 14).
-        for key, supported in (("in_channels", 3), ("in_chans", 3), ("hidden_act", "quick_gelu")):
-            if raw.values.get(key, supported) != supported:
-                raise raw.error(key, f"must be {supported!r}; no other value is supported")
+        check_vision_keys(raw, hidden_act="quick_gelu")
         hidden_size = raw.integer("embed_dim", 1280)
         return VisionConfig(
             num_layers=raw.integer("depth", 32, maximum=MAX_LAYERS),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.model.config import TextConfig, Yarn
+from megatron_vcr1.model.vision import ROTARY_BASE
 
 MAX_LAYERS = 4096
 IMAGE_PAD_ID, VIDEO_PAD_ID = 151655, 151656
@@ -100,6 +101,24 @@ def embeddings_are_tied(raw: Fields) -> bool:
     transformers 4.52 to 4.57 wrote the key, which concerns the whole model, to ``text_config`` only.
     """
     return any([part.boolean("tie_word_embeddings") for part in (raw, raw.section("text_config"))])
+
+
+def check_vision_keys(raw: Fields, *, hidden_act: str) -> None:
+    """Refuse values of ``vision_config`` that are the same in all published models of a family.
+
+    Args:
+        raw: its keys.
+        hidden_act: the family's activation.
+
+    Raises:
+        UserError: a key has another value.
+    """
+    for key, supported in (("in_channels", 3), ("in_chans", 3), ("hidden_act", hidden_act)):
+        if raw.values.get(key, supported) != supported:
+            raise raw.error(key, f"must be {supported!r}; no other value is supported")
+    rope = raw.section("rope_parameters")
+    if rope.number("rope_theta", ROTARY_BASE) != ROTARY_BASE:
+        raise rope.error("rope_theta", f"must be {ROTARY_BASE:g}; no other value is supported")
 
 
 def pad_id(raw: Fields, key: str, default: int, vocab_size: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.model.config import VisionConfig, mlp_padding
-from megatron_vcr1.model.families.reading import MAX_LAYERS
+from megatron_vcr1.model.families.reading import MAX_LAYERS, check_vision_keys
 
 _PUBLISHED_LAYERS = (8, 16, 24)
 
@@ -31,9 +31,7 @@ def read_vision_config(raw: Fields, num_text_layers: int) -> Qwen3VisionConfig:
     Raises:
         UserError: a key is missing or has a value that is not supported; the message names the key.
     """
-    for key, supported in (("in_channels", 3), ("hidden_act", "gelu_pytorch_tanh")):
-        if raw.values.get(key, supported) != supported:
-            raise raw.error(key, f"must be {supported!r}; no other value is supported")
+    check_vision_keys(raw, hidden_act="gelu_pytorch_tanh")
     num_layers = raw.integer("depth", maximum=MAX_LAYERS)
     num_positions = raw.integer("num_position_embeddings")
     if math.isqrt(num_positions) ** 2 != num_positions:
