@@ -71,6 +71,7 @@ class Measured:
         groups = min(case["microbatch_tokens"] // job.group_tokens, job.prompts_per_step // raw["replicas"])
         layout = Layout(
             tensor=case["tensor"],
+            context=case["context"],
             pipeline=case["pipeline"],
             replicas=raw["replicas"],
             sequence_parallel=case["sequence_parallel"],

@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_layout_arguments(parser)
     parser.add_argument(
+        "--context", type=positive, default=1, metavar="N", help="context-parallel ranks of our model (default: 1)"
+    )
+    parser.add_argument(
         "--sides",
         nargs="+",
         choices=SIDES,
@@ -118,7 +121,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure memory and gradients of every side first, then their seconds in turns; each run is a new process."""
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
-    num_processes = args.tensor * args.pipeline * args.replicas
+    num_processes = args.tensor * args.context * args.pipeline * args.replicas
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, num_processes)
     (folder / "case.json").write_text(case.to_json())
     result_file = folder / "result.json"
@@ -152,7 +155,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def measure_in_job(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """Measure our side on the ranks of torchrun or srun. The first rank returns the result, the others None."""
-    args.replicas = mesh.launched_world_size() // (args.tensor * args.pipeline)  # check_layout rejects a remainder
+    # check_layout rejects a remainder.
+    args.replicas = mesh.launched_world_size() // (args.tensor * args.context * args.pipeline)
     case = _write_case(args, folder)
     config = model_config(case.model_dir)
     check_layout(config.shape, case.run_config.parallel, case.run_config.recompute, mesh.launched_world_size())
@@ -238,7 +242,7 @@ def _flops(case: UpdateCase, work: Workload) -> dict[str, float]:
 
 def report(result: dict[str, Any]) -> None:
     ours, case = result["sides"][OURS], result["case"]
-    num_devices = case["tensor"] * case["pipeline"] * result["replicas"]
+    num_devices = case["tensor"] * case["context"] * case["pipeline"] * result["replicas"]
     flops, peak = result["flops"], bf16_peak(result["device"])
     useful = flops["ours"]["total"]
     hardware = useful + flops["ours"]["recomputed"]

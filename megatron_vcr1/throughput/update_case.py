@@ -36,6 +36,7 @@ class UpdateCase:
     max_grad_norm: float = 1.0
     microbatch_tokens: int = 16384
     tensor: int = 1
+    context: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
     first_stage_layers: int | None = None
@@ -50,6 +51,7 @@ class UpdateCase:
         """Return the layout of one replica."""
         return Layout(
             tensor=self.tensor,
+            context=self.context,
             pipeline=self.pipeline,
             sequence_parallel=self.sequence_parallel,
             first_stage_layers=self.first_stage_layers,

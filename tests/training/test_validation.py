@@ -134,7 +134,7 @@ def test_validation_changes_nothing_in_training(folder: Path, alone: Path) -> No
     assert validations == [] and steps == _curves(alone)[0]
 
 
-@pytest.mark.parametrize(("stage", "parallel"), [("grpo", {"tensor": 2}), ("sft", {"pipeline": 2})])
+@pytest.mark.parametrize(("stage", "parallel"), [("grpo", {"tensor": 2, "context": 2}), ("sft", {"pipeline": 2})])
 def test_all_layouts_validate_with_the_same_responses(
     folder: Path, gloo_pool: GlooPool, stage: str, parallel: dict[str, int]
 ) -> None:
