@@ -1,4 +1,4 @@
-"""Properties of the kernels compiled for H100, H200 and B200, checked without a GPU; see compile_for_hopper.py."""
+"""Properties of the kernels, compiled for H100, H200 and B200 without a GPU by kernels/benchmarks/compiled.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def capability(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def report(capability: int) -> dict[str, dict[str, Any]]:
-    script = Path(__file__).with_name("compile_for_hopper.py")
     kernels = Path(__file__).parents[2] / "kernels"
+    script = kernels / "benchmarks" / "compiled.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(kernels), environment.get("PYTHONPATH", "")])
     process = subprocess.run(
@@ -69,6 +70,20 @@ def test_swiglu_moves_16_bytes_at_a_time_at_every_published_size(report: dict[st
     for name in ("_swiglu_kernel", "_swiglu_backward_kernel"):
         assert (report[name]["compiled"], report[name]["narrow_accesses"]) == (1, 0)
     assert report["_frames_to_patches_kernel"]["narrow_accesses"] > 0  # it loads bytes
+
+
+def test_registers_and_instructions_are_not_more_than_recorded(
+    capability: int, report: dict[str, dict[str, Any]]
+) -> None:
+    file = Path(__file__).parents[2] / f"kernels/benchmarks/results/compiled_sm{capability}.json"
+    if not file.exists():
+        pytest.skip(f"nothing is recorded for compute capability {capability / 10}")
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    if recorded["triton"] != metadata.version("triton"):
+        pytest.skip(f"recorded with triton {recorded['triton']}")
+    for name, kernel in recorded["kernels"].items():
+        assert report[name]["registers"] <= kernel["registers"], name
+        assert report[name]["instructions"] <= 1.02 * kernel["instructions"], name
 
 
 def test_attention_uses_the_tensor_cores(report: dict[str, dict[str, Any]]) -> None:

@@ -1,28 +1,38 @@
-"""Compile every kernel that the ops launch, without a GPU. test_hopper.py runs this in processes of its own.
+#!/usr/bin/env python3
+"""Compile every kernel that the ops launch, without a GPU, and report registers, spills and instructions.
 
-    python compile_for_hopper.py 90       # or 100 for Blackwell: the GPU's compute capability, times 10
+    python kernels/benchmarks/compiled.py 90       # or 100 for Blackwell: the GPU's compute capability, times 10
+    python kernels/benchmarks/compiled.py 90 --record      # also writes results/compiled_sm90.json
 
 The launch functions run on CPU tensors. The launch itself is replaced by a compilation with exactly the argument types
-and specializations that a real launch would have. Prints one JSON object.
+and specializations that a real launch would have. Prints one JSON object. A test compares the numbers with the recorded
+ones: record them again, with the reason in the commit, after a change that raises them.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-import vcr1_kernels as vk
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+if __name__ == "__main__":  # the benchmarks are not installed; they are imported from the folder of the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import vcr1_kernels as vk
 from vcr1_kernels import backend
 
 # FFN sizes of the published language models, and of their vision towers as they are in training.
@@ -103,13 +113,32 @@ def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
         )
 
 
-def num_spilling_instructions(cubin: bytes) -> int:
-    """Count the loads and stores of local memory, where the compiler puts values that do not fit into registers."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        return len(re.findall(r"\b(?:LDL|STL)\b", subprocess.check_output(command, text=True)))
+@dataclass(frozen=True)
+class MachineCode:
+    """What the assembler made of one kernel.
+
+    Attributes:
+        registers: per thread.
+        instructions: in the whole kernel.
+        spills: loads and stores of local memory, where the compiler puts values that do not fit into registers.
+    """
+
+    registers: int
+    instructions: int
+    spills: int
+
+    @classmethod
+    def of(cls, cubin: bytes) -> MachineCode:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+            text = subprocess.check_output(command, text=True)
+        return cls(
+            registers=max(map(int, re.findall(r"\bREG:(\d+)", text))),
+            instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", text, re.MULTILINE)),
+            spills=len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        )
 
 
 def num_narrow_accesses(ptx: str) -> int:
@@ -125,12 +154,17 @@ def main() -> None:
     # Whatever is compiled after this point was compiled only because lengths, alignment or temperature differ.
     num_compiled = {name: len(kernels) for name, kernels in compiled.items()}
     run_every_op(93, torch.bfloat16)
+    codes = {
+        name: [MachineCode.of(kernel.asm["cubin"]) for kernel in kernels.values()] for name, kernels in compiled.items()
+    }
     report = {
         name: {
             "compiled": num_compiled[name],
             "recompiled": len(kernels) - num_compiled[name],
             "shared_bytes": max(kernel.metadata.shared for kernel in kernels.values()),
-            "spills": sum(num_spilling_instructions(kernel.asm["cubin"]) for kernel in kernels.values()),
+            "registers": max(code.registers for code in codes[name]),
+            "instructions": max(code.instructions for code in codes[name]),
+            "spills": sum(code.spills for code in codes[name]),
             "narrow_accesses": sum(num_narrow_accesses(kernel.asm["ptx"]) for kernel in kernels.values()),
             "tensor_cores": all(
                 re.search("wgmma|tcgen05", kernel.asm["ptx"]) is not None for kernel in kernels.values()
@@ -139,6 +173,10 @@ def main() -> None:
         for name, kernels in compiled.items()
     }
     print(json.dumps(report))
+    if "--record" in sys.argv:
+        record = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "kernels": report}
+        path = Path(__file__).parent / "results" / f"compiled_sm{TARGET.arch}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
