@@ -15,7 +15,7 @@ from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.data.images import read_image
 from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import prepare_sample
+from megatron_vcr1.data.prompts import CheckPromptFn, prepare_sample
 from megatron_vcr1.data.templates import PromptTemplates
 from megatron_vcr1.data.video import VideoFrames, VideoPath, read_frames
 from megatron_vcr1.data.video_cache import VideoCache
@@ -24,11 +24,14 @@ from megatron_vcr1.data.video_process import VideoReader
 _BYTES_PER_MB = 1 << 20
 
 
-def build_prepare_fns(section: DataSection, templates: PromptTemplates, processor: PromptProcessor) -> list[PrepareFn]:
+def build_prepare_fns(
+    section: DataSection, templates: PromptTemplates, processor: PromptProcessor, check: CheckPromptFn | None = None
+) -> list[PrepareFn]:
     """Build a function for each source that decodes and encodes its samples; the sources share cached videos."""
     reader = CachedVideoReader(section)
     return [
-        build_prepare_fn(section, templates, processor, reader, thinking=source.thinking) for source in section.sources
+        build_prepare_fn(section, templates, processor, reader, thinking=source.thinking, check=check)
+        for source in section.sources
     ]
 
 
@@ -39,14 +42,19 @@ def build_prepare_fn(
     reader: CachedVideoReader,
     *,
     thinking: bool,
+    check: CheckPromptFn | None = None,
 ) -> PrepareFn:
-    """Build the function that decodes and encodes a sample with the settings of [data]; it can be pickled."""
+    """Build the function that decodes and encodes a sample with the settings of [data].
+
+    It can be pickled if `check` can be.
+    """
     return partial(
         prepare_sample,
         templates=templates,
         processor=processor,
         thinking=thinking,
         max_tokens=section.max_prompt_tokens,
+        check=check,
         video_options=video_options(section),
         read=reader.read_frames,
         read_image=reader.read_image,

@@ -15,12 +15,17 @@ from megatron_vcr1.data.messages import Message
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.templates import PromptTemplates, build_messages
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import task_of
 from megatron_vcr1.types import Sample
 
 
 class PromptTooLongError(ValueError):
     """Raised if a prompt does not fit even with its media at the smallest size; the message names the sample."""
+
+
+CheckPromptFn = Callable[[EncodedPrompt], None]
+"""Raises UserError if the model cannot take a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ def prepare_sample(
     *,
     thinking: bool,
     max_tokens: int,
+    check: CheckPromptFn | None = None,
     video_options: Mapping[str, float] | None = None,
     read: Callable[..., VideoFrames] = read_frames,
     read_image: Callable[[str], Tensor] = read_image,
@@ -55,13 +61,14 @@ def prepare_sample(
         processor: the model's processor.
         thinking: whether to ask for reasoning before the answer.
         max_tokens: token limit of the prompt, text and media together.
+        check: checks the prompt that fits into `max_tokens`.
         video_options: options of `read_frames`, for each video.
         read: function that decodes a video, with the signature of `read_frames`.
         read_image: function that decodes an image, with the signature of `images.read_image`.
 
     Raises:
         VideoError: a video or image cannot be read, or a video has fewer frames than tracking has boxes.
-        PromptTooLongError: the prompt does not fit at any size; names the sample.
+        PromptTooLongError: the prompt does not fit at any size, or `check` refuses it; names the sample.
     """
     options = dict(video_options or {})
 
@@ -83,6 +90,11 @@ def prepare_sample(
             raise PromptTooLongError(_too_long(sample, num_tokens, len(prompt.token_ids), max_tokens))
         changes = "; ".join(_size_change(before, after) for before, after in zip(full, prompt.vision, strict=True))
         reduction = f"{num_tokens} prompt tokens lowered to {len(prompt.token_ids)}: {changes}"
+    if check is not None:
+        try:
+            check(prompt)
+        except UserError as error:
+            raise PromptTooLongError(f"sample {sample.id}: {error}") from error
     if sample.video is not None:
         num_frames = len(prompt.vision[sample.media.index(sample.video)].frames)
         if fault := task_of(sample).frames_fault(sample, num_frames):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from megatron_vcr1.evaluation.provenance import (
 )
 from megatron_vcr1.judge import Judge
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.mrope import check_prompt
 from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.collectives import run_on_first_rank
@@ -102,13 +104,14 @@ def evaluate_model(config: RunConfig) -> list[BenchmarkResult]:
             if mesh.is_first_rank_on_host():
                 warn_if_shared_memory_is_small(config.data, processor, num_readers=mesh.num_leaders_on_host())
             engine = _start_engine(config, model_config, processor, tokens)
+            check = partial(check_prompt, config=model_config)
             try:
                 for job, indices in zip(jobs, missing, strict=True):
                     samples = [job.samples[index] for index in indices]
                     predictor = Predictor(
                         engine,
                         processor,
-                        prepare_fn_of_job(job, config.data, templates[job.label], processor),
+                        prepare_fn_of_job(job, config.data, templates[job.label], processor, check),
                         max_new_tokens=config.evaluate.max_new_tokens,
                         prompts_per_batch=config.evaluate.prompts_per_batch,
                         num_workers=config.data.num_workers,

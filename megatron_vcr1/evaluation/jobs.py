@@ -12,6 +12,7 @@ from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.preparation import CachedVideoReader, build_prepare_fn
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.prompts import CheckPromptFn
 from megatron_vcr1.data.templates import PromptTemplates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmark_result import needs_judge
@@ -95,7 +96,8 @@ def judge_for_jobs(jobs: Sequence[BenchmarkJob], section: JudgeSection, cache: P
 
 
 def prepare_fn_of_job(
-    job: BenchmarkJob, data: DataSection, templates: PromptTemplates, processor: PromptProcessor
+    job: BenchmarkJob, data: DataSection, templates: PromptTemplates, processor: PromptProcessor, check: CheckPromptFn
 ) -> PrepareFn:
     """Build the function that decodes and encodes the samples of a benchmark."""
-    return build_prepare_fn(data, templates, processor, CachedVideoReader(data), thinking=job.source.thinking)
+    reader = CachedVideoReader(data)
+    return build_prepare_fn(data, templates, processor, reader, thinking=job.source.thinking, check=check)

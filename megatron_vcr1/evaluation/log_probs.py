@@ -1,4 +1,4 @@
-"""Computes per-token log-probs of given responses, at any tensor- and pipeline-parallel size (`vcr1 score`)."""
+"""Computes per-token log-probs of given responses in any parallel layout (`vcr1 score`)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.context_shard import pack_for_rank
+from megatron_vcr1.model.mrope import check_prompt
 from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import collectives, mesh, schedule
@@ -92,7 +93,7 @@ def write_log_probs(run: RunConfig, data: Path, out: Path, *, temperature: float
     """Compute the log-probs of a file of requests. All ranks of the job call this.
 
     The rows are in the order of the requests: ``{"id", "token_ids", "log_probs"}``, or ``{"id", "error"}`` for a
-    request that cannot be encoded, for example because its video cannot be read. The file appears under its name when
+    request that cannot be computed, for example because its video cannot be read. The file appears under its name when
     it is complete.
 
     Args:
@@ -166,16 +167,19 @@ class LogProbScorer:
             return FailedRequest(
                 request.id, f"token id {int(token_ids.max())} is not in the vocabulary of {vocab_size}"
             )
-        return Group(request.id, encode_messages(request.messages, self.processor), (token_ids,))
+        prompt = encode_messages(request.messages, self.processor)
+        try:
+            check_prompt(prompt, self.model.model_config, len(token_ids) - 1)
+        except UserError as error:
+            return FailedRequest(request.id, str(error))
+        return Group(request.id, prompt, (token_ids,))
 
     def _log_probs(self, ready: Sequence[Group]) -> dict[str, dict[str, Any]]:
         """Return the rows with log-probs, on the ranks of the last stage."""
-        config, model_config = self.model.config, self.model.model_config
-        pad_to_multiple_of = config.tensor_model_parallel_size if config.sequence_parallel else 1
         longest = max(group.num_tokens for group in ready)
         microbatches = pack_groups(ready, max(self.microbatch_tokens, longest))
         batches = [
-            pack_for_rank(microbatch, model_config, pad_to_multiple_of=pad_to_multiple_of)
+            pack_for_rank(microbatch, self.model.model_config, pad_to_multiple_of=self.model.token_multiple)
             for microbatch in microbatches
         ]
 

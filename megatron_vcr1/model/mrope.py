@@ -128,6 +128,11 @@ def _kept_by_yarn(yarn: Yarn, head_dim: int, rotary_base: float) -> Tensor:
     return 1 - ramp.clamp(0, 1)
 
 
+def check_prompt(prompt: EncodedPrompt, config: ModelConfig, num_new_tokens: int = 0) -> None:
+    """Raise UserError if a prompt is beyond the model's range of positions (see `check_positions`)."""
+    check_positions(config, prompt_positions(config, prompt), num_new_tokens)
+
+
 def check_positions(config: ModelConfig, position_ids: Tensor, num_new_tokens: int) -> None:
     """Raise UserError if a prompt's positions, or those of the tokens after it, are beyond the model's range.
 

@@ -19,7 +19,6 @@ from megatron_vcr1.checkpoint.training_state import read_state
 from megatron_vcr1.config.layout import check_batch_size
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.loader import PrepareFn
-from megatron_vcr1.data.preparation import build_prepare_fns
 from megatron_vcr1.data.prompts import PromptTooLongError
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.errors import UserError
@@ -101,9 +100,16 @@ def _layout(config: RunConfig, size: JobSize) -> tuple[str, str]:
     text = f"{model.family.title}, {model.text.num_layers} layers; tensor {parallel.tensor} x "
     text += f"context {parallel.context} x " if parallel.context > 1 else ""
     text += f"pipeline {parallel.pipeline} x {replicas} replicas"
-    if parallel.tensor > size.gpus_per_node or size.gpus_per_node % parallel.tensor:
+    if _crosses_nodes(parallel.tensor, size):
         return "warning", f"{text}: tensor-parallel groups cross nodes of {size.gpus_per_node} GPUs, which is slow"
+    if parallel.context > 1 and _crosses_nodes(parallel.tensor * parallel.context, size):
+        return "warning", f"{text}: context-parallel groups cross nodes of {size.gpus_per_node} GPUs, which is slow"
     return "ok", text
+
+
+def _crosses_nodes(num_ranks: int, size: JobSize) -> bool:
+    """Return whether some groups of `num_ranks` successive ranks have GPUs of several nodes."""
+    return num_ranks > size.gpus_per_node or size.gpus_per_node % num_ranks > 0
 
 
 def _job(config: RunConfig, model: ModelConfig) -> Job:
@@ -141,8 +147,7 @@ def _first_samples(config: RunConfig, inputs: RunInputs) -> tuple[str, str]:
     # In a subprocess, as in a decoding worker; a GPU decoder is not needed to know whether a file can be read.
     backend = "auto" if config.data.backend == "dali-gpu" else config.data.backend
     data = config.data.model_copy(update={"num_workers": 1, "backend": backend})
-    functions = build_prepare_fns(data, inputs.stream.templates, inputs.processor)
-    sources: list[tuple[PrepareFn, Sequence[Sample]]] = list(zip(functions, inputs.stream.samples, strict=True))
+    sources = inputs.stream.sources(data)
     if inputs.validator is not None:
         sources += inputs.validator.sources(data)
     outcomes = [outcome for function, samples in sources for outcome in _prepare(function, samples)]

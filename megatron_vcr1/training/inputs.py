@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_vcr1.config.layout import check_batch_size, check_layout
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.config.training_sections import TrainSection
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.mrope import check_prompt
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.tasks import load_tasks
 from megatron_vcr1.training.grpo.rewarding import Rewarder, check_weights, judge_for_samples
@@ -78,8 +80,14 @@ def read_inputs(config: RunConfig, model_config: ModelConfig, *, num_ranks: int,
     if config.train.stage == "grpo":
         check_grpo_settings(config.grpo, config.rollout, config.sglang)
     processor = PromptProcessor.from_pretrained(config.model.path, model_config)
+    num_new_tokens = config.rollout.max_new_tokens - 1 if config.train.stage == "grpo" else 0
     stream = PromptStream(
-        config.data, processor, seed=config.train.seed, replica_index=replica_index, num_replicas=num_replicas
+        config.data,
+        processor,
+        seed=config.train.seed,
+        check_prompt=partial(check_prompt, config=model_config, num_new_tokens=num_new_tokens),
+        replica_index=replica_index,
+        num_replicas=num_replicas,
     )
     num_steps = config.train.num_steps or steps_of_epochs(config.train, stream.epoch_size)
     check_warmup(config.optimizer, num_steps)
@@ -92,7 +100,7 @@ def read_inputs(config: RunConfig, model_config: ModelConfig, *, num_ranks: int,
         stream=stream,
         num_steps=num_steps,
         scorer=_build_scorer(config, stream, processor) if config.train.stage == "grpo" else None,
-        validator=_build_validator(config, processor),
+        validator=_build_validator(config, model_config, processor),
     )
 
 
@@ -108,10 +116,17 @@ def _build_scorer(config: RunConfig, stream: PromptStream, processor: PromptProc
     return GroupScorer(rewarder, processor, config.judge, divide_by_std=config.grpo.divide_by_std)
 
 
-def _build_validator(config: RunConfig, processor: PromptProcessor) -> Validator | None:
+def _build_validator(config: RunConfig, model_config: ModelConfig, processor: PromptProcessor) -> Validator | None:
     if not config.validation.benchmarks:
         return None
-    validator = Validator(config.validation, config.data, config.judge, processor, run_dir=config.train.run_dir)
+    validator = Validator(
+        config.validation,
+        config.data,
+        config.judge,
+        processor,
+        check_prompt=partial(check_prompt, config=model_config),
+        run_dir=config.train.run_dir,
+    )
     if config.checkpoint.keep_best is not None:
         check_keep_best(config.checkpoint.keep_best, validator.metric_names)
     return validator

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.data.loader import PromptLoader, SkippedSample
+from megatron_vcr1.data.loader import PrepareFn, PromptLoader, SkippedSample
 from megatron_vcr1.data.manifest import read_manifest
 from megatron_vcr1.data.order import SampleOrder, Source
 from megatron_vcr1.data.preparation import build_prepare_fns
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.data.prompts import PreparedSample
+from megatron_vcr1.data.prompts import CheckPromptFn, PreparedSample
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.parallel.prompts import broadcast_prompts
@@ -59,6 +59,7 @@ class PromptStream:
         processor: PromptProcessor,
         *,
         seed: int,
+        check_prompt: CheckPromptFn | None = None,
         replica_index: int = 0,
         num_replicas: int = 1,
     ) -> None:
@@ -66,6 +67,7 @@ class PromptStream:
 
         Args:
             seed: seed of the samples' order.
+            check_prompt: a sample whose prompt it refuses is skipped.
             replica_index, num_replicas: this rank's replica, and the number of replicas of the job.
 
         Raises:
@@ -75,6 +77,8 @@ class PromptStream:
         if section.backend == "dali-gpu" and section.num_workers > 0:
             raise UserError("data.backend 'dali-gpu' decodes in the training process; set data.num_workers = 0")
         self.templates = load_templates(section.templates)
+        self._processor = processor
+        self._check_prompt = check_prompt
         self.samples = [read_manifest(source.manifest) for source in section.sources]
         processor.check_samples(sample for samples in self.samples for sample in samples)
         self._order = SampleOrder(
@@ -86,7 +90,7 @@ class PromptStream:
         )
         self._loader = PromptLoader(
             self._order,
-            build_prepare_fns(section, self.templates, processor),
+            self._prepare_fns(section),
             rank=replica_index,
             num_ranks=num_replicas,
             num_workers=section.num_workers,
@@ -94,6 +98,13 @@ class PromptStream:
         self._num_replicas = num_replicas
         self._iterator: Generator[PreparedSample, None, None] | None = None  # owns the decoding processes
         self.num_drawn = 0
+
+    def _prepare_fns(self, section: DataSection) -> list[PrepareFn]:
+        return build_prepare_fns(section, self.templates, self._processor, self._check_prompt)
+
+    def sources(self, data: DataSection) -> list[tuple[PrepareFn, Sequence[Sample]]]:
+        """Return the function that prepares samples, and the samples, of each source; `data` says how to decode."""
+        return list(zip(self._prepare_fns(data), self.samples, strict=True))
 
     @property
     def epoch_size(self) -> int:

@@ -13,6 +13,7 @@ from megatron_vcr1.config.data_sections import DataSection
 from megatron_vcr1.config.evaluation_sections import JudgeSection, ValidationSection
 from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.prompts import CheckPromptFn
 from megatron_vcr1.data.templates import DEFAULT_TEMPLATES, load_templates
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult, score_predictions, write_result
@@ -67,12 +68,14 @@ class Validator:
         judge: JudgeSection,
         processor: PromptProcessor,
         *,
+        check_prompt: CheckPromptFn,
         run_dir: Path,
     ) -> None:
         """Read the manifests.
 
         Args:
             data: how videos are decoded, and the templates of the prompts.
+            check_prompt: a sample whose prompt it refuses stays unanswered.
             run_dir: train.run_dir.
 
         Raises:
@@ -81,6 +84,7 @@ class Validator:
         self._section = section
         self._num_workers = data.num_workers
         self._processor = processor
+        self._check_prompt = check_prompt
         self._folder = run_dir / VALIDATION_FOLDER
         self._jobs = read_jobs(section.benchmarks, self._folder, key="validation.benchmarks")
         self._template_file = str(data.templates or DEFAULT_TEMPLATES)
@@ -91,7 +95,7 @@ class Validator:
         self.metric_names = [name for job in self._jobs for name in self._names(job)]
 
     def _prepare_fn(self, job: BenchmarkJob, data: DataSection) -> PrepareFn:
-        return prepare_fn_of_job(job, data, self._templates[job.label], self._processor)
+        return prepare_fn_of_job(job, data, self._templates[job.label], self._processor, self._check_prompt)
 
     def _names(self, job: BenchmarkJob) -> list[str]:
         """Return the names of a benchmark's metrics: those of a sample without an answer."""

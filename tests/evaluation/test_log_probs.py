@@ -142,6 +142,7 @@ def test_a_malformed_request_fails_only_its_own_row(workspace: Path) -> None:
         "path": {"messages": [{"role": "user", "content": [{"type": "video", "video": 3}]}]},
         "role": {"messages": [{"role": ["user"], "content": "when?"}]},
         "token": {"response": [10**30]},
+        "range": {"response": [30] * tiny.hf_config("qwen2_5_vl").text_config.max_position_embeddings},
     }
     bad = [good | fault | {"id": id} for id, fault in faults.items()]
     (workspace / "faults.jsonl").write_text("\n".join(json.dumps(row) for row in (*bad, good)))
@@ -152,6 +153,7 @@ def test_a_malformed_request_fails_only_its_own_row(workspace: Path) -> None:
     assert rows["text"]["log_probs"] == pytest.approx(expected["text"], abs=TOLERANCE)
     scored = {id for id, row in rows.items() if "error" not in row}
     assert scored - {"role"} == {"text"}  # the tiny chat template prints any role
+    assert "its rotary positions reach" in rows["range"]["error"]
     assert result.returncode == 1
 
 

@@ -184,6 +184,20 @@ def test_unreadable_samples_are_named(folder: Path, tmp_path: Path) -> None:
     assert status == "warning" and text.count("would be skipped") == 2
 
 
+def test_prompts_whose_responses_would_leave_the_range_of_positions_are_named(folder: Path) -> None:
+    benchmark = {"name": "temporal_grounding", "manifest": folder / "data" / "train.jsonl", "thinking": False}
+    config = _config(folder, rollout={"max_new_tokens": 512}, validation={"benchmarks": [benchmark]})
+    status, text = _finding(config, "first samples")
+    assert status == "warning" and "2 of 4 read" in text and text.count("its rotary positions reach") == 2
+
+
+def test_parallel_groups_that_cross_nodes_are_noticed(folder: Path) -> None:
+    for context, expected in ((2, "ok"), (4, "warning")):
+        layout = {"tensor": 4, "context": context, "sequence_parallel": True}
+        status, text = _finding(_config(folder, parallel=layout), "model, layout", JobSize(16, 8, DEVICES["h100"]))
+        assert status == expected and ("context-parallel groups cross nodes of 8 GPUs" in text) == (context == 4)
+
+
 def test_memory_disk_servers_and_the_other_stage_are_noticed(folder: Path, tmp_path: Path) -> None:
     small = JobSize(4, 8, DEVICES["cpu"].__class__("tiny GPU", 1e9, 1.0, 1.0, 1.0, 1.0))
     status, text = _finding(_config(folder), "memory", small)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.mrope import check_prompt
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.prompts import PromptStream
 from tests.training import workspace
@@ -43,6 +45,7 @@ def _stream(folder: Path, **data: Any) -> PromptStream:
         section,
         _processor(folder),
         seed=0,
+        check_prompt=partial(check_prompt, config=ModelConfig.from_pretrained(folder / "model"), num_new_tokens=8),
     )
 
 
@@ -97,6 +100,19 @@ def test_unreadable_samples_are_reported_once(folder: Path, tmp_path: Path) -> N
     skipped = stream.take_skipped()
     assert {sample.id for sample in skipped} == {rows[1]["id"]} and "nowhere.mp4" in skipped[0].reason
     assert stream.take_skipped() == []
+
+
+def test_a_prompt_beyond_the_range_of_positions_is_skipped(folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["video"] = str(folder / "data" / row["video"])
+    rows[1]["query"] = "w" * 512  # a token each
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = _stream(folder, sources=[{"manifest": tmp_path / "train.jsonl"}], num_workers=1)
+    assert rows[1]["id"] not in {prompt.sample.id for prompt in stream.take(4)}
+    (skipped,) = stream.take_skipped()
+    assert skipped.reason.startswith(f"sample {rows[1]['id']}: its rotary positions reach")
+    stream.close()
 
 
 def test_gpu_decoding_excludes_worker_processes(folder: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_vcr1.types import Rollout, RolloutGroup
 
 
 class LocalEngine:
-    """A `RolloutEngine` that uses the trained model itself, at any tensor- and pipeline-parallel size.
+    """A `RolloutEngine` that uses the trained model itself, at any tensor-, context- and pipeline-parallel size.
 
     Context-parallel ranks hold the same weights, so each of them prefills and decodes a part of the requests by itself,
     as a replica would, and they exchange the responses. Prompts are therefore not split: the KV cache of a prompt must
