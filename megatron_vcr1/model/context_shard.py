@@ -3,9 +3,9 @@
 Prompts are cut in zigzag: into 2N parts of equal length, of which rank r has the parts r and 2N - 1 - r. So all ranks
 have equally many tokens, and the causal attention of their two parts costs the same: the early part has few keys, the
 late one many. (One part per rank, cut by FLOPs, would balance compute too, but not memory: the first rank would have
-the most tokens.) Responses are whole on one rank, dealt from the
-longest to the shortest. The first token of a response is predicted by the last token of its prompt. A rank that has
-responses, but not this token, computes it once more, as a query without key, rather than receive its hidden state.
+the most tokens.) Responses are whole on one rank, dealt from the longest to the shortest. The first token of a response
+is predicted by the last token of its prompt. A rank that has responses, but not this token, computes it once more, as a
+query without key, rather than receive its hidden state.
 """
 
 from __future__ import annotations

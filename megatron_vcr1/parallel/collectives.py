@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from megatron_vcr1.errors import portable
 from megatron_vcr1.parallel import mesh
@@ -25,19 +26,7 @@ def broadcast_within_replica(produce: Callable[[], T]) -> T:
     Raises:
         Exception: whatever `produce` raises, on all ranks of the replica.
     """
-    return _broadcast(produce, mesh.replica_group())
-
-
-def broadcast_within_stage(produce: Callable[[], T]) -> T:
-    """Call `produce` on the first rank of each pipeline stage and return its result on all ranks of that stage.
-
-    Raises:
-        Exception: whatever `produce` raises, on all ranks of the stage.
-    """
-    return _broadcast(produce, parallel_state.get_tensor_and_context_parallel_group())
-
-
-def _broadcast(produce: Callable[[], T], group: dist.ProcessGroup) -> T:
+    group = mesh.replica_group()
     if group.size() == 1:
         return produce()  # the object itself: nothing is pickled
     source = dist.get_global_rank(group, 0)
@@ -56,6 +45,26 @@ def _broadcast(produce: Callable[[], T], group: dist.ProcessGroup) -> T:
         raise
     dist.broadcast_object_list([value, None], src=source, group=group)
     return value
+
+
+def broadcast_within_first_stage(tensor: Tensor) -> Tensor:
+    """Send a tensor in host memory from the replica leader to all ranks of the replica's first stage.
+
+    Only the ranks of the first stage call it.
+
+    Args:
+        tensor: the contents, on the replica leader; on the other ranks, a tensor of the same shape and dtype on any
+            device, "meta" included.
+
+    Returns:
+        The contents, on the CPU.
+    """
+    group = mesh.first_stage_group()
+    if group.size() == 1:
+        return tensor
+    contents = tensor.contiguous() if mesh.is_replica_leader() else torch.empty(tensor.shape, dtype=tensor.dtype)
+    dist.broadcast(contents, src=dist.get_global_rank(group, 0), group=group)
+    return contents
 
 
 def barrier_within_replica() -> None:

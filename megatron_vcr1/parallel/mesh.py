@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,9 @@ from megatron_vcr1.parallel.tested_versions import warn_about_untested_versions
 # a video or samples responses.
 COLLECTIVE_TIMEOUT_S = 3600.0
 
-_replica_group: dist.ProcessGroup | None = None  # set by `initialize`
+# Set by `initialize`.
+_replica_group: dist.ProcessGroup | None = None
+_first_stage_group: dist.ProcessGroup | None = None
 
 
 def launched_world_size() -> int:
@@ -70,32 +73,29 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = C
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
-    _build_replica_group(parallel, timeout_s)
+    _build_groups(parallel, timedelta(seconds=timeout_s))
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _build_replica_group(parallel: ParallelSection, timeout_s: float) -> None:
-    """Build the process group of this rank's replica.
+def _build_groups(parallel: ParallelSection, timeout: timedelta) -> None:
+    """Build the process groups that megatron-core does not have: of this rank's replica, and of its first stage.
 
     megatron-core's model-parallel group has the tensor- and pipeline-parallel ranks only, which is the replica without
-    context parallelism.
+    context parallelism. The group of the first stage uses gloo, so that frames do not pass through GPU memory.
     """
-    global _replica_group
+    global _replica_group, _first_stage_group
     _replica_group = parallel_state.get_model_parallel_group()
-    if parallel.context == 1:
-        return
+    _first_stage_group = parallel_state.get_tensor_and_context_parallel_group()
     # Ranks are ordered by tensor-parallel, context-parallel and data-parallel rank and then by stage.
     stage_size = parallel.tensor * parallel.context
     num_replicas = dist.get_world_size() // parallel.ranks_per_replica
-    for replica in range(num_replicas):
-        ranks = [
-            (stage * num_replicas + replica) * stage_size + rank
-            for stage in range(parallel.pipeline)
-            for rank in range(stage_size)
-        ]
-        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
-        if dist.get_rank() in ranks:
-            _replica_group = group
+    stages = [range(start, start + stage_size) for start in range(0, dist.get_world_size(), stage_size)]
+    if parallel.context > 1:
+        replicas = [list(chain(*stages[replica::num_replicas])) for replica in range(num_replicas)]
+        _replica_group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=timeout)
+    if stage_size > 1 and dist.get_backend() != "gloo":
+        first_stages = [list(ranks) for ranks in stages[:num_replicas]]
+        _first_stage_group, _ = dist.new_subgroups_by_enumeration(first_stages, timeout=timeout, backend="gloo")
 
 
 def shutdown() -> None:
@@ -211,6 +211,15 @@ def replica_group() -> dist.ProcessGroup:
     """Return the process group of this rank's replica."""
     assert _replica_group is not None, "call initialize first"
     return _replica_group
+
+
+def first_stage_group() -> dist.ProcessGroup:
+    """Return the process group of the first stage of this rank's replica, for tensors on the CPU.
+
+    Only ranks of the first stage have it.
+    """
+    assert _first_stage_group is not None and is_first_stage()
+    return _first_stage_group
 
 
 def ranks_per_replica() -> int:

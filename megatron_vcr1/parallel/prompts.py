@@ -31,15 +31,22 @@ def broadcast_prompts(produce: Callable[[], list[T]]) -> list[T]:
 
     def produce_without_frames() -> list[T]:
         with_frames.extend(produce())
-        return [_with_frames_on("meta", item) for item in with_frames]
+        return [_without_frames(item) for item in with_frames]
 
-    # Two broadcasts, and every rank of the replica takes part in the first: first everything but the frames, to all
-    # stages; then the frames, within the first stage.
+    # Every rank of the replica takes part in the first broadcast, of everything but the frames. Frames follow within
+    # the first stage, one image or video at a time and from host memory to host memory: those of a long video take
+    # hundreds of megabytes, and colocated servers hold the GPU's memory.
     items = collectives.broadcast_within_replica(produce_without_frames)
-    if mesh.is_first_stage():
-        items = collectives.broadcast_within_stage(lambda: [_with_frames_on("cpu", item) for item in with_frames])
-    return items
+    return [_broadcast_frames(item) for item in with_frames or items] if mesh.is_first_stage() else items
 
 
-def _with_frames_on(device: str, item: Any) -> Any:
-    return replace(item, prompt=item.prompt.frames_on(device)) if hasattr(item, "prompt") else item
+def _without_frames(item: Any) -> Any:
+    return replace(item, prompt=item.prompt.frames_on("meta")) if hasattr(item, "prompt") else item
+
+
+def _broadcast_frames(item: Any) -> Any:
+    if not hasattr(item, "prompt"):
+        return item
+    prompt = item.prompt.frames_on("cpu") if mesh.is_replica_leader() else item.prompt
+    vision = [replace(each, frames=collectives.broadcast_within_first_stage(each.frames)) for each in prompt.vision]
+    return replace(item, prompt=replace(prompt, vision=tuple(vision)))

@@ -13,9 +13,13 @@ parallelism. Without sequence parallelism, the last layer keeps only the tokens 
 attention. Full recomputation keeps h per layer, and one whole layer while it is recomputed; MLP recomputation drops the
 2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule).
 
-With context parallelism a rank saves the values of its own tokens only. The gathered keys and values are temporary: in
-backward, two times 2k per prompt token for them and for what is sent, 2k for their gradients, and with grouped-query
-attention the float32 parts of these gradients, 2q.
+With context parallelism a rank saves the values of its own tokens only. In backward, a layer has these temporary values
+per prompt token of the microbatch:
+
+    gathered keys and values            2k
+    buffer of the collective            2k
+    gradients of the gathered ones      2k
+    their parts before the sum          2q in float32, with grouped-query attention only
 """
 
 from __future__ import annotations

@@ -115,8 +115,10 @@ def search(job: Job, cluster: Cluster, longest_response: int) -> tuple[list[Plan
 def best_variant(job: Job, cluster: Cluster, tensor: int, pipeline: int, longest_response: int) -> Plan | Refusal:
     """Find the fastest context-parallel size, recomputation, microbatch size and layer distribution that fits.
 
+    Context-parallel sizes above 1 are tried for long prompts only.
+
     Returns:
-        The plan, or the reason why none fits. Long prompts are also tried with context parallelism.
+        The plan, or the reason why none fits.
     """
     contexts = [
         size

@@ -15,7 +15,7 @@ import multiprocessing as mp
 import os
 import resource
 import socket
-from multiprocessing.queues import Queue
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,15 +34,30 @@ from tests.model import tiny
 GROUP_SIZE, RESPONSE_TOKENS = 8, 32
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2**20}
+TIMEOUT_S = 600.0  # the other ranks wait for one that fails
 
 
-def measure(rank: int, num_ranks: int, port: int, folder: Path, num_tokens: int, results: Queue[float]) -> None:
-    """Run one pass on a rank, and send the growth of its peak memory in bytes."""
+def create_model(folder: Path) -> None:
+    """Write the config.json of the model."""
+    hf_config = tiny.hf_config("qwen2_5_vl").to_dict()
+    hf_config["text_config"] |= SIZES
+    hf_config["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    hf_config["vision_config"]["out_hidden_size"] = SIZES["hidden_size"]
+    type(tiny.hf_config("qwen2_5_vl")).from_dict(hf_config).save_pretrained(folder)
+
+
+def measure_rank(rank: int, num_ranks: int, port: int, folder: Path, num_tokens: int) -> int:
+    """Run `measure` in a process of its own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     cpu.install()
-    mesh.initialize(ParallelSection(context=num_ranks))
+    with mesh.world(ParallelSection(context=num_ranks), timeout_s=TIMEOUT_S):
+        return measure(num_ranks, folder, num_tokens)
+
+
+def measure(num_ranks: int, folder: Path, num_tokens: int) -> int:
+    """Run one pass on a rank, and return the growth of its peak memory in bytes."""
     section = ModelSection(path=folder, dtype="float32")
     config = ModelConfig.from_pretrained(folder)
     model = build_model(
@@ -56,8 +71,7 @@ def measure(rank: int, num_ranks: int, port: int, folder: Path, num_tokens: int,
         batch = pack_for_rank([group], config)
         before = peak_bytes()
         model.log_probs(model(batch), batch.target_ids).sum().backward()
-    results.put(peak_bytes() - before)
-    mesh.shutdown()
+    return peak_bytes() - before
 
 
 def peak_bytes() -> int:
@@ -72,24 +86,16 @@ def main() -> None:
     args = parser.parse_args()
     context = mp.get_context("spawn")
     with TemporaryDirectory() as folder:
-        hf_config = tiny.hf_config("qwen2_5_vl").to_dict()
-        hf_config["text_config"] |= SIZES
-        hf_config["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
-        hf_config["vision_config"]["out_hidden_size"] = SIZES["hidden_size"]
-        type(tiny.hf_config("qwen2_5_vl")).from_dict(hf_config).save_pretrained(folder)
-        first = None
+        create_model(Path(folder))
+        first: int | None = None
         for num_ranks in args.context:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            results: Queue[float] = context.Queue()
-            arguments = [(rank, num_ranks, port, Path(folder), args.tokens, results) for rank in range(num_ranks)]
-            processes = [context.Process(target=measure, args=values) for values in arguments]
-            for process in processes:
-                process.start()
-            peak = max(results.get() for _ in processes)
-            for process in processes:
-                process.join()
+            arguments = [(rank, num_ranks, port, Path(folder), args.tokens) for rank in range(num_ranks)]
+            with ProcessPoolExecutor(num_ranks, mp_context=context) as pool:  # raises if a process is killed
+                ranks = [pool.submit(measure_rank, *values) for values in arguments]
+                peak = max(rank.result() for rank in as_completed(ranks))
             first = first or peak
             print(f"CP {num_ranks}: {peak / 1e6:.0f} MB per rank, {peak / first:.2f} of the first", flush=True)
 

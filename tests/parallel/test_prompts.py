@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
@@ -49,26 +51,43 @@ def test_only_the_first_stage_receives_frames(gloo_pool: GlooPool) -> None:
             assert vision.frames.is_meta
 
 
-@dataclass(frozen=True)
-class _GpuPrompt:
-    """A prompt whose frames are on a GPU, as DALI leaves them; a machine without a GPU has no real one."""
+class _RecordingPrompt(EncodedPrompt):
+    """A prompt that records where its frames were asked for. DALI leaves them on a GPU; here there is none."""
 
-    device: str = "cuda"
+    devices: ClassVar[list[str]] = []
 
-    def frames_on(self, device: str) -> _GpuPrompt:
-        return _GpuPrompt(device)
-
-
-@dataclass(frozen=True)
-class _Holder:
-    prompt: _GpuPrompt
+    def frames_on(self, device: str) -> EncodedPrompt:
+        self.devices.append(device)
+        return EncodedPrompt.frames_on(self, device)
 
 
-def _devices() -> str:
+def _devices() -> list[str]:
     mesh.initialize(ParallelSection(tensor=2, pipeline=2))
-    (holder,) = broadcast_prompts(lambda: [_Holder(_GpuPrompt())])
-    return holder.prompt.device
+    _RecordingPrompt.devices.clear()
+    broadcast_prompts(lambda: [Group("a", _RecordingPrompt(_prompt().token_ids, _prompt().vision), ())])
+    return _RecordingPrompt.devices
 
 
 def test_frames_are_sent_from_the_cpu(gloo_pool: GlooPool) -> None:
-    assert gloo_pool.run(_devices) == ["cpu", "cpu", "meta", "meta"]
+    assert gloo_pool.run(_devices) == [["meta", "cpu"], [], [], []]
+
+
+def _frames_beside_another_backend(parallel: ParallelSection) -> tuple[list[int], bool, bool]:
+    """Return the ranks of the group that frames are sent through, whether it was built for them, and what arrives."""
+    with mock.patch.object(mesh.dist, "get_backend", return_value="nccl"):
+        mesh.initialize(parallel)
+    (group,) = broadcast_prompts(lambda: [Group("a", _prompt(), ())])
+    if not mesh.is_first_stage():
+        return [], False, group.prompt.vision[0].frames.is_meta
+    ranks = dist.get_process_group_ranks(mesh.first_stage_group())
+    is_new = mesh.first_stage_group() is not parallel_state.get_tensor_and_context_parallel_group()
+    return ranks, is_new, torch.equal(group.prompt.vision[0].frames, FRAMES)
+
+
+def test_frames_have_a_gloo_group_beside_another_backend(gloo_pool: GlooPool) -> None:
+    stages = gloo_pool.run(_frames_beside_another_backend, ParallelSection(tensor=2, pipeline=2))
+    assert stages == [([0, 1], True, True)] * 2 + [([], False, True)] * 2
+    replicas = gloo_pool.run(_frames_beside_another_backend, ParallelSection(context=2))
+    assert replicas == [([0, 1], True, True)] * 2 + [([2, 3], True, True)] * 2
+    alone = gloo_pool.run(_frames_beside_another_backend, ParallelSection(pipeline=2))
+    assert alone == [([0], False, True), ([1], False, True)] + [([], False, True)] * 2

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import collectives, mesh
+from megatron_vcr1.parallel.balance import longest_first
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.local.sampling import EndOfResponse
 from megatron_vcr1.rollout.local.stages import generation_mode
@@ -74,8 +75,10 @@ class LocalEngine:
         """
         rank, num_ranks = mesh.context_rank(), mesh.context_size()
         assert on_token is None or num_ranks == 1
-        parts = collectives.run_on_context_ranks(lambda: self._generate(requests[rank::num_ranks], params, on_token))
-        return [parts[index % num_ranks][index // num_ranks] for index in range(len(requests))]
+        owners = longest_first([len(request.prompt.token_ids) for request in requests], num_ranks)
+        own = [request for request, owner in zip(requests, owners, strict=True) if owner == rank]
+        parts = [iter(part) for part in collectives.run_on_context_ranks(lambda: self._generate(own, params, on_token))]
+        return [next(parts[owner]) for owner in owners]
 
     def _generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, on_token: OnToken | None

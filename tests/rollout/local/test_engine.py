@@ -4,18 +4,21 @@ at other parallel layouts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.load import load_model_weights
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.cpu import decode
@@ -266,3 +269,26 @@ def test_an_invalid_prompt_is_named(model_dir: Path, one_process: None) -> None:
     with pytest.raises(ValueError, match="sample bad: "):
         engine.generate([bad], SAMPLING)
     assert model.training
+
+
+def _dealt(lengths: tuple[int, ...]) -> tuple[list[str], list[str]]:
+    """Return the prompts that this context-parallel rank computes, and the order of the results."""
+    mesh.initialize(ParallelSection(context=2))
+    own: list[str] = []
+
+    def generate(requests: Sequence[GenerationRequest], *_: object) -> list[RolloutGroup]:
+        own.extend(request.id for request in requests)
+        return [RolloutGroup(request.id, (), ()) for request in requests]
+
+    prompts = [EncodedPrompt(torch.zeros(length, dtype=torch.long), ()) for length in lengths]
+    requests = [GenerationRequest(f"p{index}", prompt, num_responses=1) for index, prompt in enumerate(prompts)]
+    with mock.patch.object(LocalEngine, "_generate", side_effect=generate):
+        engine = LocalEngine(mock.Mock(), mock.Mock(), str, max_batch_responses=4)
+        groups = engine.generate(requests, SAMPLING)
+    return own, [group.id for group in groups]
+
+
+def test_prompts_are_dealt_to_context_parallel_ranks_by_length(gloo_pool: GlooPool) -> None:
+    first, second = gloo_pool.run(_dealt, (10, 30, 10, 10))[:2]
+    assert (first[0], second[0]) == (["p1"], ["p0", "p2", "p3"])
+    assert first[1] == second[1] == ["p0", "p1", "p2", "p3"]
