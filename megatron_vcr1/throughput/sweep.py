@@ -27,11 +27,19 @@ from megatron_vcr1.planning.job import RECOMPUTES
 from megatron_vcr1.throughput.measure import TOOL, Spread, print_table, provenance
 
 HELP = "the update over layouts, recomputation and microbatches"
-AXES = ("tensor", "pipeline", "replicas", "recompute", "microbatch_tokens")
+# What is varied, and the title of its column.
+AXES = {
+    "tensor": "TP",
+    "context": "CP",
+    "pipeline": "PP",
+    "replicas": "DP",
+    "recompute": "recompute",
+    "microbatch_tokens": "microbatch\ntokens",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for axis in ("tensor", "pipeline", "replicas"):
+    for axis in ("tensor", "context", "pipeline", "replicas"):
         parser.add_argument(f"--{axis}", nargs="+", type=positive, default=[1], metavar="N", help="(default: 1)")
     parser.add_argument(
         "--recompute", nargs="+", choices=RECOMPUTES, default=["none"], metavar="WHAT", help="none, mlp, full"
@@ -57,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if results:
         print_table(
             f"{results[0]['model']}, {results[0]['device']}, {results[0]['date']}",
-            ("TP", "PP", "DP", "recompute", "microbatch\ntokens", "seconds", "peak\nGB", "tokens/s\nper device", "MFU"),
+            (*AXES.values(), "seconds", "peak\nGB", "tokens/s\nper device", "MFU"),
             [_row(result) for result in results],
             "Median (range). MFU is relative to the published bfloat16 peak, on a CPU to the measured matmul rate.",
         )
@@ -96,7 +104,7 @@ def _seconds(result: dict[str, Any]) -> Spread:
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
     ours, case, point = result["sides"]["ours"], result["case"], result["point"]
     seconds = _seconds(result)
-    num_devices = point["tensor"] * point["pipeline"] * point["replicas"]
+    num_devices = point["tensor"] * point["context"] * point["pipeline"] * point["replicas"]
     tokens = case["num_prompts"] * (case["prompt_tokens"] + case["group_size"] * (case["response_tokens"] - 1))
     peak = bf16_peak(result["device"]) or ours["matmul_flops_per_s"]
     mfu = result["flops"]["ours"]["total"] / seconds.median / num_devices / peak
