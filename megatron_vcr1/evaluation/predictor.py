@@ -103,7 +103,8 @@ class Predictor:
                 self.on_prepared(item)
         requests = [GenerationRequest(item.sample.id, item.prompt, num_responses=1) for item in ready]
         params = SamplingParams(self.max_new_tokens, temperature=0.0)
-        groups = self.engine.generate(requests, params) if requests else []
+        # Without requests, too: colocated servers release their memory at the end of the call.
+        groups = self.engine.generate(requests, params)
         predictions = {item.id: item for item in prepared if isinstance(item, Prediction)}
         for item, group in zip(ready, groups, strict=True):
             (rollout,) = group.rollouts

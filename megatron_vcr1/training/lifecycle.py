@@ -12,8 +12,8 @@ from typing import Self
 from megatron_vcr1.training.trainer import TrainingStopped
 
 EXIT_STOPPED_BY_SIGNAL = 85
-"""Exit code after SIGTERM or SIGUSR1: the run has saved a checkpoint and can be started again. Slurm scripts requeue on
-it.
+"""Exit code after SIGTERM or SIGUSR1: the run has saved the steps that it has done, and can be started again. Slurm
+scripts requeue on it.
 """
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -34,8 +34,9 @@ class Reference:
     def prefetch(self) -> None:
         """Start to copy the weights to the device, in the order of the current CUDA stream; the host does not wait.
 
-        Call it early in a step, unless the gradient buffers' memory is released: then `swapped_in` copies. The update
-        that follows clears the gradient buffers; until then nothing else may use them.
+        Call it early in a step. It does nothing while the gradient buffers' memory is released, and `swapped_in` copies
+        again if anything wrote to them meanwhile. The update that follows clears them; until then nothing else may use
+        them.
         """
         for weights in self._weights:
             weights.prefetch()
@@ -104,7 +105,7 @@ class _HostWeights(_ResidentWeights):
         self._chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=is_on_gpu) for size in sizes]
         for chunk, values in self._chunks_and_values():
             chunk.copy_(values)
-        self._is_fetched = False
+        self._fetched_version: int | None = None  # torch's version of the flat memory after `prefetch`
 
     def _allocate(self, buffer: Any) -> Tensor:
         gradients = buffer.grad_data.view(torch.uint8)
@@ -120,13 +121,15 @@ class _HostWeights(_ResidentWeights):
             start += chunk.numel()
 
     def prefetch(self) -> None:
-        if not self._is_fetched:
+        # In-place operators change the version: so does `restore_grad_buffers`, which fills released memory with zeros.
+        is_released = self._flat.untyped_storage().nbytes() == 0
+        if not is_released and self._flat._version != self._fetched_version:
             for chunk, values in self._chunks_and_values():
                 values.copy_(chunk, non_blocking=True)
-            self._is_fetched = True
+            self._fetched_version = self._flat._version
 
     def release(self) -> None:
-        self._is_fetched = False
+        self._fetched_version = None
 
 
 def order_by_alignment(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:

@@ -97,7 +97,7 @@ class Run:
         """Do all remaining steps.
 
         Returns:
-            0, or `EXIT_STOPPED_BY_SIGNAL` if a stop signal ended the run after a checkpoint.
+            0, or `EXIT_STOPPED_BY_SIGNAL` if a stop signal ended the run, after a checkpoint of the last step.
 
         Raises:
             TrainingStopped: too many steps in a row had a loss or a gradient that is not finite, or the trainer cannot
@@ -117,7 +117,11 @@ class Run:
         # The initial model, or the step of the checkpoint if a stop signal came before or during its validation.
         if self._validation_is_due():
             logger.info("validating the model of step %d", self.step)
-            self._validate(lifecycle, reporter, may_be_best=self.step > 0)
+            if not self._validate(lifecycle, reporter, may_be_best=self.step > 0):
+                # There is nothing to save. No step may follow, either: colocated servers may still have the GPU memory.
+                self._store.finish()
+                logger.info("validation stopped by a signal; run the same command again to repeat it")
+                return EXIT_STOPPED_BY_SIGNAL
             # The checkpoint of this step exists already. If the run is finished, nothing stores the outcome: another
             # start of the finished run validates once more.
             self._save_is_due = False

@@ -62,7 +62,7 @@ class SftTrainer:
         """Draw the next prompts and do one optimizer step on their targets."""
         with metrics.time_phase("decode"):
             prompts = self._stream.take(self._train.prompts_per_step // mesh.num_replicas())
-        with metrics.time_phase("update"):
+        with metrics.time_phase("update", wait_for_device=True):
             groups = [Group(prompt.id, prompt.prompt, (self._target(prompt),)) for prompt in prompts]
             packed = pack_microbatches(groups, self._learner.model, self._train.microbatch_tokens)
             batches = [Microbatch(sequence) for _, sequence in packed]

@@ -40,7 +40,8 @@ def train(config: RunConfig) -> int:
     """Start a run, or resume it from its newest complete checkpoint. Every rank of the job calls this.
 
     Returns:
-        0, or `lifecycle.EXIT_STOPPED_BY_SIGNAL` if a stop signal ended the run after a checkpoint.
+        0, or `lifecycle.EXIT_STOPPED_BY_SIGNAL` if a stop signal ended the run, after a checkpoint of the
+        last step.
 
     Raises:
         UserError: the settings, the model or the data are wrong.

@@ -59,6 +59,14 @@ def test_predictions_are_logged_in_order_and_batch_by_batch(tmp_path: Path) -> N
     assert log.done["bad"] == Prediction("bad", None, "the prompt is too long", prompt_digest="prompt bad")
 
 
+def test_a_replica_without_requests_calls_its_engine() -> None:
+    engine = Engine(processor := tiny_processor())
+    predictor = Predictor(cast(RolloutEngine, engine), processor, prepare, max_new_tokens=7)
+    with mesh.world(ParallelSection()):
+        assert predictor.predict(choices("bad"), None)
+    assert engine.batches == [[]]  # colocated servers release their memory at the end of the call
+
+
 def test_a_stopped_prediction_keeps_its_batches_and_shows_the_prepared_samples() -> None:
     samples, processor = choices("a", "bad", "c", "d", "e"), tiny_processor()
     engine, recorded, seen = Engine(processor), [], []

@@ -94,6 +94,19 @@ def test_policy_comes_back_after_an_error(world: None, placement: str) -> None:
     assert all(map(torch.equal, _weights(model), trained))
 
 
+def test_gradient_memory_that_is_released_after_the_prefetch_costs_no_weights(world: None) -> None:
+    model = _model()
+    initial = _weights(model)
+    reference = Reference(model, "host")
+    _train(model)
+    reference.prefetch()
+    model.offload_grad_buffers(synchronize=False)
+    reference.prefetch()  # does nothing
+    model.restore_grad_buffers(synchronize=False)
+    with reference.swapped_in():
+        assert all(map(torch.equal, _weights(model), initial))
+
+
 @dataclass
 class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the bytes of the tensors that operators create in memory of their own."""

@@ -211,8 +211,9 @@ class SglangEngine:
         Each pass runs: a broadcast of the outcome of `_begin_pass`; the collectives that gather the tensors, in which
         the leader also sends them; a broadcast of whether a server has the weights.
 
-        Servers keep their memory afterwards: nothing trains before they sample, and to release and resume their weights
-        and cache would move them through the host for nothing.
+        Servers keep their memory afterwards, until the end of `sample`: to release and resume their weights and cache
+        would move them through the host for nothing. Call `generate` or `sample` before anything trains, on replicas
+        without requests, too.
         """
         is_synced = False
         try:

@@ -25,6 +25,7 @@ PLUGIN = "megatron_vcr1.rollout.sglang.plugin"
 _RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_DEVICE_MAX_CONNECTIONS"),
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+    "CUBLAS_WORKSPACE_CONFIG",  # train.deterministic sets it, and it limits cuBLAS
 )
 _RANK_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_")
 # SGLang's environment variables for colocated servers. The first makes them release the memory of CUDA graphs, too. The

@@ -74,7 +74,7 @@ class GrpoTrainer:
     def step(self, step: int, metrics: Metrics) -> StepResult:
         """Get scored groups from the rollout source and update the policy with the objective (equation 2)."""
         version = self._source.policy_version
-        if self._reference is not None and not self._releases_gradients:
+        if self._reference is not None:
             self._reference.prefetch()
         groups = self._source.next_groups(step, metrics)
         self._learner.restore_gradients()
@@ -88,7 +88,7 @@ class GrpoTrainer:
         if num_passes * len(minibatches) > 1:  # a single update is on-policy: its ratio is 1 without old log-probs
             with metrics.time_phase("old_log_probs", wait_for_device=True):
                 minibatches = [self._with_log_probs(b, "old_log_probs", "old_log_probs", metrics) for b in minibatches]
-        with metrics.time_phase("update"):
+        with metrics.time_phase("update", wait_for_device=True):
             updates = [
                 self._update(batches, metrics, is_first_pass=index == 0)
                 for index in range(num_passes)

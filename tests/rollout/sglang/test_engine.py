@@ -208,10 +208,10 @@ def test_memory_stays_from_the_weight_sync_to_the_end_of_the_rollout(
 ) -> None:
     engine = start_engine()
     engine._memory = MemoryRelease([serving.url], None, timeout_s=60)
-    for version in (1, 2):
+    for version, sent in enumerate((requests(1), requests(1), [])):  # without requests, too
         engine.update_weights(stream_hf_tensors(model), version)
         assert not weight_version(serving.url).startswith(RELEASED)
-        engine.generate(requests(1), SamplingParams(4))
+        engine.generate(sent, SamplingParams(4))
         assert weight_version(serving.url).startswith(RELEASED)
     engine._memory.resume()
 

@@ -30,6 +30,7 @@ def specs_of(run: RunConfig, **settings: Any) -> list[ServerSpec]:
 def test_command_and_environment_follow_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as train.deterministic does
     run = config(tmp_path, num_servers=2, tensor=4, port=31000, server_args=["--log-level", "error"], python="/env/py")
     first, second = specs_of(run)
     assert first.command[:3] == ("/env/py", "-m", "sglang.launch_server")
@@ -44,7 +45,7 @@ def test_command_and_environment_follow_the_settings(tmp_path: Path, monkeypatch
     assert "--host 0.0.0.0" in " ".join(everywhere.command) and everywhere.url == first.url
     [named, _] = specs_of(run, host="10.0.0.5")
     assert named.url == "http://10.0.0.5:31000"
-    assert not {"RANK", "TORCHELASTIC_USE_AGENT_STORE"} & first.environment.keys()
+    assert not {"RANK", "TORCHELASTIC_USE_AGENT_STORE", "CUBLAS_WORKSPACE_CONFIG"} & first.environment.keys()
     [place, *_] = first.environment["PYTHONPATH"].split(os.pathsep)
     assert [path.name for path in Path(place).iterdir()] == ["megatron_vcr1"]
 
