@@ -15,9 +15,12 @@ from megatron_vcr1.checkpoint import run_lock
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.config.training_sections import TrainSection
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.rollout.build import build_engine
+from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.training import train as train_module
-from megatron_vcr1.training.inputs import steps_of_epochs
+from megatron_vcr1.training.inputs import RunInputs, steps_of_epochs
 from megatron_vcr1.training.lifecycle import STOP_SIGNALS
+from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.sft import SftTrainer
 from megatron_vcr1.training.train import train
 from megatron_vcr1.training.trainer import TrainingStopped
@@ -124,6 +127,36 @@ def test_mismatch_threshold_of_the_settings_is_used(
         logs = {"tensorboard": False, "mismatch_threshold": threshold}
         train(_config(folder, tmp_path / str(threshold), train=keys, logging=logs, grpo={"group_size": 2}))
         assert ("log-probs of rollout and training differ by" in caplog.text) == warns
+
+
+def test_gradients_have_no_memory_when_colocated_servers_start_and_when_a_run_resumes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def start_engine(config: RunConfig, learner: Learner, inputs: RunInputs) -> RolloutEngine:
+        sizes.append(sum(buffer.grad_data.untyped_storage().nbytes() for buffer in learner.ddp_model.buffers))
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "local"})})
+        return build_engine(config, learner.model, inputs.processor, inputs.tokens)
+
+    monkeypatch.setattr(train_module, "_start_engine", start_engine)
+
+    def run(name: str, engine: str, num_steps: int) -> list[dict[str, Any]]:
+        keys = {"stage": "grpo", "num_steps": num_steps}
+        source = {"manifest": folder / "data" / "train.jsonl", "thinking": False}
+        data = {"sources": [{**source, "rewards": ["tests.training.own_rewards:variety"]}]}
+        settings = {"rollout": {"engine": engine}, "sglang": {"colocated": True}, "data": data}
+        assert train(_config(folder, tmp_path / name, train=keys, **settings)) == 0
+        return workspace.metrics(tmp_path / name)
+
+    expected = run("local", "local", 2)
+    assert sizes.pop() > 0
+    run("sglang", "sglang", 1)
+    resumed = run("sglang", "sglang", 2)
+    assert sizes == [0, 0]
+    assert resumed[1]["kl"] > 0
+    for key in ("loss", "grad_norm", "kl", "reward/total"):
+        assert [row[key] for row in resumed] == [row[key] for row in expected]
 
 
 @pytest.mark.parametrize(("num_epochs", "num_steps"), [(1.0, 3), (2.0, 5), (0.1, 1)])
