@@ -115,7 +115,7 @@ def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the assembler made of one kernel.
+    """The assembler's result for one kernel.
 
     Attributes:
         registers: per thread.
