@@ -23,6 +23,8 @@ TOLERANCE = 1e-5
 RARE_REWARD = "tests.training.own_rewards:starts_early"
 NUM_STEPS = 2
 
+# Gradients are reduced during the backward pass from the second step on.
+OVERLAP = {"learning_rate": 1e-4, "overlap_grad_reduce": True}
 # Layouts of four ranks. Ranks that a layout does not need for one replica hold further replicas (data parallel).
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "dp4": {},
@@ -35,8 +37,12 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "recompute": {"granularity": "full"},
     },
     "cp2-dp2": {"parallel": {"context": 2}},
-    "cp2-tp2-sp": {"parallel": {"context": 2, "tensor": 2, "sequence_parallel": True}},
-    "cp2-pp2-recompute": {"parallel": {"context": 2, "pipeline": 2}, "recompute": {"granularity": "full"}},
+    "cp2-tp2-sp-overlap": {"parallel": {"context": 2, "tensor": 2, "sequence_parallel": True}, "optimizer": OVERLAP},
+    "cp2-pp2-recompute-overlap": {
+        "parallel": {"context": 2, "pipeline": 2},
+        "recompute": {"granularity": "full"},
+        "optimizer": OVERLAP,
+    },
     "cp4-whole-optimizer": {
         "parallel": {"context": 4},
         "optimizer": {"learning_rate": 1e-4, "distributed": False},
