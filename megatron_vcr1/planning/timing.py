@@ -150,12 +150,29 @@ def update_seconds(
 
 
 def reference_seconds(
-    job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline = pipeline_seconds
+    job: Job,
+    layout: Layout,
+    device: Device,
+    gpus_per_node: int,
+    pipeline: Pipeline = pipeline_seconds,
+    *,
+    imbalance: float = 1.0,
 ) -> float:
-    """Predict the log-probs of the reference. Its weights are copied from the host while the engine samples."""
+    """Predict the log-probs of the reference.
+
+    Includes the copy of its weights from the host unless they are resident: with colocated servers, it waits for the
+    end of the rollout. Parameters that are not trained have no copy.
+
+    Args:
+        imbalance: as for `update_seconds`.
+    """
     if not job.with_reference:
         return 0.0
-    return _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=False)
+    compute = imbalance * _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=False)
+    if job.reference_resident or device.is_cpu:
+        return compute
+    copied = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) * job.dtype_bytes
+    return compute + copied / device.host_bytes_per_s
 
 
 def _pass_seconds(
@@ -208,7 +225,7 @@ def step_seconds(
     rollout = rollout_seconds(job, device, num_engines, engine, longest_response)
     imbalance = work_imbalance(job, layout.replicas, longest_response)
     # A replica that is done with its reference pass goes on with its update: all wait at the end of the update only.
-    reference = reference_seconds(job, layout, device, gpus_per_node) * imbalance
+    reference = reference_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
     update = update_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
     sync_bandwidth = _bandwidth(device, within_node=layout.num_gpus <= gpus_per_node)
     sync = step_traffic(job, layout).sync / sync_bandwidth

@@ -9,13 +9,14 @@ import pytest
 
 from megatron_vcr1.model.flops import forward_flops
 from megatron_vcr1.model.presets import model_config
-from megatron_vcr1.planning.devices import DEVICES, Efficiency
+from megatron_vcr1.planning.devices import DEVICES, Device, Efficiency
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.parameters import stage_parameters
 from megatron_vcr1.planning.timing import (
     busiest_seconds,
     pipeline_bubble,
     pipeline_seconds,
+    reference_seconds,
     seconds_of_stage,
     stage_seconds,
     update_seconds,
@@ -80,3 +81,19 @@ def test_the_optimizer_updates_only_trained_parameters() -> None:
     frozen = dataclasses.replace(job, freeze=("vision_tower",))
     both = [update_seconds(each, Layout(replicas=8), device, 8) for each in (job, frozen)]
     assert both[1] / both[0] == pytest.approx((whole.text + whole.embedding) / whole.total)
+
+
+def test_the_reference_in_host_memory_costs_a_copy_of_the_trained_parameters() -> None:
+    job, device, layout = Job(model_config("qwen2.5-vl-7b")), DEVICES["h100"], Layout(tensor=2)
+    (stage,) = stage_parameters(job.config, layout)
+
+    def copy_seconds(job: Job, device: Device, imbalance: float = 1.0) -> float:
+        jobs = (job, dataclasses.replace(job, reference_resident=True))
+        in_host, resident = (reference_seconds(each, layout, device, 8, imbalance=imbalance) for each in jobs)
+        return in_host - resident
+
+    assert copy_seconds(job, device) == pytest.approx(2 * stage.total / 50e9)
+    assert copy_seconds(job, device, imbalance=2.0) == pytest.approx(2 * stage.total / 50e9)  # the same on all replicas
+    frozen = dataclasses.replace(job, freeze=("vision_tower",))
+    assert copy_seconds(frozen, device) == pytest.approx(2 * (stage.text + stage.embedding) / 50e9)
+    assert copy_seconds(job, DEVICES["cpu"]) == 0
