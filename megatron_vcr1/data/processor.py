@@ -146,6 +146,23 @@ class PromptProcessor:
                 f"or {JSON_FILES[0]} of the model's publisher"
             )
 
+    def check_response_start(self) -> None:
+        """Check that responses may begin with <think>, as the prompts of training ask for.
+
+        Raises:
+            UserError: the chat template writes it at the end of the prompt, or refuses a question.
+        """
+        try:
+            prompt = self.render([{"role": "user", "content": [{"type": "text", "text": "question"}]}])
+        except MessageError as error:
+            raise UserError(str(error)) from None
+        if prompt.rstrip().endswith("<think>"):
+            raise UserError(
+                f"the model's chat template ({JINJA_FILE} or {JSON_FILES[0]}) writes <think> before every response, as "
+                "that of a Thinking edition does; take the Instruct edition: prompts ask for the whole "
+                "<think>...</think>"
+            )
+
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """Render a conversation as text, with one vision pad for each image or video.
 

@@ -71,8 +71,8 @@ class PromptStream:
             replica_index, num_replicas: this rank's replica, and the number of replicas of the job.
 
         Raises:
-            UserError: no sources, a bad manifest or template file, settings that exclude each other, or videos for a
-                chat template that supports text only.
+            UserError: no sources, a bad manifest or template file, settings that exclude each other, or a chat template
+                that supports text only or begins responses itself.
         """
         if section.backend == "dali-gpu" and section.num_workers > 0:
             raise UserError("data.backend 'dali-gpu' decodes in the training process; set data.num_workers = 0")
@@ -81,6 +81,7 @@ class PromptStream:
         self._check_prompt = check_prompt
         self.samples = [read_manifest(source.manifest) for source in section.sources]
         processor.check_samples(sample for samples in self.samples for sample in samples)
+        processor.check_response_start()
         self._order = SampleOrder(
             [
                 Source(f"{index} {source.manifest.name}", samples, source.weight)

@@ -129,6 +129,14 @@ def test_a_template_for_text_only_is_refused_for_videos_at_the_start() -> None:
     tiny_processor().check_samples([sample])
 
 
+def test_a_template_that_begins_responses_with_think_is_refused_for_training() -> None:
+    processor = tiny_processor()
+    processor.check_response_start()
+    template = processor.chat_template.replace("assistant ", "assistant\n<think>\n")
+    with pytest.raises(UserError, match=r"writes <think> before every response.*take the Instruct edition"):
+        replace(processor, chat_template=template).check_response_start()
+
+
 ENDLESS_FOR_ONE_WORD = "{% if 'now' in messages[0].content[0].text %}" + ENDLESS_LOOP + "{% endif %}ok"
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def test_a_prompt_beyond_the_range_of_positions_is_skipped(folder: Path, tmp_pat
     skipped = stream.take_skipped()
     assert skipped and all(each.reason.startswith(f"sample {rows[1]['id']}: its rotary positions") for each in skipped)
     stream.close()
+
+
+def test_a_thinking_edition_is_refused(folder: Path) -> None:
+    processor = _processor(folder)
+    template = processor.chat_template + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    with pytest.raises(UserError, match="take the Instruct edition"):
+        PromptStream(workspace.config(folder, "grpo").data, replace(processor, chat_template=template), seed=0)
 
 
 def test_gpu_decoding_excludes_worker_processes(folder: Path) -> None:
