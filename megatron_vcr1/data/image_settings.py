@@ -40,7 +40,7 @@ class ImageSettings:
     std: tuple[float, ...] | None
 
 
-def read_image_settings(model_dir: Path, *, video_patch_size: int = 14) -> ImageSettings | None:
+def read_image_settings(model_dir: Path, *, video_patch_size: int) -> ImageSettings | None:
     """Read the image settings of a model directory; None if it has none.
 
     Args:

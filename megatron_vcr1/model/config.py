@@ -8,6 +8,7 @@ takes seconds, and more memory than the conversion of a checkpoint needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,14 +33,17 @@ class Yarn:
         original_max_positions: the range of positions before that.
         beta_fast: frequencies with more rotations over the original range stay as they are.
         beta_slow: frequencies with fewer rotations over it are divided by the factor; in between, both are mixed.
-        attention_factor: factor of the RoPE tables.
     """
 
     factor: float
     original_max_positions: int
     beta_fast: float
     beta_slow: float
-    attention_factor: float
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of the RoPE tables."""
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,7 @@ class ModelConfig:
         if not path.exists():
             raise UserError(f"{path}: not found; {_advice_without_config(folder)}")
         config = _model_config(Fields.from_file(path))
-        settings = read_image_settings(folder)
+        settings = read_image_settings(folder, video_patch_size=config.media.video_patch_size)
         if settings is None:
             return config
         _check_patch_sizes(config.vision, settings, path)

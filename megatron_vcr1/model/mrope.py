@@ -146,5 +146,6 @@ def check_positions(config: ModelConfig, position_ids: Tensor, num_new_tokens: i
         raise UserError(
             f"its rotary positions reach {last}, but the model's range ends at {limit} (config.json: "
             "max_position_embeddings). Take a shorter video or prompt (data.max_prompt_tokens), or extend the range by "
-            'YaRN in config.json: rope_scaling with "type": "yarn", "factor" and "original_max_position_embeddings"'
+            'YaRN: set "rope_type": "yarn", "factor" and "original_max_position_embeddings" in the section of the '
+            "language model's rotary positions (config.json: rope_scaling or rope_parameters)"
         )

@@ -16,7 +16,7 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.1, 0.2, 0.3]
 
 
 def test_settings_are_read(tmp_path: Path) -> None:
-    assert read_image_settings(tmp_path) is None
+    assert read_image_settings(tmp_path, video_patch_size=14) is None
     content = {
         "patch_size": 16,
         "image_mean": MEAN,
@@ -24,7 +24,7 @@ def test_settings_are_read(tmp_path: Path) -> None:
         "size": {"shortest_edge": 10, "longest_edge": 90},
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    settings = read_image_settings(tmp_path)
+    settings = read_image_settings(tmp_path, video_patch_size=14)
     assert settings is not None
     assert (settings.patch_size, settings.temporal_patch_size, settings.merge_size) == (16, 2, 2)
     assert (settings.min_pixels, settings.max_pixels) == (10, 90)
@@ -62,7 +62,7 @@ def test_a_wrong_value_is_named(tmp_path: Path, content: Any, message: str, sect
     file = tmp_path / ("processor_config.json" if section else "preprocessor_config.json")
     file.write_text(json.dumps({section: content} if section else content))
     with pytest.raises(UserError) as error:
-        read_image_settings(tmp_path)
+        read_image_settings(tmp_path, video_patch_size=14)
     assert str(error.value).startswith(f"{file}: ")
     assert message in str(error.value)
 
@@ -79,7 +79,7 @@ def test_a_file_that_holds_no_object_is_named(tmp_path: Path, name: str, content
     else:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"/{name}: "):
-        read_image_settings(tmp_path)
+        read_image_settings(tmp_path, video_patch_size=14)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_videos_must_have_the_settings_of_images(tmp_path: Path, video: dict[str
     image = {"image_mean": MEAN, "image_std": STD}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": image, "video_processor": video}))
     with pytest.raises(UserError) as error:
-        read_image_settings(tmp_path)
+        read_image_settings(tmp_path, video_patch_size=14)
     assert f"{tmp_path / 'processor_config.json'}: video_processor: {message}" in str(error.value)
 
 
@@ -113,4 +113,4 @@ def test_the_bounds_of_videos_are_those_of_their_own_section_or_file(tmp_path: P
     with pytest.raises(
         UserError, match=r"patch_size is None; it defaults to 14, but must be 16, as in .*/preprocessor_config"
     ):
-        read_image_settings(tmp_path)
+        read_image_settings(tmp_path, video_patch_size=14)

@@ -108,7 +108,7 @@ READERS: dict[str, tuple[Callable[[Path], object], tuple[type[Exception], ...]]]
     "predictions.jsonl": (read_predictions, (UserError,)),
     "requests.jsonl": (read_requests, (UserError,)),
     "config.json": (lambda path: ModelConfig.from_pretrained(path.parent), (UserError,)),
-    "preprocessor_config.json": (lambda path: read_image_settings(path.parent), (UserError,)),
+    "preprocessor_config.json": (lambda path: read_image_settings(path.parent, video_patch_size=14), (UserError,)),
     "model.safetensors": (_safetensors, (UserError,)),
     "payload.safetensors": (_unpack, (ValueError,)),
     "settings.toml": (load_config, (UserError,)),

@@ -160,8 +160,21 @@ def test_tied_embeddings_are_found_wherever_a_transformers_version_wrote_them(
         ),
         (
             {"text_config": {"rope_parameters": YARN | {"mscale": 1.0}}},
-            "mscale is 1.0; it is not supported with 'yarn'; give attention_factor instead",
+            "mscale is 1.0; it is not supported with 'yarn'; leave it out",
         ),
+        (
+            {"text_config": {"rope_parameters": YARN | {"attention_factor": 1.0}}},
+            "attention_factor is 1.0; it is not supported with 'yarn'; leave it out",
+        ),
+        (
+            {"text_config": {"rope_parameters": YARN | {"rope_type": "default", "type": "yarn"}}},
+            "rope_parameters: rope_type is 'default', but type, its old name, is 'yarn'; keep rope_type",
+        ),
+        (
+            {"text_config": {"rope_scaling": YARN}},
+            "text_config: rope_scaling describe different rotary positions; remove one",
+        ),
+        ({"rope_scaling": YARN}, "text_config: rope_parameters describe different rotary positions; remove one"),
         (
             {"text_config": {"rope_parameters": YARN | {"truncate": False}}},
             "truncate is False; it is not supported with 'yarn'",
@@ -187,6 +200,24 @@ def test_unsupported_models_are_errors_that_name_the_key(tmp_path: Path, change:
         ModelConfig.from_pretrained(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
     assert message in str(error.value)
+
+
+def test_videos_of_qwen3_vl_have_patches_of_16_pixels_by_default(tmp_path: Path) -> None:
+    raw = tiny.hf_config("qwen3_vl").to_dict()
+    raw["vision_config"]["patch_size"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
+    (tmp_path / "video_preprocessor_config.json").write_text("{}")
+    assert ModelConfig.from_pretrained(tmp_path).vision.patch_size == 16
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_null_is_a_missing_key(family: str) -> None:
+    raw = tiny.hf_config(family).to_dict()
+    expected = ModelConfig.from_dict(raw)
+    raw["vision_config"] |= dict.fromkeys(("hidden_act", "in_channels", "in_chans"))
+    raw["text_config"]["hidden_act"] = raw["hidden_act"] = None
+    assert ModelConfig.from_dict(raw) == expected
 
 
 @pytest.mark.parametrize(

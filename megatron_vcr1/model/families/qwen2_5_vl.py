@@ -99,7 +99,7 @@ class Qwen25VL(Qwen2Family):
         return vision
 
     def vision_blocks(self, vision: VisionConfig, grid: Grid, seconds_per_grid: float | None) -> list[Tensor]:
-        tokens_per_second = _windowed(vision).tokens_per_second
+        tokens_per_second = _checked(vision).tokens_per_second
         return [
             vision_positions(grid, seconds_per_grid, merge_size=vision.merge_size, tokens_per_second=tokens_per_second)
         ]
@@ -107,10 +107,10 @@ class Qwen25VL(Qwen2Family):
     def build_vision_tower(
         self, vision: VisionConfig, config: TransformerConfig, backend: BackendSpecProvider
     ) -> VisionTower:
-        return WindowedVisionTower(_windowed(vision), config, backend)
+        return WindowedVisionTower(_checked(vision), config, backend)
 
     def vision_pairs(self, vision: VisionConfig, grid: Grid) -> int:
-        windowed = _windowed(vision)
+        windowed = _checked(vision)
         num_steps, height, width = grid
         # Side of a window in merge units (squares of patches that become one token).
         side = windowed.window_size // windowed.merge_size // windowed.patch_size
@@ -121,7 +121,7 @@ class Qwen25VL(Qwen2Family):
         return num_steps * (num_full * (height * width) ** 2 + (windowed.num_layers - num_full) * window_pairs)
 
 
-def _windowed(vision: VisionConfig) -> WindowedVisionConfig:
+def _checked(vision: VisionConfig) -> WindowedVisionConfig:
     assert isinstance(vision, WindowedVisionConfig)
     return vision
 

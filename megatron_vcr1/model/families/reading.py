@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
@@ -20,8 +21,12 @@ def language_model_fields(raw: Fields) -> Fields:
 
     The published files of older models have them at the top level; transformers 5 writes a nested ``text_config``,
     whose values take precedence.
+
+    Raises:
+        UserError: two sections describe different rotary positions.
     """
     nested = raw.section("text_config")
+    _check_same_rope([part.section(key) for part in (raw, nested) for key in ("rope_parameters", "rope_scaling")])
     is_nested = "hidden_size" in nested or "num_hidden_layers" in nested
     present = {key: value for key, value in nested.values.items() if value is not None}
     return Fields({**raw.values, **present}, nested.where if is_nested else raw.where)
@@ -31,13 +36,36 @@ def rope_fields(raw: Fields) -> Fields:
     """Return the section of the rotary positions; transformers 4 calls it ``rope_scaling``.
 
     Raises:
-        UserError: the positions are of a type that no published model of these families has.
+        UserError: the positions are of a type that no published model of these families has, or of two types.
     """
     rope = raw.section("rope_parameters" if raw.values.get("rope_parameters") else "rope_scaling")
-    for key in ("rope_type", "type"):
-        if rope.text(key, None) not in (None, "default", "mrope", "yarn"):
+    types = {key: rope.text(key) for key in ("rope_type", "type") if key in rope}
+    for key, kind in types.items():
+        if kind not in ("default", "mrope", "yarn"):
             raise rope.error(key, "is not supported; only 'mrope', the published models' rope type, and 'yarn' are")
+    if len(types) == 2 and list(types.values()).count("yarn") == 1:
+        raise UserError(
+            f"{rope.where}: rope_type is {types['rope_type']!r}, but type, its old name, is {types['type']!r}; keep "
+            "rope_type with the right value, and remove type"
+        )
     return rope
+
+
+def _check_same_rope(sections: Sequence[Fields]) -> None:
+    """Refuse sections of the rotary positions that differ: other programs may not use the one that is used here."""
+    used = [section for section in sections if section.values]
+    for section in used[1:]:
+        if _rope_meaning(section) != _rope_meaning(used[0]):
+            raise UserError(f"{used[0].where} and {section.where} describe different rotary positions; remove one")
+
+
+def _rope_meaning(rope: Fields) -> tuple[Any, ...]:
+    keys = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow") if _is_yarn(rope) else ()
+    return _is_yarn(rope), *(rope.values.get(key) for key in (*keys, "mrope_section"))
+
+
+def _is_yarn(rope: Fields) -> bool:
+    return (rope.text("rope_type", None) or rope.text("type", None)) == "yarn"
 
 
 def rope_base(raw: Fields, default: float | None = None) -> float:
@@ -70,20 +98,19 @@ def _yarn(rope: Fields) -> Yarn | None:
     Raises:
         UserError: a key is missing or has a value that is not supported.
     """
-    if "yarn" not in (rope.text("rope_type", None), rope.text("type", None)):
+    if not _is_yarn(rope):
         return None
-    for key in ("mscale", "mscale_all_dim"):
+    # SGLang and transformers do not read the same ones of these keys.
+    for key in ("attention_factor", "attn_factor", "extrapolation_factor", "mscale", "mscale_all_dim"):
         if key in rope:
-            raise rope.error(key, "is not supported with 'yarn'; give attention_factor instead")
+            raise rope.error(key, "is not supported with 'yarn'; leave it out")
     if "truncate" in rope and not rope.boolean("truncate"):
         raise rope.error("truncate", "is not supported with 'yarn'; leave it out")
-    factor = float(rope.number("factor"))
     return Yarn(
-        factor=factor,
+        factor=float(rope.number("factor")),
         original_max_positions=rope.integer("original_max_position_embeddings"),
         beta_fast=float(rope.number("beta_fast", 32)),
         beta_slow=float(rope.number("beta_slow", 1)),
-        attention_factor=float(rope.number("attention_factor", 0.1 * math.log(factor) + 1 if factor > 1 else 1.0)),
     )
 
 
@@ -114,7 +141,7 @@ def check_vision_keys(raw: Fields, *, hidden_act: str) -> None:
         UserError: a key has another value.
     """
     for key, supported in (("in_channels", 3), ("in_chans", 3), ("hidden_act", hidden_act)):
-        if raw.values.get(key, supported) != supported:
+        if key in raw and raw.values[key] != supported:
             raise raw.error(key, f"must be {supported!r}; no other value is supported")
     rope = raw.section("rope_parameters")
     if rope.number("rope_theta", ROTARY_BASE) != ROTARY_BASE:
@@ -154,7 +181,7 @@ def read_text_config(
     Raises:
         UserError: a key is missing or has a value that is not supported; the message names the key.
     """
-    if raw.values.get("hidden_act", "silu") != "silu":
+    if "hidden_act" in raw and raw.values["hidden_act"] != "silu":
         raise raw.error("hidden_act", "must be 'silu'; no other value is supported")
     num_layers = raw.integer("num_hidden_layers", maximum=MAX_LAYERS)
     _check_layer_types(raw, num_layers)

@@ -75,7 +75,7 @@ class Qwen3VL(Family):
         )
 
     def tensor_layouts(self, config: ModelConfig) -> Iterator[TensorLayout]:
-        vision = _own(config.vision)
+        vision = _checked(config.vision)
         hidden, side = vision.hidden_size, vision.positions_per_side
         yield patch_embed_layout(vision, f"{_VISUAL}.patch_embed.proj")
         yield whole("vision_tower.patch_embed.bias", f"{_VISUAL}.patch_embed.proj.bias", hidden)
@@ -99,10 +99,10 @@ class Qwen3VL(Family):
     def build_vision_tower(
         self, vision: VisionConfig, config: TransformerConfig, backend: BackendSpecProvider
     ) -> VisionTower:
-        return DeepStackTower(_own(vision), config, backend)
+        return DeepStackTower(_checked(vision), config, backend)
 
     def num_feature_layers(self, vision: VisionConfig) -> int:
-        return len(_own(vision).deepstack_layers)
+        return len(_checked(vision).deepstack_layers)
 
 
 def interleaved_axes(section: tuple[int, ...]) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ def interleaved_axes(section: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def _own(vision: VisionConfig) -> Qwen3VisionConfig:
+def _checked(vision: VisionConfig) -> Qwen3VisionConfig:
     assert isinstance(vision, Qwen3VisionConfig)
     return vision
 
