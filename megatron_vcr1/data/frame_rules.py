@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_vcr1.data.resize import (
     MAX_FRAME_PIXELS,
@@ -128,14 +128,15 @@ class WholeVideoRules(FrameRules):
         return smart_resize_video(num_frames, height, width, factor=factor, min_pixels=least, max_pixels=most)
 
     def most_pixels(self, num_frames: int, options: PixelOptions) -> int:
-        total, least = options.total_pixels, options.min_pixels
+        total = options.total_pixels
         most_of_frame = self.max_frame_pixels if options.max_pixels is None else options.max_pixels
         most = self.max_video_pixels if total is None else total * TEMPORAL_PATCH_SIZE
         if most_of_frame is not None:
             most = min(most // num_frames, most_of_frame) * num_frames
-        if least is not None or most_of_frame is not None:  # as in `max_pixels_per_frame`
-            most = max(most, num_frames * int((least or self.min_video_pixels) * 1.05))
-        return most
+        least = 1 if options.min_pixels is None else options.min_pixels
+        if options == PixelOptions() and self.max_frame_pixels is not None:
+            least = self.min_video_pixels  # as in transformers, although this is the bound on all frames together
+        return max(most, num_frames * int(least * 1.05))  # as in `max_pixels_per_frame`
 
     def with_file_bounds(self, low: int | None, high: int | None, max_frame_pixels: int | None) -> WholeVideoRules:
         return replace(
@@ -149,14 +150,15 @@ class WholeVideoRules(FrameRules):
 PER_FRAME_RULES = PerFrameRules()
 
 
-def rules_to_json(rules: FrameRules) -> dict[str, int | None]:
-    """Return rules as a JSON object, for `rules_from_json`: their fields, which tell both kinds apart."""
-    return asdict(rules)  # type: ignore[call-overload, no-any-return]  # the base class is not a dataclass
+def rules_to_json(rules: FrameRules) -> dict[str, Any]:
+    """Return rules as a JSON object, for `rules_from_json`: their kind and fields."""
+    return {"kind": type(rules).__name__, **asdict(rules)}  # type: ignore[call-overload]  # the base is no dataclass
 
 
-def rules_from_json(content: dict[str, int | None]) -> FrameRules:
+def rules_from_json(content: dict[str, Any]) -> FrameRules:
     """Return the rules that `rules_to_json` has written."""
-    return WholeVideoRules(**content) if content else PER_FRAME_RULES  # type: ignore[arg-type]
+    kinds = {kind.__name__: kind for kind in (PerFrameRules, WholeVideoRules)}
+    return kinds[content["kind"]](**{key: value for key, value in content.items() if key != "kind"})
 
 
 def _per_frame_bounds(options: PixelOptions) -> tuple[int, int, int]:

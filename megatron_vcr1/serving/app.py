@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from megatron_vcr1.data.encoding import encode_messages
+from megatron_vcr1.data.frame_rules import PixelOptions
 from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video_types import VideoError
@@ -26,7 +27,7 @@ from megatron_vcr1.serving.batching import Batcher, PendingPrompt, ServerStoppin
 from megatron_vcr1.serving.chat import RefusedRequest, completion, cut_at_stop, error_body, parse_request
 from megatron_vcr1.serving.decoding import Decoders
 from megatron_vcr1.serving.hosts import HostCheck
-from megatron_vcr1.serving.media import request_files
+from megatron_vcr1.serving.media import MAX_FRAMES, request_files
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,10 @@ class ChatApp:
                 f"the texts have {request.num_characters()} characters; at most {max_characters} are supported, "
                 f"and {limits.max_prompt_tokens} tokens"
             )
-        max_pixels = limits.max_prompt_tokens * processor.factor**2 * processor.temporal_patch_size
+        max_pixels = max(
+            limits.max_prompt_tokens * processor.factor**2 * processor.temporal_patch_size,
+            processor.frame_rules.most_pixels(MAX_FRAMES, PixelOptions()),  # the default options are always allowed
+        )
         with request_files(limits.files, max_pixels) as files, self._decoders.borrow() as readers:
             try:
                 params = request.sampling(limits.max_new_tokens, limits.repetition_penalty)

@@ -20,9 +20,6 @@ MAX_FRAMES = 768
 """Maximum number of frames of a video that is sent as images; `read_frames` has the same default for video files."""
 
 _DEFAULT_FPS = 2.0
-_DEFAULT_VIDEO_PIXELS = MAX_FRAMES * 16 * 28 * 28
-"""Pixels that a video may have after resizing with the default options of `read_frames`."""
-
 _FRAMES_HEADER = "data:video/jpeg;base64"
 
 
@@ -150,11 +147,10 @@ def request_files(root: Path | None, max_pixels: int) -> Iterator[RequestFiles]:
 
     Args:
         root: the folder that holds all files that ``file://`` URLs may name; None allows no such URLs.
-        max_pixels: maximum number of pixels after resizing that the options of an image or a video may ask for; the
-            default options of `read_frames` are always allowed.
+        max_pixels: maximum number of pixels after resizing that the options of an image or a video may ask for.
     """
     with tempfile.TemporaryDirectory(prefix="vcr1-serve-") as folder:
-        yield RequestFiles(Path(folder), root, max(max_pixels, _DEFAULT_VIDEO_PIXELS))
+        yield RequestFiles(Path(folder), root, max_pixels)
 
 
 def _resolve_below(path: Path, root: Path) -> Path:

@@ -10,9 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_vcr1.data.frame_rules import WholeVideoRules
 from megatron_vcr1.data.media_rules import MediaRules
 from megatron_vcr1.data.processor import VISION_TOKENS
+from megatron_vcr1.model.families.registry import FAMILIES
 
 # Like the published template: one pad for each image or video, and a default system turn if there is none.
 CHAT_TEMPLATE = (
@@ -29,12 +29,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 MEDIA = MediaRules()
-STAMPED_MEDIA = MediaRules(
-    timestamps_as_text=True,
-    frames=WholeVideoRules(min_video_pixels=4096, max_video_pixels=24576 * 1024),
-    video_patch_size=16,
-)
-"""The media rules of Qwen3-VL."""
+STAMPED_MEDIA = FAMILIES["qwen3_vl"].media
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from typing import cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
-from megatron_vcr1.data.frame_rules import PER_FRAME_RULES, PixelOptions, WholeVideoRules
+from megatron_vcr1.data.frame_rules import (
+    PER_FRAME_RULES,
+    FrameRules,
+    PixelOptions,
+    WholeVideoRules,
+    rules_from_json,
+    rules_to_json,
+)
+from megatron_vcr1.model.families.registry import FAMILIES
 
-RULES = WholeVideoRules(min_video_pixels=4 * 1024, max_video_pixels=24576 * 1024)
-"""The bounds of the published Qwen3-VL models."""
+RULES = cast(WholeVideoRules, FAMILIES["qwen3_vl"].media.frames)
+
+
+def test_the_bounds_of_the_published_models() -> None:
+    assert WholeVideoRules(min_video_pixels=4096, max_video_pixels=25_165_824) == RULES
+    assert FAMILIES["qwen3_vl"].media.video_patch_size == 16
 
 
 def size(num_frames: int, height: int, width: int, rules: WholeVideoRules = RULES, **options: int) -> tuple[int, int]:
@@ -64,6 +79,28 @@ def test_a_cap_in_the_files_bounds_each_frame() -> None:
     height, width = size(4, 2160, 3840, capped)
     assert 700 * 1024 < height * width <= 768 * 1024
     assert size(200, 1080, 1920, capped) == size(200, 1080, 1920)
+
+
+def test_the_smallest_video_of_the_files_is_no_bound_below_the_options() -> None:
+    rules = RULES.with_file_bounds(128 * 1024, None, 768 * 1024)
+    height, width = size(16, 1080, 1920, rules, max_pixels=50 * 1024)
+    assert 40 * 1024 < height * width <= 50 * 1024
+    height, width = size(128, 1080, 1920, rules, total_pixels=2000 * 1024)
+    assert 1200 * 1024 < 64 * height * width <= 2000 * 1024
+    assert size(768, 1080, 1920, rules, total_pixels=1, max_pixels=1) == (32, 32)
+
+
+@pytest.mark.parametrize("num_frames", [4, 200])
+def test_a_cap_in_the_files_equals_transformers(num_frames: int) -> None:
+    rules = RULES.with_file_bounds(128 * 1024, 4000 * 1024, 768 * 1024)
+    most = num_frames * max(min(768 * 1024, 4000 * 1024 // num_frames), int(128 * 1024 * 1.05))  # as in its `resize`
+    expected = smart_resize(num_frames, 1080, 1920, factor=32, min_pixels=128 * 1024, max_pixels=most)
+    assert size(num_frames, 1080, 1920, rules) == expected
+
+
+@pytest.mark.parametrize("rules", [PER_FRAME_RULES, RULES, RULES.with_file_bounds(1, 2, 3)])
+def test_rules_pass_through_json(rules: FrameRules) -> None:
+    assert rules_from_json(json.loads(json.dumps(rules_to_json(rules)))) == rules
 
 
 def test_the_most_pixels_of_a_video() -> None:

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from megatron_vcr1.data.frame_rules import PixelOptions
+from megatron_vcr1.model.families.registry import FAMILIES
 from megatron_vcr1.serving import media
+from megatron_vcr1.serving.app import ChatApp, Limits
+from megatron_vcr1.serving.batching import Batcher
 from megatron_vcr1.serving.chat import ChatRequest, RefusedRequest
 from megatron_vcr1.serving.media import MAX_FRAMES, request_files
+from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
 from tests.serving.requests import picture, picture_file, text, video
 
@@ -17,7 +24,7 @@ from tests.serving.requests import picture, picture_file, text, video
 def convert(part: dict[str, Any], root: Path | None, **keys: Any) -> dict[str, Any]:
     """Convert a part; `read` holds the contents of the files that it names."""
     request = ChatRequest.model_validate({"messages": [{"role": "user", "content": [text("x"), part]}], **keys})
-    with request_files(root, max_pixels=0) as files:
+    with request_files(root, max_pixels=10**7) as files:
         (message,) = files.convert(request)
         converted = message["content"][1]
         paths = converted[converted["type"]]
@@ -98,3 +105,17 @@ def test_file_urls_need_a_folder_of_files(tmp_path: Path) -> None:
 def test_options_beyond_a_prompt_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(RefusedRequest, match=r"messages\[0\].content\[1\]: (asks for|min_frames 9 is above)"):
         convert(video((tmp_path / "a.mp4").as_uri(), **options), tmp_path)
+
+
+def test_the_default_budget_of_the_model_may_be_asked_for(tmp_path: Path) -> None:
+    rules = FAMILIES["qwen3_vl"].media.frames
+    budget = rules.with_defaults(PixelOptions()).total_pixels
+    assert budget is not None
+    limits = Limits(4096, 8, 4, tmp_path)
+    app = ChatApp("tiny", replace(tiny_processor(16), frame_rules=rules), cast(Batcher, None), limits)
+    for total_pixels, message in ((budget, "gone.mp4"), (8 * budget, f"asks for {8 * budget} pixels")):
+        part = video((tmp_path / "gone.mp4").as_uri(), total_pixels=total_pixels)
+        body = json.dumps({"messages": [{"role": "user", "content": [part]}]}).encode()
+        with pytest.raises(RefusedRequest, match=message):
+            app._prepare(body)
+    app.close()
