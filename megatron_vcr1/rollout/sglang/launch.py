@@ -104,11 +104,12 @@ def check_server_args(section: SglangSection) -> None:
     for argument in section.server_args:
         if reason := _REJECTED_ARGUMENTS.get(argument.partition("=")[0]):
             raise UserError(f"sglang.server_args: remove {argument}: {reason}")
-    uses_graphs = os.environ.get(_VISION_GRAPH_VARIABLE, "").lower() in ("1", "true", "yes", "on")
+    uses_graphs = os.environ.get(_VISION_GRAPH_VARIABLE, "").lower() in ("true", "1", "yes", "y")  # as in SGLang
     if uses_graphs and _EXACT_POSITIONS_ARGUMENT not in section.server_args:
         raise UserError(
-            f"sglang.server_args: {_VISION_GRAPH_VARIABLE} is set, so add {_EXACT_POSITIONS_ARGUMENT}, or unset the "
-            "variable: otherwise the servers give Qwen3-VL other vision features than training"
+            f"sglang.server_args: {_VISION_GRAPH_VARIABLE} is set, so add {_EXACT_POSITIONS_ARGUMENT} (which does not "
+            "affect other families), or unset the variable: otherwise the servers give Qwen3-VL other vision features "
+            "than training"
         )
 
 

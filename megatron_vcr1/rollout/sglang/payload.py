@@ -52,8 +52,7 @@ class PatchSettings:
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One image or video of a prompt, or one temporal patch of a video whose temporal patches have runs of pads of
-    their own."""
+    """One image or video of a prompt, or one temporal patch of a video, if each has its own run of pads."""
 
     frames: Tensor
     """uint8 [num_frames, height, width, 3], already resized."""

@@ -71,9 +71,14 @@ def test_an_unsupported_server_argument_is_rejected(tmp_path: Path, argument: st
         specs_of(config(tmp_path, server_args=["--log-level", "error", argument, "2"]))
 
 
-def test_graphs_of_the_vision_tower_need_exact_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_VIT_ENABLE_CUDA_GRAPH", "1")
+@pytest.mark.parametrize("value", ["1", "True", "y"])
+def test_graphs_of_the_vision_tower_need_exact_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     run = config(tmp_path)
+    monkeypatch.setenv("SGLANG_VIT_ENABLE_CUDA_GRAPH", "on")  # SGLang does not know this value
+    assert specs_of(run)
+    monkeypatch.setenv("SGLANG_VIT_ENABLE_CUDA_GRAPH", value)
     with pytest.raises(UserError, match="SGLANG_VIT_ENABLE_CUDA_GRAPH is set, so add --enable-precise-embedding"):
         specs_of(run)
     arguments = ("--enable-precise-embedding-interpolation",)
