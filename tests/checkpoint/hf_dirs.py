@@ -61,7 +61,8 @@ def write_hf_dir(path: Path, config: dict[str, Any], weights: dict[str, torch.Te
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "tokenizer.json").write_text('{"note": "copied as it is"}\n')
-    (path / "preprocessor_config.json").write_text("{}")
+    settings = {"patch_size": config["vision_config"].get("patch_size", 14)}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
     if num_files == 1:
         safetensors.torch.save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
         return path
