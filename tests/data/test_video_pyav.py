@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_vcr1.data import video_pyav
+from megatron_vcr1.data.frame_rules import PixelOptions
 from megatron_vcr1.data.video import VideoError, VideoFrames, read_frames
 from megatron_vcr1.data.video_index import read_packet_index
 from megatron_vcr1.data.video_open import open_video
@@ -255,7 +256,7 @@ class NativeSize(Sampling):
 
 
 def _read_native(path: Path) -> VideoFrames:
-    sampling = NativeSize(2.0, 4, 768, 1, 1, 1, 28)
+    sampling = NativeSize(2.0, 4, 768, PixelOptions(1, 1, 1), 28)
     return video_pyav.decode_with_pyav(str(path), sampling, deadline=Deadline(path, 60))
 
 
