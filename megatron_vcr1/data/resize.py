@@ -92,9 +92,9 @@ def max_pixels_per_frame(
 ) -> int:
     """Return the largest number of pixels of a frame within a video's pixel budget.
 
-    It is max(min(max_pixels, total_pixels / num_frames * 2), 1.05 * min_pixels). Since two frames share their tokens, a
-    video of any length takes at most about total_pixels / 28**2 tokens, unless it has so many frames that `min_pixels`
-    is the larger bound.
+    It is max(min(max_pixels, total_pixels / num_frames * 2), 1.05 * min_pixels). Two frames share their tokens, so the
+    budget limits a video to about total_pixels / 28**2 tokens, whatever its length. A video with so many frames that
+    `min_pixels` applies takes more.
     """
     share = total_pixels / num_frames * TEMPORAL_PATCH_SIZE
     return int(max(min(max_pixels, share), int(min_pixels * 1.05)))

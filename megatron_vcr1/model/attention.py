@@ -113,6 +113,9 @@ class PackedAttention(MegatronModule):
         self.layer_number = layer_number
         self.windowed = layer_number in windowed_layers
         self.softmax_scale = softmax_scale
+        self.is_recomputed = config.recompute_granularity == "full" or (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
 
     def forward(
         self,
@@ -168,14 +171,10 @@ class PackedAttention(MegatronModule):
         """
         local = torch.cat((key, value), dim=1)  # one collective for both
         gathered = gather_keys(local, plan)
-        # Where attention is recomputed, the keys are gathered once more anyway, and kept only until its backward pass.
-        modules = self.config.recompute_modules or ()
-        is_recomputed = self.config.recompute_granularity == "full" or (
-            self.config.recompute_granularity == "selective" and "core_attn" in modules
-        )
+        # If attention is recomputed, the recomputation gathers the keys, and they live until its backward pass only.
         regathers = (
             nullcontext()
-            if is_recomputed
+            if self.is_recomputed
             else regather_in_backward(gathered, lambda: gather_keys(local.detach(), plan))
         )
         with regathers:

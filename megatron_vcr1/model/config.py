@@ -88,13 +88,15 @@ class VisionConfig:
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     in_channels: int = 3
-    # Zero features that are appended to the inner ones of every MLP while the model is in training, see `mlp_padding`.
-    # They are not part of the published tensors.
-    ffn_padding: int = 0
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_padding(self) -> int:
+        """Number of zero features that pad the inner ones of every MLP (`mlp_padding`). Published tensors have none."""
+        return mlp_padding(self.ffn_hidden_size)
 
     @property
     def padded_ffn_hidden_size(self) -> int:

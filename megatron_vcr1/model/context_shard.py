@@ -10,7 +10,6 @@ query without key, rather than receive its hidden state.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -143,7 +142,7 @@ class _Sharder:
         head = torch.cat((self.prompt_tokens[self.rank], self.repeated_tokens[self.rank]))
         tokens = torch.cat((head, own_tokens))
         # Layers need at least one token.
-        padding = math.ceil(max(len(tokens), 1) / pad_to_multiple_of) * pad_to_multiple_of - len(tokens)
+        padding = -len(tokens) % pad_to_multiple_of if len(tokens) else pad_to_multiple_of
         local_index = torch.full((layout.num_tokens,), -1)
         local_index[tokens] = torch.arange(len(tokens))
         target_indices = self._target_indices(own)
@@ -191,8 +190,11 @@ class _Sharder:
             for prompt in self.prompts
             for first, last in zigzag_ranges(prompt.end - prompt.start, self.rank, self.num_ranks)
         ]
-        first_key = {prompt.end - 1: prompt.first_key + prompt.end - 1 - prompt.start for prompt in self.prompts}
-        queries += [(first_key[token], first_key[token] + 1) for token in self.repeated_tokens[self.rank].tolist()]
+        keys_of_last_tokens = {
+            prompt.end - 1: prompt.first_key + prompt.end - 1 - prompt.start for prompt in self.prompts
+        }
+        repeated = [keys_of_last_tokens[token] for token in self.repeated_tokens[self.rank].tolist()]
+        queries += [(key, key + 1) for key in repeated]
         queries.append((self.num_prompt_tokens, self.num_prompt_tokens + num_own_tokens))
         return SegmentLayout(
             (*(prompt.end - prompt.start for prompt in self.prompts), *(layout.lengths[s] for s in own), padding),

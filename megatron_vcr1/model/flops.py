@@ -111,15 +111,12 @@ class Flops:
 def forward_flops(config: ModelConfig, work: Workload) -> Flops:
     """Count one forward pass, including the head."""
     text, vision = config.text, config.vision
+    merged_units = work.patches // vision.patches_per_token * (1 + config.family.num_feature_layers(vision))
     return Flops(
         patch_embed=2 * work.patches * vision.hidden_size * vision.patch_dim,
         vision_layers=2 * work.patches * vision.num_layers * vision_layer_weights(vision),
         vision_attention=4 * work.vision_pairs * vision.hidden_size,
-        merger=2
-        * work.patches
-        // vision.patches_per_token
-        * (1 + config.family.num_feature_layers(vision))
-        * merger_weights(vision),
+        merger=2 * merged_units * merger_weights(vision),
         text_layers=2 * work.tokens * text.num_layers * _text_qkv_weights(text)
         + 2 * _tokens_after_attention(config, work) * (text_layer_weights(text) - _text_qkv_weights(text)),
         text_attention=4 * work.text_pairs * text.num_layers * text.num_heads * text.head_dim,

@@ -108,9 +108,10 @@ def rotary_angles(position_ids: Tensor, axes: Sequence[int], rotary_base: float,
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     frequencies = 1 / rotary_base**exponents
     if yarn is not None:
-        kept = _kept_by_yarn(yarn, head_dim, rotary_base).to(position_ids.device)
+        kept = _kept_by_yarn(yarn, head_dim, rotary_base).to(position_ids.device, non_blocking=True)
         frequencies = frequencies / yarn.factor * (1 - kept) + frequencies * kept
-    axis_of_frequency = torch.tensor(axes, device=position_ids.device)
+    # Without waiting for the device: the host prepares the next kernels while the last microbatch still computes.
+    axis_of_frequency = torch.tensor(axes).to(position_ids.device, non_blocking=True)
     angles = position_ids.float().T[:, axis_of_frequency] * frequencies
     return torch.cat((angles, angles), dim=-1)
 

@@ -1,4 +1,4 @@
-"""Assignment of work to data-parallel replicas."""
+"""Assignment of work to replicas or ranks, so that all of them have about equally much."""
 
 from __future__ import annotations
 

@@ -85,9 +85,9 @@ def run_on_context_ranks(work: Callable[[], T]) -> list[T]:
 
     If `work` raises on any of them, it raises on all of them.
     """
-    return (
-        [work()] if mesh.context_size() == 1 else run_on_every_rank(work, parallel_state.get_context_parallel_group())
-    )
+    if mesh.context_size() == 1:
+        return [work()]  # the object itself: nothing is pickled
+    return run_on_every_rank(work, parallel_state.get_context_parallel_group())
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

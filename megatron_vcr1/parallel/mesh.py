@@ -100,6 +100,8 @@ def _build_groups(parallel: ParallelSection, timeout: timedelta) -> None:
 
 def shutdown() -> None:
     """Destroy all process groups. Does nothing if `initialize` was not called."""
+    global _replica_group, _first_stage_group
+    _replica_group = _first_stage_group = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -28,14 +28,14 @@ def work_imbalance(job: Job, num_replicas: int, longest_response: int) -> float:
         return 1.0
     rarer = min(mean, 1 - mean)
     generator = random.Random(0)
+    grids = [square_video(job.config, job.prompt_tokens)]
 
     def group_flops() -> float:
         lengths = [
             max(1, round(longest_response * generator.betavariate(mean / rarer, (1 - mean) / rarer)))
             for _ in range(job.group_size)
         ]
-        grid = square_video(job.config, job.prompt_tokens)
-        work = Workload.of_group(job.config, job.prompt_tokens, lengths, [grid])
+        work = Workload.of_group(job.config, job.prompt_tokens, lengths, grids)
         return training_flops(job.config, work, freeze=job.freeze).total
 
     num_steps = -(-MIN_GROUPS // job.prompts_per_step)

@@ -91,7 +91,6 @@ class Learner:
                 takes part in the gradient reduction.
             loss: its scalar must be normalized by counts over all replicas (see `schedule.forward_backward`).
         """
-        self.restore_gradients()
         self.ddp_model.zero_grad_buffer()
         if self._overlapped is not None:
             self._overlapped.reset()
@@ -171,7 +170,7 @@ def _fuse_gradient_accumulation(model: VideoLanguageModel) -> None:
         if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine
             module.fuse_wgrad_accumulation = True
         elif hasattr(module, "gradient_accumulation_fusion"):  # megatron-core
-            assert layers._grad_accum_fusion_available, "model.cpu.install has been called"
+            assert layers._grad_accum_fusion_available, "call model.cpu.install first"
             module.gradient_accumulation_fusion = True
 
 

@@ -77,20 +77,20 @@ def _check_padding(run: ToyRun) -> None:
 
 def _train(model_dir: Path, directory: Path, tensor: int, *, padded: bool) -> tuple[list[float], dict[str, Tensor]]:
     """Train for two steps, from the checkpoint of the directory if there is one, and save a checkpoint."""
-    with mock.patch("megatron_vcr1.model.families.qwen2_5_vl.mlp_padding", mlp_padding if padded else lambda width: 0):
+    with mock.patch("megatron_vcr1.model.config.mlp_padding", mlp_padding if padded else lambda width: 0):
         run = ToyRun(model_dir, directory, {"parallel": {"tensor": tensor}})
-    is_resumed = run.resume() is not None
-    if not is_resumed:
-        published = load_file(model_dir / "model.safetensors").items()
-        stream = dict(stream_hf_tensors(run.model))
-        assert all(torch.equal(stream[published_name(name, stream)], values) for name, values in published)
-    losses = [loss for loss, _ in run.train(2)]
-    if padded:
-        _check_padding(run)
-    if not is_resumed:
-        run.save()
-        run.store.finish()
-    return losses, {name: values.clone() for name, values in stream_hf_tensors(run.model)}
+        is_resumed = run.resume() is not None
+        if not is_resumed:
+            published = load_file(model_dir / "model.safetensors").items()
+            stream = dict(stream_hf_tensors(run.model))
+            assert all(torch.equal(stream[published_name(name, stream)], values) for name, values in published)
+        losses = [loss for loss, _ in run.train(2)]
+        if padded:
+            _check_padding(run)
+        if not is_resumed:
+            run.save()
+            run.store.finish()
+        return losses, {name: values.clone() for name, values in stream_hf_tensors(run.model)}
 
 
 def test_padding_stays_zero_in_training_and_changes_nothing(tmp_path: Path, gloo_pool: GlooPool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_every_rank_attends_as_the_whole_does(
     mask = attention_mask(batch.layout)
     # Every token is told apart by its id, so that the tokens of queries and gathered keys can be read from values.
     num_tokens = batch.layout.num_tokens
-    numbered = PackedBatch(**{**_fields(batch), "token_ids": torch.arange(num_tokens)})
+    numbered = replace(batch, token_ids=torch.arange(num_tokens))
     shards = _shards(numbered, config, num_ranks, multiple=4)
     keys = _gather(shards, [shard.token_ids for shard in shards])
     for shard, key_tokens in zip(shards, keys, strict=True):
@@ -95,10 +96,6 @@ def test_every_rank_attends_as_the_whole_does(
         missing = torch.ones(num_tokens, dtype=torch.bool)
         missing[key_tokens[:num_keys]] = False
         assert not mask[tokens][:, missing].any()
-
-
-def _fields(batch: PackedBatch) -> dict[str, object]:
-    return {name: getattr(batch, name) for name in PackedBatch.__slots__}
 
 
 @with_cases
@@ -135,7 +132,7 @@ def test_features_reach_the_ranks_of_their_tokens(
     # Number the vision tokens: a token's id is its feature's index.
     token_ids = torch.full_like(batch.token_ids, -1)
     token_ids[batch.vision_token_indices] = torch.arange(len(batch.vision_token_indices))
-    shards = _shards(PackedBatch(**{**_fields(batch), "token_ids": token_ids}), config, num_ranks)
+    shards = _shards(replace(batch, token_ids=token_ids), config, num_ranks)
     sizes = [sum(item.num_tokens(config.vision.merge_size) for item in shard.vision) for shard in shards]
     features = torch.arange(sum(sizes)).split(sizes)  # what each rank has encoded
     sent = [
@@ -177,7 +174,5 @@ def test_steps_are_dealt_in_runs_of_about_equal_work() -> None:
 def test_a_rank_without_tokens_gets_padding(config: ModelConfig) -> None:
     batch = _pack(config, [("", ())])
     short = SegmentLayout((1,), (-1,))
-    batch = PackedBatch(
-        **{**_fields(batch), "layout": short, "token_ids": torch.tensor([5]), "position_ids": torch.zeros(3, 1).long()}
-    )
+    batch = replace(batch, layout=short, token_ids=torch.tensor([5]), position_ids=torch.zeros(3, 1).long())
     assert [len(shard.token_ids) for shard in _shards(batch, config, 2)] == [1, 1]

@@ -140,7 +140,7 @@ def _query_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
         return _Tiles(64, 32, num_warps=8, num_stages=2)
     large = _Tiles(128, 64, num_warps=8, num_stages=3)
     # Tiles of 128 tokens would be half empty (vision windows), or too few to keep all SMs busy.
-    lengths = [span.length for span in layout.query_spans]
+    lengths = layout.lengths if layout.queries is None else [span.length for span in layout.query_spans]
     if max(lengths) <= 64 or _num_programs(query, lengths, large) < 3 * _num_sms(query.device):
         return _Tiles(64, 32, num_warps=4, num_stages=3)
     return large

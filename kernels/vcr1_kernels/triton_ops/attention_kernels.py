@@ -118,8 +118,8 @@ def forward_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    out_ptr,  # contiguous [tokens, num_heads, head_dim]
-    lse_ptr,  # float32 [num_heads, tokens]: L, base 2
+    out_ptr,  # contiguous [queries, num_heads, head_dim]
+    lse_ptr,  # float32 [num_heads, queries]: L, base 2
     blocks_ptr,  # int32 [num_blocks, 6], see _load_query_block
     query_stride,
     query_head_stride,
@@ -221,7 +221,7 @@ def query_gradient_kernel(
     out_ptr,
     grad_out_ptr,  # contiguous, like out and grad_query
     lse_ptr,
-    delta_ptr,  # float32 [num_heads, tokens], output: the key-gradient kernel reads it
+    delta_ptr,  # float32 [num_heads, queries], output: the key-gradient kernel reads it
     grad_query_ptr,
     blocks_ptr,  # int32 [num_blocks, 6], see _load_query_block
     query_stride,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
-from megatron_vcr1.model.config import VisionConfig, mlp_padding
+from megatron_vcr1.model.config import VisionConfig
 from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.families.qwen2_common import PIXEL_MEAN, PIXEL_STD, Qwen2Family
 from megatron_vcr1.model.families.reading import MAX_LAYERS, check_vision_keys
@@ -74,12 +74,10 @@ class Qwen25VL(Qwen2Family):
         full_attention: tuple[int, ...] = (7, 15, 23, 31)
         if "fullatt_block_indexes" in raw:
             full_attention = raw.integers("fullatt_block_indexes", below=MAX_LAYERS)
-        ffn_hidden_size = raw.integer("intermediate_size")
         vision = WindowedVisionConfig(
             num_layers=raw.integer("depth", 32, maximum=MAX_LAYERS),
             hidden_size=raw.integer("hidden_size"),
-            ffn_hidden_size=ffn_hidden_size,
-            ffn_padding=mlp_padding(ffn_hidden_size),
+            ffn_hidden_size=raw.integer("intermediate_size"),
             num_heads=raw.integer("num_heads", 16),
             out_hidden_size=raw.integer("out_hidden_size", text_hidden_size),
             patch_size=raw.integer("patch_size", 14, maximum=1024),

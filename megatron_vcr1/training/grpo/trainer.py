@@ -77,7 +77,7 @@ class GrpoTrainer:
         if self._reference is not None:
             self._reference.prefetch()
         groups = self._source.next_groups(step, metrics)
-        self._learner.restore_gradients()
+        self._learner.restore_gradients()  # before the reference, whose weights the gradient buffers hold
         # All replicas have the same number of minibatches, though some of a replica's may be empty. All ranks therefore
         # do the same number of updates, whose collectives need every rank.
         minibatches = self._make_minibatches(groups.kept, metrics)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
-from megatron_vcr1.model.config import VisionConfig, mlp_padding
+from megatron_vcr1.model.config import VisionConfig
 from megatron_vcr1.model.families.reading import MAX_LAYERS, check_vision_keys
 
 _PUBLISHED_LAYERS = (8, 16, 24)
@@ -36,12 +36,10 @@ def read_vision_config(raw: Fields, num_text_layers: int) -> Qwen3VisionConfig:
     num_positions = raw.integer("num_position_embeddings")
     if math.isqrt(num_positions) ** 2 != num_positions:
         raise raw.error("num_position_embeddings", "must be a square number: the positions are a square grid")
-    ffn_hidden_size = raw.integer("intermediate_size")
     return Qwen3VisionConfig(
         num_layers=num_layers,
         hidden_size=raw.integer("hidden_size"),
-        ffn_hidden_size=ffn_hidden_size,
-        ffn_padding=mlp_padding(ffn_hidden_size),
+        ffn_hidden_size=raw.integer("intermediate_size"),
         num_heads=raw.integer("num_heads"),
         out_hidden_size=raw.integer("out_hidden_size"),
         patch_size=raw.integer("patch_size", 16, maximum=1024),
