@@ -1,7 +1,10 @@
 """Ask a trained model about a video in plain transformers, with the frames, pixels and positions of its training.
 
-It is for Qwen2-VL and Qwen2.5-VL: transformers' processor of Qwen3-VL reads videos as training does. It needs no part
-of megatron_vcr1:
+It is for Qwen2-VL and Qwen2.5-VL. transformers' own processor of Qwen3-VL reads videos as training does if it is given
+the settings of the training: videos_kwargs={"fps": data.fps, "size": {"shortest_edge": (as in the model's file),
+"longest_edge": 2 * data.total_pixels}}; total_pixels counts one of two frames, longest_edge counts both.
+
+It needs no part of megatron_vcr1:
 
 pip install torch torchvision transformers av
 python examples/transformers_inference.py --model runs/own_data/export --video clip.mp4 --prompt "When?"
@@ -19,7 +22,7 @@ import av
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 MAX_FRAME_PIXELS = 768 * 28 * 28
@@ -78,10 +81,13 @@ def answer(arguments: argparse.Namespace) -> str:
     """Return the model's greedy response."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model_type = AutoConfig.from_pretrained(arguments.model).model_type
+    if model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise SystemExit(
+            f"{arguments.model} is a {model_type}: use transformers' own processor, see the top of this file"
+        )
     processor = AutoProcessor.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=dtype).to(device).eval()
-    if model.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise SystemExit(f"{arguments.model} is a {model.config.model_type}: use transformers' own processor for it")
     model.model.get_rope_index = with_published_positions(model.model.get_rope_index, model.config.video_token_id)
     vision = model.config.vision_config
     frames, duration_s = read_frames(

@@ -131,7 +131,7 @@ def model_config(
     )
 
 
-def model_config_3(
+def qwen3_vl_config(
     *, hidden_size: int = 96, num_layers: int = 2, vision_hidden_size: int = 64, vision_layers: int = 1
 ) -> Qwen3VLConfig:
     """Return a Qwen3-VL configuration of the same size; the features of its first vision layer are DeepStack's."""
@@ -192,9 +192,9 @@ def write_model(folder: Path, seed: int, family: str = "qwen2_5_vl") -> None:
         family: one of `FAMILIES`.
     """
     torch.manual_seed(seed)
-    is_third = family == "qwen3_vl"
-    if is_third:
-        Qwen3VLForConditionalGeneration(model_config_3()).save_pretrained(folder)
+    is_qwen3_vl = family == "qwen3_vl"
+    if is_qwen3_vl:
+        Qwen3VLForConditionalGeneration(qwen3_vl_config()).save_pretrained(folder)
     else:
         Qwen2_5_VLForConditionalGeneration(model_config()).save_pretrained(folder)
     build_tokenizer(family).save_pretrained(folder)
@@ -207,15 +207,15 @@ def write_model(folder: Path, seed: int, family: str = "qwen2_5_vl") -> None:
         "size": {"shortest_edge": FRAME_SIDE**2, "longest_edge": FRAME_SIDE**2},
     }
     video_settings = settings | {
-        "video_processor_type": "Qwen3VLVideoProcessor" if is_third else "Qwen2VLVideoProcessor"
+        "video_processor_type": "Qwen3VLVideoProcessor" if is_qwen3_vl else "Qwen2VLVideoProcessor"
     }
-    if is_third:  # its bounds are on all frames of a video together
+    if is_qwen3_vl:  # its bounds are on all frames of a video together
         video_settings["size"] = {
             "shortest_edge": FRAME_SIDE**2,
             "longest_edge": VideoFormat().num_frames * FRAME_SIDE**2,
         }
     processor = {
-        "processor_class": "Qwen3VLProcessor" if is_third else "Qwen2_5_VLProcessor",
+        "processor_class": "Qwen3VLProcessor" if is_qwen3_vl else "Qwen2_5_VLProcessor",
         "image_processor": settings | {"image_processor_type": "Qwen2VLImageProcessor"},
         "video_processor": video_settings,
     }

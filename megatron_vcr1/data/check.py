@@ -127,7 +127,7 @@ def _check_media(
     uses: dict[Medium, list[tuple[Sample, Medium]]] = {}
     for sample in samples:
         for medium in sample.media:
-            uses.setdefault(_whole(medium), []).append((sample, medium))
+            uses.setdefault(_decoded_medium(medium), []).append((sample, medium))
     readers: SimpleQueue[VideoReader] = SimpleQueue()
 
     def check(medium: Medium, uses: list[tuple[Sample, Medium]]) -> list[BadMedium | LateSpan]:
@@ -144,8 +144,8 @@ def _check_media(
             yield from found
 
 
-def _whole(medium: Medium) -> Medium:
-    """Return the image, or the whole video at its image rate, that all samples which show it or a clip of it share."""
+def _decoded_medium(medium: Medium) -> Medium:
+    """Return what is decoded to check a medium: the image, or the whole video of a clip. Clips of a video share it."""
     if isinstance(medium, Image):
         return medium
     return Video(medium.path, image_fps=video_arguments(medium, {}).get("image_fps"))

@@ -161,6 +161,7 @@ def reduced_video_options(
     depth, token_pixels = processor.temporal_patch_size, processor.factor**2
     least_frame_pixels = options.get("min_pixels")
     if least_frame_pixels is None:
+        # Rules without a minimum: keep 16 tokens per temporal patch, and drop frames before going below.
         least_frame_pixels = processor.frame_rules.with_defaults(PixelOptions()).min_pixels or 16 * token_pixels
     least_pixels = int(least_frame_pixels * 1.05) + stamp_tokens * token_pixels  # of a temporal patch
     most_frames = depth * (max(max_video_tokens, 1) * token_pixels // least_pixels)

@@ -188,14 +188,14 @@ class LogProbScorer:
             return batch.gather_targets(values).cpu()
 
         results = schedule.forward_only(self.model, [batch.to(mesh.device()) for batch in batches], collect)
+        rows = {}
         # Only the last stage has results, so the two sequences may differ in length.
-        return {
-            group.id: {"id": group.id, "token_ids": group.responses[0].tolist(), "log_probs": log_probs.tolist()}
-            for microbatch, values in zip(microbatches, results, strict=False)
-            for group, log_probs in zip(
-                microbatch, values.split([len(g.responses[0]) for g in microbatch]), strict=True
-            )
-        }
+        for microbatch, values in zip(microbatches, results, strict=False):
+            responses = [group.responses[0] for group in microbatch]
+            parts = values.split(list(map(len, responses)))
+            for group, response, log_probs in zip(microbatch, responses, parts, strict=True):
+                rows[group.id] = {"id": group.id, "token_ids": response.tolist(), "log_probs": log_probs.tolist()}
+        return rows
 
 
 def _write_rows(scorer: LogProbScorer, requests: Sequence[ScoreRequest], out: Path) -> int:

@@ -75,7 +75,7 @@ def differences_from_training(training: RunConfig, data: DataSection, thinking: 
             f"templates {_shown(data.templates)}, but the model was trained with {_shown(training.data.templates)}"
         )
     before, now = video_settings(training.data), video_settings(data)
-    if changed := [f"{key} = {now[key]} (training: {before[key]})" for key in now if now[key] != before[key]]:
+    if changed := [_changed(key, now[key], before[key]) for key in now if now[key] != before[key]]:
         found.append(f"data.{', data.'.join(changed)}")
     return found
 
@@ -83,6 +83,11 @@ def differences_from_training(training: RunConfig, data: DataSection, thinking: 
 def describe_prompts(data: DataSection, thinking: bool) -> str:
     """Describe templates and thinking for the log."""
     return f"{_how(thinking)}, templates: {_shown(data.templates)}"
+
+
+def _changed(key: str, now: object, before: object) -> str:
+    shown, trained = ("unset" if value is None else value for value in (now, before))
+    return f"{key} = {shown} (training: {trained})"
 
 
 def _how(thinking: bool) -> str:

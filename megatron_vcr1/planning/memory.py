@@ -28,6 +28,7 @@ from dataclasses import dataclass, fields, replace
 
 from vcr1_kernels.ops.linear_log_probs import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
 
+from megatron_vcr1.model.config import TextConfig
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.parameters import StageParameters, num_parameters, stage_parameters
@@ -70,11 +71,20 @@ class LayerActivations:
     working: float  # temporary values during the backward pass
 
 
+def key_size(text: TextConfig, ranks: int) -> float:
+    """Return the number of values of a token's keys on one of `ranks` tensor-parallel ranks."""
+    return max(text.num_kv_heads / ranks, 1) * text.head_dim
+
+
+def query_size(text: TextConfig, ranks: int) -> float:
+    """Return the number of values of a token's queries on one of `ranks` tensor-parallel ranks."""
+    return text.num_heads / ranks * text.head_dim
+
+
 def text_layer_activations(job: Job, layout: Layout, device: Device) -> LayerActivations:
     """Count the values per token in a layer of the language model."""
     text, ranks = job.config.text, layout.tensor
-    key = max(text.num_kv_heads / ranks, 1) * text.head_dim
-    query = text.num_heads / ranks * text.head_dim
+    key, query = key_size(text, ranks), query_size(text, ranks)
     layer = _layer_activations(text.hidden_size, query, key, text.ffn_hidden_size / ranks, layout, device)
     if not text.qk_norm or layout.recompute == "full":
         return layer
@@ -173,8 +183,7 @@ def _gathered_bytes(job: Job, layout: Layout) -> float:
     if layout.context == 1:
         return 0.0
     text, ranks = job.config.text, layout.tensor
-    key = max(text.num_kv_heads / ranks, 1) * text.head_dim
-    query = text.num_heads / ranks * text.head_dim
+    key, query = key_size(text, ranks), query_size(text, ranks)
     parts = 2 * query * 4 if query > key else 0.0
     return job.prompt_tokens * layout.groups_per_microbatch * (3 * 2 * key * job.dtype_bytes + parts)
 
@@ -229,4 +238,4 @@ def engine_memory(job: Job, device: Device, resident: float, ranks: int) -> Engi
 def cache_bytes_per_token(job: Job, ranks: int) -> float:
     """Return the bytes of one token's keys and values on one rank of an engine."""
     text = job.config.text
-    return 2 * text.num_layers * max(text.num_kv_heads / ranks, 1) * text.head_dim * job.dtype_bytes
+    return 2 * text.num_layers * key_size(text, ranks) * job.dtype_bytes

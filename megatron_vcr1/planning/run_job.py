@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.frame_rules import PixelOptions
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.job import STAMP_TOKENS, Job, Layout
 from megatron_vcr1.text_files import read_lines
 
 TEXT_TOKENS = 256  # of a prompt; its video fills data.total_pixels
@@ -58,13 +59,19 @@ def job_of_run(
 
 
 def longest_prompt(data: DataSection, model: ModelConfig) -> int:
-    """Return the tokens of a prompt whose video fills data.total_pixels, at most data.max_prompt_tokens.
+    """Return the tokens of a prompt whose video fills data.total_pixels and has data.max_frames frames.
+
+    At most data.max_prompt_tokens.
 
     Not below the shortest prompt that the planner knows, one with a small video.
     """
-    patch = model.vision.patch_size**2 * model.vision.patches_per_token
-    total_pixels = model.media.frames.with_defaults(PixelOptions(data.total_pixels)).total_pixels or 0
-    return max(min(total_pixels // patch + TEXT_TOKENS, data.max_prompt_tokens), MIN_PROMPT_TOKENS)
+    vision = model.vision
+    total_pixels = model.media.frames.with_defaults(PixelOptions(data.total_pixels)).total_pixels
+    assert total_pixels is not None  # the rules of every family have a budget
+    video_tokens = total_pixels // (vision.patch_size**2 * vision.patches_per_token)
+    if model.media.timestamps_as_text:
+        video_tokens += math.ceil(data.max_frames / vision.temporal_patch_size) * STAMP_TOKENS
+    return max(min(video_tokens + TEXT_TOKENS, data.max_prompt_tokens), MIN_PROMPT_TOKENS)
 
 
 def count_samples(manifests: Sequence[Path]) -> int:

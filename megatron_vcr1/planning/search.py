@@ -148,7 +148,7 @@ def _best_of_size(
     plans: list[Plan] = []
     misfits: list[Refusal] = []
     impossible: list[Refusal] = []
-    for layout in _variants(job, base, cluster.device):
+    for layout in _variants(job, base, cluster):
         try:
             check_layout(job.config.shape, layout.parallel, layout.recompute_section, cluster.num_gpus)
         except UserError as error:
@@ -183,10 +183,8 @@ def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) 
             f"(largest part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
         )
         return Refusal(layout.tensor, layout.pipeline, reason, needed_bytes)
-    traffic, stages = (
-        step_traffic(job, layout),
-        stage_seconds(job, layout, device, cluster.gpus_per_node, training=True),
-    )
+    traffic = step_traffic(job, layout)
+    stages = stage_seconds(job, layout, device, cluster.gpus_per_node, training=True)
     plans = []
     for engine in engines:
         if engine.tokens >= tokens:
@@ -209,20 +207,20 @@ def _engines(job: Job, cluster: Cluster, resident: float) -> Iterator[EngineMemo
             yield engine_memory(job, cluster.device, resident, ranks)
 
 
-def _variants(job: Job, base: Layout, device: Device) -> Iterator[Layout]:
+def _variants(job: Job, base: Layout, cluster: Cluster) -> Iterator[Layout]:
     for recompute in RECOMPUTES:
         for groups in _powers_of_two(job.prompts_per_step // base.replicas):
             layout = replace(base, recompute=recompute, groups_per_microbatch=groups)
             yield layout
             if base.pipeline > 1:
-                yield balanced(job, layout, device)
+                yield balanced(job, layout, cluster)
 
 
 def _powers_of_two(largest: int) -> list[int]:
     return [2**exponent for exponent in range(largest.bit_length())]
 
 
-def balanced(job: Job, layout: Layout, device: Device) -> Layout:
+def balanced(job: Job, layout: Layout, cluster: Cluster) -> Layout:
     """Choose the layers of the first and last stage so that the slowest stage is as fast as possible.
 
     The first stage also computes the vision tower, and the last one the head. Among choices within 0.1 % of the best,
@@ -231,7 +229,7 @@ def balanced(job: Job, layout: Layout, device: Device) -> Layout:
     if layout.pipeline == 1:
         return layout
     num_layers = job.config.text.num_layers
-    costs = [_linear_cost(job, layout, device, stage) for stage in range(layout.pipeline)]
+    costs = [_linear_cost(job, layout, cluster, stage) for stage in range(layout.pipeline)]
     choices: list[tuple[float, int, int, tuple[int | None, int | None]]] = []
     for first, last in product((None, *range(1, num_layers)), repeat=2):
         num_set = (first is not None) + (last is not None)
@@ -251,7 +249,10 @@ def balanced(job: Job, layout: Layout, device: Device) -> Layout:
     return replace(layout, first_stage_layers=first, last_stage_layers=last)
 
 
-def _linear_cost(job: Job, layout: Layout, device: Device, stage: int) -> tuple[float, float]:
+def _linear_cost(job: Job, layout: Layout, cluster: Cluster, stage: int) -> tuple[float, float]:
     """Return the seconds of a stage without layers, and the seconds of each layer."""
-    one_layer, two_layers = (seconds_of_stage(job, layout, device, stage, layers, training=True) for layers in (1, 2))
+    one_layer, two_layers = (
+        seconds_of_stage(job, layout, cluster.device, stage, layers, cluster.gpus_per_node, training=True)
+        for layers in (1, 2)
+    )
     return 2 * one_layer - two_layers, two_layers - one_layer

@@ -59,9 +59,7 @@ def compute_seconds(device: Device, flops: Flops) -> float:
     return sum(scaled) / device.flops_per_s
 
 
-def stage_seconds(
-    job: Job, layout: Layout, device: Device, gpus_per_node: int = 8, *, training: bool
-) -> tuple[float, ...]:
+def stage_seconds(job: Job, layout: Layout, device: Device, gpus_per_node: int, *, training: bool) -> tuple[float, ...]:
     """Predict the seconds of one microbatch on each stage: forward pass, with `training` also backward pass."""
     return tuple(
         seconds_of_stage(job, layout, device, stage, layers, gpus_per_node, training=training)
@@ -70,7 +68,7 @@ def stage_seconds(
 
 
 def seconds_of_stage(
-    job: Job, layout: Layout, device: Device, stage: int, num_layers: int, gpus_per_node: int = 8, *, training: bool
+    job: Job, layout: Layout, device: Device, stage: int, num_layers: int, gpus_per_node: int, *, training: bool
 ) -> float:
     """Predict the seconds of one stage with a given number of language-model layers; linear in that number."""
     config, work = job.config, job.groups(layout.groups_per_microbatch)

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.memory import GRADIENT_BYTES, num_trained
+from megatron_vcr1.planning.memory import GRADIENT_BYTES, key_size, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
 
 
@@ -123,7 +123,7 @@ def key_bytes(job: Job, layout: Layout) -> float:
     With N ranks, P prompt tokens and k values of a token's keys on a tensor-parallel rank: (N - 1) ceil(P / N) 2k.
     """
     text, ranks = job.config.text, layout.context
-    key = max(text.num_kv_heads / layout.tensor, 1) * text.head_dim
+    key = key_size(text, layout.tensor)
     slots = math.ceil(job.prompt_tokens / ranks) * layout.groups_per_microbatch
     return (ranks - 1) * slots * 2 * key * job.dtype_bytes
 

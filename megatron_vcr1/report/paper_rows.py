@@ -85,6 +85,7 @@ def rows_json(rows: Mapping[int, Sequence[PaperRow]]) -> list[dict[str, Any]]:
                 {
                     "run": row.run,
                     "model": row.model,
+                    "is_untrained": row.is_untrained,
                     "stage": row.training.stage if row.training else None,
                     "training_prompt": row.training.prompt if row.training else None,
                     "test_prompt": row.test_prompt,

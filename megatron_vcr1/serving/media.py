@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from megatron_vcr1.data.resize import TEMPORAL_PATCH_SIZE
 from megatron_vcr1.data.video_images import list_images
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.serving.chat import ChatRequest, ImagePart, RefusedRequest, TextPart, VideoPart
@@ -74,7 +75,9 @@ class RequestFiles:
             options = shared | part.options()
             if options:
                 num_frames = options.get("max_frames", MAX_FRAMES)
-                self._check_pixels(options.get("total_pixels", 0), num_frames * options.get("min_pixels", 28 * 28))
+                # total_pixels counts one frame of each temporal patch.
+                all_pixels = TEMPORAL_PATCH_SIZE * options.get("total_pixels", 0)
+                self._check_pixels(all_pixels, num_frames * options.get("min_pixels", 28 * 28))
             if part.video_url.url.startswith(f"{_FRAMES_HEADER},"):
                 return {"type": "video", **self._frames(part.video_url.url, place, options)}
             video = self._file(part.video_url.url, place)
@@ -83,9 +86,9 @@ class RequestFiles:
             raise RefusedRequest(f"{place}: {error}") from None
 
     def _check_pixels(self, *numbers: float) -> None:
-        """Refuse options that ask for more pixels than a prompt of the longest length can hold."""
+        """Refuse options that ask for more pixels than the longest prompt, or the default options, can have."""
         if max(numbers) > self.max_pixels:
-            raise RefusedRequest(f"asks for {max(numbers):.0f} pixels; at most {self.max_pixels} fit into a prompt")
+            raise RefusedRequest(f"asks for {max(numbers):.0f} pixels; at most {self.max_pixels} are allowed")
 
     def _file(self, url: str, place: str) -> str:
         """Return the local path of a URL."""

@@ -133,7 +133,7 @@ def normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_PUNCTUATION)
 
 
-@cache  # of a success: errors are not cached
+@cache  # only success is cached: an error is raised again by the next call
 def check_rouge() -> None:
     """Raise UserError if the optional package rouge-score is not installed."""
     if find_spec("rouge_score") is None:

@@ -45,8 +45,8 @@ TOKENS = _Facts()
 """The token ids of `write_model_dir`; its tokenizer has 256 bytes and 6 special tokens."""
 
 PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
-SETTINGS_3: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
-SETTINGS_3 |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+QWEN3_VL_SETTINGS: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+QWEN3_VL_SETTINGS |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 """The settings of Qwen3-VL's processor that images and videos share."""
 
 
@@ -69,10 +69,10 @@ def write_model_dir(folder: Path, family: str = "qwen2_5_vl") -> Path:
     write_json(folder / "preprocessor_config.json", IMAGE_SETTINGS | names)
     if family == "qwen3_vl":
         size = {"shortest_edge": 4096, "longest_edge": 160 * 1024}
-        write_json(folder / "preprocessor_config.json", SETTINGS_3 | names | {"size": size})
+        write_json(folder / "preprocessor_config.json", QWEN3_VL_SETTINGS | names | {"size": size})
         size = {"shortest_edge": 60 * 1024, "longest_edge": 400 * 1024}
         names["video_processor_type"] = "Qwen3VLVideoProcessor"
-        write_json(folder / "video_preprocessor_config.json", SETTINGS_3 | names | {"size": size})
+        write_json(folder / "video_preprocessor_config.json", QWEN3_VL_SETTINGS | names | {"size": size})
     write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     return folder
 

@@ -73,11 +73,11 @@ def test_a_missing_engine_counts_before_missing_memory() -> None:
 def test_balancing_moves_layers_away_from_the_stage_with_the_vision_tower() -> None:
     job = Job(model_config("qwen2.5-vl-7b"))
     even = Layout(pipeline=4, replicas=2)
-    better = balanced(job, even, H100)
+    better = balanced(job, even, Cluster(H100, 8))
     stages = better.stages(job.config)
     assert stages[0] < 7 and sum(stages) == 28
-    slowest = [max(stage_seconds(job, layout, H100, training=True)) for layout in (even, better)]
+    slowest = [max(stage_seconds(job, layout, H100, 8, training=True)) for layout in (even, better)]
     assert slowest[1] < slowest[0]
     for first in range(1, 26, 3):  # no other size of the first stage alone is better
         other = dataclasses.replace(even, first_stage_layers=first)
-        assert max(stage_seconds(job, other, H100, training=True)) >= slowest[1] * 0.999
+        assert max(stage_seconds(job, other, H100, 8, training=True)) >= slowest[1] * 0.999

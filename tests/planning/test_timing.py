@@ -40,7 +40,7 @@ def test_the_last_layer_computes_only_target_tokens_after_its_attention() -> Non
     exact = Efficiency(1, 1, 1, 1, 1, 1, 1)
     unit = dataclasses.replace(DEVICES["h100"], microbatch_overhead_s=0.0, flops_per_s=1.0, efficiency=exact)
     layout = Layout(pipeline=2)
-    first, second = (seconds_of_stage(job, layout, unit, stage, 14, training=False) for stage in (0, 1))
+    first, second = (seconds_of_stage(job, layout, unit, stage, 14, 8, training=False) for stage in (0, 1))
     work = forward_flops(job.config, job.groups(1))
     assert first + second == pytest.approx(work.total)
     saved = 2 * (tokens - targets) * (3584 * 3584 + 3 * 3584 * 18944)  # output projection and MLP
@@ -51,8 +51,8 @@ def test_the_last_layer_computes_only_target_tokens_after_its_attention() -> Non
 def test_context_parallelism_divides_the_work_and_sends_more_between_nodes() -> None:
     job = Job(model_config("qwen2.5-vl-7b"), prompt_tokens=65_536)
     device = dataclasses.replace(DEVICES["h100"], microbatch_overhead_s=0, collective_latency_s=0)
-    (alone,) = stage_seconds(job, Layout(), device, training=True)
-    (split,) = stage_seconds(job, Layout(context=4), device, training=True)
+    (alone,) = stage_seconds(job, Layout(), device, 8, training=True)
+    (split,) = stage_seconds(job, Layout(context=4), device, 8, training=True)
     assert alone / 4 < split < 1.05 * alone / 4  # the rest of the time: keys and values
     (between_nodes,) = stage_seconds(job, Layout(context=4), device, 2, training=True)
     sent = sum(traffic.bytes for traffic in context_traffic(job, Layout(context=4), 0, 28))

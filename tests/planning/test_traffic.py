@@ -111,10 +111,12 @@ def test_predicted_bytes_of_context_parallelism_equal_those_of_the_collectives(
         keys = 3 / 4 * (recorded["allgather_base"] + recorded["reduce_scatter_base"])
         assert keys == 4 * 3 * key_bytes(job, layout)  # in each of 4 layers, two gathers and a scatter
     features = [recorded["alltoall_base"] for recorded in ranks]  # what a rank sends or receives, its own included
-    # Each feature is sent once, forward and backward, and the last prompt token is text: nothing is sent twice.
+    # Each feature is sent at least once, forward and backward; the last prompt token is a pad, which may go to several
+    # ranks. The buffers count the larger of sent and received, so they are an upper bound.
     num_features = 3 * 64
     assert sum(features) >= 2 * num_features * 96 * 4
-    assert forward.bytes + backward.bytes == pytest.approx(keys + 3 / 4 * sum(features) / 4, rel=0.1)
+    predicted = forward.bytes + backward.bytes - 4 * 3 * key_bytes(job, layout)
+    assert predicted == pytest.approx(3 / 4 * sum(features) / 4, rel=0.3)
 
 
 def _group_of(job: Job) -> tuple[EncodedPrompt, tuple[torch.Tensor, ...]]:

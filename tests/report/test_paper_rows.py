@@ -105,13 +105,16 @@ def test_a_model_of_unknown_training_comes_after_the_untrained_ones(tmp_path, ba
             (training_run / "config.toml").write_text(settings)
         add_result(tmp_path / f"of_{name}", "charades_sta", f"/{name}", mIoU=0.9, training_run=training_run)
     add_result(run, "charades_sta", f"{run}/export", mIoU=0.5)
-    table = rows(tmp_path / "of_damaged", tmp_path / "of_removed", base, run)[2]
+    tables = rows(tmp_path / "of_damaged", tmp_path / "of_removed", base, run)
+    table = tables[2]
     assert [(row.run, row.is_untrained, row.training is None, deltas(row)[0]) for row in table] == [
         ("baseline", True, True, None),
         ("of_damaged", False, True, None),
         ("of_removed", False, True, None),
         ("run", False, False, 21.0),
     ]
+    (content,) = (content for content in rows_json(tables) if content["table"] == 2)
+    assert [row["is_untrained"] for row in content["rows"]] == [True, False, False, False]
 
 
 def test_tasks_of_a_run_whose_manifests_are_gone(tmp_path):

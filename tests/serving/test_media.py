@@ -113,7 +113,7 @@ def test_the_default_budget_of_the_model_may_be_asked_for(tmp_path: Path) -> Non
     assert budget is not None
     limits = Limits(4096, 8, 4, tmp_path)
     app = ChatApp("tiny", replace(tiny_processor(16), frame_rules=rules), cast(Batcher, None), limits)
-    for total_pixels, message in ((budget, "gone.mp4"), (8 * budget, f"asks for {8 * budget} pixels")):
+    for total_pixels, message in ((budget, "gone.mp4"), (2 * budget, f"asks for {4 * budget} pixels")):
         part = video((tmp_path / "gone.mp4").as_uri(), total_pixels=total_pixels)
         body = json.dumps({"messages": [{"role": "user", "content": [part]}]}).encode()
         with pytest.raises(RefusedRequest, match=message):

@@ -95,6 +95,10 @@ LAYOUTS: list[tuple[int, dict[str, Any], dict[str, Any], int, int, bool]] = [
     (2, {"pipeline": 2}, {**FULL, "num_layers": 2}, 2, 1, True),
     (2, {"pipeline": 2}, {**FULL, "num_layers": 3}, 2, 1, False),
     (2, {"pipeline": 2, "first_stage_layers": 1}, {**FULL, "num_layers": 3}, 2, 1, False),
+    (4, {"context": 2}, {}, 4, 1, True),
+    (8, {"tensor": 2, "context": 2, "sequence_parallel": True}, {}, 4, 1, True),
+    (6, {"tensor": 2, "context": 2}, {}, 6, 1, False),  # ranks
+    (8, {"context": 2, "pipeline": 2}, {}, 3, 1, False),  # prompts
 ]
 
 
@@ -103,8 +107,8 @@ def _config(folder: Path, **sections: Any) -> RunConfig:
     return workspace.config(folder, "grpo", train=train, **sections)
 
 
-def test_thirty_layouts_are_accepted_or_refused_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(LAYOUTS) >= 30
+def test_layouts_are_accepted_or_refused_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(LAYOUTS) >= 34
     for num_ranks, parallel, recompute, prompts, minibatches, is_possible in LAYOUTS:
         config = _config(
             folder,
