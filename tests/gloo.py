@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing as mp
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tests.limits import HANG_S
+from tests.ports import free_ports
 
 WORLD_SIZE = 4
 
@@ -32,9 +32,7 @@ class GlooPool:
         # The ranks are forks of a process that has imported everything, which takes longer than most tests.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.preloaded"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_ports()
         for rank in range(WORLD_SIZE):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)

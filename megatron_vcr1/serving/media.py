@@ -69,15 +69,19 @@ class RequestFiles:
         try:
             if isinstance(part, ImagePart):
                 options = part.options()
-                self._check_pixels(options.get("min_pixels", 0), options.get("max_pixels", 0))
+                for name in ("min_pixels", "max_pixels"):
+                    self._check_pixels(options.get(name, 0), f"{name} {options.get(name, 0):.0f}")
                 image = self._file(part.image_url.url, place)
                 return {"type": "image", "image": image, **options}
             options = shared | part.options()
             if options:
-                num_frames = options.get("max_frames", MAX_FRAMES)
+                total_pixels = options.get("total_pixels", 0)
                 # total_pixels counts one frame of each temporal patch.
-                all_pixels = TEMPORAL_PATCH_SIZE * options.get("total_pixels", 0)
-                self._check_pixels(all_pixels, num_frames * options.get("min_pixels", 28 * 28))
+                self._check_pixels(TEMPORAL_PATCH_SIZE * total_pixels, f"total_pixels {total_pixels:.0f}")
+                max_frames, min_pixels = options.get("max_frames", MAX_FRAMES), options.get("min_pixels", 28 * 28)
+                self._check_pixels(
+                    max_frames * min_pixels, f"max_frames {max_frames:.0f} x min_pixels {min_pixels:.0f}"
+                )
             if part.video_url.url.startswith(f"{_FRAMES_HEADER},"):
                 return {"type": "video", **self._frames(part.video_url.url, place, options)}
             video = self._file(part.video_url.url, place)
@@ -85,10 +89,10 @@ class RequestFiles:
         except RefusedRequest as error:
             raise RefusedRequest(f"{place}: {error}") from None
 
-    def _check_pixels(self, *numbers: float) -> None:
-        """Refuse options that ask for more pixels than the longest prompt, or the default options, can have."""
-        if max(numbers) > self.max_pixels:
-            raise RefusedRequest(f"asks for {max(numbers):.0f} pixels; at most {self.max_pixels} are allowed")
+    def _check_pixels(self, num_pixels: float, option: str) -> None:
+        """Refuse an option that asks for more pixels than the longest prompt, or the default options, can have."""
+        if num_pixels > self.max_pixels:
+            raise RefusedRequest(f"{option} asks for {num_pixels:.0f} pixels; at most {self.max_pixels} are allowed")
 
     def _file(self, url: str, place: str) -> str:
         """Return the local path of a URL."""

@@ -11,7 +11,6 @@ import pickle
 import random
 import resource
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from tests.checkpoint.malicious_pickle import PickleThatCreatesFile
 from tests.checkpoint.toy_run import ToyRun, train_until_killed
 from tests.limits import HANG_S
 from tests.model import tiny
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.usefixtures("single_process"), pytest.mark.one_lane]
 
@@ -297,12 +297,6 @@ def _refuse_to_rename(name: str, rename: Callable[[Path, Path], None]) -> Callab
     return checked
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_processes_killed_at_any_moment_leave_an_intact_checkpoint(
     model_dir: Path, tmp_path: Path, mode: dict[str, dict[str, bool]], monkeypatch: pytest.MonkeyPatch
@@ -318,7 +312,7 @@ def test_processes_killed_at_any_moment_leave_an_intact_checkpoint(
     generator = random.Random(0)
     for _ in range(5):
         reports, theirs = context.Pipe(duplex=False)
-        arguments = (_free_port(), model_dir, tmp_path, mode, theirs)
+        arguments = (free_ports(), model_dir, tmp_path, mode, theirs)
         ranks = [context.Process(target=train_until_killed, args=(rank, *arguments)) for rank in range(2)]
         for process in ranks:
             process.start()

@@ -14,7 +14,6 @@ import argparse
 import multiprocessing as mp
 import os
 import resource
-import socket
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +29,7 @@ from megatron_vcr1.model.context_shard import pack_for_rank
 from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from tests.model import tiny
+from tests.ports import free_ports
 
 GROUP_SIZE, RESPONSE_TOKENS = 8, 32
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
@@ -89,9 +89,7 @@ def main() -> None:
         create_model(Path(folder))
         first: int | None = None
         for num_ranks in args.context:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = free_ports()
             arguments = [(rank, num_ranks, port, Path(folder), args.tokens) for rank in range(num_ranks)]
             with ProcessPoolExecutor(num_ranks, mp_context=context) as pool:  # raises if a process is killed
                 ranks = [pool.submit(measure_rank, *values) for values in arguments]

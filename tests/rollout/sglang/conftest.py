@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +35,7 @@ from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import RolloutGroup
 from tests.limits import HANG_S
 from tests.model import tiny
+from tests.ports import free_ports
 from tests.rollout.sglang import model_dir
 
 SERVER_TIMEOUT_S = HANG_S  # enough on a busy machine
@@ -105,12 +105,6 @@ def _answers(url: str) -> bool:
         return False
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(probe.getsockname()[1], 65000)
-
-
 @pytest.fixture(scope="session")
 def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Run one server for the whole session, and check at the end that SIGINT ends it with all of its processes."""
@@ -121,7 +115,7 @@ def serving(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 @contextmanager
 def serve(family: str, folder: Path, sglang_python: Path) -> Iterator[Serving]:
     """Run a server with a tiny model of a family."""
-    port = free_port()
+    port = free_ports()
     model = model_dir.create(family, folder / "model")
     config = RunConfig.model_validate(settings(folder, model, sglang_python, port=port, max_restarts=20))
     (folder / "run.toml").write_text(render_toml(config, documented=False))

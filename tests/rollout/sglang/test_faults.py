@@ -18,12 +18,12 @@ from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.engine import EngineError, SamplingParams
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
 from megatron_vcr1.rollout.sglang.http import weight_version
+from tests.ports import free_ports
 from tests.rollout.sglang import model_dir
 from tests.rollout.sglang.conftest import (
     ENVIRONMENT,
     Serving,
     change,
-    free_port,
     largest_difference,
     load,
     requests,
@@ -159,7 +159,7 @@ def test_a_server_that_the_run_starts_itself(
         monkeypatch.setenv(key, value)
     folder = model_dir.create("qwen2_vl", tmp_path / "model")
     weights = folder / "model.safetensors"
-    run = settings(tmp_path, folder, sglang_python, port=free_port(), weight_sync="disk", tensor=2)
+    run = settings(tmp_path, folder, sglang_python, port=free_ports(), weight_sync="disk", tensor=2)
     config = RunConfig.model_validate(run)
     model = load(config)
     weights.rename(tmp_path / "elsewhere.safetensors")

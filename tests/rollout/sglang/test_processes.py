@@ -23,6 +23,7 @@ from megatron_vcr1.rollout.sglang.launch import ServerSpec
 from megatron_vcr1.rollout.sglang.memory import MemoryRelease
 from megatron_vcr1.rollout.sglang.processes import ServerGroup
 from tests.limits import HANG_S
+from tests.ports import free_ports
 
 # Responds to everything with status 200; with "refuse" it is never ready, with "crash" it ends at once.
 SCRIPT = """
@@ -57,9 +58,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     groups = []
 
     def start(*arguments: str, max_restarts: int = 1, startup_timeout_s: float = 60) -> ServerGroup:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_ports()
         command = (sys.executable, "-c", SCRIPT, str(port), *arguments)
         spec = ServerSpec(port, command, os.environ, tmp_path / "server.log")
         groups.append(ServerGroup([spec], startup_timeout_s=startup_timeout_s, max_restarts=max_restarts))

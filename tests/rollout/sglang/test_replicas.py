@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from megatron_vcr1.rollout.sglang.http import ServerFault, call
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from tests.gloo import GlooPool
 from tests.model import tiny
+from tests.ports import free_ports
 from tests.rollout.sglang.conftest import start_with
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
@@ -213,8 +213,7 @@ def _start_own(folder: Path, port: int) -> tuple[list[str], bool]:
 def test_each_replica_starts_and_supervises_its_own_servers(tmp_path: Path, gloo_pool: GlooPool) -> None:
     (tmp_path / "python").write_text(INTERPRETER % sys.executable)
     (tmp_path / "python").chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as first:
-        port = min(first.getsockname()[1], 64000)
+    port = free_ports(2)
     results = gloo_pool.run(_start_own, tmp_path, port)
     urls = [f"http://127.0.0.1:{number}" for number in (port, port + 1)]
     assert results == [([urls[0]], True), ([], False), ([urls[1]], True), ([], False)]
