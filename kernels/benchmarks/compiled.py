@@ -96,9 +96,15 @@ def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
         vk.shared_prefix_attention(*inputs, layout).sum().backward()
     for ffn_size in FFN_SIZES:
         for ranks in (1, 2, 4, 8):
-            vk.swiglu(leaf(num_tokens % 7, 2 * ffn_size // ranks)).sum().backward()
+            width = 2 * ffn_size // ranks
+            for bias in (None, leaf(width)):
+                vk.swiglu(leaf(num_tokens % 7, width), bias).sum().backward()
     angles = torch.randn(num_tokens, head_dim)
     vk.mrope(leaf(num_tokens, num_heads, head_dim) * 1, leaf(num_tokens, num_kv_heads, head_dim) * 1, angles, angles)
+    for kv_heads, group_size, dim in ((num_kv_heads, num_heads // num_kv_heads, head_dim), (1, 7, 128), (16, 1, 80)):
+        projection, angles = leaf(num_tokens, kv_heads, group_size + 2, dim), torch.randn(num_tokens, dim)
+        for bias in (None, leaf(kv_heads, group_size + 2, dim)):
+            torch.cat(vk.qkv_mrope(projection, angles, angles, bias=bias), dim=1).sum().backward()
     frames = torch.zeros(num_tokens % 7, 56, 28 * (num_tokens % 5), 3, dtype=torch.uint8)
     for order in (None, torch.arange(-(-len(frames) // 2) * 2 * (num_tokens % 5))):
         vk.frames_to_patches(

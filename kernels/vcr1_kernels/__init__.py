@@ -10,7 +10,7 @@ from vcr1_kernels.ops.attention import shared_prefix_attention
 from vcr1_kernels.ops.linear_grpo_loss import linear_grpo_loss, linear_objective_loss
 from vcr1_kernels.ops.linear_log_probs import linear_log_probs
 from vcr1_kernels.ops.log_probs import log_probs_from_logits
-from vcr1_kernels.ops.mrope import mrope
+from vcr1_kernels.ops.mrope import mrope, qkv_mrope
 from vcr1_kernels.ops.patches import frames_to_patches
 from vcr1_kernels.ops.rms_norm import rms_norm
 from vcr1_kernels.ops.swiglu import swiglu
@@ -29,6 +29,7 @@ __all__ = [
     "linear_objective_loss",
     "log_probs_from_logits",
     "mrope",
+    "qkv_mrope",
     "rms_norm",
     "shared_prefix_attention",
     "swiglu",

@@ -150,9 +150,10 @@ def frames_to_patches(
     return units.flatten(0, 1).to(dtype)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Compute silu(gate) * up, [..., ffn_size], from [..., gate | up]."""
-    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+def swiglu(gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute silu(gate) * up, [..., ffn_size], from [..., gate | up] plus a bias."""
+    biased = gate_up if bias is None else gate_up + bias
+    gate, up = biased.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
@@ -171,3 +172,9 @@ def mrope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
         return (x * cos[:, None] + rotated_half * sin[:, None]).to(x.dtype)
 
     return rotate(query), rotate(key)
+
+
+def qkv_mrope(projection: Tensor, cos: Tensor, sin: Tensor, *, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return the rotated query, the rotated key and the value of [tokens, kv_heads, query heads + 2, head_dim]."""
+    heads = projection if bias is None else projection + bias
+    return *mrope(heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], cos, sin), heads[:, :, -1]

@@ -1,7 +1,8 @@
 """Attention over packed sequences, for the language model and the vision tower.
 
-`PackedAttention` is the core attention of megatron-core's layers. It calls `vcr1_kernels.shared_prefix_attention`. The
-language model packs tokens, the vision tower packs patches; this module calls both tokens.
+`PackedSelfAttention` is megatron-core's self-attention, which applies the rotary positions. `PackedAttention` is its
+core attention, which calls `vcr1_kernels.shared_prefix_attention`. The language model packs tokens, the vision tower
+packs patches; this module calls both tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any, Protocol
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
-from vcr1_kernels import SegmentLayout, mrope, shared_prefix_attention
+from vcr1_kernels import SegmentLayout, mrope, qkv_mrope, shared_prefix_attention
 
 from megatron_vcr1.model.layer_features import LayerFeatures
 from megatron_vcr1.parallel.context import KeyGather, gather_keys, regather_in_backward
@@ -83,11 +86,56 @@ class AttentionLayout(PackedSeqParams):
         return x if self.selected is None else x.index_select(0, self.selected)
 
 
-class PackedAttention(MegatronModule):
-    """The core attention of a megatron-core SelfAttention, over the segments of an `AttentionLayout`.
+class PackedSelfAttention(SelfAttention):
+    """megatron-core's self-attention with the rotary positions of an `AttentionLayout`.
 
-    It applies the rotary positions itself, so SelfAttention is built without a position embedding.
+    Bias, rotation and the split of the joint projection are one operation, unless something must happen between them:
+    the norm of each head (Qwen3-VL), or the exchange of heads between tensor-parallel ranks that share a key-value
+    head.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        has_norms = any(not isinstance(norm, IdentityOp | None) for norm in (self.q_layernorm, self.k_layernorm))
+        self.is_fused = not has_norms and self.config.num_query_groups >= self.world_size
+        # The local layer then returns its bias. TransformerEngine's layer, which ignores this, adds it in the matmul.
+        self.linear_qkv.returns_bias = self.is_fused
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: AttentionLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply self-attention; [tokens, 1, hidden_size] to the same shape, and the bias of the output projection."""
+        if packed_seq_params is None or packed_seq_params.rope is None:
+            raise ValueError("PackedSelfAttention needs an AttentionLayout with RoPE tables as packed_seq_params")
+        # megatron-core hands its argument `key_value_states`, which only cross-attention uses, to the method below.
+        kwargs["key_value_states"] = packed_seq_params.rope
+        return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: RotaryTables, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries and keys, with their rotary positions, and values; [tokens, 1, heads, head_dim]."""
+        cos, sin = key_value_states.cos, key_value_states.sin
+        if self.is_fused:
+            projection, bias = self.linear_qkv(hidden_states)
+            heads = (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
+            bias = None if bias is None else bias.view(heads)
+            query, key, value = qkv_mrope(projection.view(len(projection), *heads), cos, sin, bias=bias)
+        else:
+            query, key, value = (x.squeeze(1) for x in super().get_query_key_value_tensors(hidden_states, **kwargs))
+            query, key = mrope(query, key, cos, sin, inplace=False)
+            # `value` is a view of the projection. If attention saved it, the whole projection would stay in memory.
+            value = value.contiguous()
+        return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+
+
+class PackedAttention(MegatronModule):
+    """The core attention of `PackedSelfAttention`, over the segments of an `AttentionLayout`."""
 
     def __init__(
         self,
@@ -127,25 +175,20 @@ class PackedAttention(MegatronModule):
         packed_seq_params: AttentionLayout | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Apply the rotary positions and attend.
+        """Attend.
 
         Args:
-            query: [tokens, 1, heads, head_dim], without positions.
-            key: [tokens, 1, kv_heads, head_dim], without positions.
+            query: [tokens, 1, heads, head_dim], with rotary positions.
+            key: [tokens, 1, kv_heads, head_dim], with rotary positions.
             value: [tokens, 1, kv_heads, head_dim].
             attention_mask: ignored; the layout replaces it.
-            packed_seq_params: the layout, with RoPE tables.
+            packed_seq_params: the layout.
 
         Returns:
             [tokens, 1, heads * head_dim]; of the selected tokens only, if this layer selects tokens.
         """
-        if packed_seq_params is None or packed_seq_params.rope is None:
-            raise ValueError("PackedAttention needs an AttentionLayout with RoPE tables as packed_seq_params")
-        rope = packed_seq_params.rope
-        query, key = mrope(query.squeeze(1), key.squeeze(1), rope.cos, rope.sin, inplace=False)
-        # `value` is a view of the joint query-key-value projection. Saving the view for backward would keep the whole
-        # projection in memory, so a copy is saved instead.
-        value = value.squeeze(1).contiguous()
+        assert packed_seq_params is not None
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if packed_seq_params.cached is not None:
             output = packed_seq_params.cached.attend(self.layer_number, query, key, value, self.softmax_scale)
         else:

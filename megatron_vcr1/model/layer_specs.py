@@ -19,7 +19,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vcr1_kernels import rms_norm, swiglu
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.attention import AttentionLayout, PackedAttention
+from megatron_vcr1.model.attention import AttentionLayout, PackedAttention, PackedSelfAttention
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +80,18 @@ class PackedMLP(MLP):
         # Newer layers of megatron-core pass process groups and a name in `kwargs`, which are not needed here.
         group = parallel_state.get_tensor_model_parallel_group()
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
+        # TransformerEngine's layer always returns its bias. On the CPU it is cheaper to add it in place once than in
+        # SwiGLU, which adds it again in backward.
+        self.linear_fc1.returns_bias = config.gated_linear_unit and _parameter_device(config).type == "cuda"
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """Apply the MLP; [tokens, 1, hidden_size] to the same shape, and None for a bias."""
-        inner, bias = self.linear_fc1(hidden_states)
-        if bias is not None:  # from TransformerEngine's layer; the local one has added it
-            inner = inner + bias
-        activation = swiglu if self.config.gated_linear_unit else self.activation_func
+        inner, inner_bias = self.linear_fc1(hidden_states)
+        if self.config.gated_linear_unit:
+            activation = partial(swiglu, bias=inner_bias)
+        else:
+            activation = self.activation_func
+            inner = inner if inner_bias is None else inner + inner_bias
         activated = activation(inner)
         # linear_fc2 saves its input for backward; the activation saves `inner`, from which it is recomputed.
         with recompute_in_backward(activated, lambda: activation(inner.detach())):
@@ -148,18 +153,22 @@ class FeatureAddingLayer(TransformerLayer):
 
 
 class InPlaceBiasColumnParallelLinear(ColumnParallelLinear):
-    """A ColumnParallelLinear that adds its bias in place.
+    """A ColumnParallelLinear that adds its bias in place, or returns it to a caller that sets `returns_bias`.
 
-    megatron-core's writes the sum with the bias to a new tensor, or returns the bias for the caller to do so.
+    megatron-core's writes the sum with the bias to a new tensor, unless it returns the bias.
     """
+
+    returns_bias = False
 
     def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, skip_bias_add=True, **kwargs)  # the bias is returned, and `forward` adds it
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """Apply the layer: [tokens, 1, input_size] -> [tokens, 1, output_size / ranks], and None for a bias."""
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Apply the layer: [tokens, 1, input_size] -> [tokens, 1, output_size / ranks], and the bias if not added."""
         output, bias = super().forward(input_, *args, **kwargs)
-        return (output if bias is None else output.add_(bias)), None
+        if bias is None or self.returns_bias:
+            return output, bias
+        return output.add_(bias), None
 
 
 class LayerNormColumnParallelLinear(InPlaceBiasColumnParallelLinear):
@@ -184,7 +193,7 @@ class LayerNormColumnParallelLinear(InPlaceBiasColumnParallelLinear):
             return rms_norm(x, self.layer_norm_weight, epsilon)
         return F.layer_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.layer_norm_bias, epsilon)
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Apply the norm and the linear layer; shapes as in InPlaceBiasColumnParallelLinear."""
         normalized = self.normalize(input_)
         with recompute_in_backward(normalized, lambda: self.normalize(input_.detach())):
@@ -302,7 +311,7 @@ def _layer_spec(
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_norm else IdentityOp
     norm_linear = backend.column_parallel_layer_norm_linear()
     self_attention = ModuleSpec(
-        module=SelfAttention,
+        module=PackedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=norm_linear,

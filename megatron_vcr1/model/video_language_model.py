@@ -90,7 +90,7 @@ class VideoLanguageModel(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             share_embeddings_and_output_weights=config.text.tied_embeddings,
-            position_embedding_type="none",  # PackedAttention applies the rotary positions
+            position_embedding_type="none",  # PackedSelfAttention applies the rotary positions
             scatter_embedding_sequence_parallel=False,  # `_embed` scatters after it has inserted vision features
         )
 

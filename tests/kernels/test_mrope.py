@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from vcr1_kernels import mrope, reference
+from vcr1_kernels import mrope, qkv_mrope, reference
 
 from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
@@ -79,3 +79,43 @@ def test_invalid_input_raises() -> None:
         mrope(query, key[1:], cos, sin)
     with pytest.raises(ValueError, match="head_dim must be even"):
         mrope(query[..., :19], key[..., :19], cos[:, :19], sin[:, :19])
+
+
+@pytest.mark.parametrize("num_kv_heads, heads_per_kv_head", [(2, 3), (5, 1), (1, 16)])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joint_projection_matches_float64(
+    dtype: torch.dtype, has_bias: bool, num_kv_heads: int, heads_per_kv_head: int, device: torch.device
+) -> None:
+    _, _, cos, sin = _inputs(dtype, device)
+    heads = (num_kv_heads, heads_per_kv_head + 2, 20)
+    inputs = [tensor.to(device, dtype) for tensor in (torch.randn(7, *heads), torch.randn(heads))][: 1 + has_bias]
+
+    def op(projection: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        return qkv_mrope(projection, cos, sin, bias=bias)
+
+    def reference_op(projection: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        return reference.qkv_mrope(projection, *to_float64(cos, sin), bias=bias)
+
+    exact = to_float64(*inputs)
+    for actual, expected in zip(op(*inputs), reference_op(*exact), strict=True):
+        assert actual.dtype == dtype
+        assert_accurate(actual, expected, dtype)
+    for actual, expected in zip(gradients(op, inputs), gradients(reference_op, exact), strict=True):
+        assert_accurate(actual, expected, dtype)
+
+
+def test_joint_projection_may_be_columns_of_a_larger_tensor(device: torch.device) -> None:
+    """Where ranks share key-value heads, each has the columns of one of them."""
+    _, _, cos, sin = _inputs(torch.float32, device)
+    wide = torch.randn(7, 3, 4, 20, device=device)
+    outputs = zip(qkv_mrope(wide[:, 1:2], cos, sin), qkv_mrope(wide[:, 1:2].clone(), cos, sin), strict=True)
+    assert all(torch.equal(view, copy) for view, copy in outputs)
+
+
+def test_invalid_joint_projection_raises() -> None:
+    projection, table = torch.zeros(7, 2, 3, 8), torch.zeros(7, 8)
+    with pytest.raises(ValueError, match=r"bias must be \[2, 3, 8\], got \[6, 8\]"):
+        qkv_mrope(projection, table, table, bias=torch.zeros(6, 8))
+    with pytest.raises(ValueError, match="at least 3 heads"):
+        qkv_mrope(projection[:, :, 1:], table, table)

@@ -11,10 +11,15 @@ from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 @pytest.mark.parametrize("shape", [(1, 2), (3, 2046), (2, 5, 2 * 1100), (16,), (0, 8)])
 def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     gate_up = (3 * torch.randn(shape)).to(device, dtype)
-    output = swiglu(gate_up)
-    assert output.dtype == dtype
-    assert_accurate(output, reference.swiglu(*to_float64(gate_up)), dtype)
-    assert_accurate(gradients(swiglu, [gate_up])[0], gradients(reference.swiglu, to_float64(gate_up))[0], dtype)
+    bias = torch.randn(shape[-1:]).to(device, dtype)
+    for inputs in ([gate_up], [gate_up, bias]):
+        output = swiglu(*inputs)
+        assert output.dtype == dtype
+        exact = to_float64(*inputs)
+        assert_accurate(output, reference.swiglu(*exact), dtype)
+        for actual, expected in zip(gradients(swiglu, inputs), gradients(reference.swiglu, exact), strict=True):
+            assert actual.dtype == dtype
+            assert_accurate(actual, expected, dtype)
 
 
 def test_first_half_is_the_gate(device: torch.device) -> None:
@@ -30,5 +35,7 @@ def test_input_may_be_columns_of_a_larger_tensor(device: torch.device) -> None:
 def test_invalid_input_raises() -> None:
     with pytest.raises(ValueError, match="two equal halves"):
         swiglu(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"bias must be \[4\], got \[2\]"):
+        swiglu(torch.zeros(2, 4), torch.zeros(2))
     with pytest.raises(ValueError, match="must be contiguous"):
         swiglu(torch.zeros(4, 2).t())

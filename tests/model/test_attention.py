@@ -1,4 +1,7 @@
-"""PackedAttention against attention computed segment by segment, with the choice of layout and of tokens."""
+"""PackedAttention against attention computed segment by segment, with the choice of layout and of tokens.
+
+The rotary positions of PackedSelfAttention are compared with transformers in test_video_language_model.py.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
-from vcr1_kernels import SegmentLayout, mrope
+from vcr1_kernels import SegmentLayout
 
-from megatron_vcr1.model.attention import AttentionLayout, PackedAttention, RotaryTables
+from megatron_vcr1.model.attention import AttentionLayout, PackedAttention
 from megatron_vcr1.parallel.megatron_compat import no_cuda_graphs
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS = 4, 2, 8, 6
@@ -24,18 +27,14 @@ FULL = SegmentLayout.packed((4, 2), causal=False)
 WINDOWS = SegmentLayout.packed((2, 2, 2), causal=False)
 
 
-def _inputs() -> tuple[Tensor, Tensor, Tensor, RotaryTables]:
+def _inputs() -> list[Tensor]:
+    """Return query, key and value."""
     generator = torch.Generator().manual_seed(0)
-    heads = (HEADS, KV_HEADS, KV_HEADS)
-    query, key, value = (torch.randn(TOKENS, 1, number, HEAD_DIM, generator=generator) for number in heads)
-    angles = torch.rand(TOKENS, HEAD_DIM // 2, generator=generator).repeat(1, 2)
-    return query, key, value, RotaryTables.from_angles(angles)
+    return [torch.randn(TOKENS, 1, number, HEAD_DIM, generator=generator) for number in (HEADS, KV_HEADS, KV_HEADS)]
 
 
 def _expected(lengths: tuple[int, ...]) -> Tensor:
-    query, key, value, rope = _inputs()
-    query, key = mrope(query[:, 0], key[:, 0], rope.cos, rope.sin, inplace=False)
-    parts = zip(*(x.split(lengths) for x in (query, key, value[:, 0])), strict=True)
+    parts = zip(*(x[:, 0].split(lengths) for x in _inputs()), strict=True)
     outputs = [
         F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), enable_gqa=True).transpose(0, 1)
         for part in parts
@@ -48,17 +47,15 @@ def test_a_windowed_layer_attends_within_windows_and_others_within_segments(
     layer_number: int, lengths: tuple[int, ...]
 ) -> None:
     attention = PackedAttention(CONFIG, layer_number, windowed_layers=frozenset({2}))
-    query, key, value, rope = _inputs()
-    output = attention(query, key, value, packed_seq_params=AttentionLayout(rope=rope, full=FULL, windows=WINDOWS))
+    output = attention(*_inputs(), packed_seq_params=AttentionLayout(full=FULL, windows=WINDOWS))
     torch.testing.assert_close(output, _expected(lengths), atol=1e-5, rtol=1e-5)
 
 
 def test_only_a_layer_that_selects_tokens_drops_the_others() -> None:
-    query, key, value, rope = _inputs()
-    layout = AttentionLayout(rope=rope, full=FULL, selected=torch.tensor([5, 1]))
+    layout = AttentionLayout(full=FULL, selected=torch.tensor([5, 1]))
     for selects_tokens, indices in ((True, [5, 1]), (False, list(range(TOKENS)))):
         attention = PackedAttention(CONFIG, 1, selects_tokens=selects_tokens)
-        output = attention(query, key, value, packed_seq_params=layout)
+        output = attention(*_inputs(), packed_seq_params=layout)
         torch.testing.assert_close(output, _expected((4, 2))[indices], atol=1e-5, rtol=1e-5)
 
 
@@ -69,14 +66,6 @@ def test_cached_attention_replaces_the_layout() -> None:
             assert query.shape[1:] == (HEADS, HEAD_DIM) and key.shape == value.shape == (TOKENS, KV_HEADS, HEAD_DIM)
             return query + 1
 
-    query, key, value, rope = _inputs()
     attention = PackedAttention(CONFIG, 1, softmax_scale=0.5)
-    output = attention(query, key, value, packed_seq_params=AttentionLayout(rope=rope, full=FULL, cached=Cache()))
-    rotated, _ = mrope(query[:, 0], key[:, 0], rope.cos, rope.sin, inplace=False)
-    assert torch.equal(output, (rotated + 1).flatten(1).unsqueeze(1))
-
-
-def test_a_layout_without_rope_tables_is_an_error() -> None:
-    query, key, value, _ = _inputs()
-    with pytest.raises(ValueError, match="RoPE tables"):
-        PackedAttention(CONFIG, 1)(query, key, value, packed_seq_params=AttentionLayout(full=FULL))
+    output = attention(*_inputs(), packed_seq_params=AttentionLayout(full=FULL, cached=Cache()))
+    assert torch.equal(output, (_inputs()[0] + 1).flatten(2))

@@ -77,3 +77,7 @@ def test_the_norm_before_a_linear_layer_is_recomputed_in_backward(
     assert bias is None and len(inputs) == 1
     torch.testing.assert_close(torch.autograd.grad(output.square().sum(), leaves), expected)
     assert len(inputs) == 2
+    linear.returns_bias = True
+    output, bias = linear(x)
+    assert bias is linear.bias
+    torch.testing.assert_close(output + bias, reference(x))

@@ -47,6 +47,39 @@ def mrope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool
     return _Rotate.apply(query, cos, sin, inplace), _Rotate.apply(key, cos, sin, inplace)
 
 
+def qkv_mrope(projection: Tensor, cos: Tensor, sin: Tensor, *, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Split a joint projection into query, key and value, after adding its bias, and rotate query and key.
+
+    On a GPU, one kernel reads and writes every value once. With separate operators, the bias, the copy of the query to
+    contiguous memory, the rotation and the copy of the value each do that.
+
+    Args:
+        projection: [tokens, num_kv_heads, heads_per_kv_head + 2, head_dim], Megatron's layout: for each key-value head,
+            the query heads that share it, the key and the value. head_dim is even.
+        cos: RoPE table as for `mrope`, [tokens, head_dim]; receives no gradient.
+        sin: RoPE table, [tokens, head_dim]; receives no gradient.
+        bias: added to the projection of each token, [num_kv_heads, heads_per_kv_head + 2, head_dim].
+
+    Returns:
+        The rotated query [tokens, num_kv_heads * heads_per_kv_head, head_dim], contiguous, the rotated key and the
+        value, both [tokens, num_kv_heads, head_dim] and views of one tensor. All in the projection's dtype.
+
+    Raises:
+        ValueError: an argument has the wrong shape.
+    """
+    require_shape("projection", projection, "tokens", "num_kv_heads", "heads_per_kv_head + 2", "head_dim")
+    num_tokens, num_kv_heads, num_slots, head_dim = projection.shape
+    if head_dim % 2 or num_slots < 3:
+        raise ValueError(f"a projection needs an even head_dim and at least 3 heads, got {list(projection.shape)}")
+    for name, tensor in (("projection", projection), ("cos", cos), ("sin", sin)):
+        require_floating(name, tensor)
+    for name, angles in (("cos", cos), ("sin", sin)):
+        require_shape(name, angles, num_tokens, head_dim)
+    if bias is not None:
+        require_shape("bias", bias, num_kv_heads, num_slots, head_dim)
+    return _QkvRotate.apply(projection, bias, cos, sin)
+
+
 class _Rotate(torch.autograd.Function):
     """Saves only the tables: the rotation is linear, and backward multiplies by the transposed rotation matrix."""
 
@@ -69,10 +102,49 @@ class _Rotate(torch.autograd.Function):
         return grad_input, None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: bool) -> None:
-    """Rotate x [tokens, heads, head_dim], or multiply it by the transposed rotation matrix, and write it to `out`.
+class _QkvRotate(torch.autograd.Function):
+    """Saves only the tables, like `_Rotate`: nothing of the projection is kept for backward."""
 
-    `out` may be x itself.
+    @staticmethod
+    def forward(ctx: Any, projection: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        num_tokens, num_kv_heads, num_slots, head_dim = projection.shape
+        query = projection.new_empty(num_tokens, num_kv_heads * (num_slots - 2), head_dim)
+        key, value = projection.new_empty(num_tokens, 2 * num_kv_heads, head_dim).chunk(2, dim=1)
+        if use_triton(projection):
+            from vcr1_kernels.triton_ops.mrope import launch_split
+
+            launch_split(projection, bias, cos, sin, query, key, value)
+            return query, key, value
+        if bias is not None:
+            projection = projection + bias
+        _rotate(projection[:, :, :-2], cos, sin, out=query.unflatten(1, (num_kv_heads, -1)), transposed=False)
+        _rotate(projection[:, :, -2], cos, sin, out=key, transposed=False)
+        value.copy_(projection[:, :, -1])
+        return query, key, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        num_tokens, num_kv_heads, head_dim = grad_key.shape
+        grad = grad_query.new_empty(num_tokens, num_kv_heads, grad_query.shape[1] // num_kv_heads + 2, head_dim)
+        if use_triton(grad_query):
+            from vcr1_kernels.triton_ops.mrope import launch_join
+
+            launch_join(grad_query, grad_key, grad_value, cos, sin, grad)
+        else:
+            _rotate(grad_query.unflatten(1, (num_kv_heads, -1)), cos, sin, out=grad[:, :, :-2], transposed=True)
+            _rotate(grad_key, cos, sin, out=grad[:, :, -2], transposed=True)
+            grad[:, :, -1] = grad_value
+        return grad, None if ctx.bias_dtype is None else grad.sum(0, dtype=ctx.bias_dtype), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: bool) -> None:
+    """Rotate x [tokens, ..., head_dim], or multiply it by the transposed rotation matrix, and write it to `out`.
+
+    `out` may be x itself. The Triton kernel needs [tokens, heads, head_dim].
     """
     if use_triton(x):
         from vcr1_kernels.triton_ops.mrope import launch_rotate
@@ -81,13 +153,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: boo
         return
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
+    cos, sin = (table.view(len(table), *(1,) * (x.dim() - 2), 2 * half) for table in (cos, sin))
     # The sign of rotate_half goes into the sines, so that swapping the halves is a plain roll. The transposed matrix
     # swaps the sines of the two halves and flips their signs; the halves of a general table may differ.
     sin_first, sin_second = sin.to(compute_dtype).chunk(2, dim=-1)
     sin = torch.cat((sin_second, -sin_first) if transposed else (-sin_first, sin_second), dim=-1)
     x_float = x.to(compute_dtype)
-    swapped = x_float.roll(half, -1).mul_(sin[:, None])
+    swapped = x_float.roll(half, -1).mul_(sin)
     if out.dtype == compute_dtype:
-        torch.addcmul(swapped, x_float, cos.to(compute_dtype)[:, None], out=out)
+        torch.addcmul(swapped, x_float, cos.to(compute_dtype), out=out)
     else:
-        out.copy_(swapped.addcmul_(x_float, cos.to(compute_dtype)[:, None]))
+        out.copy_(swapped.addcmul_(x_float, cos.to(compute_dtype)))
