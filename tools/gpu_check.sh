@@ -4,8 +4,9 @@
 #     bash tools/gpu_check.sh [SECTION...]      # default: all sections, in this order, until the time is used up
 #
 #     kernels        tests of the Triton kernels
-#     model          tests of the model and the in-process engine against transformers, and of the reference in host
-#                    memory; if TransformerEngine is installed, also of its layers and of FP8
+#     model          tests of the model and the in-process engine against transformers, of the reference in host memory,
+#                    and of GPU memory that SGLang's servers read; if TransformerEngine is installed, also of its layers
+#                    and of FP8
 #     benchmark      the kernels compared with alternative implementations
 #     update         a GRPO update with the shapes of Qwen2.5-VL-3B
 #     update_te      the same update with TransformerEngine's layers, then with FP8
@@ -122,7 +123,8 @@ run_model() {
     has model pytest megatron_vcr1.model.video_language_model megatron_vcr1.rollout.local.engine || return
     # The tests of sharded buffers need four ranks.
     run_limited model "${pytest[@]}" -rA -k "not sharded" tests/model/test_on_gpu.py \
-        tests/model/test_transformer_engine.py tests/training/test_reference.py
+        tests/model/test_transformer_engine.py tests/training/test_reference.py \
+        tests/rollout/sglang/channels/test_flat_bucket.py
 }
 run_benchmark() { run_limited benchmark "$python" tools/benchmark_kernels.py --json "$out/kernels.json"; }
 

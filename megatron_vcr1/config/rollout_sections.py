@@ -78,8 +78,8 @@ class SglangSection(Section):
     )
     weight_sync: Literal["broadcast", "tensor", "disk"] = Field(
         default="broadcast",
-        description="How weights reach the servers: 'broadcast' (NCCL or gloo; colocated servers on GPUs use 'tensor' "
-        "instead), 'tensor' (shared memory of one host) or 'disk' (a Hugging Face directory).",
+        description="How weights reach the servers: 'broadcast' (NCCL or gloo; colocated servers on GPUs read the GPU "
+        "memory of training instead), 'tensor' (shared memory of one host) or 'disk' (a Hugging Face directory).",
     )
     weight_sync_bucket_mb: int = Field(
         default=512, ge=1, description="Size of the buckets in which weights are sent, in MiB."

@@ -70,8 +70,13 @@ class Placement:
 
     @property
     def may_broadcast_weights(self) -> bool:
-        """Whether weights may reach a server by a broadcast. Colocated servers of the run use shared memory instead."""
+        """Whether weights may reach a server by a broadcast. Colocated servers of the run read memory instead."""
         return self.weight_sync == "broadcast" and not (self.colocated and self.starts_servers)
+
+    @property
+    def may_share_gpu_memory(self) -> bool:
+        """Whether servers may read weights from the memory of training's GPUs (`find_device_channel` decides)."""
+        return self.weight_sync == "broadcast" and self.shares_gpu_memory and self.starts_servers
 
     @property
     def broadcast_backend(self) -> Literal["nccl", "gloo"]:
@@ -82,7 +87,7 @@ class Placement:
         """Choose the channel of the weight sync.
 
         NCCL cannot connect two processes that use the same GPU. Servers that release memory share the GPUs of training,
-        so their weights travel through shared memory instead.
+        so their weights travel through shared memory instead, if servers cannot read them from the GPUs.
 
         Args:
             releasing: URLs of the replica's servers that release their memory.
@@ -111,6 +116,21 @@ class Placement:
                 f"{first} to {last}, and this process sees {self.num_gpus}; lower one of the two"
             )
         return [first + index * self.gpus_per_server for index in range(self.num_servers)] if self.num_gpus else None
+
+    def replicas_of_servers(self, replicas_of_ranks: Sequence[int]) -> list[int] | None:
+        """Return the replica on whose GPUs each colocated server of a node runs.
+
+        Args:
+            replicas_of_ranks: replica of each training rank of this node; local rank i uses GPU i.
+
+        Returns:
+            None if there are no GPUs, or if a server is not on the GPUs of exactly one replica.
+        """
+        first_gpus = self.server_gpus(len(replicas_of_ranks)) if self.colocated else None
+        if first_gpus is None:
+            return None
+        found = [set(replicas_of_ranks[gpu : gpu + self.gpus_per_server]) for gpu in first_gpus]
+        return [replicas.pop() for replicas in found] if all(len(replicas) == 1 for replicas in found) else None
 
     def check_sharing(self, num_replicas: int, num_servers: int) -> None:
         """Reject colocated servers that several replicas would share.

@@ -35,6 +35,22 @@ def test_separate_servers_use_the_gpus_after_those_of_training(
     assert placed.server_gpus(num_training_ranks=4) == expected
 
 
+@pytest.mark.parametrize(
+    "settings, replicas_of_ranks, expected",
+    [
+        ({"num_servers": 4}, [0, 0, 1, 1], [0, 0, 1, 1]),
+        ({"num_servers": 2, "tensor": 2}, [0, 1, 0, 1], None),  # each server on the GPUs of two replicas
+        ({"num_servers": 4, "tensor": 2}, [0, 0, 1, 1, 0, 0, 1, 1], [0, 1, 0, 1]),  # two pipeline stages
+        ({"num_servers": 2, "tensor": 2}, [0, 0], None),  # GPUs without ranks
+        ({"num_servers": 2, "colocated": False}, [0, 0], None),
+    ],
+)
+def test_colocated_servers_are_on_the_gpus_of_a_replica(
+    settings: dict[str, Any], replicas_of_ranks: list[int], expected: list[int] | None
+) -> None:
+    assert placement(8, **settings).replicas_of_servers(replicas_of_ranks) == expected
+
+
 def test_too_few_gpus_are_an_error() -> None:
     separate = placement(8, num_servers=2, tensor=2, colocated=False)
     with pytest.raises(UserError, match=r"sglang\.num_servers: 2 servers of sglang\.tensor = 2 need GPUs 5 to 8"):
@@ -60,6 +76,8 @@ def test_backends_and_memory_follow_the_machine() -> None:
     assert (placement(8).broadcast_backend, placement(0).broadcast_backend) == ("nccl", "gloo")
     assert placement(8).shares_gpu_memory
     assert not (placement(0).shares_gpu_memory or placement(8, colocated=False).shares_gpu_memory)
+    assert placement(8).may_share_gpu_memory and not placement(8, weight_sync="tensor").may_share_gpu_memory
+    assert not (placement(0).may_share_gpu_memory or placement(8, urls=["http://a"]).may_share_gpu_memory)
     assert placement(colocated=False).samples_while_training and not placement().samples_while_training
 
 

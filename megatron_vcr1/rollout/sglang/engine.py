@@ -25,7 +25,7 @@ from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, S
 from megatron_vcr1.rollout.sglang.memory import MemoryRelease
 from megatron_vcr1.rollout.sglang.pool import Server, ServerPool
 from megatron_vcr1.rollout.sglang.protocol import PromptEncoder, generate_body, read_group, version_name
-from megatron_vcr1.rollout.sglang.weight_sync import WeightSync
+from megatron_vcr1.rollout.sglang.weight_sync import WeightSync, find_device_channel
 from megatron_vcr1.rollout.sglang.weight_update import split_into_buckets
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import RolloutGroup
@@ -113,7 +113,7 @@ class SglangEngine:
         _empty_cuda_cache(Placement.from_section(section))
         fleet = find_or_start_servers(section, model, run_dir=run_dir, seed=seed)
         folder = run_dir.absolute() / "sglang" / "weights" / f"replica_{mesh.replica_index()}"
-        weight_sync = WeightSync(fleet, section, model.path, folder)
+        weight_sync = WeightSync(fleet, section, model.path, folder, find_device_channel(fleet, section))
         return cls(
             section,
             model_config,
@@ -211,16 +211,17 @@ class SglangEngine:
         Each pass runs: a broadcast of the outcome of `_begin_pass`; the collectives that gather the tensors, in which
         the leader also sends them; a broadcast of whether a server has the weights.
 
-        Servers keep their memory afterwards, until the end of `sample`: to release and resume their weights and cache
-        would move them through the host for nothing. Call `generate` or `sample` before anything trains, on replicas
-        without requests, too.
+        Colocated servers resume the memory of their weights first; `sample` resumes the rest, when the memory of the
+        buckets is free again. They keep it until the end of `sample`: to release the weights here would move them
+        through the host for nothing. Call `generate` or `sample` before anything trains, on replicas without requests,
+        too.
         """
         is_synced = False
         try:
             for _ in range(MAX_SYNC_PASSES):
                 collectives.broadcast_within_replica(self._begin_pass)
                 for bucket in split_into_buckets(tensors, self._section.weight_sync_bucket_mb * 2**20):
-                    self._weight_sync.send(bucket)  # does nothing on other ranks than the leader
+                    self._weight_sync.send(bucket)
                 is_synced = collectives.broadcast_within_replica(self._weight_sync.end)
                 if is_synced:
                     return
@@ -232,7 +233,7 @@ class SglangEngine:
         raise EngineError(f"no SGLang server took over the weights of version {self._version}; the log says why")
 
     def _begin_pass(self) -> None:
-        self._memory.resume()
+        self._memory.resume_weights()
         self._weight_sync.wait_for_server()
         self._weight_sync.begin(self._weight_version)
 

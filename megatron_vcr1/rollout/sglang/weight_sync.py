@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,24 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_vcr1.config.rollout_sections import SglangSection
+from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import EngineError
 from megatron_vcr1.rollout.sglang.channels.base import Channel, NamedTensors
 from megatron_vcr1.rollout.sglang.channels.broadcast import BroadcastChannel
+from megatron_vcr1.rollout.sglang.channels.device_memory import DeviceMemoryChannel
 from megatron_vcr1.rollout.sglang.channels.disk import DiskChannel
+from megatron_vcr1.rollout.sglang.channels.flat_bucket import gpu_uuid, shareable_gpu
 from megatron_vcr1.rollout.sglang.channels.shared_memory import SharedMemoryChannel
 from megatron_vcr1.rollout.sglang.fleet import Fleet
-from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, is_ready, weight_version
+from megatron_vcr1.rollout.sglang.http import (
+    INITIAL_WEIGHTS,
+    RequestRefused,
+    ServerFault,
+    is_ready,
+    server_info,
+    weight_version,
+)
+from megatron_vcr1.rollout.sglang.memory import WEIGHTS_ONLY, has_weights_only
 from megatron_vcr1.rollout.sglang.weight_update import WeightUpdate
 
 logger = logging.getLogger(__name__)
@@ -27,10 +39,10 @@ POLL_INTERVAL_S = 0.5
 
 
 class WeightSync:
-    """The sync of weights to the servers of a replica. Lives on the replica leader.
+    """The sync of weights to the servers of a replica.
 
-    The calls of one pass, in order: `wait_for_server`, `begin`, `send` for every bucket, `end`. The leader makes them
-    while all ranks of the replica gather the tensors together.
+    The calls of one pass, in order: `wait_for_server`, `begin`, `send` for every bucket, `end`. The replica leader
+    makes them while all ranks of the replica gather the tensors together. The other ranks call only `send`.
 
     All replicas have the same weights. If they share a server, the first replica that needs it locks it and sends the
     weights, and the others wait for that. This also works if a shared server dies while only some replicas sample: a
@@ -41,20 +53,31 @@ class WeightSync:
         current: the servers that reported it when they were last asked.
     """
 
-    def __init__(self, fleet: Fleet, section: SglangSection, model_dir: Path, folder: Path) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        section: SglangSection,
+        model_dir: Path,
+        folder: Path,
+        device: DeviceMemoryChannel | None = None,
+    ) -> None:
         """
         Args:
             fleet: the replica's servers.
             section: channel and timeouts.
             model_dir: Hugging Face or imported directory of the model.
             folder: parent folder of the weights that travel by disk.
+            device: the result of `find_device_channel`, instead of the channel of the settings.
         """
         self._fleet = fleet
         self._section = section
         self._model_dir = model_dir
         self._folder = folder
+        self._device = device
         self._channel_name = fleet.placement.weight_channel(fleet.releasing)
-        if self._channel_name != section.weight_sync:
+        if device is not None:
+            logger.info("weights reach the servers by GPU memory that each rank shares with the server on its GPU")
+        elif self._channel_name != section.weight_sync:
             logger.info("weights reach the servers by shared memory: NCCL cannot connect two processes of one GPU")
         self._locks = UpdateLocks(fleet.job_id)
         self._update: WeightUpdate[Any] | None = None
@@ -77,7 +100,8 @@ class WeightSync:
         processes, waiting = self._fleet.processes, list(self._fleet.urls)
         if any(_has_version(url, self.version) for url in self.current):
             return  # a health check, which computes a token, would take a second
-        while waiting and not any(is_ready(url) for url in waiting):
+        # A server with memory for its weights alone cannot compute a token.
+        while waiting and not any(has_weights_only(url) or is_ready(url) for url in waiting):
             failures = {url: processes.failure(url) if processes else None for url in waiting}
             waiting = [url for url in waiting if failures[url] is None]
             if not waiting or time.monotonic() > deadline:
@@ -102,6 +126,8 @@ class WeightSync:
             self._update = WeightUpdate(urls, version, self._open_channel(timeout_s), timeout_s=timeout_s)
 
     def _open_channel(self, timeout_s: float) -> Channel[Any]:
+        if self._device is not None:
+            return self._device
         if self._channel_name == "disk":
             self._disk = DiskChannel(self._model_dir, self._folder, self.version, timeout_s=timeout_s)
             return self._disk
@@ -110,9 +136,14 @@ class WeightSync:
         return BroadcastChannel(self._fleet.placement.broadcast_backend, timeout_s=timeout_s)
 
     def send(self, bucket: NamedTensors) -> None:
-        """Send a bucket to the servers of this pass; does nothing if there are none."""
-        if self._update is not None:
+        """Send a bucket to the servers of this pass. All ranks of the replica must call it, in step."""
+        if self._update is not None and self._update.current:
             self._update.send(bucket)
+        elif self._device is not None:
+            with suppress(OSError, RuntimeError):  # raised on all ranks; the leader excludes its servers
+                self._device.prepare(bucket)
+        if self._device is not None:
+            self._device.release()
 
     def end(self) -> bool:
         """End the pass, and wait for the other replicas that send weights to shared servers if none is current yet.
@@ -174,8 +205,42 @@ class UpdateLocks:
         self._store.set(url, "")
 
 
+def find_device_channel(fleet: Fleet, section: SglangSection) -> DeviceMemoryChannel | None:
+    """Return this rank's instance of the channel of device memory, or None if the channel of the settings is used.
+
+    Every process of the replica's servers must run on the GPU of one of the replica's ranks. All ranks of the replica
+    must call it.
+    """
+    if not fleet.placement.may_share_gpu_memory:
+        return None
+    timeout_s = section.request_timeout_s
+    gpu = shareable_gpu()
+    gpus_of_ranks = collectives.run_on_every_rank(lambda: gpu, mesh.replica_group())
+    server_gpus = collectives.broadcast_within_replica(
+        lambda: {url: _gpus_of_server(url, timeout_s=timeout_s) for url in fleet.urls}
+    )
+    needed = {uuid for uuids in server_gpus.values() for uuid in uuids}
+    if gpu is None or None in gpus_of_ranks or not needed <= {*gpus_of_ranks}:  # the same on all ranks
+        return None
+    return DeviceMemoryChannel(gpu, server_gpus, timeout_s=timeout_s)
+
+
+def _gpus_of_server(url: str, *, timeout_s: float) -> list[str]:
+    """Return the UUIDs of the GPUs of a server's tensor-parallel ranks. The server must see the same GPUs as this rank.
+
+    Raises:
+        EngineError: the server does not respond.
+    """
+    try:
+        info = server_info(url, timeout_s=timeout_s)
+    except (ServerFault, RequestRefused) as error:
+        raise EngineError(str(error)) from error
+    first, step = int(info["base_gpu_id"]), int(info.get("gpu_id_step", 1))
+    return [gpu_uuid(first + step * rank) for rank in range(info["tp_size"])]
+
+
 def _has_version(url: str, version: str) -> bool:
     try:
-        return weight_version(url) == version
+        return weight_version(url).removeprefix(WEIGHTS_ONLY) == version
     except (ServerFault, RequestRefused):
         return False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_vcr1.rollout.sglang.channels.base import LIVENESS_TIMEOUT_S, Channel, NamedTensors, Prepared
 from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call, weight_version
+from megatron_vcr1.rollout.sglang.memory import RELEASED, WEIGHTS_ONLY
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class WeightUpdate(Generic[Prepared]):
     The version is `LOADING` before the first tensor is sent, and new only after the last one is in use. So if this
     process or the server dies at any point in between, mixed weights are never taken for the old or the new ones.
 
+    A server that has memory for its weights only (`memory.WEIGHTS_ONLY`) keeps that marker and stays paused, until its
+    other memory is resumed.
+
     Attributes:
         urls: the servers.
         failed: the servers that have failed so far, with the reasons. The contents of their weights are undefined.
@@ -65,6 +69,7 @@ class WeightUpdate(Generic[Prepared]):
         self._version = version
         self._channel = channel
         self._timeout_s = timeout_s
+        self._markers: dict[str, str] = {}  # prefixes of the servers' versions
         self._on_each_server(self._begin)
 
     @property
@@ -93,26 +98,36 @@ class WeightUpdate(Generic[Prepared]):
         self._on_each_server(self._finish)
         # Servers that have failed continue, too: nothing else would end their pause. Their version keeps clients away.
         for url in self.failed:
+            if self._markers.get(url):
+                continue  # the resume of its memory ends the pause
             with suppress(ServerFault, RequestRefused):
                 call(url, "POST", "/continue_generation", {}, timeout_s=LIVENESS_TIMEOUT_S)
 
     def _begin(self, url: str) -> None:
-        weight_version(url, timeout_s=LIVENESS_TIMEOUT_S)
+        version = weight_version(url, timeout_s=LIVENESS_TIMEOUT_S)
+        if version.startswith(RELEASED):
+            raise ServerFault(f"{url}: the memory of its weights is released", unreachable=False)
+        self._markers[url] = WEIGHTS_ONLY if version.startswith(WEIGHTS_ONLY) else ""
         # No response may be sampled from a mixture of old and new weights, or be attributed to the old ones afterwards.
         self._post(url, "/pause_generation", {"mode": "abort"})
-        self._post(url, "/update_weight_version", {"new_version": LOADING, "abort_all_requests": True})
+        self._set_version(url, LOADING, abort=True)
         self._channel.begin(url)
 
     def _finish(self, url: str) -> None:
         self._channel.finish(url)
         self._post(url, "/flush_cache", None)  # prefixes in the cache were computed with the old weights
-        self._post(url, "/update_weight_version", {"new_version": self._version, "abort_all_requests": False})
-        self._post(url, "/continue_generation", {})
-        found = weight_version(url)
+        self._set_version(url, self._version, abort=False)
+        if not self._markers[url]:
+            self._post(url, "/continue_generation", {})
+        found = weight_version(url).removeprefix(WEIGHTS_ONLY)
         if found != self._version:
             raise ServerFault(
                 f"{url} reports weights {found!r} after an update to {self._version!r}", unreachable=False
             )
+
+    def _set_version(self, url: str, version: str, *, abort: bool) -> None:
+        body = {"new_version": self._markers[url] + version, "abort_all_requests": abort}
+        self._post(url, "/update_weight_version", body)
 
     def _post(self, url: str, path: str, body: object) -> None:
         call(url, "POST", path, body, timeout_s=self._timeout_s)

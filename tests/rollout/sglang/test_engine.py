@@ -16,9 +16,10 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.engine import EngineError, SamplingParams
 from megatron_vcr1.rollout.sglang import payload
+from megatron_vcr1.rollout.sglang.channels.device_memory import DeviceMemoryChannel
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
-from megatron_vcr1.rollout.sglang.http import weight_version
-from megatron_vcr1.rollout.sglang.memory import RELEASED, MemoryRelease
+from megatron_vcr1.rollout.sglang.http import call, weight_version
+from megatron_vcr1.rollout.sglang.memory import RELEASED, WEIGHTS_ONLY, MemoryRelease
 from megatron_vcr1.types import FinishReason
 from tests.limits import HANG_S
 from tests.model import tiny
@@ -95,11 +96,20 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(
     assert stopped.rollouts[0].finish_reason == FinishReason.STOP
 
 
-@pytest.mark.parametrize("weight_sync", ["broadcast", "tensor", "disk"])
+@pytest.fixture(scope="module")
+def checksums() -> set[str]:
+    """Return the checksums of the server's weights after syncs of the same weights."""
+    return set()
+
+
+@pytest.mark.parametrize("weight_sync", ["disk", "broadcast", "tensor", "device"])
 def test_log_probs_are_those_of_the_new_weights_after_a_sync(
-    start_engine: Start, model: VideoLanguageModel, serving: Serving, weight_sync: str
+    start_engine: Start, model: VideoLanguageModel, serving: Serving, checksums: set[str], weight_sync: str
 ) -> None:
-    engine = start_engine(weight_sync=weight_sync)
+    """Also checks that the weights are those that SGLang loads from a Hugging Face directory, bit for bit."""
+    engine = start_engine(weight_sync="tensor" if weight_sync == "device" else weight_sync)
+    if weight_sync == "device":  # with memory of the CPU in place of a GPU's
+        engine._weight_sync._device = DeviceMemoryChannel("gpu 0", {serving.url: ["gpu 0"]}, timeout_s=60)
     sent = requests(4)
     engine.update_weights(stream_hf_tensors(model), 1)
     before = engine.generate(sent, SamplingParams(12))
@@ -111,6 +121,10 @@ def test_log_probs_are_those_of_the_new_weights_after_a_sync(
     assert largest_difference(model, sent, after) < TOLERANCE
     assert {rollout.policy_version for group in after for rollout in group.rollouts} == {2}
     assert engine.policy_version == 2
+    checksums.add(
+        call(serving.url, "POST", "/weights_checker", {"action": "checksum"}, timeout_s=60)["per_engine_checksum"]
+    )
+    assert len(checksums) == 1
     if weight_sync == "disk":
         folder = serving.folder / "run" / "sglang" / "weights" / "replica_0"
         assert len(list(folder.iterdir())) == 1  # earlier versions are removed
@@ -193,12 +207,15 @@ def test_memory_release_and_resume(start_engine: Start, model: VideoLanguageMode
     engine.update_weights(stream_hf_tensors(model), 0)
     version = weight_version(serving.url)
     memory = MemoryRelease([serving.url], None, timeout_s=60)
-    for _ in range(2):  # the second call must do nothing: SGLang would end
-        memory.release()
-        assert weight_version(serving.url) == RELEASED + version
-    for _ in range(2):
-        memory.resume()
-        assert weight_version(serving.url) == version
+    for resume_first in (memory.resume, memory.resume_weights):
+        for _ in range(2):  # the second call must do nothing: SGLang would end
+            memory.release()
+            assert weight_version(serving.url) == RELEASED + version
+        for _ in range(2):
+            resume_first()
+        for _ in range(2):
+            memory.resume()
+            assert weight_version(serving.url) == version
     sent = requests(2, ("v",))
     assert largest_difference(model, sent, engine.generate(sent, SamplingParams(8))) < TOLERANCE
 
@@ -210,8 +227,10 @@ def test_memory_stays_from_the_weight_sync_to_the_end_of_the_rollout(
     engine._memory = MemoryRelease([serving.url], None, timeout_s=60)
     for version, sent in enumerate((requests(1), requests(1), [])):  # without requests, too
         engine.update_weights(stream_hf_tensors(model), version)
-        assert not weight_version(serving.url).startswith(RELEASED)
-        engine.generate(sent, SamplingParams(4))
+        # The KV cache is resumed after the sync, except in the first one, before which nothing was released.
+        assert weight_version(serving.url).startswith(WEIGHTS_ONLY if version else "0@")
+        groups = engine.generate(sent, SamplingParams(4))
+        assert largest_difference(model, sent, groups) < TOLERANCE if sent else groups == []
         assert weight_version(serving.url).startswith(RELEASED)
     engine._memory.resume()
 

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from megatron_vcr1.rollout.sglang.http import weight_version
-from megatron_vcr1.rollout.sglang.memory import RELEASED, MemoryRelease
+from megatron_vcr1.rollout.sglang.memory import RELEASED, WEIGHTS_ONLY, MemoryRelease, has_weights_only
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 
@@ -15,7 +15,8 @@ class ReleasingServer:
 
     def __init__(self, release: Reply = (200, None)) -> None:
         self.version = "3@run"
-        self.is_released = self.is_paused = self.has_ended = False
+        self.released: set[str] = set()  # SGLang's tags
+        self.is_paused = self.has_ended = False
         self.release = release
         self.may_release, self.has_released = threading.Event(), threading.Event()
         self.may_release.set()
@@ -28,15 +29,19 @@ class ReleasingServer:
         elif path == "/update_weight_version":
             self.version = body["new_version"]
         elif path == "/release_memory_occupation":
-            self.has_ended |= self.is_released or not self.is_paused
+            self.has_ended |= bool(self.released & {*body["tags"]}) or not self.is_paused
             self.may_release.wait(60)
-            self.is_released = self.release[0] == 200
+            self.released |= {*body["tags"]} if self.release[0] == 200 else set()
             self.has_released.set()
             return self.release
         elif path == "/resume_memory_occupation":
-            self.has_ended |= not self.is_released
-            self.is_released = False
+            self.has_ended |= not {*body["tags"]} <= self.released or not self.is_paused
+            self.released -= {*body["tags"]}
         return (500, {}) if self.has_ended else (200, {"weight_version": self.version, "tp_size": 1})
+
+    @property
+    def is_released(self) -> bool:
+        return bool(self.released)
 
 
 def memory_of(server: FakeServer, timeout_s: float = 30) -> MemoryRelease:
@@ -54,6 +59,22 @@ def test_resume_restores_the_weight_version() -> None:
         memory.resume()
         memory.resume()
         assert (behavior.is_released, behavior.is_paused, behavior.has_ended) == (False, False, False)
+        assert weight_version(server.url) == "3@run"
+
+
+def test_weights_are_resumed_before_everything_else() -> None:
+    behavior = ReleasingServer()
+    with FakeServer(behavior) as server:
+        memory = memory_of(server)
+        memory.release()
+        for finish in (memory.release, memory.resume):
+            for _ in range(2):
+                memory.resume_weights()
+                assert behavior.released == {"kv_cache", "cuda_graph"} and behavior.is_paused
+                assert weight_version(server.url) == f"{WEIGHTS_ONLY}3@run" and has_weights_only(server.url)
+            finish()  # a sync may fail, and training needs the memory again
+        memory.resume_weights()  # everything is resumed
+        assert (behavior.released, behavior.is_paused, behavior.has_ended) == (set(), False, False)
         assert weight_version(server.url) == "3@run"
 
 
@@ -102,6 +123,6 @@ def test_a_server_that_was_restarted_meanwhile_is_not_resumed() -> None:
     with FakeServer(behavior) as server:
         memory = memory_of(server)
         memory.release()
-        behavior.version, behavior.is_released, behavior.is_paused = "default", False, False
+        behavior.version, behavior.released, behavior.is_paused = "default", set(), False
         memory.resume()
         assert not behavior.has_ended

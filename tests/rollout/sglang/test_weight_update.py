@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_vcr1.rollout.sglang.channels.base import NamedTensors
+from megatron_vcr1.rollout.sglang.memory import WEIGHTS_ONLY
 from megatron_vcr1.rollout.sglang.weight_update import WeightUpdate, split_into_buckets
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
@@ -94,6 +95,29 @@ def test_a_server_that_fails_is_excluded_and_stays_marked() -> None:
         assert (good.version, bad.version) == ("2@run", "loading")
         assert [each.count("/pause_generation") for each in (server, failing)] == [1, 1]
         assert [each.count("/continue_generation") for each in (server, failing)] == [1, 1]  # no server stays paused
+
+
+def test_a_server_with_memory_for_its_weights_only_stays_paused_and_marked() -> None:
+    behavior, refusing = Versioned(), Versioned()
+    behavior.version = refusing.version = f"{WEIGHTS_ONLY}1@run"
+    with (
+        FakeServer(behavior) as server,
+        FakeServer(refusing) as failing,
+        FakeServer(Versioned("released:1")) as released,
+    ):
+
+        def fails(url: str) -> None:
+            if url == failing.url:
+                raise RuntimeError("out of memory")
+
+        update = WeightUpdate([server.url, failing.url, released.url], "2@run", Recorder(fails), timeout_s=5)
+        assert behavior.version == f"{WEIGHTS_ONLY}loading"
+        update.send(BUCKET)
+        update.finish()
+        assert update.current == [server.url]
+        assert (behavior.version, refusing.version) == (f"{WEIGHTS_ONLY}2@run", f"{WEIGHTS_ONLY}loading")
+        assert [each.count("/continue_generation") for each in (server, failing)] == [0, 0]
+        assert update.failed[released.url] == f"{released.url}: the memory of its weights is released"
 
 
 def test_a_version_that_did_not_arrive_is_detected() -> None:

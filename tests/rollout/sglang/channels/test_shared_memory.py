@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from megatron_vcr1.rollout.sglang.channels.shared_memory import SHARED_MEMORY, SharedMemoryChannel
+from megatron_vcr1.rollout.sglang.channels.flat_bucket import SHARED_MEMORY
+from megatron_vcr1.rollout.sglang.channels.shared_memory import SharedMemoryChannel
 from megatron_vcr1.rollout.sglang.http import RequestRefused
 from tests.rollout.sglang.fake_server import FakeServer
 
@@ -20,17 +20,20 @@ def test_every_rank_of_every_server_can_open_the_memory() -> None:
         FakeServer(lambda path, body: (200, {"tp_size": 2})) as second,
     ):
         channel = SharedMemoryChannel(timeout_s=5)
-        prepared = channel.prepare([("first", torch.ones(3)), ("second", torch.ones(5))])
+        ones = torch.ones(32, dtype=torch.uint8)  # no padding between the tensors
+        prepared = channel.prepare([("first", ones), ("second", ones)])
         for server in (first, second):
             channel.send(server.url, prepared)
         bodies = [body for server in (first, second) for _, body in server.requests if body]
     # Each reader closes the memory before the next one opens it.
     reader = (
-        "import base64, pickle, sys; [print(pickle.loads(base64.b64decode(text))[1][1].sum()) for text in sys.argv[1:]]"
+        "import base64, pickle, sys; "
+        "[print(pickle.loads(base64.b64decode(text))['flattened_tensor'].sum().item()) for text in sys.argv[1:]]"
     )
     descriptions = [text for body in bodies for text in body["serialized_named_tensors"]]
     found = subprocess.run([sys.executable, "-c", reader, *descriptions], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["tensor(5.)"] * 4
+    assert found.stdout.split() == ["64"] * 4
+    assert {body["load_format"] for body in bodies} == {"flattened_bucket"}
 
 
 def test_memory_that_a_server_did_not_open_is_removed_with_the_bucket() -> None:
@@ -44,13 +47,3 @@ def test_memory_that_a_server_did_not_open_is_removed_with_the_bucket() -> None:
         assert set(SHARED_MEMORY.glob("torch_*")) != before
         del prepared
     assert set(SHARED_MEMORY.glob("torch_*")) == before
-
-
-def test_a_bucket_without_room_in_shared_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the check, the first write would end the process with SIGBUS."""
-    usage = shutil.disk_usage(SHARED_MEMORY)._replace(free=96)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    channel = SharedMemoryChannel(timeout_s=5)
-    channel.prepare([("small", torch.zeros(24))])
-    with pytest.raises(OSError, match=r"no room for sglang.weight_sync_bucket_mb of weights; lower it: '/dev/shm'"):
-        channel.prepare([("large", torch.zeros(25))])
