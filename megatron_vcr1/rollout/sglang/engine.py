@@ -208,8 +208,8 @@ class SglangEngine:
     def _sync_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Send weights until at least one server has them. All ranks of the replica must call it.
 
-        Each pass runs: a broadcast of the outcome of `_begin_pass`; the collectives that gather the tensors, in which
-        the leader also sends them; a broadcast of whether a server has the weights.
+        Each pass runs: a broadcast of the outcome of `_begin_pass`; the collectives that gather the tensors of a bucket
+        and those of `WeightSync.send`, in turn; a broadcast of whether a server has the weights.
 
         Colocated servers resume the memory of their weights first; `sample` resumes the rest, when the memory of the
         buckets is free again. They keep it until the end of `sample`: to release the weights here would move them

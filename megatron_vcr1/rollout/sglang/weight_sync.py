@@ -136,7 +136,10 @@ class WeightSync:
         return BroadcastChannel(self._fleet.placement.broadcast_backend, timeout_s=timeout_s)
 
     def send(self, bucket: NamedTensors) -> None:
-        """Send a bucket to the servers of this pass. All ranks of the replica must call it, in step."""
+        """Send a bucket to the servers of this pass. All ranks of the replica must call it, in step.
+
+        Runs the collectives of `DeviceMemoryChannel.prepare` and `release` if there is such a channel, otherwise none.
+        """
         if self._update is not None and self._update.current:
             self._update.send(bucket)
         elif self._device is not None:

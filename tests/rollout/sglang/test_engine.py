@@ -207,15 +207,19 @@ def test_memory_release_and_resume(start_engine: Start, model: VideoLanguageMode
     engine.update_weights(stream_hf_tensors(model), 0)
     version = weight_version(serving.url)
     memory = MemoryRelease([serving.url], None, timeout_s=60)
-    for resume_first in (memory.resume, memory.resume_weights):
+    steps = (
+        (memory.release, RELEASED),
+        (memory.resume, ""),
+        (memory.release, RELEASED),
+        (memory.resume_weights, WEIGHTS_ONLY),
+        (memory.release, RELEASED),  # after a sync that has failed
+        (memory.resume_weights, WEIGHTS_ONLY),
+        (memory.resume, ""),
+    )
+    for change_memory, marker in steps:
         for _ in range(2):  # the second call must do nothing: SGLang would end
-            memory.release()
-            assert weight_version(serving.url) == RELEASED + version
-        for _ in range(2):
-            resume_first()
-        for _ in range(2):
-            memory.resume()
-            assert weight_version(serving.url) == version
+            change_memory()
+            assert weight_version(serving.url) == marker + version
     sent = requests(2, ("v",))
     assert largest_difference(model, sent, engine.generate(sent, SamplingParams(8))) < TOLERANCE
 
