@@ -35,9 +35,12 @@ def pytest_collection_finish() -> None:
     Tests of kernels, rewards or settings alone are spared the import, which takes seconds.
     """
     if "megatron.core" in sys.modules:
+        from megatron_vcr1.data import signals
         from megatron_vcr1.model import cpu
 
         cpu.install()
+        # One fork server per process serves decoding workers, ranks and commands alike.
+        signals.PRELOADED = ["tests.preloaded"]
 
 
 def pytest_runtest_logfinish() -> None:

@@ -5,5 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 if find_spec("megatron") is not None:  # missing on a machine that runs tests/kernels only
+    import megatron_vcr1.cli.main
+    import megatron_vcr1.evaluation.evaluate
+    import megatron_vcr1.evaluation.log_probs
+    import megatron_vcr1.evaluation.single_prompt
     import megatron_vcr1.training.train  # noqa: F401
     import tests.checkpoint.toy_run  # noqa: F401

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from megatron_vcr1.evaluation.evaluate import evaluate_model
 from megatron_vcr1.evaluation.jobs import BenchmarkJob, read_jobs, templates_of_jobs
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.tasks import ChoiceTarget
+from tests.commands import Process, run_vcr1, vcr1
 from tests.gloo import GlooPool
 from tests.limits import HANG_S
 from tests.training import workspace
@@ -73,18 +72,8 @@ def whole(folder: Path) -> dict[str, Any]:
 def test_the_command_gives_the_same_result(folder: Path, whole: dict[str, Any]) -> None:
     config = folder / "run.toml"
     config.write_text(render_toml(run_config(folder, folder / "elsewhere"), documented=False))
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_vcr1",
-        "evaluate",
-        str(config),
-        "--train.run_dir",
-        str(folder / "cli"),
-    ]
-    command += ["--data.num_workers", "1"]  # decodes in another process
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    other_process = ("--data.num_workers", 1)  # for decoding
+    done = run_vcr1("evaluate", config, "--train.run_dir", folder / "cli", *other_process)
     assert done.returncode == 0, done.stderr
     assert results(folder / "cli") == whole
     assert "temporal_grounding: 4 samples" in done.stdout
@@ -159,14 +148,14 @@ def test_videos_that_were_made_smaller_are_counted(folder: Path, tmp_path: Path)
 def test_a_killed_evaluation_resumes_with_the_same_result(folder: Path, whole: dict[str, Any]) -> None:
     config = folder / "killed.toml"
     config.write_text(render_toml(run_config(folder, folder / "killed"), documented=False))
-    command = [sys.executable, "-m", "megatron_vcr1", "evaluate", str(config), "--data.num_workers", "1"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = Process(
+        vcr1, "evaluate", config, "--data.num_workers", 1, stdout=Path(os.devnull), stderr=Path(os.devnull)
+    )
     first = folder / "killed" / "evaluation" / str(TASKS[0]) / "predictions.jsonl"
     deadline = time.monotonic() + HANG_S
     while not (first.exists() and first.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert len(first.read_text().splitlines()) < 12
     wait_for_end_of_session(process.pid)

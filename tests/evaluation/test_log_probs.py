@@ -18,6 +18,7 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.log_probs import read_requests
 from megatron_vcr1.model.config import ModelConfig
+from tests.commands import run_vcr1
 from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
 from tests.limits import HANG_S
@@ -85,14 +86,13 @@ def _transformers_log_probs(
     return expected
 
 
+def _arguments(folder: Path, *options: str, data: str = "data.jsonl") -> list[str]:
+    files = ["--model", str(folder / "model"), "--data", str(folder / data), "--out", str(folder / "out.jsonl")]
+    return ["score", "--dtype", "float32", *files, *options]
+
+
 def _score(folder: Path, *options: str, ranks: int = 1, data: str = "data.jsonl") -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "megatron_vcr1", "score", "--dtype", "float32"]
-    command += ["--model", str(folder / "model"), "--data", str(folder / data), "--out", str(folder / "out.jsonl")]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *options], env=environment, cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=False
-    )
+    return run_vcr1(*_arguments(folder, *options, data=data), ranks=ranks, cwd=folder)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,19 @@ def _score(folder: Path, *options: str, ranks: int = 1, data: str = "data.jsonl"
     ],
 )
 def test_log_probs_equal_transformers(workspace: Path, ranks: int, options: list[str]) -> None:
-    result = _score(workspace, *options, ranks=ranks)
+    _check_log_probs(_score(workspace, *options, ranks=ranks), workspace)
+
+
+@ONE_FAMILY
+def test_torchrun_gives_the_same_log_probs(workspace: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_vcr1"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [*launcher, *_arguments(workspace, "--tensor-parallel", "2")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False)
+    _check_log_probs(result, workspace)
+
+
+def _check_log_probs(result: subprocess.CompletedProcess[str], workspace: Path) -> None:
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (workspace / "out.jsonl").read_text().splitlines()]
     expected = json.loads((workspace / "expected.json").read_text())
@@ -168,9 +180,6 @@ def test_a_malformed_request_fails_only_its_own_row(workspace: Path) -> None:
     ],
 )
 def test_bad_data_is_refused_before_anything_is_computed(tmp_path: Path, line: str, message: str) -> None:
-    from megatron_vcr1.errors import UserError
-    from megatron_vcr1.evaluation.log_probs import read_requests
-
     (tmp_path / "data2.jsonl").write_text(line)
     with pytest.raises(UserError) as error:
         read_requests(tmp_path / "data2.jsonl")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +23,10 @@ from megatron_vcr1.evaluation import single_prompt
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import SamplingParams
+from tests.commands import run_vcr1
 from tests.data.tiny_processor import tiny_processor
 from tests.data.video_clips import write_clip
 from tests.gloo import GlooPool
-from tests.limits import HANG_S
 from tests.model import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -79,13 +77,8 @@ def _transformers_answer(model: torch.nn.Module, folder: Path) -> list[int]:
 
 
 def _generate(folder: Path, *options: str, model: str = "model", ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "megatron_vcr1", "generate", "--dtype", "float32"]
-    command += ["--model", str(folder / model), "--max-new-tokens", str(NUM_TOKENS), "--prompt", "When?", *options]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=False
-    )
+    command = ["generate", "--dtype", "float32", "--model", folder / model, "--max-new-tokens", NUM_TOKENS]
+    return run_vcr1(*command, "--prompt", "When?", *options, ranks=ranks, cwd=folder)
 
 
 VISION = ("--image", "picture.png", "--video", "clip.mp4", "--fps", "1")

@@ -15,7 +15,9 @@ import pytest
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.training.lifecycle import STOP_SIGNALS, Lifecycle
 from megatron_vcr1.training.trainer import TrainingStopped
+from tests.commands import Process, vcr1
 from tests.limits import HANG_S
+from tests.ports import free_ports
 from tests.training import workspace
 
 pytestmark = pytest.mark.one_lane
@@ -78,18 +80,21 @@ def test_hung_run_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
     )
     file = tmp_path / "run.toml"
     file.write_text(render_toml(config, documented=False))
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29473", "OMP_NUM_THREADS": "1"}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports())}
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "megatron_vcr1", "train", str(file)],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+        Process(
+            vcr1,
+            "train",
+            file,
+            stdout=tmp_path / "stdout",
+            stderr=log,
+            environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(2)
+        for rank, log in enumerate(logs)
     ]
-    first, last = [rank.communicate(timeout=HANG_S)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    first, last = [log.read_text() for log in logs]
     assert "Timeout (0:00:20)!" in last and never_returns_on_the_last_rank.__name__ in last, last
     # Rank 0 either dumps its own stacks, or, if rank 1 ended earlier, fails in the collective that waits for rank 1.
     assert "distributed_c10d" in first and never_returns_on_the_last_rank.__name__ not in first, first

@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.train import train_in_world
+from tests.commands import Process, vcr1
 from tests.gloo import GlooPool
 from tests.limits import HANG_S
 from tests.training import workspace
@@ -64,10 +63,8 @@ class Command:
         self._run_dir = config.train.run_dir
         file = self._run_dir.with_suffix(".toml")
         file.write_text(render_toml(config, documented=False))
-        command = [sys.executable, "-m", "megatron_vcr1", "train", str(file)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with self._run_dir.with_suffix(".log").open("a") as log:
-            self.process = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
+        log = self._run_dir.with_suffix(".log")
+        self.process = Process(vcr1, "train", file, stdout=log, stderr=log)
         self._starts = self._num_lines("starts.jsonl")
 
     def _num_lines(self, name: str) -> int:
@@ -104,7 +101,7 @@ class Command:
     def end(self) -> int:
         """Wait for the end of the command and return its exit code; none of its processes may survive."""
         try:
-            code = self.process.wait(TIMEOUT_S)
+            code = self.process.wait()
             self._wait_for_workers()
         finally:
             if self._is_alive():
