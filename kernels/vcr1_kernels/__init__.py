@@ -6,7 +6,7 @@ the data structures that they share.
 """
 
 from vcr1_kernels.layout import SegmentLayout
-from vcr1_kernels.ops.attention import shared_prefix_attention
+from vcr1_kernels.ops.attention import attention_backward, attention_forward, shared_prefix_attention
 from vcr1_kernels.ops.linear_grpo_loss import linear_grpo_loss, linear_objective_loss
 from vcr1_kernels.ops.linear_log_probs import linear_log_probs
 from vcr1_kernels.ops.log_probs import log_probs_from_logits
@@ -22,6 +22,8 @@ __all__ = [
     "Objective",
     "SegmentLayout",
     "TokenLoss",
+    "attention_backward",
+    "attention_forward",
     "frames_to_patches",
     "grpo_token_loss",
     "linear_grpo_loss",

@@ -7,11 +7,9 @@ packs patches; this module calls both tokens.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
@@ -19,8 +17,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 from vcr1_kernels import SegmentLayout, mrope, qkv_mrope, shared_prefix_attention
 
+from megatron_vcr1.model.context_attention import attend_across_ranks
 from megatron_vcr1.model.layer_features import LayerFeatures
-from megatron_vcr1.parallel.context import KeyGather, gather_keys, regather_in_backward
+from megatron_vcr1.parallel.context import KeyGather
 
 
 class CachedAttention(Protocol):
@@ -197,29 +196,15 @@ class PackedAttention(MegatronModule):
             if packed_seq_params.keys is None:
                 output = shared_prefix_attention(query, key, value, layout, scale=self.softmax_scale)
             else:
-                output = self._attend_across_ranks(query, key, value, layout, packed_seq_params.keys)
+                output = attend_across_ranks(
+                    query,
+                    key,
+                    value,
+                    layout,
+                    packed_seq_params.keys,
+                    scale=self.softmax_scale,
+                    keeps_gathered=self.is_recomputed,  # then they live until the backward pass of this layer only
+                )
         if self.selects_tokens:
             output = packed_seq_params.select(output)
         return output.flatten(1).unsqueeze(1)
-
-    def _attend_across_ranks(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, plan: KeyGather
-    ) -> Tensor:
-        """Gather the keys and values of all context-parallel ranks' prompt tokens, and attend to them.
-
-        Args:
-            query: [tokens, heads, head_dim], of this rank's tokens; key and value have kv_heads.
-            layout: segments of the gathered keys, with the ranges that have a query on this rank.
-            plan: how the keys are gathered.
-        """
-        local = torch.cat((key, value), dim=1)  # one collective for both
-        gathered = gather_keys(local, plan)
-        # If attention is recomputed, the recomputation gathers the keys, and they live until its backward pass only.
-        regathers = (
-            nullcontext()
-            if self.is_recomputed
-            else regather_in_backward(gathered, lambda: gather_keys(local.detach(), plan))
-        )
-        with regathers:
-            keys, values = gathered.chunk(2, dim=1)
-            return shared_prefix_attention(query, keys, values, layout, scale=self.softmax_scale)

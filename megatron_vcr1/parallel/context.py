@@ -1,17 +1,17 @@
 """Context parallelism: what the ranks that share the tokens of a microbatch send each other.
 
 The prompts' tokens are split across the ranks; every response is whole on one rank. In each layer a rank attends from
-its own tokens to all tokens of the prompts, so the ranks gather the prompts' keys and values; in backward, the
-gradients are reduced and scattered. Responses do not attend to each other, so nothing else travels. Before the first
-layer, vision features go from the rank that encoded them to the ranks whose tokens they belong to.
+its own tokens to all tokens of the prompts (`model.context_attention`), so the ranks gather the prompts' keys and
+values; in backward, the gradients are reduced and scattered. Responses do not attend to each other, so nothing else
+travels. Before the first layer, vision features go from the rank that encoded them to the ranks whose tokens they
+belong to.
 
 All ranks of a context-parallel group must call these functions in the same order, and so must their backward passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -20,6 +20,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_vcr1.parallel import mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,82 +72,72 @@ class FeatureExchange(_OnDevice):
     num_features: int
 
 
-def gather_keys(local: Tensor, plan: KeyGather) -> Tensor:
-    """Put together the keys that this rank's tokens attend to.
+Started = Callable[[], Tensor]
+"""A collective that is under way; calling it waits for the collective and returns its result."""
 
-    In backward, each rank receives the gradients of its prompt tokens, summed over the ranks.
+
+def start_gather(local: Tensor, plan: KeyGather) -> Started:
+    """Start to gather the keys that this rank's tokens attend to.
 
     Args:
         local: keys, or keys and values, of this rank's tokens: [tokens, heads, head_dim].
 
     Returns:
-        [prompt tokens of all ranks + own response tokens, heads, head_dim].
+        Returns [prompt tokens of all ranks + own response tokens, heads, head_dim].
     """
-    return _GatherKeys.apply(local, plan)
+    group = parallel_state.get_context_parallel_group()
+    contribution = local.new_zeros(plan.slots, *local.shape[1:])
+    contribution[: plan.num_prompt_tokens] = local[: plan.num_prompt_tokens]
+    contributions = local.new_empty(group.size() * plan.slots, *local.shape[1:])
+    work = dist.all_gather_into_tensor(contributions, contribution, group=group, async_op=True)
 
-
-class _GatherKeys(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, plan: KeyGather) -> Tensor:
-        ctx.plan, ctx.num_tokens = plan, len(local)
-        group = parallel_state.get_context_parallel_group()
-        contribution = local.new_zeros(plan.slots, *local.shape[1:])
-        contribution[: plan.num_prompt_tokens] = local[: plan.num_prompt_tokens]
-        contributions = local.new_empty(group.size() * plan.slots, *local.shape[1:])
-        dist.all_gather_into_tensor(contributions, contribution, group=group)
+    def finish() -> Tensor:
+        work.wait()
         return torch.cat((contributions.index_select(0, plan.rows), local[plan.own_start :]))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        plan: KeyGather = ctx.plan
-        group = parallel_state.get_context_parallel_group()
-        num_prompt_tokens = len(plan.rows)
-        contributions = grad.new_zeros(group.size() * plan.slots, *grad.shape[1:])
-        contributions[plan.rows] = grad[:num_prompt_tokens]  # every row belongs to at most one token
-        contribution = grad.new_empty(plan.slots, *grad.shape[1:])
-        dist.reduce_scatter_tensor(contribution, contributions, group=group)
-        grad_local = grad.new_zeros(ctx.num_tokens, *grad.shape[1:])
-        grad_local[: plan.num_prompt_tokens] = contribution[: plan.num_prompt_tokens]
-        grad_local[plan.own_start :] = grad[num_prompt_tokens:]
-        return grad_local, None
+    return finish
 
 
-@contextmanager
-def regather_in_backward(gathered: Tensor, gather: Callable[[], Tensor]) -> Iterator[None]:
-    """Stop autograd from saving views of gathered keys in the with-block; backward gathers them once more instead.
-
-    Saved, they would take as much memory on every rank as without context parallelism.
+def start_scatter(grad: Tensor, plan: KeyGather, num_tokens: int) -> Started:
+    """Start to sum the gradients of gathered keys over the ranks, and to scatter them to the ranks of their tokens.
 
     Args:
-        gathered: the tensor.
-        gather: gathers it, from detached inputs. It is called once, when the first view is needed.
+        grad: gradient of what `start_gather` returns.
+        num_tokens: this rank's tokens.
+
+    Returns:
+        Returns [tokens, heads, head_dim], the gradient of this rank's keys.
     """
-    storage = gathered.untyped_storage().data_ptr()
-    saved_views = 0
-    in_backward: list[Tensor] = []  # the tensor, from the first view that is needed to the last
+    group = mesh.context_gradient_group()
+    num_prompt_tokens = len(plan.rows)
+    contributions = grad.new_zeros(group.size() * plan.slots, *grad.shape[1:])
+    contributions[plan.rows] = grad[:num_prompt_tokens]  # every row belongs to at most one token
+    contribution = grad.new_empty(plan.slots, *grad.shape[1:])
+    work = dist.reduce_scatter_tensor(contribution, contributions, group=group, async_op=True)
+    grad_local = grad.new_zeros(num_tokens, *grad.shape[1:])
+    grad_local[plan.own_start :] = grad[num_prompt_tokens:]
 
-    def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
-        nonlocal saved_views
-        if tensor.untyped_storage().data_ptr() != storage:
-            return tensor
-        saved_views += 1
-        return tensor.shape, tensor.stride(), int(tensor.storage_offset())
+    def finish() -> Tensor:
+        work.wait()
+        grad_local[: plan.num_prompt_tokens] = contribution[: plan.num_prompt_tokens]
+        return grad_local
 
-    def unpack(saved: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
-        nonlocal saved_views
-        if isinstance(saved, Tensor):
-            return saved
-        if not in_backward:
-            in_backward.append(gather())
-        view = in_backward[0].as_strided(*saved)
-        saved_views -= 1
-        if not saved_views:
-            in_backward.clear()
-        return view
+    return finish
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+
+def one_ahead(collectives: Iterable[Started]) -> Iterator[Tensor]:
+    """Yield the result of each collective after the next one has been started.
+
+    Args:
+        collectives: starts a collective whenever it is asked for the next one.
+    """
+    current: Started | None = None
+    for following in collectives:
+        if current is not None:
+            yield current()
+        current = following
+    if current is not None:
+        yield current()
 
 
 def exchange_features(features: Tensor, plan: FeatureExchange) -> Tensor:

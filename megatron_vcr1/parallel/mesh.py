@@ -31,6 +31,7 @@ COLLECTIVE_TIMEOUT_S = 3600.0
 # Set by `initialize`.
 _replica_group: dist.ProcessGroup | None = None
 _first_stage_group: dist.ProcessGroup | None = None
+_context_gradient_group: dist.ProcessGroup | None = None
 
 
 def launched_world_size() -> int:
@@ -81,11 +82,14 @@ def _build_groups(parallel: ParallelSection, timeout: timedelta) -> None:
     """Build the process groups that megatron-core does not have: of this rank's replica, and of its first stage.
 
     megatron-core's model-parallel group has the tensor- and pipeline-parallel ranks only, which is the replica without
-    context parallelism. The group of the first stage uses gloo, so that frames do not pass through GPU memory.
+    context parallelism. The group of the first stage uses gloo, so that frames do not pass through GPU memory. The
+    context-parallel ranks have a second group: NCCL runs the collectives of a group one after the other, and a
+    reduce-scatter of gradients waits for their computation, so it would hold up the next gather.
     """
-    global _replica_group, _first_stage_group
+    global _replica_group, _first_stage_group, _context_gradient_group
     _replica_group = parallel_state.get_model_parallel_group()
     _first_stage_group = parallel_state.get_tensor_and_context_parallel_group()
+    _context_gradient_group = parallel_state.get_context_parallel_group()
     # Ranks are ordered by tensor-parallel, context-parallel and data-parallel rank and then by stage.
     stage_size = parallel.tensor * parallel.context
     num_replicas = dist.get_world_size() // parallel.ranks_per_replica
@@ -96,12 +100,15 @@ def _build_groups(parallel: ParallelSection, timeout: timedelta) -> None:
     if stage_size > 1 and dist.get_backend() != "gloo":
         first_stages = [list(ranks) for ranks in stages[:num_replicas]]
         _first_stage_group, _ = dist.new_subgroups_by_enumeration(first_stages, timeout=timeout, backend="gloo")
+    if parallel.context > 1 and dist.get_backend() != "gloo":
+        groups = [list(stage[rank :: parallel.tensor]) for stage in stages for rank in range(parallel.tensor)]
+        _context_gradient_group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
 
 
 def shutdown() -> None:
     """Destroy all process groups. Does nothing if `initialize` was not called."""
-    global _replica_group, _first_stage_group
-    _replica_group = _first_stage_group = None
+    global _replica_group, _first_stage_group, _context_gradient_group
+    _replica_group = _first_stage_group = _context_gradient_group = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -242,6 +249,12 @@ def context_size() -> int:
 def context_rank() -> int:
     """Return this rank's index among the ranks that the tokens of a group are split across."""
     return parallel_state.get_context_parallel_rank()
+
+
+def context_gradient_group() -> dist.ProcessGroup:
+    """Return the process group of the context-parallel ranks for their gradients, next to megatron-core's group."""
+    assert _context_gradient_group is not None, "call initialize first"
+    return _context_gradient_group
 
 
 def num_weight_holders() -> int:

@@ -1,15 +1,13 @@
-"""The collectives of context parallelism against one process, in float64, and the bytes that they send."""
+"""The collectives of context parallelism: what each rank receives, and the bytes that they send."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from vcr1_kernels import SegmentLayout, shared_prefix_attention
 
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel import mesh
@@ -17,8 +15,9 @@ from megatron_vcr1.parallel.context import (
     FeatureExchange,
     KeyGather,
     exchange_features,
-    gather_keys,
-    regather_in_backward,
+    one_ahead,
+    start_gather,
+    start_scatter,
     sum_over_context_ranks,
 )
 from tests.gloo import GlooPool
@@ -29,22 +28,19 @@ pytestmark = pytest.mark.xdist_group("gloo")
 # has one of 3 and computes the last token of the prompt once more.
 PROMPT_TOKENS = ([0, 1, 4], [2, 3])
 TOKENS = ([0, 1, 4, 5, 6], [2, 3, 4, 7, 8, 9])
+KEYS = ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 7, 8, 9])
 ROWS = torch.tensor([0, 1, 3, 4, 2])
-QUERIES = (((0, 2), (4, 5), (5, 7)), ((2, 3), (3, 4), (4, 5), (5, 8)))
-LAYOUT = SegmentLayout((5, 2, 3), (-1, 0, 0))
 
 
-def _inputs() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((10, 4, 8), (10, 2, 8), (10, 2, 8), (10, 4, 8))  # query, key, value, gradient of the output
-    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+def plan_of(rank: int) -> KeyGather:
+    """Return the plan of these tokens."""
+    return KeyGather(len(PROMPT_TOKENS[rank]), slots=3, rows=ROWS, own_start=3)
 
 
-def _attend() -> dict[str, Any]:
-    """Attend with this rank's tokens, and return the output and the gradients of their query, key and value."""
+def _communicate() -> dict[str, Any]:
+    """Gather keys and scatter their gradients, with a token's number as its value; exchange features; sum."""
     mesh.initialize(ParallelSection(context=2))
-    rank = mesh.context_rank()
-    sent: list[int] = []
+    rank, sent = mesh.context_rank(), list[int]()
     gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
     def counting_gather(output: Tensor, part: Tensor, **kwargs: Any) -> Any:
@@ -55,32 +51,25 @@ def _attend() -> dict[str, Any]:
         sent.append(inputs.nbytes - part.nbytes)
         return scatter(part, inputs, **kwargs)
 
-    query, key, value, grad = (tensor[TOKENS[rank]].requires_grad_() for tensor in _inputs())
-    # The repeated token is a token of its own here: its gradient counts for the same token of the whole sequence.
-    plan = KeyGather(len(PROMPT_TOKENS[rank]), slots=3, rows=ROWS, own_start=3)
-    layout = SegmentLayout((5, 2 + rank), (-1, 0), queries=QUERIES[rank])
-    results = []
-    for regathers in (False, True):
-        sent.clear()
-        dist.all_gather_into_tensor, dist.reduce_scatter_tensor = counting_gather, counting_scatter
-        try:
-            local = torch.cat((key, value), dim=1)
-            gathered = gather_keys(local, plan)
-            with _regather(gathered, local, plan) if regathers else nullcontext():
-                output = shared_prefix_attention(query, *gathered.chunk(2, dim=1), layout)
-            grads = torch.autograd.grad(output, (query, key, value), grad)
-        finally:
-            dist.all_gather_into_tensor, dist.reduce_scatter_tensor = gather, scatter
-        results.append((output.detach(), *grads))
-        # (N - 1) * slots tokens of 2 * 2 heads of 8 float64 values, gathered once (or twice) and scattered once.
-        assert sent == [1 * 3 * 4 * 8 * 8] * (3 if regathers else 2)
-    assert all(map(torch.equal, *results))
+    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = counting_gather, counting_scatter
+    try:
+        gathered = start_gather(_numbered(TOKENS[rank]), plan_of(rank))()
+        scattered = start_scatter(_numbered(KEYS[rank]), plan_of(rank), len(TOKENS[rank]))()
+    finally:
+        dist.all_gather_into_tensor, dist.reduce_scatter_tensor = gather, scatter
     total = sum_over_context_ranks(torch.tensor([float(rank + 1)]))
-    return {"results": results[0], "sum": float(total), "features": _exchange(rank)}
+    return {
+        "gathered": gathered,
+        "scattered": scattered,
+        "sent": sent,
+        "sum": float(total),
+        "features": _exchange(rank),
+    }
 
 
-def _regather(gathered: Tensor, local: Tensor, plan: KeyGather) -> AbstractContextManager[None]:
-    return regather_in_backward(gathered, lambda: gather_keys(local.detach(), plan))
+def _numbered(tokens: list[int]) -> Tensor:
+    """Return float64 [tokens, 2 heads, 4] with the number of each token."""
+    return torch.tensor(tokens).double()[:, None, None].expand(-1, 2, 4).contiguous()
 
 
 def _exchange(rank: int) -> Tensor:
@@ -97,29 +86,36 @@ def _exchange(rank: int) -> Tensor:
     return torch.cat((received.detach(), grad))[:, 0]
 
 
-def test_ranks_attend_as_one_process_does(gloo_pool: GlooPool) -> None:
-    answers = gloo_pool.run(_attend)
-    whole = [tensor.requires_grad_() for tensor in _inputs()]
-    query, key, value, grad = whole
-    # Token 4 has two queries, and both have a gradient: the second one belongs to rank 1.
-    queries = torch.cat((query, query[4:5]))
-    layout = SegmentLayout(LAYOUT.lengths, LAYOUT.prefixes, queries=((0, 10), (4, 5)))
-    output = shared_prefix_attention(queries, key, value, layout)
-    grads = torch.autograd.grad(output, (query, key, value), torch.cat((grad, grad[4:5])))
-    for start in (0, 2):  # two replicas
-        sums = [torch.zeros_like(tensor) for tensor in grads]
-        for rank in (0, 1):
-            results = answers[start + rank]["results"]
-            torch.testing.assert_close(results[0], output[TOKENS[rank]])
-            for total, part in zip(sums, results[1:], strict=True):
-                total.index_add_(0, torch.tensor(TOKENS[rank]), part)
-        for total, expected in zip(sums, grads, strict=True):
-            torch.testing.assert_close(total, expected)
-
-
-def test_features_and_their_gradients_go_to_the_right_ranks(gloo_pool: GlooPool) -> None:
-    answers = gloo_pool.run(_attend)
+def test_keys_gradients_and_features_go_to_the_right_ranks(gloo_pool: GlooPool) -> None:
+    answers = gloo_pool.run(_communicate)
     assert [answer["sum"] for answer in answers] == [3.0] * 4
+    for answer, rank in zip(answers, (0, 1, 0, 1), strict=True):  # two replicas
+        assert torch.equal(answer["gathered"], _numbered(KEYS[rank]))
+        # The gradients of prompt tokens are summed over the ranks. The repeated token has a query only.
+        expected = [2 * token if token in PROMPT_TOKENS[rank] else token if token > 4 else 0 for token in TOKENS[rank]]
+        assert torch.equal(answer["scattered"], _numbered(expected))
+        # (N - 1) * slots tokens of 2 heads of 4 float64 values.
+        assert answer["sent"] == [1 * 3 * 2 * 4 * 8] * 2
     # Received features, then the gradient of the own features: received + 1, summed over the receivers.
     assert answers[0]["features"].tolist() == [10, 0, 2, 1, 4, 3]
     assert answers[1]["features"].tolist() == [1, 1, 11]
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_result_is_awaited_after_the_next_collective_has_started(number: int) -> None:
+    events: list[str] = []
+
+    def start(index: int) -> Any:
+        events.append(f"start {index}")
+        return lambda: events.append(f"wait {index}") or torch.tensor(index)
+
+    results = [int(result) for result in one_ahead(start(index) for index in range(number))]
+    assert results == list(range(number))
+    assert (
+        events
+        == {
+            0: [],
+            1: ["start 0", "wait 0"],
+            3: ["start 0", "start 1", "wait 0", "start 2", "wait 1", "wait 2"],
+        }[number]
+    )

@@ -50,11 +50,91 @@ def shared_prefix_attention(
         return query + 0 * (key.sum() + value.sum())  # empty, but with a gradient for all three
     if use_flash_attn(query, layout):
         return flash_attention(query, key, value, layout, scale)
+    return _Attention.apply(query, key, value, layout, scale)
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute `shared_prefix_attention` without autograd, for callers that write the backward pass themselves.
+
+    The arguments are those of `shared_prefix_attention`.
+
+    Returns:
+        The output, and the log-sum-exp that `attention_backward` needs, whose shape depends on the device.
+    """
+    _check(query, key, value, layout)
+    return _forward(query, key, value, layout.merged, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    layout: SegmentLayout,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of query, key and value.
+
+    Args:
+        grad_output: gradient of the output, [queries, num_heads, head_dim].
+        query, key, value, layout, scale: the arguments of `attention_forward`.
+        output, log_sum_exp: its results.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _backward(grad_output, query, key, value, output, log_sum_exp, layout.merged, scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
+        output, log_sum_exp = _forward(query, key, value, layout, scale)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        ctx.layout, ctx.scale = layout, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(grad_output, *ctx.saved_tensors, ctx.layout, ctx.scale), None, None
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> tuple[Tensor, Tensor]:
     if use_triton(query):
-        return _TritonAttention.apply(query, key, value, layout, scale)
+        from vcr1_kernels.triton_ops.attention import launch_forward
+
+        return launch_forward(query, key, value, layout, scale)
     if query.device.type == "cpu":
-        return _BlockwiseAttention.apply(query, key, value, layout, scale)
-    return reference.shared_prefix_attention(query, key, value, layout, scale=scale)  # float64, or no triton, on a GPU
+        return _forward_by_blocks(query, key, value, layout, scale)
+    # float64, or no triton, on a GPU
+    output = reference.shared_prefix_attention(query, key, value, layout, scale=scale)
+    return output, output.new_empty(0)
+
+
+def _backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    layout: SegmentLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if use_triton(query):
+        from vcr1_kernels.triton_ops.attention import launch_backward
+
+        return launch_backward(grad_output, query, key, value, output, log_sum_exp, layout, scale)
+    if query.device.type == "cpu":
+        return _backward_by_blocks(grad_output, query, key, value, output, log_sum_exp, layout, scale)
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        output = reference.shared_prefix_attention(*inputs, layout, scale=scale)
+    return torch.autograd.grad(output, inputs, grad_output)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> None:
@@ -163,99 +243,87 @@ def _batched_by_shape(rows_by_keys: dict[tuple[int, int], list[Tensor]]) -> list
     return blocks
 
 
-class _BlockwiseAttention(torch.autograd.Function):
-    """Runs PyTorch's CPU flash-attention kernels block by block and merges the blocks by their log-sum-exps.
+def _forward_by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Run PyTorch's CPU flash-attention kernel block by block, and merge the blocks by their log-sum-exps.
 
     The softmax of a query over (prefix, own segment) is the average of the outputs of the two blocks, weighted by
-    exp(log-sum-exp). The flash-attention backward of a block, given the merged output and the merged log-sum-exp,
-    returns exactly the block's contribution to the gradients.
+    exp(log-sum-exp).
+
+    Returns:
+        The output, and the log-sum-exp, [queries, num_heads].
     """
+    accumulate_dtype = torch.promote_types(query.dtype, torch.float32)
+    output = torch.empty(query.shape, dtype=accumulate_dtype)
+    log_sum_exp = torch.empty(query.shape[:2], dtype=accumulate_dtype)
+    blocks = _dense_blocks(layout)
+    for block in blocks:
+        queries, keys = block.queries, block.keys
+        block_output, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries.gather(query), keys.gather(key), keys.gather(value), is_causal=block.causal, scale=scale
+        )
+        if _is_single_block(blocks, layout):
+            output, log_sum_exp = _flatten(block_output), _flatten(block_lse)
+            break
+        if not block.is_first:
+            own_lse = queries.gather(log_sum_exp)
+            merged_lse = torch.logaddexp(own_lse, block_lse)
+            own_weight, block_weight = ((lse - merged_lse).exp()[..., None] for lse in (own_lse, block_lse))
+            block_output = queries.gather(output) * own_weight + block_output * block_weight
+            block_lse = merged_lse
+        queries.write(output, block_output)
+        queries.write(log_sum_exp, block_lse)
+    return output.to(query.dtype), log_sum_exp
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
-        accumulate_dtype = torch.promote_types(query.dtype, torch.float32)
-        output = torch.empty(query.shape, dtype=accumulate_dtype)
-        log_sum_exp = torch.empty(query.shape[:2], dtype=accumulate_dtype)  # [queries, num_heads]
-        blocks = _dense_blocks(layout)
-        for block in blocks:
-            queries, keys = block.queries, block.keys
-            block_output, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                queries.gather(query), keys.gather(key), keys.gather(value), is_causal=block.causal, scale=scale
-            )
-            if _is_single_block(blocks, layout):
-                output, log_sum_exp = _flatten(block_output), _flatten(block_lse)
-                break
-            if not block.is_first:
-                own_lse = queries.gather(log_sum_exp)
-                merged_lse = torch.logaddexp(own_lse, block_lse)
-                own_weight, block_weight = ((lse - merged_lse).exp()[..., None] for lse in (own_lse, block_lse))
-                block_output = queries.gather(output) * own_weight + block_output * block_weight
-                block_lse = merged_lse
-            queries.write(output, block_output)
-            queries.write(log_sum_exp, block_lse)
-        output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
-        ctx.layout, ctx.scale = layout, scale
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, log_sum_exp = ctx.saved_tensors
-        # Not initialized if every token has a query: the blocks in which segments attend to themselves come first and
-        # write every token. The blocks after them add to that.
-        has_all_queries = ctx.layout.queries is None
-        grads = [
-            (torch.empty if has_all_queries or tensor is query else torch.zeros)(tensor.shape, dtype=log_sum_exp.dtype)
-            for tensor in (query, key, value)
-        ]
-        blocks = _dense_blocks(ctx.layout)
-        for block in blocks:
-            queries, keys = block.queries, block.keys
-            block_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                queries.gather(grad_output),
-                queries.gather(query),
-                keys.gather(key),
-                keys.gather(value),
-                queries.gather(output),
-                queries.gather(log_sum_exp),
-                0.0,  # dropout
-                block.causal,
-                scale=ctx.scale,
-            )
-            if _is_single_block(blocks, ctx.layout):
-                grads = [_flatten(block_grad) for block_grad in block_grads]
-                break
-            writes_keys = block.is_first and has_all_queries
-            for grad, tokens, block_grad, writes in zip(
-                grads, (queries, keys, keys), block_grads, (block.is_first, writes_keys, writes_keys), strict=True
-            ):
-                (tokens.write if writes else tokens.add)(grad, block_grad)
-        return *(grad.to(query.dtype) for grad in grads), None, None
+def _backward_by_blocks(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    layout: SegmentLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernel block by block, and add the blocks' gradients.
+
+    Given the merged output and the merged log-sum-exp, the kernel returns exactly a block's contribution.
+    """
+    # Not initialized if every token has a query: the blocks in which segments attend to themselves come first and
+    # write every token. The blocks after them add to that.
+    has_all_queries = layout.queries is None
+    grads = [
+        (torch.empty if has_all_queries or tensor is query else torch.zeros)(tensor.shape, dtype=log_sum_exp.dtype)
+        for tensor in (query, key, value)
+    ]
+    blocks = _dense_blocks(layout)
+    for block in blocks:
+        queries, keys = block.queries, block.keys
+        block_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            queries.gather(grad_output),
+            queries.gather(query),
+            keys.gather(key),
+            keys.gather(value),
+            queries.gather(output),
+            queries.gather(log_sum_exp),
+            0.0,  # dropout
+            block.causal,
+            scale=scale,
+        )
+        if _is_single_block(blocks, layout):
+            grads = [_flatten(block_grad) for block_grad in block_grads]
+            break
+        writes_keys = block.is_first and has_all_queries
+        for grad, tokens, block_grad, writes in zip(
+            grads, (queries, keys, keys), block_grads, (block.is_first, writes_keys, writes_keys), strict=True
+        ):
+            (tokens.write if writes else tokens.add)(grad, block_grad)
+    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+    return grad_query, grad_key, grad_value
 
 
 def _is_single_block(blocks: Sequence[_DenseBlock], layout: SegmentLayout) -> bool:
     """Return whether there is one block, which has all tokens in their order, so that there is nothing to scatter."""
     return len(blocks) == 1 and layout.queries is None
-
-
-class _TritonAttention(torch.autograd.Function):
-    """Runs the Triton kernels: one in forward, two in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
-        from vcr1_kernels.triton_ops.attention import launch_forward
-
-        output, log_sum_exp = launch_forward(query, key, value, layout, scale)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
-        ctx.layout, ctx.scale = layout, scale
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        from vcr1_kernels.triton_ops.attention import launch_backward
-
-        query, key, value, output, log_sum_exp = ctx.saved_tensors
-        grads = launch_backward(grad_output, query, key, value, output, log_sum_exp, ctx.layout, ctx.scale)
-        return *grads, None, None

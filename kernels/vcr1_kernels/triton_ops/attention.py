@@ -72,7 +72,7 @@ def launch_backward(
     are added.
     """
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    grad_out = grad_out.contiguous()
+    grad_out, out = grad_out.contiguous(), out.contiguous()
     delta = torch.empty_like(log_sum_exp)
     scalars = (*_strides(query, key, value), len(query), scale, scale * math.log2(math.e))
     tiles = _query_tiles(query, layout)
