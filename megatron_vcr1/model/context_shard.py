@@ -49,8 +49,15 @@ def pack_for_rank(groups: Sequence[Group], config: ModelConfig, *, pad_to_multip
     """
     if mesh.context_size() == 1:
         return pack(groups, config, pad_to_multiple_of=pad_to_multiple_of)
+    return shard_for_rank(pack(groups, config), config, pad_to_multiple_of=pad_to_multiple_of)
+
+
+def shard_for_rank(batch: PackedBatch, config: ModelConfig, *, pad_to_multiple_of: int = 1) -> PackedBatch:
+    """Return the part of a microbatch that this rank computes: all of it without context parallelism."""
+    if mesh.context_size() == 1:
+        return batch
     return shard_batch(
-        pack(groups, config),
+        batch,
         config.vision,
         rank=mesh.context_rank(),
         num_ranks=mesh.context_size(),

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from vcr1_kernels import SegmentLayout, shared_prefix_attention
 
+from megatron_vcr1.model.context_attention import forward_across_ranks
+from megatron_vcr1.parallel.context import KeyGather
+
 # The capacity for response tokens starts here and doubles when it is full: most responses end long before the limit.
 _FIRST_CAPACITY = 64
 # Prompt keys are padded to a multiple of this, as GPU attention with a mask requires.
@@ -190,25 +193,45 @@ class KVCache:
 
 
 class PrefillAttention:
-    """The attention of a forward pass over whole packed prompts, which stores their keys and values in a cache."""
+    """The attention of a forward pass over whole packed prompts, which stores their keys and values in a cache.
 
-    def __init__(self, cache: KVCache, groups: range) -> None:
+    Under context parallelism the ranks compute a part of the prompts each, and one of them decodes the responses.
+    """
+
+    def __init__(
+        self, layout: SegmentLayout, cache: KVCache | None, groups: range, *, plan: KeyGather | None = None
+    ) -> None:
         """Prepare a pass.
 
         Args:
-            cache: receives the keys and values.
-            groups: the groups whose prompts the pass computes, in packing order.
+            layout: segments of the prompts.
+            cache: receives the keys and values; None on the ranks that do not decode the responses.
+            groups: the cache's groups whose prompts the pass computes, in packing order.
+            plan: how the context-parallel ranks gather the keys; None without context parallelism.
         """
+        self._layout, self._plan = layout, plan
         self._cache = cache
-        lengths = [cache.prompt_lengths[group] for group in groups]
-        self._layout = SegmentLayout.packed(lengths)
-        self._groups = torch.repeat_interleave(torch.tensor(groups), torch.tensor(lengths)).to(cache.device)
-        self._positions = torch.cat([torch.arange(length) for length in lengths]).to(cache.device)
+        if cache is not None:
+            lengths = [cache.prompt_lengths[group] for group in groups]
+            self._groups = torch.repeat_interleave(torch.tensor(groups), torch.tensor(lengths)).to(cache.device)
+            self._positions = torch.cat([torch.arange(length) for length in lengths]).to(cache.device)
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Store the prompts' keys and values and return causal attention within each prompt; see CachedAttention."""
-        self._cache.store_prompt(layer_number, key, value, self._groups, self._positions)
-        return shared_prefix_attention(query, key, value, self._layout, scale=scale)
+        if self._plan is None:
+            output = shared_prefix_attention(query, key, value, self._layout, scale=scale)
+        else:
+            kept: list[Tensor] = []
+            output, _ = forward_across_ranks(
+                query, key, value, self._layout, self._plan, scale=scale, kept=None if self._cache is None else kept
+            )
+            if kept:
+                chunks = (gathered.chunk(2, dim=1) for gathered in kept)
+                key, value = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
+        if self._cache is not None:
+            tokens = slice(len(self._positions))  # gathered keys may be followed by those of padding
+            self._cache.store_prompt(layer_number, key[tokens], value[tokens], self._groups, self._positions)
+        return output
 
 
 def _partial_attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from vcr1_kernels import SegmentLayout
 
 from megatron_vcr1.model.kv_cache import KVCache, PrefillAttention
 
@@ -45,10 +46,11 @@ def test_each_response_attends_to_its_prompt_and_its_own_tokens(
     prompts = {}
     for layer in LAYERS:
         for groups in passes:
-            query, key, value = _random_inputs(sum(prompt_lengths[group] for group in groups), generator)
-            output = PrefillAttention(cache, groups).attend(layer, query, key, value, SCALE)
-            torch.testing.assert_close(output[0], _attention(query[0], key[:1], value[:1]))
             lengths = [prompt_lengths[group] for group in groups]
+            query, key, value = _random_inputs(sum(lengths), generator)
+            attention = PrefillAttention(SegmentLayout.packed(lengths), cache, groups)
+            output = attention.attend(layer, query, key, value, SCALE)
+            torch.testing.assert_close(output[0], _attention(query[0], key[:1], value[:1]))
             for group, keys, values in zip(groups, key.split(lengths), value.split(lengths), strict=True):
                 prompts[layer, group] = (keys, values)
     histories = {

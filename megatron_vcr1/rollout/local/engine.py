@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.parallel.balance import longest_first
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.local.prefill import prefill
 from megatron_vcr1.rollout.local.sampling import EndOfResponse
 from megatron_vcr1.rollout.local.stages import generation_mode
 from megatron_vcr1.rollout.local.wave import OnToken, Wave, WaveEntry, plan_waves
@@ -20,9 +22,9 @@ from megatron_vcr1.types import Rollout, RolloutGroup
 class LocalEngine:
     """A `RolloutEngine` that uses the trained model itself, at any tensor-, context- and pipeline-parallel size.
 
-    Context-parallel ranks hold the same weights, so each of them prefills and decodes a part of the requests by itself,
-    as a replica would, and they exchange the responses. Prompts are therefore not split: the KV cache of a prompt must
-    fit onto the tensor- and pipeline-parallel ranks of one context-parallel rank.
+    Context-parallel ranks prefill every prompt together. They hold the same weights, so each of them decodes the
+    responses to a part of the requests by itself, as a replica would, and they exchange the responses. The KV cache of
+    a prompt must therefore fit onto the tensor- and pipeline-parallel ranks of one context-parallel rank.
 
     Responses are decoded in waves of at most `max_batch_responses`. The responses to a request depend only on the
     request, not on the wave and not on the parallel layout, up to rounding in matmuls of other shapes.
@@ -73,30 +75,69 @@ class LocalEngine:
         Raises:
             ValueError: a prompt is empty, or its pads do not match its images and videos; names the request.
         """
-        rank, num_ranks = mesh.context_rank(), mesh.context_size()
+        num_ranks = mesh.context_size()
         assert on_token is None or num_ranks == 1
         owners = longest_first([len(request.prompt.token_ids) for request in requests], num_ranks)
-        own = [request for request, owner in zip(requests, owners, strict=True) if owner == rank]
-        parts = [iter(part) for part in collectives.run_on_context_ranks(lambda: self._generate(own, params, on_token))]
+        shares = [
+            [request for request, owner in zip(requests, owners, strict=True) if owner == rank]
+            for rank in range(num_ranks)
+        ]
+        results = collectives.run_on_context_ranks(lambda: self._generate(shares, params, on_token))
+        parts = [iter(part) for part in results]
         return [next(parts[owner]) for owner in owners]
 
     def _generate(
-        self, requests: Sequence[GenerationRequest], params: SamplingParams, on_token: OnToken | None
+        self, shares: Sequence[Sequence[GenerationRequest]], params: SamplingParams, on_token: OnToken | None
     ) -> list[RolloutGroup]:
-        """Sample the responses to this context-parallel rank's requests."""
+        """Sample the responses to this context-parallel rank's requests.
+
+        Args:
+            shares: the requests of each context-parallel rank.
+        """
+        requests = shares[mesh.context_rank()]
         end = EndOfResponse(self._tokens.end, params.stop, self._decode)
         rollouts: list[list[Rollout]] = [[] for _ in requests]
         cached_tokens: list[list[int]] = [[] for _ in requests]
+        waves = [plan_waves(share, self._max_batch_responses) for share in shares]
         with generation_mode(self._model):
-            for entries in plan_waves(requests, self._max_batch_responses):
-                wave = Wave(self._model, requests, entries, params, self._tokens.never_sampled)
-                for entry, responses in zip(entries, wave.run(end, on_token), strict=True):
+            for concurrent in zip_longest(*waves, fillvalue=()):  # the ranks prefill them together
+                wave = self._prefill(concurrent, shares, params)
+                if wave is None:
+                    continue
+                entries = concurrent[mesh.context_rank()]
+                for entry, responses in zip(entries, wave.decode(end, on_token), strict=True):
                     rollouts[entry.request] += (response.rollout(self._version) for response in responses)
                     cached_tokens[entry.request] += self._cached_tokens(entry, requests[entry.request])
         return [
             RolloutGroup(request.id, tuple(group), tuple(cached))
             for request, group, cached in zip(requests, rollouts, cached_tokens, strict=True)
         ]
+
+    def _prefill(
+        self,
+        concurrent: Sequence[Sequence[WaveEntry]],
+        shares: Sequence[Sequence[GenerationRequest]],
+        params: SamplingParams,
+    ) -> Wave | None:
+        """Compute the prompts of every context-parallel rank's wave.
+
+        Args:
+            concurrent: the entries of each rank's wave; none on ranks that have no wave left.
+            shares: the requests of each rank.
+
+        Returns:
+            This rank's wave.
+        """
+        wave: Wave | None = None
+        for rank, (entries, requests) in enumerate(zip(concurrent, shares, strict=True)):
+            if not entries:
+                continue
+            if rank == mesh.context_rank():
+                wave = Wave(self._model, requests, entries, params, self._tokens.never_sampled)
+                wave.prefill()
+            else:
+                prefill(self._model, [requests[entry.request] for entry in entries], cache=None)
+        return wave
 
     @staticmethod
     def _cached_tokens(entry: WaveEntry, request: GenerationRequest) -> list[int]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from vcr1_kernels import SegmentLayout
 
-from megatron_vcr1.data.packing import Group
-from megatron_vcr1.model.kv_cache import KVCache, PrefillAttention
-from megatron_vcr1.model.packed_batch import PackedBatch, pack
+from megatron_vcr1.model.kv_cache import KVCache
+from megatron_vcr1.model.packed_batch import PackedBatch
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.local.prefill import prefill
 from megatron_vcr1.rollout.local.sampling import EndOfResponse, choose_tokens, response_uniforms
 from megatron_vcr1.rollout.local.stages import broadcast_from_last_stage, forward_through_stages
 from megatron_vcr1.types import FinishReason, Rollout
@@ -22,8 +22,6 @@ from megatron_vcr1.types import FinishReason, Rollout
 OnToken = Callable[[int, int, int], None]
 """Called with the index of a request, the index of its response, and a token, as soon as the token is sampled."""
 
-# Maximum number of prompt tokens of one prefill pass: enough to fill a GPU. A longer prompt gets a pass of its own.
-PREFILL_TOKENS = 16384
 # Finished responses stay in the batch until they make up this fraction of it, because removing them copies the KV cache
 # of all other responses.
 COMPACTION_FRACTION = 1 / 4
@@ -89,7 +87,10 @@ class Response:
 
 
 class Wave:
-    """The responses of a wave, which are decoded together, with their KV cache. All ranks of the replica run a wave.
+    """The responses of a wave, which are decoded together, with their KV cache.
+
+    The tensor- and pipeline-parallel ranks of one context-parallel rank run a wave: `prefill`, then `decode`. The other
+    context-parallel ranks take part in its prefill (`prefill.prefill`).
 
     The batch has one row per response. The prompt of an entry is computed once, and its rows share the keys and values
     of the prompt. Each decoding step computes the last token of every row and samples the next one. Finished rows are
@@ -124,9 +125,20 @@ class Wave:
             params.max_new_tokens - 1,  # the last token of a response is sampled, but never computed
             self._device,
         )
+        # Set by `prefill`: the position of each row's next token less the step, int64 [rows], and the hidden state that
+        # predicts it, on the last stage.
+        self._positions: Tensor
+        self._hidden: Tensor | None
 
-    def run(self, end: EndOfResponse, on_token: OnToken | None = None) -> list[list[Response]]:
-        """Prefill the prompts, then decode until every response is finished.
+    def prefill(self) -> None:
+        """Compute the prompts, together with the other context-parallel ranks."""
+        hidden, positions = prefill(self._model, self._requests, self._cache)
+        entry_of_row = torch.tensor([row.entry for row in self._rows], device=self._device)
+        self._positions = positions[entry_of_row]
+        self._hidden = None if hidden is None else hidden[entry_of_row]
+
+    def decode(self, end: EndOfResponse, on_token: OnToken | None = None) -> list[list[Response]]:
+        """Decode until every response is finished, after `prefill`.
 
         Every rank sees the same tokens, so all ranks leave the loop after the same step.
 
@@ -137,9 +149,8 @@ class Wave:
         Returns:
             The responses of each entry.
         """
-        hidden = self._prefill()
         for step in range(self._params.max_new_tokens):
-            sampled = self._sample(hidden, step)
+            sampled = self._sample(step)
             self._record(sampled, end, on_token)
             unfinished = [row for row, response in enumerate(self._rows) if response.finish_reason is None]
             if not unfinished:
@@ -147,7 +158,7 @@ class Wave:
             token_ids = sampled[0].long()
             if len(self._rows) - len(unfinished) >= COMPACTION_FRACTION * len(self._rows):
                 token_ids = self._remove_finished(unfinished, token_ids)
-            hidden = self._decode(token_ids, step)
+            self._hidden = self._compute(token_ids, step)
         responses: list[list[Response]] = [[] for _ in self._requests]
         for response in self._responses:
             responses[response.entry].append(response)
@@ -160,36 +171,7 @@ class Wave:
             row[self._requests[response.entry].prompt.token_ids] = True
         return seen.to(self._device)
 
-    def _prefill(self) -> Tensor | None:
-        """Compute every prompt once; return the hidden state of each row's last prompt token, on the last stage."""
-        hidden, positions = [], []
-        for entries in self._prefill_passes():
-            # `pack` expects at least one response token per prompt. A single token adds nothing to the computation (the
-            # last token of a response is not computed), and makes the prompt's last token a predicting position.
-            one_token = torch.zeros(1, dtype=torch.long)
-            groups = [Group(self._requests[e].id, self._requests[e].prompt, (one_token,)) for e in entries]
-            batch = pack(groups, self._model.model_config).to(self._device)
-            # All three mRoPE axes continue from the largest position of the last prompt token.
-            positions.append(batch.position_ids[:, batch.predicting_token_indices].amax(0) + 1)
-            output = forward_through_stages(self._model, batch, PrefillAttention(self._cache, entries))
-            if output is not None:
-                hidden.append(output)
-        entry_of_row = torch.tensor([row.entry for row in self._rows], device=self._device)
-        self._positions = torch.cat(positions)[entry_of_row]
-        return torch.cat(hidden)[entry_of_row] if hidden else None
-
-    def _prefill_passes(self) -> Iterator[range]:
-        """Yield the entries whose prompts are computed in the same pass."""
-        first, num_tokens = 0, 0
-        for entry, request in enumerate(self._requests):
-            length = len(request.prompt.token_ids)
-            if entry > first and num_tokens + length > PREFILL_TOKENS:
-                yield range(first, entry)
-                first, num_tokens = entry, 0
-            num_tokens += length
-        yield range(first, len(self._requests))
-
-    def _decode(self, token_ids: Tensor, step: int) -> Tensor | None:
+    def _compute(self, token_ids: Tensor, step: int) -> Tensor | None:
         """Compute the token that each row sampled in this step; return its hidden state on the last stage."""
         num_rows = len(self._rows)
         empty = torch.empty(0, dtype=torch.long, device=self._device)
@@ -207,15 +189,15 @@ class Wave:
         self._cache.advance()
         return hidden
 
-    def _sample(self, hidden: Tensor | None, step: int) -> Tensor:
+    def _sample(self, step: int) -> Tensor:
         """Sample the next token of each row on the output rank, and broadcast it to all ranks of the replica.
 
         Returns:
             Token ids and log-probs, float64 [2, rows]. Float64 represents both exactly, so one broadcast is enough.
         """
         sampled = torch.empty(2, len(self._rows), dtype=torch.float64, device=self._device)
-        if hidden is not None:
-            logits = self._model.logits(hidden)
+        if self._hidden is not None:
+            logits = self._model.logits(self._hidden)
             sampled[0], sampled[1] = choose_tokens(
                 logits, self._uniforms[:, step], self._params, self._never_sampled, self._seen
             )

@@ -4,7 +4,7 @@ at other parallel layouts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.load import load_model_weights
-from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
-from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.cpu import decode
-from megatron_vcr1.model.packed_batch import pack
+from megatron_vcr1.model.kv_cache import PrefillAttention
+from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
-from megatron_vcr1.rollout.local import wave as local_wave
+from megatron_vcr1.rollout.local import prefill as local_prefill
 from megatron_vcr1.rollout.local.engine import LocalEngine
+from megatron_vcr1.rollout.local.stages import forward_through_stages
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.types import FinishReason, RolloutGroup
 from tests.data.tiny_processor import tiny_processor
@@ -47,6 +47,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-uneven": {"pipeline": 2, "first_stage_layers": 1},
     "pp4": {"pipeline": 4},
     "tp2-pp2-sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+    "cp2": {"context": 2},
+    "cp2-tp2-sp": {"context": 2, "tensor": 2, "sequence_parallel": True},
+    "cp2-pp2": {"context": 2, "pipeline": 2},
+    "cp4": {"context": 4},
 }
 SAMPLING = SamplingParams(max_new_tokens=30, temperature=1.0, top_p=0.9, top_k=150)
 
@@ -201,7 +205,7 @@ def test_responses_do_not_depend_on_other_requests(
     alone = [engine.generate([request], SAMPLING)[0] for request in _requests(model_dir)]
     assert _tokens(alone) == _tokens(sampled)
     narrow, _ = _engine(model_dir, end=END, max_batch_responses=3)
-    monkeypatch.setattr(local_wave, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(local_prefill, "PREFILL_TOKENS", 20)
     divided = narrow.generate(_requests(model_dir), SAMPLING)
     assert _tokens(divided) == _tokens(sampled)
     num_prompt_tokens = len(_requests(model_dir)[3].prompt.token_ids)
@@ -271,24 +275,43 @@ def test_an_invalid_prompt_is_named(model_dir: Path, one_process: None) -> None:
     assert model.training
 
 
-def _dealt(lengths: tuple[int, ...]) -> tuple[list[str], list[str]]:
-    """Return the prompts that this context-parallel rank computes, and the order of the results."""
-    mesh.initialize(ParallelSection(context=2))
-    own: list[str] = []
+def _sample_in_small_waves(model_dir: Path) -> tuple[list[RolloutGroup], list[tuple[int, bool]]]:
+    """Sample with context parallelism in waves of at most two responses: the ranks have different numbers of waves.
 
-    def generate(requests: Sequence[GenerationRequest], *_: object) -> list[RolloutGroup]:
-        own.extend(request.id for request in requests)
-        return [RolloutGroup(request.id, (), ()) for request in requests]
+    Returns:
+        The responses; and for each prefill pass of this rank the number of its tokens, and whether it stores the keys.
+    """
+    engine, _ = _engine(model_dir, {"context": 2}, end=END, max_batch_responses=2)
+    passes: list[tuple[int, bool]] = []
 
-    prompts = [EncodedPrompt(torch.zeros(length, dtype=torch.long), ()) for length in lengths]
-    requests = [GenerationRequest(f"p{index}", prompt, num_responses=1) for index, prompt in enumerate(prompts)]
-    with mock.patch.object(LocalEngine, "_generate", side_effect=generate):
-        engine = LocalEngine(mock.Mock(), mock.Mock(), str, max_batch_responses=4)
-        groups = engine.generate(requests, SAMPLING)
-    return own, [group.id for group in groups]
+    def forward(model: VideoLanguageModel, batch: PackedBatch, attention: PrefillAttention) -> Tensor | None:
+        passes.append((len(batch.token_ids), attention._cache is not None))
+        return forward_through_stages(model, batch, attention)
+
+    with (
+        mock.patch.object(local_prefill, "forward_through_stages", forward),
+        mock.patch.object(local_prefill, "PREFILL_TOKENS", 1),
+    ):
+        return engine.generate(_requests(model_dir), SAMPLING), passes
 
 
-def test_prompts_are_dealt_to_context_parallel_ranks_by_length(gloo_pool: GlooPool) -> None:
-    first, second = gloo_pool.run(_dealt, (10, 30, 10, 10))[:2]
-    assert (first[0], second[0]) == (["p1"], ["p0", "p2", "p3"])
-    assert first[1] == second[1] == ["p0", "p1", "p2", "p3"]
+@ONE_FAMILY
+def test_context_parallel_ranks_split_each_prompt_and_one_of_them_decodes(
+    model_dir: Path, sampled: list[RolloutGroup], gloo_pool: GlooPool
+) -> None:
+    answers = gloo_pool.run(_sample_in_small_waves, model_dir)[:2]
+    assert [_tokens(generated) for generated, _ in answers] == [_tokens(sampled)] * 2
+    # Groups of 3, 4 and 5 responses are split into waves of 2, which prefill the prompt once more.
+    lengths = [
+        len(request.prompt.token_ids) for request in _requests(model_dir) for _ in range(0, request.num_responses, 2)
+    ]
+    owners = []
+    split = []
+    for (tokens, stores), (other_tokens, other_stores) in zip(answers[0][1], answers[1][1], strict=True):
+        assert stores != other_stores
+        owners.append(stores)
+        assert abs(tokens - other_tokens) <= 2  # a rank without the prompt's last token computes it once more
+        split.append(tokens + other_tokens)
+    assert len(split) == len(lengths) and 0 < sum(owners) < len(owners)
+    for length, total in zip(sorted(lengths), sorted(split), strict=True):
+        assert length <= total <= length + 1
