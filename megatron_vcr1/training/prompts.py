@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,9 @@ from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.prompts import CheckPromptFn, PreparedSample
 from megatron_vcr1.data.templates import load_templates
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel.prompts import broadcast_prompts
+from megatron_vcr1.training.targets import TargetEncoder, prepare_with_target
 from megatron_vcr1.types import Sample
 
 
@@ -60,6 +63,7 @@ class PromptStream:
         *,
         seed: int,
         check_prompt: CheckPromptFn | None = None,
+        target_model: ModelConfig | None = None,
         replica_index: int = 0,
         num_replicas: int = 1,
     ) -> None:
@@ -68,6 +72,8 @@ class PromptStream:
         Args:
             seed: seed of the samples' order.
             check_prompt: a sample whose prompt it refuses is skipped.
+            target_model: the model that is trained on the samples' targets; None if they are not trained on. A sample
+                is skipped if its target leaves the model's range of positions.
             replica_index, num_replicas: this rank's replica, and the number of replicas of the job.
 
         Raises:
@@ -79,6 +85,7 @@ class PromptStream:
         self.templates = load_templates(section.templates)
         self._processor = processor
         self._check_prompt = check_prompt
+        self._target_model = target_model
         self.samples = [read_manifest(source.manifest) for source in section.sources]
         processor.check_samples(sample for samples in self.samples for sample in samples)
         processor.check_response_start()
@@ -101,7 +108,19 @@ class PromptStream:
         self.num_drawn = 0
 
     def _prepare_fns(self, section: DataSection) -> list[PrepareFn]:
-        return build_prepare_fns(section, self.templates, self._processor, self._check_prompt)
+        prepare_fns = build_prepare_fns(section, self.templates, self._processor, self._check_prompt)
+        if self._target_model is None:
+            return prepare_fns
+        with_target = partial(
+            prepare_with_target,
+            encoder=TargetEncoder(self._processor),
+            config=self._target_model,
+            templates=self.templates,
+        )
+        return [
+            partial(with_target, prepare=prepare, thinking=source.thinking)
+            for prepare, source in zip(prepare_fns, section.sources, strict=True)
+        ]
 
     def sources(self, data: DataSection) -> list[tuple[PrepareFn, Sequence[Sample]]]:
         """Return the function that prepares samples, and the samples, of each source; `data` says how to decode."""

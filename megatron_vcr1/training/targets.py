@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from megatron_vcr1.config.data_sections import DataSource
+from megatron_vcr1.data.loader import PrepareFn
 from megatron_vcr1.data.processor import PromptProcessor
+from megatron_vcr1.data.prompts import PreparedSample, PromptTooLongError
 from megatron_vcr1.data.templates import PromptTemplates, target_text
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.mrope import check_prompt
 from megatron_vcr1.types import Sample
 
 
@@ -22,6 +26,33 @@ def completion_text(sample: Sample, templates: PromptTemplates, *, thinking: boo
     """
     answer = target_text(sample, templates)
     return f"<think>{sample.thinking}</think>\n{answer}" if thinking else answer
+
+
+def prepare_with_target(
+    sample: Sample,
+    *,
+    prepare: PrepareFn,
+    encoder: TargetEncoder,
+    config: ModelConfig,
+    templates: PromptTemplates,
+    thinking: bool,
+) -> PreparedSample:
+    """Prepare a sample whose prompt and target are within the model's range of positions.
+
+    Args:
+        prepare: prepares the prompt.
+        thinking: whether the target has the sample's reasoning.
+
+    Raises:
+        PromptTooLongError: they are not; names the sample.
+    """
+    prepared = prepare(sample)
+    num_tokens = len(encoder.encode(completion_text(sample, templates, thinking=thinking)))
+    try:
+        check_prompt(prepared.prompt, config, num_tokens - 1)
+    except UserError as error:
+        raise PromptTooLongError(f"sample {sample.id} and its target of {num_tokens} tokens: {error}") from error
+    return prepared
 
 
 def check_thinking(sources: Sequence[DataSource], samples: Sequence[Sequence[Sample]]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,7 @@ def _processor(folder: Path) -> PromptProcessor:
     return PromptProcessor.from_pretrained(folder / "model", ModelConfig.from_pretrained(folder / "model"))
 
 
-def _stream(folder: Path, **data: Any) -> PromptStream:
+def _stream(folder: Path, target_model: ModelConfig | None = None, **data: Any) -> PromptStream:
     section = workspace.config(folder, "grpo").data
     manifest = folder / "data" / "train.jsonl"
     both = [{"manifest": manifest, "thinking": False}, {"manifest": manifest, "thinking": True}]
@@ -47,6 +48,7 @@ def _stream(folder: Path, **data: Any) -> PromptStream:
         _processor(folder),
         seed=0,
         check_prompt=partial(check_prompt, config=ModelConfig.from_pretrained(folder / "model"), num_new_tokens=8),
+        target_model=target_model,
     )
 
 
@@ -103,16 +105,21 @@ def test_unreadable_samples_are_reported_once(folder: Path, tmp_path: Path) -> N
     assert stream.take_skipped() == []
 
 
-def test_a_prompt_beyond_the_range_of_positions_is_skipped(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["query", "thinking"])
+def test_a_prompt_or_target_beyond_the_range_of_positions_is_skipped(folder: Path, tmp_path: Path, key: str) -> None:
     rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
     for row in rows:
-        row["video"] = str(folder / "data" / row["video"])
-    rows[1]["query"] = "w" * 512  # a token each
+        row |= {"video": str(folder / "data" / row["video"]), "thinking": "w"}
+    rows[1][key] = "w" * 512  # a token each
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stream = _stream(folder, sources=[{"manifest": tmp_path / "train.jsonl"}], num_workers=1)
+    sources = [{"manifest": tmp_path / "train.jsonl", "thinking": True}]
+    target_model = ModelConfig.from_pretrained(folder / "model") if key == "thinking" else None
+    stream = _stream(folder, target_model, sources=sources, num_workers=1)
     assert rows[1]["id"] not in {prompt.sample.id for prompt in stream.take(4)}
+    target = r" and its target of 5\d\d tokens" if key == "thinking" else ""
+    reason = re.compile(f"sample {rows[1]['id']}{target}: its rotary positions")
     skipped = stream.take_skipped()
-    assert skipped and all(each.reason.startswith(f"sample {rows[1]['id']}: its rotary positions") for each in skipped)
+    assert skipped and all(reason.match(each.reason) for each in skipped)
     stream.close()
 
 
