@@ -55,8 +55,11 @@ class GlooPool:
             if not connection.poll(1 if failures else timeout_s):
                 failures.append(f"rank {rank}: no answer (waiting in a collective?)")
                 continue
-            ok, value = connection.recv()
-            (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
+            try:
+                ok, value = connection.recv()
+            except EOFError:
+                ok, value = False, "the process was killed"
+            (results if ok else failures).append(value if ok else f"rank {rank}: {value}")
         if failures:
             self.close()
             raise RankFailure("\n".join(failures))

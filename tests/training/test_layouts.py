@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR
+from megatron_vcr1.checkpoint.step_dirs import saved_steps
+from megatron_vcr1.checkpoint.torch_dist import read_chunk, read_metadata
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.model import context_attention
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.train import train, train_in_world
-from tests.gloo import GlooPool
+from tests.gloo import GlooPool, RankFailure
 from tests.training import workspace
 
 pytestmark = pytest.mark.xdist_group("gloo")
@@ -127,22 +135,51 @@ def test_grpo_curve_and_responses_match_a_single_process(folder: Path, gloo_pool
         assert _texts(config.train.run_dir, step) == _texts(alone, step)
 
 
-def test_a_run_resumes_at_another_context_parallel_size(folder: Path, gloo_pool: GlooPool) -> None:
-    """The run is cut off after its first step, as if it had been killed then."""
-    config = _config(folder, "grpo", "cut", {**LAYOUTS["cp2-dp2"], "checkpoint": {"every_steps": 1}})
-    assert gloo_pool.run(_train, config) == [0] * 4
-    whole = workspace.metrics(config.train.run_dir)
+def _train_until_killed(config: RunConfig) -> int:
+    """Train; the last rank is killed in the second step's backward pass, while it sends gradients of keys."""
+    scatter = context_attention.start_scatter
+
+    def scatter_or_die(*args: Any) -> Any:
+        if saved_steps(config.train.run_dir / "checkpoints"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return scatter(*args)
+
+    mesh.initialize(config.parallel)
+    if mesh.rank() == mesh.num_ranks() - 1:
+        context_attention.start_scatter = scatter_or_die
+    return train_in_world(config, ModelConfig.from_pretrained(config.model.path))
+
+
+def _tensors(run_dir: Path) -> dict[str, list[Tensor]]:
+    """Return the contents of the last checkpoint: weights and optimizer states."""
+    folder = run_dir / "checkpoints" / f"step_{NUM_STEPS}" / MEGATRON_DIR
+    return {key: [read_chunk(folder, part) for part in each.chunks] for key, each in read_metadata(folder).items()}
+
+
+def test_a_killed_run_resumes_at_the_same_and_at_another_context_parallel_size(
+    folder: Path, gloo_pool: GlooPool
+) -> None:
+    saves = {"checkpoint": {"every_steps": 1}}
+    undisturbed = _config(folder, "grpo", "undisturbed", {**LAYOUTS["cp2-dp2"], **saves})
+    assert gloo_pool.run(_train, undisturbed) == [0] * 4
+    whole = workspace.metrics(undisturbed.train.run_dir)
+    killed = _config(folder, "grpo", "killed", {**LAYOUTS["cp2-dp2"], **saves})
+    with pytest.raises(RankFailure, match="rank 3: the process was killed"):
+        gloo_pool.run(_train_until_killed, killed)
+    assert saved_steps(killed.train.run_dir / "checkpoints") == [1]
     for name, layout, tolerance in (
         ("same", LAYOUTS["cp2-dp2"], 0),
         ("other", {"parallel": {"context": 4}}, TOLERANCE),
     ):
-        resumed = _config(folder, "grpo", f"resumed-{name}", {**layout, "checkpoint": {"every_steps": 1}})
-        shutil.copytree(config.train.run_dir, resumed.train.run_dir)
-        shutil.rmtree(resumed.train.run_dir / "checkpoints" / f"step_{NUM_STEPS}")
+        resumed = _config(folder, "grpo", f"resumed-{name}", {**layout, **saves})
+        shutil.copytree(killed.train.run_dir, resumed.train.run_dir)
         assert gloo_pool.run(_train, resumed) == [0] * 4
         for mine, expected in zip(workspace.metrics(resumed.train.run_dir), whole, strict=True):
             for key in ("loss", "grad_norm", "kl", "entropy", "reward/total"):
                 assert mine[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), (name, key)
+    exact, same = (_tensors(folder / "runs" / f"grpo-{name}") for name in ("undisturbed", "resumed-same"))
+    assert exact.keys() == same.keys()
+    assert all(torch.equal(*pair) for key in exact for pair in zip(exact[key], same[key], strict=True))
 
 
 def test_several_updates_per_rollout_match_a_single_process(folder: Path, gloo_pool: GlooPool) -> None:
