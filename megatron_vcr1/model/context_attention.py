@@ -14,6 +14,7 @@ unhidden ones of a rank with more heads, but nothing behind which they could be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -127,6 +128,12 @@ class _AttentionAcrossRanks(torch.autograd.Function):
         grads_of_chunks = [grads.chunk(2, dim=1) for grads in one_ahead(scatters())]
         grad_key, grad_value = (torch.cat(parts, dim=1) for parts in zip(*grads_of_chunks, strict=True))
         return grad_query, grad_key, grad_value, None, None, None, None
+
+
+def num_chunks(num_kv_heads: int) -> int:
+    """Return the number of chunks that a rank's key-value heads are computed in."""
+    heads_per_chunk = math.ceil(num_kv_heads / MAX_CHUNKS)
+    return math.ceil(num_kv_heads / heads_per_chunk)
 
 
 def _gather(key: Tensor, value: Tensor, plan: KeyGather) -> Iterator[Tensor]:

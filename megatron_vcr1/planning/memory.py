@@ -14,12 +14,11 @@ attention. Full recomputation keeps h per layer, and one whole layer while it is
 2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule).
 
 With context parallelism a rank saves the values of its own tokens only. In backward, a layer has these temporary values
-per prompt token of the microbatch:
+per prompt token of the microbatch, with c chunks of heads (`model.context_attention`):
 
-    gathered keys and values            2k
-    buffer of the collective            2k
-    gradients of the gathered ones      2k
-    their parts before the sum          2q in float32, with grouped-query attention only
+    gathered keys and values            2k with full recomputation or one chunk, 4k / c otherwise: this and the next one
+    their gradients                     4k / c: of this chunk, and on their way
+    parts of them before the sum        2q / c in float32, with grouped-query attention only
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from dataclasses import dataclass, fields, replace
 from vcr1_kernels.ops.linear_log_probs import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
 
 from megatron_vcr1.model.config import TextConfig
+from megatron_vcr1.model.context_attention import num_chunks
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.parameters import StageParameters, num_parameters, stage_parameters
@@ -184,8 +184,11 @@ def _gathered_bytes(job: Job, layout: Layout) -> float:
         return 0.0
     text, ranks = job.config.text, layout.tensor
     key, query = key_size(text, ranks), query_size(text, ranks)
-    parts = 2 * query * 4 if query > key else 0.0
-    return job.prompt_tokens * layout.groups_per_microbatch * (3 * 2 * key * job.dtype_bytes + parts)
+    chunks = num_chunks(max(text.num_kv_heads // ranks, 1))
+    gathered = 2 * key if layout.recompute == "full" or chunks == 1 else 4 * key / chunks
+    parts = 2 * query / chunks * 4 if query > key else 0.0
+    values = (gathered + 4 * key / chunks) * job.dtype_bytes + parts
+    return job.prompt_tokens * layout.groups_per_microbatch * values
 
 
 def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """Predicts the seconds of one GRPO step by phase.
 
 The pass of a stage over a microbatch takes its FLOPs divided by the reached rate, plus the bytes that tensor-parallel
-ranks send divided by the link bandwidth, plus a constant overhead. A pipeline of p stages computes m microbatches in
+ranks send divided by the link bandwidth, plus a constant overhead. Of the bytes that context-parallel ranks send, those
+count that attention does not hide. A pipeline of p stages computes m microbatches in
 
     sum of the stages' seconds + (m - 1) x seconds of the slowest stage          (1F1B without interleaving)
 
@@ -15,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
+from megatron_vcr1.model.context_attention import num_chunks
 from megatron_vcr1.model.flops import Flops, forward_flops, recomputed_flops, training_flops
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.imbalance import work_imbalance
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
-from megatron_vcr1.planning.traffic import boundary_bytes, context_traffic, step_traffic, tensor_traffic
+from megatron_vcr1.planning.traffic import boundary_bytes, context_traffic, key_bytes, step_traffic, tensor_traffic
 
 Pipeline = Callable[[Sequence[float], int], float]
 """Seconds of all microbatches, from the seconds of each stage and the number of microbatches."""
@@ -100,13 +102,48 @@ def seconds_of_stage(
         head=flops.head * last * responses,
     )
     seconds = compute_seconds(device, stage_flops) / layout.tensor
-    context_within_node = layout.tensor * layout.context <= gpus_per_node
-    for traffic, within_node in ((tensor_traffic, True), (context_traffic, context_within_node)):
-        forward, backward = traffic(job, layout, stage, num_layers)
-        sent = forward.bytes + backward.bytes * training
-        collectives = forward.collectives + backward.collectives * training
-        seconds += sent / _bandwidth(device, within_node=within_node) + collectives * device.collective_latency_s
+    forward, backward = tensor_traffic(job, layout, stage, num_layers)
+    sent = forward.bytes + backward.bytes * training
+    collectives = forward.collectives + backward.collectives * training
+    seconds += sent / _bandwidth(device, within_node=True) + collectives * device.collective_latency_s
+    attention = compute_seconds(device, Flops(text_attention=once.text_attention * fraction * tokens)) / layout.tensor
+    all_passes = attention * flops.text_attention / once.text_attention
+    seconds += _context_seconds(job, layout, device, stage, num_layers, gpus_per_node, attention)
+    if training:
+        backward_attention = all_passes - attention
+        seconds += _context_seconds(
+            job, layout, device, stage, num_layers, gpus_per_node, backward_attention, backward=True
+        )
     return seconds + device.microbatch_overhead_s * (3 if training else 1)
+
+
+def _context_seconds(
+    job: Job,
+    layout: Layout,
+    device: Device,
+    stage: int,
+    num_layers: int,
+    gpus_per_node: int,
+    attention: float,
+    *,
+    backward: bool = False,
+) -> float:
+    """Predict for how long the context-parallel collectives of one pass keep a stage waiting.
+
+    The keys and values travel in chunks of heads. Only the first chunk (in the backward pass also the last one) is not
+    hidden behind the attention of another chunk, or what takes longer than that.
+
+    Args:
+        attention: seconds of the stage's attention in this pass.
+    """
+    sent = context_traffic(job, layout, stage, num_layers)[backward]
+    keys = num_layers * key_bytes(job, layout) * (2 if backward else 1)
+    bandwidth = _bandwidth(device, within_node=layout.tensor * layout.context <= gpus_per_node)
+    chunks = num_chunks(max(job.config.text.num_kv_heads // layout.tensor, 1))
+    num_features = min(stage == 0, sent.collectives)  # exchanges of vision features
+    features = (sent.bytes - keys) / bandwidth + num_features * device.collective_latency_s
+    collectives = keys / bandwidth + (sent.collectives - num_features) * device.collective_latency_s
+    return features + (collectives + (chunks - 1) * max(collectives - attention, 0.0)) / chunks
 
 
 def pipeline_seconds(stages: Sequence[float], num_microbatches: int) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_vcr1.model.context_attention import num_chunks
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import GRADIENT_BYTES, key_size, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
@@ -141,7 +142,8 @@ def context_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tu
         # The features that a rank encodes belong to all ranks alike, so it keeps 1 / N of them.
         features = num_features / ranks * (1 - 1 / ranks) * vision.out_hidden_size * job.dtype_bytes
     first = stage == 0
-    return Sent(keys + features, num_layers + first), Sent(2 * keys + features, 2 * num_layers + first)
+    num_gathers = num_layers * num_chunks(max(job.config.text.num_kv_heads // layout.tensor, 1))
+    return Sent(keys + features, num_gathers + first), Sent(2 * keys + features, 2 * num_gathers + first)
 
 
 def boundary_bytes(job: Job, layout: Layout) -> float:

@@ -17,7 +17,7 @@ from vcr1_kernels import SegmentLayout, shared_prefix_attention
 
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.model import context_attention
-from megatron_vcr1.model.context_attention import attend_across_ranks
+from megatron_vcr1.model.context_attention import attend_across_ranks, num_chunks
 from megatron_vcr1.parallel import mesh
 from tests.gloo import GlooPool
 from tests.limits import HANG_S
@@ -141,6 +141,11 @@ def test_collectives_are_under_way_while_attention_is_computed(gloo_pool: GlooPo
             *scatters,
         ]
         assert all(map(torch.equal, results, kept_results))
+
+
+def test_heads_are_computed_in_at_most_four_chunks() -> None:
+    for num_kv_heads in range(1, 20):
+        assert num_chunks(num_kv_heads) == len(torch.empty(num_kv_heads).chunk(4))
 
 
 def test_ranks_attend_as_one_process_does(gloo_pool: GlooPool) -> None:

@@ -13,6 +13,7 @@ from megatron_vcr1.planning.devices import DEVICES, Device, Efficiency
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.parameters import stage_parameters
 from megatron_vcr1.planning.timing import (
+    SCORES_RECOMPUTED,
     busiest_seconds,
     pipeline_bubble,
     pipeline_seconds,
@@ -22,7 +23,7 @@ from megatron_vcr1.planning.timing import (
     update_seconds,
     useful_flops,
 )
-from megatron_vcr1.planning.traffic import context_traffic
+from megatron_vcr1.planning.traffic import context_traffic, key_bytes
 
 
 def test_pipeline_formulas() -> None:
@@ -56,9 +57,16 @@ def test_context_parallelism_divides_the_work_and_sends_more_between_nodes() -> 
     assert alone / 4 < split < 1.05 * alone / 4  # the rest of the time: keys and values
     (between_nodes,) = stage_seconds(job, Layout(context=4), device, 2, training=True)
     sent = sum(traffic.bytes for traffic in context_traffic(job, Layout(context=4), 0, 28))
+    keys = 3 * 28 * key_bytes(job, Layout(context=4))  # two gathers and a reduce-scatter
     network = device.network_bytes_per_s * device.efficiency.network
     link = device.link_bytes_per_s * device.efficiency.link
-    assert between_nodes - split == pytest.approx(sent / network - sent / link)
+    seen = sent - 3 / 4 * keys  # three of four chunks are hidden behind attention
+    assert between_nodes - split == pytest.approx(seen / network - seen / link)
+    slow = dataclasses.replace(device, network_bytes_per_s=device.network_bytes_per_s / 1000)
+    (waiting,) = stage_seconds(job, Layout(context=4), slow, 2, training=True)
+    attention = forward_flops(job.config, job.groups(1)).text_attention * Layout(context=4).token_share(job)
+    hiding = 3 / 4 * (1 + 2 + SCORES_RECOMPUTED) * attention / device.flops_per_s / device.efficiency.attention
+    assert waiting - split == pytest.approx(1000 * sent / network - hiding - seen / link)
 
 
 def test_update_seconds_grow_with_recomputation_prompts_and_network_traffic() -> None:
