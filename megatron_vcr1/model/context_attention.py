@@ -81,7 +81,8 @@ def forward_across_ranks(
     log_sum_exps = []
     parts = zip(_split(query, key), _split(output, key), _gather(key, value, plan), strict=True)
     for part_query, part_output, gathered in parts:
-        result, log_sum_exp = attention_forward(part_query, *gathered.chunk(2, dim=1), layout, scale=scale)
+        keys, values = gathered.chunk(2, dim=1)
+        result, log_sum_exp = attention_forward(part_query, keys, values, layout, scale=scale)
         part_output.copy_(result)
         log_sum_exps.append(log_sum_exp)
         if kept is not None:

@@ -100,7 +100,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(grad_output, *ctx.saved_tensors, ctx.layout, ctx.scale), None, None
+        query, key, value, output, log_sum_exp = ctx.saved_tensors
+        grads = _backward(grad_output, query, key, value, output, log_sum_exp, ctx.layout, ctx.scale)
+        return *grads, None, None
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> tuple[Tensor, Tensor]:
@@ -132,9 +134,10 @@ def _backward(
     if query.device.type == "cpu":
         return _backward_by_blocks(grad_output, query, key, value, output, log_sum_exp, layout, scale)
     with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        output = reference.shared_prefix_attention(*inputs, layout, scale=scale)
-    return torch.autograd.grad(output, inputs, grad_output)
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        output = reference.shared_prefix_attention(query, key, value, layout, scale=scale)
+    grad_query, grad_key, grad_value = torch.autograd.grad(output, (query, key, value), grad_output)
+    return grad_query, grad_key, grad_value
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> None:
