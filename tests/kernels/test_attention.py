@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vcr1_kernels import SegmentLayout, reference, shared_prefix_attention
+from vcr1_kernels import (
+    SegmentLayout,
+    attention_backward,
+    attention_forward,
+    reference,
+    shared_prefix_attention,
+)
 from vcr1_kernels.backend import use_triton
 from vcr1_kernels.ops.attention import _dense_blocks
 
@@ -61,6 +67,26 @@ def test_matches_float64(
         # error would mean nothing.
         if expected.norm() > 1e-9:
             assert_accurate(actual, expected, dtype)
+
+
+def test_heads_can_be_computed_apart(device: torch.device) -> None:
+    """Context parallelism does so, with its own backward pass. The parts are views: the heads of a token are not next to each other."""
+    layout = LAYOUTS["context-rank"]
+    inputs = [tensor.requires_grad_() for tensor in _inputs(layout, 4, 2, 20, torch.float32, device)]
+    output = shared_prefix_attention(*inputs, layout)
+    grad_output = torch.randn_like(output)
+    grads = torch.autograd.grad(output, inputs, grad_output)
+    for kv_head in range(2):
+        queries, keys = slice(2 * kv_head, 2 * kv_head + 2), slice(kv_head, kv_head + 1)
+        slices = (queries, keys, keys)
+        query, key, value = (tensor.detach()[:, part] for tensor, part in zip(inputs, slices, strict=True))
+        result, log_sum_exp = attention_forward(query, key, value, layout)
+        torch.testing.assert_close(result, output[:, queries])
+        results = attention_backward(
+            grad_output[:, queries], query, key, value, output.detach()[:, queries], log_sum_exp, layout
+        )
+        for actual, expected, part in zip(results, grads, slices, strict=True):
+            torch.testing.assert_close(actual, expected[:, part])
 
 
 @pytest.mark.parametrize("queries", [None, ((60, 147), (150, 229))], ids=["all", "some"])
