@@ -70,7 +70,7 @@ def test_matches_float64(
 
 
 def test_heads_can_be_computed_apart(device: torch.device) -> None:
-    """Context parallelism does so, with its own backward pass. The parts are views: the heads of a token are not next to each other."""
+    """Context parallelism does so. The parts are views: the heads of a token are not next to each other."""
     layout = LAYOUTS["context-rank"]
     inputs = [tensor.requires_grad_() for tensor in _inputs(layout, 4, 2, 20, torch.float32, device)]
     output = shared_prefix_attention(*inputs, layout)
