@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
 from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
@@ -88,20 +89,23 @@ def layers_per_stage(num_layers: int, parallel: ParallelSection) -> tuple[int, .
     )
 
 
-def possible_tensor_sizes(shape: ModelShape) -> list[int]:
-    """Return the values of `parallel.tensor` that the model can be sharded with."""
-    return [size for size in range(1, shape.num_heads + 1) if not any(_indivisible_sizes(shape, size))]
+def possible_tensor_sizes(shape: ModelShape, vision: Literal["tensor", "data"] = "tensor") -> list[int]:
+    """Return the values of `parallel.tensor` that the model can be sharded with, for a value of `parallel.vision`."""
+    sections = (ParallelSection(tensor=size, vision=vision) for size in range(1, shape.num_heads + 1))
+    return [section.tensor for section in sections if not any(_indivisible_sizes(shape, section))]
 
 
-def _indivisible_sizes(shape: ModelShape, tensor: int) -> Iterator[str]:
-    """Yield the sizes that are not divisible by `tensor`, as text for a message, such as "28 attention heads"."""
+def _indivisible_sizes(shape: ModelShape, parallel: ParallelSection) -> Iterator[str]:
+    """Yield the sizes that are not divisible by the ranks, as text for a message, such as "28 attention heads"."""
+    tensor = parallel.tensor
     sizes = {
         "attention heads": shape.num_heads,
         "FFN features": shape.ffn_hidden_size,
         "vocabulary entries": shape.vocab_size,
-        "vision heads": shape.vision_num_heads,
-        "vision FFN features": shape.vision_ffn_hidden_size,
     }
+    if parallel.vision == "tensor":
+        sizes["vision heads"] = shape.vision_num_heads
+        sizes["vision FFN features"] = shape.vision_ffn_hidden_size
     yield from (f"{size} {name}" for name, size in sizes.items() if size % tensor)
     # If there are fewer key-value heads than ranks, each head is replicated on a whole number of ranks.
     if shape.num_kv_heads % tensor and tensor % shape.num_kv_heads:
@@ -109,8 +113,8 @@ def _indivisible_sizes(shape: ModelShape, tensor: int) -> Iterator[str]:
 
 
 def _tensor_problems(shape: ModelShape, parallel: ParallelSection) -> Iterator[str]:
-    if indivisible := list(_indivisible_sizes(shape, parallel.tensor)):
-        sizes = ", ".join(str(size) for size in possible_tensor_sizes(shape))
+    if indivisible := list(_indivisible_sizes(shape, parallel)):
+        sizes = ", ".join(str(size) for size in possible_tensor_sizes(shape, parallel.vision))
         yield f"parallel.tensor = {parallel.tensor} does not divide {' nor '.join(indivisible)}; it can be {sizes}"
 
 

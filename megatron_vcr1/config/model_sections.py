@@ -66,7 +66,8 @@ class ParallelSection(Section):
     tensor: int = Field(
         default=1,
         ge=1,
-        description="Tensor-parallel size: number of ranks that each layer is sharded across, vision tower included.",
+        description="Tensor-parallel size: number of ranks that each layer is sharded across. parallel.vision decides "
+        "about the layers of the vision tower.",
     )
     pipeline: int = Field(
         default=1,
@@ -86,6 +87,13 @@ class ParallelSection(Section):
         description="Sequence parallelism: shard the activations between tensor-parallel regions along the sequence. "
         "Saves memory; needs parallel.tensor > 1.",
     )
+    vision: Literal["tensor", "data"] = Field(
+        default="tensor",
+        description="How the tensor-parallel ranks divide the vision tower: 'tensor' shards its layers like those of "
+        "the language model; with 'data' every rank holds the whole tower and encodes a part of each microbatch's "
+        "frames, without communication between its layers. 'data' is faster and takes more memory for weights, "
+        "gradients and optimizer state.",
+    )
     first_stage_layers: int | None = Field(
         default=None,
         ge=1,
@@ -104,6 +112,11 @@ class ParallelSection(Section):
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor > 1; raise tensor, or set sequence_parallel = false")
         return self
+
+    @property
+    def vision_tensor(self) -> int:
+        """Number of ranks that the layers of the vision tower are sharded across."""
+        return 1 if self.vision == "data" else self.tensor
 
     @property
     def ranks_per_replica(self) -> int:

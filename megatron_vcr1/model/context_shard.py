@@ -1,4 +1,4 @@
-"""A rank's part of a microbatch under context parallelism: its tokens, its targets and its share of the frames.
+"""A rank's part of a microbatch under context parallelism: its tokens and its targets.
 
 Prompts are cut in zigzag: into 2N parts of equal length, of which rank r has the parts r and 2N - 1 - r. So all ranks
 have equally many tokens, and the causal attention of their two parts costs the same: the early part has few keys, the
@@ -18,17 +18,24 @@ import torch
 from torch import Tensor
 from vcr1_kernels import SegmentLayout
 
-from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig, VisionConfig
+from megatron_vcr1.model.frame_shares import divide_frames, share_frames
 from megatron_vcr1.model.packed_batch import ContextShard, PackedBatch, pack
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.balance import longest_first
-from megatron_vcr1.parallel.context import FeatureExchange, KeyGather
+from megatron_vcr1.parallel.context import KeyGather
 
 
 def shard_batch(
-    batch: PackedBatch, vision: VisionConfig, *, rank: int, num_ranks: int, pad_to_multiple_of: int = 1
+    batch: PackedBatch,
+    vision: VisionConfig,
+    *,
+    rank: int,
+    num_ranks: int,
+    tensor_rank: int = 0,
+    num_tensor_ranks: int = 1,
+    pad_to_multiple_of: int = 1,
 ) -> PackedBatch:
     """Return the part of a microbatch that a context-parallel rank computes. No rank communicates with another.
 
@@ -37,9 +44,19 @@ def shard_batch(
         vision: the model's vision tower, for the number of tokens of a temporal step.
         rank: index of the context-parallel rank.
         num_ranks: number of context-parallel ranks.
+        tensor_rank, num_tensor_ranks: as for `divide_frames`.
         pad_to_multiple_of: the number of tokens is padded to a multiple of this.
     """
-    return _Sharder(batch, rank, num_ranks).shard(vision, pad_to_multiple_of)
+    sharder = _Sharder(batch, rank, num_ranks)
+    inputs, share = divide_frames(
+        batch.vision,
+        vision,
+        sharder.vision_features(),
+        context_rank=rank,
+        tensor_rank=tensor_rank,
+        num_tensor_ranks=num_tensor_ranks,
+    )
+    return replace(sharder.shard(pad_to_multiple_of), vision=inputs, frames=share)
 
 
 def pack_for_rank(groups: Sequence[Group], config: ModelConfig, *, pad_to_multiple_of: int = 1) -> PackedBatch:
@@ -48,19 +65,21 @@ def pack_for_rank(groups: Sequence[Group], config: ModelConfig, *, pad_to_multip
     The ranks of a replica must pack the same groups. The arguments are `pack`'s.
     """
     if mesh.context_size() == 1:
-        return pack(groups, config, pad_to_multiple_of=pad_to_multiple_of)
+        return share_frames(pack(groups, config, pad_to_multiple_of=pad_to_multiple_of), config.vision)
     return shard_for_rank(pack(groups, config), config, pad_to_multiple_of=pad_to_multiple_of)
 
 
 def shard_for_rank(batch: PackedBatch, config: ModelConfig, *, pad_to_multiple_of: int = 1) -> PackedBatch:
-    """Return the part of a microbatch that this rank computes: all of it without context parallelism."""
+    """Return the part of a microbatch that this rank computes: all of its tokens without context parallelism."""
     if mesh.context_size() == 1:
-        return batch
+        return share_frames(batch, config.vision)
     return shard_batch(
         batch,
         config.vision,
         rank=mesh.context_rank(),
         num_ranks=mesh.context_size(),
+        tensor_rank=mesh.frame_rank(),
+        num_tensor_ranks=mesh.num_frame_ranks(),
         pad_to_multiple_of=pad_to_multiple_of,
     )
 
@@ -77,23 +96,6 @@ def zigzag_ranges(length: int, rank: int, num_ranks: int) -> tuple[tuple[int, in
         for part in (rank, 2 * num_ranks - 1 - rank)
     )
     return early, late
-
-
-def deal_steps(patches: Sequence[int], num_ranks: int) -> list[int]:
-    """Assign temporal steps to ranks: consecutive runs with about equal numbers of patches.
-
-    Consecutive steps keep a rank's frames together, and most of its features belong to few other ranks.
-
-    Args:
-        patches: number of patches of each temporal step of a microbatch.
-
-    Returns:
-        The rank of each step.
-    """
-    total = max(sum(patches), 1)
-    ends = accumulate(patches)
-    # The middle of a step decides, so that a long step goes where most of it belongs.
-    return [int((2 * end - size) * num_ranks // (2 * total)) for end, size in zip(ends, patches, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ class _Sharder:
         )
         return last_tokens[~torch.isin(last_tokens, self.prompt_tokens[rank])]
 
-    def shard(self, vision: VisionConfig, pad_to_multiple_of: int) -> PackedBatch:
+    def shard(self, pad_to_multiple_of: int) -> PackedBatch:
+        """Return this rank's part without vision inputs."""
         batch, layout = self.batch, self.batch.layout
         own = [segment for segment, owner in self.owners.items() if owner == self.rank]
         own_tokens = _concatenate(torch.arange(*layout.starts[segment : segment + 2]) for segment in own)
@@ -153,13 +156,13 @@ class _Sharder:
         local_index = torch.full((layout.num_tokens,), -1)
         local_index[tokens] = torch.arange(len(tokens))
         target_indices = self._target_indices(own)
-        inputs, exchange, vision_token_indices = self._vision(vision, head)
+        is_vision = torch.isin(head, batch.vision_token_indices)
         return PackedBatch(
             token_ids=torch.nn.functional.pad(batch.token_ids[tokens], (0, padding)),
             position_ids=torch.nn.functional.pad(batch.position_ids[:, tokens], (0, padding)),
             layout=self._layout(own, len(own_tokens) + padding, padding),
-            vision=inputs,
-            vision_token_indices=vision_token_indices,
+            vision=(),
+            vision_token_indices=is_vision.nonzero()[:, 0],
             predicting_token_indices=local_index[batch.predicting_token_indices[target_indices]],
             target_ids=batch.target_ids[target_indices],
             response_lengths=tuple(
@@ -167,11 +170,9 @@ class _Sharder:
             ),
             context=ContextShard(
                 keys=self._key_gather(len(head)),
-                features=exchange,
                 target_indices=target_indices,
                 num_targets=len(batch.target_ids),
                 layout=layout,
-                grids=tuple(item.grid_thw for item in batch.vision),
             ),
         )
 
@@ -217,53 +218,13 @@ class _Sharder:
         rows = _concatenate(rows_of_tokens[prompt.start : prompt.end] for prompt in self.prompts)
         return KeyGather(len(self.prompt_tokens[self.rank]), slots, rows, own_start)
 
-    def _vision(self, config: VisionConfig, head: Tensor) -> tuple[tuple[VisionInput, ...], FeatureExchange, Tensor]:
-        """Return the frames that this rank encodes, the exchange of features, and which of its tokens receive one.
-
-        Args:
-            head: this rank's tokens of prompts, repeated ones included.
-        """
-        batch = self.batch
-        patches = [item.grid_thw[1] * item.grid_thw[2] for item in batch.vision for _ in range(item.grid_thw[0])]
-        step_ranks = deal_steps(patches, self.num_ranks)
-        sizes = torch.tensor(patches, dtype=torch.long) // config.patches_per_token
-        encoders = torch.tensor(step_ranks, dtype=torch.long).repeat_interleave(sizes)
-        # Steps are dealt in order, so a rank's features are consecutive.
-        firsts = torch.searchsorted(encoders, torch.arange(self.num_ranks))
-        feature_of_token = torch.full((batch.layout.num_tokens,), -1)
-        feature_of_token[batch.vision_token_indices] = torch.arange(len(batch.vision_token_indices))
-        needed = []  # for each rank, the features of its tokens
-        for prompt_tokens, repeated in zip(self.prompt_tokens, self.repeated_tokens, strict=True):
-            found = feature_of_token[torch.cat((prompt_tokens, repeated))]
-            needed.append(found[found >= 0])
-        sent = [features[encoders[features] == self.rank] - firsts[self.rank] for features in needed]
-        mine = encoders[needed[self.rank]]
-        order = mine.argsort(stable=True).argsort()  # the inverse permutation: from the order of ranks to the tokens'
-        exchange = FeatureExchange(
-            sent_rows=_concatenate(sent),
-            sent=tuple(map(len, sent)),
-            received=tuple(mine.bincount(minlength=self.num_ranks).tolist()),
-            order=order,
-            num_features=len(encoders),
-        )
-        inputs = _slice_inputs(batch.vision, step_ranks, self.rank, config.temporal_patch_size)
-        return inputs, exchange, (feature_of_token[head] >= 0).nonzero()[:, 0]
-
-
-def _slice_inputs(
-    inputs: Sequence[VisionInput], step_ranks: Sequence[int], rank: int, temporal_patch_size: int
-) -> tuple[VisionInput, ...]:
-    """Return the temporal steps of images and videos that a rank encodes, as views of their frames."""
-    slices = []
-    start = 0  # index of the input's first step among all steps
-    for item in inputs:
-        num_steps, height, width = item.grid_thw
-        own = [step for step in range(num_steps) if step_ranks[start + step] == rank]
-        start += num_steps
-        if own:
-            frames = item.frames[own[0] * temporal_patch_size : (own[-1] + 1) * temporal_patch_size]
-            slices.append(replace(item, frames=frames, grid_thw=(len(own), height, width)))
-    return tuple(slices)
+    def vision_features(self) -> list[Tensor]:
+        """Return for each rank the features of its tokens of prompts, as indices among all vision features."""
+        feature_of_token = torch.full((self.batch.layout.num_tokens,), -1)
+        feature_of_token[self.batch.vision_token_indices] = torch.arange(len(self.batch.vision_token_indices))
+        heads = map(torch.cat, zip(self.prompt_tokens, self.repeated_tokens, strict=True))
+        found = [feature_of_token[head] for head in heads]
+        return [features[features >= 0] for features in found]
 
 
 def _concatenate(tensors: Iterable[Tensor]) -> Tensor:

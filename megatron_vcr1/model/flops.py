@@ -71,11 +71,11 @@ class Workload:
     @classmethod
     def of_batch(cls, config: ModelConfig, batch: PackedBatch) -> Workload:
         """Return the workload of a packed microbatch; under context parallelism, of all ranks together."""
-        layout, grids, targets = batch.layout, tuple(item.grid_thw for item in batch.vision), len(batch.target_ids)
+        layout, targets = batch.layout, len(batch.target_ids)
         if batch.context is not None:
-            layout, grids, targets = batch.context.layout, batch.context.grids, batch.context.num_targets
+            layout, targets = batch.context.layout, batch.context.num_targets
         prefixes = (0 if prefix < 0 else layout.lengths[prefix] for prefix in layout.prefixes)
-        return _vision_workload(config, grids) + cls(
+        return _vision_workload(config, batch.grids) + cls(
             tokens=layout.num_tokens,
             text_pairs=sum(
                 _half_square(length) + length * prefix for length, prefix in zip(layout.lengths, prefixes, strict=True)

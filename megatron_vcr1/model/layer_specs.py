@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -30,6 +30,7 @@ from vcr1_kernels import rms_norm, swiglu
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.attention import AttentionLayout, PackedAttention, PackedSelfAttention
+from megatron_vcr1.parallel import mesh
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,17 @@ def _parameter_device(config: TransformerConfig) -> torch.device:
     return torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
 
 
+def process_groups(config: TransformerConfig) -> ProcessGroupCollection:
+    """Return megatron-core's process groups for the modules of a configuration.
+
+    A vision tower that every tensor-parallel rank holds whole is configured for one rank: this rank alone.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if config.tensor_model_parallel_size < groups.tp.size():
+        groups.tp = mesh.own_group()
+    return groups
+
+
 class PackedMLP(MLP):
     """megatron-core's MLP with vcr1_kernels' SwiGLU, which adds its output bias itself.
 
@@ -78,7 +90,7 @@ class PackedMLP(MLP):
 
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, **kwargs: Any) -> None:
         # Newer layers of megatron-core pass process groups and a name in `kwargs`, which are not needed here.
-        group = parallel_state.get_tensor_model_parallel_group()
+        group = process_groups(config).tp
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
         # TransformerEngine's layer always returns its bias. On the CPU it is cheaper to add it in place once than in
         # SwiGLU, which adds it again in backward.

@@ -14,7 +14,8 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import check_positions, prompt_positions, vision_token_mask
-from megatron_vcr1.parallel.context import FeatureExchange, KeyGather, sum_over_context_ranks
+from megatron_vcr1.parallel.context import KeyGather, sum_over_context_ranks
+from megatron_vcr1.parallel.feature_exchange import FeatureExchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,35 +24,48 @@ class ContextShard:
 
     Attributes:
         keys: the plan by which the ranks gather the keys and values of prompts.
-        features: the plan by which vision features reach the ranks of their tokens.
         target_indices: int64 [targets of this rank]; their indices among all targets of the microbatch.
         num_targets: targets of the microbatch, of all ranks together.
         layout: the segments of the microbatch.
-        grids: patches in time, height and width of the microbatch's images and videos.
     """
 
     keys: KeyGather
-    features: FeatureExchange
     target_indices: Tensor
     num_targets: int
     layout: SegmentLayout
-    grids: tuple[tuple[int, int, int], ...]
 
     def to(self, device: torch.device) -> ContextShard:
         """Return the plans with their index tensors on a device."""
         return replace(
             self,
             keys=self.keys.to(device),
-            features=self.features.to(device),
             target_indices=self.target_indices.to(device, non_blocking=True),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FrameShare:
+    """How the frames that a rank encodes relate to all frames of a microbatch (`model.frame_shares`).
+
+    Attributes:
+        exchange: the plan by which vision features reach the ranks of their tokens.
+        grids: patches in time, height and width of all images and videos of the microbatch.
+    """
+
+    exchange: FeatureExchange
+    grids: tuple[tuple[int, int, int], ...]
+
+    def to(self, device: torch.device) -> FrameShare:
+        """Return the plan with its index tensors on a device."""
+        return replace(self, exchange=self.exchange.to(device))
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """The tokens of a packed sequence, and the targets that some of them predict.
 
-    Under context parallelism, these are the tokens and targets of one rank, and `context` describes the others.
+    Under context parallelism, these are the tokens and targets of one rank, and `context` describes the others. If the
+    ranks share the frames, `vision` has those that this rank encodes, and `frames` describes the others.
 
     A prompt is in the sequence once, however many responses it has. The last token of a response is a target but not an
     input, so a response of R tokens adds R - 1 tokens, and a group has P + sum(R_i - 1) tokens.
@@ -66,6 +80,7 @@ class PackedBatch:
     target_ids: Tensor  # int64 [targets]: the response tokens
     response_lengths: tuple[int, ...]  # targets of each response, in order; they sum to the number of targets
     context: ContextShard | None = None
+    frames: FrameShare | None = None
     # The vision token indices in host memory, where sizes that depend on them are computed without a GPU sync.
     host_vision_token_indices: Tensor | None = None
 
@@ -81,8 +96,14 @@ class PackedBatch:
             target_ids=self.target_ids.to(device, non_blocking=True),
             response_lengths=self.response_lengths,
             context=None if self.context is None else self.context.to(device),
+            frames=None if self.frames is None else self.frames.to(device),
             host_vision_token_indices=self._host_indices,
         )
+
+    @property
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        """Patches in time, height and width of all images and videos, on whichever ranks they are."""
+        return tuple(item.grid_thw for item in self.vision) if self.frames is None else self.frames.grids
 
     @property
     def _host_indices(self) -> Tensor:

@@ -168,8 +168,10 @@ def vision_transformer_config(
     """Build the configuration of the vision tower.
 
     All of its layers are on the first pipeline stage, sharded across the same tensor-parallel ranks as the language
-    model.
+    model, or, with `parallel.vision = "data"`, whole on each of these ranks.
     """
+    if parallel.vision == "data":
+        parallel = parallel.model_copy(update={"tensor": 1, "sequence_parallel": False})
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,

@@ -40,7 +40,7 @@ from megatron_vcr1.model.transformer_config import (
     vision_transformer_config,
 )
 from megatron_vcr1.model.vision import VisionFeatures, VisionTower, with_zero_gradients
-from megatron_vcr1.parallel.context import exchange_features
+from megatron_vcr1.parallel.feature_exchange import exchange_features
 from megatron_vcr1.parallel.megatron_compat import silence_megatron
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ class VideoLanguageModel(MegatronModule):
         return LayerFeatures(features, token_indices, first_layer=1)
 
     def _vision_features(self, batch: PackedBatch, embeddings: Tensor) -> VisionFeatures | None:
-        """Encode the images and videos, under context parallelism together with the other ranks.
+        """Encode the images and videos, together with the other ranks that share the frames.
 
         Args:
             embeddings: the embedded tokens, for their dtype and hidden size.
@@ -242,7 +242,7 @@ class VideoLanguageModel(MegatronModule):
         """
         assert self.vision_tower is not None
         features = self.vision_tower(batch.vision).to(embeddings.dtype) if batch.vision else None
-        if batch.context is None or not batch.context.features.num_features:
+        if batch.frames is None or not batch.frames.exchange.num_features:
             return features
         hidden_size = embeddings.shape[-1]
         if features is None:  # this rank encodes nothing, but its backward pass must take part in the exchange
@@ -251,7 +251,7 @@ class VideoLanguageModel(MegatronModule):
                 joined = with_zero_gradients(joined, self.vision_tower.parameters())
         else:
             joined = features.join()
-        return VisionFeatures.split(exchange_features(joined, batch.context.features), hidden_size)
+        return VisionFeatures.split(exchange_features(joined, batch.frames.exchange), hidden_size)
 
     def head_weight(self) -> Tensor:
         """Return this rank's shard of the language-model head, [vocab_shard, hidden_size]; on the last stage."""
@@ -349,6 +349,8 @@ def build_model(
         backend,
     )
     _set_sharding_attributes(model)
+    if model.vision_tower is not None and model.vision_tower.is_replicated:
+        model.vision_tower.replicate()
     freeze(model, section.freeze)
     return model
 

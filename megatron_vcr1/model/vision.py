@@ -15,10 +15,11 @@ from itertools import accumulate, chain
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
@@ -28,8 +29,9 @@ from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.model.attention import AttentionLayout, RotaryTables
 from megatron_vcr1.model.config import VisionConfig
 from megatron_vcr1.model.families.base import Grid
-from megatron_vcr1.model.layer_specs import block_spec, recompute_in_backward
+from megatron_vcr1.model.layer_specs import block_spec, process_groups, recompute_in_backward
 from megatron_vcr1.model.patch_layers import PatchEmbed, PatchMerger
+from megatron_vcr1.parallel import mesh
 
 ROTARY_BASE = 10_000.0
 
@@ -146,8 +148,7 @@ class VisionTower(MegatronModule):
     def build_merger(self, backend: BackendSpecProvider, *, norm_of_units: bool = False) -> PatchMerger:
         """Build a patch merger, which every tensor-parallel rank applies to all patches."""
         config = dataclasses.replace(self.config, sequence_parallel=False)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        return PatchMerger(self.vision, config, backend, groups, norm_of_units=norm_of_units)
+        return PatchMerger(self.vision, config, backend, process_groups(config), norm_of_units=norm_of_units)
 
     def order_units(self, grid: Grid) -> tuple[Tensor, tuple[int, ...] | None]:
         """Choose the order in which the merge units of an image or video are packed.
@@ -276,6 +277,47 @@ class VisionTower(MegatronModule):
             states = [gather(state) for state in states]
         return [state.squeeze(1)[:num_patches] for state in states]
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every tensor-parallel rank holds the whole tower and encodes a part of the frames."""
+        return self.config.tensor_model_parallel_size < parallel_state.get_tensor_model_parallel_world_size()
+
+    def replicate(self) -> None:
+        """Make the weights equal on all tensor-parallel ranks, and mark them for megatron-core as replicated.
+
+        The gradient norm counts a weight with this mark on one of the ranks only. megatron-core's parallel linear
+        layers mark their weights as sharded, whatever the number of ranks.
+        """
+        assert self.is_replicated
+        group = parallel_state.get_tensor_model_parallel_group()
+        for parameter in self.parameters():
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+            dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
+
+    def sum_gradients(self) -> None:
+        """Sum the gradients over the tensor-parallel ranks if each of them has encoded a part of the frames.
+
+        All of these ranks must call it once per optimizer step, after the backward passes. megatron-core's DDP has put
+        the gradients into `main_grad`.
+        """
+        if not self.is_replicated:
+            return
+        group = parallel_state.get_tensor_model_parallel_group()
+        gradients = [parameter.main_grad for parameter in self.parameters() if parameter.requires_grad]
+        for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]:
+            work.wait()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return megatron-core's sharded state dict."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.is_replicated:
+            # The layers of a whole tower do not know that other tensor-parallel ranks hold the same weights.
+            for shard in nested_values(state):
+                shard.replica_id = (0, mesh.frame_rank(), mesh.weight_holder_index())
+        return state
+
     def freeze(self, parts: tuple[str, ...]) -> None:
         """Freeze the modules of the given parts: "vision_tower" (patch embedding and layers), "merger" or both."""
         if "vision_tower" in parts:
@@ -307,7 +349,7 @@ def vision_block(
         post_layer_norm=False,
         pre_process=True,
         post_process=True,
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        pg_collection=process_groups(config),
     )
 
 

@@ -3,29 +3,29 @@
 The prompts' tokens are split across the ranks; every response is whole on one rank. In each layer a rank attends from
 its own tokens to all tokens of the prompts (`model.context_attention`), so the ranks gather the prompts' keys and
 values; in backward, the gradients are reduced and scattered. Responses do not attend to each other, so nothing else
-travels. Before the first layer, vision features go from the rank that encoded them to the ranks whose tokens they
-belong to.
+travels between layers. Vision features travel before the first layer (`feature_exchange`).
 
 All ranks of a context-parallel group must call these functions in the same order, and so must their backward passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_vcr1.parallel import mesh
 
 
 @dataclass(frozen=True, slots=True)
-class _OnDevice:
+class OnDevice:
+    """A plan for a collective, whose index tensors can be moved to a device."""
+
     def to(self, device: torch.device) -> Self:
         """Return the plan with its index tensors on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -36,7 +36,7 @@ class _OnDevice:
 
 
 @dataclass(frozen=True, slots=True)
-class KeyGather(_OnDevice):
+class KeyGather(OnDevice):
     """The plan by which a rank puts together the keys that its tokens attend to: all prompts, then its own responses.
 
     Attributes:
@@ -51,25 +51,6 @@ class KeyGather(_OnDevice):
     slots: int
     rows: Tensor
     own_start: int
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureExchange(_OnDevice):
-    """The plan by which vision features go from the ranks that encode them to the ranks that have their tokens.
-
-    Attributes:
-        sent_rows: int64; rows of this rank's features to send, ordered by receiving rank.
-        sent: number of features that each rank receives from this one.
-        received: number of features that this rank receives from each rank.
-        order: int64 [features of this rank's tokens]; the index of each token's feature among the received ones.
-        num_features: vision features of the whole microbatch. Without any, no rank sends anything.
-    """
-
-    sent_rows: Tensor
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
-    order: Tensor
-    num_features: int
 
 
 Started = Callable[[], Tensor]
@@ -138,38 +119,6 @@ def one_ahead(collectives: Iterable[Started]) -> Iterator[Tensor]:
         current = following
     if current is not None:
         yield current()
-
-
-def exchange_features(features: Tensor, plan: FeatureExchange) -> Tensor:
-    """Send vision features to the ranks that have their tokens; in backward, the gradients go back and are summed.
-
-    Args:
-        features: [features that this rank has encoded, hidden_size]. If they require a gradient on one rank, they must
-            do so on all ranks, also where there are none.
-
-    Returns:
-        [vision tokens of this rank, hidden_size], in the order of the tokens.
-    """
-    to_send = features.index_select(0, plan.sent_rows)
-    return _AllToAll.apply(to_send, plan.sent, plan.received).index_select(0, plan.order)
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        ctx.sent, ctx.received = sent, received
-        return _all_to_all(rows, sent, received)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_to_all(grad.contiguous(), ctx.received, ctx.sent), None, None
-
-
-def _all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    output = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(output, rows, list(received), list(sent), group=parallel_state.get_context_parallel_group())
-    return output
 
 
 def sum_over_context_ranks(values: Tensor) -> Tensor:

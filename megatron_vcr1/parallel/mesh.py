@@ -32,6 +32,7 @@ COLLECTIVE_TIMEOUT_S = 3600.0
 _replica_group: dist.ProcessGroup | None = None
 _first_stage_group: dist.ProcessGroup | None = None
 _context_gradient_group: dist.ProcessGroup | None = None
+_own_group: dist.ProcessGroup | None = None
 
 
 def launched_world_size() -> int:
@@ -79,14 +80,15 @@ def initialize(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = C
 
 
 def _build_groups(parallel: ParallelSection, timeout: timedelta) -> None:
-    """Build the process groups that megatron-core does not have: of this rank's replica, and of its first stage.
+    """Build the process groups that megatron-core does not have: of the replica, its first stage, and this rank alone.
 
     megatron-core's model-parallel group has the tensor- and pipeline-parallel ranks only, which is the replica without
     context parallelism. The group of the first stage uses gloo, so that frames do not pass through GPU memory. The
     context-parallel ranks have a second group: NCCL runs the collectives of a group one after the other, and a
-    reduce-scatter of gradients waits for their computation, so it would hold up the next gather.
+    reduce-scatter of gradients waits for their computation, so it would hold up the next gather. The group of this rank
+    alone is for a vision tower that is whole on every tensor-parallel rank.
     """
-    global _replica_group, _first_stage_group, _context_gradient_group
+    global _replica_group, _first_stage_group, _context_gradient_group, _own_group
     _replica_group = parallel_state.get_model_parallel_group()
     _first_stage_group = parallel_state.get_tensor_and_context_parallel_group()
     _context_gradient_group = parallel_state.get_context_parallel_group()
@@ -103,12 +105,15 @@ def _build_groups(parallel: ParallelSection, timeout: timedelta) -> None:
     if parallel.context > 1 and dist.get_backend() != "gloo":
         groups = [list(stage[rank :: parallel.tensor]) for stage in stages for rank in range(parallel.tensor)]
         _context_gradient_group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
+    _own_group = None
+    if parallel.vision == "data" and parallel.tensor > 1:
+        _own_group = dist.new_group([dist.get_rank()], timeout=timeout, use_local_synchronization=True)
 
 
 def shutdown() -> None:
     """Destroy all process groups. Does nothing if `initialize` was not called."""
-    global _replica_group, _first_stage_group, _context_gradient_group
-    _replica_group = _first_stage_group = _context_gradient_group = None
+    global _replica_group, _first_stage_group, _context_gradient_group, _own_group
+    _replica_group = _first_stage_group = _context_gradient_group = _own_group = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -255,6 +260,26 @@ def context_gradient_group() -> dist.ProcessGroup:
     """Return the process group of the context-parallel ranks for their gradients, next to megatron-core's group."""
     assert _context_gradient_group is not None, "call initialize first"
     return _context_gradient_group
+
+
+def own_group() -> dist.ProcessGroup:
+    """Return the process group of this rank alone; only for `parallel.vision = "data"` with tensor parallelism."""
+    assert _own_group is not None
+    return _own_group
+
+
+def num_frame_ranks() -> int:
+    """Return the number of tensor-parallel ranks that share the frames of a microbatch.
+
+    With `parallel.vision = "data"`, each tensor-parallel rank has the whole vision tower and encodes a part of the
+    frames. Otherwise this is 1: the vision tower is sharded, and the ranks encode the same frames together.
+    """
+    return 1 if _own_group is None else parallel_state.get_tensor_model_parallel_world_size()
+
+
+def frame_rank() -> int:
+    """Return this rank's index among the tensor-parallel ranks that share the frames of a microbatch."""
+    return 0 if _own_group is None else parallel_state.get_tensor_model_parallel_rank()
 
 
 def num_weight_holders() -> int:

@@ -63,7 +63,7 @@ class Learner:
             num_steps: length of the run, at which the learning rate's decay ends; greater than the warm-up.
         """
         logger.info("optimizer: %s", adam.adam_in_use())
-        model.config.finalize_model_grads_func = _finalize_gradients
+        model.config.finalize_model_grads_func = finalize_gradients
         self.model = model
         self.max_grad_norm = section.max_grad_norm
         # If no other rank holds the same weights, there is nothing to shard the optimizer state over, but
@@ -127,7 +127,7 @@ class Learner:
         # reduction of the other replicas would hang.
         if self._overlapped is not None:
             self._overlapped.start_all()
-        _finalize_gradients([self.ddp_model])
+        finalize_gradients([self.ddp_model])
         return []
 
     def _clip_gradients(self, grad_norm: float) -> None:
@@ -152,12 +152,15 @@ class Learner:
         return learning_rate
 
 
-def _finalize_gradients(models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+def finalize_gradients(models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Reduce the gradients over ranks with megatron-core, without its division by the number of tokens.
 
     The losses are already normalized by counts over all replicas.
     """
     finalize_model_grads(models, None, **kwargs)
+    for model in models:
+        if model.module.vision_tower is not None:
+            model.module.vision_tower.sum_gradients()
 
 
 def _fuse_gradient_accumulation(model: VideoLanguageModel) -> None:

@@ -17,7 +17,12 @@ from megatron_vcr1.parallel import mesh
 from tests.gloo import GlooPool
 from tests.model import tiny
 
-LAYOUTS: tuple[dict[str, Any], ...] = ({}, {"tensor": 4}, {"context": 2, "pipeline": 2}, {"tensor": 2, "pipeline": 2})
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"tensor": 4, "vision": "data"},
+    {"context": 2, "pipeline": 2},
+    {"tensor": 2, "pipeline": 2},
+)
 
 
 def _load(model_dir: Path, parallel: dict[str, Any]) -> VideoLanguageModel:

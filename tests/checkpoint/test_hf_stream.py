@@ -22,7 +22,13 @@ from tests.model import tiny
 
 pytestmark = pytest.mark.xdist_group("gloo")
 
-LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, {"tensor": 4})
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"tensor": 2},
+    {"pipeline": 2},
+    {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+    {"tensor": 4, "vision": "data"},
+)
 
 
 def _stream(folder: Path, parallel: dict[str, Any], dtype: str) -> dict[str, Tensor]:

@@ -28,7 +28,12 @@ from megatron_vcr1.parallel import mesh
 from tests.checkpoint.hf_dirs import FAMILIES, contents, random_weights, small_config, write_hf_dir
 from tests.gloo import GlooPool
 
-LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2, "sequence_parallel": True})
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"tensor": 2},
+    {"pipeline": 2},
+    {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "vision": "data"},
+)
 
 pytestmark = pytest.mark.xdist_group("gloo")
 

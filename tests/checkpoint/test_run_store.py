@@ -28,6 +28,7 @@ Settings = dict[str, dict[str, Any]]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp4": {},
     "tp2-sp": {"tensor": 2, "sequence_parallel": True},
+    "tp2-vision-data": {"tensor": 2, "vision": "data"},
     "pp2": {"pipeline": 2},
     "tp2-pp2": {"tensor": 2, "pipeline": 2},
     "pp4": {"pipeline": 4},
@@ -70,7 +71,7 @@ def _resume(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, 
         # No parameter is trained on the second stage.
         ("qwen2_5_vl", "pp2", {"model": {"freeze": ["vision_tower", "language_model"]}}),
         ("qwen2_vl", "tp2-pp2", {"model": {"freeze": ["vision_tower"]}, "optimizer": {"distributed": False}}),
-        ("qwen2_vl", "tp2-sp", {"model": {"dtype": "bfloat16"}, "optimizer": {"distributed": False}}),
+        ("qwen2_vl", "tp2-vision-data", {"model": {"dtype": "bfloat16"}, "optimizer": {"distributed": False}}),
         ("qwen2_vl", "pp2", {"checkpoint": {"asynchronous": False}}),
         ("qwen3_vl", "pp4", {}),
     ],
@@ -88,7 +89,7 @@ def test_resume_is_bitwise_identical(
 
 @pytest.mark.parametrize(
     "family, saved_at, loaded_at",
-    [("qwen2_vl", "tp2-pp2", ("dp4", "tp2-sp", "pp4")), ("qwen2_5_vl", "dp4", ("tp2-pp2", "pp2"))],
+    [("qwen2_vl", "tp2-pp2", ("dp4", "tp2-vision-data", "pp4")), ("qwen2_5_vl", "tp2-vision-data", ("tp2-sp", "pp2"))],
 )
 def test_a_run_resumes_under_another_layout(
     model_dirs: dict[str, Path],

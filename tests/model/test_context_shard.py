@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from vcr1_kernels.reference import attention_mask
 
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.context_shard import deal_steps, shard_batch, zigzag_ranges
+from megatron_vcr1.model.context_shard import shard_batch, zigzag_ranges
 from megatron_vcr1.model.packed_batch import ContextShard, PackedBatch, pack
 from tests.model import tiny
 
@@ -124,29 +123,6 @@ def test_every_token_target_and_feature_is_on_one_rank(
     assert len(whole) == len(parts) and all(map(torch.equal, whole, parts))
 
 
-@with_cases
-def test_features_reach_the_ranks_of_their_tokens(
-    config: ModelConfig, groups: list[tuple[str, tuple[int, ...]]], num_ranks: int
-) -> None:
-    batch = _pack(config, groups)
-    # Number the vision tokens: a token's id is its feature's index.
-    token_ids = torch.full_like(batch.token_ids, -1)
-    token_ids[batch.vision_token_indices] = torch.arange(len(batch.vision_token_indices))
-    shards = _shards(replace(batch, token_ids=token_ids), config, num_ranks)
-    sizes = [sum(item.num_tokens(config.vision.merge_size) for item in shard.vision) for shard in shards]
-    features = torch.arange(sum(sizes)).split(sizes)  # what each rank has encoded
-    sent = [
-        encoded[_context(shard).features.sent_rows].split(_context(shard).features.sent)
-        for encoded, shard in zip(features, shards, strict=True)
-    ]
-    for rank, shard in enumerate(shards):
-        plan = _context(shard).features
-        assert tuple(len(parts[rank]) for parts in sent) == plan.received
-        received = torch.cat([parts[rank] for parts in sent])[plan.order]
-        assert torch.equal(received, shard.token_ids[shard.vision_token_indices])
-        assert plan.num_features == len(batch.vision_token_indices)
-
-
 def test_zigzag_gives_every_rank_the_same_work() -> None:
     for length, num_ranks in ((0, 2), (3, 4), (97, 4), (800, 8)):
         parts = [zigzag_ranges(length, rank, num_ranks) for rank in range(num_ranks)]
@@ -157,18 +133,6 @@ def test_zigzag_gives_every_rank_the_same_work() -> None:
         pairs = [sum(token + 1 for start, end in ranges for token in range(start, end)) for ranges in parts]
         if length == 800:
             assert max(pairs) == min(pairs) and set(sizes) == {100}
-
-
-def test_steps_are_dealt_in_runs_of_about_equal_work() -> None:
-    assert deal_steps([4] * 8, 4) == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert deal_steps([40, 4, 4, 4, 4, 4], 2) == [0, 1, 1, 1, 1, 1]
-    assert deal_steps([8], 4) == [2]
-    assert deal_steps([], 4) == []
-    patches = [random.Random(0).randint(1, 30) for _ in range(100)]
-    ranks = deal_steps(patches, 4)
-    assert ranks == sorted(ranks)
-    loads = [sum(size for size, rank in zip(patches, ranks, strict=True) if rank == other) for other in range(4)]
-    assert max(loads) - min(loads) <= 60
 
 
 def test_a_rank_without_tokens_gets_padding(config: ModelConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from megatron_vcr1.model.packed_batch import PackedBatch, pack
 from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh, schedule
 from megatron_vcr1.parallel.context import sum_over_context_ranks
+from megatron_vcr1.training.optimizer import finalize_gradients
 from tests.gloo import GlooPool
 from tests.model import tiny
 
@@ -61,6 +62,12 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "parallel": {"context": 2, "pipeline": 2},
         "recompute": {"granularity": "full"},
     },
+    "tp4-sp-vision-data": {"parallel": {"tensor": 4, "sequence_parallel": True, "vision": "data"}},
+    "tp2-pp2-sp-vision-data-recompute-full": {
+        "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "vision": "data"},
+        "recompute": {"granularity": "full"},
+    },
+    "cp2-tp2-vision-data": {"parallel": {"context": 2, "tensor": 2, "vision": "data"}},
 }
 
 
@@ -114,7 +121,7 @@ def _forward_backward(
     Args:
         ddp: settings of megatron-core's data parallelism; empty for its defaults.
     """
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = finalize_gradients
     parallel = DistributedDataParallel(model.config, DistributedDataParallelConfig(**ddp), model)
     model.config.no_sync_func = parallel.no_sync
     parallel.zero_grad_buffer()

@@ -12,9 +12,7 @@ from torch import Tensor
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.context import (
-    FeatureExchange,
     KeyGather,
-    exchange_features,
     one_ahead,
     start_gather,
     start_scatter,
@@ -63,7 +61,6 @@ def _communicate() -> dict[str, Any]:
         "scattered": scattered,
         "sent": sent,
         "sum": float(total),
-        "features": _exchange(rank),
     }
 
 
@@ -72,21 +69,7 @@ def _numbered(tokens: list[int]) -> Tensor:
     return torch.tensor(tokens).double()[:, None, None].expand(-1, 2, 4).contiguous()
 
 
-def _exchange(rank: int) -> Tensor:
-    """Exchange features that are [10 * rank + row], and return them with the gradient of this rank's features."""
-    # Rank 0 encodes 3 features and needs its own 0 and 2, and rank 1's only feature before them; rank 1 needs rank 0's
-    # features 1 and 1 once more.
-    plans = (
-        FeatureExchange(torch.tensor([0, 2, 1, 1]), (2, 2), (2, 1), torch.tensor([2, 0, 1]), 4),
-        FeatureExchange(torch.tensor([0]), (1, 0), (2, 0), torch.tensor([0, 1]), 4),
-    )
-    features = (torch.arange((3, 1)[rank]).double()[:, None] + 10 * rank).requires_grad_()
-    received = exchange_features(features, plans[rank])
-    (grad,) = torch.autograd.grad((received * (received.detach() + 1)).sum(), features)
-    return torch.cat((received.detach(), grad))[:, 0]
-
-
-def test_keys_gradients_and_features_go_to_the_right_ranks(gloo_pool: GlooPool) -> None:
+def test_keys_and_gradients_go_to_the_right_ranks(gloo_pool: GlooPool) -> None:
     answers = gloo_pool.run(_communicate)
     assert [answer["sum"] for answer in answers] == [3.0] * 4
     for answer, rank in zip(answers, (0, 1, 0, 1), strict=True):  # two replicas
@@ -96,9 +79,6 @@ def test_keys_gradients_and_features_go_to_the_right_ranks(gloo_pool: GlooPool) 
         assert torch.equal(answer["scattered"], _numbered(expected))
         # (N - 1) * slots tokens of 2 heads of 4 float64 values.
         assert answer["sent"] == [1 * 3 * 2 * 4 * 8] * 2
-    # Received features, then the gradient of the own features: received + 1, summed over the receivers.
-    assert answers[0]["features"].tolist() == [10, 0, 2, 1, 4, 3]
-    assert answers[1]["features"].tolist() == [1, 1, 11]
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])

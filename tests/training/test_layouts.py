@@ -45,7 +45,10 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "recompute": {"granularity": "full"},
     },
     "cp2-dp2": {"parallel": {"context": 2}},
-    "cp2-tp2-sp-overlap": {"parallel": {"context": 2, "tensor": 2, "sequence_parallel": True}, "optimizer": OVERLAP},
+    "cp2-tp2-sp-vision-data-overlap": {
+        "parallel": {"context": 2, "tensor": 2, "sequence_parallel": True, "vision": "data"},
+        "optimizer": OVERLAP,
+    },
     "cp2-pp2-recompute-overlap": {
         "parallel": {"context": 2, "pipeline": 2},
         "recompute": {"granularity": "full"},

@@ -16,7 +16,7 @@ from megatron_vcr1.checkpoint.load import load_model_weights
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.packed_batch import pack
+from megatron_vcr1.model.context_shard import pack_for_rank
 from megatron_vcr1.model.video_language_model import VideoLanguageModel, build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.microbatches import Microbatch
@@ -46,7 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp4-whole-optimizer": {"optimizer": {"distributed": False}},
     "dp2-pp2": {"parallel": {"pipeline": 2}},
     "dp2-tp2": {"parallel": {"tensor": 2}},
-    "dp2-tp2-sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
+    "dp2-tp2-sp-vision-data": {"parallel": {"tensor": 2, "sequence_parallel": True, "vision": "data"}},
     "tp2-pp2-sp-recompute": {
         "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
         "recompute": {"granularity": "full"},
@@ -128,7 +128,9 @@ def _build(folder: Path, run: RunConfig, weights: str) -> VideoLanguageModel:
 def _step(learner: Learner, step: int) -> tuple[float, float]:
     model, num_targets = learner.model, _num_targets(step)
     batches = [
-        Microbatch(pack(_groups(step, microbatch), model.model_config, pad_to_multiple_of=model.token_multiple))
+        Microbatch(
+            pack_for_rank(_groups(step, microbatch), model.model_config, pad_to_multiple_of=model.token_multiple)
+        )
         for microbatch in _microbatches_of_replica(step)
     ]
 
@@ -147,7 +149,7 @@ def _microbatches_of_replica(step: int) -> Sequence[int]:
 
 
 CASES = [(layout, "all-trained") for layout in LAYOUTS]
-CASES += [(layout, "frozen-language-model") for layout in ("dp4", "dp2-pp2", "tp2-pp2-sp-recompute")]
+CASES += [(layout, "frozen-language-model") for layout in ("dp4", "dp2-tp2-sp-vision-data", "tp2-pp2-sp-recompute")]
 
 
 @pytest.mark.parametrize(("layout", "reference"), CASES, indirect=["reference"])

@@ -42,7 +42,7 @@ END = tuple(range(5, 25))
 TOLERANCE = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},
-    "tp2-sp": {"tensor": 2, "sequence_parallel": True},
+    "tp2-sp-vision-data": {"tensor": 2, "sequence_parallel": True, "vision": "data"},
     "tp4-sp-more-ranks-than-kv-heads": {"tensor": 4, "sequence_parallel": True},
     "pp2-uneven": {"pipeline": 2, "first_stage_layers": 1},
     "pp4": {"pipeline": 4},
