@@ -241,6 +241,9 @@ class VideoLanguageModel(MegatronModule):
             The features of this rank's vision tokens; None if the microbatch has no images and videos.
         """
         assert self.vision_tower is not None
+        if self.vision_tower.is_replicated and torch.is_grad_enabled():
+            # `sum_gradients` would count frames that all tensor-parallel ranks encode several times.
+            assert batch.frames is not None, "pack the microbatch with pack_for_rank"
         features = self.vision_tower(batch.vision).to(embeddings.dtype) if batch.vision else None
         if batch.frames is None or not batch.frames.exchange.num_features:
             return features

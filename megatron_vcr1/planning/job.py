@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Literal
 
 from megatron_vcr1.config.layout import layers_per_stage
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
@@ -87,6 +88,7 @@ class Layout:
     recompute: str = "none"  # one of RECOMPUTES
     groups_per_microbatch: int = 1
     context: int = 1
+    vision: Literal["tensor", "data"] = "tensor"
 
     @property
     def num_gpus(self) -> int:
@@ -109,9 +111,20 @@ class Layout:
             pipeline=self.pipeline,
             context=self.context,
             sequence_parallel=self.sequence_parallel,
+            vision=self.vision,
             first_stage_layers=self.first_stage_layers,
             last_stage_layers=self.last_stage_layers,
         )
+
+    @property
+    def of_vision(self) -> Layout:
+        """Return the layout of the vision tower.
+
+        If every tensor-parallel rank holds the whole tower, these ranks divide the frames as context-parallel ranks do.
+        """
+        if self.vision == "tensor":
+            return self
+        return replace(self, tensor=1, context=self.context * self.tensor, sequence_parallel=False)
 
     @property
     def recompute_section(self) -> RecomputeSection:
@@ -127,6 +140,14 @@ class Layout:
         """Return the fraction of a group's tokens on the context-parallel rank with the most of them."""
         response_tokens = job.group_tokens - job.prompt_tokens
         return (job.prompt_tokens / self.context + self.response_share(job) * response_tokens) / job.group_tokens
+
+    def frame_share(self, job: Job) -> float:
+        """Return the fraction of a microbatch's frames on the rank that encodes the most of them.
+
+        A temporal step is the smallest part.
+        """
+        num_steps = square_video(job.config, job.prompt_tokens)[0] * self.groups_per_microbatch
+        return math.ceil(num_steps / self.of_vision.context) / num_steps
 
     def stages(self, config: ModelConfig) -> tuple[int, ...]:
         """Return the number of language-model layers of each stage.

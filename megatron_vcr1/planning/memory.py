@@ -97,7 +97,8 @@ def vision_layer_activations(job: Job, layout: Layout, device: Device) -> LayerA
 
     An MLP without a gate saves its inner state and the sigmoid of QuickGELU, which is 2f like a gated MLP.
     """
-    vision, ranks = job.config.vision, layout.tensor
+    vision, layout = job.config.vision, layout.of_vision
+    ranks = layout.tensor
     heads = vision.hidden_size / ranks
     return _layer_activations(vision.hidden_size, heads, heads, vision.padded_ffn_hidden_size / ranks, layout, device)
 
@@ -196,12 +197,12 @@ def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float
     if {"vision_tower", "merger"} <= set(job.freeze):
         return 0.0, 0.0
     vision = job.config.vision
-    patches = job.groups(layout.groups_per_microbatch).patches / layout.context
+    patches = job.groups(layout.groups_per_microbatch).patches * layout.frame_share(job)
     layer = vision_layer_activations(job, layout, device)
     # The merger saves the input and output of its norm and two inner states. The patch embedding's pixels are
     # recomputed.
     num_mergers = 1 + job.config.family.num_feature_layers(vision)
-    merger = num_mergers * (2 + 2 / layout.tensor) * vision.hidden_size
+    merger = num_mergers * (2 + 2 / layout.of_vision.tensor) * vision.hidden_size
     saved = vision.num_layers * layer.saved + merger
     return patches * saved * job.dtype_bytes, patches * layer.working * job.dtype_bytes
 

@@ -11,7 +11,7 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import hf_shapes, model_layout
 from megatron_vcr1.planning.job import Layout
 
-# These tensors are sharded across tensor-parallel ranks; all others are replicated.
+# These tensors are sharded across tensor-parallel ranks, except for a whole vision tower; all others are replicated.
 _SHARDED = re.compile(
     r"(word_embeddings\.weight|output_layer\.weight|linear_(qkv|fc1)\.(weight|bias)|linear_(proj|fc2)\.weight)$"
 )
@@ -47,17 +47,20 @@ def stage_parameters(config: ModelConfig, layout: Layout) -> tuple[StageParamete
 
     With tied embeddings, the last stage holds a second copy of the embedding matrix.
     """
-    return _stage_parameters(config, layout.tensor, layout.stages(config))
+    return _stage_parameters(config, layout.tensor, layout.of_vision.tensor, layout.stages(config))
 
 
 @cache
-def _stage_parameters(config: ModelConfig, num_ranks: int, stages: tuple[int, ...]) -> tuple[StageParameters, ...]:
+def _stage_parameters(
+    config: ModelConfig, text_ranks: int, vision_ranks: int, stages: tuple[int, ...]
+) -> tuple[StageParameters, ...]:
     last = len(stages) - 1
     stage_of_layer = [stage for stage, num_layers in enumerate(stages) for _ in range(num_layers)]
     counts = [[0, 0, 0] for _ in stages]  # vision, text, embedding
     for key, size in _sizes(config).items():
         # The QKV weight is sharded even if there are fewer key-value heads than ranks: then the ranks gather the
         # projection's output, not its weight.
+        num_ranks = vision_ranks if key.startswith("vision_tower.") else text_ranks
         size = size // num_ranks if _SHARDED.search(key) else size
         layer = re.match(r"language_model\.decoder\.layers\.(\d+)\.", key)
         if key.startswith("vision_tower."):

@@ -111,15 +111,18 @@ def _time_table(plans: Sequence[Plan], mine: Plan | None) -> Table:
 
 
 def _memory_table(plans: Sequence[Plan], mine: Plan | None) -> Table:
-    columns = (LAYOUT, "groups per\nmicrobatch", "layers of first\n/ last stage", "peak GB", "servers")
+    columns = (LAYOUT, "vision", "groups per\nmicrobatch", "layers of first\n/ last stage", "peak GB", "servers")
     rows = []
     for plan in plans:
         stages = plan.layout.stages(plan.job.config)
         servers = f"TP {plan.engine.ranks}, {100 * plan.engine_memory_fraction:.0f} %"
         layers = f"{stages[0]} / {stages[-1]}"
         groups = str(plan.layout.groups_per_microbatch)
-        rows.append((_name(plan, mine), groups, layers, f"{plan.peak_bytes / 1e9:.0f}", servers))
-    caption = "servers: GPUs per SGLang server, and the fraction of their memory that it can use."
+        vision = plan.layout.vision if plan.layout.tensor > 1 else "-"
+        rows.append((_name(plan, mine), vision, groups, layers, f"{plan.peak_bytes / 1e9:.0f}", servers))
+    caption = (
+        "vision: parallel.vision. servers: GPUs per SGLang server, and the fraction of their memory that it can use."
+    )
     return text_table("Memory of the same layouts", columns, rows, caption, left_columns=())
 
 
@@ -148,6 +151,7 @@ def settings(plan: Plan) -> dict[str, Any]:
         "parallel.context": layout.context if layout.context > 1 else None,
         "parallel.pipeline": layout.pipeline,
         "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "parallel.vision": layout.vision if layout.tensor > 1 else None,
         "parallel.first_stage_layers": layout.first_stage_layers,
         "parallel.last_stage_layers": layout.last_stage_layers,
         "recompute.granularity": layout.recompute_section.granularity,

@@ -98,6 +98,7 @@ def layout_of_run(config: RunConfig, job: Job, num_gpus: int) -> Layout:
         context=parallel.context,
         replicas=replicas,
         sequence_parallel=parallel.sequence_parallel,
+        vision=parallel.vision,
         first_stage_layers=parallel.first_stage_layers,
         last_stage_layers=parallel.last_stage_layers,
         recompute=_recompute(config.recompute),

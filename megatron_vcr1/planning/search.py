@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.errors import UserError
@@ -113,7 +114,9 @@ def search(job: Job, cluster: Cluster, longest_response: int) -> tuple[list[Plan
 
 
 def best_variant(job: Job, cluster: Cluster, tensor: int, pipeline: int, longest_response: int) -> Plan | Refusal:
-    """Find the fastest context-parallel size, recomputation, microbatch size and layer distribution that fits.
+    """Find the fastest context-parallel size and the fastest other settings that fit.
+
+    These are the split of the vision tower, recomputation, microbatch size and layers of the stages.
 
     Context-parallel sizes above 1 are tried for long prompts only.
 
@@ -208,9 +211,10 @@ def _engines(job: Job, cluster: Cluster, resident: float) -> Iterator[EngineMemo
 
 
 def _variants(job: Job, base: Layout, cluster: Cluster) -> Iterator[Layout]:
-    for recompute in RECOMPUTES:
+    visions: tuple[Literal["tensor", "data"], ...] = ("tensor", "data") if base.tensor > 1 else ("tensor",)
+    for vision, recompute in product(visions, RECOMPUTES):
         for groups in _powers_of_two(job.prompts_per_step // base.replicas):
-            layout = replace(base, recompute=recompute, groups_per_microbatch=groups)
+            layout = replace(base, vision=vision, recompute=recompute, groups_per_microbatch=groups)
             yield layout
             if base.pipeline > 1:
                 yield balanced(job, layout, cluster)

@@ -23,7 +23,14 @@ from megatron_vcr1.planning.imbalance import work_imbalance
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
-from megatron_vcr1.planning.traffic import boundary_bytes, context_traffic, key_bytes, step_traffic, tensor_traffic
+from megatron_vcr1.planning.traffic import (
+    boundary_bytes,
+    context_traffic,
+    key_bytes,
+    step_traffic,
+    tensor_traffic,
+    vision_gradient_bytes,
+)
 
 Pipeline = Callable[[Sequence[float], int], float]
 """Seconds of all microbatches, from the seconds of each stage and the number of microbatches."""
@@ -84,8 +91,10 @@ def seconds_of_stage(
             vision_attention=SCORES_RECOMPUTED * once.vision_attention * ("vision_tower" not in job.freeze),
         )
     first, last = stage == 0, stage == layout.pipeline - 1
-    # The context-parallel rank with the most responses; frames and prompts are split evenly.
-    tokens, responses, frames = layout.token_share(job), layout.response_share(job), 1 / layout.context
+    # The rank with the most responses or frames; prompts are split evenly.
+    tokens, responses, frames = layout.token_share(job), layout.response_share(job), layout.frame_share(job)
+    # Tensor-parallel ranks that encode the same frames divide the operations, except for those of the patch embedding.
+    encoders = layout.of_vision.tensor
     # `once` contains a last layer that computes only the target tokens after its attention. That layer belongs to the
     # last stage, and with sequence parallelism it computes all tokens: add what it saves back where it does not apply.
     saved = forward_flops(config, replace(work, targets=work.tokens)).text_layers - once.text_layers
@@ -93,15 +102,15 @@ def seconds_of_stage(
     fraction = num_layers / config.text.num_layers
     text_layers = fraction * (once.text_layers + saved) - (last and not layout.sequence_parallel) * saved
     stage_flops = Flops(
-        patch_embed=flops.patch_embed * layout.tensor * first * frames,  # replicated on all tensor-parallel ranks
-        vision_layers=flops.vision_layers * first * frames,
-        vision_attention=flops.vision_attention * first * frames,
-        merger=flops.merger * first * frames,
-        text_layers=passes * text_layers * tokens,
-        text_attention=flops.text_attention * fraction * tokens,
-        head=flops.head * last * responses,
+        patch_embed=flops.patch_embed * first * frames,
+        vision_layers=flops.vision_layers * first * frames / encoders,
+        vision_attention=flops.vision_attention * first * frames / encoders,
+        merger=flops.merger * first * frames / encoders,
+        text_layers=passes * text_layers * tokens / layout.tensor,
+        text_attention=flops.text_attention * fraction * tokens / layout.tensor,
+        head=flops.head * last * responses / layout.tensor,
     )
-    seconds = compute_seconds(device, stage_flops) / layout.tensor
+    seconds = compute_seconds(device, stage_flops)
     forward, backward = tensor_traffic(job, layout, stage, num_layers)
     sent = forward.bytes + backward.bytes * training
     collectives = forward.collectives + backward.collectives * training
@@ -179,6 +188,7 @@ def update_seconds(
     compute = imbalance * _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=True)
     holders_within_node = layout.tensor * layout.num_weight_holders <= gpus_per_node
     gradients = step_traffic(job, layout).data / _bandwidth(device, within_node=holders_within_node)
+    gradients += vision_gradient_bytes(job, layout) / _bandwidth(device, within_node=True)
     trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) / layout.num_weight_holders
     optimizer = OPTIMIZER_BYTES * trained / (device.memory_bytes_per_s * device.efficiency.memory)
     return compute + gradients + optimizer

@@ -6,7 +6,9 @@ sends the same bytes.
 
 tensor    every layer: 2 all-reduces in the forward pass (after attention and MLP) and 2 in the backward pass, and the
           forward ones again with full recomputation. With sequence parallelism also 2 all-gathers of the inputs for the
-          weight gradients. Without it, the last layer computes only the target tokens after its attention
+          weight gradients. Without it, the last layer computes only the target tokens after its attention. With
+          parallel.vision = "data", the vision tower sends nothing but an all-gather of its features, and once per step
+          an all-reduce of its gradients
 pipeline  the hidden states of a microbatch to the next stage, and their gradients back
 context   every layer: an all-gather of the prompts' keys and values forward; backward another one and a reduce-scatter
           of their gradients. Vision features to the ranks of their tokens, and their gradients back
@@ -62,7 +64,7 @@ def step_traffic(job: Job, layout: Layout) -> Traffic:
     sends = 0 if layout.pipeline == 1 else 1 + reference + (layout.pipeline > 2)
     trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout))
     return Traffic(
-        tensor=num_microbatches * tensor,
+        tensor=num_microbatches * tensor + vision_gradient_bytes(job, layout),
         context=num_microbatches * context,
         pipeline=num_microbatches * sends * boundary_bytes(job, layout),
         data=(1 - 1 / layout.num_weight_holders) * trained * (GRADIENT_BYTES + job.dtype_bytes),
@@ -81,6 +83,7 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
     config, work = job.config, job.groups(layout.groups_per_microbatch)
     text, vision, dtype_bytes = config.text, config.vision, job.dtype_bytes
     first, last = stage == 0, stage == layout.pipeline - 1
+    sharded_tower = first and layout.vision == "tensor"
     # Bytes of the buffers that are communicated.
     text_hidden = work.tokens * text.hidden_size * dtype_bytes
     vision_hidden = work.patches * vision.hidden_size * dtype_bytes
@@ -88,14 +91,15 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
     target_hidden = work.targets * text.hidden_size * dtype_bytes
 
     # All-reduces after attention and MLP of every layer, and of their input gradients in the backward pass.
-    layers = [text_hidden] * (2 * num_layers) + [vision_hidden] * (2 * vision.num_layers * first)
+    layers = [text_hidden] * (2 * num_layers) + [vision_hidden] * (2 * vision.num_layers * sharded_tower)
     forward_layers, backward_layers = list(layers), list(layers)
     if last and not layout.sequence_parallel:
         forward_layers[:2], backward_layers[:1] = [target_hidden] * 2, [target_hidden]
-    forward_sums = forward_layers + [text_hidden, vision_features] * first + [4 * work.targets] * (2 * last)
-    backward_sums = backward_layers + [vision_hidden] * first + [4 * work.targets * text.hidden_size] * last
+    forward_sums = forward_layers + [text_hidden] * first + [vision_features] * sharded_tower
+    forward_sums += [4 * work.targets] * (2 * last)
+    backward_sums = backward_layers + [vision_hidden] * sharded_tower + [4 * work.targets * text.hidden_size] * last
 
-    forward_gathers: list[int] = []
+    forward_gathers = [vision_features] * (first and not sharded_tower)
     backward_gathers: list[int] = []
     gathers_qkv = text.num_kv_heads < layout.tensor  # ranks share key-value heads and gather the projection's output
     if gathers_qkv:
@@ -103,14 +107,22 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
         forward_gathers += [projection] * num_layers
         backward_gathers += [projection] * num_layers
     if layout.sequence_parallel:
-        forward_gathers += [vision_hidden] * first + [text_hidden] * last  # the outputs of both models
+        forward_gathers += [vision_hidden] * sharded_tower + [text_hidden] * last  # the outputs of both models
         # The gradients of their inputs, and the inputs of every layer for the weight gradients.
-        backward_gathers += [vision_hidden] * first + [text_hidden] * first + layers
+        backward_gathers += [vision_hidden] * sharded_tower + [text_hidden] * first + layers
     if layout.recompute == "full":
         backward_sums += forward_layers
-        backward_gathers += forward_gathers[:num_layers] if gathers_qkv else []
+        backward_gathers += [projection] * num_layers if gathers_qkv else []
     share = layout.token_share(job)  # of the tokens, on this context-parallel rank
     return _sent(layout, share, forward_sums, forward_gathers), _sent(layout, share, backward_sums, backward_gathers)
+
+
+def vision_gradient_bytes(job: Job, layout: Layout) -> float:
+    """Return the bytes that a rank sends per step to sum the gradients of a whole vision tower over tensor ranks."""
+    if layout.vision == "tensor" or "vision_tower" in job.freeze:
+        return 0.0
+    first_stage = stage_parameters(job.config, layout)[0]
+    return 2 * (layout.tensor - 1) / layout.tensor * first_stage.vision * GRADIENT_BYTES
 
 
 def _sent(layout: Layout, share: float, all_reduces: list[int], gathers: list[int]) -> Sent:
@@ -140,7 +152,8 @@ def context_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tu
         vision = job.config.vision
         num_features = job.groups(layout.groups_per_microbatch).patches / vision.patches_per_token
         # The features that a rank encodes belong to all ranks alike, so it keeps 1 / N of them.
-        features = num_features / ranks * (1 - 1 / ranks) * vision.out_hidden_size * job.dtype_bytes
+        encoded = num_features / layout.of_vision.context
+        features = encoded * (1 - 1 / ranks) * vision.out_hidden_size * job.dtype_bytes
     first = stage == 0
     num_gathers = num_layers * num_chunks(max(job.config.text.num_kv_heads // layout.tensor, 1))
     return Sent(keys + features, num_gathers + first), Sent(2 * keys + features, 2 * num_gathers + first)

@@ -16,7 +16,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model import cpu
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.packed_batch import pack
+from megatron_vcr1.model.context_shard import pack_for_rank
 from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.microbatches import Microbatch
@@ -54,7 +54,7 @@ class ToyRun:
         seeds = range(first + mesh.replica_index(), first + GROUPS_PER_STEP, mesh.num_replicas())
         config = self.model.model_config
         batches = [
-            Microbatch(pack([_group(seed, config)], config, pad_to_multiple_of=self.model.token_multiple))
+            Microbatch(pack_for_rank([_group(seed, config)], config, pad_to_multiple_of=self.model.token_multiple))
             for seed in seeds
         ]
         update = self.learner.update(batches, self._loss)

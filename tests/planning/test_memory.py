@@ -10,6 +10,8 @@ from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.planning.devices import DEVICES
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import cache_bytes_per_token, engine_memory, training_memory
+from megatron_vcr1.planning.parameters import stage_parameters
+from megatron_vcr1.planning.timing import stage_seconds
 
 NUM_PARAMETERS_7B = 8_292_166_656 + 20_162_816  # published, and the padding of the vision tower's MLPs
 H100 = DEVICES["h100"]
@@ -30,14 +32,15 @@ def test_memory_of_the_7b_model_equals_a_calculation_by_hand() -> None:
 
 
 def test_context_parallelism_divides_activations_and_optimizer_state() -> None:
-    job = Job(model_config("qwen2.5-vl-7b"), prompt_tokens=65_536, prompts_per_step=2)
+    prompt_tokens = 64 + 336 * 14**2  # a video of 336 temporal steps, which 2, 3 and 4 ranks divide evenly
+    job = Job(model_config("qwen2.5-vl-7b"), prompt_tokens=prompt_tokens, prompts_per_step=2)
     (whole,) = training_memory(job, Layout(replicas=2, recompute="full"), H100)
     (rank,) = training_memory(job, Layout(replicas=2, context=4, recompute="full"), H100)
     assert (rank.parameters, rank.gradients) == (whole.parameters, whole.gradients)
     assert rank.optimizer == whole.optimizer / 4
     assert rank.activations == pytest.approx(whole.activations / 4)  # 8 responses on 4 ranks
     (three,) = training_memory(job, Layout(replicas=2, context=3, recompute="full"), H100)
-    tokens, patches = 65_536 / 3 + 3 * 199, job.groups(1).patches / 3  # one rank has 3 of the 8 responses
+    tokens, patches = prompt_tokens / 3 + 3 * 199, job.groups(1).patches / 3  # one rank has 3 of the 8 responses
     assert three.activations == pytest.approx(2 * (tokens * 28 * 3584 + patches * (32 * 1280 + 4 * 1280)))
 
 
@@ -83,3 +86,18 @@ def test_the_norms_of_queries_and_keys_save_the_projection() -> None:
     tokens, targets = 3840 + 8 * 199, 8 * 200
     assert tokens > targets
     assert memory.activations - expected.activations == pytest.approx(2 * tokens * 36 * (32 + 2 * 8) / 2 * 128)
+
+
+def test_a_whole_vision_tower_takes_more_memory_for_weights_and_less_time() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    sharded = Layout(tensor=4, replicas=2, sequence_parallel=True)
+    whole = dataclasses.replace(sharded, vision="data")
+    (without,), (memory,) = (training_memory(job, layout, H100) for layout in (sharded, whole))
+    (tower,) = stage_parameters(job.config, Layout())
+    (shard,) = stage_parameters(job.config, sharded)
+    assert memory.parameters - without.parameters == 2 * (tower.vision - shard.vision) > 2 * 2 / 3 * tower.vision
+    assert memory.optimizer - without.optimizer == 12 / 2 * (tower.vision - shard.vision)
+    # A video of 19 temporal steps: the busiest of 4 ranks encodes 5 of them.
+    assert whole.frame_share(job) == 5 / 19 and sharded.frame_share(job) == 1
+    seconds = [stage_seconds(job, layout, H100, 8, training=True)[0] for layout in (sharded, whole)]
+    assert seconds[1] < 0.95 * seconds[0]

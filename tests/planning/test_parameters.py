@@ -29,7 +29,7 @@ def _layouts() -> list[Layout]:
         Layout(tensor=2, replicas=2, sequence_parallel=True),
         Layout(pipeline=4),
         Layout(tensor=2, pipeline=2, first_stage_layers=1, sequence_parallel=True),
-        Layout(tensor=4),
+        Layout(tensor=4, vision="data"),
     ]
 
 

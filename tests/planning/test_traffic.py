@@ -33,6 +33,7 @@ LAYOUTS = {
     "tp2-sp": Layout(tensor=2, replicas=2, sequence_parallel=True),
     "tp4-sp-recompute": Layout(tensor=4, sequence_parallel=True, recompute="full"),
     "tp2-pp2": Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    "tp2-sp-vision-data": Layout(tensor=2, replicas=2, sequence_parallel=True, vision="data"),
 }
 
 
