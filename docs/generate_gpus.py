@@ -33,9 +33,9 @@ reference in host memory, bfloat16, and SGLang servers on the same GPUs. This pa
 (`python docs/generate_gpus.py`, also `vcr1 plan --model qwen2.5-vl-7b --nodes 1 --gpu h100`): 3,840 prompt tokens, 8
 responses of 200 tokens on average, 8 prompts per step, or one per GPU on 32 GPUs.
 
-A cell is the fastest layout that fits: tensor x pipeline x data parallelism, `vision data` for
-`parallel.vision = "data"`, recomputation, peak memory per GPU and seconds per step. Where nothing fits, it is the memory
-that a GPU would need for training and for a server beside it.
+A cell is the fastest layout that fits: tensor x pipeline x data parallelism, `vision data` if
+`parallel.vision = "data"`, recomputation, peak memory per GPU and seconds per step. Where nothing fits, it is the
+memory that a GPU would need for training and for a server beside it.
 These are predictions from published peaks and assumed efficiencies. **They have not been compared with a GPU**
 ([planning](planning.md)).
 """
