@@ -40,7 +40,8 @@ class ModelSection(Section):
     freeze: Names[Literal["vision_tower", "merger", "language_model"]] = Field(
         default=(),
         description="Parts of the model that are not trained: any of 'vision_tower', 'merger' and 'language_model'. "
-        "Empty: everything is trained.",
+        "If both 'vision_tower' and 'merger' are frozen, a GRPO step computes its vision features once, and keeps them "
+        "for the passes of reference, old policy and updates. Empty: everything is trained.",
     )
 
     @model_validator(mode="after")

@@ -70,12 +70,16 @@ class Workload:
 
     @classmethod
     def of_batch(cls, config: ModelConfig, batch: PackedBatch) -> Workload:
-        """Return the workload of a packed microbatch; under context parallelism, of all ranks together."""
+        """Return the workload of the next pass over a packed microbatch.
+
+        Under context parallelism, it is that of all ranks together. Vision features that are kept count no more.
+        """
+        is_encoded = batch.memo is not None and batch.memo.features is not None
         layout, targets = batch.layout, len(batch.target_ids)
         if batch.context is not None:
             layout, targets = batch.context.layout, batch.context.num_targets
         prefixes = (0 if prefix < 0 else layout.lengths[prefix] for prefix in layout.prefixes)
-        return _vision_workload(config, batch.grids) + cls(
+        return _vision_workload(config, () if is_encoded else batch.grids) + cls(
             tokens=layout.num_tokens,
             text_pairs=sum(
                 _half_square(length) + length * prefix for length, prefix in zip(layout.lengths, prefixes, strict=True)

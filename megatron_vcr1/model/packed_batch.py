@@ -14,6 +14,7 @@ from megatron_vcr1.data.packing import Group
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import check_positions, prompt_positions, vision_token_mask
+from megatron_vcr1.model.vision_features import FeatureMemo
 from megatron_vcr1.parallel.context import KeyGather, sum_over_context_ranks
 from megatron_vcr1.parallel.feature_exchange import FeatureExchange
 
@@ -81,6 +82,7 @@ class PackedBatch:
     response_lengths: tuple[int, ...]  # targets of each response, in order; they sum to the number of targets
     context: ContextShard | None = None
     frames: FrameShare | None = None
+    memo: FeatureMemo | None = None  # keeps the vision features for further forward passes
     # The vision token indices in host memory, where sizes that depend on them are computed without a GPU sync.
     host_vision_token_indices: Tensor | None = None
 
@@ -97,6 +99,7 @@ class PackedBatch:
             response_lengths=self.response_lengths,
             context=None if self.context is None else self.context.to(device),
             frames=None if self.frames is None else self.frames.to(device),
+            memo=self.memo,
             host_vision_token_indices=self._host_indices,
         )
 

@@ -10,12 +10,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
@@ -33,14 +27,16 @@ from megatron_vcr1.model.layer_features import LayerFeatures
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.mrope import rotary_angles
 from megatron_vcr1.model.packed_batch import PackedBatch
+from megatron_vcr1.model.sharding import mark_sharded_weights, replicate_weights
 from megatron_vcr1.model.transformer_config import (
     FP8_RECIPES,
     check_fp8,
     text_transformer_config,
     vision_transformer_config,
 )
-from megatron_vcr1.model.vision import VisionFeatures, VisionTower, with_zero_gradients
-from megatron_vcr1.parallel.feature_exchange import exchange_features
+from megatron_vcr1.model.vision import VisionTower
+from megatron_vcr1.model.vision_features import VisionFeatures, with_zero_gradients
+from megatron_vcr1.parallel.feature_exchange import FeatureExchange, exchange_features
 from megatron_vcr1.parallel.megatron_compat import silence_megatron
 
 logger = logging.getLogger(__name__)
@@ -241,12 +237,22 @@ class VideoLanguageModel(MegatronModule):
             The features of this rank's vision tokens; None if the microbatch has no images and videos.
         """
         assert self.vision_tower is not None
+        memo = batch.memo
+        if memo is not None and memo.features is not None:
+            return memo.features
         if self.vision_tower.is_replicated and torch.is_grad_enabled():
             # `sum_gradients` would count frames that all tensor-parallel ranks encode several times.
             assert batch.frames is not None, "pack the microbatch with pack_for_rank"
         features = self.vision_tower(batch.vision).to(embeddings.dtype) if batch.vision else None
-        if batch.frames is None or not batch.frames.exchange.num_features:
-            return features
+        if batch.frames is not None and batch.frames.exchange.num_features:
+            features = self._exchange(features, batch.frames.exchange, embeddings)
+        if memo is not None:
+            memo.features = features
+        return features
+
+    def _exchange(self, features: VisionFeatures | None, plan: FeatureExchange, embeddings: Tensor) -> VisionFeatures:
+        """Exchange the features that this rank has encoded, if any, for those of its vision tokens."""
+        assert self.vision_tower is not None
         hidden_size = embeddings.shape[-1]
         if features is None:  # this rank encodes nothing, but its backward pass must take part in the exchange
             joined = embeddings.new_empty(0, hidden_size * (1 + self._num_feature_layers()))
@@ -254,7 +260,7 @@ class VideoLanguageModel(MegatronModule):
                 joined = with_zero_gradients(joined, self.vision_tower.parameters())
         else:
             joined = features.join()
-        return VisionFeatures.split(exchange_features(joined, batch.frames.exchange), hidden_size)
+        return VisionFeatures.split(exchange_features(joined, plan), hidden_size)
 
     def head_weight(self) -> Tensor:
         """Return this rank's shard of the language-model head, [vocab_shard, hidden_size]; on the last stage."""
@@ -351,26 +357,11 @@ def build_model(
         ),
         backend,
     )
-    _set_sharding_attributes(model)
+    mark_sharded_weights(model)
     if model.vision_tower is not None and model.vision_tower.is_replicated:
-        model.vision_tower.replicate()
+        replicate_weights(model.vision_tower)
     freeze(model, section.freeze)
     return model
-
-
-def _set_sharding_attributes(model: VideoLanguageModel) -> None:
-    """Mark the weights that are sharded across tensor-parallel ranks.
-
-    The gradient norm counts a weight without this mark on one tensor-parallel rank only. megatron-core's layers set it
-    when they initialize their weights, but here the weights are usually loaded instead.
-    """
-    for module in model.modules():
-        if not isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
-            continue
-        weight: Tensor | None = module.weight
-        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            axis = 1 if isinstance(module, RowParallelLinear) else 0
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
 
 
 def _attention_name() -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from vcr1_kernels import SegmentLayout, frames_to_patches
 
 from megatron_vcr1.data.encoding import VisionInput
@@ -31,6 +30,7 @@ from megatron_vcr1.model.config import VisionConfig
 from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.layer_specs import block_spec, process_groups, recompute_in_backward
 from megatron_vcr1.model.patch_layers import PatchEmbed, PatchMerger
+from megatron_vcr1.model.vision_features import VisionFeatures
 from megatron_vcr1.parallel import mesh
 
 ROTARY_BASE = 10_000.0
@@ -84,39 +84,6 @@ def _join_run(run: Sequence[VisionInput]) -> VisionInput:
     num_steps = sum(item.grid_thw[0] for item in run)
     # The vision tower does not use the time between temporal patches, so it may be None.
     return VisionInput(torch.cat([item.frames for item in run]), (num_steps, height, width), seconds_per_grid=None)
-
-
-@dataclass(frozen=True, slots=True)
-class VisionFeatures:
-    """The output of the vision tower."""
-
-    embeddings: Tensor
-    """[vision tokens, hidden_size]: they replace the embeddings of the pads."""
-    layers: Tensor | None = None
-    """[layers, vision tokens, hidden_size]: the first language layers add them to their outputs."""
-
-    def to(self, dtype: torch.dtype) -> VisionFeatures:
-        """Return the features in a dtype."""
-        return VisionFeatures(self.embeddings.to(dtype), None if self.layers is None else self.layers.to(dtype))
-
-    def join(self) -> Tensor:
-        """Return all features of each token as one vector, [vision tokens, (1 + layers) * hidden_size]."""
-        if self.layers is None:
-            return self.embeddings
-        return torch.cat((self.embeddings, self.layers.transpose(0, 1).flatten(1)), dim=1)
-
-    @classmethod
-    def split(cls, joined: Tensor, hidden_size: int) -> VisionFeatures:
-        """Return the features that `join` has joined."""
-        embeddings, layers = joined[:, :hidden_size], joined[:, hidden_size:]
-        if not layers.shape[1]:
-            return cls(embeddings)
-        return cls(embeddings, layers.unflatten(1, (-1, hidden_size)).transpose(0, 1))
-
-    def reordered(self, order: Tensor) -> VisionFeatures:
-        """Return the features with token order[i] as the i-th."""
-        layers = None if self.layers is None else self.layers.index_select(1, order)
-        return VisionFeatures(self.embeddings.index_select(0, order), layers)
 
 
 class VisionTower(MegatronModule):
@@ -282,18 +249,6 @@ class VisionTower(MegatronModule):
         """Whether every tensor-parallel rank holds the whole tower and encodes a part of the frames."""
         return self.config.tensor_model_parallel_size < parallel_state.get_tensor_model_parallel_world_size()
 
-    def replicate(self) -> None:
-        """Make the weights equal on all tensor-parallel ranks, and mark them for megatron-core as replicated.
-
-        The gradient norm counts a weight with this mark on one of the ranks only. megatron-core's parallel linear
-        layers mark their weights as sharded, whatever the number of ranks.
-        """
-        assert self.is_replicated
-        group = parallel_state.get_tensor_model_parallel_group()
-        for parameter in self.parameters():
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-            dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
-
     def sum_gradients(self) -> None:
         """Sum the gradients over the tensor-parallel ranks if each of them has encoded a part of the frames.
 
@@ -351,26 +306,6 @@ def vision_block(
         post_process=True,
         pg_collection=process_groups(config),
     )
-
-
-def with_zero_gradients(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return `x`, and make its backward pass give a gradient of zero to parameters that `x` does not depend on.
-
-    A microbatch of text alone does not call the vision tower. Its loss must still have a gradient if only the tower is
-    trained, and every parameter must get one for DDP to reduce its bucket during the backward pass.
-    """
-    return _ZeroGradients.apply(x, *(parameter for parameter in parameters if parameter.requires_grad))
-
-
-class _ZeroGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: nn.Parameter) -> Tensor:
-        ctx.parameters = parameters  # for their shapes only
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients[0], *(p.new_zeros(()).expand_as(p) for p in ctx.parameters)
 
 
 def _bidirectional(lengths: tuple[int, ...], padding: int) -> SegmentLayout:

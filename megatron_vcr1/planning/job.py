@@ -52,6 +52,11 @@ class Job:
         return math.ceil(self.num_samples * self.num_epochs / self.prompts_per_step)
 
     @property
+    def keeps_features(self) -> bool:
+        """Return whether the update uses the vision features that the reference pass has computed."""
+        return self.with_reference and {"vision_tower", "merger"} <= set(self.freeze)
+
+    @property
     def group_tokens(self) -> int:
         """Return the tokens of a packed group; the last token of each response is not an input."""
         return self.prompt_tokens + self.group_size * (self.response_tokens - 1)

@@ -138,6 +138,8 @@ def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, paramete
         working = max(working, _head_bytes(job, layout, device))
     working = max(working, 0.0)
     activations = in_flight * (text_bytes + vision_bytes)
+    if stage == 0 and job.keeps_features:
+        activations += layout.num_microbatches(job) * _feature_bytes(job, layout)
     weights = parameters.total * job.dtype_bytes
     return Memory(
         parameters=weights,
@@ -205,6 +207,14 @@ def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float
     merger = num_mergers * (2 + 2 / layout.of_vision.tensor) * vision.hidden_size
     saved = vision.num_layers * layer.saved + merger
     return patches * saved * job.dtype_bytes, patches * layer.working * job.dtype_bytes
+
+
+def _feature_bytes(job: Job, layout: Layout) -> float:
+    """Return the bytes of the vision features of one microbatch, on a rank of the first stage."""
+    config = job.config
+    patches = job.groups(layout.groups_per_microbatch).patches / layout.context
+    features_per_token = 1 + config.family.num_feature_layers(config.vision)
+    return patches / config.vision.patches_per_token * features_per_token * config.text.hidden_size * job.dtype_bytes
 
 
 def _head_bytes(job: Job, layout: Layout, device: Device) -> float:

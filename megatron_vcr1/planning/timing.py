@@ -91,6 +91,7 @@ def seconds_of_stage(
             vision_attention=SCORES_RECOMPUTED * once.vision_attention * ("vision_tower" not in job.freeze),
         )
     first, last = stage == 0, stage == layout.pipeline - 1
+    encodes = first and not (training and job.keeps_features)
     # The rank with the most responses or frames; prompts are split evenly.
     tokens, responses, frames = layout.token_share(job), layout.response_share(job), layout.frame_share(job)
     # Tensor-parallel ranks that encode the same frames divide the operations, except for those of the patch embedding.
@@ -102,10 +103,10 @@ def seconds_of_stage(
     fraction = num_layers / config.text.num_layers
     text_layers = fraction * (once.text_layers + saved) - (last and not layout.sequence_parallel) * saved
     stage_flops = Flops(
-        patch_embed=flops.patch_embed * first * frames,
-        vision_layers=flops.vision_layers * first * frames / encoders,
-        vision_attention=flops.vision_attention * first * frames / encoders,
-        merger=flops.merger * first * frames / encoders,
+        patch_embed=flops.patch_embed * encodes * frames,
+        vision_layers=flops.vision_layers * encodes * frames / encoders,
+        vision_attention=flops.vision_attention * encodes * frames / encoders,
+        merger=flops.merger * encodes * frames / encoders,
         text_layers=passes * text_layers * tokens / layout.tensor,
         text_attention=flops.text_attention * fraction * tokens / layout.tensor,
         head=flops.head * last * responses / layout.tensor,
@@ -283,5 +284,6 @@ def step_seconds(
 def useful_flops(job: Job) -> float:
     """Return the model FLOPs of a step's update and reference pass; each prompt counts once."""
     work = job.groups(job.prompts_per_step)
-    total = training_flops(job.config, work, freeze=job.freeze).total
-    return total + (forward_flops(job.config, work).total if job.with_reference else 0.0)
+    update, forward = training_flops(job.config, work, freeze=job.freeze), forward_flops(job.config, work)
+    total = update.total - (forward.vision if job.keeps_features else 0.0)
+    return total + (forward.total if job.with_reference else 0.0)

@@ -13,6 +13,7 @@ from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.config.rollout_sections import RolloutSection
 from megatron_vcr1.config.training_sections import GrpoSection, TrainSection
 from megatron_vcr1.data.loader import SkippedSample
+from megatron_vcr1.model.vision_features import FeatureMemo
 from megatron_vcr1.parallel import mesh, schedule
 from megatron_vcr1.rollout.engine import RolloutEngine
 from megatron_vcr1.training.grpo.balance import deal_by_work
@@ -69,6 +70,11 @@ class GrpoTrainer:
         self._grpo = grpo
         self._objective = objective_from_settings(grpo)
         self._skips_zero_advantages = self._objective.kl_coef == 0 and self._objective.entropy_coef == 0
+        num_updates = grpo.epochs_per_rollout * grpo.num_minibatches
+        # Whether microbatches are computed more than once, and always with the same vision features.
+        self._keeps_features = {"vision_tower", "merger"} <= set(frozen_parts) and (
+            reference is not None or num_updates > 1
+        )
         self._rollout = rollout
 
     def step(self, step: int, metrics: Metrics) -> StepResult:
@@ -119,16 +125,17 @@ class GrpoTrainer:
             dealt = deal_by_work(minibatch, self._model.model_config, frozen_parts=self._frozen_parts)
             metrics.update_max("work_imbalance/before", dealt.imbalance_before)
             metrics.update_max("work_imbalance/after", dealt.imbalance)
-            minibatches.append(
-                make_policy_batches(
-                    dealt.groups,
-                    counts,
-                    self._model,
-                    microbatch_tokens=self._train.microbatch_tokens,
-                    normalization=self._grpo.loss_normalization,
-                    max_new_tokens=self._rollout.max_new_tokens,
-                )
+            batches = make_policy_batches(
+                dealt.groups,
+                counts,
+                self._model,
+                microbatch_tokens=self._train.microbatch_tokens,
+                normalization=self._grpo.loss_normalization,
+                max_new_tokens=self._rollout.max_new_tokens,
             )
+            if self._keeps_features:
+                batches = [replace(batch, packed=replace(batch.packed, memo=FeatureMemo())) for batch in batches]
+            minibatches.append(batches)
         return minibatches
 
     def _with_log_probs(
@@ -158,10 +165,10 @@ class GrpoTrainer:
 
     def _update(self, batches: Sequence[PolicyBatch], metrics: Metrics, *, is_first_pass: bool) -> Update:
         """Do one optimizer step, and add the statistics of its forward pass to the metrics."""
-        update = self._learner.update(batches, self._loss)
         add_update_work(
             metrics, batches, self._model.model_config, frozen_parts=self._frozen_parts, recompute=self._recompute
         )
+        update = self._learner.update(batches, self._loss)
         if mesh.is_loss_rank():
             for batch, statistics in zip(batches, update.metrics, strict=True):
                 add_policy_metrics(metrics, statistics, batch, with_mismatch=is_first_pass)

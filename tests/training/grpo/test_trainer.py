@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.data.scenes import PAPER_TASKS
+from megatron_vcr1.model.vision import VisionTower
+from megatron_vcr1.model.vision_features import VisionFeatures
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.local import sampling
 from megatron_vcr1.training.environment import use_deterministic_algorithms
@@ -167,6 +170,36 @@ def test_frozen_parts_keep_their_weights_bitwise(folder: Path, world: None, froz
     changed = {name for name, weight in _weights(learner).items() if not torch.equal(weight, before[name])}
     trainable = {name for name, weight in learner.model.named_parameters() if weight.requires_grad}
     assert changed == trainable != set(before)
+
+
+def test_features_of_a_frozen_vision_tower_are_computed_once_per_step(
+    folder: Path, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two updates after a reference pass, each microbatch has three forward passes."""
+    model = {"path": folder / "model", "dtype": "float32", "freeze": ["vision_tower", "merger"]}
+    run = config(folder, model=model, grpo={"num_minibatches": 2})
+    passes: list[bool] = []  # of the vision tower: whether it computed with gradients, as an update does
+    forward = VisionTower.forward
+
+    def counting_forward(tower: VisionTower, inputs: Sequence[VisionInput]) -> VisionFeatures:
+        passes.append(torch.is_grad_enabled())
+        return forward(tower, inputs)
+
+    monkeypatch.setattr(VisionTower, "forward", counting_forward)
+    learner, trainer = build_trainer(run)
+    step, weights = do_step(trainer), _weights(learner)
+    assert passes and not any(passes)
+    num_passes = len(passes)
+    monkeypatch.setattr("megatron_vcr1.training.grpo.trainer.FeatureMemo", lambda: None)
+    other_learner, other_trainer = build_trainer(run)
+    other = do_step(other_trainer)
+    num_microbatches = sum(passes)
+    assert num_microbatches and len(passes) == num_passes + (num_passes + 2 * num_microbatches)
+    for name in ("loss", "grad_norm", "kl", "ratio/mean", "model_flops/reference"):
+        assert step[name] == other[name], name
+    assert all(torch.equal(weights[name], weight) for name, weight in _weights(other_learner).items())
+    vision = other["model_flops/old_log_probs"] - step["model_flops/old_log_probs"]
+    assert 0 < vision == pytest.approx(other["model_flops"] - step["model_flops"])
 
 
 def test_overlong_responses_lose_reward(folder: Path, world: None) -> None:

@@ -17,7 +17,8 @@ from megatron_vcr1.model.attention import AttentionLayout
 from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.families.qwen3_vl.config import Qwen3VisionConfig
 from megatron_vcr1.model.patch_layers import new_parameter
-from megatron_vcr1.model.vision import VisionFeatures, VisionTower, vision_block
+from megatron_vcr1.model.vision import VisionTower, vision_block
+from megatron_vcr1.model.vision_features import VisionFeatures
 
 
 def segment_bounds(vision: Qwen3VisionConfig) -> list[tuple[int, int]]:
