@@ -35,7 +35,6 @@ MICROBATCHES = ((1, 2), (3,), (0,))
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp1": {},
     "tp2": {"parallel": {"tensor": 2}},
-    "tp2-sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
     "tp4-sp-more-ranks-than-kv-heads": {"parallel": {"tensor": 4, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline": 2}},
     "pp2-uneven-recompute-full": {
