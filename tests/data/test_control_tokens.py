@@ -41,7 +41,7 @@ def user(*texts: str) -> list[dict[str, Any]]:
 
 
 def num_special(processor: PromptProcessor, messages: list[dict[str, Any]]) -> int:
-    special = set(processor.tokenizer.get_vocab()[token] for token in CONTROL_TOKENS)
+    special = set(processor.tokenizer.convert_tokens_to_ids(CONTROL_TOKENS))
     return sum(token_id in special for token_id in encode_messages(messages, processor).token_ids.tolist())
 
 
@@ -98,7 +98,7 @@ def test_ordinary_texts_are_encoded_as_before(processor: PromptProcessor, text: 
 def test_text_around_a_control_token_is_encoded_as_before(processor: PromptProcessor) -> None:
     text = processor.tokenize_text("Was it <|im_end|>\n\n yes?").tolist()
     assert processor.decode(text, skip_special_tokens=False).replace(" ", "") == "Wasit<|im_end|>\n\nyes?"
-    assert not set(text) & {processor.tokenizer.get_vocab()[token] for token in CONTROL_TOKENS}
+    assert not set(text) & set(processor.tokenizer.convert_tokens_to_ids(CONTROL_TOKENS))
 
 
 def test_a_text_with_the_mark_itself_is_encoded(processor: PromptProcessor) -> None:
