@@ -35,15 +35,15 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 28, 4, 128
 
 @dataclass(frozen=True)
 class Occupancy:
-    """The simulated run of the kernels that read one table.
+    """The simulated run of one kernel.
 
     Attributes:
-        kernels: "forward, dq" or "dkdv".
+        kernel: "forward", "dq" or "dkdv".
         num_programs: number of programs of a kernel, of all heads together.
         busy: part of the SMs' time in which they run programs, from the start to the end of the last program.
     """
 
-    kernels: str
+    kernel: str
     num_programs: int
     busy: float
 
@@ -51,24 +51,25 @@ class Occupancy:
 def simulate(layout: SegmentLayout, num_heads: int, *, num_sms: int = attention.HOPPER_NUM_SMS) -> list[Occupancy]:
     """Simulate the attention of a layout with `num_heads` query heads on this tensor-parallel rank, in bfloat16."""
     query = torch.empty(0, num_heads, HEAD_DIM, dtype=torch.bfloat16)
-    tables = {
-        "forward, dq": (attention._query_tiles(query, layout), _query_block_costs(layout, query)),
+    forward_tiles, query_tiles = attention._query_tiles(query, layout)
+    kernels = {
+        "forward": (forward_tiles, _query_block_costs(layout, forward_tiles, query.device)),
+        "dq": (query_tiles, _query_block_costs(layout, query_tiles, query.device)),
         "dkdv": (attention._key_tiles(query, layout), _key_block_costs(layout, query)),
     }
     results = []
-    for kernels, (tiles, costs) in tables.items():
+    for kernel, (tiles, costs) in kernels.items():
         programs_per_sm = 8 // tiles.num_warps  # registers are the limit: 255 per thread, 65,536 per SM
         busy = _busy(costs, num_heads, num_sms, programs_per_sm)
-        results.append(Occupancy(kernels, num_heads * len(costs), busy))
+        results.append(Occupancy(kernel, num_heads * len(costs), busy))
     return results
 
 
-def _query_block_costs(layout: SegmentLayout, query: torch.Tensor) -> list[float]:
+def _query_block_costs(layout: SegmentLayout, tiles: attention._Tiles, device: torch.device) -> list[float]:
     """Return the iterations of each row of the table of query blocks."""
-    tiles = attention._query_tiles(query, layout)
     costs = []
     for start, end, own_start, prefix_start, prefix_end, _ in attention._query_blocks(
-        layout, tiles.resident, query.device
+        layout, tiles.resident, device
     ).tolist():
         own_end = min(start + tiles.resident, end) if layout.causal else end
         costs.append(FIXED_COST + _num_tiles([(prefix_start, prefix_end), (own_start, own_end)], tiles.streamed))
@@ -146,12 +147,12 @@ def main() -> None:
     args = parser.parse_args()
     layout = SegmentLayout((args.prompt, *[args.response] * args.group), (-1, *[0] * args.group))
     print(f"P={args.prompt} G={args.group} R={args.response}, {attention.HOPPER_NUM_SMS} SMs, simulated")
-    print(f"{'heads':>8}  {'TP':>2}  {'kernels':<11} {'programs':>8}  busy")
+    print(f"{'heads':>8}  {'TP':>2}  {'kernel':<8} {'programs':>8}  busy")
     for tensor_parallel in (1, 2, 4):
         num_heads, num_kv_heads = NUM_HEADS // tensor_parallel, NUM_KV_HEADS // tensor_parallel
         for result in simulate(layout, num_heads):
             print(
-                f"{num_heads:>5}/{num_kv_heads:<2}  {tensor_parallel:>2}  {result.kernels:<11} "
+                f"{num_heads:>5}/{num_kv_heads:<2}  {tensor_parallel:>2}  {result.kernel:<8} "
                 f"{result.num_programs:>8}  {result.busy:.1%}"
             )
 

@@ -15,17 +15,16 @@ def group(prompt: int) -> SegmentLayout:
 
 @pytest.mark.parametrize("num_heads", [28, 14, 7], ids=["tp1", "tp2", "tp4"])
 def test_long_group_keeps_the_gpu_busy(num_heads: int) -> None:
-    busy = {result.kernels: result.busy for result in simulate(group(6000), num_heads)}
+    busy = {result.kernel: result.busy for result in simulate(group(6000), num_heads)}
     assert min(busy.values()) >= 0.9, busy
 
 
 @pytest.mark.parametrize("prompt", [2000, 3000, 4000, 8000])
 def test_few_heads_get_smaller_tiles_instead_of_idle_sms(prompt: int) -> None:
-    busy = {result.kernels: result.busy for result in simulate(group(prompt), 7)}
+    busy = {result.kernel: result.busy for result in simulate(group(prompt), 7)}
     assert min(busy.values()) >= 0.88, busy
 
 
 def test_sms_are_idle_if_there_are_fewer_programs() -> None:
-    forward, key_gradient = simulate(SegmentLayout.packed((64,)), num_heads=6)
-    assert (forward.num_programs, key_gradient.num_programs) == (6, 6)
-    assert forward.busy == key_gradient.busy == pytest.approx(6 / 132)
+    for result in simulate(SegmentLayout.packed((64,)), num_heads=6):
+        assert (result.num_programs, result.busy) == (6, pytest.approx(6 / 132))

@@ -34,18 +34,21 @@ def shared_prefix_attention(
         key: [tokens, num_kv_heads, head_dim]; num_heads is a multiple of num_kv_heads (grouped-query attention).
         value: [tokens, num_kv_heads, head_dim].
         layout: the segments of the tokens.
-        scale: factor of query @ key. None: head_dim ** -0.5.
+        scale: positive factor of query @ key. None: head_dim ** -0.5.
 
     Returns:
         [queries, num_heads, head_dim] in query's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or the layout's numbers of tokens and queries do not fit together.
+        ValueError: shapes, dtypes or the layout's numbers of tokens and queries do not fit together, or the scale is
+            not positive.
     """
     _check(query, key, value, layout)
     layout = layout.merged
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    elif scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if query.numel() == 0:
         return query + 0 * (key.sum() + value.sum())  # empty, but with a gradient for all three
     if use_flash_attn(query, layout):

@@ -9,8 +9,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vcr1_kernels.layout import QuerySpan, SegmentLayout
 from vcr1_kernels.triton_ops.attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
@@ -35,18 +37,19 @@ def launch_forward(
     """Return the output, [queries, num_heads, head_dim], and the base-2 log-sum-exp, float32 [num_heads, queries]."""
     num_queries, num_heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    log_sum_exp = torch.empty(num_heads, num_queries, dtype=torch.float32, device=query.device)
-    tiles = _query_tiles(query, layout)
+    # TMA needs rows of whole 16 bytes.
+    padded_size = triton.cdiv(num_queries, 4) * 4
+    log_sum_exp = torch.empty(num_heads, padded_size, dtype=torch.float32, device=query.device)[:, :num_queries]
+    tiles, _ = _query_tiles(query, layout)
     blocks = _query_blocks(layout, tiles.resident, query.device)
     forward_kernel[(num_heads, len(blocks))](
-        query,
-        key,
-        value,
+        _descriptor(query, tiles.resident),
+        _descriptor(key, tiles.streamed),
+        _descriptor(value, tiles.streamed),
         out,
         log_sum_exp,
+        log_sum_exp.stride(0),
         blocks,
-        *_strides(query, key, value),
-        num_queries,
         scale * math.log2(math.e),
         BLOCK_QUERIES=tiles.resident,
         BLOCK_KEYS=tiles.streamed,
@@ -72,19 +75,22 @@ def launch_backward(
     are added.
     """
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    grad_out, out = grad_out.contiguous(), out.contiguous()
-    delta = torch.empty_like(log_sum_exp)
-    scalars = (*_strides(query, key, value), len(query), scale, scale * math.log2(math.e))
-    tiles = _query_tiles(query, layout)
+    out = out.contiguous()
+    delta = torch.empty_strided(
+        log_sum_exp.shape, log_sum_exp.stride(), dtype=log_sum_exp.dtype, device=log_sum_exp.device
+    )
+    scalars = (scale, scale * math.log2(math.e))
+    _, tiles = _query_tiles(query, layout)
     blocks = _query_blocks(layout, tiles.resident, query.device)
     query_gradient_kernel[(query.shape[1], len(blocks))](
-        query,
-        key,
-        value,
+        _descriptor(query, tiles.resident),
+        _descriptor(key, tiles.streamed),
+        _descriptor(value, tiles.streamed),
+        _descriptor(grad_out, tiles.resident),
         out,
-        grad_out,
         log_sum_exp,
         delta,
+        delta.stride(0),
         grad_query,
         blocks,
         *scalars,
@@ -107,12 +113,12 @@ def launch_backward(
     )
     blocks, ranges = _key_blocks(layout, tiles, num_splits, query.device)
     key_gradient_kernel[(query.shape[1], len(blocks))](
-        query,
-        key,
-        value,
-        grad_out,
-        log_sum_exp,
-        delta,
+        _descriptor(query, tiles.streamed),
+        _descriptor(key, tiles.resident),
+        _descriptor(value, tiles.resident),
+        _descriptor(grad_out, tiles.streamed),
+        TensorDescriptor.from_tensor(log_sum_exp, [1, tiles.streamed]),
+        TensorDescriptor.from_tensor(delta, [1, tiles.streamed]),
         grad_key,
         grad_value,
         blocks,
@@ -128,34 +134,33 @@ def launch_backward(
     return grad_query, grad_key, grad_value
 
 
-def _query_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
-    """Return the tiles of the forward and the query-gradient kernel.
+def _query_tiles(query: Tensor, layout: SegmentLayout) -> tuple[_Tiles, _Tiles]:
+    """Return the tiles of the forward kernel and of the query-gradient kernel, which have the same blocks of queries.
 
-    Chosen so that Hopper's registers hold them without spilling (tests/kernels/test_hopper.py). float32 inputs do not
-    use the tensor cores and need more registers.
+    Chosen so that Hopper's registers hold them without spilling (tests/kernels/test_hopper.py). The query-gradient
+    kernel has two more tiles in registers, the gradients of P and of the output.
     """
-    if query.dtype == torch.float32:
-        return _Tiles(64, 64, num_warps=8, num_stages=1)
+    if query.dtype == torch.float32:  # does not use the tensor cores and needs more registers
+        return (_Tiles(64, 64, num_warps=8, num_stages=1),) * 2
     if query.shape[2] > 128:
-        return _Tiles(64, 32, num_warps=8, num_stages=2)
-    large = _Tiles(128, 64, num_warps=8, num_stages=3)
+        return (_Tiles(64, 32, num_warps=8, num_stages=2),) * 2
+    large = _Tiles(128, 128, num_warps=8, num_stages=2), _Tiles(128, 64, num_warps=8, num_stages=3)
     # Tiles of 128 tokens would be half empty (vision windows), or too few to keep all SMs busy.
     lengths = layout.lengths if layout.queries is None else [span.length for span in layout.query_spans]
-    if max(lengths) <= 64 or _num_programs(query, lengths, large) < 3 * _num_sms(query.device):
-        return _Tiles(64, 32, num_warps=4, num_stages=3)
+    if max(lengths) <= 64 or _num_programs(query, lengths, large[0]) < 3 * _num_sms(query.device):
+        return (_Tiles(64, 64, num_warps=4, num_stages=2),) * 2
     return large
 
 
 def _key_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
-    """Return the tiles of the key-gradient kernel, which has two accumulators and therefore smaller streamed tiles."""
+    """Return the tiles of the key-gradient kernel."""
     if query.dtype == torch.float32:
         return _Tiles(64, 32, num_warps=8, num_stages=1)
     if query.shape[2] > 128:
         return _Tiles(64, 32, num_warps=8, num_stages=2)
     if max(layout.lengths) <= 64:
-        # The masks of a head_dim that is not a power of two (80 in the vision tower) leave no registers to prefetch.
-        return _Tiles(64, 32, num_warps=4, num_stages=2 if _is_power_of_2(query.shape[2]) else 1)
-    return _Tiles(128, 32, num_warps=8, num_stages=3)
+        return _Tiles(64, 64, num_warps=4, num_stages=2)
+    return _Tiles(128, 64, num_warps=8, num_stages=2)
 
 
 def _num_key_splits(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _Tiles) -> int:
@@ -175,10 +180,6 @@ def _num_programs(query: Tensor, lengths: Iterable[int], tiles: _Tiles) -> int:
     return query.shape[1] * sum(triton.cdiv(length, tiles.resident) for length in lengths)
 
 
-def _is_power_of_2(value: int) -> bool:
-    return value == triton.next_power_of_2(value)
-
-
 @lru_cache
 def _num_sms(device: torch.device) -> int:
     """Return the number of streaming multiprocessors of a GPU; for the interpreter, that of H100 SXM and H200."""
@@ -193,16 +194,32 @@ def _constants(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _Tiles)
         "HEADS_PER_KV_HEAD": num_heads // key.shape[1],
         "HEAD_DIM": head_dim,
         "CAUSAL": layout.causal,
-        "BLOCK_DIM": max(triton.next_power_of_2(head_dim), 16),  # tl.dot needs at least 16
+        "BLOCK_DIM": _block_dim(head_dim),
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # half precision ignores it
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Return the token and head strides of each tensor."""
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
+def _descriptor(tensor: Tensor, block_tokens: int) -> TensorDescriptor:
+    """Describe [tokens, heads, head_dim] to the tensor memory accelerator (TMA), which loads blocks of a head's tokens.
+
+    TMA needs strides of whole 16 bytes. Tensors with other strides are copied; no published model has such. GPUs before
+    Hopper have no TMA: there Triton compiles the loads to ordinary ones.
+    """
+    head_dim, item_bytes = tensor.shape[2], tensor.element_size()
+    if (
+        tensor.data_ptr() % 16
+        or any(stride * item_bytes % 16 for stride in tensor.stride()[:2])
+        or tensor.stride(2) != 1
+    ):
+        tensor = F.pad(tensor, (0, -head_dim % (16 // item_bytes))).contiguous()[..., :head_dim]
+    by_head = tensor.transpose(0, 1)
+    return TensorDescriptor(by_head, by_head.shape, by_head.stride(), [1, block_tokens, _block_dim(head_dim)])
+
+
+def _block_dim(head_dim: int) -> int:
+    return max(triton.next_power_of_2(head_dim), 16)  # tl.dot needs at least 16
 
 
 # The tables depend on the layout only. They are cached because every layer of a model uses the same layout.

@@ -21,7 +21,12 @@ results are bitwise reproducible.
 
 Precision. Tensor cores multiply the inputs' dtype; scores, softmax statistics and accumulators are float32. P and dS
 are rounded to the inputs' dtype before the second matmul. The GPU's exponential instruction is base 2:
-exp(x) = exp2(x * log2(e)), and the factor log2(e) is folded into the scale.
+exp(x) = exp2(x * log2(e)), and the factor log2(e) is folded into the scale. The scale, which is positive, is applied
+with the subtraction in the exponent, as one multiply-add: the maximum is that of the unscaled scores.
+
+Loads. The tensor memory accelerator (TMA) loads blocks of queries, keys and values: it computes addresses and bounds
+without the program's registers. It knows the bounds of tensors, not those of segments, so that a block may end with
+tokens of the next segment. Their P is 0; they must be finite, like everything in the sequence.
 
 Lengths are not compile-time constants: the kernels are compiled once for a model, not once for a batch.
 """
@@ -63,71 +68,76 @@ def _load_query_block(blocks_ptr):
 
 
 @triton.jit
-def _split_key_ranges(
+def _load_tile(descriptor, head, start, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Load [BLOCK, BLOCK_DIM] of one head from token `start` on.
+
+    Tokens and channels outside of the tensor are 0. Tokens after the end of a segment are those of the next one: the
+    caller masks them.
+    """
+    return descriptor.load([head, start, 0]).reshape(BLOCK, BLOCK_DIM)
+
+
+@triton.jit
+def _count_key_blocks(
     start, end, own_start, prefix_start, prefix_end,
     CAUSAL: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Split the two key ranges of a query block into a part of whole key blocks and a rest that needs a mask.
+    """Return how many key blocks a query block visits: whole ones and others, of its prefix and of its own segment.
 
-    The prefix is [prefix_start, prefix_end); keys before the returned prefix_whole form whole blocks. The own segment
-    is [own_start, own_end); keys before own_whole form whole blocks that all queries of the block attend to. With a
-    causal mask these are keys before the first query, and the rest contains the diagonal.
+    A whole block has only keys that all queries of the block attend to. With a causal mask, the own segment's are
+    before the first query, and its other blocks contain the diagonal.
     """
-    prefix_whole = prefix_start + (prefix_end - prefix_start) // BLOCK_KEYS * BLOCK_KEYS
+    prefix_whole = (prefix_end - prefix_start) // BLOCK_KEYS
+    prefix_rest = tl.where(prefix_start + prefix_whole * BLOCK_KEYS < prefix_end, 1, 0)
     own_end = tl.minimum(start + BLOCK_QUERIES, end) if CAUSAL else end
-    own_whole = own_start + ((start if CAUSAL else end) - own_start) // BLOCK_KEYS * BLOCK_KEYS
-    return prefix_whole, own_whole, own_end
+    own_whole = ((start if CAUSAL else end) - own_start) // BLOCK_KEYS
+    own_rest = tl.cdiv(own_end - own_start, BLOCK_KEYS) - own_whole
+    return prefix_whole, own_whole, prefix_rest, own_rest
+
+
+@triton.jit
+def _mask_scores(
+    scores, query_tokens, key_start, end, in_prefix, hidden, CAUSAL: tl.constexpr, BLOCK_KEYS: tl.constexpr
+):
+    """Set the scores of keys >= end to `hidden`, and with CAUSAL those of the own segment's keys after a query."""
+    key_tokens = key_start + tl.arange(0, BLOCK_KEYS)
+    visible = (key_tokens < end)[None, :]
+    if CAUSAL:
+        visible = visible & (in_prefix | (query_tokens[:, None] >= key_tokens[None, :]))
+    return tl.where(visible, scores, hidden)
 
 
 @triton.jit
 def _attend(
-    accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-    start, stop, end, exp2_scale, channels,
+    accumulator, max_score, sum_exp, query, query_tokens, key_desc, value_desc, kv_head, key_start, end, in_prefix,
+    exp2_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Update the online softmax of a query block with the key blocks that begin in [start, stop).
-
-    Without MASKED, all of these keys must be visible to all queries. With MASKED, keys >= end are hidden, and with
-    CAUSAL also the keys after a query. Hidden scores are -inf. A query must see at least one key of the first block
-    that it visits: otherwise max_score stays -inf and the differences below are NaN.
-    """
-    for key_start in range(start, stop, BLOCK_KEYS):
-        key = _load_tokens(key_ptr, key_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * exp2_scale
-        if MASKED:
-            key_tokens = key_start + tl.arange(0, BLOCK_KEYS)
-            visible = (key_tokens < end)[None, :]
-            if CAUSAL:
-                visible = visible & (query_tokens[:, None] >= key_tokens[None, :])
-            scores = tl.where(visible, scores, float("-inf"))
-        # Rescale what was accumulated so far to the new maximum. The first time, max_score is -inf and rescale is 0.
-        new_max = tl.maximum(max_score, tl.max(scores, 1))
-        rescale = tl.exp2(max_score - new_max)
-        p = tl.exp2(scores - new_max[:, None])
-        sum_exp = sum_exp * rescale + tl.sum(p, 1)
-        value = _load_tokens(value_ptr, value_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
-        accumulator = accumulator * rescale[:, None]
-        accumulator = tl.dot(p.to(value.dtype), value, accumulator, input_precision=PRECISION)
-        max_score = new_max
-    return accumulator, max_score, sum_exp
+    """Update the online softmax of a query block with one key block."""
+    key = _load_tile(key_desc, kv_head, key_start, BLOCK_KEYS, BLOCK_DIM)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if MASKED:
+        scores = _mask_scores(scores, query_tokens, key_start, end, in_prefix, float("-inf"), CAUSAL, BLOCK_KEYS)
+    new_max = tl.maximum(max_score, tl.max(scores, 1))
+    rescale = tl.exp2((max_score - new_max) * exp2_scale)
+    p = tl.exp2(scores * exp2_scale - (new_max * exp2_scale)[:, None])
+    sum_exp = sum_exp * rescale + tl.sum(p, 1)
+    value = _load_tile(value_desc, kv_head, key_start, BLOCK_KEYS, BLOCK_DIM)
+    accumulator = accumulator * rescale[:, None]
+    accumulator = tl.dot(p.to(value.dtype), value, accumulator, input_precision=PRECISION)
+    return accumulator, new_max, sum_exp
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["lse_stride"])
 def forward_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
+    query_desc,  # [num_heads, queries, head_dim], blocks of [1, BLOCK_QUERIES, BLOCK_DIM]
+    key_desc,  # [kv_heads, tokens, head_dim], blocks of [1, BLOCK_KEYS, BLOCK_DIM], like value
+    value_desc,
     out_ptr,  # contiguous [queries, num_heads, head_dim]
     lse_ptr,  # float32 [num_heads, queries]: L, base 2
+    lse_stride,  # of a head
     blocks_ptr,  # int32 [num_blocks, 6], see _load_query_block
-    query_stride,
-    query_head_stride,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    num_queries,
     exp2_scale,  # scale * log2(e)
     NUM_HEADS: tl.constexpr,
     HEADS_PER_KV_HEAD: tl.constexpr,  # query heads that share a key-value head
@@ -140,97 +150,80 @@ def forward_kernel(
 ):
     """Compute O = softmax(S) V and L for one block of queries of one head. Grid: (num_heads, query blocks)."""
     start, end, own_start, prefix_start, prefix_end, row = _load_query_block(blocks_ptr)
-    head = tl.program_id(0).to(tl.int64)
-    key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
-    value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
-
-    channels = tl.arange(0, BLOCK_DIM)
+    head = tl.program_id(0)
+    kv_head = head // HEADS_PER_KV_HEAD
     query_tokens = start + tl.arange(0, BLOCK_QUERIES)
-    end_row = row + end - start
-    query = _load_tokens(
-        query_ptr + head * query_head_stride, query_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM
-    )
+    query = _load_tile(query_desc, head, row, BLOCK_QUERIES, BLOCK_DIM)
     accumulator = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
     max_score = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     sum_exp = tl.zeros([BLOCK_QUERIES], tl.float32)
 
-    # Only the end of each range needs a mask. Every query sees a key of the first block that it visits: the prefix is
-    # visible as a whole, and without one the first block is whole or begins with the segment's first token.
-    prefix_whole, own_whole, own_end = _split_key_ranges(
+    prefix_whole, own_whole, prefix_rest, own_rest = _count_key_blocks(
         start, end, own_start, prefix_start, prefix_end, CAUSAL, BLOCK_QUERIES, BLOCK_KEYS
     )
-    accumulator, max_score, sum_exp = _attend(
-        accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-        prefix_start, prefix_whole, prefix_end, exp2_scale, channels, False, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
-    accumulator, max_score, sum_exp = _attend(
-        accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-        prefix_whole, prefix_end, prefix_end, exp2_scale, channels, True, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
-    accumulator, max_score, sum_exp = _attend(
-        accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-        own_start, own_whole, own_end, exp2_scale, channels, False, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
-    accumulator, max_score, sum_exp = _attend(
-        accumulator, max_score, sum_exp, query, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-        own_whole, own_end, own_end, exp2_scale, channels, True, CAUSAL, BLOCK_KEYS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
+    for block in range(prefix_whole + own_whole):
+        first = tl.where(block < prefix_whole, prefix_start, own_start - prefix_whole * BLOCK_KEYS)
+        accumulator, max_score, sum_exp = _attend(
+            accumulator, max_score, sum_exp, query, query_tokens, key_desc, value_desc, kv_head,
+            first + block * BLOCK_KEYS, 0, False, exp2_scale, False, CAUSAL, BLOCK_KEYS, BLOCK_DIM, PRECISION,
+        )  # fmt: skip
+    for block in range(prefix_rest + own_rest):
+        in_prefix = block < prefix_rest
+        first = tl.where(
+            in_prefix, prefix_start + prefix_whole * BLOCK_KEYS, own_start + (own_whole - prefix_rest) * BLOCK_KEYS
+        )
+        accumulator, max_score, sum_exp = _attend(
+            accumulator, max_score, sum_exp, query, query_tokens, key_desc, value_desc, kv_head,
+            first + block * BLOCK_KEYS, tl.where(in_prefix, prefix_end, end), in_prefix, exp2_scale,
+            True, CAUSAL, BLOCK_KEYS, BLOCK_DIM, PRECISION,
+        )  # fmt: skip
 
+    end_row = row + end - start
+    channels = tl.arange(0, BLOCK_DIM)
     _store_tokens(
         out_ptr + head * HEAD_DIM, NUM_HEADS * HEAD_DIM, row, end_row, channels, accumulator / sum_exp[:, None],
         BLOCK_QUERIES, HEAD_DIM,
     )  # fmt: skip
     rows = row + tl.arange(0, BLOCK_QUERIES)
-    tl.store(lse_ptr + head * num_queries + rows, max_score + tl.log2(sum_exp), mask=rows < end_row)
+    lse = max_score * exp2_scale + tl.log2(sum_exp)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * lse_stride + rows, lse, mask=rows < end_row)
 
 
 @triton.jit
 def _accumulate_query_gradient(
-    grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-    start, stop, end, exp2_scale, channels,
+    grad_query, query, grad_out, lse, delta, query_tokens, key_desc, value_desc, kv_head, key_start, end, in_prefix,
+    exp2_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K over the key blocks that begin in [start, stop). The mask is that of `_attend`.
+    """Add dS K of one key block; the mask is that of `_attend`.
 
     P is recomputed from the scores and the log-sum-exp: no running maximum is needed. Hidden entries of P become 0. dP
     comes first, since Triton 3.8 then needs fewer registers.
     """
-    for key_start in range(start, stop, BLOCK_KEYS):
-        key = _load_tokens(key_ptr, key_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
-        value = _load_tokens(value_ptr, value_stride, key_start, end, channels, BLOCK_KEYS, HEAD_DIM)
-        grad_p = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * exp2_scale
-        p = tl.exp2(scores - lse[:, None])
-        if MASKED:
-            key_tokens = key_start + tl.arange(0, BLOCK_KEYS)
-            visible = (key_tokens < end)[None, :]
-            if CAUSAL:
-                visible = visible & (query_tokens[:, None] >= key_tokens[None, :])
-            p = tl.where(visible, p, 0.0)
-        grad_scores = p * (grad_p - delta[:, None])
-        grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
-    return grad_query
+    key = _load_tile(key_desc, kv_head, key_start, BLOCK_KEYS, BLOCK_DIM)
+    value = _load_tile(value_desc, kv_head, key_start, BLOCK_KEYS, BLOCK_DIM)
+    grad_p = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    p = tl.exp2(scores * exp2_scale - lse[:, None])
+    if MASKED:
+        p = _mask_scores(p, query_tokens, key_start, end, in_prefix, 0.0, CAUSAL, BLOCK_KEYS)
+    grad_scores = p * (grad_p - delta[:, None])
+    return tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["lse_stride"])
 def query_gradient_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    out_ptr,
-    grad_out_ptr,  # contiguous, like out and grad_query
+    query_desc,  # like those of forward_kernel
+    key_desc,
+    value_desc,
+    grad_out_desc,  # like query
+    out_ptr,  # contiguous [queries, num_heads, head_dim], like grad_query
     lse_ptr,
-    delta_ptr,  # float32 [num_heads, queries], output: the key-gradient kernel reads it
+    delta_ptr,  # like lse, output: the key-gradient kernel reads it
+    lse_stride,
     grad_query_ptr,
     blocks_ptr,  # int32 [num_blocks, 6], see _load_query_block
-    query_stride,
-    query_head_stride,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    num_queries,
     scale,
     exp2_scale,
     NUM_HEADS: tl.constexpr,
@@ -245,102 +238,89 @@ def query_gradient_kernel(
     """Compute delta and dQ = scale dS K for one block of queries of one head. Grid: (num_heads, query blocks)."""
     start, end, own_start, prefix_start, prefix_end, row = _load_query_block(blocks_ptr)
     head = tl.program_id(0)
-    key_ptr += tl.cast(head // HEADS_PER_KV_HEAD, tl.int64) * key_head_stride
-    value_ptr += tl.cast(head // HEADS_PER_KV_HEAD, tl.int64) * value_head_stride
-
+    kv_head = head // HEADS_PER_KV_HEAD
     channels = tl.arange(0, BLOCK_DIM)
     query_tokens = start + tl.arange(0, BLOCK_QUERIES)
     rows, end_row = row + tl.arange(0, BLOCK_QUERIES), row + end - start
-    query_ptr += tl.cast(head, tl.int64) * query_head_stride
-    query = _load_tokens(query_ptr, query_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM)
+    query = _load_tile(query_desc, head, row, BLOCK_QUERIES, BLOCK_DIM)
+    grad_out = _load_tile(grad_out_desc, head, row, BLOCK_QUERIES, BLOCK_DIM)
     token_stride = NUM_HEADS * HEAD_DIM
-    out_ptr, grad_out_ptr = out_ptr + head * HEAD_DIM, grad_out_ptr + head * HEAD_DIM
-    out = _load_tokens(out_ptr, token_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM)
-    grad_out = _load_tokens(grad_out_ptr, token_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM)
+    out = _load_tokens(out_ptr + head * HEAD_DIM, token_stride, row, end_row, channels, BLOCK_QUERIES, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    lse_offset = tl.cast(head, tl.int64) * num_queries
+    lse_offset = tl.cast(head, tl.int64) * lse_stride
     tl.store(delta_ptr + lse_offset + rows, delta, mask=rows < end_row)
-    # Queries >= end in the last block of a segment load 0 instead of a log-sum-exp. grad_out and delta are 0 for them
-    # too, and their results are not stored.
-    lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < end_row, other=0.0)
+    # The rows after the end of a segment have the queries of the next one, and other log-sum-exps. Their results may be
+    # infinite; they are not stored.
+    lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < end_row, other=float("inf"))
     grad_query = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
 
-    prefix_whole, own_whole, own_end = _split_key_ranges(
+    prefix_whole, own_whole, prefix_rest, own_rest = _count_key_blocks(
         start, end, own_start, prefix_start, prefix_end, CAUSAL, BLOCK_QUERIES, BLOCK_KEYS
     )
-    grad_query = _accumulate_query_gradient(
-        grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-        prefix_start, prefix_whole, prefix_end, exp2_scale, channels, False, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
-    grad_query = _accumulate_query_gradient(
-        grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-        prefix_whole, prefix_end, prefix_end, exp2_scale, channels, True, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
-    grad_query = _accumulate_query_gradient(
-        grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-        own_start, own_whole, own_end, exp2_scale, channels, False, False, BLOCK_KEYS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
-    grad_query = _accumulate_query_gradient(
-        grad_query, query, grad_out, lse, delta, query_tokens, key_ptr, value_ptr, key_stride, value_stride,
-        own_whole, own_end, own_end, exp2_scale, channels, True, CAUSAL, BLOCK_KEYS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
-    # The block is loaded again, and `head` has only 32 bits: the loops leave no register to keep more in.
-    block_ptr = blocks_ptr + tl.program_id(1) * 6
-    start, end, row = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 5)
+    for block in range(prefix_whole + own_whole):
+        first = tl.where(block < prefix_whole, prefix_start, own_start - prefix_whole * BLOCK_KEYS)
+        grad_query = _accumulate_query_gradient(
+            grad_query, query, grad_out, lse, delta, query_tokens, key_desc, value_desc, kv_head,
+            first + block * BLOCK_KEYS, 0, False, exp2_scale, False, CAUSAL, BLOCK_KEYS, BLOCK_DIM, PRECISION,
+        )  # fmt: skip
+    for block in range(prefix_rest + own_rest):
+        in_prefix = block < prefix_rest
+        first = tl.where(
+            in_prefix, prefix_start + prefix_whole * BLOCK_KEYS, own_start + (own_whole - prefix_rest) * BLOCK_KEYS
+        )
+        grad_query = _accumulate_query_gradient(
+            grad_query, query, grad_out, lse, delta, query_tokens, key_desc, value_desc, kv_head,
+            first + block * BLOCK_KEYS, tl.where(in_prefix, prefix_end, end), in_prefix, exp2_scale,
+            True, CAUSAL, BLOCK_KEYS, BLOCK_DIM, PRECISION,
+        )  # fmt: skip
     _store_tokens(
-        grad_query_ptr + head * HEAD_DIM, token_stride, row, row + end - start, channels, grad_query * scale,
+        grad_query_ptr + head * HEAD_DIM, token_stride, row, end_row, channels, grad_query * scale,
         BLOCK_QUERIES, HEAD_DIM,
     )  # fmt: skip
 
 
 @triton.jit
 def _accumulate_key_gradients(
-    grad_key, grad_value, key, value, key_rows,
-    query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_stride, grad_out_stride,
-    start, end, exp2_scale, channels,
-    CAUSAL: tl.constexpr, BLOCK_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    grad_key, grad_value, key, value, key_rows, query_desc, grad_out_desc, head, lse_desc, delta_desc,
+    start, end, exp2_scale,
+    CAUSAL: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T Q and P^T dO over the queries in rows [start, end).
 
     `key_rows` are the rows of the keys' own tokens; with CAUSAL, rows before them are hidden. Scores are computed
-    transposed, [keys, queries], so that both matmuls use P and dS as their left operand.
+    transposed, [keys, queries], so that both matmuls use P and dS as their left operand. lse and delta are loaded from
+    multiples of 16 bytes, which Triton demands, so that the first tile may begin up to 3 rows before `start`.
     """
-    for query_start in range(start, end, BLOCK_QUERIES):
+    for query_start in range(start // 4 * 4, end, BLOCK_QUERIES):
         rows = query_start + tl.arange(0, BLOCK_QUERIES)
-        query = _load_tokens(query_ptr, query_stride, query_start, end, channels, BLOCK_QUERIES, HEAD_DIM)
-        grad_out = _load_tokens(grad_out_ptr, grad_out_stride, query_start, end, channels, BLOCK_QUERIES, HEAD_DIM)
-        lse = tl.load(lse_ptr + rows, mask=rows < end, other=float("inf"))  # hidden queries: P is 0
-        delta = tl.load(delta_ptr + rows, mask=rows < end, other=0.0)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * exp2_scale  # [keys, queries]
-        p = tl.exp2(scores - lse[None, :])
+        query = _load_tile(query_desc, head, query_start, BLOCK_QUERIES, BLOCK_DIM)
+        grad_out = _load_tile(grad_out_desc, head, query_start, BLOCK_QUERIES, BLOCK_DIM)
+        lse = lse_desc.load([head, query_start]).reshape(BLOCK_QUERIES)
+        lse = tl.where((rows >= start) & (rows < end), lse, float("inf"))  # other queries are hidden: P is 0
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [keys, queries]
+        p = tl.exp2(scores * exp2_scale - lse[None, :])
         if CAUSAL:
             p = tl.where(rows[None, :] >= key_rows[:, None], p, 0.0)
         grad_value = tl.dot(p.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
         grad_p = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
+        delta = delta_desc.load([head, query_start]).reshape(BLOCK_QUERIES)
         grad_scores = p * (grad_p - delta[None, :])
         grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit
 def key_gradient_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
+    query_desc,  # [num_heads, queries, head_dim], blocks of [1, BLOCK_QUERIES, BLOCK_DIM], like grad_out
+    key_desc,  # [kv_heads, tokens, head_dim], blocks of [1, BLOCK_KEYS, BLOCK_DIM], like value
+    value_desc,
+    grad_out_desc,
+    lse_desc,  # float32 [num_heads, queries], blocks of [1, BLOCK_QUERIES], like delta
+    delta_desc,
     grad_key_ptr,  # contiguous [tokens, num_heads, NUM_SPLITS, head_dim], like grad_value
     grad_value_ptr,
     blocks_ptr,  # int32 [num_blocks, 6]: first key, end of its segment, first masked, first whole and end range, split
     ranges_ptr,  # int32 [num_ranges, 3]: first and end row of queries, the first query's token minus its row
-    query_stride,
-    query_head_stride,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    num_queries,
     scale,
     exp2_scale,
     NUM_HEADS: tl.constexpr,
@@ -355,44 +335,37 @@ def key_gradient_kernel(
 ):
     """Compute the part of dK and dV that a query head contributes to a block of keys. Grid: (num_heads, key blocks)."""
     block_ptr = blocks_ptr + tl.program_id(1) * 6
-    start, end = tl.load(block_ptr), tl.load(block_ptr + 1)
+    start = tl.load(block_ptr)
     # Indices into the table of ranges: first those with queries on the causal diagonal, then those without.
     first_masked, first_whole, end_range = tl.load(block_ptr + 2), tl.load(block_ptr + 3), tl.load(block_ptr + 4)
-    split = tl.load(block_ptr + 5)
-    head = tl.program_id(0).to(tl.int64)
-    key_ptr += head // HEADS_PER_KV_HEAD * key_head_stride
-    value_ptr += head // HEADS_PER_KV_HEAD * value_head_stride
-    query_ptr += head * query_head_stride
-    grad_out_ptr += head * HEAD_DIM
-    lse_ptr += head * num_queries
-    delta_ptr += head * num_queries
+    head = tl.program_id(0)
 
-    channels = tl.arange(0, BLOCK_DIM)
     key_tokens = start + tl.arange(0, BLOCK_KEYS)
-    key = _load_tokens(key_ptr, key_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM)
-    value = _load_tokens(value_ptr, value_stride, start, end, channels, BLOCK_KEYS, HEAD_DIM)
+    key = _load_tile(key_desc, head // HEADS_PER_KV_HEAD, start, BLOCK_KEYS, BLOCK_DIM)
+    value = _load_tile(value_desc, head // HEADS_PER_KV_HEAD, start, BLOCK_KEYS, BLOCK_DIM)
     grad_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     grad_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
-    token_stride = NUM_HEADS * HEAD_DIM
 
     if CAUSAL:
         for range_index in range(first_masked, first_whole):
             range_ptr = ranges_ptr + 3 * range_index
             range_start, range_end, shift = tl.load(range_ptr), tl.load(range_ptr + 1), tl.load(range_ptr + 2)
             grad_key, grad_value = _accumulate_key_gradients(
-                grad_key, grad_value, key, value, key_tokens - shift, query_ptr, grad_out_ptr, lse_ptr, delta_ptr,
-                query_stride, token_stride, range_start, range_end, exp2_scale, channels,
-                True, BLOCK_QUERIES, HEAD_DIM, PRECISION,
+                grad_key, grad_value, key, value, key_tokens - shift, query_desc, grad_out_desc, head, lse_desc,
+                delta_desc, range_start, range_end, exp2_scale, True, BLOCK_QUERIES, BLOCK_DIM, PRECISION,
             )  # fmt: skip
     for range_index in range(first_whole, end_range):
         range_start, range_end = tl.load(ranges_ptr + 3 * range_index), tl.load(ranges_ptr + 3 * range_index + 1)
         grad_key, grad_value = _accumulate_key_gradients(
-            grad_key, grad_value, key, value, key_tokens, query_ptr, grad_out_ptr, lse_ptr, delta_ptr,
-            query_stride, token_stride, range_start, range_end, exp2_scale, channels,
-            False, BLOCK_QUERIES, HEAD_DIM, PRECISION,
+            grad_key, grad_value, key, value, key_tokens, query_desc, grad_out_desc, head, lse_desc,
+            delta_desc, range_start, range_end, exp2_scale, False, BLOCK_QUERIES, BLOCK_DIM, PRECISION,
         )  # fmt: skip
 
-    offset = (head * NUM_SPLITS + split) * HEAD_DIM
-    part_stride = token_stride * NUM_SPLITS
+    # The block is loaded again: the loops leave no register to keep more in.
+    block_ptr = blocks_ptr + tl.program_id(1) * 6
+    start, end, split = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 5)
+    channels = tl.arange(0, BLOCK_DIM)
+    offset = (tl.cast(head, tl.int64) * NUM_SPLITS + split) * HEAD_DIM
+    part_stride = NUM_HEADS * HEAD_DIM * NUM_SPLITS
     _store_tokens(grad_key_ptr + offset, part_stride, start, end, channels, grad_key * scale, BLOCK_KEYS, HEAD_DIM)
     _store_tokens(grad_value_ptr + offset, part_stride, start, end, channels, grad_value, BLOCK_KEYS, HEAD_DIM)
