@@ -155,7 +155,8 @@ class _DeviceRules(TorchDispatchMode):
             return func(*args, **kwargs)
         is_gpu = [on_gpu(x) for x in tensors]
         if func is aten.copy_.default:
-            if is_gpu == [False, True]:
+            # A copy to pinned memory does not wait if it is asked not to; others are not told apart here.
+            if is_gpu == [False, True] and not (len(args) > 2 and args[2]):
                 _count_sync()
             return func(*args, **kwargs)
         if not any(is_gpu):
@@ -217,9 +218,12 @@ def _emulate_cuda() -> None:
     cuda = torch.cuda
     answers: dict[str, Any] = dict(is_available=True, current_device=0, device_count=1, max_memory_allocated=0)
     answers |= dict(set_device=None, synchronize=None, empty_cache=None, reset_peak_memory_stats=None)
-    answers |= dict(get_device_name="an emulated GPU", current_stream=mock.Mock())
+    answers |= dict(get_device_name="an emulated GPU", current_stream=mock.Mock(), cudart=mock.Mock(), check_error=None)
+    answers |= dict(stream=contextlib.nullcontext())
+    Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     for name, answer in answers.items():
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
+    cuda.Stream = type("Stream", (mock.Mock,), {})  # type: ignore[misc]
     cuda._initialized = True
     cuda.default_generators = (torch.Generator(),)
     torch._C._cuda_getDevice = lambda: 0

@@ -68,14 +68,18 @@ def test_host_syncs_are_counted_by_line(read: Callable[[Tensor], object]) -> Non
 @pytest.mark.parametrize(
     "family, stage, options",
     [
-        ("qwen3_vl", "sft", ["--recompute.granularity", "full"]),
+        (
+            "qwen3_vl",
+            "sft",
+            ["--recompute.granularity", "full", "--recompute.offload", "true", "--optimizer.state", "host"],
+        ),
         ("qwen2_5_vl", "grpo", ["--grpo.epochs_per_rollout", "2"]),
     ],
 )
 def test_a_run_mixes_no_devices_and_the_model_never_waits_for_the_gpu(
     tmp_path: Path, family: str, stage: str, options: list[str]
 ) -> None:
-    """Covers reading of weights, training, the reference's weights on the host, NCCL's collectives and the export."""
+    """Covers reading of weights, training, what is kept in host memory, NCCL's collectives and the export."""
     workspace.create(tmp_path, family=family, num_videos=4)
     config = workspace.config(tmp_path, stage, train={"num_steps": 1}, checkpoint={"export": "end"})
     (tmp_path / "run.toml").write_text(render_toml(config, documented=False))

@@ -8,6 +8,8 @@ format: ``optimizer.state.exp_avg.<weight>``, ``optimizer.state.exp_avg_sq.<weig
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -25,6 +27,36 @@ from megatron_vcr1.checkpoint.shard_slices import ShardSlice, slices_of_range
 
 _PREFIX = "optimizer.state."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class MainParameter:
+    """A tensor that Adam updates on this rank.
+
+    Attributes:
+        inner: the Adam.
+        parameter: the model's parameter.
+        start: index of the parameter's value (flattened) that is the first of `values`.
+        values: the parameter itself, a view of it, or a float32 copy.
+    """
+
+    inner: torch.optim.Optimizer
+    parameter: nn.Parameter
+    start: int
+    values: Tensor
+
+    @property
+    def is_copy(self) -> bool:
+        return self.values.dtype != self.parameter.dtype
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the moments by name. Those that do not exist yet are created, as zeros."""
+        state = self.inner.state[self.values]
+        dtypes = getattr(self.inner, "moment_dtypes", {})  # TransformerEngine's and Apex's Adam keep them in float32
+        for name in _MOMENTS:
+            if name not in state:
+                state[name] = torch.zeros_like(self.values, dtype=dtypes.get(name, torch.float32))
+        return {name: state[name] for name in _MOMENTS}
 
 
 def optimizer_slices(
@@ -45,10 +77,15 @@ def optimizer_slices(
         part
         for single in _single_optimizers(optimizer)
         if isinstance(single, DistributedOptimizer) == distributed
-        for parameter, start, main in _main_parameters(single)
-        for name, values in _flat_state(single.optimizer, parameter, main).items()
-        for part in slices_of_range(parameters[parameter], f"{_PREFIX}{name}.", start, values)
+        for main in _main_parameters(single)
+        for name, values in _flat_state(main).items()
+        for part in slices_of_range(parameters[main.parameter], f"{_PREFIX}{name}.", main.start, values)
     ]
+
+
+def main_parameters(optimizer: MegatronOptimizer) -> list[MainParameter]:
+    """Return the tensors that the Adams of this rank update."""
+    return [main for single in _single_optimizers(optimizer) for main in _main_parameters(single)]
 
 
 def num_updates(optimizer: MegatronOptimizer) -> int:
@@ -76,41 +113,33 @@ def _single_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     return [single for single in singles if not single.is_stub_optimizer]
 
 
-def _main_parameters(optimizer: Any) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-    """Yield (parameter, start, main) for each parameter on this rank.
-
-    ``main`` is the tensor that the inner optimizer updates. It holds the parameter's values from ``start`` on, and is
-    the parameter itself, a view of it, or a float32 copy.
-    """
+def _main_parameters(optimizer: Any) -> Iterator[MainParameter]:
+    make = partial(MainParameter, optimizer.optimizer)
     if isinstance(optimizer, DistributedOptimizer):
         # Each data-parallel rank owns a flat range of the gradient buffer, and so of some parameters.
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():
             owned = optimizer._get_model_param_range_map(parameter)["param"]
-            yield parameter, owned.start, optimizer.optimizer.param_groups[group]["params"][order]
+            yield make(parameter, owned.start, optimizer.optimizer.param_groups[group]["params"][order])
     elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
         pairs = zip(
             chain.from_iterable(optimizer.float16_groups),
             chain.from_iterable(optimizer.fp32_from_float16_groups),
             strict=True,
         )
-        for parameter, main in pairs:
-            yield parameter, 0, main
+        for parameter, values in pairs:
+            yield make(parameter, 0, values)
         for parameter in chain.from_iterable(optimizer.fp32_from_fp32_groups):
-            yield parameter, 0, parameter
+            yield make(parameter, 0, parameter)
     else:
         assert isinstance(optimizer, FP32Optimizer), type(optimizer)
         for group in optimizer.optimizer.param_groups:
             for parameter in group["params"]:
-                yield parameter, 0, parameter
+                yield make(parameter, 0, parameter)
 
 
-def _flat_state(inner: torch.optim.Optimizer, parameter: nn.Parameter, main: Tensor) -> dict[str, Tensor]:
+def _flat_state(main: MainParameter) -> dict[str, Tensor]:
     """Return the state tensors of a main parameter by name, flattened without a copy."""
-    state = inner.state[main]
-    for name in _MOMENTS:
-        if name not in state:
-            state[name] = torch.zeros_like(main, dtype=torch.float32)
-    tensors = {name: state[name].view(-1) for name in _MOMENTS}
-    if main.dtype != parameter.dtype:
-        tensors["param"] = main.detach().view(-1)
+    tensors = {name: moment.view(-1) for name, moment in main.moments().items()}
+    if main.is_copy:
+        tensors["param"] = main.values.detach().view(-1)
     return tensors

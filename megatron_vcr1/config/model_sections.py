@@ -140,9 +140,23 @@ class RecomputeSection(Section):
         "the input of each block is stored. Must divide the number of layers of every pipeline stage. The vision "
         "tower always stores the input of every layer.",
     )
+    offload: bool = Field(
+        default=False,
+        description="Keep what full recomputation stores, the inputs of the recomputed blocks, in host memory until "
+        "the backward pass. Needs recompute.granularity = 'full'. On a GPU the copies overlap the computation.",
+    )
     modules: Names[Literal["core_attn", "mlp"]] = Field(
         default=("core_attn",),
         min_length=1,
         description="Parts of each layer to recompute, with recompute.granularity = 'selective': any of 'core_attn' "
         "(attention without its projections) and 'mlp'.",
     )
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload and self.granularity != "full":
+            raise ValueError(
+                f"offload needs granularity = 'full', not '{self.granularity}': it moves the inputs of recomputed "
+                "layers; set that, or offload = false"
+            )
+        return self

@@ -6,8 +6,9 @@ documentation of the settings (printed by `vcr1 config`).
 
 from __future__ import annotations
 
-from typing import cast, get_args, get_origin
+from typing import Self, cast, get_args, get_origin
 
+from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
 from megatron_vcr1.config.data_sections import DataSection
@@ -45,6 +46,15 @@ class RunConfig(Section):
     logging: LoggingSection = LoggingSection()
     profile: ProfileSection = ProfileSection()
     evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _check_grad_dtype(self) -> Self:
+        if self.optimizer.grad_dtype == "bfloat16" and self.model.dtype != "bfloat16":
+            raise ValueError(
+                f"optimizer.grad_dtype = 'bfloat16' needs model.dtype = 'bfloat16', not '{self.model.dtype}'; change "
+                "one of them"
+            )
+        return self
 
 
 def section_classes() -> dict[str, type[Section]]:

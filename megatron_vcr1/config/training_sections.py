@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 
 from megatron_vcr1.config.section import Names, Section, Weights
 
+MAX_BFLOAT16_DECAY = 0.99
+"""The highest decay rate of moments in bfloat16. Half of a bfloat16's last bit is 0.2 to 0.4 % of its value; a moment
+has to change by more than that in a step."""
+
 
 class TrainSection(Section):
     """The training run: its stage, run directory, length and batch size."""
@@ -107,10 +111,37 @@ class OptimizerSection(Section):
         description="Distributed optimizer: shard the optimizer state over the data-parallel replicas instead of "
         "replicating it.",
     )
+    state: Literal["resident", "host"] = Field(
+        default="resident",
+        description="Location of the optimizer's state, that is Adam's moments and, with model.dtype = 'bfloat16', the "
+        "float32 master weights: 'resident' keeps it on the GPU; 'host' keeps it in host memory and copies it to the "
+        "GPU for each optimizer step, when the activations are gone, and back. Colocated servers can use the memory.",
+    )
+    first_moment_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Data type in which Adam's first moments are stored. 'bfloat16' needs beta1 <= 0.99.",
+    )
+    second_moment_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Data type in which Adam's second moments are stored. 'bfloat16' needs beta2 <= 0.99: with the "
+        "default of 0.999, a step changes them by less than half of their last bit, so they would never decrease.",
+    )
+    grad_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Data type of the gradient buffers, in which gradients are added up over microbatches and reduced "
+        "over the replicas. 'bfloat16' halves their memory and the bytes that are sent, but rounds every sum to 8 "
+        "bits. It needs model.dtype = 'bfloat16'.",
+    )
     overlap_grad_reduce: bool = Field(
         default=False,
         description="Reduce the gradients over the replicas in parts, while the backward pass of the last microbatch "
         "computes the next ones, instead of all at once after it.",
+    )
+    overlap_param_gather: bool = Field(
+        default=False,
+        description="Gather the updated parameters from the replicas while the next forward pass computes, instead of "
+        "before it. Needs optimizer.distributed and optimizer.overlap_grad_reduce. It helps if a forward pass is what "
+        "follows: in SFT, and between the optimizer steps of a GRPO step. The weight sync waits for all parameters.",
     )
 
     @model_validator(mode="after")
@@ -119,6 +150,27 @@ class OptimizerSection(Section):
             raise ValueError(
                 f"min_learning_rate = {self.min_learning_rate} is above learning_rate = {self.learning_rate}; lower "
                 "min_learning_rate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_moments(self) -> Self:
+        for name, beta in (("first", "beta1"), ("second", "beta2")):
+            decay = getattr(self, beta)
+            if getattr(self, f"{name}_moment_dtype") == "bfloat16" and decay > MAX_BFLOAT16_DECAY:
+                raise ValueError(
+                    f"{name}_moment_dtype = 'bfloat16' needs {beta} <= {MAX_BFLOAT16_DECAY}, not {decay}: rounding "
+                    f"would undo the decay of the moments; lower {beta}, or set {name}_moment_dtype = 'float32'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_overlaps(self) -> Self:
+        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
+            raise ValueError(
+                "overlap_param_gather needs distributed = true, which shards the optimizer state, and "
+                "overlap_grad_reduce = true, which divides the parameters into buckets; set both, or unset "
+                "overlap_param_gather"
             )
         return self
 

@@ -11,13 +11,14 @@ from megatron.core.enums import ModelType
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from torch import Tensor
 from vcr1_kernels import linear_log_probs
 from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
 
 from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, RecomputeSection
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.activation_offload import offload_layer_inputs
 from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, RotaryTables
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.cpu import decode
@@ -330,7 +331,7 @@ def build_model(
         config: the model's configuration.
         section: dtype, FP8 recipe, layer implementation and frozen parts.
         parallel: the layout.
-        recompute: activation recomputation.
+        recompute: activation recomputation, and whether layer inputs are kept in host memory.
         initialize_weights: fill the parameters with random numbers. Otherwise they are undefined until they are loaded.
 
     Raises:
@@ -360,6 +361,10 @@ def build_model(
     mark_sharded_weights(model)
     if model.vision_tower is not None and model.vision_tower.is_replicated:
         replicate_weights(model.vision_tower)
+    if recompute.offload:
+        for module in model.modules():
+            if isinstance(module, TransformerBlock):
+                offload_layer_inputs(module)
     freeze(model, section.freeze)
     return model
 

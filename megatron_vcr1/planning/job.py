@@ -46,6 +46,11 @@ class Job:
     freeze: tuple[str, ...] = ()
     with_reference: bool = True  # whether the log-probs of the reference are computed
     reference_resident: bool = False  # whether the reference's weights stay on the device, or in host memory
+    offloads_inputs: bool = False  # whether the inputs of recomputed layers are kept in host memory
+    gradient_bytes: int = 4  # of a value in the gradient buffers
+    moment_bytes: int = 8  # of Adam's two moments of a parameter
+    optimizer_resident: bool = True  # whether the optimizer's state stays on the device, or in host memory
+    overlaps_reduction: bool = False  # whether gradients are reduced during the backward pass of the last microbatch
 
     @property
     def num_steps(self) -> int:

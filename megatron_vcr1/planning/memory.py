@@ -11,7 +11,8 @@ the hidden size, q and k the sizes of all query heads and all key heads of the r
 GPUs are assumed to run TransformerEngine layers. h is replicated on all tensor-parallel ranks, or sharded with sequence
 parallelism. Without sequence parallelism, the last layer keeps only the tokens that predict a target after its
 attention. Full recomputation keeps h per layer, and one whole layer while it is recomputed; MLP recomputation drops the
-2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule).
+2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule). Of layer
+inputs that are kept in host memory, each of these microbatches has at most two on the GPU.
 
 With context parallelism a rank saves the values of its own tokens only. In backward, a layer has these temporary values
 per prompt token of the microbatch, with c chunks of heads (`model.context_attention`):
@@ -33,8 +34,6 @@ from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.parameters import StageParameters, num_parameters, stage_parameters
 
-GRADIENT_BYTES = 4  # gradient buffers are float32 for all parameter dtypes
-
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -45,7 +44,7 @@ class Memory:
     optimizer: float
     reference: float
     activations: float  # saved for the backward pass, language model and vision tower
-    working: float  # temporary memory of the head or of the layer being computed, whichever is larger
+    working: float  # temporary memory of the head, of the layer being computed or of the optimizer step, if larger
     fixed: float  # CUDA context, libraries, fragmentation
 
     @property
@@ -128,7 +127,7 @@ def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, .
 
 def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, parameters: StageParameters) -> Memory:
     trained = num_trained(job, parameters)
-    state_bytes = optimizer_state_bytes(job)
+    state = trained * optimizer_state_bytes(job) / layout.num_weight_holders  # the distributed optimizer shards it
     in_flight = min(layout.num_microbatches(job), layout.pipeline - stage)
     text_bytes, text_working = _text_activations(job, layout, device, stage)
     vision_bytes, vision_working = _vision_activations(job, layout, device) if stage == 0 else (0.0, 0.0)
@@ -136,15 +135,18 @@ def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, paramete
     working = max(text_working, vision_working - text_bytes)
     if stage == layout.pipeline - 1:
         working = max(working, _head_bytes(job, layout, device))
-    working = max(working, 0.0)
     activations = in_flight * (text_bytes + vision_bytes)
     if stage == 0 and job.keeps_features:
         activations += layout.num_microbatches(job) * _feature_bytes(job, layout)
+    # In the optimizer step, the activations are free already.
+    gradient_copies = 0.0 if job.gradient_bytes == 4 else 4 * trained / layout.num_weight_holders  # in float32
+    step_bytes = gradient_copies + (0.0 if job.optimizer_resident else state)
+    working = max(working, step_bytes - activations, 0.0)
     weights = parameters.total * job.dtype_bytes
     return Memory(
         parameters=weights,
-        gradients=trained * GRADIENT_BYTES,
-        optimizer=trained * state_bytes / layout.num_weight_holders,  # the distributed optimizer shards its state
+        gradients=trained * job.gradient_bytes,
+        optimizer=state if job.optimizer_resident else 0.0,
         reference=weights if job.with_reference and (job.reference_resident or device.is_cpu) else 0.0,
         activations=activations,
         working=working,
@@ -154,7 +156,7 @@ def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, paramete
 
 def optimizer_state_bytes(job: Job) -> int:
     """Return the bytes per trained parameter: Adam's moments, and float32 master weights if the model is bfloat16."""
-    return 8 if job.dtype_bytes == 4 else 12
+    return job.moment_bytes + (0 if job.dtype_bytes == 4 else 4)
 
 
 def checkpoint_bytes(job: Job) -> int:
@@ -173,12 +175,17 @@ def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> t
     """Return the saved bytes of one microbatch on a stage, and the temporary bytes of one layer."""
     layer = text_layer_activations(job, layout, device)
     tokens = job.group_tokens * layout.groups_per_microbatch * layout.token_share(job)
-    saved = tokens * layout.stages(job.config)[stage] * layer.saved
+    saved = tokens * _num_saved(job, layout, layout.stages(job.config)[stage]) * layer.saved
     if stage == layout.pipeline - 1 and not layout.sequence_parallel:
         targets = job.groups(layout.groups_per_microbatch).targets * layout.response_share(job)
         saved -= (tokens - targets) * layer.saved_after_attention
     working = tokens * layer.working * job.dtype_bytes + _gathered_bytes(job, layout)
     return saved * job.dtype_bytes, working
+
+
+def _num_saved(job: Job, layout: Layout, num_layers: int) -> int:
+    """Return the number of layers with saved activations on the device."""
+    return min(num_layers, 2) if job.offloads_inputs and layout.recompute == "full" else num_layers
 
 
 def _gathered_bytes(job: Job, layout: Layout) -> float:
@@ -205,7 +212,7 @@ def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float
     # recomputed.
     num_mergers = 1 + job.config.family.num_feature_layers(vision)
     merger = num_mergers * (2 + 2 / layout.of_vision.tensor) * vision.hidden_size
-    saved = vision.num_layers * layer.saved + merger
+    saved = _num_saved(job, layout, vision.num_layers) * layer.saved + merger
     return patches * saved * job.dtype_bytes, patches * layer.working * job.dtype_bytes
 
 

@@ -36,7 +36,7 @@ def job_of_run(
         prompt_tokens: length of a prompt; None assumes that its video fills data.total_pixels.
         num_samples: samples per epoch; None counts the lines of the manifests.
     """
-    train, grpo = config.train, config.grpo
+    train, grpo, optimizer = config.train, config.grpo, config.optimizer
     is_grpo = train.stage == "grpo"
     if train.num_steps is not None:
         num_samples, num_epochs = train.num_steps * train.prompts_per_step, 1.0
@@ -51,11 +51,20 @@ def job_of_run(
         response_tokens=response_tokens,
         num_samples=num_samples,
         num_epochs=num_epochs,
-        dtype_bytes=4 if config.model.dtype == "float32" else 2,
+        dtype_bytes=_bytes_of(config.model.dtype),
         freeze=config.model.freeze,
         with_reference=is_grpo and grpo.kl_coef > 0,
         reference_resident=grpo.reference == "resident",
+        offloads_inputs=config.recompute.offload,
+        gradient_bytes=_bytes_of(optimizer.grad_dtype),
+        moment_bytes=_bytes_of(optimizer.first_moment_dtype) + _bytes_of(optimizer.second_moment_dtype),
+        optimizer_resident=optimizer.state == "resident",
+        overlaps_reduction=optimizer.overlap_grad_reduce,
     )
+
+
+def _bytes_of(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def longest_prompt(data: DataSection, model: ModelConfig) -> int:

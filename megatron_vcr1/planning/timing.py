@@ -21,11 +21,12 @@ from megatron_vcr1.model.flops import Flops, forward_flops, recomputed_flops, tr
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.imbalance import work_imbalance
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token, num_trained
+from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token, num_trained, optimizer_state_bytes
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
 from megatron_vcr1.planning.traffic import (
     boundary_bytes,
     context_traffic,
+    data_traffic,
     key_bytes,
     step_traffic,
     tensor_traffic,
@@ -183,16 +184,25 @@ def update_seconds(
 ) -> float:
     """Predict the update: forward and backward of all microbatches, gradient reduction over replicas, optimizer.
 
+    A reduction that overlaps the backward pass of the last microbatch takes only the time by which it is longer. The
+    update ends when the new parameters are gathered: the weight sync reads them.
+
     Args:
         imbalance: work of the busiest replica, for which the others wait, over the mean.
     """
     compute = imbalance * _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=True)
     holders_within_node = layout.tensor * layout.num_weight_holders <= gpus_per_node
-    gradients = step_traffic(job, layout).data / _bandwidth(device, within_node=holders_within_node)
-    gradients += vision_gradient_bytes(job, layout) / _bandwidth(device, within_node=True)
+    bandwidth = _bandwidth(device, within_node=holders_within_node)
+    reduction, gather = (sent / bandwidth for sent in data_traffic(job, layout))
+    if job.overlaps_reduction:
+        forward, both = (stage_seconds(job, layout, device, gpus_per_node, training=each) for each in (False, True))
+        reduction -= min(reduction, max(both) - max(forward))
+    reduction += vision_gradient_bytes(job, layout) / _bandwidth(device, within_node=True)
     trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) / layout.num_weight_holders
     optimizer = OPTIMIZER_BYTES * trained / (device.memory_bytes_per_s * device.efficiency.memory)
-    return compute + gradients + optimizer
+    if not job.optimizer_resident and not device.is_cpu:
+        optimizer += 2 * trained * optimizer_state_bytes(job) / device.host_bytes_per_s  # to the device and back
+    return compute + reduction + gather + optimizer
 
 
 def reference_seconds(

@@ -12,7 +12,7 @@ tensor    every layer: 2 all-reduces in the forward pass (after attention and ML
 pipeline  the hidden states of a microbatch to the next stage, and their gradients back
 context   every layer: an all-gather of the prompts' keys and values forward; backward another one and a reduce-scatter
           of their gradients. Vision features to the ranks of their tokens, and their gradients back
-data      of trained parameters: float32 gradients to the rank with their optimizer state, and updated weights back
+data      of trained parameters: gradients to the rank with their optimizer state, and updated weights back
 sync      the weights to the engines
 """
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from megatron_vcr1.model.context_attention import num_chunks
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.memory import GRADIENT_BYTES, key_size, num_trained
+from megatron_vcr1.planning.memory import key_size, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
 
 
@@ -62,14 +62,20 @@ def step_traffic(job: Job, layout: Layout) -> Traffic:
     # A middle stage sends hidden states forward and gradients back. With two stages, the first one sends only hidden
     # states and the last one only gradients.
     sends = 0 if layout.pipeline == 1 else 1 + reference + (layout.pipeline > 2)
-    trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout))
     return Traffic(
         tensor=num_microbatches * tensor + vision_gradient_bytes(job, layout),
         context=num_microbatches * context,
         pipeline=num_microbatches * sends * boundary_bytes(job, layout),
-        data=(1 - 1 / layout.num_weight_holders) * trained * (GRADIENT_BYTES + job.dtype_bytes),
+        data=sum(data_traffic(job, layout)),
         sync=num_parameters(job.config) * job.dtype_bytes,
     )
+
+
+def data_traffic(job: Job, layout: Layout) -> tuple[float, float]:
+    """Predict the bytes that a rank sends in one update: to reduce gradients, to gather updated parameters."""
+    trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout))
+    ring = (1 - 1 / layout.num_weight_holders) * trained
+    return ring * job.gradient_bytes, ring * job.dtype_bytes
 
 
 def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tuple[Sent, Sent]:
@@ -122,7 +128,7 @@ def vision_gradient_bytes(job: Job, layout: Layout) -> float:
     if layout.vision == "tensor" or "vision_tower" in job.freeze:
         return 0.0
     first_stage = stage_parameters(job.config, layout)[0]
-    return 2 * (layout.tensor - 1) / layout.tensor * first_stage.vision * GRADIENT_BYTES
+    return 2 * (layout.tensor - 1) / layout.tensor * first_stage.vision * job.gradient_bytes
 
 
 def _sent(layout: Layout, share: float, all_reduces: list[int], gathers: list[int]) -> Sent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +21,9 @@ from megatron_vcr1.config.training_sections import OptimizerSection
 from megatron_vcr1.model.cpu import adam
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.parallel import collectives, mesh, schedule
+from megatron_vcr1.training.host_state import HostState
 from megatron_vcr1.training.microbatches import Microbatch
+from megatron_vcr1.training.overlapped_gather import OverlappedGather
 from megatron_vcr1.training.overlapped_reduction import OverlappedReduction
 
 logger = logging.getLogger(__name__)
@@ -62,25 +65,29 @@ class Learner:
         Args:
             num_steps: length of the run, at which the learning rate's decay ends; greater than the warm-up.
         """
-        logger.info("optimizer: %s", adam.adam_in_use())
         model.config.finalize_model_grads_func = finalize_gradients
         self.model = model
         self.max_grad_norm = section.max_grad_norm
         # If no other rank holds the same weights, there is nothing to shard the optimizer state over, but
         # megatron-core's distributed optimizer would still copy all weights and gradients at every step.
         is_distributed = section.distributed and mesh.num_weight_holders() > 1
+        overlaps_gather = section.overlap_param_gather and is_distributed
         self.ddp_model = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
                 use_distributed_optimizer=is_distributed,
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32=section.grad_dtype == "float32",
                 overlap_grad_reduce=section.overlap_grad_reduce,
+                overlap_param_gather=overlaps_gather,
+                align_param_gather=overlaps_gather,  # modules only wait for their parameters
             ),
             model,
         )
-        self._overlapped = OverlappedReduction(self.ddp_model) if section.overlap_grad_reduce else None
+        self._reduction = OverlappedReduction(self.ddp_model) if section.overlap_grad_reduce else None
+        self._gather = OverlappedGather(self.ddp_model) if overlaps_gather else None
         _fuse_gradient_accumulation(model)
         self.optimizer = _build_optimizer(self.ddp_model, section, is_distributed=is_distributed)
+        self._host_state = HostState(self.optimizer) if section.state == "host" else None
         self.scheduler = _build_scheduler(self.optimizer, section, num_steps)
 
     def update(self, batches: Sequence[Batch], loss: Loss[Batch]) -> Update:
@@ -92,20 +99,23 @@ class Learner:
             loss: its scalar must be normalized by counts over all replicas (see `schedule.forward_backward`).
         """
         self.ddp_model.zero_grad_buffer()
-        if self._overlapped is not None:
-            self._overlapped.reset()
-        self.optimizer.zero_grad()
+        if self._reduction is not None:
+            self._reduction.reset()
         self.model.train()
         results = self._forward_backward(batches, loss)
         local_loss = sum(float(value) for value, _ in results) if mesh.is_loss_rank() else 0.0
         (total_loss,) = collectives.sum_over_ranks([local_loss])
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        # Loss and norm are the same on every rank, so all ranks take the same decision here.
-        applied = math.isfinite(total_loss) and math.isfinite(grad_norm)
-        if applied:
-            self._clip_gradients(grad_norm)
-            self.optimizer.step_with_ready_grads()
+        with nullcontext() if self._host_state is None else self._host_state.on_device():
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            # Loss and norm are the same on every rank, so all ranks take the same decision here.
+            applied = math.isfinite(total_loss) and math.isfinite(grad_norm)
+            if applied:
+                self._clip_gradients(grad_norm)
+                self.optimizer.step_with_ready_grads()
+            self.optimizer.zero_grad()  # frees the optimizer's float32 copies of bfloat16 gradients
+        if self._gather is not None:
+            self._gather.start()
         return Update(total_loss, grad_norm, applied, [metrics for _, metrics in results])
 
     def _forward_backward(self, batches: Sequence[Batch], loss: Loss[Batch]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -123,10 +133,11 @@ class Learner:
             return schedule.forward_backward(
                 self.ddp_model, batches, loss_and_results, model_input=lambda batch: batch.packed
             )
+        self.wait_for_parameters()  # as a forward pass would have done
         # The schedule calls this at its end. A replica without microbatches must call it, too: otherwise the gradient
         # reduction of the other replicas would hang.
-        if self._overlapped is not None:
-            self._overlapped.start_all()
+        if self._reduction is not None:
+            self._reduction.start_all()
         finalize_gradients([self.ddp_model])
         return []
 
@@ -136,6 +147,14 @@ class Learner:
                 torch.nn.utils.clip_grads_with_norm_(
                     optimizer.get_parameters(), self.max_grad_norm, torch.tensor(grad_norm)
                 )
+
+    def wait_for_parameters(self) -> None:
+        """Wait until all parameters have the values of the last update. Call it before reading them.
+
+        Not needed before a forward pass of the model. Without optimizer.overlap_param_gather it does nothing.
+        """
+        if self._gather is not None:
+            self._gather.wait()
 
     def release_gradients(self) -> None:
         """Free the memory of the gradient buffers until `restore_gradients`, for servers that share the GPU."""
@@ -194,7 +213,23 @@ def _build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=is_distributed,
     )
-    return get_megatron_optimizer(config, [ddp_model])
+    optimizer = get_megatron_optimizer(config, [ddp_model])
+    _store_moments_as(
+        optimizer, getattr(torch, section.first_moment_dtype), getattr(torch, section.second_moment_dtype)
+    )
+    return optimizer
+
+
+def _store_moments_as(optimizer: ChainedOptimizer, first: torch.dtype, second: torch.dtype) -> None:
+    """Replace megatron-core's Adams by ours if moments are not float32. The others store only float32 moments here."""
+    if first == second == torch.float32:
+        logger.info("optimizer: %s", adam.adam_in_use())
+        return
+    logger.info("optimizer: torch's fused AdamW, with moments in %s and %s", first, second)
+    for single in optimizer.chained_optimizers:
+        if not single.is_stub_optimizer:
+            groups = single.optimizer.param_groups  # they have their own learning rates, and so on
+            single.optimizer = adam.Adam(groups, lr=0.0, exp_avg_dtype=first, exp_avg_sq_dtype=second)
 
 
 def _build_scheduler(optimizer: ChainedOptimizer, section: OptimizerSection, num_steps: int) -> OptimizerParamScheduler:

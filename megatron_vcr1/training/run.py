@@ -216,6 +216,7 @@ class Run:
             "best": self._best.state_dict(),
         }
         learner = self._learner
+        learner.wait_for_parameters()
         self._store.save(
             self.step,
             learner.model,

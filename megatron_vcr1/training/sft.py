@@ -99,6 +99,7 @@ class SftTrainer:
 
     def engine_with_policy(self) -> RolloutEngine:
         assert self._engine is not None, "the run has no validation"
+        self._learner.wait_for_parameters()
         self._num_syncs += 1  # an engine needs another version for other weights
         self._engine.update_weights(stream_hf_tensors(self._learner.model), self._num_syncs)
         return self._engine

@@ -50,6 +50,31 @@ def test_a_resident_reference_takes_the_memory_of_its_weights() -> None:
     assert memory.reference == 2 * NUM_PARAMETERS_7B
 
 
+def test_layer_inputs_in_host_memory_leave_two_layers_on_the_gpu() -> None:
+    job, layout = Job(model_config("qwen2.5-vl-7b"), offloads_inputs=True), Layout(replicas=8, recompute="full")
+    (memory,) = training_memory(job, layout, H100)
+    tokens, patches = 3840 + 8 * 199, 19 * 28 * 28
+    assert memory.activations == pytest.approx(2 * (tokens * 2 * 3584 + patches * (2 + 4) * 1280))
+    assert training_memory(job, Layout(replicas=8), H100) == training_memory(
+        dataclasses.replace(job, offloads_inputs=False), Layout(replicas=8), H100
+    )
+
+
+def test_settings_of_the_optimizer_save_memory() -> None:
+    job, layout = Job(model_config("qwen2.5-vl-7b")), Layout(replicas=8)
+    (default,) = training_memory(job, layout, H100)
+    (gradients,) = training_memory(dataclasses.replace(job, gradient_bytes=2), layout, H100)
+    assert gradients.gradients == 2 * NUM_PARAMETERS_7B
+    (moments,) = training_memory(dataclasses.replace(job, moment_bytes=4), layout, H100)
+    assert moments.optimizer == 8 * NUM_PARAMETERS_7B / 8
+    in_host = dataclasses.replace(job, optimizer_resident=False)
+    (host,) = training_memory(in_host, layout, H100)
+    assert host.optimizer == 0 and host.resident == default.resident - default.optimizer
+    assert host.working == default.working  # at the time of the step, the activations' memory is free
+    (alone,) = training_memory(in_host, Layout(recompute="full"), H100)
+    assert alone.activations + alone.working == pytest.approx(12 * NUM_PARAMETERS_7B)
+
+
 def test_a_frozen_vision_tower_has_no_gradients() -> None:
     job = Job(model_config("qwen2.5-vl-7b"))
     (whole,) = training_memory(job, Layout(replicas=8), H100)

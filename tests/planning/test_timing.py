@@ -23,7 +23,7 @@ from megatron_vcr1.planning.timing import (
     update_seconds,
     useful_flops,
 )
-from megatron_vcr1.planning.traffic import context_traffic, key_bytes
+from megatron_vcr1.planning.traffic import context_traffic, data_traffic, key_bytes
 
 
 def test_pipeline_formulas() -> None:
@@ -80,12 +80,32 @@ def test_update_seconds_grow_with_recomputation_prompts_and_network_traffic() ->
     assert update_seconds(job, layout, device, 2) > base  # the replicas are on different nodes
 
 
+def test_the_backward_pass_hides_the_reduction_of_gradients() -> None:
+    """Between nodes: a fast network is hidden completely, a slow one but for the time of the backward pass."""
+    job, layout = Job(model_config("qwen2.5-vl-7b")), Layout(replicas=8)
+    overlapped = dataclasses.replace(job, overlaps_reduction=True)
+    device = dataclasses.replace(DEVICES["h100"], microbatch_overhead_s=0.0)
+    reduced, _ = data_traffic(job, layout)
+    for network_bytes_per_s, is_hidden in ((1e12, True), (1e9, False)):
+        slow = dataclasses.replace(device, network_bytes_per_s=network_bytes_per_s)
+        seconds = [update_seconds(each, layout, slow, 1) for each in (job, overlapped)]
+        reduction = reduced / (network_bytes_per_s * device.efficiency.network)
+        (forward,), (both,) = (stage_seconds(job, layout, slow, 1, training=each) for each in (False, True))
+        assert seconds[0] - seconds[1] == pytest.approx(reduction if is_hidden else both - forward)
+
+
 def test_the_optimizer_updates_only_trained_parameters() -> None:
-    """On a device that computes and sends for nothing, the update takes the optimizer's time alone."""
+    """On a device that computes and sends for nothing, the update takes the optimizer's time alone.
+
+    State in host memory is copied to the device and back.
+    """
     free = {"flops_per_s": math.inf, "link_bytes_per_s": math.inf, "network_bytes_per_s": math.inf}
     device = dataclasses.replace(DEVICES["h100"], **free, microbatch_overhead_s=0.0, collective_latency_s=0.0)
     job = Job(model_config("qwen2.5-vl-7b"))
     (whole,) = stage_parameters(job.config, Layout())
+    in_host = dataclasses.replace(job, optimizer_resident=False)
+    resident, copied = (update_seconds(each, Layout(replicas=8), device, 8) for each in (job, in_host))
+    assert copied - resident == pytest.approx(2 * 12 * whole.total / 8 / 50e9)
     frozen = dataclasses.replace(job, freeze=("vision_tower",))
     both = [update_seconds(each, Layout(replicas=8), device, 8) for each in (job, frozen)]
     assert both[1] / both[0] == pytest.approx((whole.text + whole.embedding) / whole.total)

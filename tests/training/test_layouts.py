@@ -24,6 +24,7 @@ from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.train import train, train_in_world
 from tests.gloo import GlooPool, RankFailure
 from tests.training import workspace
+from tests.training.late_parameters import late_parameters
 
 pytestmark = pytest.mark.xdist_group("gloo")
 
@@ -33,6 +34,7 @@ NUM_STEPS = 2
 
 # Gradients are reduced during the backward pass from the second step on.
 OVERLAP = {"learning_rate": 1e-4, "overlap_grad_reduce": True}
+OVERLAP_BOTH = {**OVERLAP, "overlap_param_gather": True}
 # Layouts of four ranks. Ranks that a layout does not need for one replica hold further replicas (data parallel).
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "dp4": {},
@@ -42,7 +44,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2-pp2": {"parallel": {"tensor": 2, "pipeline": 2}},
     "tp2-pp2-sp-recompute": {
         "parallel": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
-        "recompute": {"granularity": "full"},
+        "recompute": {"granularity": "full", "offload": True},
     },
     "cp2-dp2": {"parallel": {"context": 2}},
     "cp2-tp2-sp-vision-data-overlap": {
@@ -52,7 +54,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "cp2-pp2-recompute-overlap": {
         "parallel": {"context": 2, "pipeline": 2},
         "recompute": {"granularity": "full"},
-        "optimizer": OVERLAP,
+        "optimizer": OVERLAP_BOTH,
     },
     "cp4-whole-optimizer": {
         "parallel": {"context": 4},
@@ -97,7 +99,8 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(config: RunConfig) -> int:
     mesh.initialize(config.parallel)
-    return train_in_world(config, ModelConfig.from_pretrained(config.model.path))
+    with late_parameters():
+        return train_in_world(config, ModelConfig.from_pretrained(config.model.path))
 
 
 def _texts(run_dir: Path, step: int) -> list[tuple[str, list[str]]]:

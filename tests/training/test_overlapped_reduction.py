@@ -1,4 +1,7 @@
-"""Gradients that are reduced during the backward pass: the same results, and checkpoints that other runs resume."""
+"""Gradients that are reduced during the backward pass, and parameters that are gathered during the next forward pass.
+
+Both give the same results, and checkpoints that other runs resume.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from megatron_vcr1.training import optimizer
 from tests.checkpoint.toy_run import ToyRun
 from tests.gloo import GlooPool
 from tests.model import tiny
+from tests.training.late_parameters import late_parameters
 
 pytestmark = pytest.mark.xdist_group("gloo")
 
@@ -35,9 +39,10 @@ def _train(
         Loss and gradient norm of each step, and the number of buckets that were reduced before the end of its backward
         pass.
     """
-    settings = {**settings, "optimizer": {"overlap_grad_reduce": overlaps}}
+    settings = {**settings, "optimizer": {"overlap_grad_reduce": overlaps, "overlap_param_gather": overlaps}}
     with mock.patch.object(optimizer, "DistributedDataParallelConfig", SMALL_BUCKETS):
         run = ToyRun(model_dir, directory, settings)
+    assert run.learner.ddp_model.use_forward_hook == overlaps
     num_early = 0
     finish = _ParamAndGradBucketGroup.finish_grad_sync
 
@@ -48,7 +53,7 @@ def _train(
 
     results, early = [], []
     update = run.learner.update
-    with mock.patch.object(_ParamAndGradBucketGroup, "finish_grad_sync", finish_and_count):
+    with mock.patch.object(_ParamAndGradBucketGroup, "finish_grad_sync", finish_and_count), late_parameters():
         for step in range(4):
             num_early = 0
             is_empty = step == 1 and mesh.replica_index() == 1
@@ -56,6 +61,7 @@ def _train(
             results += run.train(1)
             early.append(num_early)
             if step == 2:
+                run.learner.wait_for_parameters()
                 run.save()
                 run.store.finish()
     return results, early
@@ -68,7 +74,7 @@ def _resume(model_dir: Path, directory: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_reducing_during_the_backward_pass_changes_nothing(tmp_path: Path, gloo_pool: GlooPool, layout: str) -> None:
+def test_communication_during_computation_changes_nothing(tmp_path: Path, gloo_pool: GlooPool, layout: str) -> None:
     tiny.create("qwen2_5_vl", tmp_path / "model")
     train = partial(gloo_pool.run, _train, tmp_path / "model")
     expected = train(tmp_path / "plain", LAYOUTS[layout], overlaps=False)

@@ -70,8 +70,8 @@ def linear_log_probs(
         group: tensor-parallel process group, or None if the vocabulary is not sharded. All of its ranks must call this
             function and its backward, which run collectives.
         return_entropy: also return the entropy of each token's distribution, with its gradient.
-        weight_grad: float32 (float64 for float64 weights) buffer of weight's shape. Backward adds the gradient of
-            weight to it and returns none to autograd, which saves a tensor of this size and a pass over it.
+        weight_grad: buffer of weight's shape, in its dtype or a higher precision. Backward adds the gradient of weight
+            to it and returns none to autograd, which saves a tensor of this size and a pass over it.
 
     Returns:
         Log-probs, float32 [tokens] (float64 for float64 inputs), and with return_entropy the entropy, [tokens]. The

@@ -30,5 +30,8 @@ def install() -> None:
     import megatron.core.tensor_parallel.layers as layers
 
     if not layers._grad_accum_fusion_available:
-        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+            wgrad_gemm_accum_fp32=add_weight_gradient,  # into float32 buffers
+            wgrad_gemm_accum_fp16=add_weight_gradient,  # into bfloat16 buffers
+        )
         layers._grad_accum_fusion_available = True

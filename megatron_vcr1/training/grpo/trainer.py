@@ -101,6 +101,7 @@ class GrpoTrainer:
                 for batches in minibatches
             ]
             learning_rate = self._learner.end_step()
+            self._learner.wait_for_parameters()  # the weight sync reads them
         if self._releases_gradients:
             self._learner.release_gradients()
         self._source.policy_updated(step, metrics)

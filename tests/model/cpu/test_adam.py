@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_vcr1.model import cpu
+from megatron_vcr1.model.cpu import adam
 from megatron_vcr1.model.cpu.adam import Adam, adam_in_use
 
 
@@ -40,6 +41,26 @@ def test_steps_equal_torch_adamw() -> None:
             _set_gradients(parameters, step)
             optimizer.step()
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(our_parameters, torch_parameters, strict=True))
+
+
+@pytest.mark.parametrize("names", [("exp_avg",), ("exp_avg_sq",), ("exp_avg", "exp_avg_sq")])
+def test_moments_in_bfloat16_are_rounded_after_each_step(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adam, "_CHUNK_SIZE", 4)
+    our_parameters, torch_parameters = _parameters(), _parameters()
+    ours = Adam(_groups(our_parameters), **SETTINGS, **{f"{name}_dtype": torch.bfloat16 for name in names})
+    reference = torch.optim.AdamW(_groups(torch_parameters), **SETTINGS, fused=True)
+    for step in range(6):
+        for parameters, optimizer in ((our_parameters, ours), (torch_parameters, reference)):
+            _set_gradients(parameters, step)
+            optimizer.step()
+        for name in names:
+            for state in reference.state.values():
+                state[name] = state[name].bfloat16().float()
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(our_parameters, torch_parameters, strict=True))
+    dtypes = {name: tensor.dtype for name, tensor in ours.state[our_parameters[0]].items()}
+    assert dtypes == {n: torch.bfloat16 if n in names else torch.float32 for n in ("exp_avg", "exp_avg_sq")}
 
 
 def test_state_dict_is_enough_to_resume() -> None:
