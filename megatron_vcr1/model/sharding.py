@@ -1,4 +1,4 @@
-"""What megatron-core knows of a weight: whether it is sharded across tensor-parallel ranks or replicated on them.
+"""The marks by which megatron-core tells weights that are sharded across tensor-parallel ranks from replicated ones.
 
 The gradient norm counts a weight that is not marked as sharded on one tensor-parallel rank only.
 """

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_vcr1.errors import portable
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.host_memory import share_within_host
 
 T = TypeVar("T")
 
@@ -50,18 +51,21 @@ def broadcast_within_replica(produce: Callable[[], T]) -> T:
 def broadcast_within_first_stage(tensor: Tensor) -> Tensor:
     """Send a tensor in host memory from the replica leader to all ranks of the replica's first stage.
 
-    Only the ranks of the first stage call it.
+    Only the ranks of the first stage call it. Ranks of one node share the memory, where the system allows it.
 
     Args:
         tensor: the contents, on the replica leader; on the other ranks, a tensor of the same shape and dtype on any
             device, "meta" included.
 
     Returns:
-        The contents, on the CPU.
+        The contents, on the CPU, which no rank may change.
     """
     group = mesh.first_stage_group()
     if group.size() == 1:
         return tensor
+    shared = share_within_host(tensor, group)
+    if shared is not None:
+        return shared
     contents = tensor.contiguous() if mesh.is_replica_leader() else torch.empty(tensor.shape, dtype=tensor.dtype)
     dist.broadcast(contents, src=dist.get_global_rank(group, 0), group=group)
     return contents

@@ -1,4 +1,4 @@
-"""The frames of a microbatch, divided among ranks: every rank of a token receives its feature."""
+"""The parts of the frames that ranks encode: every rank of a token receives its feature."""
 
 from __future__ import annotations
 
