@@ -16,7 +16,7 @@ from multiprocessing import forkserver, resource_tracker
 
 _JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PRELOADED = ["__main__", "megatron_vcr1.data.loader"]
-"""What the fork server imports, so that its workers start at once and share the memory of these modules."""
+"""Modules that the fork server imports, so that its workers start at once and share their memory."""
 
 
 @contextmanager
