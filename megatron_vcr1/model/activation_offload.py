@@ -24,8 +24,9 @@ def offload_layer_inputs(block: nn.Module) -> None:
             first.
     """
     _save_with(block, lambda: _Offload().pack, _unpack)
-    if getattr(block, "final_layernorm", None) is not None:
-        _save_with(block.final_layernorm, lambda: _unchanged, _unchanged)  # the innermost hooks count
+    norm = getattr(block, "final_layernorm", None)
+    if isinstance(norm, nn.Module):
+        _save_with(norm, lambda: _unchanged, _unchanged)  # the innermost hooks count
 
 
 def _save_with(
