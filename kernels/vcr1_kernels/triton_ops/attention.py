@@ -142,7 +142,7 @@ def _query_tiles(query: Tensor, layout: SegmentLayout) -> tuple[_Tiles, _Tiles]:
     """
     if query.dtype == torch.float32:  # does not use the tensor cores and needs more registers
         return (_Tiles(64, 64, num_warps=8, num_stages=1),) * 2
-    if query.shape[2] > 128:
+    if query.shape[2] > 128 or not _has_tma(query.device):
         return (_Tiles(64, 32, num_warps=8, num_stages=2),) * 2
     large = _Tiles(128, 128, num_warps=8, num_stages=2), _Tiles(128, 64, num_warps=8, num_stages=3)
     # Tiles of 128 tokens would be half empty (vision windows), or too few to keep all SMs busy.
@@ -156,7 +156,7 @@ def _key_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
     """Return the tiles of the key-gradient kernel."""
     if query.dtype == torch.float32:
         return _Tiles(64, 32, num_warps=8, num_stages=1)
-    if query.shape[2] > 128:
+    if query.shape[2] > 128 or not _has_tma(query.device):
         return _Tiles(64, 32, num_warps=8, num_stages=2)
     if max(layout.lengths) <= 64:
         return _Tiles(64, 64, num_warps=4, num_stages=2)
@@ -178,6 +178,12 @@ def _num_key_splits(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _T
 
 def _num_programs(query: Tensor, lengths: Iterable[int], tiles: _Tiles) -> int:
     return query.shape[1] * sum(triton.cdiv(length, tiles.resident) for length in lengths)
+
+
+@lru_cache
+def _has_tma(device: torch.device) -> bool:
+    """Return whether a GPU has a tensor memory accelerator. Without it, computing addresses needs many registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache
