@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tests.limits import HANG_S
@@ -50,13 +50,17 @@ class GlooPool:
         for _, connection in self._workers:
             connection.send((function, args, kwargs))
         results, failures = [], []
-        for rank, (_, connection) in enumerate(self._workers):
-            # After one rank has failed, the others may wait for it in a collective until they time out.
-            if not connection.poll(1 if failures else timeout_s):
-                failures.append(f"rank {rank}: no answer (waiting in a collective?)")
-                continue
+        for rank, (process, connection) in enumerate(self._workers):
+            # After one rank has failed, the others may wait for it in a collective until they time out. A process that
+            # was killed is known by its sentinel: its pipe stays open as long as a child of it has inherited it.
+            wait([connection, process.sentinel], 1 if failures else timeout_s)
             try:
-                ok, value = connection.recv()
+                if connection.poll():
+                    ok, value = connection.recv()
+                elif process.exitcode is not None:
+                    ok, value = False, "the process was killed"
+                else:
+                    ok, value = False, "no answer (waiting in a collective?)"
             except EOFError:
                 ok, value = False, "the process was killed"
             (results if ok else failures).append(value if ok else f"rank {rank}: {value}")

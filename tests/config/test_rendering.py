@@ -48,7 +48,13 @@ def test_every_key_is_rendered_with_its_description():
 def test_a_bare_file_has_no_comments_and_no_unset_keys():
     text = render_toml(default_config(), documented=False)
     assert "#" not in text
-    assert tomllib.loads(text)["parallel"] == {"tensor": 1, "pipeline": 1, "context": 1, "sequence_parallel": False}
+    assert tomllib.loads(text)["parallel"] == {
+        "tensor": 1,
+        "pipeline": 1,
+        "context": 1,
+        "sequence_parallel": False,
+        "vision": "tensor",
+    }
 
 
 def test_lines_are_wrapped():
