@@ -1,15 +1,15 @@
-"""Attention under context parallelism, with the collectives hidden behind the computation.
+"""Attention under context parallelism, with communication that overlaps with computation.
 
 The ranks gather the keys and values of the prompts, and attend to them from their own tokens. Heads are independent, so
-the key-value heads are computed in chunks, one after the other, with the collectives of the next and of the previous
-chunk under way:
+the key-value heads are computed in chunks. While one chunk is computed, the keys and values of the next one are
+gathered, and the gradients of the previous one are reduced and scattered:
 
     forward:     gather 1                gather 2, attend 1      gather 3, attend 2      ...
     backward:    gather 1                gather 2, backward 1    gather 3, backward 2, scatter 1    ...    scatter n
 
-Only the first gather and the last reduce-scatter are not hidden. Nothing is merged or added in another order: the
-results are those of a single gather. A rank with one key-value head has one chunk, whose collectives are as long as the
-unhidden ones of a rank with more heads, but nothing behind which they could be hidden.
+Only the first gather and the last reduce-scatter are exposed. No sum changes its order, so the results are those of a
+single gather. A rank with one key-value head has one chunk, so all of its communication is exposed; it takes as long as
+the exposed part of a rank with up to four heads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vcr1_kernels import SegmentLayout, attention_backward, attention_forward
 
 from megatron_vcr1.parallel.context import KeyGather, Started, one_ahead, start_gather, start_scatter
 
-# With more chunks, the unhidden part would be shorter, but the attention of a chunk too small for a GPU.
+# With more chunks, less communication would be exposed, but the attention of a chunk would be too small for a GPU.
 MAX_CHUNKS = 4
 
 

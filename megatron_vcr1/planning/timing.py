@@ -1,8 +1,8 @@
 """Predicts the seconds of one GRPO step by phase.
 
 The pass of a stage over a microbatch takes its FLOPs divided by the reached rate, plus the bytes that tensor-parallel
-ranks send divided by the link bandwidth, plus a constant overhead. Of the bytes that context-parallel ranks send, those
-count that attention does not hide. A pipeline of p stages computes m microbatches in
+ranks send divided by the link bandwidth, plus a constant overhead. Of the communication between context-parallel ranks,
+only the part counts that does not overlap with attention. A pipeline of p stages computes m microbatches in
 
     sum of the stages' seconds + (m - 1) x seconds of the slowest stage          (1F1B without interleaving)
 
@@ -139,10 +139,10 @@ def _context_seconds(
     *,
     backward: bool = False,
 ) -> float:
-    """Predict for how long the context-parallel collectives of one pass keep a stage waiting.
+    """Predict the exposed time of the context-parallel collectives of one pass: when a stage waits for them.
 
-    The keys and values travel in chunks of heads. Only the first chunk (in the backward pass also the last one) is not
-    hidden behind the attention of another chunk, or what takes longer than that.
+    Keys and values are sent in chunks of heads. All chunks but one overlap with the attention of another chunk; what
+    takes longer than that attention is exposed, too. In the backward pass, gathers and reduce-scatters count together.
 
     Args:
         attention: seconds of the stage's attention in this pass.

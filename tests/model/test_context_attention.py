@@ -121,7 +121,7 @@ HELD = {
 
 
 def test_collectives_are_under_way_while_attention_is_computed(gloo_pool: GlooPool) -> None:
-    """Rank 1 holds its part of some collectives back until rank 0 has done the computation that should hide them.
+    """Rank 1 holds some collectives back until rank 0 has done the computation that should overlap with them.
 
     If rank 0 waited for one of them before, both would wait for each other, and the test would not end.
     """

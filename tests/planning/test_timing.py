@@ -60,7 +60,7 @@ def test_context_parallelism_divides_the_work_and_sends_more_between_nodes() -> 
     keys = 3 * 28 * key_bytes(job, Layout(context=4))  # two gathers and a reduce-scatter
     network = device.network_bytes_per_s * device.efficiency.network
     link = device.link_bytes_per_s * device.efficiency.link
-    seen = sent - 3 / 4 * keys  # three of four chunks are hidden behind attention
+    seen = sent - 3 / 4 * keys  # three of four chunks overlap with attention
     assert between_nodes - split == pytest.approx(seen / network - seen / link)
     slow = dataclasses.replace(device, network_bytes_per_s=device.network_bytes_per_s / 1000)
     (waiting,) = stage_seconds(job, Layout(context=4), slow, 2, training=True)

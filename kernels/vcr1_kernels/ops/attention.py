@@ -45,10 +45,7 @@ def shared_prefix_attention(
     """
     _check(query, key, value, layout)
     layout = layout.merged
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    scale = _positive_scale(scale, query)
     if query.numel() == 0:
         return query + 0 * (key.sum() + value.sum())  # empty, but with a gradient for all three
     if use_flash_attn(query, layout):
@@ -67,7 +64,7 @@ def attention_forward(
         The output, and the log-sum-exp that `attention_backward` needs, whose shape depends on the device.
     """
     _check(query, key, value, layout)
-    return _forward(query, key, value, layout.merged, query.shape[-1] ** -0.5 if scale is None else scale)
+    return _forward(query, key, value, layout.merged, _positive_scale(scale, query))
 
 
 def attention_backward(
@@ -88,8 +85,18 @@ def attention_backward(
         query, key, value, layout, scale: the arguments of `attention_forward`.
         output, log_sum_exp: its results.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _backward(grad_output, query, key, value, output, log_sum_exp, layout.merged, scale)
+    scale = _positive_scale(scale, query)
+    if use_triton(query):
+        from vcr1_kernels.triton_ops.attention import launch_backward
+
+        return launch_backward(grad_output, query, key, value, output, log_sum_exp, layout.merged, scale)
+    if query.device.type == "cpu":
+        return _backward_by_blocks(grad_output, query, key, value, output, log_sum_exp, layout.merged, scale)
+    with torch.enable_grad():
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        output = reference.shared_prefix_attention(query, key, value, layout, scale=scale)
+    grad_query, grad_key, grad_value = torch.autograd.grad(output, (query, key, value), grad_output)
+    return grad_query, grad_key, grad_value
 
 
 class _Attention(torch.autograd.Function):
@@ -104,7 +111,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum_exp = ctx.saved_tensors
-        grads = _backward(grad_output, query, key, value, output, log_sum_exp, ctx.layout, ctx.scale)
+        grads = attention_backward(grad_output, query, key, value, output, log_sum_exp, ctx.layout, scale=ctx.scale)
         return *grads, None, None
 
 
@@ -120,27 +127,13 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, s
     return output, output.new_empty(0)
 
 
-def _backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    layout: SegmentLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if use_triton(query):
-        from vcr1_kernels.triton_ops.attention import launch_backward
-
-        return launch_backward(grad_output, query, key, value, output, log_sum_exp, layout, scale)
-    if query.device.type == "cpu":
-        return _backward_by_blocks(grad_output, query, key, value, output, log_sum_exp, layout, scale)
-    with torch.enable_grad():
-        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        output = reference.shared_prefix_attention(query, key, value, layout, scale=scale)
-    grad_query, grad_key, grad_value = torch.autograd.grad(output, (query, key, value), grad_output)
-    return grad_query, grad_key, grad_value
+def _positive_scale(scale: float | None, query: Tensor) -> float:
+    """Return the factor of the scores. The kernels take the maximum of the scores before they apply it."""
+    if scale is None:
+        return float(query.shape[-1] ** -0.5)
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    return scale
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> None:
