@@ -12,13 +12,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from tests.limits import HANG_S
 from tests.ports import free_ports
+
+GRACE_S = 10.0  # for the messages of the other ranks, after one has failed
 
 
 class Process:
@@ -69,7 +74,19 @@ class Process:
         return code
 
     def kill(self) -> None:
+        """Kill this process alone."""
         os.kill(self.pid, signal.SIGKILL)
+
+    def end_session(self) -> None:
+        """Kill this process and all that it has started, if any are left."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.join()
+
+    @property
+    def sentinel(self) -> int:
+        """Becomes readable when the process ends."""
+        return self._process.sentinel
 
 
 def start_forked(function: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
@@ -89,7 +106,10 @@ def vcr1(*argv: object) -> int:
 
 
 def run_vcr1(*argv: object, ranks: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command on a number of ranks, as torchrun does; return what they wrote, and the first failure's code."""
+    """Run a command on a number of ranks, as torchrun does; return what they wrote, and the first failure's code.
+
+    If a rank fails, the others may wait for it in a collective: they are killed soon afterwards.
+    """
     environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports())}
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
@@ -104,9 +124,25 @@ def run_vcr1(*argv: object, ranks: int = 1, cwd: Path | None = None) -> subproce
             )
             for rank in range(ranks)
         ]
-        codes = [process.wait() for process in processes]
-        code = next((code for code in codes if code), 0)
+        try:
+            code = _first_failure(processes)
+        finally:
+            for process in processes:
+                process.end_session()
         return subprocess.CompletedProcess(list(map(str, argv)), code, stdout.read_text(), stderr.read_text())
+
+
+def _first_failure(processes: Sequence[Process]) -> int:
+    """Wait for the end of all processes, or for the first failure and a moment more, and return its code; 0 without."""
+    code, running, deadline = 0, list(processes), time.monotonic() + HANG_S
+    while running and (left_s := deadline - time.monotonic()) > 0:
+        wait([process.sentinel for process in running], left_s)
+        code = code or next((ended for process in running if (ended := process.poll())), 0)
+        running = [process for process in running if process.poll() is None]
+        if code:
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+    assert code or not running, f"{len(running)} processes have not ended within {HANG_S} s"
+    return code
 
 
 def _call(

@@ -148,9 +148,8 @@ run_switches() {
     has switches throughput.step || return
     run_limited switches "$python" tools/benchmark_throughput.py step --steps 2 --json "$out/switches.json" \
         --set train.deterministic=true recompute.granularity=full recompute.offload=true \
-        optimizer.overlap_grad_reduce=true optimizer.overlap_param_gather=true \
-        optimizer.grad_dtype=bfloat16 optimizer.state=host optimizer.first_moment_dtype=bfloat16 \
-        optimizer.second_moment_dtype=bfloat16 optimizer.beta2=0.95 grpo.num_minibatches=2 parallel.vision=data
+        optimizer.overlap_grad_reduce=true optimizer.grad_dtype=bfloat16 optimizer.state=host optimizer.first_moment_dtype=bfloat16 \
+        optimizer.second_moment_dtype=bfloat16 optimizer.beta2=0.95 grpo.num_minibatches=2
 }
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name(), torch.__version__)' || exit 2

@@ -67,8 +67,8 @@ class ParallelSection(Section):
     tensor: int = Field(
         default=1,
         ge=1,
-        description="Tensor-parallel size: number of ranks that each layer is sharded across. parallel.vision decides "
-        "about the layers of the vision tower.",
+        description="Tensor-parallel size: number of ranks that each layer is sharded across. The vision tower "
+        "follows parallel.vision.",
     )
     pipeline: int = Field(
         default=1,
@@ -93,7 +93,7 @@ class ParallelSection(Section):
         description="How the tensor-parallel ranks divide the vision tower: 'tensor' shards its layers like those of "
         "the language model; with 'data' every rank holds the whole tower and encodes a part of each microbatch's "
         "frames, without communication between its layers. 'data' is faster and takes more memory for weights, "
-        "gradients and optimizer state.",
+        "gradients and optimizer state. Without effect if parallel.tensor is 1.",
     )
     first_stage_layers: int | None = Field(
         default=None,
@@ -113,11 +113,6 @@ class ParallelSection(Section):
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor > 1; raise tensor, or set sequence_parallel = false")
         return self
-
-    @property
-    def vision_tensor(self) -> int:
-        """Number of ranks that the layers of the vision tower are sharded across."""
-        return 1 if self.vision == "data" else self.tensor
 
     @property
     def ranks_per_replica(self) -> int:
@@ -143,7 +138,8 @@ class RecomputeSection(Section):
     offload: bool = Field(
         default=False,
         description="Keep what full recomputation stores, the inputs of the recomputed blocks, in host memory until "
-        "the backward pass. Needs recompute.granularity = 'full'. On a GPU the copies overlap the computation.",
+        "the backward pass. Needs recompute.granularity = 'full'. On a GPU the copies overlap the computation; torch "
+        "rounds each pinned buffer up to a power of two, so they take up to twice their size.",
     )
     modules: Names[Literal["core_attn", "mlp"]] = Field(
         default=("core_attn",),

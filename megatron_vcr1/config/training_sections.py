@@ -130,7 +130,7 @@ class OptimizerSection(Section):
         default="float32",
         description="Data type of the gradient buffers, in which gradients are added up over microbatches and reduced "
         "over the replicas. 'bfloat16' halves their memory and the bytes that are sent, but rounds every sum to 8 "
-        "bits. It needs model.dtype = 'bfloat16'.",
+        "bits, the head's also for every chunk of tokens. It needs model.dtype = 'bfloat16'.",
     )
     overlap_grad_reduce: bool = Field(
         default=False,

@@ -26,7 +26,7 @@ def offload_layer_inputs(block: nn.Module) -> None:
     _save_with(block, lambda: _Offload().pack, _unpack)
     norm = getattr(block, "final_layernorm", None)
     if isinstance(norm, nn.Module):
-        _save_with(norm, lambda: _unchanged, _unchanged)  # the innermost hooks count
+        _save_with(norm, lambda: _unchanged, _unchanged)  # the innermost hooks win
 
 
 def _save_with(

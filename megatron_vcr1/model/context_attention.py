@@ -15,7 +15,7 @@ the exposed part of a rank with up to four heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,17 +77,14 @@ def forward_across_ranks(
     Returns:
         The output, and the log-sum-exp of every chunk.
     """
-    output = query.new_empty(query.shape)
-    log_sum_exps = []
-    parts = zip(_split(query, key), _split(output, key), _gather(key, value, plan), strict=True)
-    for part_query, part_output, gathered in parts:
+    results = []
+    for part, gathered in zip(_split(query, key), _gather(key, value, plan), strict=True):
         keys, values = gathered.chunk(2, dim=1)
-        result, log_sum_exp = attention_forward(part_query, keys, values, layout, scale=scale)
-        part_output.copy_(result)
-        log_sum_exps.append(log_sum_exp)
+        results.append(attention_forward(part, keys, values, layout, scale=scale))
         if kept is not None:
             kept.append(gathered)
-    return output, log_sum_exps
+    outputs, log_sum_exps = zip(*results, strict=True)
+    return _join(outputs), list(log_sum_exps)
 
 
 class _AttentionAcrossRanks(torch.autograd.Function):
@@ -114,21 +111,21 @@ class _AttentionAcrossRanks(torch.autograd.Function):
         query, key, value, output, *saved = ctx.saved_tensors
         log_sum_exps, kept = saved[: ctx.num_chunks], saved[ctx.num_chunks :]
         plan: KeyGather = ctx.plan
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_queries: list[Tensor] = []
 
         def scatters() -> Iterator[Started]:
             """Compute the gradients of one chunk after the other, and start to scatter those of the keys and values."""
             gathers: Iterable[Tensor] = kept or _gather(key, value, plan)
-            by_queries = (_split(tensor, key) for tensor in (grad_output, query, output, grad_query))
-            for grad, part, result, part_grad, lse, gathered in zip(*by_queries, log_sum_exps, gathers, strict=True):
+            by_queries = (_split(tensor, key) for tensor in (grad_output, query, output))
+            for grad, part, result, lse, gathered in zip(*by_queries, log_sum_exps, gathers, strict=True):
                 keys, values = gathered.chunk(2, dim=1)
                 grads = attention_backward(grad, part, keys, values, result, lse, ctx.layout, scale=ctx.scale)
-                part_grad.copy_(grads[0])
+                grad_queries.append(grads[0])
                 yield start_scatter(torch.cat(grads[1:], dim=1), plan, len(key))
 
         grads_of_chunks = [grads.chunk(2, dim=1) for grads in one_ahead(scatters())]
-        grad_key, grad_value = (torch.cat(parts, dim=1) for parts in zip(*grads_of_chunks, strict=True))
-        return grad_query, grad_key, grad_value, None, None, None, None
+        grad_key, grad_value = map(_join, zip(*grads_of_chunks, strict=True))
+        return _join(grad_queries), grad_key, grad_value, None, None, None, None
 
 
 def num_chunks(num_kv_heads: int) -> int:
@@ -141,6 +138,11 @@ def _gather(key: Tensor, value: Tensor, plan: KeyGather) -> Iterator[Tensor]:
     """Yield the gathered keys and values of each chunk; those of the next one are on their way."""
     chunks = zip(key.chunk(MAX_CHUNKS, dim=1), value.chunk(MAX_CHUNKS, dim=1), strict=True)
     return one_ahead(start_gather(torch.cat(parts, dim=1), plan) for parts in chunks)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Return the heads of all chunks together, [tokens, heads, ...]."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _split(tensor: Tensor, key: Tensor) -> tuple[Tensor, ...]:

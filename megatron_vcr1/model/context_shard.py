@@ -64,14 +64,21 @@ def pack_for_rank(groups: Sequence[Group], config: ModelConfig, *, pad_to_multip
 
     The ranks of a replica must pack the same groups. The arguments are `pack`'s.
     """
-    if mesh.context_size() == 1:
-        return share_frames(pack(groups, config, pad_to_multiple_of=pad_to_multiple_of), config.vision)
-    return shard_for_rank(pack(groups, config), config, pad_to_multiple_of=pad_to_multiple_of)
+    padding = pad_to_multiple_of if mesh.context_size() == 1 else 1  # otherwise each rank's part is padded
+    packed = pack(groups, config, pad_to_multiple_of=padding)
+    return shard_for_rank(packed, config, pad_to_multiple_of=pad_to_multiple_of)
 
 
 def shard_for_rank(batch: PackedBatch, config: ModelConfig, *, pad_to_multiple_of: int = 1) -> PackedBatch:
-    """Return the part of a microbatch that this rank computes: all of its tokens without context parallelism."""
+    """Return the part of a microbatch that this rank computes: all of its tokens without context parallelism.
+
+    Args:
+        batch: the microbatch; with context parallelism without padding, otherwise with it.
+        config: the model's configuration.
+        pad_to_multiple_of: the number of tokens of a context-parallel rank's part is padded to a multiple of this.
+    """
     if mesh.context_size() == 1:
+        assert len(batch.token_ids) % pad_to_multiple_of == 0
         return share_frames(batch, config.vision)
     return shard_batch(
         batch,

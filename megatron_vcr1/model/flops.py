@@ -72,7 +72,8 @@ class Workload:
     def of_batch(cls, config: ModelConfig, batch: PackedBatch) -> Workload:
         """Return the workload of the next pass over a packed microbatch.
 
-        Under context parallelism, it is that of all ranks together. Vision features that are kept count no more.
+        Under context parallelism, it is that of all ranks together. Vision features that an earlier pass has kept cost
+        nothing.
         """
         is_encoded = batch.memo is not None and batch.memo.features is not None
         layout, targets = batch.layout, len(batch.target_ids)

@@ -30,12 +30,14 @@ def mark_sharded_weights(model: nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
 
 
-def replicate_weights(module: nn.Module) -> None:
-    """Make the weights of a module equal on all tensor-parallel ranks, and mark them as replicated.
-
-    Parallel layers mark their weights as sharded even if they are built for this rank alone.
-    """
-    group = parallel_state.get_tensor_model_parallel_group()
+def mark_replicated_weights(module: nn.Module) -> None:
+    """Mark the weights of a module as replicated: parallel layers that are built for this rank alone mark them, too."""
     for parameter in module.parameters():
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """Make the weights of a module equal on all tensor-parallel ranks."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    for parameter in module.parameters():
         dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)

@@ -28,7 +28,7 @@ from megatron_vcr1.model.layer_features import LayerFeatures
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
 from megatron_vcr1.model.mrope import rotary_angles
 from megatron_vcr1.model.packed_batch import PackedBatch
-from megatron_vcr1.model.sharding import mark_sharded_weights, replicate_weights
+from megatron_vcr1.model.sharding import broadcast_weights, mark_replicated_weights, mark_sharded_weights
 from megatron_vcr1.model.transformer_config import (
     FP8_RECIPES,
     check_fp8,
@@ -360,7 +360,9 @@ def build_model(
     )
     mark_sharded_weights(model)
     if model.vision_tower is not None and model.vision_tower.is_replicated:
-        replicate_weights(model.vision_tower)
+        mark_replicated_weights(model.vision_tower)
+        if initialize_weights:
+            broadcast_weights(model.vision_tower)
     if recompute.offload:
         for module in model.modules():
             if isinstance(module, TransformerBlock):

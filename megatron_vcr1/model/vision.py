@@ -22,6 +22,7 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager
 from vcr1_kernels import SegmentLayout, frames_to_patches
 
 from megatron_vcr1.data.encoding import VisionInput
@@ -259,8 +260,9 @@ class VisionTower(MegatronModule):
             return
         group = parallel_state.get_tensor_model_parallel_group()
         gradients = [parameter.main_grad for parameter in self.parameters() if parameter.requires_grad]
-        for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]:
-            work.wait()
+        with _coalescing_manager(group):  # one collective
+            for gradient in gradients:
+                dist.all_reduce(gradient, group=group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -64,7 +64,7 @@ def start_gather(local: Tensor, plan: KeyGather) -> Started:
         local: keys, or keys and values, of this rank's tokens: [tokens, heads, head_dim].
 
     Returns:
-        Returns [prompt tokens of all ranks + own response tokens, heads, head_dim].
+        A function that waits, and returns [prompt tokens of all ranks + own response tokens, heads, head_dim].
     """
     group = parallel_state.get_context_parallel_group()
     contribution = local.new_zeros(plan.slots, *local.shape[1:])
@@ -87,7 +87,7 @@ def start_scatter(grad: Tensor, plan: KeyGather, num_tokens: int) -> Started:
         num_tokens: this rank's tokens.
 
     Returns:
-        Returns [tokens, heads, head_dim], the gradient of this rank's keys.
+        A function that waits, and returns the gradient of this rank's keys, [tokens, heads, head_dim].
     """
     group = mesh.context_gradient_group()
     num_prompt_tokens = len(plan.rows)

@@ -7,17 +7,21 @@ tensor in it is gone, however the processes end.
 
 from __future__ import annotations
 
-import mmap
+import logging
 import os
 import secrets
 from contextlib import suppress
 from math import prod
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 _TOKEN_BYTES = 16
+_cannot_share: WeakSet[dist.ProcessGroup] = WeakSet()  # their ranks do not try again
 
 
 def share_within_host(tensor: Tensor, group: dist.ProcessGroup) -> Tensor | None:
@@ -34,14 +38,16 @@ def share_within_host(tensor: Tensor, group: dist.ProcessGroup) -> Tensor | None
         The tensor in shared memory, which no rank may change; None on every rank if they cannot share memory, for
         example because they are on different nodes or in different containers.
     """
+    if group in _cannot_share:
+        return None
     source = dist.get_global_rank(group, 0)
     num_bytes = prod(tensor.shape) * tensor.dtype.itemsize
     if not num_bytes:
         return None
     address: list[tuple[str, bytes] | None] = [None]
     descriptor: int | None = None
-    memory: mmap.mmap | None = None
-    with suppress(OSError, AttributeError):  # AttributeError: only Linux has memfd_create
+    memory: Tensor | None = None
+    with suppress(OSError, RuntimeError, AttributeError):  # AttributeError: only Linux has memfd_create
         if dist.get_rank() == source:
             descriptor = os.memfd_create("vcr1-frames", os.MFD_CLOEXEC)
             token = secrets.token_bytes(_TOKEN_BYTES)
@@ -49,32 +55,41 @@ def share_within_host(tensor: Tensor, group: dist.ProcessGroup) -> Tensor | None
             address = [(f"/proc/{os.getpid()}/fd/{descriptor}", token)]
     dist.broadcast_object_list(address, src=source, group=group)
     if memory is None and address[0] is not None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, RuntimeError):
             memory = _open(*address[0], num_bytes)
     num_without = torch.tensor([memory is None], dtype=torch.int32)
     dist.all_reduce(num_without, group=group)  # all ranks have opened the file, or never will
     if descriptor is not None:
         os.close(descriptor)
     if int(num_without) or memory is None:
+        _cannot_share.add(group)
+        logger.info("%d ranks of a first stage cannot share host memory: each has a copy of the frames", num_without)
         return None
-    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes).view(tensor.dtype).view(tensor.shape)
+    return memory[:num_bytes].view(tensor.dtype).view(tensor.shape)
 
 
-def _write(descriptor: int, tensor: Tensor, num_bytes: int, token: bytes) -> mmap.mmap:
+def _write(descriptor: int, tensor: Tensor, num_bytes: int, token: bytes) -> Tensor:
     """Write a tensor and the token to the file, and return its memory."""
     # Allocated before it is written: if there is no memory left, this fails, and a write would end the process.
     os.posix_fallocate(descriptor, 0, num_bytes + _TOKEN_BYTES)
-    memory = mmap.mmap(descriptor, num_bytes + _TOKEN_BYTES)
-    torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes).copy_(tensor.contiguous().flatten().view(torch.uint8))
-    memory[num_bytes:] = token
+    memory = _map(descriptor, num_bytes)
+    memory[:num_bytes] = tensor.contiguous().flatten().view(torch.uint8)
+    memory[num_bytes:] = torch.frombuffer(bytearray(token), dtype=torch.uint8)
     return memory
 
 
-def _open(path: str, token: bytes, num_bytes: int) -> mmap.mmap | None:
+def _open(path: str, token: bytes, num_bytes: int) -> Tensor | None:
     """Return the memory of another process's file; None if the path leads to another file, as on another node."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        memory = mmap.mmap(descriptor, num_bytes + _TOKEN_BYTES)
+        if os.fstat(descriptor).st_size != num_bytes + _TOKEN_BYTES:  # torch would enlarge a shorter file
+            return None
+        memory = _map(descriptor, num_bytes)
     finally:
         os.close(descriptor)
-    return memory if memory[num_bytes:] == token else None
+    return memory if bytes(memory[num_bytes:].tolist()) == token else None
+
+
+def _map(descriptor: int, num_bytes: int) -> Tensor:
+    """Map a file with a tensor and the token. The mapping needs no open file, whereas Python's mmap keeps one."""
+    return torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=num_bytes + _TOKEN_BYTES, dtype=torch.uint8)

@@ -58,7 +58,10 @@ class Job:
 
     @property
     def keeps_features(self) -> bool:
-        """Return whether the update uses the vision features that the reference pass has computed."""
+        """Return whether the update uses the vision features that the reference pass has computed.
+
+        Not modelled: several updates per rollout keep them even without a reference.
+        """
         return self.with_reference and {"vision_tower", "merger"} <= set(self.freeze)
 
     @property

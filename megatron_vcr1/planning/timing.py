@@ -151,9 +151,9 @@ def _context_seconds(
     keys = num_layers * key_bytes(job, layout) * (2 if backward else 1)
     bandwidth = _bandwidth(device, within_node=layout.tensor * layout.context <= gpus_per_node)
     chunks = num_chunks(max(job.config.text.num_kv_heads // layout.tensor, 1))
-    num_features = min(stage == 0, sent.collectives)  # exchanges of vision features
-    features = (sent.bytes - keys) / bandwidth + num_features * device.collective_latency_s
-    collectives = keys / bandwidth + (sent.collectives - num_features) * device.collective_latency_s
+    num_exchanges = min(stage == 0, sent.collectives)  # of vision features
+    features = (sent.bytes - keys) / bandwidth + num_exchanges * device.collective_latency_s
+    collectives = keys / bandwidth + (sent.collectives - num_exchanges) * device.collective_latency_s
     return features + (collectives + (chunks - 1) * max(collectives - attention, 0.0)) / chunks
 
 

@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.optimizer_state import MainParameter, main_parameters
+from megatron_vcr1.errors import UserError
 
 _PARAMETER = "param"
 _ALIGNMENT = 64  # bytes
@@ -87,5 +88,10 @@ def _host_memory(num_bytes: int) -> Tensor:
     memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     if torch.cuda.is_available() and num_bytes:
         runtime: Any = torch.cuda.cudart()
-        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+        code = int(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+        if code:
+            raise UserError(
+                f"optimizer.state = 'host': {num_bytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error "
+                f"{code}); raise the limit of locked memory, or set it to 'resident'"
+            )
     return memory

@@ -80,13 +80,13 @@ def read_inputs(config: RunConfig, model_config: ModelConfig, *, num_ranks: int,
     if config.train.stage == "grpo":
         check_grpo_settings(config.grpo, config.rollout, config.sglang)
     processor = PromptProcessor.from_pretrained(config.model.path, model_config)
-    num_new_tokens = config.rollout.max_new_tokens - 1 if config.train.stage == "grpo" else 0  # SFT checks targets
+    check = partial(check_prompt, config=model_config, num_new_tokens=config.rollout.max_new_tokens - 1)
     stream = PromptStream(
         config.data,
         processor,
         seed=config.train.seed,
-        check_prompt=partial(check_prompt, config=model_config, num_new_tokens=num_new_tokens),
-        target_model=model_config if config.train.stage == "sft" else None,
+        check_prompt=check if config.train.stage == "grpo" else None,
+        config_of_targets=model_config if config.train.stage == "sft" else None,
         replica_index=replica_index,
         num_replicas=num_replicas,
     )

@@ -72,6 +72,8 @@ class Learner:
         # megatron-core's distributed optimizer would still copy all weights and gradients at every step.
         is_distributed = section.distributed and mesh.num_weight_holders() > 1
         overlaps_gather = section.overlap_param_gather and is_distributed
+        if section.overlap_param_gather and not is_distributed:
+            logger.info("optimizer.overlap_param_gather has no effect: no other rank holds the same weights")
         self.ddp_model = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
@@ -221,7 +223,11 @@ def _build_optimizer(
 
 
 def _store_moments_as(optimizer: ChainedOptimizer, first: torch.dtype, second: torch.dtype) -> None:
-    """Replace megatron-core's Adams by ours if moments are not float32. The others store only float32 moments here."""
+    """Replace megatron-core's Adams by ours if moments are not float32.
+
+    TransformerEngine's Adam can store such moments as well, but not every machine has it, and a run must be able to
+    resume on one that has not.
+    """
     if first == second == torch.float32:
         logger.info("optimizer: %s", adam.adam_in_use())
         return

@@ -63,7 +63,7 @@ class PromptStream:
         *,
         seed: int,
         check_prompt: CheckPromptFn | None = None,
-        target_model: ModelConfig | None = None,
+        config_of_targets: ModelConfig | None = None,
         replica_index: int = 0,
         num_replicas: int = 1,
     ) -> None:
@@ -72,7 +72,7 @@ class PromptStream:
         Args:
             seed: seed of the samples' order.
             check_prompt: a sample whose prompt it refuses is skipped.
-            target_model: the model that is trained on the samples' targets; None if they are not trained on. A sample
+            config_of_targets: configuration of the model that is trained on the targets; None for GRPO. A sample
                 is skipped if its target leaves the model's range of positions.
             replica_index, num_replicas: this rank's replica, and the number of replicas of the job.
 
@@ -85,7 +85,7 @@ class PromptStream:
         self.templates = load_templates(section.templates)
         self._processor = processor
         self._check_prompt = check_prompt
-        self._target_model = target_model
+        self._config_of_targets = config_of_targets
         self.samples = [read_manifest(source.manifest) for source in section.sources]
         processor.check_samples(sample for samples in self.samples for sample in samples)
         processor.check_response_start()
@@ -109,12 +109,12 @@ class PromptStream:
 
     def _prepare_fns(self, section: DataSection) -> list[PrepareFn]:
         prepare_fns = build_prepare_fns(section, self.templates, self._processor, self._check_prompt)
-        if self._target_model is None:
+        if self._config_of_targets is None:
             return prepare_fns
         with_target = partial(
             prepare_with_target,
             encoder=TargetEncoder(self._processor),
-            config=self._target_model,
+            config=self._config_of_targets,
             templates=self.templates,
         )
         return [

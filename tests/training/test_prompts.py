@@ -38,7 +38,7 @@ def _processor(folder: Path) -> PromptProcessor:
     return PromptProcessor.from_pretrained(folder / "model", ModelConfig.from_pretrained(folder / "model"))
 
 
-def _stream(folder: Path, target_model: ModelConfig | None = None, **data: Any) -> PromptStream:
+def _stream(folder: Path, config_of_targets: ModelConfig | None = None, **data: Any) -> PromptStream:
     section = workspace.config(folder, "grpo").data
     manifest = folder / "data" / "train.jsonl"
     both = [{"manifest": manifest, "thinking": False}, {"manifest": manifest, "thinking": True}]
@@ -48,7 +48,7 @@ def _stream(folder: Path, target_model: ModelConfig | None = None, **data: Any) 
         _processor(folder),
         seed=0,
         check_prompt=partial(check_prompt, config=ModelConfig.from_pretrained(folder / "model"), num_new_tokens=8),
-        target_model=target_model,
+        config_of_targets=config_of_targets,
     )
 
 
@@ -113,8 +113,8 @@ def test_a_prompt_or_target_beyond_the_range_of_positions_is_skipped(folder: Pat
     rows[1][key] = "w" * 512  # a token each
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [{"manifest": tmp_path / "train.jsonl", "thinking": True}]
-    target_model = ModelConfig.from_pretrained(folder / "model") if key == "thinking" else None
-    stream = _stream(folder, target_model, sources=sources, num_workers=1)
+    config_of_targets = ModelConfig.from_pretrained(folder / "model") if key == "thinking" else None
+    stream = _stream(folder, config_of_targets, sources=sources, num_workers=1)
     assert rows[1]["id"] not in {prompt.sample.id for prompt in stream.take(4)}
     target = r" and its target of 5\d\d tokens" if key == "thinking" else ""
     reason = re.compile(f"sample {rows[1]['id']}{target}: its rotary positions")

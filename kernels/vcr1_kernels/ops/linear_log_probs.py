@@ -133,7 +133,9 @@ def logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor
 
 
 class HeadGradients:
-    """Gradients of hidden and weight, accumulated in float32 from chunks of the gradient of the logits.
+    """Gradients of hidden and weight, added up over chunks of the gradient of the logits.
+
+    The sums are float32, except in a `weight_grad` of another data type, where each chunk's sum is rounded.
 
     Attributes:
         hidden: gradient of hidden, or None if it is not needed; its matmul is then skipped.
@@ -156,7 +158,7 @@ class HeadGradients:
         # shards it is a sum over ranks: rounding each term to half precision first would lose digits.
         hidden_dtype = hidden.dtype if group is None else accumulate_dtype
         self.hidden = torch.empty_like(hidden, dtype=hidden_dtype) if needs_hidden else None
-        # The gradient of weight is a sum over chunks, so it needs a float32 buffer in any case.
+        # The gradient of weight is a sum over chunks, so its buffer is float32, unless the caller has another one.
         self._weight_total = None
         if needs_weight:
             self._weight_total = (
@@ -173,7 +175,7 @@ class HeadGradients:
             else:
                 self.hidden[tokens] = _mm_float32(grad_logits, weight)
         if self._weight_total is not None:
-            _addmm_float32_(self._weight_total, grad_logits.t(), hidden[tokens])
+            _addmm_(self._weight_total, grad_logits.t(), hidden[tokens])
 
     def reduce(self) -> None:
         """Sum the gradient of hidden over the vocabulary shards. A collective: all ranks of the group must call it."""
@@ -188,7 +190,7 @@ def _mm_float32(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def _addmm_float32_(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _addmm_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total` in place, in the precision of `total`."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)

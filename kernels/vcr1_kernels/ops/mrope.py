@@ -138,7 +138,8 @@ class _QkvRotate(torch.autograd.Function):
             _rotate(grad_query.unflatten(1, (num_kv_heads, -1)), cos, sin, out=grad[:, :, :-2], transposed=True)
             _rotate(grad_key, cos, sin, out=grad[:, :, -2], transposed=True)
             grad[:, :, -1] = grad_value
-        return grad, None if ctx.bias_dtype is None else grad.sum(0, dtype=ctx.bias_dtype), None, None
+        grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return grad, grad_bias, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: bool) -> None:

@@ -58,7 +58,7 @@ class _TorchSwiglu(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
         torch.mul(F.silu(gate), grad_output, out=grad_up)
         grad = grad.to(gate_up.dtype)
-        return grad, _bias_gradient(grad, bias)
+        return grad, _bias_gradient(grad, bias) if ctx.needs_input_grad[1] else None
 
 
 def _float_halves(gate_up: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,8 @@ def _float_halves(gate_up: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
     return gate, up
 
 
-def _bias_gradient(grad: Tensor, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else grad.reshape(-1, len(bias)).sum(0, dtype=bias.dtype)
+def _bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    return grad.reshape(-1, len(bias)).sum(0, dtype=bias.dtype)
 
 
 class _TritonSwiglu(torch.autograd.Function):
@@ -89,4 +89,4 @@ class _TritonSwiglu(torch.autograd.Function):
 
         gate_up, bias = ctx.saved_tensors
         grad = launch_swiglu_backward(gate_up, bias, grad_output)
-        return grad, _bias_gradient(grad, bias)
+        return grad, _bias_gradient(grad, bias) if ctx.needs_input_grad[1] else None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,9 @@ def launch_backward(
     """
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     out = out.contiguous()
+    if log_sum_exp.stride(0) % 4:  # a copy of what `launch_forward` has returned, without the padding of its rows
+        num_queries = len(query)
+        log_sum_exp = F.pad(log_sum_exp, (0, -num_queries % 4))[:, :num_queries]
     delta = torch.empty_strided(
         log_sum_exp.shape, log_sum_exp.stride(), dtype=log_sum_exp.dtype, device=log_sum_exp.device
     )
@@ -142,7 +145,7 @@ def _query_tiles(query: Tensor, layout: SegmentLayout) -> tuple[_Tiles, _Tiles]:
     """
     if query.dtype == torch.float32:  # does not use the tensor cores and needs more registers
         return (_Tiles(64, 64, num_warps=8, num_stages=1),) * 2
-    if query.shape[2] > 128 or not _has_tma(query.device):
+    if query.shape[2] > 128 or not _fits_large_tiles(query.device):
         return (_Tiles(64, 32, num_warps=8, num_stages=2),) * 2
     large = _Tiles(128, 128, num_warps=8, num_stages=2), _Tiles(128, 64, num_warps=8, num_stages=3)
     # Tiles of 128 tokens would be half empty (vision windows), or too few to keep all SMs busy.
@@ -156,7 +159,7 @@ def _key_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
     """Return the tiles of the key-gradient kernel."""
     if query.dtype == torch.float32:
         return _Tiles(64, 32, num_warps=8, num_stages=1)
-    if query.shape[2] > 128 or not _has_tma(query.device):
+    if query.shape[2] > 128 or not _fits_large_tiles(query.device):
         return _Tiles(64, 32, num_warps=8, num_stages=2)
     if max(layout.lengths) <= 64:
         return _Tiles(64, 64, num_warps=4, num_stages=2)
@@ -181,9 +184,15 @@ def _num_programs(query: Tensor, lengths: Iterable[int], tiles: _Tiles) -> int:
 
 
 @lru_cache
-def _has_tma(device: torch.device) -> bool:
-    """Return whether a GPU has a tensor memory accelerator. Without it, computing addresses needs many registers."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+def _fits_large_tiles(device: torch.device) -> bool:
+    """Return whether a GPU has a tensor memory accelerator (TMA) and the shared memory of Hopper.
+
+    Without TMA, computing addresses needs many registers. Consumer GPUs of newer generations have TMA and 99 KB.
+    """
+    if device.type != "cuda":
+        return True  # the interpreter
+    properties: Any = torch.cuda.get_device_properties(device)  # its type declaration has not all of them
+    return properties.major >= 9 and properties.shared_memory_per_block_optin >= 200 * 2**10
 
 
 @lru_cache

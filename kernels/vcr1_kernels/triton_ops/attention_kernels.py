@@ -249,8 +249,7 @@ def query_gradient_kernel(
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     lse_offset = tl.cast(head, tl.int64) * lse_stride
     tl.store(delta_ptr + lse_offset + rows, delta, mask=rows < end_row)
-    # The rows after the end of a segment have the queries of the next one, and other log-sum-exps. Their results may be
-    # infinite; they are not stored.
+    # Rows after the end of a segment have queries of the next one. With an infinite log-sum-exp their P is 0.
     lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < end_row, other=float("inf"))
     grad_query = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
 

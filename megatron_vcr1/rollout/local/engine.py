@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import zip_longest
 
 from torch import Tensor
@@ -82,54 +83,49 @@ class LocalEngine:
             [request for request, owner in zip(requests, owners, strict=True) if owner == rank]
             for rank in range(num_ranks)
         ]
-        results = collectives.run_on_context_ranks(lambda: self._generate(shares, params, on_token))
-        parts = [iter(part) for part in results]
-        return [next(parts[owner]) for owner in owners]
-
-    def _generate(
-        self, shares: Sequence[Sequence[GenerationRequest]], params: SamplingParams, on_token: OnToken | None
-    ) -> list[RolloutGroup]:
-        """Sample the responses to this context-parallel rank's requests.
-
-        Args:
-            shares: the requests of each context-parallel rank.
-        """
-        requests = shares[mesh.context_rank()]
         end = EndOfResponse(self._tokens.end, params.stop, self._decode)
-        rollouts: list[list[Rollout]] = [[] for _ in requests]
-        cached_tokens: list[list[int]] = [[] for _ in requests]
+        rollouts: list[list[list[Rollout]]] = [[[] for _ in share] for share in shares]
+        cached_tokens: list[list[list[int]]] = [[[] for _ in share] for share in shares]
         waves = [plan_waves(share, self._max_batch_responses) for share in shares]
         with generation_mode(self._model):
-            for concurrent in zip_longest(*waves, fillvalue=()):  # the ranks prefill them together
-                wave = self._prefill(concurrent, shares, params)
-                if wave is None:
-                    continue
-                entries = concurrent[mesh.context_rank()]
-                for entry, responses in zip(entries, wave.decode(end, on_token), strict=True):
-                    rollouts[entry.request] += (response.rollout(self._version) for response in responses)
-                    cached_tokens[entry.request] += self._cached_tokens(entry, requests[entry.request])
-        return [
-            RolloutGroup(request.id, tuple(group), tuple(cached))
-            for request, group, cached in zip(requests, rollouts, cached_tokens, strict=True)
+            for entries_by_rank in zip_longest(*waves, fillvalue=()):  # the ranks prefill them together
+                wave = self._prefill(entries_by_rank, shares, params)
+                # A rank decodes alone. An error of one must reach the others before the next prefill, in which they
+                # would wait for it.
+                decoded = collectives.run_on_context_ranks(partial(self._decode_wave, wave, end, on_token))
+                for rank, (entries, groups) in enumerate(zip(entries_by_rank, decoded, strict=True)):
+                    for entry, group in zip(entries, groups, strict=True):
+                        rollouts[rank][entry.request] += group
+                        cached_tokens[rank][entry.request] += self._cached_tokens(entry, shares[rank][entry.request])
+        groups_by_rank = [
+            iter([RolloutGroup(r.id, tuple(g), tuple(c)) for r, g, c in zip(*of_rank, strict=True)])
+            for of_rank in zip(shares, rollouts, cached_tokens, strict=True)
         ]
+        return [next(groups_by_rank[owner]) for owner in owners]
+
+    def _decode_wave(self, wave: Wave | None, end: EndOfResponse, on_token: OnToken | None) -> list[list[Rollout]]:
+        """Return the responses of each entry of this context-parallel rank's wave, if it has one."""
+        if wave is None:
+            return []
+        return [[response.rollout(self._version) for response in group] for group in wave.decode(end, on_token)]
 
     def _prefill(
         self,
-        concurrent: Sequence[Sequence[WaveEntry]],
+        entries_by_rank: Sequence[Sequence[WaveEntry]],
         shares: Sequence[Sequence[GenerationRequest]],
         params: SamplingParams,
     ) -> Wave | None:
         """Compute the prompts of every context-parallel rank's wave.
 
         Args:
-            concurrent: the entries of each rank's wave; none on ranks that have no wave left.
+            entries_by_rank: the entries of each rank's wave; none on ranks that have no wave left.
             shares: the requests of each rank.
 
         Returns:
             This rank's wave.
         """
         wave: Wave | None = None
-        for rank, (entries, requests) in enumerate(zip(concurrent, shares, strict=True)):
+        for rank, (entries, requests) in enumerate(zip(entries_by_rank, shares, strict=True)):
             if not entries:
                 continue
             if rank == mesh.context_rank():

@@ -46,12 +46,13 @@ def generation_mode(model: VideoLanguageModel) -> Iterator[None]:
 def forward_through_stages(model: VideoLanguageModel, batch: PackedBatch, cached: CachedAttention) -> Tensor | None:
     """Compute this rank's stage: receive hidden states from the previous stage, and send them to the next one.
 
-    All ranks of the replica must call it, for the same batches in the same order. A stage only waits for the previous
-    one, so an earlier stage may already compute the next batch.
+    The tensor- and pipeline-parallel ranks must call it together, for the same batches in the same order; in a prefill
+    the context-parallel ranks must, too. A stage only waits for the previous one, so an earlier stage may already
+    compute the next batch.
 
     Args:
         model: this rank's shard.
-        batch: the tokens to compute; the same on all ranks of the replica.
+        batch: the tokens to compute; the same on all tensor- and pipeline-parallel ranks.
         cached: the attention that reads and writes the KV cache of this rank's layers.
 
     Returns:
@@ -71,7 +72,7 @@ def forward_through_stages(model: VideoLanguageModel, batch: PackedBatch, cached
 
 
 def broadcast_from_last_stage(values: Tensor) -> None:
-    """Broadcast a tensor in place from the output rank to all ranks of the replica, all of which must call this.
+    """Broadcast a tensor in place from the output rank to all tensor- and pipeline-parallel ranks; all of them call it.
 
     The tensor-parallel ranks of the last stage hold equal logits, but they must not sample independently: on a GPU, the
     cumulative sums of two ranks can differ, and the ranks would continue with different tokens.

@@ -125,8 +125,8 @@ class Wave:
             params.max_new_tokens - 1,  # the last token of a response is sampled, but never computed
             self._device,
         )
-        # Set by `prefill`: the position of each row's next token less the step, int64 [rows], and the hidden state that
-        # predicts it, on the last stage.
+        # Set by `prefill`: the position of each row's first response token, int64 [rows], to which `_compute` adds the
+        # step; and the hidden state that predicts the row's next token, on the last stage.
         self._positions: Tensor
         self._hidden: Tensor | None
 
@@ -190,7 +190,7 @@ class Wave:
         return hidden
 
     def _sample(self, step: int) -> Tensor:
-        """Sample the next token of each row on the output rank, and broadcast it to all ranks of the replica.
+        """Sample the next token of each row on the output rank, and broadcast it to the ranks that decode together.
 
         Returns:
             Token ids and log-probs, float64 [2, rows]. Float64 represents both exactly, so one broadcast is enough.

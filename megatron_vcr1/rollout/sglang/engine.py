@@ -290,5 +290,6 @@ class SglangEngine:
 def _empty_cuda_cache(placement: Placement) -> bool:
     """Free torch's cached GPU memory if the servers share it; return whether they do."""
     if placement.shares_gpu_memory:
+        torch.cuda.ipc_collect()  # buckets that servers have read since they were freed
         torch.cuda.empty_cache()
     return placement.shares_gpu_memory

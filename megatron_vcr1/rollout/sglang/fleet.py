@@ -131,10 +131,11 @@ def _start_servers(
     urls = [server_url(section.port + index) for index in range(placement.num_servers)]
     if placement.colocated:
         placement.check_sharing(len(replicas), len(urls))
-    homes = placement.replicas_of_servers([rank.replica for rank in ranks_here])
-    if homes is not None and {*homes} == {*replicas}:
+    found = placement.replicas_of_servers([rank.replica for rank in ranks_here])
+    if found is not None and {*found} == {*replicas}:
         # Every replica gets the servers on its own GPUs, so that they can read the weights there.
-        used = owned = tuple(url for url, home in zip(urls, homes, strict=True) if me.is_leader and home == me.replica)
+        own = [url for url, replica in zip(urls, found, strict=True) if replica == me.replica]
+        used = owned = tuple(own) if me.is_leader else ()
     else:
         used, owned = assign_servers(urls, replicas, me.replica) if me.is_leader else ((), ())
     processes = None

@@ -59,7 +59,7 @@ class WeightSync:
         section: SglangSection,
         model_dir: Path,
         folder: Path,
-        device: DeviceMemoryChannel | None = None,
+        device_channel: DeviceMemoryChannel | None = None,
     ) -> None:
         """
         Args:
@@ -67,15 +67,15 @@ class WeightSync:
             section: channel and timeouts.
             model_dir: Hugging Face or imported directory of the model.
             folder: parent folder of the weights that travel by disk.
-            device: the result of `find_device_channel`, instead of the channel of the settings.
+            device_channel: the result of `find_device_channel`, instead of the channel of the settings.
         """
         self._fleet = fleet
         self._section = section
         self._model_dir = model_dir
         self._folder = folder
-        self._device = device
+        self._device_channel = device_channel
         self._channel_name = fleet.placement.weight_channel(fleet.releasing)
-        if device is not None:
+        if device_channel is not None:
             logger.info("weights reach the servers by GPU memory that each rank shares with the server on its GPU")
         elif self._channel_name != section.weight_sync:
             logger.info("weights reach the servers by shared memory: NCCL cannot connect two processes of one GPU")
@@ -126,8 +126,8 @@ class WeightSync:
             self._update = WeightUpdate(urls, version, self._open_channel(timeout_s), timeout_s=timeout_s)
 
     def _open_channel(self, timeout_s: float) -> Channel[Any]:
-        if self._device is not None:
-            return self._device
+        if self._device_channel is not None:
+            return self._device_channel
         if self._channel_name == "disk":
             self._disk = DiskChannel(self._model_dir, self._folder, self.version, timeout_s=timeout_s)
             return self._disk
@@ -142,11 +142,11 @@ class WeightSync:
         """
         if self._update is not None and self._update.current:
             self._update.send(bucket)
-        elif self._device is not None:
+        elif self._device_channel is not None:
             with suppress(OSError, RuntimeError):  # raised on all ranks; the leader excludes its servers
-                self._device.prepare(bucket)
-        if self._device is not None:
-            self._device.release()
+                self._device_channel.prepare(bucket)
+        if self._device_channel is not None:
+            self._device_channel.release()
 
     def end(self) -> bool:
         """End the pass, and wait for the other replicas that send weights to shared servers if none is current yet.
@@ -223,7 +223,12 @@ def find_device_channel(fleet: Fleet, section: SglangSection) -> DeviceMemoryCha
         lambda: {url: _gpus_of_server(url, timeout_s=timeout_s) for url in fleet.urls}
     )
     needed = {uuid for uuids in server_gpus.values() for uuid in uuids}
-    if gpu is None or None in gpus_of_ranks or not needed <= {*gpus_of_ranks}:  # the same on all ranks
+    # The same on all ranks.
+    if gpu is None or None in gpus_of_ranks:
+        logger.info("servers cannot read GPU memory of training: expandable segments, or not torch's own allocator")
+        return None
+    if not needed <= {*gpus_of_ranks}:
+        logger.info("servers cannot read GPU memory of training: a server process is on a GPU of another replica")
         return None
     return DeviceMemoryChannel(gpu, server_gpus, timeout_s=timeout_s)
 

@@ -54,7 +54,7 @@ def grpo_loss(
         return_entropy=True,
         temperature=temperature,
         group=model.tensor_group,
-        # Under megatron-core's DDP the kernel adds the head's gradient directly to the float32 gradient buffer.
+        # Under megatron-core's DDP the kernel adds the head's gradient directly to the gradient buffer.
         weight_grad=getattr(weight, "main_grad", None),
     )
 

@@ -102,6 +102,7 @@ class GrpoTrainer:
             ]
             learning_rate = self._learner.end_step()
             self._learner.wait_for_parameters()  # the weight sync reads them
+        del minibatches  # and the vision features in them: colocated servers need the memory
         if self._releases_gradients:
             self._learner.release_gradients()
         self._source.policy_updated(step, metrics)

@@ -109,7 +109,7 @@ def test_log_probs_are_those_of_the_new_weights_after_a_sync(
     """Also checks that the weights are those that SGLang loads from a Hugging Face directory, bit for bit."""
     engine = start_engine(weight_sync="tensor" if weight_sync == "device" else weight_sync)
     if weight_sync == "device":  # with memory of the CPU in place of a GPU's
-        engine._weight_sync._device = DeviceMemoryChannel("gpu 0", {serving.url: ["gpu 0"]}, timeout_s=60)
+        engine._weight_sync._device_channel = DeviceMemoryChannel("gpu 0", {serving.url: ["gpu 0"]}, timeout_s=60)
     sent = requests(4)
     engine.update_weights(stream_hf_tensors(model), 1)
     before = engine.generate(sent, SamplingParams(12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.data.scenes import PAPER_TASKS
 from megatron_vcr1.model.vision import VisionTower
-from megatron_vcr1.model.vision_features import VisionFeatures
+from megatron_vcr1.model.vision_features import FeatureMemo, VisionFeatures
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.local import sampling
 from megatron_vcr1.training.environment import use_deterministic_algorithms
@@ -187,6 +188,14 @@ def test_features_of_a_frozen_vision_tower_are_computed_once_per_step(
 
     monkeypatch.setattr(VisionTower, "forward", counting_forward)
     learner, trainer = build_trainer(run)
+    policy_updated = trainer._source.policy_updated
+
+    def check_memory(*args: Any) -> None:
+        kept = [memo for memo in gc.get_objects() if isinstance(memo, FeatureMemo)]
+        assert not kept, "colocated servers take their memory back now"
+        policy_updated(*args)
+
+    monkeypatch.setattr(trainer._source, "policy_updated", check_memory)
     step, weights = do_step(trainer), _weights(learner)
     assert passes and not any(passes)
     num_passes = len(passes)

@@ -8,19 +8,22 @@ other ranks send it the handles of their memory.
 The collectives for one bucket, on all ranks of the replica:
 
     broadcast   which GPUs have a server process that takes the bucket
-    gather      whether every rank concerned has copied the bucket. If one has not, nothing was shared yet
+    gather      errors of the copies. There are no handles before all ranks have copied the bucket
     gather      the handles. Each has exactly one reader
     barrier     the servers have responded, so every rank frees its copy (`release`)
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.sglang.channels.base import NamedTensors, close_weight_update, open_weight_update
 from megatron_vcr1.rollout.sglang.channels.flat_bucket import LOAD_FORMAT, FlatBucket
-from megatron_vcr1.rollout.sglang.http import call
+from megatron_vcr1.rollout.sglang.http import RequestRefused, ServerFault, call
+
+logger = logging.getLogger(__name__)
 
 
 class DeviceMemoryChannel:
@@ -79,7 +82,15 @@ class DeviceMemoryChannel:
             "load_format": LOAD_FORMAT,
             "flush_cache": False,
         }
-        call(url, "POST", "/update_weights_from_tensor", body, timeout_s=self._timeout_s)
+        try:
+            call(url, "POST", "/update_weights_from_tensor", body, timeout_s=self._timeout_s)
+        except (ServerFault, RequestRefused):
+            logger.warning(
+                "if SGLang server %s has not read the bucket, each of its GPUs keeps that memory until the run ends "
+                "(sglang.weight_sync_bucket_mb)",
+                url,
+            )
+            raise
 
     def release(self) -> None:
         """Free this rank's copy after all servers have responded. All ranks of the replica must call it."""

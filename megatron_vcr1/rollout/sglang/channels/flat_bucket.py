@@ -7,7 +7,8 @@ Every description is for one reader: torch counts the readers that have not clos
 
     host memory    a file in /dev/shm. Its name is removed when the last reader has closed it
     GPU memory     a CUDA IPC handle. The memory is reused when the reader has closed it; a reader waits for its copies
-                   to complete before it closes. The memory of a server that dies before that is lost to this process
+                   to complete before it closes. If a server dies before that, or never opens it, the memory of the
+                   bucket stays allocated until this process ends
 """
 
 from __future__ import annotations
@@ -96,11 +97,13 @@ class FlatBucket:
 def shareable_gpu() -> str | None:
     """Return the UUID of this process's GPU if its memory has CUDA IPC handles that need no special permission.
 
-    None without CUDA, and if torch's allocator may use expandable segments: another process then needs the permission
-    to trace this one.
+    None without CUDA, if the allocator is not torch's own (others have no handles), and if it may use expandable
+    segments: another process then needs the permission to trace this one.
     """
     settings = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    if not torch.cuda.is_available() or any("expandable_segments:true" in value.lower() for value in settings):
+    if not torch.cuda.is_available() or torch.cuda.get_allocator_backend() != "native":
+        return None
+    if any("expandable_segments:true" in value.lower() for value in settings):
         return None
     return gpu_uuid(torch.cuda.current_device())
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.rollout_sections import SglangSection
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.placement import Placement
+from megatron_vcr1.rollout.sglang import weight_sync
 from megatron_vcr1.rollout.sglang.channels import flat_bucket
 from megatron_vcr1.rollout.sglang.channels.device_memory import DeviceMemoryChannel
 from megatron_vcr1.rollout.sglang.fleet import Fleet
-from megatron_vcr1.rollout.sglang.weight_sync import WeightSync
+from megatron_vcr1.rollout.sglang.weight_sync import WeightSync, find_device_channel
 from tests.gloo import GlooPool
 from tests.rollout.sglang.channels.test_flat_bucket import open_bucket
 from tests.rollout.sglang.fake_server import FakeServer, Reply
@@ -101,3 +104,36 @@ def test_a_rank_without_room_for_a_bucket_excludes_the_servers(tmp_path: Path, g
         assert server.count("/update_weights_from_tensor") == 0
     assert results == [((), True)] * 4  # nobody waits for ever
     assert set(flat_bucket.SHARED_MEMORY.glob("torch_*")) <= before
+
+
+def _find_channel(first_gpu: int, unshareable_rank: int | None) -> tuple[str, dict[str, Sequence[str]]] | None:
+    """Look for the channel of one replica of four ranks, with a server of two processes from a GPU on."""
+    mesh.initialize(ParallelSection(tensor=2, pipeline=2))
+    rank = dist.get_rank()
+    fleet = SimpleNamespace(
+        placement=SimpleNamespace(may_share_gpu_memory=True), urls=("server",) if mesh.is_replica_leader() else ()
+    )
+    info = {"base_gpu_id": first_gpu, "tp_size": 2}
+    with (
+        mock.patch.object(weight_sync, "shareable_gpu", lambda: None if rank == unshareable_rank else f"gpu {rank}"),
+        mock.patch.object(weight_sync, "gpu_uuid", lambda index: f"gpu {index}"),
+        mock.patch.object(weight_sync, "server_info", lambda url, timeout_s: info),
+    ):
+        channel = find_device_channel(fleet, SglangSection())  # type: ignore[arg-type]
+    return None if channel is None else (channel._gpu, dict(channel._server_gpus))
+
+
+@pytest.mark.parametrize(
+    "first_gpu, unshareable_rank, is_found",
+    [(2, None, True), (2, 1, False), (3, None, False)],
+    ids=["own GPUs", "a rank that cannot share", "a GPU without a rank"],
+)
+def test_the_channel_is_used_if_every_server_process_is_on_the_gpu_of_a_rank(
+    gloo_pool: GlooPool, first_gpu: int, unshareable_rank: int | None, is_found: bool
+) -> None:
+    found = gloo_pool.run(_find_channel, first_gpu, unshareable_rank)
+    if not is_found:
+        assert found == [None] * 4
+        return
+    assert [channel[0] for channel in found] == [f"gpu {rank}" for rank in range(4)]
+    assert all(channel[1] == {"server": ["gpu 2", "gpu 3"]} for channel in found)

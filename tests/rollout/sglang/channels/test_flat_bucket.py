@@ -84,8 +84,13 @@ def test_memory_of_expandable_segments_is_not_shared(monkeypatch: pytest.MonkeyP
     assert flat_bucket.shareable_gpu() is None  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    allocator = "native"
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
     monkeypatch.setattr(flat_bucket, "gpu_uuid", lambda index: f"uuid of GPU {index}")
     assert flat_bucket.shareable_gpu() == "uuid of GPU 1"
+    allocator = "cudaMallocAsync"
+    assert flat_bucket.shareable_gpu() is None
+    allocator = "native"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", setting)
     assert flat_bucket.shareable_gpu() is None
 
