@@ -218,8 +218,8 @@ def _emulate_cuda() -> None:
     cuda = torch.cuda
     answers: dict[str, Any] = dict(is_available=True, current_device=0, device_count=1, max_memory_allocated=0)
     answers |= dict(set_device=None, synchronize=None, empty_cache=None, reset_peak_memory_stats=None)
-    answers |= dict(get_device_name="an emulated GPU", current_stream=mock.Mock(), cudart=mock.Mock(), check_error=None)
-    answers |= dict(stream=contextlib.nullcontext())
+    answers |= dict(get_device_name="an emulated GPU", current_stream=mock.Mock(), check_error=None)
+    answers |= dict(stream=contextlib.nullcontext(), cudart=mock.Mock(cudaHostRegister=mock.Mock(return_value=0)))
     Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     for name, answer in answers.items():
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
