@@ -122,10 +122,16 @@ class VideoLanguageModel(MegatronModule):
             [targets, hidden_size] on the last stage. On others [tokens, 1, hidden_size] (of this rank's tokens only,
             under sequence parallelism), followed by the vision features that layers of later stages add.
         """
-        # The last layer drops the tokens that predict nothing, right after its attention. In two cases they are dropped
-        # after the whole layer instead: under sequence parallelism, because the tokens are sharded across ranks, and
-        # with FP8, whose matmuls need a number of tokens that is a multiple of `token_multiple`.
-        selects = self.post_process and not self.config.sequence_parallel and self.config.fp8 is None
+        # The last layer drops the tokens that predict nothing, right after its attention. In three cases they are
+        # dropped after the whole layer instead: under sequence parallelism, because the tokens are sharded across
+        # ranks; with FP8, whose matmuls need a number of tokens that is a multiple of `token_multiple`; and on a rank
+        # of which no token predicts anything, because TransformerEngine's norms do not accept zero tokens.
+        selects = (
+            self.post_process
+            and not self.config.sequence_parallel
+            and self.config.fp8 is None
+            and len(batch.predicting_token_indices) > 0
+        )
         hidden, features = self._embed(batch) if self.pre_process else self._received(batch)
         text = self.model_config.text
         rope = RotaryTables.from_angles(

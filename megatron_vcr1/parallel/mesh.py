@@ -317,5 +317,8 @@ def is_first_rank_on_host() -> bool:
 
 
 def num_leaders_on_host() -> int:
-    """Return the number of replica leaders on this host, at least 1 (a replica may span hosts)."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // ranks_per_replica())
+    """Return the number of replica leaders on this host. All of them are on the first pipeline stage."""
+    ranks_per_stage = ranks_per_replica() // parallel_state.get_pipeline_model_parallel_world_size()
+    first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    host = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return sum(replica * ranks_per_stage in host for replica in range(num_replicas()))

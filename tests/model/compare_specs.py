@@ -98,6 +98,17 @@ def learn(model: VideoLanguageModel) -> dict[str, Tensor]:
     return {"norms": torch.tensor(norms), **weights}
 
 
+def num_states_without_targets(model: VideoLanguageModel) -> int:
+    """Run forward and backward with a prompt that predicts nothing; return the number of hidden states.
+
+    A context-parallel rank without responses has such a batch.
+    """
+    prompt = group(model.model_config).prompt
+    hidden = model(pack([Group("0", prompt, ())], model.model_config).to(mesh.device()))
+    hidden.sum().backward()
+    return len(hidden)
+
+
 def differences(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Return the largest difference and the relative error in norm, of the logits and of the gradients."""
     assert ours.keys() == expected.keys()
@@ -125,6 +136,7 @@ def compare(folder: Path) -> dict[str, Any]:
             "expected_keys": sorted(model_layout(model.model_config)),
             "classes": sorted({type(module).__name__ for module in model.modules()}),
             **differences(run(model), expected),
+            "states_without_targets": num_states_without_targets(model),
         }
 
 

@@ -61,6 +61,7 @@ def test_stand_in_layers_load_the_same_checkpoints_and_compute_the_same(tmp_path
         assert kinds <= set(found["classes"])
         assert found["logits"] < 1e-5 and found["gradient"] < 1e-5, found
         assert found["learned"] < 1e-4, found  # gradient norms are near 10
+        assert found["states_without_targets"] == 0
 
 
 def test_auto_chooses_local_layers_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +146,11 @@ def test_on_a_gpu_both_backends_agree_in_bf16(te: BackendSpecProvider, model_dir
     found = compare_specs.differences(compare_specs.run(model), expected)
     print(f"TransformerEngine against local, bf16, recompute {recompute}: {found}")
     assert found["logits, relative"] < BF16_TOLERANCE and found["gradient, relative"] < BF16_TOLERANCE, found
+
+
+@on_gpu
+def test_on_a_gpu_no_token_needs_to_predict_anything(te: BackendSpecProvider, model_dir: Path) -> None:
+    assert compare_specs.num_states_without_targets(compare_specs.build(model_dir, te, torch.bfloat16)) == 0
 
 
 @on_gpu

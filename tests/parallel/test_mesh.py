@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -81,16 +82,25 @@ def test_a_process_that_was_started_alone_is_its_own_job(monkeypatch: pytest.Mon
         assert mesh.is_first_stage() and mesh.is_last_stage()
         assert mesh.is_first_rank_on_host() and mesh.num_leaders_on_host() == 1
         monkeypatch.setenv("LOCAL_RANK", "1")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-        assert not mesh.is_first_rank_on_host() and mesh.num_leaders_on_host() == 8
+        assert not mesh.is_first_rank_on_host()
     assert (mesh.rank(), mesh.num_ranks()) == (0, 1)
     mesh.shutdown()  # does nothing the second time
+
+
+def _num_leaders_on_host() -> int:
+    """Return the number of leaders on this rank's host, if there are two hosts with two ranks each."""
+    with mock.patch.dict(os.environ, LOCAL_RANK=str(mesh.rank() % 2), LOCAL_WORLD_SIZE="2"):
+        return mesh.num_leaders_on_host()
 
 
 def _place() -> tuple[int, int, bool, bool]:
     mesh.initialize(ParallelSection(tensor=2))
     first = (mesh.replica_index(), mesh.num_replicas(), mesh.is_replica_leader(), mesh.is_output_rank())
+    assert _num_leaders_on_host() == 1
+    mesh.initialize(ParallelSection(pipeline=2))
+    assert _num_leaders_on_host() == (2 if mesh.rank() < 2 else 0)
     mesh.initialize(ParallelSection(tensor=2, pipeline=2))  # a second call rebuilds the groups
+    assert _num_leaders_on_host() == (1 if mesh.rank() < 2 else 0)
     assert (mesh.num_replicas(), mesh.ranks_per_replica()) == (1, 4)
     assert (mesh.is_first_stage(), mesh.is_last_stage()) == (mesh.rank() < 2, mesh.rank() >= 2)
     assert mesh.is_output_rank() == (mesh.rank() == 2)
