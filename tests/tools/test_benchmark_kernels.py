@@ -1,10 +1,9 @@
-"""The kernel benchmark on a CPU, and the exit codes of the GPU check on a machine without a GPU."""
+"""The kernel benchmark on a CPU."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,6 @@ import benchmark_kernels
 import pytest
 import torch
 
-from tests.limits import HANG_S
-
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
@@ -72,46 +68,3 @@ def test_fraction_of_peak_is_that_of_the_limiting_rate(monkeypatch: pytest.Monke
     (result,) = benchmark_kernels._measure("op", case, 1, benchmark_kernels.PeakRates(4, 0.002), CPU)
     assert result.gigabytes_per_s == pytest.approx(1) and result.teraflops == pytest.approx(0.001)
     assert result.fraction_of_peak == pytest.approx(0.5)
-
-
-FAKE_PYTHON = """#!/bin/bash
-# Stands in for a Python on a GPU machine: everything can be imported except xdist and transformer_engine.
-case "$1 $2" in
-    "-c "*xdist* | "-c "*transformer_engine*) echo "ModuleNotFoundError: missing" >&2; exit 1 ;;
-    "-c "*) exit 0 ;;
-    "- "*) cp "$2" "$3" ;;  # write_record: keep the table instead of JSON
-    "-m pytest") echo "7 passed"; echo; exit 0 ;;
-    *) echo "$1 failed"; exit 3 ;;
-esac
-"""
-
-
-def test_gpu_check_records_passed_failed_and_skipped_sections(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(FAKE_PYTHON)
-    python.chmod(0o755)
-    out = tmp_path / "out"
-    environment = {"PATH": "/usr/bin:/bin", "OUT": str(out), "PYTHON": str(python)}
-    command = ["bash", str(ROOT / "tools/gpu_check.sh"), "kernels", "benchmark", "update_te"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert process.returncode == 1, process.stderr
-    assert [
-        (line.split()[0], line.split(maxsplit=2)[2]) for line in (out / "gpu_check.json").read_text().splitlines()
-    ] == [
-        ("kernels", "0 7 passed"),
-        ("benchmark", "3 tools/benchmark_kernels.py failed"),
-        ("update_te", "- skipped: ModuleNotFoundError: missing"),
-    ]
-    assert "7 passed" in (out / "log.txt").read_text()
-
-
-@without_gpu
-def test_gpu_check_exits_with_2_without_a_gpu_or_with_an_unknown_section(tmp_path: Path) -> None:
-    script = ["bash", str(ROOT / "tools/gpu_check.sh")]
-    environment = {"PATH": "/usr/bin:/bin", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
-    unknown = subprocess.run([*script, "kernel"], env=environment, capture_output=True, text=True)
-    assert unknown.returncode == 2 and "unknown section 'kernel'; the sections are: kernels model" in unknown.stderr
-    without = subprocess.run([*script, "kernels"], env=environment, capture_output=True, text=True, timeout=HANG_S)
-    assert without.returncode == 2 and "no GPU" in without.stderr
-    usage = subprocess.run([*script, "--help"], env=environment, capture_output=True, text=True)
-    assert usage.returncode == 0 and "update_plain" in usage.stdout and "set -u" not in usage.stdout
