@@ -1,4 +1,4 @@
-"""The choice between a Triton kernel and the PyTorch path, and the switch for Triton's interpreter.
+"""The choice between a Triton kernel and the PyTorch path, launches on any GPU, and Triton's interpreter.
 
 The modules in `triton_ops` import triton at their top, and triton may be missing. The ops therefore import them inside
 the functions that launch a kernel, after `use_triton` has returned True.
@@ -7,14 +7,17 @@ the functions that launch a kernel, after `use_triton` has returned True.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _interpreting = False  # True inside `interpreter()`
@@ -39,6 +42,25 @@ def _triton_is_installed() -> bool:
             "triton is not installed: vcr1_kernels runs its slower PyTorch code on the GPU"
         )
     return installed
+
+
+def on_its_gpu(launch: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
+    """Decorate a launch so that the GPU of its first argument is the current one: Triton launches kernels there."""
+
+    @wraps(launch)
+    def launch_on_its_gpu(tensor: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not tensor.is_cuda:
+            return launch(tensor, *args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return launch(tensor, *args, **kwargs)
+
+    return launch_on_its_gpu
+
+
+def int32_tensor(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Copy a list to a device; to a GPU from pinned memory, so that the host does not wait for earlier work."""
+    is_cuda = device.type == "cuda"
+    return torch.tensor(values, dtype=torch.int32, pin_memory=is_cuda).to(device, non_blocking=is_cuda)
 
 
 @contextmanager

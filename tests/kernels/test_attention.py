@@ -224,9 +224,11 @@ def test_empty_input(device: torch.device) -> None:
 def test_keys_without_queries_have_a_gradient_of_zero(device: torch.device) -> None:
     layout = SegmentLayout((5, 3), (-1, 0), queries=())
     inputs = _inputs(layout, 2, 1, 8, torch.float32, device)
-    query, key, value = gradients(lambda *x: shared_prefix_attention(*x, layout), inputs)
-    assert query.shape == (0, 2, 8)
-    assert not key.any() and not value.any()
+    output, log_sum_exp = attention_forward(*inputs, layout)
+    by_hand = attention_backward(output, *inputs, output, log_sum_exp, layout)
+    for query, key, value in (by_hand, gradients(lambda *x: shared_prefix_attention(*x, layout), inputs)):
+        assert query.shape == output.shape == (0, 2, 8)
+        assert not key.any() and not value.any()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,12 @@ def test_keys_without_queries_have_a_gradient_of_zero(device: torch.device) -> N
         (torch.zeros(5, 2, 8), torch.zeros(5, 2, 8), torch.zeros(5, 1, 8), r"value must be \[5, 2, 8\]"),
         (torch.zeros(5, 3, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8), "3 query heads are not a multiple of 2"),
         (torch.zeros(5, 2, 8), torch.zeros(5, 2, 8).half(), torch.zeros(5, 2, 8), "query is torch.float32 but key"),
+        (
+            torch.zeros(5, 2, 8),
+            torch.zeros(5, 2, 8, device="meta"),
+            torch.zeros(5, 2, 8),
+            "query is on cpu but key is on",
+        ),
         (torch.zeros(5, 8, 2).mT, torch.zeros(5, 2, 8), torch.zeros(5, 2, 8), "last dimension of query"),
     ],
 )

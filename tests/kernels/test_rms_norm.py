@@ -28,6 +28,12 @@ def test_matches_torch(device: torch.device) -> None:
     torch.testing.assert_close(rms_norm(x, weight, 1e-2), F.rms_norm(x, (64,), weight, 1e-2))
 
 
+def test_result_has_the_dtype_of_the_input(device: torch.device) -> None:
+    x, weight = torch.randn(3, 8, device=device), torch.randn(8, device=device)
+    for dtypes in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        assert rms_norm(x.to(dtypes[0]), weight.to(dtypes[1]), EPSILON).dtype == dtypes[0]
+
+
 def test_zero_input_gives_zero_output_and_finite_gradient(device: torch.device) -> None:
     x = torch.zeros(2, 8, device=device, requires_grad=True)
     output = rms_norm(x, torch.ones(8, device=device), EPSILON)

@@ -46,9 +46,7 @@ def shared_prefix_attention(
     _check(query, key, value, layout)
     layout = layout.merged
     scale = _positive_scale(scale, query)
-    if query.numel() == 0:
-        return query + 0 * (key.sum() + value.sum())  # empty, but with a gradient for all three
-    if use_flash_attn(query, layout):
+    if query.numel() and use_flash_attn(query, layout):
         return flash_attention(query, key, value, layout, scale)
     return _Attention.apply(query, key, value, layout, scale)
 
@@ -86,6 +84,8 @@ def attention_backward(
         output, log_sum_exp: its results.
     """
     scale = _positive_scale(scale, query)
+    if query.numel() == 0:
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     if use_triton(query):
         from vcr1_kernels.triton_ops.attention import launch_backward
 
@@ -116,6 +116,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float) -> tuple[Tensor, Tensor]:
+    if query.numel() == 0:  # for example on a context-parallel rank that has no tokens
+        return torch.empty_like(query), query.new_empty(0)
     if use_triton(query):
         from vcr1_kernels.triton_ops.attention import launch_forward
 
@@ -143,6 +145,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         require_floating(name, tensor)
         require_contiguous_last_dim(name, tensor)
+        # Triton does not check the addresses that its descriptors hold.
+        if tensor.device != query.device:
+            raise ValueError(f"query is on {query.device} but {name} is on {tensor.device}; move them to one device")
         if tensor.dtype != query.dtype:
             raise ValueError(f"query is {query.dtype} but {name} is {tensor.dtype}; cast them to one dtype")
     if query.shape[1] % max(key.shape[1], 1):

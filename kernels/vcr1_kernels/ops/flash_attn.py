@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from vcr1_kernels.backend import int32_tensor
 from vcr1_kernels.layout import SegmentLayout
 
 _MAX_HEAD_DIM = 256
@@ -66,4 +67,4 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLa
 @lru_cache(maxsize=64)
 def _cu_seqlens(layout: SegmentLayout, device: torch.device) -> Tensor:
     """Return the cumulative sequence lengths that flash-attn expects: `layout.starts`, int32 [num_segments + 1]."""
-    return torch.tensor(layout.starts, dtype=torch.int32, device=device)
+    return int32_tensor(layout.starts, device)

@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     require_floating("x", x)
     require_shape("weight", weight, x.shape[-1])
     if x.device.type != "cpu":
-        return F.rms_norm(x, weight.shape, weight, epsilon)
+        return F.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)  # torch promotes the two dtypes
     return _RmsNorm.apply(x, weight, epsilon)
 
 

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vcr1_kernels.backend import int32_tensor, on_its_gpu
 from vcr1_kernels.layout import QuerySpan, SegmentLayout
 from vcr1_kernels.triton_ops.attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from vcr1_kernels.triton_ops.sum_parts import sum_parts
@@ -31,6 +32,7 @@ class _Tiles(NamedTuple):
     num_stages: int
 
 
+@on_its_gpu
 def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -58,6 +60,7 @@ def launch_forward(
     return out, log_sum_exp
 
 
+@on_its_gpu
 def launch_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -341,5 +344,5 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _table(rows: list[tuple[int, ...]], num_columns: int, device: torch.device) -> Tensor:
-    """Copy a table to the device without waiting for it; int32 [num_rows, num_columns], even if it has no rows."""
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, num_columns).to(device, non_blocking=True)
+    """Return a table on the device, int32 [num_rows, num_columns], even if it has no rows."""
+    return int32_tensor(rows, device).reshape(-1, num_columns)

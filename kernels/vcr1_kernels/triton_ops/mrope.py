@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vcr1_kernels.backend import on_its_gpu
+
 
 @triton.jit
 def _rotate_kernel(
@@ -115,6 +117,7 @@ def _qkv_kernel(
     tl.store(target + HALF, new_second.to(joint_ptr.dtype.element_ty), mask=mask)
 
 
+@on_its_gpu
 def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transposed: bool) -> None:
     """Write the rotation of x [tokens, heads, head_dim] to `out`, which may be x."""
     num_tokens, num_heads, head_dim = x.shape
@@ -140,6 +143,7 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transpose
     )
 
 
+@on_its_gpu
 def launch_split(
     joint: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, query: Tensor, key: Tensor, value: Tensor
 ) -> None:
@@ -148,6 +152,7 @@ def launch_split(
     _launch_qkv(joint.contiguous(), bias, query, key, value, cos, sin, join=False)
 
 
+@on_its_gpu
 def launch_join(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, joint: Tensor) -> None:
     """Write the gradient of `launch_split`'s projection to `joint`, given those of query, key and value."""
     _launch_qkv(joint, None, query.contiguous(), key.contiguous(), value.contiguous(), cos, sin, join=True)

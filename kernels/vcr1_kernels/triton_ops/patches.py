@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vcr1_kernels.backend import on_its_gpu
+
 _BLOCK_PATCHES = 16
 
 
@@ -67,6 +69,7 @@ def _frames_to_patches_kernel(
     tl.store(out_ptr + out_offsets[:, None] + pixels[None, :], values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_gpu
 def launch_frames_to_patches(
     frames: Tensor,
     patch_size: int,

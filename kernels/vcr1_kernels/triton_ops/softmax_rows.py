@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vcr1_kernels.backend import on_its_gpu
 from vcr1_kernels.records import RowSoftmax
 
 # Enough programs to fill any GPU. With fewer rows than this, the vocabulary is split among several programs per row.
@@ -132,6 +133,7 @@ def _logit_gradient_kernel(
     tl.store(out_ptr + row * out_row_stride + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_gpu
 def launch_row_statistics(logits: Tensor, columns: Tensor, temperature: float, with_entropy: bool) -> Tensor:
     """Return the statistics of each split of logits [tokens, vocab_shard]; float32 [num_splits, 4, tokens].
 
@@ -161,6 +163,7 @@ def launch_row_statistics(logits: Tensor, columns: Tensor, temperature: float, w
     return parts
 
 
+@on_its_gpu
 def launch_logit_gradient(
     logits: Tensor,
     columns: Tensor,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vcr1_kernels.backend import on_its_gpu
+
 _BLOCK = 1024
 
 
@@ -58,6 +60,7 @@ def _swiglu_backward_kernel(
     tl.store(grad_gate_ptr + ffn_size, (grad_out * silu).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_gpu
 def launch_swiglu(gate_up: Tensor, bias: Tensor | None) -> Tensor:
     """Return silu(gate) * up, [..., ffn_size], of [..., gate | up] plus the bias."""
     rows = gate_up.reshape(-1, gate_up.shape[-1])
@@ -69,6 +72,7 @@ def launch_swiglu(gate_up: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+@on_its_gpu
 def launch_swiglu_backward(gate_up: Tensor, bias: Tensor | None, grad_out: Tensor) -> Tensor:
     """Return the gradient of `gate_up`, [..., gate | up], given the gradient of the output, [..., ffn_size]."""
     rows = gate_up.reshape(-1, gate_up.shape[-1])

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vcr1_kernels.backend import on_its_gpu
 from vcr1_kernels.records import Objective, TokenInputs, TokenLoss
 
 _BLOCK = 256
@@ -111,6 +112,7 @@ def _token_loss_kernel(
     tl.store(grad_ptr + tokens, grad, mask=inside)
 
 
+@on_its_gpu
 def launch_token_loss(
     log_probs: Tensor, inputs: TokenInputs, log_ratio: Tensor, objective: Objective
 ) -> tuple[TokenLoss, Tensor]:
