@@ -96,18 +96,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file with a header line.
-
-    Raises:
-        UserError: the file is missing, not UTF-8 text, or not CSV.
-    """
-    try:
-        return list(csv.DictReader(io.StringIO(text_files.read_text(path), newline="")))
-    except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as CSV: {error}") from error
-
-
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file, without line ends and without blank lines.
 
@@ -119,13 +107,14 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a ``.json`` list, ``.jsonl``, ``.parquet`` or ``.arrow`` file, or of a folder of such files.
+    """Yield the rows of a ``.json`` list, a ``.jsonl``, ``.csv``, ``.parquet`` or ``.arrow`` file, or a folder of them.
 
     A folder is one that `datasets.Dataset.save_to_disk` wrote, or the downloaded data folder of a dataset repository.
     Hidden files in it are ignored.
 
     Yields:
-        The place of a row in its file, and the row; a `MalformedRow` for a line that is not JSON.
+        The place of a row in its file, and the row; a `MalformedRow` for a line that is not JSON, or a row of CSV with
+        more cells than there are columns.
 
     Raises:
         UserError: the file is missing, damaged or of another type, or pyarrow is needed and not installed.
@@ -140,11 +129,13 @@ def read_table(path: Path) -> Iterator[tuple[str, Any]]:
         yield from read_json_list(path)
     elif path.suffix == ".jsonl":
         yield from _read_json_lines(path)
+    elif path.suffix == ".csv":
+        yield from _read_csv(path)
     elif path.suffix in (".parquet", ".arrow"):
         for number, row in enumerate(_read_arrow(path), start=1):
             yield f"{path.name}, row {number}", row
     else:
-        raise UserError(f"{path}: expected a .json, .jsonl, .parquet or .arrow file, or a folder of them")
+        raise UserError(f"{path}: expected a .json, .jsonl, .csv, .parquet or .arrow file, or a folder of them")
 
 
 def numbered_id(path: str, num_rows_of: Counter[str]) -> str:
@@ -177,6 +168,24 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         except UserError as error:
             row = MalformedRow(place, str(error))
         yield place, row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a CSV file with a header line; columns that a row lacks are None."""
+    # Strict: otherwise, a quotation mark that is never closed would make the rest of the file one cell.
+    reader = csv.DictReader(io.StringIO(text_files.read_text(path), newline=""), strict=True)
+    try:
+        for number, row in enumerate(reader, start=1):
+            place = f"{path.name}, row {number}"
+            # The cells beyond the last column are under the key None.
+            if (surplus := row.get(None)) is not None:  # type: ignore[call-overload]
+                problem = f"{len(surplus)} more cells than columns; put quotes around a text that contains commas"
+                yield place, MalformedRow(place, problem)
+            else:
+                yield place, row
+    except csv.Error as error:
+        # line_num is the last line of the row before. A quotation mark without its pair is an "unexpected end of data".
+        raise UserError(f"{path}, row at line {reader.line_num + 1}: cannot be read as CSV: {error}") from error
 
 
 def _read_arrow(path: Path) -> Iterator[Row]:

@@ -14,7 +14,6 @@ from megatron_vcr1.data.importers.files import (
     Row,
     convert_rows,
     describe,
-    read_csv,
     read_json_object,
     read_lines,
     read_table,
@@ -101,7 +100,7 @@ def _row(video: str, index: int, duration_s: float, span: list[float], query: st
 
 def _video_lengths(path: Path) -> dict[str, str]:
     """Return the published length of each video as text; a malformed one costs the rows of its video only."""
-    rows = read_csv(path)
+    rows = [row for _, row in read_table(path) if not isinstance(row, MalformedRow)]
     if rows and not {"id", "length"} <= rows[0].keys():
         raise UserError(f"{path}: expected the columns id and length, got {', '.join(map(str, rows[0]))}")
     return {row["id"]: row["length"] for row in rows}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcr1 import text_files
-from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, numbered_id, read_csv, read_table
+from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, numbered_id, read_table
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import Task, UnknownTaskError, find_task
 from megatron_vcr1.tasks.row_fields import INTERVAL, NUMBER, TEXT, JsonForm, list_of
@@ -84,7 +84,9 @@ def read_own(
     """
     num_rows_of: Counter[str] = Counter()
     for path in annotations:
-        entries = _read(path)
+        entries = list(read_table(path))
+        if not entries:
+            raise UserError(f"{path}: the table has no rows")
         columns = _columns_of(entries)
         by_key = _resolve(column_map, columns, path)
         _check_keys(by_key, columns, task_name, path)
@@ -93,12 +95,6 @@ def read_own(
             lambda entry, by_key=by_key: _row(entry, by_key, task_name, num_rows_of),  # type: ignore[misc]
             lambda entry, by_key=by_key: str(_value(entry, by_key["id"])),  # type: ignore[misc]
         )
-
-
-def _read(path: Path) -> list[tuple[str, Any]]:
-    if path.suffix == ".csv":
-        return [(f"{path.name}, row {number}", row) for number, row in enumerate(read_csv(path), start=1)]
-    return list(read_table(path))
 
 
 def _columns_of(entries: Sequence[tuple[str, Any]]) -> list[str]:

@@ -14,7 +14,6 @@ from megatron_vcr1.data.importers.files import (
     Row,
     convert_rows,
     describe,
-    read_csv,
     read_json_list,
     read_json_object,
     read_table,
@@ -73,7 +72,7 @@ def _nextgqa_rows(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]
         return
     questions, spans_of, folder_of = _nextgqa_files(annotations)
     yield from convert_rows(
-        [(f"question {number}", question) for number, question in enumerate(questions, start=1)],
+        questions,
         lambda entry: _nextgqa_csv_row(entry, spans_of, folder_of),
         lambda entry: f"{entry['video_id']}_{entry['qid']}",
     )
@@ -123,7 +122,7 @@ def _grounded_row(
     }
 
 
-def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[list[dict[str, str]], Row, dict[str, str]]:
+def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[Iterator[tuple[str, Any]], Row, dict[str, str]]:
     """Read the three files, recognized by their content: CSV questions, spans per video, path per video."""
     csv_files = [path for path in annotations if path.suffix == ".csv"]
     json_files = [read_json_object(path) for path in annotations if path.suffix == ".json"]
@@ -135,7 +134,7 @@ def _nextgqa_files(annotations: tuple[Path, ...]) -> tuple[list[dict[str, str]],
             f"--annotations {given}: expected one JSON list, or the questions' .csv, gsub_*.json and "
             "map_vid_vidorID.json together"
         )
-    return read_csv(csv_files[0]), spans[0], folders[0]
+    return read_table(csv_files[0]), spans[0], folders[0]
 
 
 def read_mvbench(annotations: tuple[Path, ...], split: str | None) -> Iterator[Row | MalformedRow]:

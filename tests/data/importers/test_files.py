@@ -10,16 +10,18 @@ import pytest
 from megatron_vcr1.data.importers.files import (
     MalformedRow,
     convert_rows,
-    read_csv,
     read_json_list,
     read_json_object,
     read_lines,
     read_table,
 )
+from megatron_vcr1.data.importers.own import ColumnMap
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import GroundingTarget, QualityTarget
 from megatron_vcr1.types import Interval, Sample, Video
 from tests.data.importers.importing import run, write
+
+SPAN_COLUMNS = ColumnMap({"target.start": "start", "target.end": "end"})
 
 
 def test_huggingface_tables_of_every_file_type_give_the_same_samples(tmp_path: Path) -> None:
@@ -65,7 +67,22 @@ def test_unicode_line_separators_do_not_split_lines(tmp_path: Path) -> None:
 
 
 def test_csv_rows_are_keyed_by_the_header(tmp_path: Path) -> None:
-    assert read_csv(write(tmp_path / "a.csv", 'id,text\n1,"a, b"\n')) == [{"id": "1", "text": "a, b"}]
+    path = write(tmp_path / "a.csv", 'id,text\n1,"a, b"\n2\n')
+    assert [row for _, row in read_table(path)] == [{"id": "1", "text": "a, b"}, {"id": "2", "text": None}]
+
+
+def test_a_text_with_a_comma_outside_of_quotes_is_not_cut(tmp_path: Path) -> None:
+    content = "video,start,end,query\na.mp4,1,5,a man walks\nb.mp4,1,5,a man walks, then runs\n"
+    samples, report = run("own", write(tmp_path / "a.csv", content), task="temporal_grounding", columns=SPAN_COLUMNS)
+    assert [sample.query for sample in samples] == ["a man walks"]
+    (issue,) = report.issues
+    assert (issue.row_id, issue.problem) == ("a.csv, row 2", "invalid_row") and "1 more cells" in issue.detail
+
+
+def test_a_quotation_mark_that_is_never_closed_does_not_swallow_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'id,text\n1,a\n2,"b\n3,c\n')
+    with pytest.raises(UserError, match=r"a\.csv, row at line 3: cannot be read as CSV"):
+        list(read_table(path))
 
 
 def test_unreadable_files_are_user_errors_that_name_the_file(tmp_path: Path) -> None:
@@ -73,9 +90,9 @@ def test_unreadable_files_are_user_errors_that_name_the_file(tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     for read, path, message in (
         (read_json_list, tmp_path / "binary.json", r"binary\.json: not UTF-8 text"),
-        (read_csv, tmp_path / "gone.csv", r"gone\.csv: cannot be read"),
+        (read_table, tmp_path / "gone.csv", r"gone\.csv: cannot be read"),
         (read_lines, tmp_path / "gone.txt", r"gone\.txt: cannot be read"),
-        (read_table, tmp_path / "rows.txt", r"expected a \.json, \.jsonl, \.parquet or \.arrow file"),
+        (read_table, tmp_path / "rows.txt", r"expected a \.json, \.jsonl, \.csv, \.parquet or \.arrow file"),
         (read_table, tmp_path / "empty", "the folder has no .parquet, .arrow or .jsonl file"),
     ):
         with pytest.raises(UserError, match=message):
