@@ -64,20 +64,25 @@ def _frame_table(source: VideoSource, index: PacketIndex) -> FrameTable:
     if not stamps:
         raise VideoError(source.file, "damaged: no frame decodes")
     interval = frame_interval(source)
-    pts = _frame_times([pts for pts, _ in stamps], [dts for _, dts in stamps], interval)
+    pts, dts = [pts for pts, _ in stamps], [dts for _, dts in stamps]
+    times = _frame_times(pts, dts, interval) if index.has_pts else _frame_times(dts, pts, interval)
     # Packets without a frame may follow the last frame, which stays on screen.
-    end = int(pts[0]) + round(index.table.duration_s / index.time_base)
-    return FrameTable(pts, index.time_base, max(end - int(pts[-1]), 1))
+    end = int(times[0]) + round(index.table.duration_s / index.time_base)
+    return FrameTable(times, index.time_base, max(end - int(times[-1]), 1))
 
 
-def _frame_times(pts: Sequence[int | None], dts: Sequence[int | None], interval: Fraction) -> NDArray[np.int64]:
-    """Return when the frames are shown, in units of the time base, given their time stamps in display order.
+def _frame_times(preferred: Sequence[int | None], other: Sequence[int | None], interval: Fraction) -> NDArray[np.int64]:
+    """Return when the frames are shown, in units of the time base.
 
     Frames have the time stamps of packets, which ascend in display order if they are right. So of the two kinds, the
     one that ascends more often is taken (FFmpeg chooses likewise). A frame with an earlier time than the one before it
     replaces that one at once.
+
+    Args:
+        preferred, other: the two kinds of time stamps of the frames, in display order.
+        interval: distance of two frames.
     """
-    times = min((pts, dts), key=_num_faults)
+    times = min((preferred, other), key=_num_faults)
     return np.maximum.accumulate(fill_times(times, interval))
 
 

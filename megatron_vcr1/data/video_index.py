@@ -51,6 +51,8 @@ class PacketIndex:
     """Time for which the last displayed frame is shown, in units of time_base."""
     smallest_packet: int
     """Size of the smallest packet in bytes."""
+    has_pts: bool
+    """Whether the container stores presentation time stamps."""
     is_timed: bool
     """Whether each packet has the time stamp of its own frame. If not, `pts` is a guess in places, and only decoding
     tells when the frames are shown (`video_in_order`)."""
@@ -58,7 +60,10 @@ class PacketIndex:
     @property
     def table(self) -> FrameTable:
         """The displayed frames in display order."""
-        return FrameTable(np.sort(self.pts[self.shown]), self.time_base, self.last_duration)
+        # In a container without presentation time stamps, FFmpeg may give a packet the decoding time of the next one as
+        # its pts, which is wrong where the distance of the frames varies. Frames are shown at the decoding times.
+        times = self.pts if self.has_pts else self.dts
+        return FrameTable(np.sort(times[self.shown]), self.time_base, self.last_duration)
 
 
 def read_packets(source: VideoSource, *streams: av.VideoStream) -> Iterator[av.Packet]:
@@ -175,8 +180,12 @@ def _decoding_times(packets: Sequence[_PacketInfo], source: VideoSource) -> NDAr
 
 
 def frame_interval(source: VideoSource) -> Fraction:
-    """Return the distance of two frames at the stream's frame rate, in units of its time base; 25 fps if unknown."""
-    rate = source.stream.average_rate or source.stream.guessed_rate or Fraction(25)
+    """Return the distance of two frames at the stream's frame rate, in units of its time base; 25 fps if unknown.
+
+    The guessed rate comes first: for a raw stream (H.264 without a container), it is the rate that the stream states,
+    and the average rate is FFmpeg's default.
+    """
+    rate = source.stream.guessed_rate or source.stream.average_rate or Fraction(25)
     return 1 / (Fraction(rate.numerator, rate.denominator) * source.time_base)
 
 
@@ -215,7 +224,16 @@ def _index_packets(packets: Sequence[_PacketInfo], splices: dict[int, int], sour
     smallest_packet = min(packet.size for packet in packets)
     is_timed = all(packet.pts is not None for packet in packets) and _times_fit_order(source, pts, shown)
     return PacketIndex(
-        pts, dts, bool(splices), keyframes, shown, source.time_base, last_duration, smallest_packet, is_timed
+        pts,
+        dts,
+        bool(splices),
+        keyframes,
+        shown,
+        source.time_base,
+        last_duration,
+        smallest_packet,
+        source.has_pts,
+        is_timed,
     )
 
 

@@ -76,6 +76,24 @@ def test_variable_frame_rate_is_sampled_by_time(tmp_path: Path) -> None:
     assert video.duration_s == pytest.approx(4.6)
 
 
+def test_variable_frame_rate_of_avi_is_sampled_by_decoding_times(tmp_path: Path) -> None:
+    frame_numbers = [*range(10), 30, 50, *range(60, 70)]  # 40 ms each: the units of time of an AVI file at 25 fps
+    path = write_clip(tmp_path / "vfr.avi", num_frames=22, times_ms=frame_numbers, options={"bf": "0"})
+    video = read_frames(path, fps=25)
+    expected = [int(np.flatnonzero(np.array(frame_numbers) <= instant)[-1]) for instant in range(70)]
+    assert numbers_of(video.frames) == expected
+    assert video.timestamps_s == pytest.approx([frame_numbers[number] / RATE for number in expected])
+
+
+@pytest.mark.parametrize("suffix", [".h264", ".hevc"])
+def test_a_stream_without_a_container_has_the_rate_that_it_states(tmp_path: Path, suffix: str) -> None:
+    codec, options = {".h264": ("libx264", {}), ".hevc": ("libx265", {"x265-params": "log-level=none"})}[suffix]
+    video = read_frames(write_clip(tmp_path / f"raw{suffix}", rate=10, codec=codec, options=options), fps=10)
+    assert video.duration_s == pytest.approx(4.0)
+    assert numbers_of(video.frames) == list(range(40))
+    assert video.timestamps_s == pytest.approx(np.arange(40) / 10)
+
+
 @pytest.mark.parametrize("name", ["held.mp4", "held.mkv"])
 def test_a_frame_that_is_held_to_the_end_fills_its_time(tmp_path: Path, name: str) -> None:
     # A second picture is needed to end the hold: encoders do not store how long the last frame is shown.

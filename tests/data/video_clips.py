@@ -51,6 +51,7 @@ def write_clip(
     extra_streams: bool = False,
     metadata: dict[str, str] | None = None,
     gop_size: int = 12,
+    rate: int = RATE,
 ) -> Path:
     """Write a clip at 25 fps, or with the given presentation times.
 
@@ -63,22 +64,24 @@ def write_clip(
         extra_streams: whether to add a small second video and a sound track.
         metadata: metadata of the container.
         gop_size: distance of the keyframes in frames.
+        rate: frame rate that the stream states.
     """
     frame_ticks, time_base = (1, Fraction(1, RATE)) if path.suffix == ".avi" else (40, Fraction(1, 1000))
     with av.open(str(path), "w", options=container_options or {}) as container:
         container.metadata.update(metadata or {})
         small = container.add_stream("mpeg4", rate=RATE, width=32, height=32) if extra_streams else None
         sound = container.add_stream("aac", rate=8000, layout="mono") if extra_streams else None
-        stream = container.add_stream(codec, rate=RATE, options=options or {})
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop_size
-        stream.codec_context.time_base = Fraction(1, RATE) if path.suffix == ".mpg" else time_base
+        is_raw = path.suffix in (".mpg", ".h264", ".hevc")  # the stream itself states the rate
+        stream.codec_context.time_base = Fraction(1, rate) if is_raw else time_base
         if rotation:
             stream.set_display_rotation(rotation)
         for number in range(num_frames):
             frame = av.VideoFrame.from_ndarray(draw(number, width=size[0], height=size[1]))
-            frame.pts = times_ms[number] if times_ms else number * frame_ticks
+            frame.pts = times_ms[number] if times_ms else number * frame_ticks * RATE // rate
             frame.time_base = time_base
             container.mux(stream.encode(frame))
             if small is not None:
