@@ -24,16 +24,23 @@ class JudgeSection(Section):
     model: str = Field(default="Qwen/Qwen2.5-72B-Instruct", description="Name of the judge's model at the API.")
     api_key_env: str = Field(
         default="OPENAI_API_KEY",
-        description="Name of the environment variable that holds the API key. A server without keys needs none.",
+        description="Name of the environment variable that holds the API key. A server without keys needs none. Change "
+        "it if the key is in another variable.",
     )
     concurrency: int = Field(
-        default=32, ge=1, description="Maximum number of requests to the judge that are in flight at once."
+        default=32,
+        ge=1,
+        description="Maximum number of requests to the judge that are in flight at once. Raise it to the number of "
+        "requests that the server processes at once.",
     )
-    timeout_s: float = Field(default=60.0, gt=0, description="Maximum time to wait for one reply, in seconds.")
+    timeout_s: float = Field(
+        default=60.0, gt=0, description="Maximum time to wait for one reply, in seconds. Raise it for a slow model."
+    )
     max_retries: int = Field(
         default=4,
         ge=0,
-        description="Number of retries after a failed request (with growing pauses) or an unusable reply.",
+        description="Number of retries after a failed request (with growing pauses) or an unusable reply. Raise it for "
+        "an endpoint that is often busy.",
     )
     send_temperature: bool = Field(
         default=True,
@@ -43,15 +50,15 @@ class JudgeSection(Section):
     cache: Path | None = Field(
         default=None,
         description="Folder in which the judge's replies are cached. Unset: the folder judge_cache in the run "
-        "directory.",
+        "directory. Set it to share replies between runs.",
     )
     max_unscored_fraction: float = Field(
         default=0.2,
         ge=0,
         le=1,
         description="Maximum fraction of captions that may be left without a verdict, in a training step or a "
-        "benchmark, because requests to the judge failed. Above it training stops, and `vcr1 evaluate` exits with "
-        "code 1.",
+        "benchmark, because requests to the judge failed. Above it training stops, and `vcr1 evaluate` exits with code "
+        "1. Raise it if the endpoint often fails and lost rewards are acceptable.",
     )
 
 
@@ -83,7 +90,8 @@ class BenchmarkSource(Section):
     max_samples: int | None = Field(
         default=None,
         ge=1,
-        description="Number of samples to evaluate, from the start of the manifest. Unset: all samples.",
+        description="Number of samples to evaluate, from the start of the manifest. Unset: all samples. Set it for a "
+        "quick validation.",
     )
 
 
@@ -92,16 +100,23 @@ class EvaluateSection(Section):
 
     thinking: bool = Field(
         default=True,
-        description="Whether prompts ask for reasoning inside <think> before the answer. A benchmark can set its own.",
+        description="Whether prompts ask for reasoning inside <think> before the answer. A benchmark can set its own. "
+        "Set it as the model was trained.",
     )
     benchmarks: tuple[BenchmarkSource, ...] = Field(
         default=(), description="Benchmarks to evaluate: one table [[evaluate.benchmarks]] per benchmark."
     )
     max_new_tokens: int = Field(
-        default=1024, ge=1, description="Maximum length of a response in tokens; longer responses are cut off."
+        default=1024,
+        ge=1,
+        description="Maximum length of a response in tokens; longer responses are cut off. Raise it if many responses "
+        "are truncated.",
     )
     prompts_per_batch: int = Field(
-        default=32, ge=1, description="Number of samples per data-parallel replica that are generated at once."
+        default=32,
+        ge=1,
+        description="Number of samples per data-parallel replica that are generated at once. Lower it if memory is "
+        "short.",
     )
 
     @field_validator("benchmarks")
@@ -117,7 +132,8 @@ class ValidationSection(Section):
 
     thinking: bool = Field(
         default=True,
-        description="Whether prompts ask for reasoning inside <think> before the answer. A benchmark can set its own.",
+        description="Whether prompts ask for reasoning inside <think> before the answer. A benchmark can set its own. "
+        "Set it as the sources of the training.",
     )
     benchmarks: tuple[BenchmarkSource, ...] = Field(
         default=(),
@@ -128,13 +144,19 @@ class ValidationSection(Section):
         default=50,
         ge=1,
         description="Number of training steps between validations. The initial model (step 0) and the last step are "
-        "always validated.",
+        "always validated. Raise it if time/validation_s is a large part of the run.",
     )
     max_new_tokens: int = Field(
-        default=1024, ge=1, description="Maximum length of a response in tokens; longer responses are cut off."
+        default=1024,
+        ge=1,
+        description="Maximum length of a response in tokens; longer responses are cut off. Raise it if many responses "
+        "are truncated.",
     )
     prompts_per_batch: int = Field(
-        default=32, ge=1, description="Number of samples per data-parallel replica that are generated at once."
+        default=32,
+        ge=1,
+        description="Number of samples per data-parallel replica that are generated at once. Lower it if memory is "
+        "short.",
     )
     patience: int | None = Field(
         default=None,
@@ -146,7 +168,7 @@ class ValidationSection(Section):
         default=4,
         ge=0,
         description="Number of samples of each benchmark whose frames and responses are sent to TensorBoard and "
-        "Weights & Biases.",
+        "Weights & Biases. Set it to 0 to send none.",
     )
 
     @field_validator("benchmarks")

@@ -26,7 +26,7 @@ class TrainSection(Section):
         description="Run directory: settings, metrics, checkpoints, rollouts and report. If it already holds a run, "
         "training resumes from the run's newest intact checkpoint.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed for data order and sampling.")
+    seed: int = Field(default=0, ge=0, description="Seed for data order and sampling; change it for another run.")
     num_steps: int | None = Field(
         default=None,
         ge=1,
@@ -43,13 +43,13 @@ class TrainSection(Section):
         default=8,
         ge=1,
         description="Number of prompts per training step, over all ranks. Must be a multiple of the number of "
-        "data-parallel replicas.",
+        "data-parallel replicas. More prompts give less noisy gradients and use GPUs better.",
     )
     microbatch_tokens: int = Field(
         default=16384,
         ge=1,
         description="Maximum number of tokens in a packed microbatch; a group that is longer gets a microbatch of its "
-        "own. Bounds the memory for activations.",
+        "own. Bounds the memory for activations. Raise it while the update fits in memory, lower it when it does not.",
     )
     max_skipped_steps: int = Field(
         default=3,
@@ -60,13 +60,15 @@ class TrainSection(Section):
     deterministic: bool = Field(
         default=False,
         description="Use only algorithms whose results do not depend on the order in which a GPU's threads finish, so "
-        "that the same run on the same machine gives the same numbers. Slower. On CPUs runs are deterministic anyway.",
+        "that the same run on the same machine gives the same numbers. Slower. On CPUs runs are deterministic anyway. "
+        "Set it to reproduce or debug a run.",
     )
     step_timeout_s: float = Field(
         default=3600.0,
         gt=0,
         description="Maximum duration of a step in seconds, with its rollout and checkpoint. After that the step "
-        "counts as hung: every rank writes the stack traces of its threads to stderr and exits with code 1.",
+        "counts as hung: every rank writes the stack traces of its threads to stderr and exits with code 1. Lower it "
+        "to notice hangs sooner; raise it if a step with its checkpoint takes longer.",
     )
 
 
@@ -80,62 +82,81 @@ class OptimizerSection(Section):
         "SFT.",
     )
     min_learning_rate: float = Field(
-        default=0.0, ge=0, description="Learning rate at the end of the decay, on the last step."
+        default=0.0, ge=0, description="Learning rate at the end of the decay, on the last step. Only with decay."
     )
     decay: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="Shape of the learning-rate decay between the end of the warm-up and the last step. The paper's "
-        "GRPO runs use 'linear'.",
+        "GRPO runs use 'linear'. Use 'linear' or 'cosine' for runs of a fixed length.",
     )
     warmup_steps: int = Field(
-        default=0, ge=0, description="Number of steps over which the learning rate rises linearly from 0."
+        default=0,
+        ge=0,
+        description="Number of steps over which the learning rate rises linearly from 0. Use some steps of warm-up "
+        "with a high learning rate, or if the first steps are unstable.",
     )
     weight_decay: float = Field(
         default=0.0,
         ge=0,
         description="Weight-decay coefficient (decoupled, as in AdamW). Applies to matrices only, not to biases and "
-        "norms.",
+        "norms. Raise it to regularize SFT of several epochs.",
     )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay rate of Adam's first moment.")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay rate of Adam's second moment.")
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="Decay rate of Adam's first moment. It rarely needs a change."
+    )
+    beta2: float = Field(
+        default=0.999,
+        ge=0,
+        lt=1,
+        description="Decay rate of Adam's second moment. Lower it, for example to 0.95, if the gradient norm has "
+        "spikes, or for moments in bfloat16.",
+    )
     epsilon: float = Field(
-        default=1e-8, gt=0, description="Constant that Adam adds to the denominator for numerical stability."
+        default=1e-8,
+        gt=0,
+        description="Constant that Adam adds to the denominator for stability; it rarely needs a change.",
     )
     max_grad_norm: float = Field(
         default=1.0,
         ge=0,
-        description="Maximum global gradient norm; larger gradients are scaled down to it. 0: no clipping.",
+        description="Maximum global gradient norm; larger gradients are scaled down to it. 0: no clipping. Lower it if "
+        "single steps disturb the training.",
     )
     distributed: bool = Field(
         default=True,
         description="Distributed optimizer: shard the optimizer state over the data-parallel replicas instead of "
-        "replicating it.",
+        "replicating it. Turn it off only for comparisons.",
     )
     state: Literal["resident", "host"] = Field(
         default="resident",
         description="Location of the optimizer's state, that is Adam's moments and, with model.dtype = 'bfloat16', the "
         "float32 master weights: 'resident' keeps it on the GPU; 'host' keeps it in host memory and copies it to the "
-        "GPU for each optimizer step, when the activations are gone, and back. Colocated servers can use the memory.",
+        "GPU for each optimizer step, when the activations are gone, and back. Use 'host' to give the memory to the "
+        "activations of long prompts or to colocated servers; the optimizer step needs as much as before.",
     )
     first_moment_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Data type in which Adam's first moments are stored. 'bfloat16' needs beta1 <= 0.99.",
+        description="Data type in which Adam's first moments are stored. 'bfloat16' needs beta1 <= 0.99. It saves 2 "
+        "bytes per parameter, divided by the number of replicas.",
     )
     second_moment_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Data type in which Adam's second moments are stored. 'bfloat16' needs beta2 <= 0.99: with the "
-        "default of 0.999, a step changes them by less than half of their last bit, so they would never decrease.",
+        "default of 0.999, a step changes them by less than half of their last bit, so they would never decrease. It "
+        "saves 2 bytes per parameter, divided by the number of replicas.",
     )
     grad_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Data type of the gradient buffers, in which gradients are added up over microbatches and reduced "
         "over the replicas. 'bfloat16' halves their memory and the bytes that are sent, but rounds every sum to 8 "
-        "bits, the head's also for every chunk of tokens. It needs model.dtype = 'bfloat16'.",
+        "bits, the head's also for every chunk of tokens. It needs model.dtype = 'bfloat16'. It saves memory only with "
+        "several replicas: the optimizer step converts this rank's shard of the gradients to float32.",
     )
     overlap_grad_reduce: bool = Field(
         default=False,
         description="Reduce the gradients over the replicas in parts, while the backward pass of the last microbatch "
-        "computes the next ones, instead of all at once after it.",
+        "computes the next ones, instead of all at once after it. Set it with several replicas, above all on several "
+        "nodes.",
     )
     overlap_param_gather: bool = Field(
         default=False,
@@ -178,21 +199,29 @@ class OptimizerSection(Section):
 class GrpoSection(Section):
     """Group relative policy optimization (GRPO). The defaults are the paper's."""
 
-    group_size: int = Field(default=8, ge=2, description="Group size G: number of responses sampled per prompt.")
+    group_size: int = Field(
+        default=8,
+        ge=2,
+        description="Group size G: number of responses sampled per prompt. Raise it if many groups have equal rewards.",
+    )
     epochs_per_rollout: int = Field(
         default=1,
         ge=1,
         description="Number of passes over the groups of a rollout. With 1 pass and 1 minibatch the update is "
-        "on-policy: the ratio is 1 and nothing is clipped.",
+        "on-policy: the ratio is 1 and nothing is clipped. Raise it if rollouts take most of the time.",
     )
     num_minibatches: int = Field(
         default=1,
         ge=1,
         description="Number of minibatches per pass over a rollout, with one optimizer step each. Must divide "
-        "train.prompts_per_step.",
+        "train.prompts_per_step. Raise it with large steps.",
     )
     clip_low: float = Field(
-        default=0.2, ge=0, le=1, description="Lower clip range: the ratio is clipped below at 1 - clip_low."
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Lower clip range: the ratio is clipped below at 1 - clip_low. Matters only with several updates "
+        "per rollout.",
     )
     clip_high: float = Field(
         default=0.2,
@@ -203,66 +232,75 @@ class GrpoSection(Section):
         default=None,
         gt=1,
         description="Dual-clip bound c: for negative advantages A the surrogate objective is at least c * A, however "
-        "large the ratio. Unset: no bound.",
+        "large the ratio. Unset: no bound. Set it, for example to 3, if ratios explode.",
     )
     kl_coef: float = Field(
         default=0.04,
         ge=0,
-        description="Coefficient of the KL divergence to the reference. 0: no KL term, and no reference is kept.",
+        description="Coefficient of the KL divergence to the reference. 0: no KL term, and no reference is kept. Raise "
+        "it if the policy drifts from useful responses; set it to 0 to save time and memory.",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k3",
         description="Estimator of the KL divergence ('k1', 'k2' and 'k3' in Schulman's notation). The gradient of 'k1' "
-        "is zero in expectation, so it does not regularize.",
+        "is zero in expectation, so it does not regularize. Change it only for comparisons.",
     )
     loss_normalization: Literal["sequence", "token", "constant"] = Field(
         default="sequence",
         description="Normalization of the loss: 'sequence' (GRPO: mean over the tokens of each response, then over "
         "responses), 'token' (DAPO: mean over all tokens) or 'constant' (Dr. GRPO: sum over the tokens of each "
-        "response divided by rollout.max_new_tokens, then mean over responses).",
+        "response divided by rollout.max_new_tokens, then mean over responses). Change it if responses grow without a "
+        "gain in reward.",
     )
     divide_by_std: bool = Field(
-        default=True, description="Divide advantages by the standard deviation of the group's rewards."
+        default=True,
+        description="Divide advantages by the standard deviation of the group's rewards. Dr.GRPO turns it off, because "
+        "the division favours prompts that are almost always or almost never solved.",
     )
     importance_level: Literal["token", "sequence"] = Field(
         default="token",
         description="Level of the importance ratio: 'token' (GRPO) or 'sequence' (GSPO: one length-normalized ratio "
-        "per response).",
+        "per response). Use 'sequence' with a narrow clip if token ratios are noisy.",
     )
-    entropy_coef: float = Field(default=0.0, ge=0, description="Coefficient of the entropy bonus. 0: no bonus.")
+    entropy_coef: float = Field(
+        default=0.0, ge=0, description="Coefficient of the entropy bonus. 0: none. Try 0.001 if the entropy collapses."
+    )
     rollout_ratio_cap: float | None = Field(
         default=None,
         gt=0,
         description="Cap for truncated importance sampling: token losses are weighted by the ratio of the trainer's "
-        "probability to the rollout engine's, up to this cap. Unset: no correction.",
+        "probability to the rollout engine's, up to this cap. Unset: no correction. Set it, for example to 2, if "
+        "mismatch/mean_abs is high, and with one_step_off.",
     )
     overlong_buffer_tokens: int = Field(
         default=0,
         ge=0,
         description="Length of the soft overlong penalty in tokens (DAPO): over the last overlong_buffer_tokens before "
-        "rollout.max_new_tokens, a response loses a linearly growing part of its reward, up to 1. 0: no penalty.",
+        "rollout.max_new_tokens, a response loses a linearly growing part of its reward, up to 1. 0: no penalty. Set "
+        "it if responses grow until they are truncated.",
     )
     dynamic_sampling: bool = Field(
         default=False,
         description="Dynamic sampling (DAPO): drop groups whose rewards are all equal, and sample other prompts in "
-        "their place.",
+        "their place. Set it if groups/zero_variance is high and rollouts are cheap.",
     )
     max_refills: int = Field(
         default=4,
         ge=1,
         description="Maximum number of refills (rounds of dynamic sampling) per step. After that the step trains on "
-        "the groups that it has.",
+        "the groups that it has. Raise it if groups are still missing then.",
     )
     one_step_off: bool = Field(
         default=False,
         description="Sample the responses of the next step while the current step trains, so that they are one policy "
-        "version old. Needs rollout.engine = 'sglang' with separate servers.",
+        "version old. Needs rollout.engine = 'sglang' with separate servers. Set it if rollouts take about as long as "
+        "updates.",
     )
     reference: Literal["host", "resident"] = Field(
         default="host",
         description="Location of the reference's weights: 'host' keeps them in host memory and copies them to the "
         "gradient buffers, which are not in use then, for the reference's forward pass; 'resident' keeps them on the "
-        "GPU.",
+        "GPU. Use 'resident' if there is memory for it.",
     )
 
 
@@ -273,7 +311,7 @@ class RewardsSection(Section):
         default={},
         description="Weight of each part of the reward in the total, by name, such as {format = 0.5, iou = 2.0}. A "
         "part that is not named has weight 1, as in the paper. The command line takes --rewards.weights "
-        "format=0.5,iou=2.0 as well.",
+        "format=0.5,iou=2.0 as well. Set it if one part dominates the total.",
     )
 
 
@@ -283,9 +321,12 @@ class CheckpointSection(Section):
     every_steps: int = Field(
         default=50,
         ge=1,
-        description="Number of steps between checkpoints. The last step of a run is always saved too.",
+        description="Number of steps between checkpoints. The last step of a run is always saved too. Lower it if "
+        "steps are long: a crash loses the steps since the last checkpoint.",
     )
-    keep_last: int = Field(default=2, ge=1, description="Number of most recent checkpoints to keep.")
+    keep_last: int = Field(
+        default=2, ge=1, description="Number of newest checkpoints to keep; raise it to go back further."
+    )
     keep_every: int | None = Field(
         default=None,
         ge=1,
@@ -300,7 +341,7 @@ class CheckpointSection(Section):
     asynchronous: bool = Field(
         default=True,
         description="Write checkpoints in a background thread while training continues. Needs host memory for a copy "
-        "of each rank's part of the checkpoint.",
+        "of each rank's part of the checkpoint. Turn it off if host memory is short.",
     )
     export: Literal["never", "end", "best", "always"] = Field(
         default="end",
@@ -323,7 +364,8 @@ class LoggingSection(Section):
         default=0.1,
         gt=0,
         description="Log a warning when the log-probs of the rollout engine and of training differ by more than this "
-        "in a step (mean absolute difference per token, in nats).",
+        "in a step (mean absolute difference per token, in nats). Raise it if a known difference, such as FP8, exceeds "
+        "it.",
     )
 
 
