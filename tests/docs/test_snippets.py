@@ -281,10 +281,15 @@ def test_every_metric_is_explained(folder: Path) -> None:
 
 def test_every_job_script_and_its_variables_are_explained() -> None:
     page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
-    scripts = (ROOT / "examples/slurm").iterdir()
-    text = "".join(path.read_text() for path in scripts)
-    for script in (ROOT / "examples/slurm").glob("*.sbatch"):
-        assert re.search(rf"`{re.escape(script.name)}[ `]", page), f"{script.name} is not in docs/cluster.md"
-    for name in ("CONTAINER", "MOUNTS", "HEALTH_CHECK", "MAX_CRASHES", "MIN_LIFE_S", "CPU_BIND"):
-        assert f"{name}=" in page or f"`{name}`" in page
-        assert f"${{{name}:" in text
+    scripts = sorted((ROOT / "examples/slurm").glob("*.s*"))  # .sbatch and .sh
+    for script in scripts:
+        assert script.suffix == ".sh" or re.search(rf"`{re.escape(script.name)}[ `]", page), script.name
+    names = {name for path in scripts for name in re.findall(r"\$\{([A-Z_]+):[-+]", path.read_text())}
+    usual = {name for name in names if name.startswith(("SLURM_", "TORCH_"))} | {"OMP_NUM_THREADS"}
+    assert {"CONTAINER", "VENV", "JUDGE_MODEL"} <= names
+    assert not {name for name in names - usual if f"{name}=" not in page and f"`{name}`" not in page}
+
+
+def test_every_configuration_is_in_the_table_of_the_page_on_training() -> None:
+    table = (ROOT / "docs/training.md").read_text(encoding="utf-8").partition("\n## Configurations\n")[2]
+    assert not {path.stem for path in (ROOT / "examples/configs").glob("*.toml") if f"`{path.stem}`" not in table}

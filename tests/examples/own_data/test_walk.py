@@ -59,11 +59,13 @@ def test_a_folder_of_clips_becomes_a_model_with_answers_and_a_report(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     events = table(tmp_path, tmp_path / "clips")
-    settings = "--model.path model --model.dtype float32 --parallel.tensor 1 --parallel.sequence_parallel false"
+    settings = "--model.path model --model.dtype float32"
     settings += " --data.templates templates.toml --data.max_frames 4 --data.total_pixels 3136 --data.min_pixels 784"
     settings += " --data.num_workers 0 --train.num_steps 2 --logging.tensorboard false --evaluate.max_new_tokens 4"
     video = str(tmp_path / "clips" / json.loads(events.read_text())[0]["video"])
-    walk = commands(clips="clips", table="events.json", out="own", video=video, query="a dog barks", settings=settings)
+    config = "examples/configs/own_data_one_gpu.toml"
+    values = {"clips": "clips", "table": "events.json", "out": "own", "video": video, "query": "a dog barks"}
+    walk = commands(config=config, settings=settings, **values)
     assert [words[0] for words in walk] == ["data", "data", "data", "train", "evaluate", "generate", "report"]
     printed = []
     for words in walk:
