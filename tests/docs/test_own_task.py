@@ -36,7 +36,8 @@ def files() -> dict[str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the page's files, a tiny model and a short prompt for it."""
     path = workspace.create(tmp_path_factory.mktemp("own"), num_videos=1)
-    (path / "model").rename(path / "Qwen2.5-VL-7B-Instruct")
+    (path / "models").mkdir()
+    (path / "model").rename(path / "models/Qwen2.5-VL-7B-Instruct")
     for name, text in files().items():
         (path / name).write_text(text.replace('("train", 400), ("test", 100)', '("train", 6), ("test", 2)'))
     (path / "templates.toml").write_text('[counting]\nanswer = "count: $query"\n')

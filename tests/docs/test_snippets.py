@@ -26,6 +26,7 @@ from tests.training import workspace
 
 pytestmark = pytest.mark.xdist_group("docs")
 
+MODEL = "models/Qwen2.5-VL-7B-Instruct"
 LAUNCHERS = ("torchrun --nproc-per-node 8 --no-python ", "torchrun --nproc-per-node 4 --no-python ")
 PROGRAMS = ("vcr1", "python")
 # Commands that are run elsewhere, and where.
@@ -67,7 +68,7 @@ WRITTEN = (
     "charades.jsonl",
     "data/own/test.jsonl",
     "runs/laptop/report.html",
-    "runs/joint/report.html",
+    "runs/grpo_joint/report.html",
     "metrics.json",
     "scores.jsonl",
     "exported",
@@ -112,10 +113,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reader's working folder: the repository's tools and examples, a tiny model, annotations and videos."""
     path = tmp_path_factory.mktemp("reader")
     workspace.create(path, tasks=list(PAPER_TASKS), num_videos=6)
-    (path / "model").rename(path / "Qwen2.5-VL-7B-Instruct")
-    (path / "models").symlink_to(path)
+    (path / "models").mkdir()
+    (path / "model").rename(path / MODEL)
     (path / "runs/demo/base-0").mkdir(parents=True)  # what the demo leaves
-    (path / "runs/demo/base-0/export").symlink_to(path / "Qwen2.5-VL-7B-Instruct")
+    (path / "runs/demo/base-0/export").symlink_to(path / MODEL)
     for name in ("examples", "tools"):
         (path / name).symlink_to(ROOT / name)
     samples = {sample.task: sample for sample in read_manifest(path / "data/train.jsonl")}
@@ -130,7 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         events.append({"video": name, "sentence": "the kettle boils", "start": 1.0, "end": 2.5})
     (path / "events.json").write_text(json.dumps(events))
     (path / "charades_sta_train.txt").write_text("AAAA 1.0 5.0##a person opens the door.\n")
-    (path / "Charades_v1_train_lengths.csv").write_text("id,length\nAAAA,12.0\n")
+    (path / "Charades_v1_train.csv").write_text("id,length\nAAAA,12.0\n")
     manifests = {
         "charades_sta_train": "temporal_grounding",
         "got10k_train": "tracking",
@@ -178,7 +179,7 @@ def test_commands_run_in_reading_order(
     (score,) = map(json.loads, (folder / "scores.jsonl").read_text().splitlines())
     assert len(score["log_probs"]) == len(score["token_ids"]) > 0
     weights = "model.safetensors"
-    assert (folder / "exported" / weights).read_bytes() == (folder / "Qwen2.5-VL-7B-Instruct" / weights).read_bytes()
+    assert (folder / "exported" / weights).read_bytes() == (folder / MODEL / weights).read_bytes()
 
 
 def tool(path: str):
