@@ -107,6 +107,8 @@ def _merge(files: Sequence[_File]) -> dict[str, Any]:
 def _explain(detail: Mapping[str, Any], files: Sequence[_File], overrides: Mapping[Key, str]) -> str:
     """Turn one of pydantic's error details into a line that says where the value came from and what to do."""
     loc: Key = detail["loc"]
+    if not loc:  # raised by a validator of RunConfig: its message names the keys of all sections that it compares
+        return f"{files[0].path}: {detail['ctx']['error']}"
     section, *keys = (str(part) for part in loc)
     name = ".".join([section, *keys])
     path = _origin(loc, files)

@@ -82,11 +82,13 @@ class OptimizerSection(Section):
         "SFT.",
     )
     min_learning_rate: float = Field(
-        default=0.0, ge=0, description="Learning rate at the end of the decay, on the last step. Only with decay."
+        default=0.0,
+        ge=0,
+        description="Learning rate that the decay reaches at the end of the run, after the last step. Only with decay.",
     )
     decay: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
-        description="Shape of the learning-rate decay between the end of the warm-up and the last step. The paper's "
+        description="Shape of the learning-rate decay between the end of the warm-up and the end of the run. The paper's "
         "GRPO runs use 'linear'. Use 'linear' or 'cosine' for runs of a fixed length.",
     )
     warmup_steps: int = Field(

@@ -9,7 +9,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +44,9 @@ def pack_groups(groups: Sequence[AnyGroup], max_tokens: int) -> list[tuple[AnyGr
 
     Args:
         groups: groups to pack.
-        max_tokens: token budget of a microbatch.
-
-    Raises:
-        UserError: a single group exceeds the budget; the message names it and says what to change.
+        max_tokens: token budget of a microbatch. A group that is longer gets a microbatch of its own.
     """
     sizes = [group.num_tokens for group in groups]
-    for group, num_tokens in zip(groups, sizes, strict=True):
-        if num_tokens > max_tokens:
-            num_prompt_tokens = len(group.prompt.token_ids)
-            raise UserError(
-                f"sample {group.id}: {num_prompt_tokens} prompt tokens and {num_tokens - num_prompt_tokens} tokens of "
-                f"{len(group.responses)} responses do not fit into a microbatch of {max_tokens} tokens; raise the "
-                "budget, or lower the video's pixels, the response length or the group size"
-            )
     longest_first = sorted(range(len(groups)), key=lambda index: (-sizes[index], index))
     microbatches: list[list[int]] = []
     free_tokens: list[int] = []

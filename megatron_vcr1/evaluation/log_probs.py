@@ -176,8 +176,7 @@ class LogProbScorer:
 
     def _log_probs(self, ready: Sequence[Group]) -> dict[str, dict[str, Any]]:
         """Return the rows with log-probs, on the ranks of the last stage."""
-        longest = max(group.num_tokens for group in ready)
-        microbatches = pack_groups(ready, max(self.microbatch_tokens, longest))
+        microbatches = pack_groups(ready, self.microbatch_tokens)
         batches = [
             pack_for_rank(microbatch, self.model.model_config, pad_to_multiple_of=self.model.token_multiple)
             for microbatch in microbatches

@@ -119,9 +119,13 @@ class _AttentionAcrossRanks(torch.autograd.Function):
             by_queries = (_split(tensor, key) for tensor in (grad_output, query, output))
             for grad, part, result, lse, gathered in zip(*by_queries, log_sum_exps, gathers, strict=True):
                 keys, values = gathered.chunk(2, dim=1)
-                grads = attention_backward(grad, part, keys, values, result, lse, ctx.layout, scale=ctx.scale)
-                grad_queries.append(grads[0])
-                yield start_scatter(torch.cat(grads[1:], dim=1), plan, len(key))
+                grad_query, *grads = attention_backward(
+                    grad, part, keys, values, result, lse, ctx.layout, scale=ctx.scale
+                )
+                grad_queries.append(grad_query)
+                scatter = start_scatter(torch.cat(grads, dim=1), plan, len(key))
+                del grads  # before the next chunk's attention, which needs the most memory
+                yield scatter
 
         grads_of_chunks = [grads.chunk(2, dim=1) for grads in one_ahead(scatters())]
         grad_key, grad_value = map(_join, zip(*grads_of_chunks, strict=True))

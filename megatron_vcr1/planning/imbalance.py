@@ -14,7 +14,7 @@ MIN_GROUPS = 1024  # that are drawn for a mean over several steps
 
 @cache
 def work_imbalance(job: Job, num_replicas: int, longest_response: int) -> float:
-    """Predict the FLOPs of the replica with the most work over the mean of all replicas.
+    """Predict the FLOPs of the replica with the most work in an optimizer step over the mean of all replicas.
 
     All replicas wait for that replica at the gradient reduction. Groups are dealt by FLOPs, as in training. All prompts
     have the same length, and the lengths of responses have a beta distribution with the job's mean between 0 and the
@@ -38,9 +38,10 @@ def work_imbalance(job: Job, num_replicas: int, longest_response: int) -> float:
         work = Workload.of_group(job.config, job.prompt_tokens, lengths, grids)
         return training_flops(job.config, work, freeze=job.freeze).total
 
-    num_steps = -(-MIN_GROUPS // job.prompts_per_step)
+    num_groups = job.prompts_per_step // job.num_minibatches
+    num_steps = -(-MIN_GROUPS // num_groups)
     total = 0.0
     for _ in range(num_steps):
-        costs = [group_flops() for _ in range(job.prompts_per_step)]
+        costs = [group_flops() for _ in range(num_groups)]
         total += imbalance(costs, longest_first(costs, num_replicas), num_replicas)
     return total / num_steps

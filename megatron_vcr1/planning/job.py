@@ -42,6 +42,8 @@ class Job:
     response_tokens: int = 200  # mean of all responses
     num_samples: int = 18_031  # per epoch; this is the paper's joint run
     num_epochs: float = 1.0
+    num_passes: int = 1  # over the groups of a rollout
+    num_minibatches: int = 1  # per pass, with an optimizer step each
     dtype_bytes: int = 2  # of parameters and activations
     freeze: tuple[str, ...] = ()
     with_reference: bool = True  # whether the log-probs of the reference are computed
@@ -51,18 +53,22 @@ class Job:
     moment_bytes: int = 8  # of Adam's two moments of a parameter
     optimizer_resident: bool = True  # whether the optimizer's state stays on the device, or in host memory
     overlaps_reduction: bool = False  # whether gradients are reduced during the backward pass of the last microbatch
+    saves_in_background: bool = True  # whether checkpoints are copied to host memory and written from there
 
     @property
     def num_steps(self) -> int:
         return math.ceil(self.num_samples * self.num_epochs / self.prompts_per_step)
 
     @property
-    def keeps_features(self) -> bool:
-        """Return whether the update uses the vision features that the reference pass has computed.
+    def num_updates(self) -> int:
+        """Return the optimizer steps per training step. With more than one, the old log-probs are computed first."""
+        return self.num_passes * self.num_minibatches
 
-        Not modelled: several updates per rollout keep them even without a reference.
-        """
-        return self.with_reference and {"vision_tower", "merger"} <= set(self.freeze)
+    @property
+    def keeps_features(self) -> bool:
+        """Return whether later passes of a step use the vision features that its first pass has computed."""
+        has_several_passes = self.with_reference or self.num_updates > 1
+        return has_several_passes and {"vision_tower", "merger"} <= set(self.freeze)
 
     @property
     def group_tokens(self) -> int:
@@ -99,6 +105,7 @@ class Layout:
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
     recompute: str = "none"  # one of RECOMPUTES
+    recompute_layers: int = 1  # layers of the language model per block, if whole layers are recomputed
     groups_per_microbatch: int = 1
     context: int = 1
     vision: Literal["tensor", "data"] = "tensor"
@@ -135,15 +142,16 @@ class Layout:
 
         If every tensor-parallel rank holds the whole tower, these ranks divide the frames as context-parallel ranks do.
         """
+        layout = replace(self, recompute_layers=1)
         if self.vision == "tensor":
-            return self
-        return replace(self, tensor=1, context=self.context * self.tensor, sequence_parallel=False)
+            return layout
+        return replace(layout, tensor=1, context=self.context * self.tensor, sequence_parallel=False)
 
     @property
     def recompute_section(self) -> RecomputeSection:
         if self.recompute == "mlp":
             return RecomputeSection(granularity="selective", modules=("mlp",))
-        return RecomputeSection.model_validate({"granularity": self.recompute})
+        return RecomputeSection.model_validate({"granularity": self.recompute, "num_layers": self.recompute_layers})
 
     def response_share(self, job: Job) -> float:
         """Return the fraction of a group's responses on the context-parallel rank with the most of them."""
@@ -170,9 +178,13 @@ class Layout:
         """
         return _stages(config.text.num_layers, self)
 
+    def groups_per_update(self, job: Job) -> int:
+        """Return the groups of an optimizer step on the replica with the most of them."""
+        return -(-job.prompts_per_step // (job.num_minibatches * self.replicas))
+
     def num_microbatches(self, job: Job) -> int:
-        """Return the microbatches that each replica computes per step."""
-        return math.ceil(job.prompts_per_step / self.replicas / self.groups_per_microbatch)
+        """Return the microbatches of an optimizer step on the replica with the most of them."""
+        return -(-self.groups_per_update(job) // self.groups_per_microbatch)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Predicts the memory of a GPU during training, by part and pipeline stage.
+"""Predicts the memory of a GPU during training, and the host memory beside it, by part and pipeline stage.
 
 Activation memory is counted from the code: the values per token that each module saves for its backward pass. With h
 the hidden size, q and k the sizes of all query heads and all key heads of the rank, and f the FFN size of the rank:
@@ -10,9 +10,9 @@ the hidden size, q and k the sizes of all query heads and all key heads of the r
 
 GPUs are assumed to run TransformerEngine layers. h is replicated on all tensor-parallel ranks, or sharded with sequence
 parallelism. Without sequence parallelism, the last layer keeps only the tokens that predict a target after its
-attention. Full recomputation keeps h per layer, and one whole layer while it is recomputed; MLP recomputation drops the
-2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule). Of layer
-inputs that are kept in host memory, each of these microbatches has at most two on the GPU.
+attention. Full recomputation keeps h per layer or block of layers, and one whole block while it is recomputed; MLP
+recomputation drops the 2f. Stage s of p stages holds min(number of microbatches, p - s) microbatches (1F1B schedule).
+Of layer inputs that are kept in host memory, each of these microbatches has at most two on the GPU.
 
 With context parallelism a rank saves the values of its own tokens only. In backward, a layer has these temporary values
 per prompt token of the microbatch, with c chunks of heads (`model.context_attention`):
@@ -24,6 +24,7 @@ per prompt token of the microbatch, with c chunks of heads (`model.context_atten
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from vcr1_kernels.ops.linear_log_probs import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
@@ -75,6 +76,11 @@ def key_size(text: TextConfig, ranks: int) -> float:
     return max(text.num_kv_heads / ranks, 1) * text.head_dim
 
 
+def num_key_chunks(job: Job, layout: Layout) -> int:
+    """Return the number of chunks in which a rank gathers its keys under context parallelism."""
+    return num_chunks(max(job.config.text.num_kv_heads // layout.tensor, 1))
+
+
 def query_size(text: TextConfig, ranks: int) -> float:
     """Return the number of values of a token's queries on one of `ranks` tensor-parallel ranks."""
     return text.num_heads / ranks * text.head_dim
@@ -111,7 +117,7 @@ def _layer_activations(
     whole = 2 * norm + 2 * query + 2 * key + mlp
     backward = 2 * hidden + 4 * ffn  # gradients of the residual stream and inside the MLP, and the recomputed product
     if layout.recompute == "full":
-        return LayerActivations(hidden, 0.0, whole + backward)
+        return LayerActivations(hidden, 0.0, layout.recompute_layers * whole + backward)
     if layout.recompute == "mlp":
         return LayerActivations(whole - mlp, norm, mlp + backward)
     return LayerActivations(whole, norm + mlp, backward)
@@ -119,6 +125,8 @@ def _layer_activations(
 
 def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, ...]:
     """Predict the memory on a rank of each stage, first to last."""
+    if device.is_cpu:  # what is kept in host memory takes the device's memory
+        job = replace(job, reference_resident=True, optimizer_resident=True, offloads_inputs=False)
     return tuple(
         _stage_memory(job, layout, device, stage, parameters)
         for stage, parameters in enumerate(stage_parameters(job.config, layout))
@@ -127,8 +135,8 @@ def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, .
 
 def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, parameters: StageParameters) -> Memory:
     trained = num_trained(job, parameters)
-    state = trained * optimizer_state_bytes(job) / layout.num_weight_holders  # the distributed optimizer shards it
-    in_flight = min(layout.num_microbatches(job), layout.pipeline - stage)
+    state = _optimizer_bytes(job, layout, parameters)
+    in_flight = _num_in_flight(job, layout, stage)
     text_bytes, text_working = _text_activations(job, layout, device, stage)
     vision_bytes, vision_working = _vision_activations(job, layout, device) if stage == 0 else (0.0, 0.0)
     # When the backward pass reaches the vision tower, the text activations of that microbatch are free already.
@@ -137,7 +145,7 @@ def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, paramete
         working = max(working, _head_bytes(job, layout, device))
     activations = in_flight * (text_bytes + vision_bytes)
     if stage == 0 and job.keeps_features:
-        activations += layout.num_microbatches(job) * _feature_bytes(job, layout)
+        activations += job.num_minibatches * layout.num_microbatches(job) * _feature_bytes(job, layout)
     # In the optimizer step, the activations are free already.
     gradient_copies = 0.0 if job.gradient_bytes == 4 else 4 * trained / layout.num_weight_holders  # in float32
     step_bytes = gradient_copies + (0.0 if job.optimizer_resident else state)
@@ -147,11 +155,76 @@ def _stage_memory(job: Job, layout: Layout, device: Device, stage: int, paramete
         parameters=weights,
         gradients=trained * job.gradient_bytes,
         optimizer=state if job.optimizer_resident else 0.0,
-        reference=weights if job.with_reference and (job.reference_resident or device.is_cpu) else 0.0,
+        reference=trained * job.dtype_bytes if job.with_reference and job.reference_resident else 0.0,
         activations=activations,
         working=working,
         fixed=device.fixed_bytes + device.fragmentation * (activations + working),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Bytes of host memory that one rank keeps for training. Frames and servers take host memory, too."""
+
+    reference: float
+    optimizer: float
+    activations: float  # inputs of recomputed layers
+    checkpoint: float  # copy of this rank's part of a checkpoint while it is written in the background
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def host_memory(job: Job, layout: Layout) -> tuple[HostMemory, ...]:
+    """Predict the host memory of a rank of each stage, first to last."""
+    return tuple(
+        _stage_host_memory(job, layout, stage, parameters)
+        for stage, parameters in enumerate(stage_parameters(job.config, layout))
+    )
+
+
+def _stage_host_memory(job: Job, layout: Layout, stage: int, parameters: StageParameters) -> HostMemory:
+    state = _optimizer_bytes(job, layout, parameters)
+    in_host = job.with_reference and not job.reference_resident
+    return HostMemory(
+        reference=num_trained(job, parameters) * job.dtype_bytes if in_host else 0.0,
+        optimizer=0.0 if job.optimizer_resident else state,
+        activations=_num_in_flight(job, layout, stage) * _offloaded_bytes(job, layout, stage),
+        # The ranks with the same weights write a part of them each.
+        checkpoint=parameters.total * job.dtype_bytes / layout.num_weight_holders + state
+        if job.saves_in_background
+        else 0.0,
+    )
+
+
+def _offloaded_bytes(job: Job, layout: Layout, stage: int) -> float:
+    """Return the bytes of one microbatch's layer inputs in host memory, in buffers of powers of two."""
+    if not job.offloads_inputs or layout.recompute != "full":
+        return 0.0
+    text, vision = job.config.text, job.config.vision
+
+    def buffer_bytes(num_rows: float, hidden_size: int, layout: Layout) -> int:
+        sharded = hidden_size / (layout.tensor if layout.sequence_parallel else 1)
+        return 1 << math.ceil(math.log2(num_rows * sharded * job.dtype_bytes))
+
+    tokens = job.group_tokens * layout.groups_per_microbatch * layout.token_share(job)
+    num_inputs = _num_recomputed(layout, layout.stages(job.config)[stage])
+    total = num_inputs * buffer_bytes(tokens, text.hidden_size, layout)
+    if stage == 0 and "vision_tower" not in job.freeze:
+        patches = job.groups(layout.groups_per_microbatch).patches * layout.frame_share(job)
+        total += vision.num_layers * buffer_bytes(patches, vision.hidden_size, layout.of_vision)
+    return total
+
+
+def _num_in_flight(job: Job, layout: Layout, stage: int) -> int:
+    """Return the microbatches whose activations a stage holds at once (1F1B schedule)."""
+    return min(layout.num_microbatches(job), layout.pipeline - stage)
+
+
+def _optimizer_bytes(job: Job, layout: Layout, parameters: StageParameters) -> float:
+    """Return the bytes of a rank's optimizer state, which the distributed optimizer shards."""
+    return num_trained(job, parameters) * optimizer_state_bytes(job) / layout.num_weight_holders
 
 
 def optimizer_state_bytes(job: Job) -> int:
@@ -184,8 +257,16 @@ def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> t
 
 
 def _num_saved(job: Job, layout: Layout, num_layers: int) -> int:
-    """Return the number of layers with saved activations on the device."""
-    return min(num_layers, 2) if job.offloads_inputs and layout.recompute == "full" else num_layers
+    """Return the number of layers, or of recomputed blocks of layers, with saved activations on the device."""
+    if layout.recompute != "full":
+        return num_layers
+    num_blocks = _num_recomputed(layout, num_layers)
+    return min(num_blocks, 2) if job.offloads_inputs else num_blocks
+
+
+def _num_recomputed(layout: Layout, num_layers: int) -> int:
+    """Return the number of recomputed blocks, each of which stores its input."""
+    return -(-num_layers // layout.recompute_layers)
 
 
 def _gathered_bytes(job: Job, layout: Layout) -> float:
@@ -194,7 +275,7 @@ def _gathered_bytes(job: Job, layout: Layout) -> float:
         return 0.0
     text, ranks = job.config.text, layout.tensor
     key, query = key_size(text, ranks), query_size(text, ranks)
-    chunks = num_chunks(max(text.num_kv_heads // ranks, 1))
+    chunks = num_key_chunks(job, layout)
     gathered = 2 * key if layout.recompute == "full" or chunks == 1 else 4 * key / chunks
     parts = 2 * query / chunks * 4 if query > key else 0.0
     values = (gathered + 4 * key / chunks) * job.dtype_bytes + parts
@@ -212,8 +293,9 @@ def _vision_activations(job: Job, layout: Layout, device: Device) -> tuple[float
     # recomputed.
     num_mergers = 1 + job.config.family.num_feature_layers(vision)
     merger = num_mergers * (2 + 2 / layout.of_vision.tensor) * vision.hidden_size
-    saved = _num_saved(job, layout, vision.num_layers) * layer.saved + merger
-    return patches * saved * job.dtype_bytes, patches * layer.working * job.dtype_bytes
+    layers = 0.0 if "vision_tower" in job.freeze else _num_saved(job, layout.of_vision, vision.num_layers) * layer.saved
+    working = 0.0 if "vision_tower" in job.freeze else layer.working
+    return patches * (layers + merger) * job.dtype_bytes, patches * working * job.dtype_bytes
 
 
 def _feature_bytes(job: Job, layout: Layout) -> float:

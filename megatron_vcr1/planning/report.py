@@ -15,6 +15,7 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.planning.calibration import Measured, predicted_bytes, predicted_seconds
 from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.memory import host_memory
 from megatron_vcr1.planning.search import Plan, Refusal
 
 LAYOUT = "TP x PP\nx DP"
@@ -24,6 +25,7 @@ HYPHENATED = {
     "optimizer": "optim-\nizer",
     "reference": "refer-\nence",
     "activations": "activa-\ntions",
+    "old_log_probs": "old log-\nprobs",
 }
 
 
@@ -45,6 +47,7 @@ def print_plans(console: Console, plans: Sequence[Plan], *, mine: Plan | None = 
     console.print(_stage_table(best), "")
     traffic = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in dataclasses.asdict(best.traffic).items())
     console.print(f"Each GPU sends per step: {traffic}\n")
+    console.print(f"{_host_memory(best)}\n")
     if best.layout.replicas > 1:
         console.print(f"FLOPs of the busiest of {best.layout.replicas} replicas: {best.imbalance:.2f} x the mean\n")
     options = " ".join(f"--{key} {value}" for key, value in settings(best).items())
@@ -104,8 +107,8 @@ def _time_table(plans: Sequence[Plan], mine: Plan | None) -> Table:
     ]
     decode = "decode: video decoding that does not overlap with other phases. " if "decode" in phases else ""
     caption = (
-        f"{decode}bubble: idle fraction of the update's pipeline. MFU: FLOPs of reference and update, prompts counted "
-        "once, over the peak of the whole step. update MFU: over the peak of these two phases."
+        f"{decode}bubble: idle fraction of the update's pipeline. MFU: FLOPs of the update and of the log-probs before "
+        "it, prompts counted once, over the peak of the whole step. update MFU: over the peak of these phases."
     )
     return text_table("Seconds per step, fastest layout first", columns, rows, caption, left_columns=())
 
@@ -141,6 +144,16 @@ def _stage_table(plan: Plan) -> Table:
     ]
     title = f"Fastest layout, {plan.layout.name}: ms per microbatch and GB of each stage"
     return text_table(title, ("stage", "layers", "ms", *heads, "total"), rows, left_columns=())
+
+
+def _host_memory(plan: Plan) -> str:
+    fullest = max(host_memory(plan.job, plan.layout), key=lambda stage: stage.total)
+    ranks = min(plan.cluster.gpus_per_node, plan.cluster.num_gpus)
+    parts = ", ".join(f"{name} {ranks * value / 1e9:.0f}" for name, value in dataclasses.asdict(fullest).items())
+    return (
+        f"Training keeps up to {ranks * fullest.total / 1e9:.0f} GB in the host memory of a node ({parts} GB), beside "
+        "frames and servers"
+    )
 
 
 def settings(plan: Plan) -> dict[str, Any]:
@@ -266,6 +279,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "layout": dataclasses.asdict(plan.layout),
         "settings": settings(plan),
         "memory_bytes": [dataclasses.asdict(stage) | {"total": stage.total} for stage in plan.memory],
+        "host_memory_bytes": [
+            dataclasses.asdict(stage) | {"total": stage.total} for stage in host_memory(plan.job, plan.layout)
+        ],
         "engine": dataclasses.asdict(plan.engine),
         "seconds": dataclasses.asdict(plan.time) | {"total": plan.time.total},
         "stage_seconds": plan.stages,

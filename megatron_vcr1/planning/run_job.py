@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vcr1.config.data_sections import DataSection
@@ -51,6 +52,8 @@ def job_of_run(
         response_tokens=response_tokens,
         num_samples=num_samples,
         num_epochs=num_epochs,
+        num_passes=grpo.epochs_per_rollout if is_grpo else 1,
+        num_minibatches=grpo.num_minibatches if is_grpo else 1,
         dtype_bytes=_bytes_of(config.model.dtype),
         freeze=config.model.freeze,
         with_reference=is_grpo and grpo.kl_coef > 0,
@@ -60,6 +63,7 @@ def job_of_run(
         moment_bytes=_bytes_of(optimizer.first_moment_dtype) + _bytes_of(optimizer.second_moment_dtype),
         optimizer_resident=optimizer.state == "resident",
         overlaps_reduction=optimizer.overlap_grad_reduce,
+        saves_in_background=config.checkpoint.asynchronous,
     )
 
 
@@ -100,8 +104,7 @@ def layout_of_run(config: RunConfig, job: Job, num_gpus: int) -> Layout:
     check_layout(job.config.shape, parallel, config.recompute, num_gpus)
     replicas = num_gpus // parallel.ranks_per_replica
     check_batch_size(config.train, config.grpo, replicas)
-    groups = min(config.train.microbatch_tokens // job.group_tokens, job.prompts_per_step // replicas)
-    return Layout(
+    layout = Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
@@ -111,8 +114,10 @@ def layout_of_run(config: RunConfig, job: Job, num_gpus: int) -> Layout:
         first_stage_layers=parallel.first_stage_layers,
         last_stage_layers=parallel.last_stage_layers,
         recompute=_recompute(config.recompute),
-        groups_per_microbatch=max(1, groups),
+        recompute_layers=config.recompute.num_layers,
     )
+    groups = min(config.train.microbatch_tokens // job.group_tokens, layout.groups_per_update(job))
+    return replace(layout, groups_per_microbatch=max(1, groups))
 
 
 def _recompute(section: RecomputeSection) -> str:

@@ -63,13 +63,13 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Return the MFU of the whole step: FLOPs of update and reference over the peak FLOPs of all GPUs."""
+        """Return the MFU of the whole step: `useful_flops` over the peak FLOPs of all GPUs."""
         return self._mfu(self.time.total)
 
     @property
     def update_mfu(self) -> float:
-        """Return the MFU of the phases update and reference alone."""
-        return self._mfu(self.time.update + self.time.reference)
+        """Return the MFU of the phases reference, old_log_probs and update alone."""
+        return self._mfu(self.time.reference + self.time.old_log_probs + self.time.update)
 
     def _mfu(self, seconds: float) -> float:
         return useful_flops(self.job) / (seconds * self.cluster.num_gpus * self.cluster.device.flops_per_s)
@@ -213,7 +213,7 @@ def _engines(job: Job, cluster: Cluster, resident: float) -> Iterator[EngineMemo
 def _variants(job: Job, base: Layout, cluster: Cluster) -> Iterator[Layout]:
     visions: tuple[Literal["tensor", "data"], ...] = ("tensor", "data") if base.tensor > 1 else ("tensor",)
     for vision, recompute in product(visions, RECOMPUTES):
-        for groups in _powers_of_two(job.prompts_per_step // base.replicas):
+        for groups in _powers_of_two(base.groups_per_update(job)):
             layout = replace(base, vision=vision, recompute=recompute, groups_per_microbatch=groups)
             yield layout
             if base.pipeline > 1:

@@ -16,18 +16,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from megatron_vcr1.model.context_attention import num_chunks
 from megatron_vcr1.model.flops import Flops, forward_flops, recomputed_flops, training_flops
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.imbalance import work_imbalance
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.memory import EngineMemory, cache_bytes_per_token, num_trained, optimizer_state_bytes
+from megatron_vcr1.planning.memory import (
+    EngineMemory,
+    cache_bytes_per_token,
+    num_key_chunks,
+    num_trained,
+    optimizer_state_bytes,
+)
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
 from megatron_vcr1.planning.traffic import (
+    ContextSent,
+    Sent,
     boundary_bytes,
     context_traffic,
     data_traffic,
-    key_bytes,
     step_traffic,
     tensor_traffic,
     vision_gradient_bytes,
@@ -48,6 +54,7 @@ class StepTime:
     decode: float  # video decoding that the other phases do not hide
     rollout: float
     reference: float
+    old_log_probs: float  # only with several optimizer steps per rollout
     update: float  # forward, backward, gradient reduction over replicas, optimizer
     sync: float
 
@@ -69,18 +76,39 @@ def compute_seconds(device: Device, flops: Flops) -> float:
     return sum(scaled) / device.flops_per_s
 
 
-def stage_seconds(job: Job, layout: Layout, device: Device, gpus_per_node: int, *, training: bool) -> tuple[float, ...]:
-    """Predict the seconds of one microbatch on each stage: forward pass, with `training` also backward pass."""
+def stage_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int, *, training: bool, repeated: bool = False
+) -> tuple[float, ...]:
+    """Predict the seconds of one microbatch on each stage.
+
+    Args:
+        training, repeated: as for `seconds_of_stage`.
+    """
     return tuple(
-        seconds_of_stage(job, layout, device, stage, layers, gpus_per_node, training=training)
+        seconds_of_stage(job, layout, device, stage, layers, gpus_per_node, training=training, repeated=repeated)
         for stage, layers in enumerate(layout.stages(job.config))
     )
 
 
 def seconds_of_stage(
-    job: Job, layout: Layout, device: Device, stage: int, num_layers: int, gpus_per_node: int, *, training: bool
+    job: Job,
+    layout: Layout,
+    device: Device,
+    stage: int,
+    num_layers: int,
+    gpus_per_node: int,
+    *,
+    training: bool,
+    repeated: bool = False,
 ) -> float:
-    """Predict the seconds of one stage with a given number of language-model layers; linear in that number."""
+    """Predict the seconds of one microbatch on a stage with a given number of language-model layers.
+
+    They are linear in that number.
+
+    Args:
+        training: whether the forward pass is followed by a backward pass.
+        repeated: whether an earlier forward pass of the step has computed the vision features.
+    """
     config, work = job.config, job.groups(layout.groups_per_microbatch)
     once = forward_flops(config, work)
     flops = once
@@ -92,7 +120,7 @@ def seconds_of_stage(
             vision_attention=SCORES_RECOMPUTED * once.vision_attention * ("vision_tower" not in job.freeze),
         )
     first, last = stage == 0, stage == layout.pipeline - 1
-    encodes = first and not (training and job.keeps_features)
+    encodes = first and not (job.keeps_features and (training or repeated))
     # The rank with the most responses or frames; prompts are split evenly.
     tokens, responses, frames = layout.token_share(job), layout.response_share(job), layout.frame_share(job)
     # Tensor-parallel ranks that encode the same frames divide the operations, except for those of the patch embedding.
@@ -114,30 +142,24 @@ def seconds_of_stage(
     )
     seconds = compute_seconds(device, stage_flops)
     forward, backward = tensor_traffic(job, layout, stage, num_layers)
-    sent = forward.bytes + backward.bytes * training
-    collectives = forward.collectives + backward.collectives * training
-    seconds += sent / _bandwidth(device, within_node=True) + collectives * device.collective_latency_s
+    passes_sent = (forward, backward) if training else (forward,)
+    link = _bandwidth(device, within_node=True)
+    seconds += sum(_sending_seconds(sent, link, device) for sent in passes_sent)
     attention = compute_seconds(device, Flops(text_attention=once.text_attention * fraction * tokens)) / layout.tensor
     all_passes = attention * flops.text_attention / once.text_attention
-    seconds += _context_seconds(job, layout, device, stage, num_layers, gpus_per_node, attention)
-    if training:
-        backward_attention = all_passes - attention
-        seconds += _context_seconds(
-            job, layout, device, stage, num_layers, gpus_per_node, backward_attention, backward=True
-        )
+    bandwidth = _bandwidth(device, within_node=layout.tensor * layout.context <= gpus_per_node)
+    context = context_traffic(job, layout, stage, num_layers)
+    for sent, hiding in zip(context, (attention, all_passes - attention) if training else (attention,), strict=False):
+        seconds += _exposed_seconds(sent, bandwidth, device, hiding, num_key_chunks(job, layout))
     return seconds + device.microbatch_overhead_s * (3 if training else 1)
 
 
-def _context_seconds(
-    job: Job,
-    layout: Layout,
-    device: Device,
-    stage: int,
-    num_layers: int,
-    gpus_per_node: int,
-    attention: float,
-    *,
-    backward: bool = False,
+def _sending_seconds(sent: Sent, bandwidth: float, device: Device) -> float:
+    return sent.bytes / bandwidth + sent.collectives * device.collective_latency_s
+
+
+def _exposed_seconds(
+    sent: ContextSent, bandwidth: float, device: Device, attention: float, num_key_chunks: int
 ) -> float:
     """Predict the exposed time of the context-parallel collectives of one pass: when a stage waits for them.
 
@@ -147,14 +169,9 @@ def _context_seconds(
     Args:
         attention: seconds of the stage's attention in this pass.
     """
-    sent = context_traffic(job, layout, stage, num_layers)[backward]
-    keys = num_layers * key_bytes(job, layout) * (2 if backward else 1)
-    bandwidth = _bandwidth(device, within_node=layout.tensor * layout.context <= gpus_per_node)
-    chunks = num_chunks(max(job.config.text.num_kv_heads // layout.tensor, 1))
-    num_exchanges = min(stage == 0, sent.collectives)  # of vision features
-    features = (sent.bytes - keys) / bandwidth + num_exchanges * device.collective_latency_s
-    collectives = keys / bandwidth + (sent.collectives - num_exchanges) * device.collective_latency_s
-    return features + (collectives + (chunks - 1) * max(collectives - attention, 0.0)) / chunks
+    keys = _sending_seconds(sent.keys, bandwidth, device)
+    exposed_keys = (keys + (num_key_chunks - 1) * max(keys - attention, 0.0)) / num_key_chunks
+    return _sending_seconds(sent.features, bandwidth, device) + exposed_keys
 
 
 def pipeline_seconds(stages: Sequence[float], num_microbatches: int) -> float:
@@ -182,10 +199,10 @@ def update_seconds(
     *,
     imbalance: float = 1.0,
 ) -> float:
-    """Predict the update: forward and backward of all microbatches, gradient reduction over replicas, optimizer.
+    """Predict all optimizer steps: forward, backward, gradient reduction over replicas, optimizer.
 
-    A reduction that overlaps the backward pass of the last microbatch takes only the time by which it is longer. The
-    update ends when the new parameters are gathered: the weight sync reads them.
+    A reduction that overlaps the backward pass of the last microbatch takes only the time by which it is longer. Each
+    optimizer step ends when the new parameters are gathered.
 
     Args:
         imbalance: work of the busiest replica, for which the others wait, over the mean.
@@ -202,7 +219,7 @@ def update_seconds(
     optimizer = OPTIMIZER_BYTES * trained / (device.memory_bytes_per_s * device.efficiency.memory)
     if not job.optimizer_resident and not device.is_cpu:
         optimizer += 2 * trained * optimizer_state_bytes(job) / device.host_bytes_per_s  # to the device and back
-    return compute + reduction + gather + optimizer
+    return job.num_updates * (compute + reduction + gather + optimizer)
 
 
 def reference_seconds(
@@ -225,18 +242,38 @@ def reference_seconds(
     if not job.with_reference:
         return 0.0
     compute = imbalance * _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=False)
+    compute *= job.num_minibatches
     if job.reference_resident or device.is_cpu:
         return compute
     copied = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) * job.dtype_bytes
     return compute + copied / device.host_bytes_per_s
 
 
-def _pass_seconds(
-    job: Job, layout: Layout, device: Device, gpus_per_node: int, pipeline: Pipeline, *, training: bool
+def old_log_prob_seconds(
+    job: Job, layout: Layout, device: Device, gpus_per_node: int, *, imbalance: float = 1.0
 ) -> float:
-    """Predict the passes of all microbatches through all stages, including sends between stages."""
+    """Predict the log-probs of the policy before several optimizer steps. A single one does not need them."""
+    if job.num_updates == 1:
+        return 0.0
+    has_features = job.with_reference  # whose pass comes first
+    each = _pass_seconds(job, layout, device, gpus_per_node, pipeline_seconds, training=False, repeated=has_features)
+    return imbalance * job.num_minibatches * each
+
+
+def _pass_seconds(
+    job: Job,
+    layout: Layout,
+    device: Device,
+    gpus_per_node: int,
+    pipeline: Pipeline,
+    *,
+    training: bool,
+    repeated: bool = False,
+) -> float:
+    """Predict the passes of a minibatch's microbatches through all stages, including sends between stages."""
     num_microbatches = layout.num_microbatches(job)
-    compute = pipeline(stage_seconds(job, layout, device, gpus_per_node, training=training), num_microbatches)
+    stages = stage_seconds(job, layout, device, gpus_per_node, training=training, repeated=repeated)
+    compute = pipeline(stages, num_microbatches)
     if layout.pipeline == 1:
         return compute
     # Stages are the outermost dimension of the ranks: they share a node only if the whole job does.
@@ -279,21 +316,26 @@ def step_seconds(
     """Predict a whole GRPO step with engines colocated on the training GPUs."""
     num_engines = max(layout.num_gpus // engine.ranks, 1)
     rollout = rollout_seconds(job, device, num_engines, engine, longest_response)
-    imbalance = work_imbalance(job, layout.replicas, longest_response)
+    # The busiest replica has a whole number of groups, which `Layout.num_microbatches` counts already.
+    mean_groups = job.prompts_per_step / (job.num_minibatches * layout.replicas)
+    imbalance = work_imbalance(job, layout.replicas, longest_response) * mean_groups / layout.groups_per_update(job)
     # A replica that is done with its reference pass goes on with its update: all wait at the end of the update only.
     reference = reference_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
+    old_log_probs = old_log_prob_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
     update = update_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
     sync_bandwidth = _bandwidth(device, within_node=layout.num_gpus <= gpus_per_node)
     sync = step_traffic(job, layout).sync / sync_bandwidth
     frames = job.frames_per_prompt * job.prompts_per_step / layout.num_gpus
-    overlapped = rollout + reference + update + sync
+    overlapped = rollout + reference + old_log_probs + update + sync
     decode = max(0.0, frames / device.decoded_frames_per_s - overlapped)
-    return StepTime(decode, rollout, reference, update, sync)
+    return StepTime(decode, rollout, reference, old_log_probs, update, sync)
 
 
 def useful_flops(job: Job) -> float:
-    """Return the model FLOPs of a step's update and reference pass; each prompt counts once."""
+    """Return the model FLOPs of a step's passes for reference, old log-probs and updates; each prompt counts once."""
     work = job.groups(job.prompts_per_step)
     update, forward = training_flops(job.config, work, freeze=job.freeze), forward_flops(job.config, work)
-    total = update.total - (forward.vision if job.keeps_features else 0.0)
-    return total + (forward.total if job.with_reference else 0.0)
+    kept = forward.vision if job.keeps_features else 0.0  # computed by the first pass only
+    num_forward_passes = job.with_reference + (job.num_updates > 1)
+    total = job.num_passes * update.total + num_forward_passes * forward.total
+    return total - (job.num_passes + num_forward_passes - 1) * kept

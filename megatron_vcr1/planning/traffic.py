@@ -21,9 +21,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_vcr1.model.context_attention import num_chunks
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.memory import key_size, num_trained
+from megatron_vcr1.planning.memory import key_size, num_key_chunks, num_trained
 from megatron_vcr1.planning.parameters import num_parameters, stage_parameters
 
 
@@ -46,13 +45,25 @@ class Sent:
     collectives: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ContextSent:
+    """The context-parallel traffic of one rank for one microbatch, in the forward or the backward pass."""
+
+    keys: Sent = Sent()  # keys and values of the prompts, or their gradients; overlaps with attention
+    features: Sent = Sent()  # vision features, or their gradients
+
+    @property
+    def bytes(self) -> float:
+        return self.keys.bytes + self.features.bytes
+
+
 def step_traffic(job: Job, layout: Layout) -> Traffic:
-    """Predict the traffic of one GRPO step, including the forward pass of the reference."""
-    num_microbatches = layout.num_microbatches(job)
-    reference = 1 if job.with_reference else 0
+    """Predict the traffic of one GRPO step, including the forward passes of the reference and of the old policy."""
+    num_microbatches = job.num_minibatches * layout.num_microbatches(job)
+    num_passes, num_forward_passes = job.num_passes, job.with_reference + (job.num_updates > 1)
     tensor, context = (
         max(
-            (1 + reference) * forward.bytes + backward.bytes
+            (num_passes + num_forward_passes) * forward.bytes + num_passes * backward.bytes
             for forward, backward in (
                 traffic(job, layout, stage, layers) for stage, layers in enumerate(layout.stages(job.config))
             )
@@ -61,12 +72,12 @@ def step_traffic(job: Job, layout: Layout) -> Traffic:
     )
     # A middle stage sends hidden states forward and gradients back. With two stages, the first one sends only hidden
     # states and the last one only gradients.
-    sends = 0 if layout.pipeline == 1 else 1 + reference + (layout.pipeline > 2)
+    sends = 0 if layout.pipeline == 1 else num_passes * (1 + (layout.pipeline > 2)) + num_forward_passes
     return Traffic(
-        tensor=num_microbatches * tensor + vision_gradient_bytes(job, layout),
+        tensor=num_microbatches * tensor + job.num_updates * vision_gradient_bytes(job, layout),
         context=num_microbatches * context,
         pipeline=num_microbatches * sends * boundary_bytes(job, layout),
-        data=sum(data_traffic(job, layout)),
+        data=job.num_updates * sum(data_traffic(job, layout)),
         sync=num_parameters(job.config) * job.dtype_bytes,
     )
 
@@ -124,7 +135,7 @@ def tensor_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tup
 
 
 def vision_gradient_bytes(job: Job, layout: Layout) -> float:
-    """Return the bytes that a rank sends per step to sum the gradients of a whole vision tower over tensor ranks."""
+    """Return the bytes that a rank sends in one update to sum a whole vision tower's gradients over tensor ranks."""
     if layout.vision == "tensor" or "vision_tower" in job.freeze:
         return 0.0
     first_stage = stage_parameters(job.config, layout)[0]
@@ -147,22 +158,21 @@ def key_bytes(job: Job, layout: Layout) -> float:
     return (ranks - 1) * slots * 2 * key * job.dtype_bytes
 
 
-def context_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tuple[Sent, Sent]:
+def context_traffic(job: Job, layout: Layout, stage: int, num_layers: int) -> tuple[ContextSent, ContextSent]:
     """Predict the context-parallel traffic of one microbatch on a stage: forward pass, backward pass."""
     ranks = layout.context
     if ranks == 1:
-        return Sent(), Sent()
-    keys = num_layers * key_bytes(job, layout)
-    features = 0.0
+        return ContextSent(), ContextSent()
+    key_values, num_gathers = num_layers * key_bytes(job, layout), num_layers * num_key_chunks(job, layout)
+    features = Sent()
     if stage == 0:
         vision = job.config.vision
         num_features = job.groups(layout.groups_per_microbatch).patches / vision.patches_per_token
         # The features that a rank encodes belong to all ranks alike, so it keeps 1 / N of them.
         encoded = num_features / layout.of_vision.context
-        features = encoded * (1 - 1 / ranks) * vision.out_hidden_size * job.dtype_bytes
-    first = stage == 0
-    num_gathers = num_layers * num_chunks(max(job.config.text.num_kv_heads // layout.tensor, 1))
-    return Sent(keys + features, num_gathers + first), Sent(2 * keys + features, 2 * num_gathers + first)
+        features = Sent(encoded * (1 - 1 / ranks) * vision.out_hidden_size * job.dtype_bytes, 1)
+    backward = Sent(2 * key_values, 2 * num_gathers)  # gathers, and reduce-scatters of the gradients
+    return ContextSent(Sent(key_values, num_gathers), features), ContextSent(backward, features)
 
 
 def boundary_bytes(job: Job, layout: Layout) -> float:

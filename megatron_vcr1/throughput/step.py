@@ -20,10 +20,10 @@ from megatron_vcr1.command_line import positive, write_json
 from megatron_vcr1.data.synthesize import synthesize
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.throughput.measure import Spread, print_table, provenance
+from megatron_vcr1.training.metrics import PHASES
 
 HELP = "whole GRPO steps by phase"
 DEMO_MODEL = Path(__file__).parents[2] / "examples/demo/tiny_model.py"
-PHASES = ("decode", "rollout", "judge", "reference", "old_log_probs", "update", "sync", "total")
 METRICS = ("tokens_per_s", "tflops_per_s", "mfu", "memory/peak_gb", "response_tokens/mean")
 
 

@@ -25,7 +25,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import Job
-from megatron_vcr1.planning.memory import checkpoint_bytes, training_memory
+from megatron_vcr1.planning.memory import checkpoint_bytes, host_memory, training_memory
 from megatron_vcr1.planning.run_job import job_of_run, layout_of_run
 from megatron_vcr1.rollout.placement import Placement
 from megatron_vcr1.rollout.sglang.launch import check_server_args, require_sglang
@@ -125,6 +125,7 @@ def _batch(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
     per_replica = config.train.prompts_per_step // replicas
     text = f"{config.train.prompts_per_step} prompts per step, {per_replica} per replica in about "
     text += f"{layout.num_microbatches(job)} microbatches"
+    text += " per optimizer step" if job.num_minibatches > 1 else ""
     if config.train.microbatch_tokens < job.group_tokens:
         return "ok", f"{text}; a group of {job.group_tokens:,} tokens is longer than train.microbatch_tokens"
     return "ok", text
@@ -171,14 +172,22 @@ def _prepare(function: PrepareFn, samples: Sequence[Sample]) -> Iterator[int | s
 
 def _memory(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
     layout, device = layout_of_run(config, job, size.num_ranks), size.device
-    fullest = max(training_memory(job, layout, device), key=lambda stage: stage.total)
+    stages = training_memory(job, layout, device)
+    fullest = max(stages, key=lambda stage: stage.total)
     part = fullest.largest_part
     text = f"about {fullest.total / 1e9:.0f} GB of {device.memory_bytes / 1e9:.0f} per GPU ({device.name}; largest "
     text += f"part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
+    if not device.is_cpu:
+        host = size.ranks_per_node * max(stage.total for stage in host_memory(job, layout))
+        text += f", and {host / 1e9:.0f} GB in the host memory of a node"
     if fullest.total > device.memory_bytes:
         return "warning", f"{text}: too much; `vcr1 plan` compares layouts"
-    if config.rollout.engine == "sglang" and config.sglang.colocated and config.train.stage == "grpo":
-        left = 1 - fullest.resident / device.memory_bytes
+    is_grpo = config.train.stage == "grpo"
+    has_servers = config.rollout.engine == "sglang" and (is_grpo or config.validation.benchmarks)
+    if has_servers and config.sglang.colocated and not config.sglang.urls:
+        # SFT keeps its gradient buffers while the servers of its validation generate.
+        kept = max(stage.resident + (0.0 if is_grpo else stage.gradients) for stage in stages)
+        left = max(0.0, 1 - kept / device.memory_bytes)
         if config.sglang.memory_fraction > left:
             return "warning", f"{text}; training leaves {left:.2f} to servers: lower sglang.memory_fraction"
     return "ok", text

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_vcr1.checkpoint.optimizer_state import MainParameter, main_parameters
-from megatron_vcr1.errors import UserError
+from megatron_vcr1.training.pinned_memory import pinned_memory
 
 _PARAMETER = "param"
 _ALIGNMENT = 64  # bytes
@@ -28,14 +27,17 @@ class HostState:
     """
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
-        """Create the moments, and move the state to host memory."""
+        """Create the moments, and move the state to host memory.
+
+        The optimizer must not be used without this object: the memory is pinned as long as it lives.
+        """
         self._tensors = [
             _StateTensor(main, name)
             for main in main_parameters(optimizer)
             for name in (*main.moments(), *((_PARAMETER,) if main.is_copy else ()))
         ]
         sizes = [-(-tensor.get().nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in self._tensors]
-        memory = _host_memory(sum(sizes)).split(sizes)
+        memory = pinned_memory(sum(sizes), self, "optimizer.state").split(sizes)
         self._host = [
             flat[: values.nbytes].view(values.dtype).view(values.shape)
             for flat, values in zip(memory, (tensor.get() for tensor in self._tensors), strict=True)
@@ -77,21 +79,3 @@ class _StateTensor:
             self.main.values.data = values
         else:
             self.main.inner.state[self.main.values][self.name] = values
-
-
-def _host_memory(num_bytes: int) -> Tensor:
-    """Allocate host memory; on a machine with GPUs it is pinned, so that copies are fast and asynchronous.
-
-    Memory is registered after its allocation, because torch's allocator of pinned memory rounds sizes up to a power of
-    two. It stays registered until the process ends.
-    """
-    memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
-    if torch.cuda.is_available() and num_bytes:
-        runtime: Any = torch.cuda.cudart()
-        code = int(runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-        if code:
-            raise UserError(
-                f"optimizer.state = 'host': {num_bytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error "
-                f"{code}); raise the limit of locked memory, or set it to 'resident'"
-            )
-    return memory

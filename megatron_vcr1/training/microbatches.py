@@ -32,15 +32,14 @@ def pack_microbatches(
     build the same microbatches without communication.
 
     Args:
-        max_tokens: token budget of a microbatch. A group that is longer raises the budget of this call to its length.
+        max_tokens: token budget of a microbatch. A group that is longer gets a microbatch of its own.
 
     Returns:
         The groups of each microbatch, in the order in which they are packed, and their packed sequence; under context
         parallelism, this rank's part of it.
     """
-    longest = max((group.num_tokens for group in groups), default=0)
     device = mesh.device()
     return [
         (members, pack_for_rank(members, model.model_config, pad_to_multiple_of=model.token_multiple).to(device))
-        for members in pack_groups(groups, max(max_tokens, longest))
+        for members in pack_groups(groups, max_tokens)
     ]

@@ -107,7 +107,7 @@ def phase_table(spans: Sequence[Span], total_s: float) -> str:
         fraction = hidden_s / total_seconds(busy)
         lines.append(f"{track:<24}{total_seconds(busy):>10.3f}{hidden_s:>10.3f} ({fraction:>4.0%}){waited_s:>14.3f}")
     return "\n".join(
-        [*lines, "(during training: in the phases reference and update; waited for: in decode and rollout)"]
+        [*lines, f"(during training: in the phases {', '.join(TRAINING_PHASES)}; waited for: in decode and rollout)"]
     )
 
 

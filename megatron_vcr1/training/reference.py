@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
-_PAGE_BYTES = 4096
+from megatron_vcr1.training.pinned_memory import pinned_memory
 
 
 class Reference:
@@ -100,11 +100,8 @@ class _HostWeights(_ResidentWeights):
 
     def __init__(self, buffer: Any) -> None:
         super().__init__(buffer)
-        is_on_gpu = buffer.grad_data.device.type == "cuda"
-        sizes = power_of_two_sizes(self._num_bytes)
-        self._chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=is_on_gpu) for size in sizes]
-        for chunk, values in self._chunks_and_values():
-            chunk.copy_(values)
+        self._host = pinned_memory(self._num_bytes, self, "grpo.reference")
+        self._host.copy_(self._flat)
         self._fetched_version: int | None = None  # torch's version of the flat memory after `prefetch`
 
     def _allocate(self, buffer: Any) -> Tensor:
@@ -112,20 +109,11 @@ class _HostWeights(_ResidentWeights):
         assert gradients.numel() >= self._num_bytes, "gradients have at least the parameters' precision"
         return gradients[: self._num_bytes]
 
-    def _chunks_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the used part of each chunk, and the part of the flat memory that has the same values."""
-        start = 0
-        for chunk in self._chunks:
-            values = self._flat[start : start + chunk.numel()]
-            yield chunk[: values.numel()], values
-            start += chunk.numel()
-
     def prefetch(self) -> None:
         # In-place operators change the version: so does `restore_grad_buffers`, which fills released memory with zeros.
         is_released = self._flat.untyped_storage().nbytes() == 0
         if not is_released and self._flat._version != self._fetched_version:
-            for chunk, values in self._chunks_and_values():
-                values.copy_(chunk, non_blocking=True)
+            self._flat.copy_(self._host, non_blocking=True)
             self._fetched_version = self._flat._version
 
     def release(self) -> None:
@@ -139,12 +127,3 @@ def order_by_alignment(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]
     Matrices thus keep the alignment that fast kernels need, and only parameters of an odd size start at odd addresses.
     """
     return sorted(parameters, key=lambda parameter: parameter.nbytes & -parameter.nbytes, reverse=True)
-
-
-def power_of_two_sizes(num_bytes: int) -> list[int]:
-    """Divide a number of bytes, rounded up to whole pages, into powers of two, largest first.
-
-    torch rounds each allocation of pinned memory up to a power of two: a single one could take twice the memory.
-    """
-    num_pages = -(-num_bytes // _PAGE_BYTES)
-    return [_PAGE_BYTES << bit for bit in reversed(range(num_pages.bit_length())) if num_pages >> bit & 1]

@@ -137,6 +137,11 @@ def test_every_problem_is_reported_at_once(run_toml):
     assert "--parallel.tensor" in message and "--model.layer_spec" in message
 
 
+def test_settings_of_two_sections_that_exclude_each_other_are_named(run_toml):
+    message = error_of(run_toml, "--model.dtype", "float32", "--optimizer.grad_dtype", "bfloat16")
+    assert "run.toml: optimizer.grad_dtype = 'bfloat16' needs model.dtype = 'bfloat16', not 'float32'" in message
+
+
 def test_unreadable_files_are_named(tmp_path):
     assert "no such file" in error_of(tmp_path / "missing.toml")
     assert "not a regular file" in error_of(tmp_path)

@@ -7,7 +7,6 @@ import torch
 
 from megatron_vcr1.data.encoding import EncodedPrompt
 from megatron_vcr1.data.packing import Group, pack_groups
-from megatron_vcr1.errors import UserError
 
 
 def group(name: object, num_prompt_tokens: int, *response_lengths: int) -> Group:
@@ -38,11 +37,10 @@ def test_equal_groups_keep_their_order() -> None:
     assert names(pack_groups([group(i, 3, 2) for i in range(5)], 10)) == [["0", "1"], ["2", "3"], ["4"]]
 
 
-def test_a_group_over_the_budget_is_a_user_error() -> None:
-    with pytest.raises(
-        UserError, match=r"sample long: 8 prompt tokens and 3 tokens of 2 responses .* raise the budget"
-    ):
-        pack_groups([group("short", 1, 1), group("long", 8, 1, 2)], 10)
+def test_a_group_over_the_budget_gets_a_microbatch_of_its_own() -> None:
+    """The others stay within the budget: a pipeline has several microbatches in memory."""
+    groups = [group("a", 4, 1), group("long", 28, 1, 2), group("b", 4, 1), group("c", 6, 2), group("longer", 40, 0)]
+    assert names(pack_groups(groups, 10)) == [["a", "b"], ["long"], ["c"], ["longer"]]
 
 
 @pytest.mark.parametrize("seed", range(20))

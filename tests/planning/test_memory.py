@@ -9,7 +9,7 @@ import pytest
 from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.planning.devices import DEVICES
 from megatron_vcr1.planning.job import Job, Layout
-from megatron_vcr1.planning.memory import cache_bytes_per_token, engine_memory, training_memory
+from megatron_vcr1.planning.memory import cache_bytes_per_token, engine_memory, host_memory, training_memory
 from megatron_vcr1.planning.parameters import stage_parameters
 from megatron_vcr1.planning.timing import stage_seconds
 
@@ -75,11 +75,63 @@ def test_settings_of_the_optimizer_save_memory() -> None:
     assert alone.activations + alone.working == pytest.approx(12 * NUM_PARAMETERS_7B)
 
 
-def test_a_frozen_vision_tower_has_no_gradients() -> None:
+def test_host_memory_equals_a_calculation_by_hand() -> None:
+    layout = Layout(replicas=8, recompute="full")
+    (default,) = host_memory(Job(model_config("qwen2.5-vl-7b")), layout)
+    # Weights, and 12 bytes of optimizer state per parameter: a rank writes an eighth of a checkpoint.
+    assert default.checkpoint == pytest.approx((2 + 12) / 8 * NUM_PARAMETERS_7B)
+    assert (default.reference, default.optimizer, default.activations) == (2 * NUM_PARAMETERS_7B, 0, 0)
+    settings = {"optimizer_resident": False, "offloads_inputs": True, "saves_in_background": False}
+    job = Job(model_config("qwen2.5-vl-7b"), **settings, reference_resident=True)
+    (most,) = host_memory(job, layout)
+    assert most.optimizer == 12 / 8 * NUM_PARAMETERS_7B
+    # Inputs of 28 layers, 5,432 x 3,584 values, and of 32 layers, 14,896 x 1,280 values, in buffers of powers of two.
+    assert most.activations == 28 * 2**26 + 32 * 2**26
+    assert most.total == most.optimizer + most.activations
+    first, last = host_memory(job, dataclasses.replace(layout, replicas=4, pipeline=2))
+    assert last.activations == 14 * 2**26 and first.activations == 2 * (14 + 32) * 2**26  # two microbatches in flight
+    (blocks,) = host_memory(job, dataclasses.replace(layout, recompute_layers=14))
+    assert blocks.activations == (2 + 32) * 2**26
+    (frozen,) = host_memory(dataclasses.replace(job, freeze=("vision_tower",)), layout)
+    assert frozen.activations == 28 * 2**26
+
+
+def test_a_cpu_has_no_other_memory() -> None:
+    settings = {"reference_resident": False, "optimizer_resident": False, "offloads_inputs": True}
+    job, layout = Job(model_config("qwen2.5-vl-3b")), Layout(recompute="full")
+    in_host = dataclasses.replace(job, **settings)
+    resident = dataclasses.replace(job, reference_resident=True)
+    assert training_memory(in_host, layout, DEVICES["cpu"]) == training_memory(resident, layout, DEVICES["cpu"])
+
+
+def test_recomputed_blocks_of_layers_store_fewer_inputs_and_need_more_memory_while_they_are_recomputed() -> None:
     job = Job(model_config("qwen2.5-vl-7b"))
-    (whole,) = training_memory(job, Layout(replicas=8), H100)
-    (frozen,) = training_memory(dataclasses.replace(job, freeze=("vision_tower",)), Layout(replicas=8), H100)
+    layout = Layout(replicas=8, recompute="full")
+    (each,) = training_memory(job, layout, H100)
+    (blocks,) = training_memory(job, dataclasses.replace(layout, recompute_layers=4), H100)
+    tokens = 3840 + 8 * 199
+    assert each.activations - blocks.activations == pytest.approx(2 * tokens * 21 * 3584)  # the vision tower's stay
+    per_layer = 4 * 3584 + 2 * 3584 + 2 * 512 + 2 * 18944
+    assert blocks.working - each.working == pytest.approx(2 * tokens * 3 * per_layer)
+
+
+def test_features_that_several_updates_use_stay_for_the_whole_step() -> None:
+    frozen = Job(model_config("qwen2.5-vl-7b"), freeze=("vision_tower", "merger"), with_reference=False)
+    several = dataclasses.replace(frozen, num_minibatches=4, prompts_per_step=16)
+    assert several.keeps_features and not frozen.keeps_features
+    (memory,) = training_memory(several, Layout(replicas=2), H100)
+    (once,) = training_memory(dataclasses.replace(frozen, prompts_per_step=16), Layout(replicas=2), H100)
+    features = 8 * 19 * 14 * 14 * 3584 * 2  # of the 8 prompts of a replica
+    assert memory.activations - once.activations == pytest.approx(features)
+
+
+def test_a_frozen_vision_tower_has_no_gradients_and_activations() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"))
+    (whole,) = training_memory(job, Layout(replicas=8, recompute="full"), H100)
+    frozen_job = dataclasses.replace(job, freeze=("vision_tower",))
+    (frozen,) = training_memory(frozen_job, Layout(replicas=8, recompute="full"), H100)
     assert 0.6e9 < (whole.gradients - frozen.gradients) / 4 < 0.7e9  # parameters of the tower
+    assert whole.activations - frozen.activations == pytest.approx(2 * 19 * 28 * 28 * 32 * 1280)  # not the merger's
 
 
 def test_the_last_layer_saves_only_target_tokens_after_its_attention() -> None:

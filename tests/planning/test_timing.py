@@ -11,15 +11,18 @@ from megatron_vcr1.model.flops import forward_flops
 from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.planning.devices import DEVICES, Device, Efficiency
 from megatron_vcr1.planning.job import Job, Layout
+from megatron_vcr1.planning.memory import EngineMemory
 from megatron_vcr1.planning.parameters import stage_parameters
 from megatron_vcr1.planning.timing import (
     SCORES_RECOMPUTED,
     busiest_seconds,
+    old_log_prob_seconds,
     pipeline_bubble,
     pipeline_seconds,
     reference_seconds,
     seconds_of_stage,
     stage_seconds,
+    step_seconds,
     update_seconds,
     useful_flops,
 )
@@ -78,6 +81,41 @@ def test_update_seconds_grow_with_recomputation_prompts_and_network_traffic() ->
     assert 1.5 * base < update_seconds(twice, layout, device, 8) < 2 * base
     assert useful_flops(twice) == 2 * useful_flops(job)
     assert update_seconds(job, layout, device, 2) > base  # the replicas are on different nodes
+
+
+def test_several_updates_per_rollout_add_passes_and_the_old_log_probs() -> None:
+    """On a device that sends and updates for nothing, seconds are those of the passes."""
+    free = {"memory_bytes_per_s": math.inf, "link_bytes_per_s": math.inf, "host_bytes_per_s": math.inf}
+    device = dataclasses.replace(DEVICES["h100"], **free, microbatch_overhead_s=0.0)
+    layout = Layout(replicas=2)
+    once = Job(model_config("qwen2.5-vl-7b"), prompts_per_step=8)
+    several = dataclasses.replace(once, num_passes=3, num_minibatches=2)
+    assert (once.num_updates, several.num_updates) == (1, 6)
+    assert [layout.num_microbatches(job) for job in (once, several)] == [4, 2]
+    assert update_seconds(several, layout, device, 8) == pytest.approx(3 * update_seconds(once, layout, device, 8))
+    reference = reference_seconds(once, layout, device, 8)
+    assert old_log_prob_seconds(once, layout, device, 8) == 0
+    assert reference_seconds(several, layout, device, 8) == pytest.approx(reference)
+    assert old_log_prob_seconds(several, layout, device, 8) == pytest.approx(reference)
+    assert useful_flops(several) == pytest.approx(
+        3 * useful_flops(once) - forward_flops(once.config, once.groups(8)).total
+    )
+    # Vision features are kept: the old log-probs compute them if there is no reference, and nothing else does.
+    kept = [dataclasses.replace(several, freeze=("vision_tower", "merger"), with_reference=on) for on in (True, False)]
+    before = reference_seconds(kept[0], layout, device, 8), old_log_prob_seconds(kept[1], layout, device, 8)
+    assert before[0] == pytest.approx(before[1]) and old_log_prob_seconds(kept[0], layout, device, 8) < 0.95 * before[1]
+    work = forward_flops(once.config, once.groups(8))
+    assert useful_flops(kept[0]) - useful_flops(kept[1]) == pytest.approx(work.total - work.vision)
+
+
+def test_a_minibatch_with_fewer_groups_than_replicas_takes_the_time_of_one_group() -> None:
+    job = Job(model_config("qwen2.5-vl-7b"), prompts_per_step=8, num_minibatches=4)
+    layout = Layout(replicas=8)
+    assert layout.groups_per_update(job) == layout.num_microbatches(job) == 1
+    engine = EngineMemory(1, 1e9, 1e9, 10**6)
+    whole = step_seconds(dataclasses.replace(job, num_minibatches=1), layout, DEVICES["h100"], 8, engine, 500)
+    parts = step_seconds(job, layout, DEVICES["h100"], 8, engine, 500)
+    assert 3.5 * whole.update < parts.update < 4.5 * whole.update
 
 
 def test_the_backward_pass_hides_the_reduction_of_gradients() -> None:

@@ -144,3 +144,6 @@ def test_traffic_of_replicas_and_stages_equals_a_calculation_by_hand() -> None:
     stages = step_traffic(job, Layout(pipeline=2, replicas=4))
     assert stages.pipeline == 2 * 2 * tokens * 3584 * 2  # 2 microbatches per replica, for policy and reference
     assert step_traffic(job, Layout(pipeline=4, replicas=2)).pipeline == 4 * 3 * tokens * 3584 * 2
+    several = dataclasses.replace(job, num_passes=3, num_minibatches=2)  # 6 updates, and the old log-probs
+    assert step_traffic(several, Layout(replicas=8)).data == pytest.approx(6 * replicas.data)
+    assert step_traffic(several, Layout(pipeline=2, replicas=4)).pipeline == 2 * (3 + 2) * tokens * 3584 * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_vcr1.data.manifest import read_manifest, write_manifest
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.planning.devices import DEVICES
-from megatron_vcr1.planning.memory import checkpoint_bytes
+from megatron_vcr1.planning.memory import checkpoint_bytes, training_memory
 from megatron_vcr1.planning.run_job import job_of_run, layout_of_run
 from megatron_vcr1.training import train as train_module
 from megatron_vcr1.training.config_check import JobSize, check_config
@@ -206,6 +207,7 @@ def test_memory_disk_servers_and_the_other_stage_are_noticed(folder: Path, tmp_p
     small = JobSize(4, 8, DEVICES["cpu"].__class__("tiny GPU", 1e9, 1.0, 1.0, 1.0, 1.0))
     status, text = _finding(_config(folder), "memory", small)
     assert status == "warning" and "too much" in text
+    assert text.count("in the host memory of a node") == 1
     with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)):
         assert _finding(_config(folder), "checkpoints")[0] == "error"
     servers = {"rollout": {"engine": "sglang"}, "sglang": {"num_servers": 4, "python": tmp_path / "python"}}
@@ -217,6 +219,24 @@ def test_memory_disk_servers_and_the_other_stage_are_noticed(folder: Path, tmp_p
         "cannot be written to"
         in _finding(_config(folder, train={"run_dir": tmp_path / "file/run"}), "run directory")[1]
     )
+
+
+def test_servers_of_sft_have_less_memory_than_those_of_grpo(folder: Path) -> None:
+    """SFT keeps its gradient buffers while the servers of its validation generate."""
+    manifest = folder / "data" / "train.jsonl"
+    sections = {
+        "rollout": {"engine": "sglang", "max_new_tokens": 8},
+        "sglang": {"memory_fraction": 0.5},
+        "validation": {"benchmarks": [{"name": "temporal_grounding", "manifest": manifest}]},
+    }
+    grpo = _config(folder, **sections)
+    sft = grpo.model_copy(update={"train": grpo.train.model_copy(update={"stage": "sft"})})
+    job = job_of_run(grpo, ModelConfig.from_pretrained(grpo.model.path), response_tokens=8)
+    (memory,) = training_memory(job, layout_of_run(grpo, job, 1), DEVICES["h100"])
+    device = dataclasses.replace(DEVICES["h100"], memory_bytes=2 * memory.resident + memory.gradients)
+    for config, expected in ((grpo, "ok"), (sft, "warning")):
+        status, text = _finding(config, "memory", JobSize(1, 8, device))
+        assert status == expected and ("lower sglang.memory_fraction" in text) == (expected == "warning")
 
 
 def test_size_of_a_checkpoint_is_predicted_and_a_finished_run_is_found(folder: Path, tmp_path: Path) -> None:

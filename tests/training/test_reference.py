@@ -13,7 +13,7 @@ from megatron_vcr1.config.model_sections import ModelSection, ParallelSection, R
 from megatron_vcr1.model.presets import model_config
 from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.training.reference import Reference, order_by_alignment, power_of_two_sizes
+from megatron_vcr1.training.reference import Reference, order_by_alignment
 from tests.gloo import GlooPool
 
 PLACEMENTS = ("host", "resident")
@@ -129,21 +129,14 @@ def test_reference_in_host_memory_needs_no_other_memory(world: None) -> None:
     model = _model(torch.bfloat16)
     with _Allocations() as allocations:
         reference = Reference(model, "host")
-    assert allocations.num_bytes == sum(power_of_two_sizes(sum(p.nbytes for p in model.params_with_grad)))
+    assert allocations.num_bytes == sum(p.nbytes for p in model.params_with_grad)
     (weights,) = reference._weights
-    assert all(chunk.is_pinned() == torch.cuda.is_available() for chunk in weights._chunks)
+    assert weights._host.is_pinned() == torch.cuda.is_available()
     with _Allocations() as allocations:
         reference.prefetch()
         with reference.swapped_in():
             pass
     assert allocations.num_bytes == 0
-
-
-@pytest.mark.parametrize("num_bytes", [1, 4096, 4097, 3 * 2**30 + 5, 15_231_233_024])
-def test_pinned_chunks_are_powers_of_two_with_less_than_a_page_of_waste(num_bytes: int) -> None:
-    sizes = power_of_two_sizes(num_bytes)
-    assert all(size.bit_count() == 1 for size in sizes)
-    assert 0 <= sum(sizes) - num_bytes < 4096
 
 
 def test_matrices_of_a_published_model_start_at_aligned_addresses(world: None) -> None:
