@@ -115,7 +115,8 @@ def _check_curve(run_dir: Path, alone: Path, names: Sequence[str]) -> None:
         assert mine["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# GRPO, with the same model and optimizer, covers the others.
+@pytest.mark.parametrize("layout", ["dp4", "tp2-pp2-sp-recompute", "cp2-pp2-recompute-overlap"])
 def test_sft_curve_matches_a_single_process(folder: Path, gloo_pool: GlooPool, layout: str) -> None:
     config = _config(folder, "sft", layout, LAYOUTS[layout])
     assert gloo_pool.run(_train, config) == [0] * 4

@@ -82,11 +82,8 @@ def test_state_in_host_memory_changes_nothing(
 ) -> None:
     settings = {"state": "host"}
     assert gloo_pool.run(_train, model_dir, tmp_path, settings) == [expected] * 4
-    resumed = [
-        gloo_pool.run(_resume, model_dir, *run)
-        for run in ((tmp_path, {}), (tmp_path, settings), (default_dir, settings))
-    ]
-    assert resumed[0] == resumed[1] == resumed[2]
+    resumed = [gloo_pool.run(_resume, model_dir, *run) for run in ((tmp_path, {}), (default_dir, settings))]
+    assert resumed[0] == resumed[1]
     _check(resumed[0], expected[-1:])
 
 
