@@ -25,7 +25,7 @@ HYPHENATED = {
     "optimizer": "optim-\nizer",
     "reference": "refer-\nence",
     "activations": "activa-\ntions",
-    "old_log_probs": "old log-\nprobs",
+    "old_log_probs": "old\nprobs",
 }
 
 

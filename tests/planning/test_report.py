@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,19 @@ def test_settings_are_the_keys_of_a_run(plan: Plan) -> None:
     assert None not in keys.values()
 
 
-def test_plans_fit_into_80_columns(plan: Plan) -> None:
+@pytest.mark.parametrize("old_log_probs", [0.0, 1.25])
+def test_plans_fit_into_80_columns(plan: Plan, old_log_probs: float) -> None:
+    plan = replace(plan, time=replace(plan.time, old_log_probs=old_log_probs))
     console = Console(width=80)
     with console.capture() as capture:
         print_plans(console, [plan])
     lines = capture.get().splitlines()
     assert max(len(line) for line in lines if not line.startswith("Settings")) <= 80
     assert any(line.startswith(f"Fastest layout, {plan.layout.name}") for line in lines)
+    (head,) = (line.split() for line in lines if "bubble" in line and "rollout" in line)
+    assert head[-4:] == ["bubble", "MFU", "MFU", "hours"] and ("probs" in head) == (old_log_probs > 0)
+    assert "sync" in head
+    assert any(line.startswith("Training keeps up to 187 GB in the host memory of a node (reference") for line in lines)
 
 
 def test_growth_is_relative_to_the_smallest_size_that_can_run(plan: Plan) -> None:
