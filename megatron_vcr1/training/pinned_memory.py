@@ -10,6 +10,10 @@ from torch import Tensor
 
 from megatron_vcr1.errors import UserError
 
+_in_use: list[
+    Tensor
+] = []  # memory whose owner ended while a copy may have been under way; pinned until the process ends
+
 
 def pinned_memory(num_bytes: int, owner: object, setting: str) -> Tensor:
     """Allocate host memory; on a machine with GPUs it is pinned, so that copies are fast and asynchronous.
@@ -42,6 +46,9 @@ def pinned_memory(num_bytes: int, owner: object, setting: str) -> Tensor:
 
 
 def _unpin(memory: Tensor) -> None:
-    torch.cuda.synchronize()  # a copy may still be under way
+    # A rank that ends with an error must not wait for its GPU, where a collective may wait for another rank.
+    if not torch.cuda.current_stream().query():
+        _in_use.append(memory)
+        return
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(memory.data_ptr())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.training import pinned_memory as module
 from megatron_vcr1.training.pinned_memory import pinned_memory
 
 
@@ -19,7 +20,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     runtime = mock.Mock(cudaHostRegister=mock.Mock(return_value=0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", runtime.synchronize)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: runtime.stream)
     return runtime
 
 
@@ -30,7 +31,19 @@ def test_memory_is_registered_until_its_owner_is_gone(runtime: mock.Mock) -> Non
     address = memory.data_ptr()
     assert runtime.mock_calls == [mock.call.cudaHostRegister(address, 5000, 0)]
     del memory, owner
-    assert runtime.mock_calls[1:] == [mock.call.synchronize(), mock.call.cudaHostUnregister(address)]
+    assert runtime.mock_calls[1:] == [mock.call.stream.query(), mock.call.cudaHostUnregister(address)]
+
+
+def test_memory_stays_registered_and_allocated_if_a_copy_may_be_under_way(
+    runtime: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(module, "_in_use", kept)
+    runtime.stream.query.return_value = False
+    owner = _Owner()
+    address = pinned_memory(5000, owner, "optimizer.state").data_ptr()
+    del owner
+    assert not runtime.cudaHostUnregister.called and [memory.data_ptr() for memory in kept] == [address]
 
 
 def test_memory_that_cannot_be_pinned_is_a_user_error(runtime: mock.Mock) -> None:
