@@ -10,9 +10,8 @@ from torch import Tensor
 
 from megatron_vcr1.errors import UserError
 
-_in_use: list[
-    Tensor
-] = []  # memory whose owner ended while a copy may have been under way; pinned until the process ends
+# Memory whose owner ended while a copy may have been under way. It stays pinned until the process ends.
+_in_use: list[Tensor] = []
 
 
 def pinned_memory(num_bytes: int, owner: object, setting: str) -> Tensor:
