@@ -88,8 +88,8 @@ class OptimizerSection(Section):
     )
     decay: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
-        description="Shape of the learning-rate decay between the end of the warm-up and the end of the run. The paper's "
-        "GRPO runs use 'linear'. Use 'linear' or 'cosine' for runs of a fixed length.",
+        description="Shape of the learning-rate decay between the end of the warm-up and the end of the run. The "
+        "paper's GRPO runs use 'linear'. Use 'linear' or 'cosine' for runs of a fixed length.",
     )
     warmup_steps: int = Field(
         default=0,
