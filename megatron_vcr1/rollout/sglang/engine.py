@@ -21,7 +21,14 @@ from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, Samplin
 from megatron_vcr1.rollout.placement import Placement
 from megatron_vcr1.rollout.sglang import payload
 from megatron_vcr1.rollout.sglang.fleet import Fleet, find_or_start_servers
-from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS, RequestRefused, ServerFault, call, call_async
+from megatron_vcr1.rollout.sglang.http import (
+    INITIAL_WEIGHTS,
+    RequestRefused,
+    ServerFault,
+    async_client,
+    call,
+    call_async,
+)
 from megatron_vcr1.rollout.sglang.memory import MemoryRelease
 from megatron_vcr1.rollout.sglang.pool import Server, ServerPool
 from megatron_vcr1.rollout.sglang.protocol import PromptEncoder, generate_body, read_group, version_name
@@ -247,8 +254,7 @@ class SglangEngine:
             supervisor=self._fleet.processes,
             is_aborted=self._aborted.is_set,
         )
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(limits=limits, trust_env=False) as client:
+        async with async_client() as client:
             tasks = [asyncio.create_task(self._sample_group(pool, client, request, params)) for request in requests]
             try:
                 return list(await asyncio.gather(*tasks))
@@ -272,7 +278,7 @@ class SglangEngine:
             finally:
                 if packed is not None:
                     payload.remove_file(packed)
-            return read_group(request, response, self._weight_version, self._tokens)
+            return read_group(request, response, params, self._weight_version, self._tokens)
 
         return await pool.run(request.id, request.num_responses, send)
 

@@ -25,9 +25,11 @@ MAX_RESPONSE_BYTES = 2**30
 MAX_SERVER_RANKS = 4096
 """Largest size that a server may report for its parallelism."""
 
-# One client for all threads: creating a client takes 18 ms (it loads certificates), a call takes 1 ms. It keeps no
-# connections open, because a restarted server would reset them.
-_client = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+# No connection is used twice. A restarted server would reset it, and SGLang closes an idle one after 5 s: a request at
+# that moment would be lost, and the server would be taken for dead.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+# One client for all threads: creating a client takes 18 ms (it loads certificates), a call takes 1 ms.
+_client = httpx.Client(trust_env=False, limits=_LIMITS)
 
 
 class ServerFault(Exception):
@@ -66,6 +68,11 @@ def call(url: str, method: str, path: str, body: Any = None, *, timeout_s: float
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _connection_fault(url, error) from error
     return _parse(url, response.status_code, bytes(content))
+
+
+def async_client() -> httpx.AsyncClient:
+    """Return a client for `call_async`. It belongs to one event loop, and is to be closed there."""
+    return httpx.AsyncClient(trust_env=False, limits=_LIMITS)
 
 
 async def call_async(client: httpx.AsyncClient, method: str, url: str, body: Any = None, *, timeout_s: float) -> Any:

@@ -11,13 +11,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import httpx
-
 from megatron_vcr1.rollout.engine import EngineError, WeightsNeeded
 from megatron_vcr1.rollout.sglang.http import (
     HEALTH_TIMEOUT_S,
     RequestRefused,
     ServerFault,
+    async_client,
     call_async,
     parse_weight_version,
 )
@@ -224,8 +223,10 @@ class ServerPool:
             self._lost[url] = str(error)
         finally:
             # In `finally`, so that requests that wait for this server wake up in any case and see that it is gone.
+            # No `await` between the new state and this line: another request may fail on a usable server at once, and
+            # the task that then waits for it has the same key.
+            del self._returning[url]
             async with self._changed:
-                del self._returning[url]
                 self._changed.notify_all()
 
     async def _version_on_return(self, url: str, reason: str) -> str:
@@ -254,7 +255,7 @@ class ServerPool:
 
 async def _version_when_healthy(url: str) -> str:
     """Have a server compute a token, and return its weight version. Raises ServerFault, RequestRefused."""
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with async_client() as client:
         await call_async(client, "GET", f"{url}/health_generate", timeout_s=HEALTH_TIMEOUT_S)
         model_info = await call_async(client, "GET", f"{url}/model_info", timeout_s=HEALTH_TIMEOUT_S)
         return parse_weight_version(model_info, url)

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import prompt_positions, vision_token_mask
-from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang.http import INITIAL_WEIGHTS
 from megatron_vcr1.rollout.sglang.payload import MediaItem, PatchSettings, Payload
 from megatron_vcr1.rollout.sglang.pool import UnusableResponse, WrongWeights
@@ -102,18 +102,22 @@ def generate_body(
     return body
 
 
-def read_group(request: GenerationRequest, response: Any, weight_version: str, tokens: SpecialTokens) -> RolloutGroup:
+def read_group(
+    request: GenerationRequest, response: Any, params: SamplingParams, weight_version: str, tokens: SpecialTokens
+) -> RolloutGroup:
     """Read the group from a server's response.
 
     Args:
         request: the request that was sent.
         response: the parsed JSON of the response.
+        params: the sampling parameters that were sent.
         weight_version: the version that the server must have had from the first token to the last.
         tokens: the tokens that were banned.
 
     Raises:
         WrongWeights: a part of the group was sampled from other weights.
         UnusableResponse: the server cut a response off, or the JSON is not as expected.
+        EngineError: the server has no room for prompts and responses of this length.
     """
     choices = response if isinstance(response, list) else [response]
     if len(choices) != request.num_responses:
@@ -121,10 +125,22 @@ def read_group(request: GenerationRequest, response: Any, weight_version: str, t
     try:
         metas = [require_object(require_object(choice, "response")["meta_info"], "meta_info") for choice in choices]
         rollouts = tuple(_read_rollout(meta, weight_version, tokens) for meta in metas)
-        return RolloutGroup(request.id, rollouts, tuple(int(meta["cached_tokens"]) for meta in metas))
+        group = RolloutGroup(request.id, rollouts, tuple(int(meta["cached_tokens"]) for meta in metas))
     # What reading a server's JSON raises if it has another form.
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise UnusableResponse(f"the response is not in the expected format ({repr(error)[:500]})") from error
+    shortest = min(
+        (len(rollout.token_ids) for rollout in rollouts if rollout.finish_reason == FinishReason.LENGTH),
+        default=params.max_new_tokens,
+    )
+    # SGLang lowers max_new_tokens without a word to what its context length or its KV cache leaves for a response.
+    if shortest < params.max_new_tokens:
+        raise EngineError(
+            f"sample {request.id}: the server has room for {shortest} tokens after a prompt of "
+            f"{len(request.prompt.token_ids)}, not for rollout.max_new_tokens = {params.max_new_tokens}: its KV cache "
+            "or its context length is too small; raise sglang.memory_fraction, or lower data.max_prompt_tokens"
+        )
+    return group
 
 
 def _read_rollout(meta: Mapping[str, Any], weight_version: str, tokens: SpecialTokens) -> Rollout:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
@@ -15,6 +15,7 @@ from megatron_vcr1.rollout.sglang import http
 from megatron_vcr1.rollout.sglang.http import (
     RequestRefused,
     ServerFault,
+    async_client,
     call,
     call_async,
     is_on_this_host,
@@ -47,7 +48,7 @@ def test_a_server_that_does_not_respond_is_unreachable() -> None:
         return 200, {}
 
     async def call_with_timeout(url: str) -> None:
-        async with httpx.AsyncClient() as client:
+        async with async_client() as client:
             await call_async(client, "GET", f"{url}/x", timeout_s=0.1)
 
     with FakeServer(slow) as server:
@@ -61,6 +62,25 @@ def test_a_server_that_does_not_respond_is_unreachable() -> None:
     with pytest.raises(ServerFault) as raised:
         call(server.url, "GET", "/x", timeout_s=5)  # closed
     assert raised.value.unreachable
+
+
+def test_no_connection_is_used_twice() -> None:
+    threads: list[threading.Thread] = []  # one for each connection
+
+    def reply(path: str, body: Any) -> tuple[int, Any]:
+        threads.append(threading.current_thread())
+        return 200, {}
+
+    async def call_twice(url: str) -> None:
+        async with async_client() as client:
+            for _ in range(2):
+                await call_async(client, "GET", url, timeout_s=5)
+
+    with FakeServer(reply) as server:
+        asyncio.run(call_twice(server.url))
+        for _ in range(2):
+            call(server.url, "GET", "/", timeout_s=5)
+    assert len(threads) == len({*threads}) == 4
 
 
 def test_another_http_server_is_not_taken_for_sglang() -> None:
@@ -83,7 +103,7 @@ def test_a_hostile_response_is_an_error_of_the_server(status: int, content: byte
 
 
 async def ask_async(url: str) -> Any:
-    async with httpx.AsyncClient() as client:
+    async with async_client() as client:
         return await call_async(client, "GET", url, timeout_s=5)
 
 

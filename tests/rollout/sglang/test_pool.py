@@ -215,6 +215,23 @@ def test_a_server_that_will_not_be_restarted_is_not_waited_for(start: Any) -> No
         run_all([dead], ["x"], supervisor=supervisor, return_timeout_s=60)
 
 
+def test_a_server_that_fails_again_right_after_its_return_is_waited_for(start: Any) -> None:
+    server = start(healthy)
+
+    async def run() -> str:
+        pool = ServerPool([], [server.url], "1", concurrency=1, return_timeout_s=60)
+        try:
+            async with pool._changed:  # the task that waits for the server cannot announce its return
+                while server.url not in pool._usable:
+                    await asyncio.sleep(0.001)
+                pool._drop(pool._usable[server.url], "another request failed")
+            return await pool.run("x", 1, lambda server: asyncio.sleep(0, server.url))
+        finally:
+            await pool.close()
+
+    assert asyncio.run(run()) == server.url
+
+
 def test_an_abort_ends_the_attempts(start: Any) -> None:
     with pytest.raises(EngineError, match="sampling was aborted"):
         run_all([start(healthy)], ["x"], is_aborted=lambda: True)

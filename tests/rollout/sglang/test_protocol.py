@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang.pool import UnusableResponse, WrongWeights
 from megatron_vcr1.rollout.sglang.protocol import BAN, PromptEncoder, generate_body, read_group
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
@@ -38,7 +38,7 @@ def meta(**changes: Any) -> dict[str, Any]:
 
 def read(*metas: dict[str, Any], num_responses: int | None = None) -> Any:
     sent = request(len(metas) if num_responses is None else num_responses)
-    return read_group(sent, [{"meta_info": meta} for meta in metas], "3@run", TOKENS)
+    return read_group(sent, [{"meta_info": meta} for meta in metas], SamplingParams(2), "3@run", TOKENS)
 
 
 def test_a_request_contains_all_sampling_parameters() -> None:
@@ -120,7 +120,6 @@ def test_log_probs_are_corrected_for_the_ban() -> None:
     answer = meta(
         output_token_logprobs=token,
         output_token_ids_logprobs=[[[float(found[5]), 5, None], [float(found[6]), 6, None]]],
-        finish_reason={"type": "length"},
     )
     assert abs(float(found[9] - expected[9])) > 1e-3
     assert math.isclose(read(answer).rollouts[0].log_probs[0], float(expected[9]), abs_tol=1e-9)
@@ -153,6 +152,12 @@ def test_a_response_of_two_versions_is_rejected() -> None:
 def test_a_malformed_response_is_unusable(answer: Any, message: str) -> None:
     with pytest.raises(UnusableResponse, match=message):
         read(answer)
+
+
+def test_a_response_that_a_small_kv_cache_has_shortened_is_an_error() -> None:
+    short = meta(finish_reason={"type": "length", "length": 2})
+    with pytest.raises(EngineError, match=r"sample s: .* room for 2 tokens after .* = 3: .*raise sglang"):
+        read_group(request(2), [{"meta_info": meta()}, {"meta_info": short}], SamplingParams(3), "3@run", TOKENS)
 
 
 def test_a_missing_response_is_detected() -> None:

@@ -103,7 +103,7 @@ def shareable_gpu() -> str | None:
     settings = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     if not torch.cuda.is_available() or torch.cuda.get_allocator_backend() != "native":
         return None
-    if any("expandable_segments:true" in value.lower() for value in settings):
+    if any("expandable_segments:true" in value.lower().replace(" ", "") for value in settings):  # as torch reads it
         return None
     return gpu_uuid(torch.cuda.current_device())
 

@@ -79,7 +79,7 @@ def test_gpu_memory_is_described_by_the_uuid_of_its_gpu(monkeypatch: pytest.Monk
     }
 
 
-@pytest.mark.parametrize("setting", ["expandable_segments:True", "backend:native,expandable_segments:true"])
+@pytest.mark.parametrize("setting", ["expandable_segments:True", "backend:native, expandable_segments : True"])
 def test_memory_of_expandable_segments_is_not_shared(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     assert flat_bucket.shareable_gpu() is None  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
