@@ -55,6 +55,7 @@ def encode_messages(
     add_generation_prompt: bool = True,
     read: Callable[..., VideoFrames] = read_frames,
     read_image: Callable[[str], Tensor] = read_image,
+    max_vision_tokens: int | None = None,
 ) -> EncodedPrompt:
     """Encode a conversation with images and videos exactly as transformers' processor of the model's family does.
 
@@ -69,10 +70,12 @@ def encode_messages(
         add_generation_prompt: whether to end with the beginning of the assistant's turn.
         read: function that decodes a video, with the signature of `read_frames`.
         read_image: function that decodes an image, with the signature of `images.read_image`.
+        max_vision_tokens: limit on the tokens of all images and videos together. None: no limit.
 
     Raises:
         VideoError: an image or video cannot be read; names the file and the reason.
-        MessageError: a part is malformed, or the chat template refuses the conversation.
+        MessageError: a part is malformed, the chat template refuses the conversation, or the images and videos have
+            more than `max_vision_tokens`. The part with which they do is the last one that is decoded.
     """
     vision: list[VisionInput] = []
     pads: list[Tensor] = []
@@ -84,6 +87,12 @@ def encode_messages(
             video = _read_video(part, processor, read, where)
             vision.append(encode_frames(video, processor))
             pads.append(processor.tokenize_video(step_times_s(video, processor.temporal_patch_size)))
+        num_tokens = sum(item.num_tokens(processor.merge_size) for item in vision)
+        if max_vision_tokens is not None and num_tokens > max_vision_tokens:
+            raise MessageError(
+                f"{where}: the images and videos up to here take {num_tokens} tokens; at most {max_vision_tokens} are "
+                "supported"
+            )
     token_ids = processor.tokenize_conversation(messages, add_generation_prompt=add_generation_prompt)
     return EncodedPrompt(_expand_pads(token_ids, vision, pads, processor), tuple(vision))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_vcr1.data.encoding import encode_messages
@@ -24,10 +24,19 @@ from megatron_vcr1.data.messages import MessageError
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.serving.batching import Batcher, PendingPrompt, ServerStopping
-from megatron_vcr1.serving.chat import RefusedRequest, completion, cut_at_stop, error_body, parse_request
+from megatron_vcr1.serving.chat import RefusedRequest, StreamOptions, parse_request
 from megatron_vcr1.serving.decoding import Decoders
 from megatron_vcr1.serving.hosts import HostCheck
 from megatron_vcr1.serving.media import MAX_FRAMES, request_files
+from megatron_vcr1.serving.responses import (
+    END_OF_STREAM,
+    ChunkWriter,
+    StreamedText,
+    completion,
+    cut_at_stop,
+    error_body,
+    event,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +148,7 @@ class ChatApp:
         body = await self._read_body(request)
         num_bytes = len(body)
         try:
-            pending = await anyio.to_thread.run_sync(self._prepare, body, limiter=self._prepare_slots)
+            pending, stream = await anyio.to_thread.run_sync(self._prepare, body, limiter=self._prepare_slots)
         except RefusedRequest:
             raise
         except Exception:  # a mistake in the code: the client gets 500, and the log says where
@@ -148,6 +157,9 @@ class ChatApp:
         finally:
             self._bodies_bytes -= num_bytes
             del body
+        if stream is not None:
+            events = self._stream(pending, include_usage=stream.include_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._batcher.submit(pending)
         rollouts = asyncio.wrap_future(pending.result)
         left = asyncio.create_task(_wait_until_disconnected(request))
@@ -166,6 +178,41 @@ class ChatApp:
         ]
         new_tokens = sum(len(rollout.token_ids) for rollout in group.rollouts)
         return JSONResponse(completion(self._name, choices, len(pending.prompt.token_ids), new_tokens))
+
+    async def _stream(self, pending: PendingPrompt, *, include_usage: bool) -> AsyncIterator[str]:
+        """Yield the events of a streamed response. The iterator is closed early if the client leaves."""
+        loop = asyncio.get_running_loop()
+        tokens: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()  # (response, token); None after the last one
+
+        def put(item: tuple[int, int] | None) -> None:
+            loop.call_soon_threadsafe(tokens.put_nowait, item)
+
+        pending = replace(pending, on_token=lambda response, token_id: put((response, token_id)))
+        pending.result.add_done_callback(lambda _: put(None))
+        chunks = ChunkWriter(self._name)
+        texts = [StreamedText(self._processor.decode, pending.params.stop) for _ in range(pending.num_responses)]
+        self._num_in_flight += 1
+        try:
+            self._batcher.submit(pending)
+            for index in range(pending.num_responses):
+                yield chunks.delta(index, {"role": "assistant", "content": ""})
+            while (token := await tokens.get()) is not None:
+                if piece := texts[token[0]].add(token[1]):
+                    yield chunks.delta(token[0], {"content": piece})
+            rollouts = pending.result.result().rollouts
+            for index, rollout in enumerate(rollouts):
+                if piece := texts[index].rest(self._text(rollout.token_ids, pending.params.stop)):
+                    yield chunks.delta(index, {"content": piece})
+                yield chunks.delta(index, {}, str(rollout.finish_reason))
+            if include_usage:
+                yield chunks.usage(len(pending.prompt.token_ids), sum(len(rollout.token_ids) for rollout in rollouts))
+        except Exception as error:  # logged in the batcher; the status has been sent, so the error is an event, too
+            status = 503 if isinstance(error, ServerStopping) else 500
+            yield event(error_body(f"{type(error).__name__}: {error}", status))
+        finally:
+            pending.result.cancel()  # without effect on a result that is there
+            self._num_in_flight -= 1
+        yield END_OF_STREAM
 
     async def _read_body(self, request: Request) -> bytes:
         """Read the body within the limits. Its length counts in `_bodies_bytes` until the caller subtracts it.
@@ -195,8 +242,11 @@ class ChatApp:
             raise
         return b"".join(chunks)
 
-    def _prepare(self, body: bytes) -> PendingPrompt:
+    def _prepare(self, body: bytes) -> tuple[PendingPrompt, StreamOptions | None]:
         """Parse a request, decode its images and videos, and tokenize it. Runs in a worker thread.
+
+        Returns:
+            The prompt; and how to stream the response, None if it is not to be streamed.
 
         Raises:
             RefusedRequest: the request or one of its files is invalid.
@@ -216,7 +266,8 @@ class ChatApp:
         with request_files(limits.files, max_pixels) as files, self._decoders.borrow() as readers:
             try:
                 params = request.sampling(limits.max_new_tokens, limits.repetition_penalty)
-                prompt = encode_messages(files.convert(request), processor, **readers)
+                messages = files.convert(request)
+                prompt = encode_messages(messages, processor, max_vision_tokens=limits.max_prompt_tokens, **readers)
             except VideoError as error:
                 raise RefusedRequest(files.explain(error)) from None
             except MessageError as error:
@@ -227,7 +278,8 @@ class ChatApp:
                 f"the prompt has {num_tokens} tokens; at most {limits.max_prompt_tokens} are supported "
                 "(--max-prompt-tokens)"
             )
-        return PendingPrompt(prompt, params, request.n, request.seed)
+        stream = request.stream_options if request.stream else None
+        return PendingPrompt(prompt, params, request.n, request.seed), stream
 
     def _text(self, token_ids: Sequence[int], stop: Sequence[str]) -> str:
         """Decode a response and cut it before the first stop text."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.types import RolloutGroup
 
 _POLL_S = 0.2
@@ -30,6 +31,8 @@ class PendingPrompt:
         num_responses: number of responses to sample.
         result: receives the responses. The HTTP side cancels it when the client leaves: a cancelled prompt is dropped
             unless its batch is already running.
+        on_token: called in the device's thread with the index of a response and its next token, as soon as the token
+            is sampled.
     """
 
     prompt: EncodedPrompt
@@ -37,6 +40,7 @@ class PendingPrompt:
     num_responses: int
     seed: int
     result: Future[RolloutGroup] = field(default_factory=Future)
+    on_token: Callable[[int, int], None] | None = None
 
 
 class Batcher:
@@ -45,7 +49,7 @@ class Batcher:
     `submit` and `stop` may be called from any thread. `run` is called once, by the thread that owns the device.
     """
 
-    def __init__(self, engine: RolloutEngine, prompts_per_batch: int) -> None:
+    def __init__(self, engine: LocalEngine, prompts_per_batch: int) -> None:
         self._engine = engine
         self._prompts_per_batch = prompts_per_batch
         self._waiting: queue.Queue[PendingPrompt] = queue.Queue()
@@ -61,8 +65,16 @@ class Batcher:
         """Generate responses until `stop` is called; prompts that are still waiting then fail with ServerStopping."""
         try:
             while not self._stopped.is_set():
-                for batch in self._next_batches():
-                    self._generate(batch)
+                taken = self._take_waiting()
+                try:
+                    for params in dict.fromkeys(pending.params for pending in taken):
+                        if self._stopped.is_set():
+                            break
+                        self._generate([pending for pending in taken if pending.params == params])
+                finally:  # after `stop`, or Ctrl-C: no client may be left waiting
+                    for pending in taken:
+                        if not pending.result.done():
+                            pending.result.set_exception(ServerStopping("the server is shutting down"))
         finally:
             self._stopped.set()
             self.refuse_waiting()
@@ -71,8 +83,8 @@ class Batcher:
         """Let `run` return after the batch that is running."""
         self._stopped.set()
 
-    def _next_batches(self) -> Iterator[list[PendingPrompt]]:
-        """Take the prompts that wait now, grouped by sampling parameters, which a call of the engine shares."""
+    def _take_waiting(self) -> list[PendingPrompt]:
+        """Take the prompts that wait now, at most `prompts_per_batch`."""
         taken: list[PendingPrompt] = []
         try:
             taken.append(self._waiting.get(timeout=_POLL_S))
@@ -81,26 +93,31 @@ class Batcher:
         except queue.Empty:
             pass
         # From here on, a client that leaves can no longer cancel its prompt. False means that it already has.
-        taken = [pending for pending in taken if pending.result.set_running_or_notify_cancel()]
-        for params in dict.fromkeys(pending.params for pending in taken):
-            yield [pending for pending in taken if pending.params == params]
+        return [pending for pending in taken if pending.result.set_running_or_notify_cancel()]
 
     def _generate(self, batch: list[PendingPrompt]) -> None:
+        """Generate the responses of prompts with equal sampling parameters, which a call of the engine shares."""
         requests = [
             GenerationRequest(str(index), pending.prompt, pending.num_responses, pending.seed)
             for index, pending in enumerate(batch)
         ]
+
+        def on_token(request: int, response: int, token_id: int) -> None:
+            if (receive := batch[request].on_token) is not None:
+                receive(response, token_id)
+
+        streams = any(pending.on_token is not None for pending in batch)
         try:
-            groups = self._engine.generate(requests, batch[0].params)
-        except Exception as error:  # every client of the batch gets the error, and the server goes on
-            log.exception("%d requests failed", len(batch))
+            groups = self._engine.generate(requests, batch[0].params, on_token=on_token if streams else None)
+        except Exception as error:  # the clients get the error, and the server goes on
+            log.exception("a batch of %d prompts failed", len(batch))
             for pending in batch:
-                pending.result.set_exception(error)
+                # One prompt may be the cause, or they need too much memory together. A streamed response has begun.
+                if len(batch) > 1 and pending.on_token is None and not self._stopped.is_set():
+                    self._generate([pending])
+                else:
+                    pending.result.set_exception(error)
             return
-        except BaseException:  # Ctrl-C: the server ends, and no client may be left waiting
-            for pending in batch:
-                pending.result.set_exception(ServerStopping("the server was interrupted"))
-            raise
         for pending, group in zip(batch, groups, strict=True):
             pending.result.set_result(group)
 

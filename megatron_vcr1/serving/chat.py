@@ -1,4 +1,4 @@
-"""The request and response bodies of OpenAI's chat completions, as far as this server supports them.
+"""The requests of OpenAI's chat completions, as far as this server supports them.
 
 Every key of a request is either followed, known to change nothing, or refused. A key is never ignored silently: an
 evaluation would then measure something else than it asked for.
@@ -7,8 +7,6 @@ evaluation would then measure something else than it asked for.
 from __future__ import annotations
 
 import secrets
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -188,7 +186,6 @@ _HARMLESS = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "stream_options",
         "parallel_tool_calls",
         "priority",
         "request_id",
@@ -226,13 +223,20 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stop_token_ids": ([],),
-    "stream": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
     "use_beam_search": (False,),
 }
 """Known keys of OpenAI, SGLang and vLLM that this server does not follow, with the values that change nothing."""
+
+
+class StreamOptions(_Object):
+    """OpenAI's options of a streamed response."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Random padding of the events against eavesdroppers; this server never writes it."""
 
 
 class ChatRequest(_Object):
@@ -253,6 +257,8 @@ class ChatRequest(_Object):
         | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
         | None
     ) = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
     media_io_kwargs: MediaReading = MediaReading()
 
     @model_validator(mode="before")
@@ -342,46 +348,3 @@ def _location(loc: Sequence[int | str]) -> str:
         elif not item.startswith("<"):
             path += f".{item[:80]}" if path else item[:80]
     return path
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """Return the text before the first occurrence of any stop text; the whole text if there is none."""
-    found = [position for position in map(text.find, stop) if position >= 0]
-    return text[: min(found)] if found else text
-
-
-def completion(model: str, choices: Sequence[tuple[str, str]], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Return the body of a response.
-
-    Args:
-        model: the served name of the model.
-        choices: text and finish reason of each sampled response.
-        prompt_tokens: number of tokens of the prompt.
-        new_tokens: number of sampled tokens of all choices, stop texts included.
-    """
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": text},
-                "finish_reason": reason,
-                "logprobs": None,
-            }
-            for index, (text, reason) in enumerate(choices)
-        ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": new_tokens,
-            "total_tokens": prompt_tokens + new_tokens,
-        },
-    }
-
-
-def error_body(message: str, status: int) -> dict[str, Any]:
-    """Return the body of an error response in OpenAI's format."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from megatron_vcr1.serving.chat import error_body
+from megatron_vcr1.serving.responses import error_body
 
 HEADER_TIMEOUT_S = 20.0
 """From the first byte of a request (or the connection's start) to the end of its headers."""

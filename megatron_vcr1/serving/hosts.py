@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from megatron_vcr1.serving.chat import error_body
+from megatron_vcr1.serving.responses import error_body
 
 _HOST_AND_PORT = re.compile(r"(\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:@,/\[\]]+))(:[0-9]*)?")
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from megatron_vcr1.data.processor import PromptProcessor
-from megatron_vcr1.rollout.engine import RolloutEngine
+from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.serving.app import ChatApp, Limits
 from megatron_vcr1.serving.batching import Batcher
 from megatron_vcr1.serving.connections import KEEP_ALIVE_S, BoundedConnection
@@ -31,7 +31,7 @@ class ChatServer:
         self,
         address: tuple[str, int],
         name: str,
-        engine: RolloutEngine,
+        engine: LocalEngine,
         processor: PromptProcessor,
         limits: Limits,
         extra_hosts: Sequence[str] = (),

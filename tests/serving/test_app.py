@@ -54,7 +54,7 @@ def test_nulls_and_neutral_values_change_nothing(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     "parts, options, message",
     [
-        ([text("x")], {"stream": True}, "stream: this value is not supported"),
+        ([image(picture())] * 100, {}, r"content\[66\]: .* up to here take 402 tokens; at most 400 are supported"),
         ([text("x")], {"logprobs": True}, "logprobs: this value is not supported"),
         ([text("x")], {"extra_body": {"mm_processor_kwargs": {"fps": 1}}}, "mm_processor_kwargs: this value"),
         ([text("x")], {"presence_penalty": 0.5}, "presence_penalty: this value is not supported"),

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import pytest
 import torch
 
 from megatron_vcr1.data.encoding import EncodedPrompt
-from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.local.engine import LocalEngine
+from megatron_vcr1.rollout.local.wave import OnToken
 from megatron_vcr1.serving.batching import Batcher, PendingPrompt, ServerStopping
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
 
@@ -22,9 +25,14 @@ class Engine:
         self.batches: list[tuple[list[int], SamplingParams]] = []
         self.on_batch = lambda: None
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, *, on_token: OnToken | None
+    ) -> list[RolloutGroup]:
         self.batches.append(([request.seed for request in requests], params))
         self.on_batch()
+        if on_token is not None:
+            for index, request in enumerate(requests):
+                on_token(index, 0, request.seed)
         return [
             RolloutGroup(request.id, (Rollout((request.seed,), (0.0,), FinishReason.STOP, 0),)) for request in requests
         ]
@@ -41,7 +49,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def batcher(engine: Engine) -> Batcher:
-    return Batcher(cast(RolloutEngine, engine), prompts_per_batch=3)
+    return Batcher(cast(LocalEngine, engine), prompts_per_batch=3)
 
 
 def run_until_done(batcher: Batcher, prompts: Sequence[PendingPrompt]) -> None:
@@ -82,12 +90,43 @@ def test_an_error_of_the_engine_reaches_its_batch_and_the_next_batch_runs(engine
     assert prompts[1].result.result().rollouts[0].token_ids == (1,)
 
 
+def test_a_batch_that_fails_is_generated_prompt_by_prompt(engine: Engine, batcher: Batcher) -> None:
+    def fail() -> None:
+        seeds = engine.batches[-1][0]
+        if 1 in seeds:
+            raise RuntimeError(f"prompts {seeds}")
+
+    engine.on_batch = fail
+    tokens: list[tuple[int, int]] = []
+    streamed = replace(pending(3), on_token=lambda response, token: tokens.append((response, token)))
+    prompts = [pending(0), pending(1), streamed]
+    for prompt in prompts:
+        batcher.submit(prompt)
+    run_until_done(batcher, prompts)
+    assert [seeds for seeds, _ in engine.batches] == [[0, 1, 3], [0], [1]]
+    assert prompts[0].result.result().rollouts[0].token_ids == (0,)
+    with pytest.raises(RuntimeError, match=r"prompts \[1\]"):
+        prompts[1].result.result()
+    with pytest.raises(RuntimeError, match=r"prompts \[0, 1, 3\]"):  # a part of it may have been sent
+        streamed.result.result()
+
+
+def test_tokens_reach_the_prompts_that_want_them(engine: Engine, batcher: Batcher) -> None:
+    tokens: list[tuple[int, int]] = []
+    streamed = replace(pending(7), on_token=lambda response, token: tokens.append((response, token)))
+    prompts = [pending(0), streamed]
+    for prompt in prompts:
+        batcher.submit(prompt)
+    run_until_done(batcher, prompts)
+    assert tokens == [(0, 7)]
+
+
 def test_an_interrupt_leaves_nobody_waiting(engine: Engine, batcher: Batcher) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     engine.on_batch = interrupt
-    prompts = [pending(seed) for seed in range(5)]
+    prompts = [pending(seed, WARM if seed == 1 else COLD) for seed in range(5)]
     for prompt in prompts:
         batcher.submit(prompt)
     with pytest.raises(KeyboardInterrupt):

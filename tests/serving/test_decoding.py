@@ -49,6 +49,15 @@ def test_images_and_videos_are_those_of_the_readers(decoders: Decoders, tmp_path
         assert readers["read_image"](str(photo)).shape == (40, 50, 3)
 
 
+def test_a_request_has_a_time_limit(decoders: Decoders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(decoding, "REQUEST_TIME_LIMIT_S", 0.0)
+    with decoders.borrow() as readers:
+        with pytest.raises(VideoError, match=r"a\.png: decoding the request's images and videos takes more than 0 s"):
+            readers["read_image"]("a.png")
+        with pytest.raises(VideoError, match=r"0\.jpg: decoding"):
+            readers["read"](["0.jpg", "1.jpg"])
+
+
 def test_decoding_has_a_memory_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(decoding, "MAX_MEMORY_BYTES", 64 << 20)
     small, large = tmp_path / "small.png", tmp_path / "large.png"

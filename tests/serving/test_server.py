@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import openai
 import pytest
@@ -26,7 +26,9 @@ from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.rollout.build import build_engine
-from megatron_vcr1.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
+from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.rollout.local.engine import LocalEngine
+from megatron_vcr1.rollout.local.wave import OnToken
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.serving import connections
 from megatron_vcr1.serving.app import Limits
@@ -136,6 +138,21 @@ def test_a_stop_text_is_cut_out_of_the_response(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("options", [{}, {"n": 3, "temperature": 1, "seed": 5}, {"stop": ["e", "xyz"]}], ids=str)
+def test_a_streamed_response_equals_the_whole_one(client: openai.OpenAI, options: dict[str, Any]) -> None:
+    whole = ask(client, text("when?"), max_tokens=12, **options)
+    *chunks, last = ask(
+        client, text("when?"), max_tokens=12, stream=True, stream_options={"include_usage": True}, **options
+    )
+    assert (last.choices, last.usage) == ([], whole.usage)
+    assert {chunk.id for chunk in chunks} == {last.id}
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    for expected in whole.choices:
+        role, *pieces, end = [choice for choice in choices if choice.index == expected.index]
+        assert (role.delta.role, end.finish_reason) == ("assistant", expected.finish_reason)
+        assert "".join(piece.delta.content for piece in pieces) == expected.message.content
+
+
 def test_repetition_penalty_of_a_request_is_applied(client: openai.OpenAI) -> None:
     plain, penalized = (
         ask(client, text("when?"), max_tokens=12, extra_body={"repetition_penalty": penalty}).choices[0].message.content
@@ -162,7 +179,9 @@ class Recorder:
     def __init__(self) -> None:
         self.prompt_lengths: list[int] = []
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, *, on_token: OnToken | None
+    ) -> list[RolloutGroup]:
         self.prompt_lengths += [len(request.prompt.token_ids) for request in requests]
         return [RolloutGroup(request.id, (Rollout((1,), (0.0,), FinishReason.STOP, 0),)) for request in requests]
 
@@ -172,8 +191,37 @@ def processor(folder: Path) -> PromptProcessor:
     return PromptProcessor.from_pretrained(folder / "model", ModelConfig.from_pretrained(folder / "model"))
 
 
-def server_of(engine: Recorder, processor: PromptProcessor) -> ChatServer:
-    return ChatServer(("127.0.0.1", 0), "model", cast(RolloutEngine, engine), processor, Limits(400, 8, 4, None))
+def server_of(engine: Any, processor: PromptProcessor) -> ChatServer:
+    return ChatServer(("127.0.0.1", 0), "model", cast(LocalEngine, engine), processor, Limits(400, 8, 4, None))
+
+
+class Stuttering:
+    """An engine that samples a token, waits for `go_on`, and fails."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, *, on_token: OnToken) -> Any:
+        on_token(0, 0, 40)
+        assert self.go_on.wait(60)
+        raise RuntimeError("out of memory")
+
+
+def test_a_token_is_sent_before_the_next_one_is_sampled(processor: PromptProcessor) -> None:
+    """An error that follows is sent as an event, since the status was 200."""
+    engine = Stuttering()
+    server = server_of(engine, processor)
+    with server.listening(), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.run)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=60)
+        stream = iter(ask(client, text("when?"), stream=True))
+        assert next(stream).choices[0].delta.content == ""
+        assert next(stream).choices[0].delta.content == processor.decode([40]) != ""
+        engine.go_on.set()
+        with pytest.raises(openai.APIError, match="RuntimeError: out of memory"):
+            next(stream)
+        server.stop()
+        running.result()
 
 
 def test_many_clients_may_connect_at_once(processor: PromptProcessor) -> None:

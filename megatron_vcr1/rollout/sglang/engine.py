@@ -229,6 +229,7 @@ class SglangEngine:
                 collectives.broadcast_within_replica(self._begin_pass)
                 for bucket in split_into_buckets(tensors, self._section.weight_sync_bucket_mb * 2**20):
                     self._weight_sync.send(bucket)
+                    del bucket  # before the next one is gathered
                 is_synced = collectives.broadcast_within_replica(self._weight_sync.end)
                 if is_synced:
                     return

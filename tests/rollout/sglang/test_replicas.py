@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Pretender:
             self._num_responses += 1
             length = self._num_responses
         meta = {
-            "finish_reason": {"type": "length"},
+            "finish_reason": {"type": "stop"},
             "weight_version": self.version,
             "output_token_logprobs": [[-1.0, 9, None]] * length,
             "output_token_ids_logprobs": [[[-1e38, 5, None]]] * length,
@@ -67,7 +68,8 @@ def _engine(folder: Path, url: str, parallel: dict[str, Any], **sglang: Any) -> 
             "model": {"path": folder},
             "train": {"run_dir": folder / "run"},
             "parallel": parallel,
-            "sglang": {"urls": [url], "weight_sync": "tensor", "request_timeout_s": 60} | sglang,
+            "sglang": {"urls": [url], "weight_sync": "tensor", "weight_sync_bucket_mb": 1, "request_timeout_s": 60}
+            | sglang,
         }
     )
     mesh.initialize(config.parallel)
@@ -79,12 +81,16 @@ def _sample_and_update(folder: Path, url: str, parallel: dict[str, Any]) -> dict
     engine = _engine(folder, url, parallel)
     sent = [GenerationRequest(str(index), tiny.prompt("", seed=index), 2) for index in range(3)]
     before = engine.generate(sent, SamplingParams(64))
-    gathered = []
+    gathered: list[weakref.ref[torch.Tensor]] = []
+    num_alive = []  # whenever a tensor is about to be gathered
 
     def tensors() -> Any:
         for index in range(3):
-            gathered.append(index)
-            yield f"w{index}", torch.full((5,), float(index))
+            num_alive.append(sum(tensor() is not None for tensor in gathered))
+            tensor = torch.full((300_000,), float(index))  # each fills a bucket
+            gathered.append(weakref.ref(tensor))
+            yield f"w{index}", tensor
+            del tensor
 
     engine.update_weights(tensors(), 4)
     after = engine.generate(sent, SamplingParams(64))
@@ -92,7 +98,7 @@ def _sample_and_update(folder: Path, url: str, parallel: dict[str, Any]) -> dict
         "replica": mesh.replica_index(),
         "before": before,
         "after": after,
-        "gathered": gathered,
+        "num_alive": num_alive,
         "version": engine.policy_version,
     }
 
@@ -105,9 +111,10 @@ def test_one_rank_of_a_replica_talks_and_all_get_the_responses(
         results = gloo_pool.run(_sample_and_update, tmp_path, server.url, parallel)
         num_replicas = len({result["replica"] for result in results})
         assert server.count("/generate") == 2 * 3 * num_replicas
-        assert server.count("/update_weights_from_tensor") == 1  # by one of the replicas, after all had their responses
+        assert server.count("/update_weights_from_tensor") == 3  # by one of the replicas, after all had their responses
     for result in results:
-        assert result["gathered"] == [0, 1, 2]  # all ranks take part in the collectives that gather the tensors
+        # All ranks take part in the collectives that gather the tensors, and free a bucket when it has been sent.
+        assert result["num_alive"] == [0, 1, 1]
         assert result["version"] == 4
         first = next(other for other in results if other["replica"] == result["replica"])
         assert (result["before"], result["after"]) == (first["before"], first["after"])
