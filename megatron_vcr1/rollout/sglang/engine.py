@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -83,6 +84,7 @@ class SglangEngine:
         self._weight_stream: Iterable[tuple[str, Tensor]] | None = None
         self._keeps_weight_stream = not weights_change_while_sampling
         self._aborted = threading.Event()
+        self._cancel_requests: Callable[[], object] | None = None  # while `sample` runs
         if fleet.is_leader and section.transport == "file":
             try:
                 payload.remove_orphans()
@@ -161,17 +163,20 @@ class SglangEngine:
             self._abort_requests()
             raise
         finally:
+            payload.remove_own_files()  # of requests that were cancelled while a thread packed them
             self._memory.release()
 
     def abort(self) -> None:
         """Stop `sample` in another thread, even if that thread has not reached it yet. Its responses are discarded."""
-        self._aborted.set()
-        self._abort_requests()
+        self._aborted.set()  # before the next line: requests that start after it check the event
+        if (cancel := self._cancel_requests) is not None:
+            with suppress(RuntimeError):  # the event loop has just been closed
+                cancel()
 
     def _abort_requests(self) -> None:
         """Make the servers drop all requests, unless they are shared with other replicas.
 
-        Shared servers drop only our requests, when our connections close.
+        Shared servers drop only our requests, a few seconds after our connections have been closed.
         """
         for url in self._fleet.urls if not self._fleet.shared else ():
             with suppress(ServerFault, RequestRefused):
@@ -257,9 +262,16 @@ class SglangEngine:
         )
         async with async_client() as client:
             tasks = [asyncio.create_task(self._sample_group(pool, client, request, params)) for request in requests]
+            responses = asyncio.gather(*tasks)
+            self._cancel_requests = partial(asyncio.get_running_loop().call_soon_threadsafe, responses.cancel)
             try:
-                return list(await asyncio.gather(*tasks))
+                return list(await responses)
+            except asyncio.CancelledError:
+                if not self._aborted.is_set():
+                    raise
+                raise EngineError("sampling was aborted") from None
             finally:
+                self._cancel_requests = None
                 # After an error, `gather` leaves the other requests running: cancel them, and close their connections.
                 for task in tasks:
                     task.cancel()

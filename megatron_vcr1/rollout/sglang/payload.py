@@ -193,6 +193,12 @@ def remove_file(packed: str) -> None:
     os.close(descriptor)
 
 
+def remove_own_files() -> None:
+    """Remove the files of all payloads that this process has packed and not removed."""
+    for name in list(_locked_files):
+        remove_file(f"{FILE_PREFIX}{name}")
+
+
 def remove_orphans() -> None:
     """Remove the payload files of processes that ended without removing them: those that nobody has locked.
 

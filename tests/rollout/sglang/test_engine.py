@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,7 +17,7 @@ from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
-from megatron_vcr1.rollout.engine import EngineError, SamplingParams
+from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
 from megatron_vcr1.rollout.sglang import payload
 from megatron_vcr1.rollout.sglang.channels.device_memory import DeviceMemoryChannel
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
@@ -25,7 +28,7 @@ from tests.limits import HANG_S
 from tests.model import tiny
 from tests.rollout.sglang import model_dir
 from tests.rollout.sglang.conftest import TOKENS, Serving, change, largest_difference, requests, start_with
-from tests.rollout.sglang.fake_server import FakeServer
+from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 pytestmark = pytest.mark.xdist_group("sglang")
 
@@ -175,6 +178,61 @@ def test_abort_also_stops_sampling_that_has_not_begun(world: None, tmp_path: Pat
         assert server.count("/generate") == 0
         engine.generate([], SamplingParams(4))  # a new call ends the abort
         engine.sample([], SamplingParams(4))
+
+
+def pretended(folder: Path, server: FakeServer, **sglang: Any) -> SglangEngine:
+    """Start an engine for a server that only pretends to be one, and that other replicas use, too."""
+    settings = {
+        "model": {"path": folder},
+        "train": {"run_dir": folder / "run"},
+        "sglang": {"urls": [server.url]} | sglang,
+    }
+    model_config = ModelConfig.from_dict(tiny.hf_config("qwen2_5_vl").to_dict())
+    engine = start_with(RunConfig.model_validate(settings), model_config=model_config)
+    engine._fleet = replace(engine._fleet, shared=True)
+    return engine
+
+
+def test_abort_ends_waiting_for_servers_that_other_replicas_use_too(world: None, tmp_path: Path) -> None:
+    received, go_on = threading.Event(), threading.Event()
+
+    def reply(path: str, body: Any) -> Reply:
+        if path == "/generate":
+            received.set()
+            go_on.wait(HANG_S)
+        return 200, {"tp_size": 1, "weight_version": "default"}
+
+    with FakeServer(reply) as server, ThreadPoolExecutor(1) as pool:
+        engine = pretended(tmp_path, server)
+        responses = pool.submit(engine.sample, requests(1, ("",)), SamplingParams(4))
+        assert received.wait(HANG_S)
+        engine.abort()
+        with pytest.raises(EngineError, match="sampling was aborted"):
+            responses.result()
+        assert server.count("/abort_request") == 0
+        go_on.set()
+
+
+def test_abort_while_a_prompt_is_packed_leaves_no_file(world: None, tmp_path: Path) -> None:
+    before, has_begun, is_aborted = payload_files(), threading.Event(), threading.Event()
+    reply = (200, {"tp_size": 1, "weight_version": "default"})
+    with FakeServer(lambda path, body: reply) as server, ThreadPoolExecutor(1) as pool:
+        engine = pretended(tmp_path, server, transport="file")
+        pack = engine._pack
+
+        def pack_after_the_abort(request: GenerationRequest) -> str | None:
+            has_begun.set()
+            assert is_aborted.wait(HANG_S)
+            return pack(request)
+
+        engine._pack = pack_after_the_abort
+        responses = pool.submit(engine.sample, requests(1, ("v",)), SamplingParams(4))
+        assert has_begun.wait(HANG_S)
+        engine.abort()
+        is_aborted.set()
+        with pytest.raises(EngineError, match="sampling was aborted"):
+            responses.result()
+        assert payload_files() <= before and server.count("/generate") == 0
 
 
 def wait_for_load(url: str) -> None:
