@@ -6,6 +6,8 @@ values; in backward, the gradients are reduced and scattered. Responses do not a
 travels between layers. Vision features travel before the first layer (`feature_exchange`).
 
 All ranks of a context-parallel group must call these functions in the same order, and so must their backward passes.
+Keys and gradients travel in two process groups of the same ranks (`mesh.context_gradient_group`): a rank that issued
+the collectives of the two in another order than the others could wait for them forever. A test compares the orders.
 """
 
 from __future__ import annotations
