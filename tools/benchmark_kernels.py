@@ -80,14 +80,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     results = []
     for op in (arguments.op,) if arguments.op else OPS:
-        for case in importlib.import_module(f"benchmarks.{op}").cases(device):
+        try:
+            cases = importlib.import_module(f"benchmarks.{op}").cases(device)
+        except Exception as error:  # for example out of memory: the other ops are still measured
+            results.append(Result(op, "set-up", OURS, *(None,) * 5, failure=_describe(error)))
+            print(f"\n{op}  set-up failed: {results[-1].failure}")
+            cases = []
+        for case in cases:
             results += _measure(op, case, rounds, peak, device)
             _print_case(results, case)
+            if arguments.json:  # after each case, so that an interrupted call keeps its results
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(_document(results, peak, rounds, device), indent=1) + "\n")
+        del cases
         gc.collect()
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(_document(results, peak, rounds, device), indent=1) + "\n")
     return 1 if any(result.provider == OURS and result.failure for result in results) else 0
+
+
+def _describe(error: Exception) -> str:
+    """Return the type and the first line of an exception."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _measure(op: str, case: Case, rounds: int, peak: PeakRates, device: torch.device) -> list[Result]:
@@ -99,9 +111,10 @@ def _measure(op: str, case: Case, rounds: int, peak: PeakRates, device: torch.de
             for _ in range(2 if device.type == "cuda" else 1):  # warm-up: compiles and allocates
                 run()
             times[provider] = []
-        # For example out of memory, or a version of a library with another interface: report it and go on.
-        except (RuntimeError, TypeError, ValueError, ImportError) as error:
-            failures[provider] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        # For example out of memory, a tile that does not fit into shared memory, which Triton reports with an exception
+        # of its own, or a version of a library with another interface: report it and go on.
+        except Exception as error:
+            failures[provider] = _describe(error)
     for _ in range(rounds):
         for provider in times:
             times[provider].append(_seconds(case.providers[provider], device))
