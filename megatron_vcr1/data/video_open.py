@@ -41,7 +41,7 @@ _VIDEO_FORMATS = (
     ),
     *("mjpeg", "yuv4mpegpipe", "avs2", "avs3", "dhav"),
 )
-_IMAGE_FORMATS = ("png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe", "ppm_pipe", "jpegxl_pipe")
+_IMAGE_FORMATS = ("png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "webp_anim", "tiff_pipe", "ppm_pipe", "jpegxl_pipe")
 _SOUND_FORMATS = ("mp3", "flac", "wav", "aac", "aiff", "ape", "wv", "tta", "dsf", "caf", "w64", "ac3", "eac3", "amr")
 """Read only to say that a file holds no video."""
 FORMATS = ",".join(_VIDEO_FORMATS + _IMAGE_FORMATS + _SOUND_FORMATS)

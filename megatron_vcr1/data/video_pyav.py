@@ -50,7 +50,7 @@ def decode_with_pyav(file: str, sampling: Sampling, *, deadline: Deadline, num_t
         VideoError: the video is missing, damaged, truncated, or took too long.
     """
     with open_video(file, deadline, num_threads) as source:
-        is_webp = source.container.format.name == video_webp.FFMPEG_FORMAT
+        is_webp = source.container.format.name in video_webp.FFMPEG_FORMATS
         if not is_webp:
             index = read_packet_index(source)
             if index.is_timed and not may_hold_empty_frames(source, index):

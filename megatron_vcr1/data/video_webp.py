@@ -1,4 +1,4 @@
-"""Animated WebP images as videos. FFmpeg decodes WebP images, but not their animations."""
+"""Animated WebP images as videos. FFmpeg before version 9 decodes WebP images, but not their animations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from megatron_vcr1.data.media_files import open_media
 from megatron_vcr1.data.resize import resize_frame
 from megatron_vcr1.data.video_types import Deadline, FrameTable, Sampling, VideoError, VideoFrames, choose_frames
 
-FFMPEG_FORMAT = "webp_pipe"
+FFMPEG_FORMATS = ("webp_pipe", "webp_anim")
+"""The second is the format of animations in FFmpeg 9."""
 DEFAULT_DURATION_MS = 100
 """Time for which browsers show a frame whose duration is 0."""
 
