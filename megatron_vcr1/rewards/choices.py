@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from megatron_vcr1.rewards.parsing import UnparsableError
+from megatron_vcr1.rewards.parsing import UnparsableError, with_ascii_forms
 from megatron_vcr1.types import OPTION_LETTERS
 
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width forms of ! to ~
 _ENDS = " .,;:!?*`'\"()[]{}“”‘’。、"  # noqa: RUF001 - punctuation around an option's text
 # Latin letters and digits. Scripts without spaces between words, such as Chinese, may touch an option letter.
 _WORD = r"0-9A-Za-z\u00c0-\u024f"
@@ -50,7 +49,7 @@ def parse_choice(answer: str, options: Sequence[str]) -> str:
     Raises:
         UnparsableError: the answer names no option, or several.
     """
-    text = answer.translate(_FULL_WIDTH).strip()
+    text = with_ascii_forms(answer).strip()
     letters = OPTION_LETTERS[: len(options)]
     return _choice_by_text(text, options, letters) or _choice_by_letter(_without_own_text(text, options), letters)
 
@@ -78,7 +77,7 @@ def _without_own_text(text: str, options: Sequence[str]) -> str:
     index = OPTION_LETTERS.index(label[1].upper()) if label else len(options)
     if label is None or index >= len(options):
         return text
-    own_text = re.escape(options[index].translate(_FULL_WIDTH).strip(_ENDS))
+    own_text = re.escape(with_ascii_forms(options[index]).strip(_ENDS))
     stated = re.compile(rf"\W*{own_text}", re.IGNORECASE).match(text, label.end())
     return text[: label.end()] + text[stated.end() :] if stated else text
 
@@ -121,4 +120,4 @@ def _is_listed(text: str, found: Sequence[re.Match[str]], letter: re.Match[str])
 
 def _plain(text: str) -> str:
     """Return a text for comparison: lower case, single spaces, and no punctuation around it."""
-    return " ".join(text.translate(_FULL_WIDTH).casefold().split()).strip(_ENDS)
+    return " ".join(with_ascii_forms(text).casefold().split()).strip(_ENDS)

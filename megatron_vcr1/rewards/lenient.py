@@ -24,6 +24,7 @@ from megatron_vcr1.rewards.parsing import (
     parse_boxes,
     parse_event_spans,
     parse_spans,
+    with_ascii_forms,
     without_reasoning,
 )
 from megatron_vcr1.types import Box, Interval
@@ -31,28 +32,42 @@ from megatron_vcr1.types import Box, Interval
 T = TypeVar("T")
 Row = tuple[float, ...]
 
-_TAG = re.compile(r"<(/?)(think|answer|glue)>", re.IGNORECASE)
-_ENDS = " .,;:!?*`'\"()[]{}<>“”‘’\n\t"  # noqa: RUF001 - what may surround a label
-_LABEL_NAME = r"(?:answer|label|quality|rating)"
-_LABEL_LEAD = re.compile(rf"[\s{{\"'*]*(?:the\s+)?(?:\w+\s+)?{_LABEL_NAME}[\"'*]*\s*(?:is\b|[:=])", re.IGNORECASE)
+_TAG = re.compile(r"<\s*+(/?)\s*+(think|answer|glue)\s*+>", re.IGNORECASE)
+_ENDS = " .,;:!?*`'\"()[]{}<>“”‘’。、\n\t"  # noqa: RUF001 - what may surround a label
+_LABEL_NAME = r"(?:answer|label|quality|rating|答案|标签)"
+_LABEL_LEAD = re.compile(rf"[\s{{\"'*]*(?:the\s+)?(?:\w+\s+)?{_LABEL_NAME}[\"'*]*\s*(?:is\b|[:=是为])", re.IGNORECASE)
+_CUT_TAG = re.compile(r"<(?:/[a-z]*)?\Z")  # the beginning of a closing tag, at which an output was cut
+
+_PUNCTUATION = str.maketrans("【】〔〕、〜", "[][],~", "*`$")  # noqa: RUF001 - markup is removed
+_CHINESE_UNIT = re.compile(r"(?<=[0-9])\s?(小时|小時|分钟|分鐘|分|秒钟|秒鐘|秒)")
+_UNITS = {"小": " h ", "分": " min ", "秒": " s "}  # by the first character of the Chinese unit
 
 _DECIMAL = r"[0-9]++(?:\.[0-9]*+)?+"
+_SIXTIETHS = r"[0-5]?[0-9](?![0-9])(?:\.[0-9]*+)?+"  # minutes after hours, seconds after minutes
 _SECONDS = r"\s?s(?:ec(?:ond)?s?)?(?![A-Za-z])"
 _MINUTES = r"\s?m(?:in(?:ute)?s?)?(?![A-Za-z])"
-_CLOCK = r"[0-9]++(?::[0-9]{1,2}){1,2}+(?:\.[0-9]++)?+"  # 1:05, 00:01:05.5
-_MOMENT = rf"(?:{_CLOCK}|{_DECIMAL}{_MINUTES},?\s?{_DECIMAL}{_SECONDS}|{_DECIMAL}(?:{_SECONDS}|{_MINUTES})?+)"
+_HOURS = r"\s?h(?:(?:ou)?rs?)?(?![A-Za-z])"
+_CLOCK = r"[0-9]++(?::[0-9]{1,2}){1,2}+(?:\.[0-9]++|,[0-9]{3}(?![0-9:]))?+"  # 1:05, 00:01:05.5, 00:01:05,500
+_AND = r"(?:,?\s(?:and\s)?+|,)?+"  # between the units of a moment
+_MORE_SECONDS = rf"(?:{_AND}{_SIXTIETHS}{_SECONDS})"
+_MORE_MINUTES = rf"(?:{_AND}{_SIXTIETHS}{_MINUTES}{_MORE_SECONDS}?+)"
+_MOMENT = (
+    rf"(?:{_CLOCK}|{_DECIMAL}{_HOURS}(?:{_MORE_MINUTES}|{_MORE_SECONDS})?+|{_DECIMAL}{_MINUTES}{_MORE_SECONDS}?+"
+    rf"|{_DECIMAL}(?:{_SECONDS})?+)"
+)
 # A match must not start within a number, after the minutes of a clock time, or after a sign.
 _START = r"(?<![0-9.])(?<![0-9]:)((?:(?<!\w)-)?+"
 _RANGE = re.compile(
-    rf"{_START}{_MOMENT})\s*+(?:[-–—~→]|->|(?i:to|and|until|till|through)(?![A-Za-z]))\s*+(-?+{_MOMENT})"  # noqa: RUF001
-)
-_PAIR = re.compile(rf"[\[(]\s*+[\"']?(-?+{_MOMENT})[\"']?\s*+,\s*+[\"']?(-?+{_MOMENT})[\"']?\s*+[\])]")
-_START_AND_END = re.compile(
-    rf"(?<![a-z])(?:start|begin|[\"']from[\"'])[^0-9<>]{{0,40}}?((?:(?<!\w)-)?+{_MOMENT})"
-    rf"[^0-9<>]{{0,40}}?(?<![a-z])(?:end|finish|stop|[\"']to[\"'])[^0-9<>]{{0,40}}?((?:(?<!\w)-)?+{_MOMENT})",
+    rf"{_START}{_MOMENT})\s*+(?:[-–—~→到至]|--?>|(?:to|and|until|till|through)(?![A-Za-z]))\s*+第?(-?+{_MOMENT})",  # noqa: RUF001
     re.IGNORECASE,
 )
-_BARE_PAIR = re.compile(rf"\s*+(-?+{_MOMENT})(?:\s*+[,;]\s*+|\s++)(-?+{_MOMENT})[\s.]*+")
+_PAIR = re.compile(rf"[\[(]\s*+[\"']?(-?+{_MOMENT})[\"']?\s*+,\s*+[\"']?(-?+{_MOMENT})[\"']?\s*+[\])]", re.IGNORECASE)
+_START_AND_END = re.compile(
+    rf"(?<![a-z])(?:start|begin|开始|[\"']from[\"'])[^0-9<>]{{0,40}}?((?:(?<!\w)-)?+{_MOMENT})"
+    rf"[^0-9<>]{{0,40}}?(?<![a-z])(?:end|finish|stop|结束|[\"']to[\"'])[^0-9<>]{{0,40}}?((?:(?<!\w)-)?+{_MOMENT})",
+    re.IGNORECASE,
+)
+_BARE_PAIR = re.compile(rf"\s*+(-?+{_MOMENT})(?:\s*+[,;]\s*+|\s++)(-?+{_MOMENT})[\s.]*+", re.IGNORECASE)
 
 _NUMBER = rf"[+-]?+(?:{_DECIMAL}|\.[0-9]++)(?:[eE][+-]?+[0-9]++)?+"
 _NUMBERS = rf"{_NUMBER}(?:\s*+,\s*+{_NUMBER})"
@@ -82,7 +97,7 @@ def lenient_answer(output: str) -> str:
     """Return the answer in an output.
 
     Besides the last ``<answer>``, this reads tags in upper case, an answer whose closing tag was cut off (by a stop
-    string), text after ``</think>`` without an ``<answer>``, and an output without tags.
+    string or the token limit), text after ``</think>`` without an ``<answer>``, and an output without tags.
 
     Raises:
         UnparsableError: the output has no answer, or was cut within its reasoning.
@@ -96,7 +111,7 @@ def lenient_answer(output: str) -> str:
         rest = rest if opening else rest.rpartition("</think>")[2]
         if "<think>" in (before if opening else rest):
             raise unparsable
-        answer = re.sub(r"<glue>[^<]*+(?:</glue>)?|</answer>", "", rest).strip()
+        answer = _CUT_TAG.sub("", re.sub(r"<glue>[^<]*+(?:</glue>)?|</answer>", "", rest)).strip()
     if not answer:
         raise UnparsableError("empty answer")
     return answer
@@ -107,7 +122,8 @@ def lenient_spans(answer: str) -> tuple[Interval, ...]:
 
     Besides "12.3 to 15", this reads units (``12.3s to 15 seconds``, ``1 min 5 s``), clock times (``00:12 to 00:15``),
     dashes (``12.3 - 15``), pairs and lists of pairs (``[12.3, 15]``), and JSON objects and sentences with a start and
-    an end. Of several ranges in prose the last one counts, as in the strict reading; of pairs and objects, all count.
+    an end; with full-width punctuation and in Chinese, too. Of several ranges in prose the last one counts, as in the
+    strict reading; of pairs and objects, all count.
 
     Raises:
         UnparsableError: the answer states no span, or an invalid one.
@@ -115,6 +131,7 @@ def lenient_spans(answer: str) -> tuple[Interval, ...]:
     try:
         return parse_event_spans(answer)
     except UnparsableError as unparsable:
+        answer = _CHINESE_UNIT.sub(lambda unit: _UNITS[unit[1][0]], _plain(answer))
         pairs = _PAIR.findall(answer) or _START_AND_END.findall(answer) or _RANGE.findall(answer)[-1:]
         if not pairs and (bare := _BARE_PAIR.fullmatch(answer)):
             pairs = [bare.groups()]
@@ -175,36 +192,43 @@ def lenient_boxes(answer: str, num_boxes: int, frame_size: tuple[int, int] | Non
 
 def lenient_label(answer: str) -> str:
     """Return a label in lower case, without quotes, markup, final punctuation and words such as "The answer is"."""
+    answer = with_ascii_forms(answer)
     lead = _LABEL_LEAD.match(answer)
     label = answer[lead.end() :] if lead else answer
     return " ".join(label.casefold().split()).strip(_ENDS)
 
 
 def _with_lower_case_tags(output: str) -> str:
-    return _TAG.sub(lambda tag: tag[0].lower(), output)
+    """Return an output with its tags in lower case and without white space in them."""
+    return _TAG.sub(lambda tag: f"<{tag[1]}{tag[2].lower()}>", output)
+
+
+def _plain(text: str) -> str:
+    """Return a text with the punctuation of ASCII, and without markup."""
+    return with_ascii_forms(text).translate(_PUNCTUATION)
 
 
 def _seconds_of_pair(start: str, end: str) -> tuple[float, float]:
     """Convert two moments to seconds; a unit after the second one alone, as in "1 to 2 min", holds for both."""
     start_s = _seconds(start)
-    in_minutes = re.search(rf"{_MINUTES}\s*$", end)
-    has_unit = re.search(r"[:a-z]", start, re.IGNORECASE)
-    return (start_s * 60 if in_minutes and not has_unit else start_s), _seconds(end)
+    if not re.search(r"[:a-z]", start, re.IGNORECASE):
+        start_s *= 3600 if re.search(rf"{_HOURS}\s*$", end, re.IGNORECASE) else 1
+        start_s *= 60 if re.search(rf"{_MINUTES}\s*$", end, re.IGNORECASE) else 1
+    return start_s, _seconds(end)
 
 
 def _seconds(moment: str) -> float:
     """Convert a moment such as "12.5", "12.5 s", "1 min 5 s" or "0:01:05" to seconds."""
     sign = -1 if moment.startswith("-") else 1
-    moment = moment.removeprefix("-")
+    moment = moment.removeprefix("-").lower()
     if ":" in moment:
         seconds = 0.0
-        for part in moment.split(":"):
+        for part in moment.replace(",", ".").split(":"):
             seconds = seconds * 60 + float(part)
         return sign * seconds
-    numbers = [float(number) for number in re.findall(_DECIMAL, moment)]
-    if len(numbers) == 2:
-        return sign * (numbers[0] * 60 + numbers[1])
-    return sign * numbers[0] * (60 if re.search(_MINUTES, moment) else 1)
+    seconds_of = {"h": 3600, "m": 60, "s": 1, "": 1}
+    parts = re.findall(rf"({_DECIMAL})\s?([hms]?)", moment)
+    return sign * sum(float(number) * seconds_of[unit] for number, unit in parts)
 
 
 def _box_rows(answer: str, num_boxes: int) -> list[Row]:
@@ -212,6 +236,7 @@ def _box_rows(answer: str, num_boxes: int) -> list[Row]:
     try:
         return parse_box_rows(answer, num_boxes)
     except UnparsableError:
+        answer = _plain(answer)
         rows = [_numbers(row) for row in _BOX_ROW.findall(answer)]
         rows = rows or [_numbers(f"{first},{second}") for first, second in _CORNERS.findall(answer)]
         if not rows and (flat := _FLAT_BOXES.search(answer)):

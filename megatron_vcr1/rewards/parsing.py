@@ -5,7 +5,7 @@ does not, for evaluation.
 
 A policy may emit any text. Every function accepts any text, runs in time linear in its length, and either returns a
 value or raises `UnparsableError`. Patterns use possessive quantifiers (`*+`, `++`, `?+`), so that the regex engine
-never backtracks into a number that it has matched. Only ASCII digits form numbers.
+never backtracks into a number that it has matched. Spans and boxes are made of ASCII digits only.
 """
 
 from __future__ import annotations
@@ -40,6 +40,15 @@ _BOX_LIST = _list_of_rows(r"\[", r"\]")
 _ROW = re.compile(r"[(\[]([^()\[\]]++)[)\]]")
 
 
+_ASCII_FORMS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width forms of ! to ~
+_ASCII_FORMS |= {0x3000: ord(" "), 0x2212: ord("-")}  # ideographic space, minus sign
+
+
+def with_ascii_forms(text: str) -> str:
+    """Replace full-width letters, digits and punctuation (as in Chinese texts) and the minus sign by those of ASCII."""
+    return text.translate(_ASCII_FORMS)
+
+
 class UnparsableError(ValueError):
     """Raised if a completion cannot be parsed. There is a small set of messages, so that they can be counted."""
 
@@ -68,14 +77,17 @@ def first_glue(completion: str) -> str:
 def without_reasoning(completion: str) -> str:
     """Return the text without its closed ``<think>`` blocks.
 
-    A ``<think>`` that is never closed is kept, so that an answer after it still counts.
+    A ``<think>`` that is never closed is kept, so that an answer after it still counts. Chat templates may open
+    ``<think>`` in the prompt: text before a ``</think>`` that was never opened is reasoning, too, if a block follows.
     """
     opening, closing = "<think>", "</think>"
     kept, position = [], 0
     while (start := completion.find(opening, position)) >= 0 and (end := completion.find(closing, start)) >= 0:
         kept.append(completion[position:start])
         position = end + len(closing)
-    return "".join([*kept, completion[position:]])
+    text = "".join([*kept, completion[position:]])
+    rest = text.rpartition(closing)[2]
+    return rest if any(next(_blocks(rest, tag), None) is not None for tag in ("answer", "glue")) else text
 
 
 def parse_interval(answer: str) -> Interval:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_vcr1.rewards.answer_parsing import read_answer
-from megatron_vcr1.rewards.parsing import UnparsableError, last_answer
+from megatron_vcr1.rewards.parsing import UnparsableError, last_answer, with_ascii_forms
 from megatron_vcr1.rewards.scoring import compute_part
 from megatron_vcr1.tasks.base import NumberFormat, Task
 from megatron_vcr1.tasks.metrics import SampleMetrics, reason_if_zero, value_or_default, with_tagged_answer
@@ -139,11 +139,13 @@ def mean_relative_accuracy(answered: float, value: float) -> float:
 def numbers_in(answer: str) -> list[float]:
     """Return all numbers in a text, at least one. They may have a sign, commas between thousands, and an exponent.
 
+    Digits and signs may be those of ASCII or full-width ones, and the minus sign may be U+2212.
+
     Raises:
         UnparsableError: there is none, or one is malformed or not finite.
     """
     numbers = []
-    for found in _NUMBER.findall(answer):
+    for found in _NUMBER.findall(with_ascii_forms(answer)):
         digits = found.rstrip(".,")  # the end of a sentence
         if not _PLAIN.fullmatch(digits):
             raise UnparsableError("malformed number")

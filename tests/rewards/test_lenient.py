@@ -40,6 +40,11 @@ ONE_SPAN = {
         "It happens at 12.5 - 15.0 seconds (2.5 s in total).",
         "First 3s to 4s, rather 12.5s to 15s",
     ],
+    "markup": ["**12.5** to **15**", "$12.5$ - $15$", "`12.5s` to `15s`"],
+    "Chinese": [
+        *("12.5到15秒", "从12.5秒至15秒", "12.5 秒到 15 秒之间", "第12.5秒到第15秒", "【12.5、15】"),
+        *("１２.５～１５", "（12.5，15）", "开始时间：12.5秒，结束时间：15秒"),  # noqa: RUF001
+    ],
 }
 
 
@@ -57,6 +62,14 @@ def test_a_span_is_read_in_every_usual_form(answer: str) -> None:
         ("1 min 5 s to 1 min 10 s", [(65, 70)]),
         ("1m5s - 2m", [(65, 120)]),
         ("1 - 2 minutes", [(60, 120)]),
+        ("2 minutes and 3 seconds to 2 minutes and 10 seconds", [(123, 130)]),
+        ("from 10 seconds to 1 minute and 20 seconds", [(10, 80)]),
+        ("between 1 minute and 90 seconds", [(60, 90)]),
+        ("1h2m3s to 1 hour, 2 minutes and 10 seconds", [(3723, 3730)]),
+        ("1 - 2 Hours", [(3600, 7200)]),
+        ("00:01:23,400 --> 00:01:25,000", [(83.4, 85)]),
+        ("1分5秒到2分", [(65, 120)]),
+        ("00：12 到 00：15", [(12, 15)]),  # noqa: RUF001
         ("[[1, 2], [3, 4.5]]", [(1, 2), (3, 4.5)]),
         ('[{"start": 1, "end": 2}, {"start": 3, "end": 4.5}]', [(1, 2), (3, 4.5)]),
         ("[(1, 2), (3, 3)]", [(1, 2)]),
@@ -98,6 +111,9 @@ def test_what_states_no_valid_span_is_unparsable(answer: str, reason: str) -> No
         ("A<glue>[(1, 2)]</glue>", "A"),
         ("<answer>A<glue>[(1, 2)]</glue>", "A"),
         ("A", "A"),
+        ("< answer >A</ answer >", "A"),
+        ("<answer>A</ans", "A"),
+        ("<answer>A<", "A"),
     ],
 )
 def test_an_answer_is_found_with_incomplete_tags(output: str, answer: str) -> None:
@@ -137,6 +153,7 @@ HALVES = (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 0.25))
         "The boxes: (0, 0, 0.5, 1), (0.5, 0, 1, 0.25).",
         "[0, 0, 0.5, 1, 0.5, 0, 1, 0.25]",
         "[[-0.1, 0, 0.5, 1.02], [0.5, -1, 1.5, 0.25]]",  # cut at the frame
+        "[[0，0，0.5，1]，【0.5，0，1，0.25】]",  # noqa: RUF001
         '```json\n[{"bbox_2d": [0, 0, 500, 1000], "label": "dog"}, {"bbox_2d": [500, 0, 1000, 250]}]\n```',
         "[[0, 0, 500, 1000], [500, 0, 1000, 250],]",
         "<|box_start|>(0,0),(500,1000)<|box_end|> <|box_start|>(500,0),(1000,250)<|box_end|>",
@@ -176,6 +193,7 @@ def test_boxes_that_cannot_be_read_have_a_reason(answer: str, reason: str) -> No
     [
         *("low quality", '"Low Quality"', "low  quality.", "**low quality**", "The answer is low quality."),
         *("Quality: low quality", '{"label": "low quality"}', "The video quality is 'low quality'.", "['low quality']"),
+        *("答案是low quality。", "low quality！"),  # noqa: RUF001
     ],
 )
 def test_labels_are_read_without_what_surrounds_them(answer: str) -> None:

@@ -49,6 +49,9 @@ def test_the_last_closed_answer_counts(completion: str, expected: str) -> None:
 def test_the_first_glue_counts() -> None:
     assert first_glue("<glue> [(1, 2)]</glue><glue>[(3, 4)]</glue>") == "[(1, 2)]"
     assert first_glue("<think><glue>[(1, 2)]</glue></think><glue>[(3, 4)]</glue>") == "[(3, 4)]"
+    # The chat templates of Thinking editions open <think> in the prompt.
+    assert first_glue("at first <glue>[(1, 2)]</glue></think><glue>[(3, 4)]</glue>") == "[(3, 4)]"
+    assert first_glue("<glue>[(1, 2)]</glue></think>") == "[(1, 2)]", "no block follows"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +220,8 @@ def test_blocks_equal_those_of_the_published_pattern() -> None:
     tags = [fragment for fragment in FRAGMENTS if fragment.startswith("<")]
     for completion in random_texts([*tags * 4, *FRAGMENTS], 10_000):
         outside = re.sub("<think>.*?</think>", "", completion, flags=re.DOTALL)
+        after = outside.rpartition("</think>")[2]  # the prompt may have opened the reasoning
+        outside = after if any(published.blocks(after, tag) for tag in ("answer", "glue")) else outside
         for tag, parse, index in (("answer", last_answer, -1), ("glue", first_glue, 0)):
             if blocks := published.blocks(outside, tag):
                 assert parse(completion) == blocks[index].rpartition(f"<{tag}>")[2].strip()

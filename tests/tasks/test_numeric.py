@@ -31,6 +31,8 @@ ROW = {"id": "a", "task": "numeric", "video": "a.mp4", "duration_s": None, "quer
         ("3 or 4", [3, 4]),
         ("3-4", [3, 4]),
         ("room B2 has .5", [0.5]),
+        ("\u22125", [-5]),  # the minus sign
+        ("－４.５。", [-4.5]),  # noqa: RUF001
     ],
 )
 def test_numbers_are_read_as_people_write_them(text: str, numbers: list[float]) -> None:
