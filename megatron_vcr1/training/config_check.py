@@ -182,12 +182,9 @@ def _memory(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
         text += f", and {host / 1e9:.0f} GB in the host memory of a node"
     if fullest.total > device.memory_bytes:
         return "warning", f"{text}: too much; `vcr1 plan` compares layouts"
-    is_grpo = config.train.stage == "grpo"
-    has_servers = config.rollout.engine == "sglang" and (is_grpo or config.validation.benchmarks)
-    if has_servers and config.sglang.colocated and not config.sglang.urls:
-        # SFT keeps its gradient buffers while the servers of its validation generate.
-        kept = max(stage.resident + (0.0 if is_grpo else stage.gradients) for stage in stages)
-        left = max(0.0, 1 - kept / device.memory_bytes)
+    needs_engine = config.train.stage == "grpo" or config.validation.benchmarks
+    if needs_engine and config.rollout.engine == "sglang" and config.sglang.colocated and not config.sglang.urls:
+        left = max(0.0, 1 - max(stage.resident for stage in stages) / device.memory_bytes)
         if config.sglang.memory_fraction > left:
             return "warning", f"{text}; training leaves {left:.2f} to servers: lower sglang.memory_fraction"
     return "ok", text

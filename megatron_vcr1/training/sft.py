@@ -15,7 +15,7 @@ from megatron_vcr1.data.loader import SkippedSample
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.parallel import collectives, mesh
-from megatron_vcr1.rollout.engine import RolloutEngine
+from megatron_vcr1.rollout.engine import RolloutEngine, SamplingParams
 from megatron_vcr1.training.metrics import Metrics, add_update_work
 from megatron_vcr1.training.microbatches import Microbatch, pack_microbatches
 from megatron_vcr1.training.optimizer import Learner
@@ -34,6 +34,7 @@ class SftTrainer:
         processor: PromptProcessor,
         engine: RolloutEngine | None,
         *,
+        releases_gradients: bool,
         data_sources: Sequence[DataSource],
         frozen_parts: Collection[str],
         recompute: RecomputeSection,
@@ -42,6 +43,8 @@ class SftTrainer:
         """
         Args:
             engine: generates responses in validation; the trainer closes it. None without validation.
+            releases_gradients: whether the gradient buffers' memory is free while the engine generates, as for
+                `GrpoTrainer`.
             data_sources: data.sources; each says whether its prompts ask for reasoning.
             frozen_parts: model.freeze, for the FLOPs of an update, like recompute.
 
@@ -51,17 +54,22 @@ class SftTrainer:
         self._learner = learner
         self._stream = stream
         self._engine = engine
+        self._releases_gradients = releases_gradients
         self._num_syncs = 0
         self._targets = TargetEncoder(processor)
         self._data_sources = data_sources
         self._frozen_parts = frozen_parts
         self._recompute = recompute
         self._train = train
+        if engine is not None:
+            # Colocated servers have their memory from their start on, and the first validation may be many steps away.
+            engine.generate([], SamplingParams(max_new_tokens=1))
 
     def step(self, step: int, metrics: Metrics) -> StepResult:
         """Draw the next prompts and do one optimizer step on their targets."""
         with metrics.time_phase("decode"):
             prompts = self._stream.take(self._train.prompts_per_step // mesh.num_replicas())
+        self._learner.restore_gradients()
         with metrics.time_phase("update", wait_for_device=True):
             groups = [Group(prompt.id, prompt.prompt, (self._target(prompt),)) for prompt in prompts]
             packed = pack_microbatches(groups, self._learner.model, self._train.microbatch_tokens)
@@ -100,6 +108,8 @@ class SftTrainer:
     def engine_with_policy(self) -> RolloutEngine:
         assert self._engine is not None, "the run has no validation"
         self._learner.wait_for_parameters()
+        if self._releases_gradients:
+            self._learner.release_gradients()
         self._num_syncs += 1  # an engine needs another version for other weights
         self._engine.update_weights(stream_hf_tensors(self._learner.model), self._num_syncs)
         return self._engine

@@ -123,6 +123,7 @@ def build(config: RunConfig, inputs: RunInputs) -> tuple[Learner, Trainer]:
         inputs.stream,
         inputs.processor,
         _start_engine(config, learner, inputs) if needs_engine else None,
+        releases_gradients=_has_colocated_servers(config),
         data_sources=config.data.sources,
         frozen_parts=config.model.freeze,
         recompute=config.recompute,
@@ -131,7 +132,13 @@ def build(config: RunConfig, inputs: RunInputs) -> tuple[Learner, Trainer]:
     return learner, trainer
 
 
+def _has_colocated_servers(config: RunConfig) -> bool:
+    return config.rollout.engine == "sglang" and config.sglang.colocated
+
+
 def _start_engine(config: RunConfig, learner: Learner, inputs: RunInputs) -> RolloutEngine:
+    if _has_colocated_servers(config):
+        learner.release_gradients()  # servers size their KV cache by the memory that is free when they start
     if config.rollout.engine == "sglang":
         logger.info("starting SGLang servers; their logs are in %s", config.train.run_dir / "sglang" / "logs")
     return build_engine(config, learner.model, inputs.processor, inputs.tokens)
@@ -143,9 +150,6 @@ def _build_grpo_trainer(config: RunConfig, learner: Learner, inputs: RunInputs) 
     stream, scorer = inputs.stream, inputs.scorer
     assert scorer is not None
     reference = Reference(learner.ddp_model, grpo.reference) if grpo.kl_coef > 0 else None
-    has_colocated_servers = rollout.engine == "sglang" and config.sglang.colocated
-    if has_colocated_servers:
-        learner.release_gradients()
     engine = _start_engine(config, learner, inputs)
     source: RolloutSource
     if grpo.one_step_off:
@@ -158,7 +162,7 @@ def _build_grpo_trainer(config: RunConfig, learner: Learner, inputs: RunInputs) 
         learner,
         source,
         reference,
-        releases_gradients=has_colocated_servers,
+        releases_gradients=_has_colocated_servers(config),
         data_sources=config.data.sources,
         frozen_parts=config.model.freeze,
         recompute=config.recompute,

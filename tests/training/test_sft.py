@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.training.train import train
+from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
+from megatron_vcr1.parallel import mesh
+from megatron_vcr1.rollout.engine import GenerationRequest, SamplingParams
+from megatron_vcr1.training import train as train_module
+from megatron_vcr1.training.metrics import Metrics
+from megatron_vcr1.training.train import build, read_inputs_of_rank, train
+from megatron_vcr1.types import RolloutGroup
 from tests.training import workspace
 
 
@@ -46,6 +56,53 @@ def test_unreadable_videos_are_replaced_and_listed(folder: Path, tmp_path: Path)
     metrics = workspace.metrics(tmp_path / "run")
     assert len(metrics) == -(-2 * len(rows) // 2)
     assert sum(row["skipped_samples"] for row in metrics) == len(skipped) >= 2
+
+
+class _Servers:
+    """Stands for colocated servers: records how much memory the gradient buffers have when it is called."""
+
+    policy_version = 0
+
+    def __init__(self, model: VideoLanguageModel) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self._model = model
+
+    def _gradient_bytes(self) -> int:
+        return sum(parameter.main_grad.untyped_storage().nbytes() for parameter in self._model.parameters())
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[RolloutGroup]:
+        assert not requests
+        self.calls.append(("generate", self._gradient_bytes()))
+        return []
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.calls.append(("update_weights", self._gradient_bytes()))
+
+    def close(self) -> None:
+        pass
+
+
+def test_colocated_servers_have_the_memory_of_the_gradients_and_training_has_theirs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers release their memory at the end of `generate`, also in a run that resumes far from a validation."""
+    monkeypatch.setattr(train_module, "build_engine", lambda config, model, *_: _Servers(model))
+    benchmark = {"name": "temporal_grounding", "manifest": folder / "data" / "train.jsonl"}
+    servers = {"rollout": {"engine": "sglang"}, "validation": {"benchmarks": [benchmark]}}
+    results = []
+    with mesh.world(ParallelSection()):
+        for sections in (servers, {}):
+            config = workspace.config(folder, "sft", **sections)
+            inputs = read_inputs_of_rank(config, ModelConfig.from_pretrained(config.model.path))
+            _, trainer = build(config, inputs)
+            steps = [trainer.step(1, Metrics())]
+            if sections:
+                engine = trainer.engine_with_policy()
+                assert isinstance(engine, _Servers)
+                assert engine.calls == [("generate", 0), ("update_weights", 0)]
+            results.append([*steps, trainer.step(2, Metrics())])
+            trainer.close()
+    assert results[0] == results[1]
 
 
 def test_prompts_that_ask_for_reasoning_need_samples_with_reasoning(folder: Path, tmp_path: Path) -> None:
