@@ -6,7 +6,7 @@
 #   VENV          virtual environment on a file system that all nodes share (default: .venv)
 #   CONTAINER     image to use instead of VENV: a .sif file for Apptainer; anything else (.sqsh, a name) for Pyxis
 #   MOUNTS        directories to mount into the container (for example /scratch,/data)
-#   MAX_CRASHES   consecutive crashes within MIN_LIFE_S seconds of a start after which the job fails (default: 3; 1800)
+#   MAX_CRASHES   crashes in a row, without a new checkpoint between them, after which the job fails (default: 3)
 #   HEALTH_CHECK  command that succeeds on a healthy node (default: nvidia-smi, if it is installed)
 #
 # Exit codes of `vcr1 train`: 0: done, 2: wrong settings or data, 85: saved after a signal. All others are crashes.
@@ -99,7 +99,6 @@ train() {
     done
     shift
     say "vcr1 train $* on $SLURM_JOB_NODELIST; logs: $LOGS/train-RANK.log"
-    SECONDS=0
     rm -f "$LOGS/exit-codes"
     watch_step train "${options[@]}" -- bash -c "$AS_RANK" rank "$LOGS/exit-codes" vcr1 train "$@"
     code=$?
@@ -125,11 +124,11 @@ requeue() {
         say "$1; the job is $state, so it is not requeued"
         exit 1
     fi
-    say "$1; requeued${2:+, without $2}"
-    if [ -n "${2:-}" ]; then
-        exclude "$2"
+    if [ -n "${2:-}" ] && exclude "$2"; then
+        say "$1; requeued, without $2"
         scontrol requeuehold "$SLURM_JOB_ID"
     else
+        say "$1; requeued${2:+, but $2 could not be excluded}"
         scontrol requeue "$SLURM_JOB_ID"
     fi && sleep 300 # Slurm ends this script
     say "Slurm did not requeue the job; submit it again to continue"
@@ -137,32 +136,43 @@ requeue() {
 }
 
 # Requeues the job after a crash, without the nodes that fail the health check; fails after too many crashes in a row.
+# A crash counts from 1 again if the start that it ended had resumed from another checkpoint than the start before.
+# Otherwise a job that always crashes in the same step would use its nodes for ever, however late that step is.
 after_crash() {
-    local crashes=1 bad
-    [ $SECONDS -ge "${MIN_LIFE_S:-1800}" ] || crashes=$(($(cat "$LOGS/crashes" 2>/dev/null || echo 0) + 1))
-    echo $crashes >"$LOGS/crashes"
+    local crashes=1 resumed bad
+    resumed=$(grep -o 'resumed from .*' "$LOGS/train-0.log" 2>/dev/null | tail -n 1)
+    [ "$resumed" != "$(sed -n 2p "$LOGS/crashes" 2>/dev/null)" ] || crashes=$(($(sed -n 1p "$LOGS/crashes" 2>/dev/null) + 1))
+    printf '%s\n' $crashes "$resumed" >"$LOGS/crashes"
     say "crashed; exit codes of the ranks that were not killed: $(sort -nu "$LOGS/exit-codes" 2>/dev/null | xargs)"
     grep -l -E '^(Traceback|Timeout|Fatal)' "$LOGS"/train-*.log | head -n 3 | xargs -r tail -n 25
     if [ $crashes -ge "${MAX_CRASHES:-3}" ]; then
-        say "$crashes crashes in a row, each soon after the start: giving up"
+        say "$crashes crashes without a new checkpoint: giving up"
         exit 1
     fi
     bad=$(unhealthy_nodes)
     requeue "crash $crashes" "$bad"
 }
 
-# Prints the names of the nodes on which HEALTH_CHECK fails or hangs, separated by commas.
+# Prints the names of the nodes on which HEALTH_CHECK fails or hangs, separated by commas. Prints nothing if it fails on
+# all nodes of several: then the check itself does not work here. It does not wait for the processors of a step that
+# cannot end (--overlap).
 unhealthy_nodes() {
-    local check=${HEALTH_CHECK:-'! command -v nvidia-smi || nvidia-smi'} healthy
-    healthy=$(timeout 120 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=90 \
-        bash -c "timeout 60 bash -c '$check' >/dev/null 2>&1 && echo \$SLURMD_NODENAME" 2>/dev/null)
-    comm -23 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(sort <<<"$healthy") | paste -sd, -
+    local healthy bad
+    export HEALTH_CHECK=${HEALTH_CHECK:-'! command -v nvidia-smi || nvidia-smi'}
+    healthy=$(timeout 120 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=90 --overlap \
+        bash -c 'timeout 60 bash -c "$HEALTH_CHECK" >/dev/null 2>&1 && echo $SLURMD_NODENAME' 2>/dev/null)
+    bad=$(comm -23 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(sort <<<"$healthy") | paste -sd, -)
+    if [ -z "$healthy" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+        say "the health check fails on all nodes: no node is excluded" >&2
+    else
+        echo "$bad"
+    fi
 }
 
 # exclude NODES
 # Excludes nodes from the next start of this job. Slurm can change that only while a job is pending, but this script
 # ends when its job is requeued. So it submits a small job that changes the requeued job, which is held, and releases
-# it.
+# it. Fails if Slurm refuses the small job: nothing would release the other one.
 exclude() {
     local known
     known=$(job_field ExcNodeList)

@@ -1,4 +1,7 @@
-"""Measures all-reduce among the ranks of a job: correctness, and bandwidth per rank. NCCL with GPUs, gloo without."""
+"""Measures all-reduce among the ranks of a job: correctness, and bandwidth per rank. NCCL with GPUs, gloo without.
+
+Then it connects all ranks with gloo, too, which training uses for frames and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import platform
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -52,6 +56,27 @@ def measure(megabytes: int) -> None:
         print(f"{len(hosts)} ranks on {nodes}: {dist.get_backend()} all-reduce {slowest:.2f} GB/s per rank", flush=True)
 
 
+def connect_with_gloo(timeout_s: float) -> None:
+    """Connect all ranks with gloo, as training does, and print on the first rank. All ranks call it.
+
+    gloo connects to the address of a node's host name, which may be one that other nodes cannot reach, such as
+    127.0.1.1.
+
+    Raises:
+        RuntimeError: the ranks cannot connect.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        collectives.run_on_every_rank(lambda: None, dist.new_group(backend="gloo", timeout=timeout))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{platform.node()}: gloo cannot connect the ranks; set GLOO_SOCKET_IFNAME to the network interface that "
+            "connects the nodes (`ip address` lists them)"
+        ) from error
+    if mesh.is_first_rank():
+        print("gloo connects all ranks", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=1024, help="size of the tensor (default: %(default)s)")
@@ -59,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cpu.install()
     with mesh.world(ParallelSection(), timeout_s=120):
         measure(args.megabytes)
+        connect_with_gloo(timeout_s=120)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Maximum size of one write. Recent Linux kernels allocate large pages of page cache for large writes, and finding free
 # ones can take longer than the copy: 2 GB took 2.5 to 6 s in writes of 16 MB, and 0.8 s in writes of 1 MB (ext4,
@@ -31,10 +34,19 @@ class Checksum:
         self.crc32 = zlib.crc32(data, self.crc32)
 
 
+@contextmanager
+def file_named_in_errors(path: Path) -> Iterator[None]:
+    """Add a file's name to OSErrors of the with-block: those of reads and writes, such as a full disk, have none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def checksum_of(path: Path) -> Checksum:
     """Compute the checksum of a file's content. Raises OSError."""
     checksum = Checksum()
-    with path.open("rb", buffering=0) as file:
+    with file_named_in_errors(path), path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(WRITE_BYTES))
         while num_bytes := file.readinto(buffer):
             checksum.update(buffer[:num_bytes])
@@ -81,8 +93,18 @@ def start_writeback(descriptor: int, position: int, num_bytes: int) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a new file and fsync it. Its name is durable after `publish` or `sync_directory`. Raises OSError."""
-    with path.open("xb") as file:
-        file.write(content)
+    _write_durably(path, io.BytesIO(content))
+
+
+def copy_durably(source: Path, path: Path) -> None:
+    """Copy a file, a part at a time, to a new file, like `write_durably`. Raises OSError."""
+    with source.open("rb") as content:
+        _write_durably(path, content)
+
+
+def _write_durably(path: Path, content: BinaryIO) -> None:
+    with file_named_in_errors(path), path.open("xb") as file:
+        shutil.copyfileobj(content, file)
         file.flush()
         os.fsync(file.fileno())
 

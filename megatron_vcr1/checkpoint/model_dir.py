@@ -14,7 +14,7 @@ import json
 import reprlib
 from pathlib import Path
 
-from megatron_vcr1.checkpoint.disk import write_durably
+from megatron_vcr1.checkpoint.disk import copy_durably, write_durably
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsHeader, SafetensorsReader, parse_header
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
@@ -27,6 +27,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _HF_LAYOUT_VERSION = 1
 _OWN_FILES = (HF_LAYOUT_FILE, CHECKSUMS_FILE, STATE_FILE)  # not copied: the copy gets its own
+_TEMPLATES_DIR = "additional_chat_templates"  # the only folder that transformers writes beside the other files
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -54,8 +55,16 @@ def weight_files(hf_dir: Path) -> list[str]:
             "remove the outdated one"
         )
     if not single | indexed:
-        raise UserError(f"{hf_dir}: has neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors weights can be read")
+        raise UserError(f"{hf_dir}: has neither {INDEX_FILE} nor {SINGLE_FILE}; {_advice_without_weights(hf_dir)}")
     return sorted(single | indexed)
+
+
+def _advice_without_weights(hf_dir: Path) -> str:
+    if (hf_dir / "adapter_config.json").exists():
+        return "it holds a LoRA adapter: merge it into its base model, and name the directory of the result"
+    if others := sorted(path.name for path in hf_dir.iterdir() if path.suffix in _WEIGHT_SUFFIXES):
+        return f"{others[0]} cannot be read: save the model again with save_pretrained of transformers"
+    return "download the model's weights, too"
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:
@@ -120,7 +129,9 @@ def model_headers(model_dir: Path) -> dict[str, SafetensorsHeader]:
 
 
 def copy_model_files(model_dir: Path, destination: Path, *, hf_layout: bool = True) -> None:
-    """Copy all files except the weights, durably: configuration, tokenizer, processor, licence, index.
+    """Copy all files except the weights, durably: configuration, tokenizer, processor, chat templates, licence, index.
+
+    Other folders are left out: those of a trainer's output directory hold its checkpoints and logs.
 
     Args:
         model_dir: a Hugging Face directory, an imported model or a training checkpoint.
@@ -128,9 +139,12 @@ def copy_model_files(model_dir: Path, destination: Path, *, hf_layout: bool = Tr
         hf_layout: whether to write hf_layout.json too, which makes ``destination`` exportable. False if
             ``destination`` becomes a Hugging Face directory.
     """
-    for source in sorted(model_dir.iterdir()):
+    templates = sorted((model_dir / _TEMPLATES_DIR).glob("*.jinja"))
+    if templates:
+        (destination / _TEMPLATES_DIR).mkdir()
+    for source in (*sorted(model_dir.iterdir()), *templates):
         if source.is_file() and source.suffix not in _WEIGHT_SUFFIXES and source.name not in _OWN_FILES:
-            write_durably(destination / source.name, source.read_bytes())
+            copy_durably(source, destination / source.relative_to(model_dir))
     if hf_layout:
         texts = {name: header.text for name, header in model_headers(model_dir).items()}
         content = json.dumps({"version": _HF_LAYOUT_VERSION, "headers": texts}, indent=1)

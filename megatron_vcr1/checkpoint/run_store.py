@@ -28,7 +28,9 @@ from __future__ import annotations
 import datetime
 import errno
 import logging
+import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -95,7 +97,8 @@ class RunStore:
             section: which checkpoints to keep, and whether to write in the background.
 
         Raises:
-            UserError: another process is training there, and still does after `run_lock.LOCK_TIMEOUT_S`.
+            UserError: another process is training there, and still does after `run_lock.LOCK_TIMEOUT_S`, or the
+                directory is not on a file system that all nodes share.
         """
         self._directory = directory
         self._section = section
@@ -105,6 +108,7 @@ class RunStore:
         self._reference: str | None = None  # fingerprint of the reference's weights
         self._needs_reference = False
         run_on_first_rank(self._open_directory, self._group)
+        _check_is_shared(directory, self._group)
 
     def _open_directory(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -271,6 +275,34 @@ class RunStore:
     def _rotate(self, best_step: int | None) -> None:
         section = self._section
         remove_old(self._directory, keep_last=section.keep_last, keep_every=section.keep_every, best=best_step)
+
+
+def _check_is_shared(directory: Path, group: dist.ProcessGroup) -> None:
+    """Raise UserError, on all ranks, if a rank does not see a file that rank 0 has written to the directory.
+
+    A run directory on a disk of one node would otherwise be noticed at the first save, after hours of training. The
+    file has a new name: NFS clients remember for a while which names they did not find.
+    """
+
+    def create() -> tuple[str, str]:
+        name = f".shared-{secrets.token_hex(4)}"
+        (directory / name).touch()
+        return name, socket.gethostname()
+
+    name, first_host = run_on_first_rank(create, group)
+
+    def find() -> None:
+        if not (directory / name).exists():
+            raise UserError(
+                f"{directory}: rank {mesh.rank()} on {socket.gethostname()} does not see what rank 0 on {first_host} "
+                "writes there; set train.run_dir to a folder on a file system that all nodes share"
+            )
+
+    try:
+        run_on_every_rank(find, group)
+    finally:
+        if mesh.rank() == 0:
+            (directory / name).unlink()
 
 
 @contextmanager

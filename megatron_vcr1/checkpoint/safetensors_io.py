@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_vcr1.checkpoint.disk import WRITE_BYTES, start_writeback
+from megatron_vcr1.checkpoint.disk import WRITE_BYTES, file_named_in_errors, start_writeback
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.text_files import open_regular, parse_json, require_object
@@ -190,6 +190,7 @@ class SafetensorsWriter:
     """A file from `create_safetensors`, open for writing its tensors. Several processes may write to one file."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY)
 
     def write_rows(self, tensor: StoredTensor, row: int, column: int, rows: Tensor) -> None:
@@ -212,12 +213,16 @@ class SafetensorsWriter:
 
     def _write(self, data: memoryview, start: int) -> None:
         position = start
-        while data:
-            count = os.pwrite(self._descriptor, data[:WRITE_BYTES], position)
-            data, position = data[count:], position + count
-        start_writeback(self._descriptor, start, position - start)
+        with file_named_in_errors(self._path):
+            while data:
+                count = os.pwrite(self._descriptor, data[:WRITE_BYTES], position)
+                data, position = data[count:], position + count
+            start_writeback(self._descriptor, start, position - start)
 
     def close(self) -> None:
         """Fsync and close the file."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        try:
+            with file_named_in_errors(self._path):  # a file system may report a full disk only now
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_vcr1.checkpoint.disk import Checksum, create_file, start_writeback
+from megatron_vcr1.checkpoint.disk import Checksum, create_file, file_named_in_errors, start_writeback
 from megatron_vcr1.checkpoint.metadata_index import Chunk, GlobalTensor, read_index
 from megatron_vcr1.checkpoint.plain_pickle import load_plain
 from megatron_vcr1.errors import UserError
@@ -72,7 +72,12 @@ def write_chunks(path: Path, tensors: Iterable[ChunkData], checksum: Checksum | 
         OSError: the disk is full or failed.
     """
     chunks = []
-    with create_file(path, checksum) as file, _without_zip_checksums(), _restore_disk_errors(path):
+    with (
+        file_named_in_errors(path),
+        create_file(path, checksum) as file,
+        _without_zip_checksums(),
+        _restore_disk_errors(path),
+    ):
         for key, offsets, tensor in tensors:
             position = file.tell()
             torch.save(tensor, file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import warnings
@@ -33,8 +32,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "needed. The memory is that of the libraries plus some tens of megabytes, whatever the size of the model; only "
         "the log-probs of verify load the whole model in float32. An imported directory can be loaded at any tensor- "
         "and pipeline-parallel size.",
-        epilog="Several processes share a conversion, also across nodes: torchrun --nproc-per-node 8 --no-python vcr1 "
-        "convert import ... Exit code 1: the conversion failed, or verify found a different tensor.",
+        epilog="Several processes share an import or export, also across nodes: torchrun --nproc-per-node 8 "
+        "--no-python vcr1 convert import ..., or srun. Exit code 1: the conversion failed, or verify found a different "
+        "tensor.",
         allow_abbrev=False,
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -81,21 +81,15 @@ def _add_directory(parser: argparse.ArgumentParser, option: str, description: st
 def run(args: argparse.Namespace) -> int:
     """Convert or compare, on every rank of the job. Raises UserError for an invalid directory."""
     import torch
-    import torch.distributed as dist
 
     from megatron_vcr1.model import cpu
+    from megatron_vcr1.parallel import mesh
 
     warnings.filterwarnings("ignore", message=".*load_state_dict.* is deprecated")  # a call inside megatron-core
     torch.set_num_threads(1)  # the disk is the bottleneck
     cpu.install()
-    is_distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if is_distributed:
-        dist.init_process_group("gloo")
-    try:
+    with mesh.host_world():
         return _convert(args)
-    finally:
-        if is_distributed:
-            dist.destroy_process_group()
 
 
 def run_import(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], bool]:
@@ -119,7 +113,7 @@ def run_verify(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
     from megatron_vcr1.parallel import mesh
 
     if mesh.num_ranks() > 1:
-        raise UserError("verify runs in one process; start it without torchrun")
+        raise UserError("verify runs in one process; start it without torchrun, or with srun --ntasks 1")
     weights = compare_weights(args.hf, args.checkpoint, progress=progress)
     report: dict[str, Any] = {
         "bytes": weights.num_bytes,

@@ -16,6 +16,7 @@ from megatron_vcr1.cli.arguments import (
     path_or_url,
     positive,
 )
+from megatron_vcr1.command_line import HelpFormatter
 from megatron_vcr1.data.importers import FORMATS
 from megatron_vcr1.data.manifest import write_manifest
 from megatron_vcr1.data.rows import is_remote
@@ -54,8 +55,8 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--columns names the key of a manifest row that each column fills, for example sentence=query,file=video,"
         "from=target.start,to=target.end. Columns with the name of a key need not be named. Ids are made, and videos "
         "are measured, where columns for them are missing.",
-        epilog=f"formats:\n{formats}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"formats:\n\n{formats}",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("name", choices=list(FORMATS), metavar="NAME", help="name of the format, see below")
     parser.add_argument(

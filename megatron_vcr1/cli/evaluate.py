@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_vcr1.cli.arguments import add_task_modules_argument, load_task_modules, path_argument
+from megatron_vcr1.command_line import HelpFormatter
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from megatron_vcr1.tasks import BUILT_IN_TASKS
@@ -17,10 +19,14 @@ if TYPE_CHECKING:  # `vcr1 --help` must not load pydantic
     from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult
 
 
+_INDENTS = {"initial_indent": "  ", "subsequent_indent": " " * 23}  # of the list of benchmarks
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `evaluate` to the `vcr1` command."""
     names = "\n".join(f"  {name:<20} {benchmark.description}" for name, benchmark in BENCHMARKS.items())
-    names += f"\n  {'TASK':<20} the samples of that task in any manifest: {', '.join(BUILT_IN_TASKS)}, or your own"
+    tasks = ", ".join((*BUILT_IN_TASKS, "or your own"))
+    names += "\n" + textwrap.fill(f"{'TASK':<20} the samples of that task in any manifest: {tasks}", 98, **_INDENTS)
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate a model on benchmarks, or score a file of predictions",
@@ -35,10 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  vcr1 evaluate --run RUN_DIR [--manifest FILE.jsonl ... | CONFIG.toml] [--section.key VALUE ...]\n\n"
         "Or score the predictions of any program, without a model:\n\n"
         "  vcr1 evaluate --benchmark NAME --annotations FILE ... --predictions FILE.jsonl --out metrics.json\n\n"
-        "[judge], or --judge.key VALUE with the second form, selects the judge of captions. The default is word "
-        "matching.",
-        epilog=f"benchmarks:\n{names}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "The section [judge], or --judge.key VALUE, selects the judge of captions. The default is word matching.",
+        epilog=f"benchmarks:\n\n{names}",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -61,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="test data; the metrics of each task in it are computed",
     )
     scoring = parser.add_argument_group("scoring a file of predictions")
-    scoring.add_argument("--benchmark", metavar="NAME", help="name of a benchmark, see below")
+    scoring.add_argument("--benchmark", metavar="NAME", help="name of a benchmark or task, see below")
     scoring.add_argument(
         "--annotations",
         nargs="+",
@@ -74,7 +79,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--out",
         type=path_argument,
         metavar="FILE.json",
-        help="the metrics to write; OUT.samples.jsonl gets the metrics of each sample",
+        help="the metrics to write; FILE.samples.jsonl gets the metrics of each sample",
     )
     scoring.add_argument(
         "--allow-missing", action="store_true", help="count samples without a prediction as wrong instead of failing"

@@ -9,7 +9,11 @@ from megatron_vcr1.cli.arguments import path_argument
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `rollout` to the `vcr1` command."""
-    parser = subparsers.add_parser("rollout", help="run servers that sample responses", description=__doc__)
+    parser = subparsers.add_parser(
+        "rollout",
+        help="run servers that sample responses",
+        description="Run SGLang servers on nodes of their own, for runs that name them in sglang.urls.",
+    )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     serve = actions.add_parser(
         "serve",

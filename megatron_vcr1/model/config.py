@@ -200,6 +200,10 @@ def _advice_without_config(model_dir: Path) -> str:
     """Return advice for a user who named a directory without a config.json."""
     if (model_dir / "checkpoints").is_dir():
         return f"{model_dir} is a run directory: name its export, or one of its checkpoints/step_N"
+    if (model_dir / "adapter_config.json").exists():
+        return f"{model_dir} holds a LoRA adapter: merge it into its base model, and name the directory of the result"
+    if model_dir.name == "megatron" and (model_dir.parent / "config.json").exists():
+        return f"name the directory that it is in, {model_dir.parent}"
     return (
         "name a directory that holds a model of a supported family; `hf download Qwen/Qwen2.5-VL-7B-Instruct "
         "--local-dir DIR` fetches one"

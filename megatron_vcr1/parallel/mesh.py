@@ -135,6 +135,26 @@ def world(parallel: ParallelSection, *, seed: int = 0, timeout_s: float = COLLEC
     shutdown()
 
 
+@contextmanager
+def host_world(timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Iterator[None]:
+    """Start torch.distributed with gloo for the with-block, for work that needs no GPU and no groups of megatron-core.
+
+    Does nothing for a process that was started alone.
+
+    Raises:
+        UserError: the name of the first rank's node does not resolve.
+    """
+    if launched_world_size() == 1:
+        yield
+        return
+    _prepare_environment()
+    _join_ranks("gloo", timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        shutdown()
+
+
 def _launch_environment() -> dict[str, str]:
     """Return the environment, completed with torchrun's variables if srun launched this process."""
     return {**os.environ, **rank_variables(os.environ)}
@@ -155,10 +175,43 @@ def _start_distributed(timeout_s: float) -> None:
     else:
         backend = "gloo"
     if "RANK" in os.environ:
-        check_master_address(os.environ.get("MASTER_ADDR", ""))
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        _join_ranks(backend, timedelta(seconds=timeout_s))
     else:  # started alone: no address and port are needed
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _join_ranks(backend: str, timeout: timedelta) -> None:
+    """Start torch.distributed with the rank and the address in the environment."""
+    check_master_address(os.environ.get("MASTER_ADDR", ""))
+    # The store that init_process_group would make; here it first compares the backends.
+    store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    check_same_backend(store, rank, backend)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=num_ranks, timeout=timeout
+    )
+
+
+def check_same_backend(store: dist.Store, rank: int, backend: str) -> None:
+    """Compare this rank's backend with rank 0's. Every rank calls it before the process groups exist.
+
+    The GPUs of a node may be unusable, for example because its driver has failed. Without this check, its ranks would
+    start gloo, all others NCCL, and all would wait for each other until the time limit.
+
+    Raises:
+        RuntimeError: they differ; it names both hosts.
+    """
+    host = socket.gethostname()
+    if rank == 0:
+        store.set("backend of rank 0", f"{backend} {host}")
+        return
+    expected, first_host = store.get("backend of rank 0").decode().split()
+    if backend != expected:
+        without, other = (host, first_host) if backend == "gloo" else (first_host, host)
+        raise RuntimeError(
+            f"{without} has no usable GPU, but {other} has: rank 0 uses {expected}, rank {rank} {backend}; run "
+            f"nvidia-smi on {without}, and check that the job requests GPUs on every node"
+        )
 
 
 def check_master_address(name: str) -> None:

@@ -8,11 +8,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vcr1.checkpoint.disk import file_named_in_errors
 from megatron_vcr1.config.rendering import render_toml
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.errors import UserError
@@ -175,24 +175,15 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def _write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, and rename it when it is complete."""
     unfinished = path.with_suffix(".part")
-    with _file_named_in_errors(path):
+    with file_named_in_errors(path):
         unfinished.write_bytes(content)
         os.replace(unfinished, path)
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if lines := _lines(rows):
-        with _file_named_in_errors(path), path.open("ab") as file:
+        with file_named_in_errors(path), path.open("ab") as file:
             file.write(lines)
-
-
-@contextmanager
-def _file_named_in_errors(path: Path) -> Iterator[None]:
-    """Add the file's name to OSErrors of the with-block: the error of a full disk does not name it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:

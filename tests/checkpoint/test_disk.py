@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1.checkpoint.disk import WRITE_BYTES, Checksum, checksum_of, create_file, publish, write_durably
+from megatron_vcr1.checkpoint.disk import (
+    WRITE_BYTES,
+    Checksum,
+    checksum_of,
+    create_file,
+    file_named_in_errors,
+    publish,
+    write_durably,
+)
 
 
 def test_large_writes_are_split_and_checksummed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +26,12 @@ def test_large_writes_are_split_and_checksummed(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "file").read_bytes() == b"head" + content
     expected = Checksum(4 + len(content), zlib.crc32(b"head" + content))
     assert checksum == checksum_of(tmp_path / "file") == expected
+
+
+def test_an_error_of_a_read_or_write_names_its_file() -> None:
+    message = r"^\[Errno 28\] No space left on device: 'folder/file'$"
+    with pytest.raises(OSError, match=message), file_named_in_errors(Path("folder/file")):
+        raise OSError(28, "No space left on device")
 
 
 def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:

@@ -25,11 +25,17 @@ def test_an_imported_model_keeps_the_headers_of_its_files(hf_dir: Path, imported
 @pytest.mark.parametrize("hf_layout", [True, False])
 def test_all_files_but_the_weights_are_copied(hf_dir: Path, tmp_path: Path, hf_layout: bool) -> None:
     (hf_dir / "checksums.json").write_text("{}")  # a checkpoint's own files are not copied
+    for folder in ("additional_chat_templates", "checkpoint-500"):
+        (hf_dir / folder).mkdir()
+        (hf_dir / folder / "tools.jinja").write_text("{{ messages }}")
     (tmp_path / "copy").mkdir()
     copy_model_files(hf_dir, tmp_path / "copy", hf_layout=hf_layout)
-    others = ["config.json", "model.safetensors.index.json", "preprocessor_config.json", "tokenizer.json"]
+    others = ["additional_chat_templates", "config.json", "model.safetensors.index.json"]
+    others += ["preprocessor_config.json", "tokenizer.json"]
     assert file_names(tmp_path / "copy") == sorted([*others, "hf_layout.json"] if hf_layout else others)
     assert contents(tmp_path / "copy")["config.json"] == contents(hf_dir)["config.json"]
+    templates = "additional_chat_templates"
+    assert contents(tmp_path / "copy" / templates) == contents(hf_dir / templates) == {"tools.jinja": b"{{ messages }}"}
 
 
 def test_an_index_that_contradicts_the_files_is_refused(hf_dir: Path) -> None:
@@ -78,6 +84,12 @@ def test_a_directory_without_safetensors_is_refused(hf_dir: Path, imported_dir: 
         read_headers(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
         read_headers(tmp_path / "none")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"pytorch_model\.bin cannot be read: save the model again"):
+        read_headers(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(UserError, match="it holds a LoRA adapter: merge it into its base model"):
+        read_headers(tmp_path)
 
 
 def test_a_damaged_hf_layout_is_named(imported_dir: Path) -> None:

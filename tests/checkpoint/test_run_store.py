@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from itertools import chain
 from pathlib import Path
@@ -15,8 +16,13 @@ from torch import Tensor
 
 from megatron_vcr1.checkpoint.model_dir import MEGATRON_DIR
 from megatron_vcr1.checkpoint.optimizer_state import optimizer_slices
+from megatron_vcr1.checkpoint.run_store import RunStore
 from megatron_vcr1.checkpoint.shard_slices import parameter_slices
 from megatron_vcr1.checkpoint.step_dirs import saved_steps
+from megatron_vcr1.config.model_sections import ParallelSection
+from megatron_vcr1.config.training_sections import CheckpointSection
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.parallel import mesh
 from tests.checkpoint.toy_run import ToyRun
 from tests.gloo import GlooPool
 from tests.model import tiny
@@ -160,6 +166,20 @@ def _fail_on_one_rank(model_dir: Path, directory: Path) -> tuple[str, list[int],
     run.save()
     run.store.finish()
     return message, before, saved_steps(directory)
+
+
+def _open_on_local_disks(directory: Path) -> list[str]:
+    mesh.initialize(ParallelSection())
+    mine = directory / f"disk-{dist.get_rank() // 2}"  # two nodes with two ranks each
+    with pytest.raises(UserError, match=r"rank 2 on .* does not see what rank 0 on .* writes there") as raised:
+        RunStore(mine, CheckpointSection())
+    assert f"{directory / 'disk-1'}: " in str(raised.value)
+    RunStore(directory / "shared", CheckpointSection())
+    return sorted(os.listdir(directory / "shared"))
+
+
+def test_a_directory_that_not_all_nodes_share_is_refused_at_the_start(tmp_path: Path, gloo_pool: GlooPool) -> None:
+    assert gloo_pool.run(_open_on_local_disks, tmp_path)[0] == [".lock"]
 
 
 def test_a_failed_write_on_one_rank_raises_on_all_ranks(

@@ -81,5 +81,6 @@ def test_a_disk_failure_exits_with_1(
 
     monkeypatch.setattr(torch, "save", fail)
     assert main(["convert", "import", "--hf", str(hf_dir), "--out", str(tmp_path / "out")]) == 1
-    assert "failed: [Errno 28] No space left on device" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "failed: [Errno 28] No space left on device: '" in error and "__0_0.distcp'" in error
     assert not (tmp_path / "out").exists()

@@ -23,6 +23,7 @@ def _preflight() -> float:
     spec.loader.exec_module(module)
     mesh.initialize(ParallelSection())
     module.measure(1)
+    module.connect_with_gloo(timeout_s=60)
     return module.all_reduce_gb_per_s(2**20)
 
 

@@ -252,6 +252,14 @@ def test_the_error_for_a_directory_without_a_model_gives_advice(
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"run is a run directory: name its export"):
         ModelConfig.from_pretrained("run")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").touch()
+    with pytest.raises(UserError, match="adapter holds a LoRA adapter: merge it into its base model"):
+        ModelConfig.from_pretrained("adapter")
+    (tmp_path / "imported/megatron").mkdir(parents=True)
+    (tmp_path / "imported/config.json").touch()
+    with pytest.raises(UserError, match=r"name the directory that it is in, imported$"):
+        ModelConfig.from_pretrained("imported/megatron")
     with pytest.raises(UserError, match=r"hf download Qwen/Qwen2\.5-VL-7B-Instruct --local-dir DIR"):
         ModelConfig.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
 

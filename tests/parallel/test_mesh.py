@@ -47,6 +47,23 @@ def test_text_that_is_no_host_name_is_named_as_well() -> None:
         mesh.check_master_address("a..b")
 
 
+def test_a_node_without_usable_gpus_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    mesh.check_same_backend(store, 0, "nccl")
+    mesh.check_same_backend(store, 3, "nccl")
+    monkeypatch.setattr(mesh.socket, "gethostname", lambda: "n7")
+    monkeypatch.setattr(mesh.dist, "rendezvous", lambda *_, **__: iter([(store, 5, 8)]))
+    monkeypatch.setattr(mesh.dist, "init_process_group", lambda *_, **__: pytest.fail("it would wait for hours"))
+    monkeypatch.setattr(mesh.dist, "is_initialized", lambda: False)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=r"n7 has no usable GPU, but .* has: rank 0 uses nccl, rank 5 gloo"):
+        mesh.initialize(ParallelSection())
+    store.set("backend of rank 0", "gloo n1")
+    with pytest.raises(RuntimeError, match=r"n1 has no usable GPU, but n7 has: rank 0 uses gloo, rank 5 nccl"):
+        mesh.check_same_backend(store, 5, "nccl")
+
+
 def test_launched_world_size_reads_the_launchers_variables_and_writes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -41,6 +41,9 @@ elif scenario == "judging" and os.environ["SLURM_PROCID"] == "0":
     time.sleep(6)
 elif scenario == "crash" or (scenario == "crash once" and start == 0):
     raise RuntimeError("something broke")
+elif scenario == "progress" and start < 2:
+    print(f"resumed from runs/own run/checkpoints/step_{{start}}", flush=True)
+    raise RuntimeError("something broke")
 print("finished", *sys.argv[3:], flush=True)
 """
 
@@ -169,15 +172,35 @@ def test_repeated_crashes_end_the_job(cluster, workdir):
     job = cluster.submit(workdir, *SMALL, SCRIPT, "crash", MAX_CRASHES="2")
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
-    assert "2 crashes in a row, each soon after the start: giving up" in output(workdir, job)
+    assert "2 crashes without a new checkpoint: giving up" in output(workdir, job)
+
+
+def test_crashes_with_a_new_checkpoint_between_them_do_not_add_up(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, SCRIPT, "progress", MAX_CRASHES="2", HEALTH_CHECK="[ 'sick' = all ]")
+    fields = cluster.wait(job)
+    assert (fields["JobState"], fields["Restarts"], fields["ExcNodeList"]) == ("COMPLETED", "2", "(null)")
+    printed = output(workdir, job)
+    assert printed.count("crash 1; requeued\n") == 2
+    assert "the health check fails on all nodes: no node is excluded" in printed
 
 
 def test_a_node_that_fails_its_health_check_is_excluded(cluster, workdir):
-    job = cluster.submit(workdir, *SMALL, "--nodes=1", SCRIPT, "crash once", HEALTH_CHECK="[ $SLURMD_NODENAME != n1 ]")
+    check = "[ $SLURMD_NODENAME != 'n1' ]"
+    job = cluster.submit(workdir, *SMALL, "--nodes=1", SCRIPT, "crash once", HEALTH_CHECK=check)
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"], fields["ExcNodeList"]) == ("COMPLETED", "1", "n1")
     assert re.search(r"requeued, without n1$", output(workdir, job), re.MULTILINE)
     assert "start 1 of crash once as rank 0 on n2" in logs(workdir, job)["train-0.log"]
+
+
+def test_a_job_is_requeued_although_slurm_refuses_the_job_that_would_exclude_a_node(cluster, workdir):
+    refusing = workdir / ".venv/bin/sbatch"
+    refusing.write_text("#!/bin/sh\necho 'sbatch: error: Batch job submission failed' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    job = cluster.submit(workdir, *SMALL, "--nodes=1", SCRIPT, "crash once", HEALTH_CHECK="false")
+    fields = cluster.wait(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
+    assert "crash 1; requeued, but n1 could not be excluded" in output(workdir, job)
 
 
 def test_a_job_is_requeued_when_a_node_dies(cluster, workdir):
@@ -193,7 +216,8 @@ def test_a_job_is_requeued_when_a_node_dies(cluster, workdir):
 
 def test_rollouts_and_judge_run_on_separate_nodes(cluster, workdir):
     script = ("examples/slurm/train_separate.sbatch", "none", "--train.num_steps", "2")
-    job = cluster.submit(workdir, "--nodes=1", ":", "--nodes=2", *script, SERVER_GPUS="4", JUDGE_MODEL="models/judge")
+    nodes = ("--nodes=1", "--gpus-per-node=4", ":", "--nodes=2", "--gpus-per-node=4")
+    job = cluster.submit(workdir, *nodes, *script, SERVER_GPUS="2", JUDGE_MODEL="models/judge")
     assert cluster.wait(job)["JobState"] == "COMPLETED", output(workdir, job)
     ranks = logs(workdir, job)
     assert len(ranks) == 8 and "as rank 7 on n1" in ranks["train-7.log"]
@@ -203,7 +227,7 @@ def test_rollouts_and_judge_run_on_separate_nodes(cluster, workdir):
         "--train.num_steps 2",
         "--rollout.engine sglang",
         "--sglang.num_servers 2",
-        "--sglang.tensor 4",
+        "--sglang.tensor 2",
         f"--sglang.urls {urls}",
         "--judge.base_url http://n3:30000/v1",
     ):
@@ -211,7 +235,7 @@ def test_rollouts_and_judge_run_on_separate_nodes(cluster, workdir):
     folder = workdir / f"logs/vcr1-{job}"
     assert (folder / "rollout-0.log").read_text().startswith("n2 rollout serve none --train.num_steps 2")
     assert not (folder / "rollout-1.log").exists()
-    assert "n3 python -m sglang.launch_server --model-path models/judge" in (folder / "judge-0.log").read_text()
+    assert "n3 python -m sglang.launch_server --model-path models/judge --tp 4" in (folder / "judge-0.log").read_text()
 
 
 def test_a_heterogeneous_job_continues_after_a_signal(cluster, workdir):
@@ -245,7 +269,8 @@ def test_an_array_evaluates_one_model_per_task(cluster, workdir):
 def test_conversion_and_throughput_of_several_layouts(cluster, workdir):
     convert = cluster.submit(workdir, "examples/slurm/convert.sbatch", "import", "--hf", "models/a", "--out", "b")
     (workdir / "layouts.txt").write_text("--tensor 2\n--tensor 4 --recompute full\n")
-    sweep = cluster.submit(workdir, "--array=0-2", "examples/slurm/throughput.sbatch", "layouts.txt", "train")
+    script = ("examples/slurm/throughput.sbatch", "layouts.txt", "train")
+    sweep = cluster.submit(workdir, "--array=0-2", "--gpus-per-node=4", *script)
     assert cluster.wait(convert)["JobState"] == "COMPLETED"
     converted = (workdir / f"vcr1-convert-{convert}.out").read_text()
     assert " convert import --hf models/a --out b" in converted
@@ -254,4 +279,4 @@ def test_conversion_and_throughput_of_several_layouts(cluster, workdir):
     assert (
         f"vcr1 benchmark train --tensor 4 --recompute full --sides ours --json throughput/{sweep}_1.json" in printed[1]
     )
-    assert "--nnodes=1 --nproc-per-node=8" in printed[0] and "layouts.txt has no line 3" in printed[2]
+    assert "--nnodes=1 --nproc-per-node=4" in printed[0] and "layouts.txt has no line 3" in printed[2]
