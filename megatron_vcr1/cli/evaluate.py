@@ -19,14 +19,12 @@ if TYPE_CHECKING:  # `vcr1 --help` must not load pydantic
     from megatron_vcr1.evaluation.benchmark_result import BenchmarkResult
 
 
-_INDENTS = {"initial_indent": "  ", "subsequent_indent": " " * 23}  # of the list of benchmarks
-
-
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `evaluate` to the `vcr1` command."""
     names = "\n".join(f"  {name:<20} {benchmark.description}" for name, benchmark in BENCHMARKS.items())
     tasks = ", ".join((*BUILT_IN_TASKS, "or your own"))
-    names += "\n" + textwrap.fill(f"{'TASK':<20} the samples of that task in any manifest: {tasks}", 98, **_INDENTS)
+    row = f"  {'TASK':<20} the samples of that task in any manifest: {tasks}"
+    names += "\n" + textwrap.fill(row, 98, subsequent_indent=" " * 23)
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate a model on benchmarks, or score a file of predictions",
