@@ -23,6 +23,7 @@ from megatron_vcr1.training.grpo.rollout_source import RolloutSource, Synchronou
 from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.inputs import RunInputs, read_inputs, read_model_config
 from megatron_vcr1.training.lifecycle import Lifecycle
+from megatron_vcr1.training.metrics import device_name
 from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.profiling import StepProfile
 from megatron_vcr1.training.reference import Reference
@@ -64,6 +65,7 @@ def train_in_world(config: RunConfig, model_config: ModelConfig) -> int:
     run_dir = RunDir(config.train.run_dir)
     run_on_first_rank(run_dir.create)
     store = RunStore(run_dir.checkpoints, config.checkpoint)
+    logger.info("ranks: %d, device: %s", dist.get_world_size(), device_name() or "CPU (torch finds no GPU)")
     logger.info("reading %d manifests", len(config.data.sources))
     inputs = read_inputs_of_rank(config, model_config)
     learner, trainer = build(config, inputs)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import convert_checkpoint
@@ -9,7 +11,10 @@ import torch
 
 from megatron_vcr1.checkpoint.hf_import import import_checkpoint
 from megatron_vcr1.cli.main import main
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.parallel import mesh
 from tests.checkpoint.hf_dirs import contents, random_weights, small_config, write_hf_dir
+from tests.parallel.test_slurm import TASK
 
 
 @pytest.fixture
@@ -84,3 +89,17 @@ def test_a_disk_failure_exits_with_1(
     error = capsys.readouterr().err
     assert "failed: [Errno 28] No space left on device: '" in error and "__0_0.distcp'" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_tasks_of_srun_share_a_conversion(
+    hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def join(backend: str, timeout: timedelta) -> None:
+        raise UserError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} starts {backend}")
+
+    monkeypatch.setattr(mesh, "_join_ranks", join)
+    monkeypatch.setattr(os, "environ", {**os.environ, **TASK})
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    assert main(["convert", "import", "--hf", str(hf_dir), "--out", str(tmp_path / "out")]) == 2
+    assert "rank 10 of 16 starts gloo" in capsys.readouterr().err
