@@ -237,12 +237,14 @@ def test_many_clients_may_connect_at_once(processor: PromptProcessor) -> None:
         assert all(pool.map(is_healthy, range(150)))
 
 
-def test_a_client_that_has_left_is_not_answered(processor: PromptProcessor) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_has_left_is_not_answered(processor: PromptProcessor, stream: bool) -> None:
     engine = Recorder()
     server = server_of(engine, processor)
     with server.listening(), ThreadPoolExecutor(2) as pool:
         url = f"http://127.0.0.1:{server.port}/v1"
-        body = json.dumps({"messages": [{"role": "user", "content": "when? " * 50}]}).encode()
+        messages = [{"role": "user", "content": "when? " * 50}]
+        body = json.dumps({"messages": messages, "stream": stream}).encode()
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head + body)
