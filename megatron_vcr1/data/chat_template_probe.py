@@ -24,13 +24,14 @@ import jinja2.sandbox
 
 _OUT_OF_MEMORY = 75
 _MAX_ERROR_CHARACTERS = 500
+_TEXT = "Question?"
 _PROMPT = [
     {
         "role": "user",
         "content": [
             {"type": "video", "video": "video.mp4"},
             {"type": "image", "image": "image.png"},
-            {"type": "text", "text": "Question?"},
+            {"type": "text", "text": _TEXT},
         ],
     }
 ]
@@ -87,6 +88,8 @@ def try_out(template: str, special_tokens: Mapping[str, Any], pads: Mapping[str,
         raise
     except Exception as error:  # a template can raise anything
         return _failure(f"{type(error).__name__}: {error}")
+    if _TEXT not in prompt:
+        return _failure("it does not write the text of a message")
     return {"error": None, "kinds": [kind for kind, pad in pads.items() if pad in prompt]}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from PIL.ImageOps import exif_transpose
+from PIL.ImageOps import exif_transpose, invert
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -19,7 +19,10 @@ MAX_IMAGE_PIXELS = 2**26
 """Largest image that is decoded, in pixels: 8192 x 8192. A PNG of a few hundred kB may claim to have far more, and
 decoding takes up to 12 bytes per pixel."""
 
-_BITS_PER_SAMPLE = 258  # tag of TIFF
+# Tags of TIFF and their values.
+_BITS_PER_SAMPLE = 258
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_SAMPLE_FORMAT, _SIGNED = 339, 2
 
 
 def read_image(path: str) -> Tensor:
@@ -71,8 +74,11 @@ def _decode_upright(path: str, image: Image.Image) -> Image.Image:
         raise VideoError(path, f"damaged image ({error})") from error
     if not image.mode.startswith(("I", "F")):
         return upright
-    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
-    return _to_8_bits(path, upright, bits)
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    is_signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
+    grey = _to_8_bits(path, upright, tags.get(_BITS_PER_SAMPLE, (16,))[0] - is_signed)
+    # Pillow inverts such images of 8 bits only.
+    return invert(grey) if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
 
 
 def _to_8_bits(path: str, image: Image.Image, bits: int) -> Image.Image:
@@ -81,7 +87,7 @@ def _to_8_bits(path: str, image: Image.Image, bits: int) -> Image.Image:
     Args:
         path: file of the image, for errors.
         image: an image in one of the modes I and F.
-        bits: bits per pixel, unless the pixels are floating-point numbers.
+        bits: bits per pixel without a sign, unless the pixels are floating-point numbers.
 
     Raises:
         VideoError: the range of the values is not known.
@@ -93,7 +99,7 @@ def _to_8_bits(path: str, image: Image.Image, bits: int) -> Image.Image:
         grey = np.rint(values * 255)
     else:
         if bits > 16 or values.min() < 0 or values.max() >= 1 << bits:
-            raise VideoError(path, f"integer pixels of {max(bits, 32)} bits; save it with 8 bits per channel")
+            raise VideoError(path, "integer pixels below 0 or of more than 16 bits; save it with 8 bits per channel")
         grey = np.rint(values * (255 / ((1 << bits) - 1)))
     scaled = Image.fromarray(grey.astype(np.uint8))
     transparent = image.info.get("transparency")

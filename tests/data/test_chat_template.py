@@ -64,8 +64,8 @@ def test_a_missing_template_is_an_error(tmp_path: Path) -> None:
         CHAT_TEMPLATE,
         TINY_CHAT_TEMPLATE,
         "{{ messages | tojson }}{% generation %}x{% endgeneration %}{{ strftime_now('%Y') }}{{ eos_token + 'x' }}",
-        "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}",
-        "{% for message in messages %}{% break %}{% endfor %}",
+        "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ messages }}",
+        "{% for message in messages %}{{ message }}{% break %}{% endfor %}",
     ],
 )
 def test_harmless_templates_are_accepted(template: str) -> None:
@@ -77,6 +77,7 @@ def test_harmless_templates_are_accepted(template: str) -> None:
     [
         ("line\n{% for %}", "line 2: "),
         ("{{ messages", "line 1: "),
+        ("{% for message in messages %}{{ message.role }}{% endfor %}", "it does not write the text of a message"),
         ("{{ raise_exception('not this model') }}", "TemplateError: not this model"),
         ("{{ messages.nothing.at_all }}", "UndefinedError: "),
         ("{{ 'text' + 1 }}", "TypeError: "),

@@ -135,8 +135,21 @@ def test_floating_point_pixels_from_0_to_1_are_scaled_and_others_refused(tmp_pat
 
 def test_32_bit_integers_are_refused(tmp_path: Path) -> None:
     path = save_grey(tmp_path / "wide.tiff", np.array([[0, 1 << 20]], dtype=np.int32))
-    with pytest.raises(VideoError, match=r"wide\.tiff: integer pixels of 32 bits"):
+    with pytest.raises(VideoError, match=r"wide\.tiff: integer pixels below 0 or of more than 16 bits"):
         read_image(path)
+
+
+def test_16_bit_grey_of_other_kinds_of_tiff_is_scaled(tmp_path: Path) -> None:
+    values = np.array([[0, 100 * 128, 32767]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "signed.tiff", tiffinfo={339: 2})  # sample format: signed integers
+    assert read_image(str(tmp_path / "signed.tiff"))[0, :, 0].tolist() == [0, 100, 255]
+    path = tmp_path / "inverted.tiff"
+    Image.fromarray(values * 2).save(path)
+    content = bytearray(path.read_bytes())
+    tag = content.index(struct.pack("<HHI", 262, 3, 1))  # photometric interpretation, one short integer
+    struct.pack_into("<H", content, tag + 8, 0)  # 0 is white
+    path.write_bytes(content)
+    assert read_image(str(path))[0, :, 0].tolist() == [255, 155, 0]
 
 
 def test_lab_colours_are_refused_by_name(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def main(folder: Path, name: str, first_seed: int, num_inputs: int) -> None:
     """Read mutations of one file, and print a line per unexpected error."""
     torch.set_num_threads(1)
     read, expected = READERS[name]
+    read(folder / name)  # the file itself is good: otherwise, its mutations would be refused for the same fault
     content = (folder / name).read_bytes()
     work = folder / f"mutated_{os.getpid()}_{name}"
     work.mkdir()

@@ -47,7 +47,7 @@ def _write_configs(folder: Path) -> None:
 
 def _write_rows(folder: Path) -> None:
     (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    predictions = [{"id": f"a{number}", "completion": "<answer>1 to 2</answer>"} for number in range(5)]
+    predictions = [{"id": f"a{number}", "output": "<answer>1 to 2</answer>"} for number in range(5)]
     (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, predictions)))
     content = [{"type": "video", "video": "a.mp4", "fps": 2.0}, {"type": "text", "text": "when?"}]
     messages = [{"role": "user", "content": content}]

@@ -88,7 +88,7 @@ def _read_sequences(folder: Path) -> Iterator[Row | Issue | MalformedRow]:
     for sequence in sequences:
         try:
             yield from _sequence_rows(sequence)
-        except (*MALFORMED, configparser.Error, OSError, UserError, Image.DecompressionBombError) as error:
+        except (*MALFORMED, configparser.Error, OSError) as error:  # a UserError is a ValueError, too
             yield MalformedRow(sequence.name, describe(error))
 
 
@@ -98,7 +98,7 @@ def _sequence_rows(sequence: Path) -> list[Row | Issue]:
     Files of the folder that are malformed raise errors of many types.
     """
     frames = list_images(sequence)
-    boxes_px = [[float(value) for value in line.split(",")] for line in read_lines(sequence / "groundtruth.txt")]
+    boxes_px = _boxes_px(sequence / "groundtruth.txt")
     if len(boxes_px) != len(frames):
         detail = f"{len(frames)} images and {len(boxes_px)} boxes (a test split publishes the first box only)"
         return [Issue(sequence.name, "incomplete_sequence", detail, "skipped")]
@@ -118,8 +118,7 @@ def _sequence_rows(sequence: Path) -> list[Row | Issue]:
         )
         notes = [Issue(sequence.name, "object_absent", detail, "repaired")]
     object_class, frames_per_second = _meta_info(sequence / "meta_info.ini")
-    with open(open_regular(frames[0]), "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-        width, height = image.size
+    width, height = _image_size(frames[0])
     chosen = _choose_evenly(visible)
     row = {
         "id": sequence.name,
@@ -130,6 +129,27 @@ def _sequence_rows(sequence: Path) -> list[Row | Issue]:
         "target": {"boxes": [_box_in_fractions(boxes_px[index], width, height) for index in chosen]},
     }
     return [*notes, row]
+
+
+def _boxes_px(path: Path) -> list[list[float]]:
+    """Read groundtruth.txt: [left, top, width, height] in pixels for each frame."""
+    boxes = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            left, top, width, height = map(float, line.replace(",", " ").split())
+        except ValueError:
+            raise ValueError(f"groundtruth.txt, line {number}: {line!r:.80} is not left,top,width,height") from None
+        boxes.append([left, top, width, height])
+    return boxes
+
+
+def _image_size(file: str) -> tuple[int, int]:
+    """Return width and height of an image from its header."""
+    try:
+        with open(open_regular(file), "rb") as stream, Image.open(stream, formats=IMAGE_FORMATS) as image:
+            return image.size
+    except (OSError, Image.DecompressionBombError):
+        raise ValueError(f"{file}: not an image that can be read") from None
 
 
 def _absence(path: Path, num_frames: int) -> list[bool]:
@@ -150,9 +170,12 @@ def _meta_info(path: Path) -> tuple[str, float]:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(read_text(path), source=str(path))
     meta = parser["METAINFO"]
-    frames_per_second = float(meta["anno_fps"].lower().removesuffix("hz"))
-    if not (math.isfinite(frames_per_second) and frames_per_second > 0):
-        raise ValueError(f"meta_info.ini: anno_fps is {meta['anno_fps']}, which is not a positive number")
+    try:
+        frames_per_second = float(meta["anno_fps"].lower().removesuffix("hz"))
+    except ValueError:
+        frames_per_second = math.nan
+    if not 0 < frames_per_second < math.inf:  # NaN compares false
+        raise ValueError(f"meta_info.ini: anno_fps is {meta['anno_fps']!r}, which is not a positive number")
     return meta["object_class"], frames_per_second
 
 

@@ -177,8 +177,11 @@ def test_malformed_sequences_among_good_ones_are_skipped_and_listed(tmp_path: Pa
     samples, report = run("got10k", tmp_path)
     assert [sample.id for sample in samples] == ["GOT_0", "GOT_9"]
     assert issues(report) == [(f"GOT_{number}", "invalid_row", "skipped") for number in range(1, 9)]
-    assert [issue.detail.split(": ", 1)[1] for issue in report.issues[-2:]] == [
-        "meta_info.ini: anno_fps is 0Hz, which is not a positive number",
+    details = [issue.detail.split(": ", 1)[1] for issue in report.issues]
+    assert details[0] == "groundtruth.txt, line 1: '10,20,40,x' is not left,top,width,height"
+    assert details[5].endswith("00000001.jpg: not an image that can be read")
+    assert details[-2:] == [
+        "meta_info.ini: anno_fps is '0Hz', which is not a positive number",
         "absence.label, line 7: 'yes' is neither 0 nor 1",
     ]
     (tmp_path / "GOT_0/meta_info.ini").unlink()
