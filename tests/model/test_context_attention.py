@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,7 @@ from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.model import context_attention
 from megatron_vcr1.model.context_attention import attend_across_ranks, num_chunks
 from megatron_vcr1.parallel import mesh
+from megatron_vcr1.parallel.context import KeyGather
 from tests.gloo import GlooPool
 from tests.limits import HANG_S
 from tests.parallel.test_context import TOKENS, plan_of
@@ -166,3 +168,28 @@ def test_ranks_attend_as_one_process_does(gloo_pool: GlooPool) -> None:
                 total.index_add_(0, torch.tensor(TOKENS[rank]), part)
         for total, expected in zip(sums, grads, strict=True):
             torch.testing.assert_close(total, expected)
+
+
+def test_gradients_of_a_chunk_are_freed_before_the_next_one_is_computed() -> None:
+    """The attention of a chunk needs the most memory; the planner counts the gradients that are on their way alone."""
+    plan = KeyGather(num_prompt_tokens=5, slots=5, rows=torch.arange(5), own_start=5)
+    alive: list[weakref.ref[Tensor]] = []
+    backward = context_attention.attention_backward
+
+    def backward_after_check(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        assert not any(tensor() is not None for tensor in alive)
+        grads: tuple[Tensor, ...] = backward(*args, **kwargs)
+        alive.extend(map(weakref.ref, grads[1:]))
+        return grads
+
+    query, key, value, grad = (tensor.requires_grad_() for tensor in _inputs())
+    with (
+        mesh.world(ParallelSection()),
+        mock.patch.object(context_attention, "attention_backward", backward_after_check),
+    ):
+        output = attend_across_ranks(query, key, value, LAYOUT, plan, scale=None, keeps_gathered=False)
+        grads = torch.autograd.grad(output, (query, key, value), grad)
+    assert len(alive) == 2 * num_chunks(NUM_KV_HEADS)
+    expected = shared_prefix_attention(query, key, value, LAYOUT)
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, (query, key, value), grad), strict=True):
+        torch.testing.assert_close(mine, theirs)
