@@ -31,6 +31,8 @@ MAX_TOML_BYTES = 2**20
 # search never goes back, so its own time grows with the length of the text only.
 _VERY_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
 
+_BYTE_ORDER_MARK = "\ufeff"
+
 MAX_LINE_CHARACTERS = 2**26
 """Longest line of a file that is read line by line."""
 
@@ -99,7 +101,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def read_lines(path: str | Path, *, errors: str = "strict") -> Iterator[str]:
     """Yield the lines of a UTF-8 text file with their line ends, with or without a byte order mark.
 
-    Only line feeds and carriage returns end a line: JSON strings may contain Unicode's line separators. A line longer
+    Every line may begin with the mark, as where files were joined. Only line feeds and carriage returns end
+    a line: JSON strings may contain Unicode's line separators. A line longer
     than `MAX_LINE_CHARACTERS` is cut to one more than that, so that it takes no more memory; it is not valid JSON then.
 
     Args:
@@ -113,6 +116,7 @@ def read_lines(path: str | Path, *, errors: str = "strict") -> Iterator[str]:
         with os.fdopen(open_regular(path), encoding="utf-8-sig", errors=errors) as file:
             while line := file.readline(MAX_LINE_CHARACTERS + 1):
                 is_cut = not line.endswith("\n") and len(line) > MAX_LINE_CHARACTERS
+                line = line.removeprefix(_BYTE_ORDER_MARK)
                 yield line + "\n" if is_cut else line
                 while is_cut and (rest := file.readline(MAX_LINE_CHARACTERS)):
                     is_cut = not rest.endswith("\n")

@@ -94,7 +94,7 @@ def test_an_object_is_required(value: object, kind: str) -> None:
 
 def test_lines_are_read_with_a_byte_order_mark_and_unicode_separators(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes("\ufeffa\u2028b\r\nc\0d\n\nlast".encode())
+    path.write_bytes("\ufeffa\u2028b\r\n\ufeffc\0d\n\nlast".encode())  # two files that were joined
     assert list(text_files.read_lines(path)) == ["a\u2028b\n", "c\0d\n", "\n", "last"]
 
 

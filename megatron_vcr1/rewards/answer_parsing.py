@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from megatron_vcr1.rewards.choices import parse_choice
 from megatron_vcr1.rewards.parsing import UnparsableError, last_answer
 
-_TAGS = ("<think>", "<answer>", "<glue>")
+_TAGS = ("<think>", "</think>", "<answer>", "<glue>")  # a chat template may open <think> in the prompt
 
 
 def is_tagged(output: str) -> bool:

@@ -27,6 +27,7 @@ def test_an_answer_is_found_with_and_without_tags(output: str, answer: str) -> N
         ("<answer> </answer>", "empty answer"),
         ("<think>At 3 to 4 s, so B", "no <answer>"),
         ("<think>So B.</think> B", "no <answer>"),
+        ("The prompt opened it: A or B?</think> B", "no <answer>"),
         ("<answer>B", "<answer> not closed"),
         ("B<glue>[(1, 2)]</glue>", "no <answer>"),
     ],
@@ -36,8 +37,8 @@ def test_an_output_with_tags_but_no_answer_is_unparsable(output: str, reason: st
         read_answer(output)
 
 
-def test_only_opening_tags_count_as_tags() -> None:
-    assert is_tagged("<think>x")
+def test_opening_tags_and_the_end_of_the_reasoning_count_as_tags() -> None:
+    assert is_tagged("<think>x") and is_tagged("x</think>")
     assert not is_tagged("</answer> B")
 
 
