@@ -76,7 +76,7 @@ ENDING = """## One GPU of 80 GB
 
 `examples/configs/grpo_one_gpu.toml` trains the 3B model on one GPU: the vision tower and the merger are frozen, and the
 server gets what training leaves. `vcr1 config --check examples/configs/grpo_one_gpu.toml --ranks 1` checks it without
-the GPU.
+the GPU. For SFT, and for a GPU of 48 GB, see [your own clips](own_data.md#train).
 """
 
 
