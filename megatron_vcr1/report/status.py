@@ -76,8 +76,9 @@ def read_status(path: Path) -> RunStatus:
     problems: list[str] = []
     starts = list(read_json_lines(path / "starts.jsonl", problems))
     if not starts or not (path / "config.toml").exists():
-        waiting = " yet: it is starting, or has failed before its first step" if (path / "checkpoints").is_dir() else ""
-        raise UserError(f"{path}: no run has started here{waiting}")
+        if (path / "checkpoints").is_dir():
+            raise UserError(f"{path}: no run has started here yet: it is starting, or has failed before its first step")
+        raise UserError(f"{path}: no run has started here; give the folder of a run (train.run_dir)")
     config = read_toml(path / "config.toml")
     metrics = read_metrics(path / "metrics.jsonl", problems)
     step = int(metrics.steps[-1]) if len(metrics) else int(starts[-1].get("step") or 0)

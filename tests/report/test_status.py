@@ -64,7 +64,7 @@ def test_run_before_its_first_step_and_folder_without_a_run(run_dir: Path, tmp_p
     (run_dir / "metrics.jsonl").unlink()
     status = read_status(run_dir)
     assert (status.step, status.idle_s, status.eta_s, status.last) == (0, None, None, None)
-    with pytest.raises(UserError, match="no run has started here"):
+    with pytest.raises(UserError, match="no run has started here; give the folder of a run"):
         read_status(tmp_path / "nowhere")
 
 
