@@ -5,8 +5,9 @@
     python kernels/benchmarks/compiled.py 90 --record      # also writes results/compiled_sm90.json
 
 The launch functions run on CPU tensors. The launch itself is replaced by a compilation with exactly the argument types
-and specializations that a real launch would have. Prints one JSON object. A test compares the numbers with the recorded
-ones: record them again, with the reason in the commit, after a change that raises them.
+and specializations that a real launch would have, and by a check of the tensor descriptors. Prints one JSON object. A
+test compares the numbers with the recorded ones: record them again, with the reason in the commit, after a change that
+raises them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 if __name__ == "__main__":  # the benchmarks are not installed; they are imported from the folder of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,6 +41,8 @@ from vcr1_kernels import backend
 # FFN sizes of the published language models, and of their vision towers as they are in training.
 FFN_SIZES = (6144, 8960, 9728, 11008, 12288, 18944, 25600, 27648, 29568, 3456, 3584)
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
+MAX_BOX_SIZE = 256  # in each dimension
+MAX_ROW_BYTES = (2**40, 32, 64, 128)  # of a box, by CUDA's number of its swizzle; 0 is no swizzle
 compiled: dict[str, dict[str, Any]] = defaultdict(dict)  # by kernel name and specialization
 
 
@@ -49,9 +54,30 @@ def compile_instead_of_launching(kernel: JITFunction, *args: Any, grid: Any, war
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
     _, signature, constants, attributes = kernel._pack_args(compiler, options, bound_args, specialization, None)
     key = repr((specialization, options))
-    if key not in compiled[kernel.__name__]:
+    descriptors = [argument for argument in bound_args.values() if isinstance(argument, TensorDescriptor)]
+    is_float32 = bool(descriptors) and descriptors[0].base.dtype == torch.float32
+    kernels = compiled[kernel.__name__ + " float32" if is_float32 else kernel.__name__]
+    if key not in kernels:
         source = ASTSource(kernel, signature, constants, attributes)
-        compiled[kernel.__name__][key] = triton.compile(source, target=TARGET, options=options)
+        kernels[key] = triton.compile(source, target=TARGET, options=options)
+    if descriptors:
+        check_descriptors(descriptors, kernels[key].metadata.tensordesc_meta)
+
+
+def check_descriptors(descriptors: Sequence[TensorDescriptor], boxes: Sequence[dict[str, Any]]) -> None:
+    """Assert that cuTensorMapEncodeTiled, which a launch calls for each descriptor, would accept them.
+
+    Neither the interpreter nor the compiler calls it. A box is what one instruction loads: a block of the kernel or a
+    part of its channels. It may be wider than the tensor: the rest is filled with zeros.
+    """
+    for descriptor, box in zip(descriptors, boxes, strict=True):
+        item_bytes, sizes = box["elem_size"], box["block_size"]
+        strides = [stride * item_bytes for stride in descriptor.strides]
+        assert descriptor.base.data_ptr() % 16 == 0 and descriptor.base.element_size() == item_bytes
+        assert len(descriptor.shape) == len(sizes) <= 5 and all(0 < size < 2**32 for size in descriptor.shape)
+        assert strides[-1] == item_bytes and all(stride % 16 == 0 and stride < 2**40 for stride in strides[:-1])
+        assert all(0 < size <= MAX_BOX_SIZE for size in sizes)
+        assert sizes[-1] * item_bytes % 16 == 0 and sizes[-1] * item_bytes <= MAX_ROW_BYTES[box["swizzle"]]
 
 
 def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
@@ -81,19 +107,6 @@ def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
     ).loss
     loss.backward()
     vk.log_probs_from_logits(leaf(num_tokens, vocab_size), target_ids).sum().backward()
-    # Small tiles for a short group, large tiles for a long one, a group in which some tokens have no query, and the
-    # windows of a vision tower.
-    text_heads, vision_heads = (num_heads, num_kv_heads, num_kv_heads), (16, 16, 16)
-    for heads, dim, layout in (
-        (text_heads, head_dim, vk.SegmentLayout((num_tokens - 40, 30, 10), (-1, 0, 0))),
-        (text_heads, head_dim, vk.SegmentLayout((100 * num_tokens, 200, 100), (-1, 0, 0))),
-        (text_heads, head_dim, vk.SegmentLayout((200 * num_tokens, 200), (-1, 0), queries=((9, 100 * num_tokens),))),
-        (vision_heads, 80, vk.SegmentLayout.packed((64, num_tokens % 64), causal=False)),
-        (vision_heads, 80, vk.SegmentLayout.packed((100 * num_tokens, num_tokens), causal=False)),
-    ):
-        sizes = (layout.num_queries, layout.num_tokens, layout.num_tokens)
-        inputs = [leaf(size, n, dim) for size, n in zip(sizes, heads, strict=True)]
-        vk.shared_prefix_attention(*inputs, layout).sum().backward()
     for ffn_size in FFN_SIZES:
         for ranks in (1, 2, 4, 8):
             width = 2 * ffn_size // ranks
@@ -117,6 +130,33 @@ def run_every_op(num_tokens: int, dtype: torch.dtype) -> None:
             unit_order=order,
             dtype=dtype,
         )
+
+
+def run_attention(num_tokens: int) -> None:
+    """Run attention forward and backward, in bfloat16 with the heads of published models, and in float32."""
+    text, vision = (28, 4, 128), (16, 16, 80)  # query heads, key-value heads, head size
+    half, single = torch.bfloat16, torch.float32
+    # Small tiles for a short group, large tiles for a long one, a group in which some tokens have no query, and the
+    # windows of a vision tower.
+    for (num_heads, num_kv_heads, head_dim), dtype, layout in (
+        (text, half, vk.SegmentLayout((num_tokens - 40, 30, 10), (-1, 0, 0))),
+        (text, half, vk.SegmentLayout((100 * num_tokens, 200, 100), (-1, 0, 0))),
+        (text, half, vk.SegmentLayout((200 * num_tokens, 200), (-1, 0), queries=((9, 100 * num_tokens),))),
+        (vision, half, vk.SegmentLayout.packed((64, num_tokens % 64), causal=False)),
+        (vision, half, vk.SegmentLayout.packed((100 * num_tokens, num_tokens), causal=False)),
+        ((4, 2, 32), single, vk.SegmentLayout((num_tokens - 40, 30, 10), (-1, 0, 0))),
+        ((4, 2, 64), single, vk.SegmentLayout((num_tokens - 40, 30, 10), (-1, 0, 0))),
+        ((4, 4, 64), single, vk.SegmentLayout.packed((64, num_tokens % 64), causal=False)),
+    ):
+        query, key, value = (
+            torch.randn(length, heads, head_dim, dtype=dtype).requires_grad_()
+            for length, heads in (
+                (layout.num_queries, num_heads),
+                (layout.num_tokens, num_kv_heads),
+                (layout.num_tokens, num_kv_heads),
+            )
+        )
+        vk.shared_prefix_attention(query, key, value, layout).sum().backward()
 
 
 @dataclass(frozen=True)
@@ -157,9 +197,11 @@ def main() -> None:
     JITFunction.run = compile_instead_of_launching
     backend._interpreting = True  # CPU tensors reach the launch functions
     run_every_op(64, torch.bfloat16)
+    run_attention(64)
     # Whatever is compiled after this point was compiled only because lengths, alignment or temperature differ.
     num_compiled = {name: len(kernels) for name, kernels in compiled.items()}
     run_every_op(93, torch.bfloat16)
+    run_attention(93)
     codes = {
         name: [MachineCode.of(kernel.asm["cubin"]) for kernel in kernels.values()] for name, kernels in compiled.items()
     }
@@ -168,6 +210,7 @@ def main() -> None:
             "compiled": num_compiled[name],
             "recompiled": len(kernels) - num_compiled[name],
             "shared_bytes": max(kernel.metadata.shared for kernel in kernels.values()),
+            "scratch_bytes": max(kernel.metadata.global_scratch_size for kernel in kernels.values()),
             "registers": max(code.registers for code in codes[name]),
             "instructions": max(code.instructions for code in codes[name]),
             "spills": sum(code.spills for code in codes[name]),

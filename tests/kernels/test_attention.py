@@ -17,20 +17,20 @@ from vcr1_kernels.ops.attention import _dense_blocks
 from tests.kernels.accuracy import assert_accurate, gradients, to_float64
 
 LAYOUTS = {
-    "group": SegmentLayout((70, 33, 5, 18), (-1, 0, 0, 0)),
-    "two-groups-and-an-empty-response": SegmentLayout((9, 4, 0, 66, 3), (-1, 0, 0, -1, 3)),
+    "group": SegmentLayout((40, 33, 5, 18), (-1, 0, 0, 0)),
+    "two-groups-and-an-empty-response": SegmentLayout((9, 4, 0, 36, 3), (-1, 0, 0, -1, 3)),
     "empty-prefix": SegmentLayout((0, 4, 6), (-1, 0, 0)),
     "prefix-after-and-between-its-segments": SegmentLayout((5, 7, 6, 3), (1, -1, 1, -1)),
-    "packed": SegmentLayout.packed((3, 3, 70, 1, 0)),
+    "packed": SegmentLayout.packed((3, 3, 40, 1, 0)),
     "windows": SegmentLayout.packed((16, 16, 8, 16, 5), causal=False),
     "prefix-not-causal": SegmentLayout((20, 9, 9), (-1, 0, 0), causal=False),
     "responses-as-long-as-the-prompt": SegmentLayout((8, 8, 8), (-1, 0, 0)),
     "equal-windows": SegmentLayout.packed((16, 16, 16), causal=False),
     "one-token": SegmentLayout.packed((1,)),
     # The ranks of a context-parallel group: two parts of the prefix and some of the responses.
-    "context-rank": SegmentLayout((70, 33, 5), (-1, 0, 0), queries=((0, 18), (53, 70), (70, 108))),
-    "context-rank-without-response": SegmentLayout((70,), (-1,), queries=((18, 36), (36, 53))),
-    "context-rank-with-last-prompt-token": SegmentLayout((70, 66), (-1, 0), queries=((18, 35), (69, 70), (70, 136))),
+    "context-rank": SegmentLayout((40, 33, 5), (-1, 0, 0), queries=((0, 11), (29, 40), (40, 78))),
+    "context-rank-without-response": SegmentLayout((40,), (-1,), queries=((11, 22), (22, 29))),
+    "context-rank-with-last-prompt-token": SegmentLayout((40, 36), (-1, 0), queries=((11, 20), (39, 40), (40, 76))),
     "context-rank-two-groups": SegmentLayout(
         (40, 9, 30, 9, 3), (-1, 0, -1, 2, -1), queries=((10, 20), (20, 30), (57, 64), (64, 71), (40, 49), (79, 91))
     ),

@@ -32,6 +32,12 @@ class _Tiles(NamedTuple):
     num_stages: int
 
 
+# Float32 does not use the tensor cores. For each value of a product, Triton keeps a row of the left and a column of the
+# right matrix in registers: with head size 64, 128 of the 255 of a thread. In the backward pass a thread therefore
+# computes one value of the scores. Head sizes above 64 spill even so (kernels/README.md).
+_FLOAT32_TILES = _Tiles(16, 16, num_warps=8, num_stages=1)
+
+
 @on_its_gpu
 def launch_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float
@@ -141,13 +147,14 @@ def launch_backward(
 
 
 def _query_tiles(query: Tensor, layout: SegmentLayout) -> tuple[_Tiles, _Tiles]:
-    """Return the tiles of the forward kernel and of the query-gradient kernel, which have the same blocks of queries.
+    """Return the tiles of the forward kernel and of the query-gradient kernel.
 
     Chosen so that Hopper's registers hold them without spilling (tests/kernels/test_hopper.py). The query-gradient
     kernel has two more tiles in registers, the gradients of P and of the output.
     """
-    if query.dtype == torch.float32:  # does not use the tensor cores and needs more registers
-        return (_Tiles(64, 64, num_warps=8, num_stages=1),) * 2
+    if query.dtype == torch.float32:
+        forward = _FLOAT32_TILES._replace(resident=32, streamed=32) if query.shape[2] <= 64 else _FLOAT32_TILES
+        return forward, _FLOAT32_TILES
     if query.shape[2] > 128 or not _fits_large_tiles(query.device):
         return (_Tiles(64, 32, num_warps=8, num_stages=2),) * 2
     large = _Tiles(128, 128, num_warps=8, num_stages=2), _Tiles(128, 64, num_warps=8, num_stages=3)
@@ -161,7 +168,7 @@ def _query_tiles(query: Tensor, layout: SegmentLayout) -> tuple[_Tiles, _Tiles]:
 def _key_tiles(query: Tensor, layout: SegmentLayout) -> _Tiles:
     """Return the tiles of the key-gradient kernel."""
     if query.dtype == torch.float32:
-        return _Tiles(64, 32, num_warps=8, num_stages=1)
+        return _FLOAT32_TILES
     if query.shape[2] > 128 or not _fits_large_tiles(query.device):
         return _Tiles(64, 32, num_warps=8, num_stages=2)
     if max(layout.lengths) <= 64:
