@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_vcr1.checkpoint.model_dir import read_headers
 from megatron_vcr1.checkpoint.safetensors_io import SafetensorsHeader, SafetensorsReader, StoredTensor
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.hf_layout import EMBEDDING_KEY, TensorLayout, hf_shapes, published_name
+from megatron_vcr1.model.hf_layout import EMBEDDING_KEY, TensorLayout, published_name
 
 _HEAD = "lm_head.weight"
 
@@ -45,7 +45,7 @@ def locate_tensors(
         UserError: a tensor is missing, unknown, duplicated or has the wrong shape, or tensors that form one Megatron
             tensor have different dtypes.
     """
-    shapes = hf_shapes(layouts)
+    shapes = {name: layout.shapes_in_files(name) for layout in layouts.values() for name in layout.hf_shapes}
     locations: dict[str, tuple[TensorLocation, ...]] = {name: () for name in shapes}
     unexpected = []
     files: dict[str, str] = {}
@@ -59,9 +59,10 @@ def locate_tensors(
                 name = layouts[EMBEDDING_KEY].blocks[0].hf_name
             if name not in shapes:
                 unexpected.append(f"{tensor.name} ({file})")
-            elif tensor.shape != shapes[name]:
+            elif tensor.shape not in shapes[name]:
+                implied = " or ".join(map(str, shapes[name]))
                 raise UserError(
-                    f"{where}: {tensor.name} in {file} has shape {tensor.shape}, but config.json implies {shapes[name]}"
+                    f"{where}: {tensor.name} in {file} has shape {tensor.shape}, but config.json implies {implied}"
                 )
             else:
                 locations[name] += (TensorLocation(file, tensor),)
@@ -134,10 +135,11 @@ class HfWeights:
             rows.zero_()
         for block in layout.blocks_in(start, start + rows.shape[0]):
             target = rows[block.row : block.row + block.num_rows, : layout.num_hf_columns]
-            if target.is_contiguous():
+            if target.is_contiguous() and not layout.is_transposed:
                 self._fill(block.hf_name, block.hf_row, target)
             else:
-                target.copy_(self.read_hf_rows(block.hf_name, block.hf_row, block.num_rows))
+                source = self.read_hf_rows(block.hf_name, block.hf_row, block.num_rows)
+                target.copy_(layout.from_hf_rows(source, self.locations[block.hf_name][0].tensor.shape))
 
     def read_hf_rows(self, name: str, row: int, num_rows: int) -> Tensor:
         """Return rows of a Hugging Face tensor by its published name: [num_rows, num_columns], in the stored dtype."""

@@ -55,9 +55,13 @@ class StoredModel:
         column = chunk.offsets[1] if len(chunk.offsets) > 1 else 0
         if column >= layout.num_hf_columns:
             return
+        if layout.is_transposed and chunk.shape[1:] != layout.shape[1:]:
+            raise UserError(f"{self.megatron_dir}: {chunk.key} has chunks that divide an expert; it cannot be exported")
         rows = read_chunk(self.megatron_dir, chunk).reshape(chunk.shape[0], -1)[:, : layout.num_hf_columns - column]
         for block in layout.blocks_in(start, start + chunk.shape[0]):
-            yield StoredRows(block.hf_name, block.hf_row, column, rows[block.row : block.row + block.num_rows])
+            hf_shape = self.locations[block.hf_name][0].tensor.shape
+            values = layout.to_hf_rows(rows[block.row : block.row + block.num_rows], hf_shape)
+            yield StoredRows(block.hf_name, block.hf_row, column, values)
 
 
 def open_model(model_dir: Path) -> StoredModel:

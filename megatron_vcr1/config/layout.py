@@ -24,6 +24,7 @@ class ModelShape:
     # Vision tower:
     vision_num_heads: int
     vision_ffn_hidden_size: int
+    num_experts: int = 0  # of each layer of the language model that has experts
 
 
 def check_layout(shape: ModelShape, parallel: ParallelSection, recompute: RecomputeSection, world_size: int) -> None:
@@ -102,6 +103,7 @@ def _indivisible_sizes(shape: ModelShape, parallel: ParallelSection) -> Iterator
         "attention heads": shape.num_heads,
         "FFN features": shape.ffn_hidden_size,
         "vocabulary entries": shape.vocab_size,
+        "experts": shape.num_experts,
     }
     if parallel.vision == "tensor":
         sizes["vision heads"] = shape.vision_num_heads

@@ -47,6 +47,16 @@ class Yarn:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The experts of a mixture-of-experts model: small MLPs, of which a router chooses a few for each token."""
+
+    num_experts: int
+    num_per_token: int  # experts that a token is sent to
+    ffn_hidden_size: int  # of one expert
+    layers: frozenset[int]  # 0-based; the other layers have an ordinary MLP
+
+
+@dataclass(frozen=True, slots=True)
 class TextConfig:
     """The language model: a decoder with RMSNorm, SwiGLU, grouped-query attention and mRoPE."""
 
@@ -67,6 +77,11 @@ class TextConfig:
     # Positions are below this in the model's training, or in the range that YaRN extends it to. None: not known.
     max_positions: int | None = None
     yarn: Yarn | None = None
+    experts: ExpertsConfig | None = None  # None: every layer has an ordinary MLP
+
+    def layer_experts(self, layer: int) -> ExpertsConfig | None:
+        """Return the experts of a layer (0-based); None if it has an ordinary MLP."""
+        return self.experts if self.experts is not None and layer in self.experts.layers else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +162,7 @@ class ModelConfig:
             vocab_size=self.text.vocab_size,
             vision_num_heads=self.vision.num_heads,
             vision_ffn_hidden_size=self.vision.padded_ffn_hidden_size,
+            num_experts=0 if self.text.experts is None else self.text.experts.num_experts,
         )
 
     @property

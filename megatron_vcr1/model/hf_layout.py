@@ -2,21 +2,22 @@
 
 A Megatron tensor is a stack of row blocks of Hugging Face tensors. The query-key-value projection interleaves its
 rows by key-value group, the gated MLP stacks the gate on top of the up projection, and every other tensor is
-one block. Rows are the first dimension; the remaining dimensions are flattened into columns and never split. Every
-Hugging Face tensor belongs to exactly one Megatron tensor. Rows that no block covers, and columns beyond those of the
+one block. Rows are the first dimension; the remaining dimensions are flattened into columns and never split. A row of
+an expert weight is the matrix of one expert, which the two formats store transposed to each other. Every Hugging Face
+tensor belongs to exactly one Megatron tensor. Rows that no block covers, and columns beyond those of the
 Hugging Face tensors, are zero: they pad the vision tower's MLPs (`config.mlp_padding`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_vcr1.model.config import ModelConfig, TextConfig, VisionConfig
+from megatron_vcr1.model.config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
 
 EMBEDDING_KEY = "language_model.embedding.word_embeddings.weight"
 
@@ -39,6 +40,27 @@ class TensorLayout:
     shape: tuple[int, ...]
     blocks: tuple[RowBlock, ...]
     hf_shapes: Mapping[str, tuple[int, ...]]  # shapes of the Hugging Face tensors, by published name
+    # Whether each row is a matrix that the published tensor has transposed. transformers 5 writes it as it is here.
+    is_transposed: bool = False
+
+    def shapes_in_files(self, hf_name: str) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes that a Hugging Face tensor may have in a file; the published one is the first."""
+        return (self.hf_shapes[hf_name], *((self.shape,) if self.is_transposed else ()))
+
+    def from_hf_rows(self, rows: Tensor, hf_shape: Sequence[int]) -> Tensor:
+        """Convert whole rows of a Hugging Face tensor, [num_rows, num_hf_columns], to rows of the Megatron tensor.
+
+        Args:
+            hf_shape: shape of the Hugging Face tensor, one of `shapes_in_files`.
+        """
+        return _transpose_rows(rows, self.shape[2]) if self._is_swapped(hf_shape) else rows
+
+    def to_hf_rows(self, rows: Tensor, hf_shape: Sequence[int]) -> Tensor:
+        """Convert whole rows of the Megatron tensor without padding to rows of a Hugging Face tensor of a shape."""
+        return _transpose_rows(rows, self.shape[1]) if self._is_swapped(hf_shape) else rows
+
+    def _is_swapped(self, hf_shape: Sequence[int]) -> bool:
+        return self.is_transposed and tuple(hf_shape) != self.shape
 
     @property
     def num_columns(self) -> int:
@@ -62,6 +84,15 @@ class TensorLayout:
             last = min(stop, block.row + block.num_rows)
             if first < last:
                 yield RowBlock(block.hf_name, block.hf_row + first - block.row, first - start, last - first)
+
+
+def _transpose_rows(rows: Tensor, num_matrix_rows: int) -> Tensor:
+    """Transpose the matrix in each row; [num_rows, columns] to the same shape.
+
+    Args:
+        num_matrix_rows: rows of each matrix.
+    """
+    return rows.reshape(len(rows), num_matrix_rows, -1).transpose(1, 2).flatten(1)
 
 
 def model_layout(config: ModelConfig) -> dict[str, TensorLayout]:
@@ -117,7 +148,8 @@ def to_megatron(layout: TensorLayout, hf_tensors: Mapping[str, Tensor]) -> Tenso
     for block in layout.blocks:
         source = hf_tensors[block.hf_name].reshape(-1, layout.num_hf_columns)
         target = rows[block.row : block.row + block.num_rows, : layout.num_hf_columns]
-        target.copy_(source[block.hf_row : block.hf_row + block.num_rows])
+        source = source[block.hf_row : block.hf_row + block.num_rows]
+        target.copy_(layout.from_hf_rows(source, hf_tensors[block.hf_name].shape))
     return rows.reshape(layout.shape)
 
 
@@ -130,7 +162,7 @@ def to_hf(layout: TensorLayout, tensor: Tensor) -> dict[str, Tensor]:
     hf_tensors = {}
     for name, shape in layout.hf_shapes.items():
         blocks = sorted((block for block in layout.blocks if block.hf_name == name), key=lambda block: block.hf_row)
-        parts = [rows[block.row : block.row + block.num_rows] for block in blocks]
+        parts = [layout.to_hf_rows(rows[block.row : block.row + block.num_rows], shape) for block in blocks]
         hf_tensors[name] = torch.cat(parts).reshape(shape)
     return hf_tensors
 
@@ -145,14 +177,20 @@ def language_model_layouts(config: TextConfig, hf_name: str) -> Iterator[TensorL
     hidden = config.hidden_size
     yield whole(EMBEDDING_KEY, f"{hf_name}.embed_tokens.weight", config.vocab_size, hidden)
     for index in range(config.num_layers):
-        yield from _language_layer(config, f"language_model.decoder.layers.{index}", f"{hf_name}.layers.{index}")
+        key, hf_layer = f"language_model.decoder.layers.{index}", f"{hf_name}.layers.{index}"
+        yield from _language_attention(config, key, hf_layer)
+        experts = config.layer_experts(index)
+        if experts is None:
+            yield from _language_mlp(config, key, hf_layer)
+        else:
+            yield from _experts(experts, config.hidden_size, key, hf_layer)
     yield whole("language_model.decoder.final_layernorm.weight", f"{hf_name}.norm.weight", hidden)
     if not config.tied_embeddings:
         yield whole("language_model.output_layer.weight", "lm_head.weight", config.vocab_size, hidden)
 
 
-def _language_layer(config: TextConfig, key: str, hf_name: str) -> Iterator[TensorLayout]:
-    hidden, ffn_hidden = config.hidden_size, config.ffn_hidden_size
+def _language_attention(config: TextConfig, key: str, hf_name: str) -> Iterator[TensorLayout]:
+    hidden = config.hidden_size
     query_rows = config.num_heads // config.num_kv_heads * config.head_dim  # query rows of one key-value group
     attention, hf_attention = f"{key}.self_attention", f"{hf_name}.self_attn"
     yield whole(f"{attention}.linear_qkv.layer_norm_weight", f"{hf_name}.input_layernorm.weight", hidden)
@@ -166,9 +204,31 @@ def _language_layer(config: TextConfig, key: str, hf_name: str) -> Iterator[Tens
     yield whole(
         f"{attention}.linear_proj.weight", f"{hf_attention}.o_proj.weight", hidden, config.num_heads * config.head_dim
     )
+
+
+def _language_mlp(config: TextConfig, key: str, hf_name: str) -> Iterator[TensorLayout]:
+    hidden, ffn_hidden = config.hidden_size, config.ffn_hidden_size
     yield whole(f"{key}.mlp.linear_fc1.layer_norm_weight", f"{hf_name}.post_attention_layernorm.weight", hidden)
     yield gate_on_up(f"{key}.mlp.linear_fc1", f"{hf_name}.mlp", "weight", ffn_hidden, (hidden,))
     yield whole(f"{key}.mlp.linear_fc2.weight", f"{hf_name}.mlp.down_proj.weight", hidden, ffn_hidden)
+
+
+def _experts(experts: ExpertsConfig, hidden: int, key: str, hf_name: str) -> Iterator[TensorLayout]:
+    yield whole(f"{key}.pre_mlp_layernorm.weight", f"{hf_name}.post_attention_layernorm.weight", hidden)
+    yield whole(f"{key}.mlp.router.weight", f"{hf_name}.mlp.gate.weight", experts.num_experts, hidden)
+    # Gate rows on top of up rows, as in `gate_on_up`; they are columns in the published files.
+    for part, name, rows, columns in (
+        ("linear_fc1", "gate_up_proj", 2 * experts.ffn_hidden_size, hidden),
+        ("linear_fc2", "down_proj", hidden, experts.ffn_hidden_size),
+    ):
+        published = f"{hf_name}.mlp.experts.{name}"
+        yield TensorLayout(
+            f"{key}.mlp.experts.{part}.weight",
+            (experts.num_experts, rows, columns),
+            (RowBlock(published, 0, 0, experts.num_experts),),
+            {published: (experts.num_experts, columns, rows)},
+            is_transposed=True,
+        )
 
 
 def patch_embed_layout(vision: VisionConfig, hf_name: str) -> TensorLayout:

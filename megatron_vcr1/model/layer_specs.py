@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -287,6 +288,7 @@ def block_spec(
     windowed_layers: frozenset[int] = frozenset(),
     adds_features: bool = False,
     selects_tokens: bool = False,
+    mlps: Mapping[int, ModuleSpec] = MappingProxyType({}),
 ) -> TransformerBlockSubmodules:
     """Describe the layers of one tower on this pipeline stage.
 
@@ -299,14 +301,19 @@ def block_spec(
         windowed_layers: 1-based numbers of the layers with windowed attention.
         adds_features: whether the layers are `FeatureAddingLayer`s, except for one that selects tokens.
         selects_tokens: whether the last of these layers is a `TokenSelectingLayer`.
+        mlps: other MLPs than `PackedMLP`, by 0-based index of the layer on this stage.
     """
-    layer_spec = partial(_layer_spec, backend, causal=causal, qk_norm=qk_norm)
-    # One spec object serves all layers: megatron-core passes the layer number when it builds each of them.
+    # megatron-core passes the layer number when it builds a layer.
     attention = partial(PackedAttention, windowed_layers=windowed_layers)
     layer = FeatureAddingLayer if adds_features else TransformerLayer
-    layers = [layer_spec(attention=attention, layer=layer)] * num_layers
-    if selects_tokens:
-        layers[-1] = layer_spec(attention=partial(PackedAttention, selects_tokens=True), layer=TokenSelectingLayer)
+    layers = []
+    for index in range(num_layers):
+        layer_spec = partial(_layer_spec, backend, causal=causal, qk_norm=qk_norm, mlp=mlps.get(index))
+        if selects_tokens and index == num_layers - 1:
+            last = partial(PackedAttention, selects_tokens=True)
+            layers.append(layer_spec(attention=last, layer=TokenSelectingLayer))
+        else:
+            layers.append(layer_spec(attention=attention, layer=layer))
     return TransformerBlockSubmodules(
         layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True) if final_norm else None
     )
@@ -318,7 +325,8 @@ def _layer_spec(
     causal: bool,
     qk_norm: bool,
     attention: partial[PackedAttention],
-    layer: type[TransformerLayer] = TransformerLayer,
+    layer: type[TransformerLayer],
+    mlp: ModuleSpec | None,
 ) -> ModuleSpec:
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if qk_norm else IdentityOp
     norm_linear = backend.column_parallel_layer_norm_linear()
@@ -333,7 +341,9 @@ def _layer_spec(
             k_layernorm=head_norm,
         ),
     )
-    mlp = ModuleSpec(
+    # The first layer of a PackedMLP includes the norm before it.
+    norm = IdentityOp if mlp is None else backend.layer_norm(rms_norm=True)
+    packed_mlp = ModuleSpec(
         module=PackedMLP,
         submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=backend.row_parallel_linear()),
     )
@@ -342,7 +352,8 @@ def _layer_spec(
         submodules=TransformerLayerSubmodules(
             self_attention=self_attention,
             self_attn_bda=get_bias_dropout_add,
-            mlp=mlp,
+            pre_mlp_layernorm=norm,
+            mlp=mlp or packed_mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

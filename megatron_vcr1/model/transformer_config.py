@@ -74,6 +74,8 @@ def check_fp8(
         UserError: FP8 is not supported; the message says what is missing.
     """
     needed = FP8_RECIPES[recipe]
+    if text.experts is not None:
+        raise UserError(f"model.fp8 = '{recipe}' is not supported for a model with experts; unset it")
     if not needed.runs_on(capability):
         end = f", and lower than {_dotted(needed.end_capability)}" if needed.end_capability else ""
         others = " or ".join(repr(name) for name, other in FP8_RECIPES.items() if other.runs_on(capability))

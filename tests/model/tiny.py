@@ -17,25 +17,27 @@ from megatron_vcr1.model.mrope import prompt_positions
 VOCAB_SIZE = 204
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 190, 191, 192, 193
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 _CONFIGS = {
     "qwen2_5_vl": transformers.Qwen2_5_VLConfig,
     "qwen2_vl": transformers.Qwen2VLConfig,
     "qwen3_vl": transformers.Qwen3VLConfig,
+    "qwen3_vl_moe": transformers.Qwen3VLMoeConfig,
 }
 _MODELS = {
     "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
     "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
     "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration,
 }
 
 
 def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transformers.PretrainedConfig:
     """Return a configuration: 12 heads and 2 key-value heads of 8 features, windows of 2 x 2 merge units.
 
-    Qwen2-VL and Qwen3-VL have tied embeddings.
+    Qwen2-VL and the dense Qwen3-VL have tied embeddings.
 
     Args:
         vision_ffn: inner features of the MLPs in Qwen2.5-VL's vision tower.
@@ -55,7 +57,9 @@ def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transfo
         bos_token_id=0,
         eos_token_id=1,
     )
-    if family == "qwen3_vl":  # heads of 10 features, which are not hidden_size / num_attention_heads
+    if family == "qwen3_vl_moe":  # two of four experts for each token; one layer has an ordinary MLP
+        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, mlp_only_layers=[1])
+    if family.startswith("qwen3_vl"):  # heads of 10 features, which are not hidden_size / num_attention_heads
         text["rope_parameters"] |= {"mrope_section": [2, 2, 1], "mrope_interleaved": True}
         text |= dict(head_dim=10, pad_token_id=None)
     vision: dict[str, Any] = dict(depth=3, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
@@ -70,7 +74,7 @@ def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transfo
     return _CONFIGS[family](
         text_config=text,
         vision_config=vision,
-        tie_word_embeddings=family != "qwen2_5_vl",
+        tie_word_embeddings=family in ("qwen2_vl", "qwen3_vl"),
         **{**tokens, **overrides},
     )
 
@@ -86,7 +90,7 @@ def create(family: str, folder: Path, seed: int = 0, **overrides: int) -> torch.
             parameter.copy_(noise + 1 if is_scale else noise)
     model = model.float().eval()
     model.save_pretrained(folder)
-    if family == "qwen3_vl":  # the statistics that `_pixel_values` uses are not this family's defaults
+    if family.startswith("qwen3_vl"):  # the statistics that `_pixel_values` uses are not this family's defaults
         settings = {"patch_size": 14, "image_mean": MEAN, "image_std": STD}
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return model

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_vcr1.model.attention import RotaryTables
 from megatron_vcr1.model.cpu.skinny_linear import skinny_linear
 from megatron_vcr1.model.kv_cache import KVCache
-from megatron_vcr1.model.layer_specs import LayerNormColumnParallelLinear, RMSNorm
+from megatron_vcr1.model.layer_specs import LayerNormColumnParallelLinear, PackedMLP, RMSNorm
 
 
 def supports(decoder: TransformerBlock) -> bool:
@@ -52,7 +52,11 @@ def _run_layers(decoder: TransformerBlock, hidden: Tensor, rope: RotaryTables, c
     signed_sin = torch.cat((-first_half, second_half), -1)
     for layer in decoder.layers:
         hidden = hidden + _attention(layer.self_attention, hidden, cos, signed_sin, cache)
-        hidden = hidden + _mlp(layer.mlp, hidden)
+        if isinstance(layer.mlp, PackedMLP):
+            hidden = hidden + _mlp(layer.mlp, hidden)
+        else:  # experts, which have few modules
+            output, _ = layer.mlp(layer.pre_mlp_layernorm(hidden[:, None]))
+            hidden = hidden + output[:, 0]
     return hidden if decoder.final_layernorm is None else decoder.final_layernorm(hidden)
 
 

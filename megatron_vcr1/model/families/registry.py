@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.model.families.base import Family
 from megatron_vcr1.model.families.qwen2_5_vl import Qwen25VL
 from megatron_vcr1.model.families.qwen2_vl import Qwen2VL
+from megatron_vcr1.model.families.qwen3_vl.experts import Qwen3VLMoe
 from megatron_vcr1.model.families.qwen3_vl.family import Qwen3VL
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Qwen2VL(), Qwen25VL(), Qwen3VL())}
-
-# Known models of other types, and what to do about them.
-_UNSUPPORTED = {
-    "qwen3_vl_moe": "a Qwen3-VL with a mixture of experts (30B-A3B, 235B-A22B), which is not supported; take a dense "
-    "size (2B, 4B, 8B or 32B)",
-}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe())}
 
 
 def read_family(raw: Fields) -> Family:
@@ -27,6 +21,4 @@ def read_family(raw: Fields) -> Family:
     name = raw.values.get("model_type")
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
-    if isinstance(name, str) and name in _UNSUPPORTED:
-        raise UserError(f"{raw.where}: model_type is {name!r}: {_UNSUPPORTED[name]}")
     raise raw.error("model_type", f"must be {' or '.join(FAMILIES)}, the supported types")

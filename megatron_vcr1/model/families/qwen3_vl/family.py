@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense: Qwen3 with interleaved mRoPE, DeepStack, and time stamps of video frames as text."""
+"""Qwen3-VL: Qwen3 with interleaved mRoPE, DeepStack, and time stamps of video frames as text."""
 
 from __future__ import annotations
 
