@@ -123,7 +123,8 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
         vision_attention=4 * work.vision_pairs * vision.hidden_size,
         merger=2 * merged_units * merger_weights(vision),
         text_layers=2 * work.tokens * text.num_layers * _text_qkv_weights(text)
-        + 2 * _tokens_after_attention(config, work) * (text_layer_weights(text) - _text_qkv_weights(text)),
+        + 2 * sum(_tokens_after_attention(config, work)) * text.hidden_size * text.num_heads * text.head_dim
+        + _text_mlp_flops(config, work),
         text_attention=4 * work.text_pairs * text.num_layers * text.num_heads * text.head_dim,
         head=2 * work.targets * text.hidden_size * text.vocab_size,
     )
@@ -179,7 +180,7 @@ def recomputed_flops(
             vision_layers=forward.vision_layers
             * vision_mlp_weights(config.vision)
             / vision_layer_weights(config.vision),
-            text_layers=2 * _tokens_after_attention(config, work) * text_mlp_weights(config.text),
+            text_layers=_text_mlp_flops(config, work),
         )
     return recomputed
 
@@ -189,26 +190,33 @@ def bf16_peak(device_name: str) -> float | None:
     return next((peak for name, peak in BF16_PEAKS.items() if all(word in device_name for word in name.split())), None)
 
 
-def text_layer_weights(text: TextConfig) -> int:
-    """Return the number of weights in the matrices of one language-model layer."""
-    return _text_qkv_weights(text) + text.hidden_size * text.num_heads * text.head_dim + text_mlp_weights(text)
-
-
 def _text_qkv_weights(text: TextConfig) -> int:
     return text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
 
 
-def _tokens_after_attention(config: ModelConfig, work: Workload) -> int:
-    """Return the number of tokens that output projections and MLPs compute, summed over all layers.
+def _tokens_after_attention(config: ModelConfig, work: Workload) -> list[int]:
+    """Return the number of tokens that the output projection and the MLP of each layer compute.
 
     The last layer computes only the tokens that predict targets (`layer_specs.TokenSelectingLayer`).
     """
-    return work.tokens * (config.text.num_layers - 1) + work.targets
+    return [work.tokens] * (config.text.num_layers - 1) + [work.targets]
 
 
-def text_mlp_weights(text: TextConfig) -> int:
-    """Return the number of weights in the gate, up and down projections of one language-model layer."""
-    return 3 * text.hidden_size * text.ffn_hidden_size
+def _text_mlp_flops(config: ModelConfig, work: Workload) -> int:
+    """Count the operations of the MLPs of all language-model layers."""
+    tokens_of_layer = _tokens_after_attention(config, work)
+    return 2 * sum(tokens * _text_mlp_weights(config.text, layer) for layer, tokens in enumerate(tokens_of_layer))
+
+
+def _text_mlp_weights(text: TextConfig, layer: int) -> int:
+    """Return the number of weights by which one token is multiplied in the MLP of a language-model layer (0-based).
+
+    They are the gate, up and down projections; with experts, those of the token's experts, and the router.
+    """
+    experts = text.layer_experts(layer)
+    if experts is None:
+        return 3 * text.hidden_size * text.ffn_hidden_size
+    return text.hidden_size * (3 * experts.num_per_token * experts.ffn_hidden_size + experts.num_experts)
 
 
 def vision_layer_weights(vision: VisionConfig) -> int:

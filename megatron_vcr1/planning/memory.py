@@ -7,6 +7,7 @@ the hidden size, q and k the sizes of all query heads and all key heads of the r
     attention       rotated queries and keys, values, output: 2q + 2k
     q and k norms   the query-key-value projection, in models that have them: q + 2k
     gated MLP       gate and up projection: 2f; their product is recomputed
+    experts         for each of a token's experts on this rank: its input, 2f, and the activation: h + 3f
 
 GPUs are assumed to run TransformerEngine layers. h is replicated on all tensor-parallel ranks, or sharded with sequence
 parallelism. Without sequence parallelism, the last layer keeps only the tokens that predict a target after its
@@ -29,7 +30,7 @@ from dataclasses import dataclass, fields, replace
 
 from vcr1_kernels.ops.linear_log_probs import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
 
-from megatron_vcr1.model.config import TextConfig
+from megatron_vcr1.model.config import ExpertsConfig, TextConfig
 from megatron_vcr1.model.context_attention import num_chunks
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import Job, Layout
@@ -90,7 +91,8 @@ def text_layer_activations(job: Job, layout: Layout, device: Device) -> LayerAct
     """Count the values per token in a layer of the language model."""
     text, ranks = job.config.text, layout.tensor
     key, query = key_size(text, ranks), query_size(text, ranks)
-    layer = _layer_activations(text.hidden_size, query, key, text.ffn_hidden_size / ranks, layout, device)
+    mlp = _gated_mlp(text.ffn_hidden_size / ranks) if text.experts is None else _experts(text, text.experts, ranks)
+    layer = _layer_activations(text.hidden_size, query, key, mlp, layout, device)
     if not text.qk_norm or layout.recompute == "full":
         return layer
     # The norms of queries and keys save their inputs, views of the whole query-key-value projection.
@@ -105,22 +107,42 @@ def vision_layer_activations(job: Job, layout: Layout, device: Device) -> LayerA
     vision, layout = job.config.vision, layout.of_vision
     ranks = layout.tensor
     heads = vision.hidden_size / ranks
-    return _layer_activations(vision.hidden_size, heads, heads, vision.padded_ffn_hidden_size / ranks, layout, device)
+    mlp = _gated_mlp(vision.padded_ffn_hidden_size / ranks)
+    return _layer_activations(vision.hidden_size, heads, heads, mlp, layout, device)
+
+
+@dataclass(frozen=True, slots=True)
+class _MlpActivations:
+    """Values per token in an MLP."""
+
+    saved: float  # for the backward pass
+    working: float  # temporary values during the backward pass
+
+
+def _gated_mlp(ffn: float) -> _MlpActivations:
+    return _MlpActivations(2 * ffn, 4 * ffn)  # in backward: the gradients inside, and the recomputed product
+
+
+def _experts(text: TextConfig, experts: ExpertsConfig, ranks: int) -> _MlpActivations:
+    """Count the values of the experts of one of `ranks` tensor-parallel ranks, as if every layer had experts."""
+    per_token = experts.num_per_token
+    inputs, ffn = per_token * text.hidden_size / ranks, per_token * experts.ffn_hidden_size / ranks
+    # The rows of all of a token's experts, those of other ranks included, are summed in a buffer.
+    return _MlpActivations(inputs + 3 * ffn, inputs + 4 * ffn + per_token * text.hidden_size)
 
 
 def _layer_activations(
-    hidden_size: int, query: float, key: float, ffn: float, layout: Layout, device: Device
+    hidden_size: int, query: float, key: float, mlp: _MlpActivations, layout: Layout, device: Device
 ) -> LayerActivations:
     hidden = hidden_size / (layout.tensor if layout.sequence_parallel else 1)
     norm = hidden if device.is_cpu else 2 * hidden
-    mlp = 2 * ffn
-    whole = 2 * norm + 2 * query + 2 * key + mlp
-    backward = 2 * hidden + 4 * ffn  # gradients of the residual stream and inside the MLP, and the recomputed product
+    whole = 2 * norm + 2 * query + 2 * key + mlp.saved
+    backward = 2 * hidden + mlp.working  # gradients of the residual stream, and of the MLP
     if layout.recompute == "full":
         return LayerActivations(hidden, 0.0, layout.recompute_layers * whole + backward)
     if layout.recompute == "mlp":
-        return LayerActivations(whole - mlp, norm, mlp + backward)
-    return LayerActivations(whole, norm + mlp, backward)
+        return LayerActivations(whole - mlp.saved, norm, mlp.saved + backward)
+    return LayerActivations(whole, norm + mlp.saved, backward)
 
 
 def training_memory(job: Job, layout: Layout, device: Device) -> tuple[Memory, ...]:
@@ -253,6 +275,7 @@ def _text_activations(job: Job, layout: Layout, device: Device, stage: int) -> t
         targets = job.groups(layout.groups_per_microbatch).targets * layout.response_share(job)
         saved -= (tokens - targets) * layer.saved_after_attention
     working = tokens * layer.working * job.dtype_bytes + _gathered_bytes(job, layout)
+    working += _expert_gradient_bytes(job, layout)
     return saved * job.dtype_bytes, working
 
 
@@ -267,6 +290,15 @@ def _num_saved(job: Job, layout: Layout, num_layers: int) -> int:
 def _num_recomputed(layout: Layout, num_layers: int) -> int:
     """Return the number of recomputed blocks, each of which stores its input."""
     return -(-num_layers // layout.recompute_layers)
+
+
+def _expert_gradient_bytes(job: Job, layout: Layout) -> float:
+    """Return the bytes of a layer's largest expert weight: its gradient is a tensor of its own before it is summed."""
+    text = job.config.text
+    if text.experts is None or "language_model" in job.freeze:
+        return 0.0
+    weight = text.experts.num_experts * 2 * text.experts.ffn_hidden_size * text.hidden_size
+    return weight / layout.tensor * job.dtype_bytes
 
 
 def _gathered_bytes(job: Job, layout: Layout) -> float:

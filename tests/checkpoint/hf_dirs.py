@@ -12,7 +12,7 @@ import torch
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.hf_layout import hf_shapes, model_layout
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 _TEXT = {
     "hidden_size": 96,
     "intermediate_size": 128,
@@ -27,6 +27,7 @@ _TEXT_3 = {
     "rope_theta": 1e4,
     "rope_scaling": {"rope_type": "default", "mrope_section": [4, 3, 3], "mrope_interleaved": True},
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 _VISION = {
     "qwen2_5_vl": {"depth": 2, "hidden_size": 48, "intermediate_size": 80, "num_heads": 4, "out_hidden_size": 96},
     "qwen2_vl": {"depth": 2, "embed_dim": 48, "mlp_ratio": 2, "num_heads": 4, "hidden_size": 96},
@@ -45,8 +46,11 @@ _VISION = {
 
 def small_config(family: str = "qwen2_5_vl", *, tied: bool = False) -> dict[str, Any]:
     """Return a config.json in the published format, with two layers, six query heads and two key-value heads."""
-    config = {"model_type": family, "tie_word_embeddings": tied, "vision_config": _VISION[family]}
-    return config | ({"text_config": _TEXT | _TEXT_3} if family == "qwen3_vl" else _TEXT)
+    config = {"model_type": family, "tie_word_embeddings": tied}
+    if family.startswith("qwen3_vl"):
+        text = _TEXT | _TEXT_3 | (_EXPERTS if family == "qwen3_vl_moe" else {})
+        return config | {"text_config": text, "vision_config": _VISION["qwen3_vl"]}
+    return config | _TEXT | {"vision_config": _VISION[family]}
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

@@ -69,6 +69,7 @@ def test_possible_layouts_are_accepted(model, parallel):
         ("vocab_size", "vocabulary entries"),
         ("vision_num_heads", "vision heads"),
         ("vision_ffn_hidden_size", "vision FFN features"),
+        ("num_experts", "experts"),
     ],
 )
 def test_each_indivisible_size_is_named(field, name):

@@ -44,7 +44,8 @@ QWEN_7B_TOKENS = _Facts(152064, 151655, 151656)
 TOKENS = _Facts()
 """The token ids of `write_model_dir`; its tokenizer has 256 bytes and 6 special tokens."""
 
-PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+PROCESSORS |= {"qwen3_vl": "Qwen3VLProcessor", "qwen3_vl_moe": "Qwen3VLProcessor"}
 QWEN3_VL_SETTINGS: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
 QWEN3_VL_SETTINGS |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 """The settings of Qwen3-VL's processor that images and videos share."""

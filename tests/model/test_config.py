@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.model.config import ModelConfig, TextConfig
+from megatron_vcr1.model.config import ExpertsConfig, ModelConfig, TextConfig
 from tests.model import tiny
 
 YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 256, "mrope_section": [1, 1, 2]}
@@ -58,6 +58,16 @@ def _axes(rope: dict[str, Any]) -> tuple[int, ...]:
     )
 
 
+def _experts(text: Any) -> ExpertsConfig:
+    layers = [
+        index
+        for index in range(text.num_hidden_layers)
+        if index not in text.mlp_only_layers and (index + 1) % text.decoder_sparse_step == 0
+    ]
+    sizes = text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size
+    return ExpertsConfig(*sizes, frozenset(layers))
+
+
 def _assert_equals_transformers(model_dir: Path) -> None:
     ours, theirs = ModelConfig.from_pretrained(model_dir), transformers.AutoConfig.from_pretrained(model_dir)
     text, vision = theirs.get_text_config(), theirs.vision_config
@@ -77,10 +87,11 @@ def _assert_equals_transformers(model_dir: Path) -> None:
         norm_epsilon=text.rms_norm_eps,
         rope_theta=text.rope_parameters["rope_theta"],
         mrope_axes=_axes(text.rope_parameters),
-        qkv_bias=theirs.model_type != "qwen3_vl",
-        qk_norm=theirs.model_type == "qwen3_vl",
+        qkv_bias=not theirs.model_type.startswith("qwen3_vl"),
+        qk_norm=theirs.model_type.startswith("qwen3_vl"),
         tied_embeddings=theirs.tie_word_embeddings,
         max_positions=text.max_position_embeddings,
+        experts=_experts(text) if theirs.model_type == "qwen3_vl_moe" else None,
     )
     assert (ours.vision.num_layers, ours.vision.num_heads) == (vision.depth, vision.num_heads)
     assert (ours.vision.patch_size, ours.vision.temporal_patch_size) == (vision.patch_size, vision.temporal_patch_size)
@@ -90,7 +101,7 @@ def _assert_equals_transformers(model_dir: Path) -> None:
         assert (ours.vision.ffn_hidden_size, ours.vision.window_size) == (vision.intermediate_size, vision.window_size)
         assert ours.vision.full_attention_layers == tuple(vision.fullatt_block_indexes)
         assert ours.vision.tokens_per_second == vision.tokens_per_second
-    elif theirs.model_type == "qwen3_vl":
+    elif theirs.model_type.startswith("qwen3_vl"):
         assert (ours.vision.hidden_size, ours.vision.out_hidden_size) == (vision.hidden_size, vision.out_hidden_size)
         assert ours.vision.ffn_hidden_size == vision.intermediate_size
         assert ours.vision.deepstack_layers == tuple(vision.deepstack_visual_indexes)
@@ -126,7 +137,7 @@ def test_nested_layout_of_transformers_5(family: str) -> None:
     assert (config.family.model_type, config.text.num_layers, config.text.rope_theta) == (family, 4, 1e4)
     assert config.vision.gated is (family == "qwen2_5_vl")
     assert (config.vision.normalization == "RMSNorm") is (family == "qwen2_5_vl")
-    assert config.text.tied_embeddings is (family != "qwen2_5_vl")
+    assert config.text.tied_embeddings is (family in ("qwen2_vl", "qwen3_vl"))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -46,6 +46,11 @@ def _vision_3(depth: int, hidden: int, ffn: int, out: int, deepstack: list[int])
     return sizes | {"num_position_embeddings": 2304, "deepstack_visual_indexes": deepstack}
 
 
+def _experts(ffn: int) -> dict[str, Any]:
+    sizes = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": ffn}
+    return sizes | {"num_key_value_heads": 4, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
 # Sizes in the published config.json files, and the number of parameters that the model pages show.
 PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "Qwen2.5-VL-3B": (
@@ -108,6 +113,18 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         _vision_3(27, 1152, 4304, 5120, [8, 16, 24]),
         33_357_390_064,
     ),
+    "Qwen3-VL-30B-A3B": (
+        "qwen3_vl_moe",
+        _text_3(2048, 6144, 48, 32, tied=False) | _experts(768),
+        _vision_3(27, 1152, 4304, 2048, [8, 16, 24]),
+        31_070_754_032,
+    ),
+    "Qwen3-VL-235B-A22B": (
+        "qwen3_vl_moe",
+        _text_3(4096, 12288, 94, 64, tied=False) | _experts(1536),
+        _vision_3(27, 1152, 4304, 4096, [8, 16, 24]),
+        235_670_022_896,
+    ),
     "Qwen2-VL-72B": (
         "qwen2_vl",
         _text(8192, 29568, 80, 64, 8, 152064, tied=False),
@@ -119,6 +136,7 @@ TRANSFORMERS = {
     "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
     "qwen2_vl": (transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration),
     "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+    "qwen3_vl_moe": (transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration),
 }
 SMALL_TEXT = _text(96, 40, 1, 6, 2, 50, tied=False) | {"rope_scaling": {"mrope_section": [2, 3, 3]}}
 
@@ -131,12 +149,14 @@ def _small_layouts(family: str = "qwen2_5_vl") -> dict[str, TensorLayout]:
     size = {"hidden_size": 24, "intermediate_size": 20, "out_hidden_size": 96}
     if family == "qwen2_vl":
         size = {"embed_dim": 24, "mlp_ratio": 2, "hidden_size": 96}
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         size |= {"num_position_embeddings": 9, "deepstack_visual_indexes": [0]}
     text = SMALL_TEXT
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         rope = {"mrope_section": [2, 2, 1]}
         text = text | {"num_hidden_layers": 2, "head_dim": 10, "rope_theta": 1e4, "rope_scaling": rope}
+    if family == "qwen3_vl_moe":
+        text = text | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 10}
     return _layouts(family, text, {"depth": 1, "num_heads": 3, "spatial_merge_size": 2, **size})
 
 
@@ -153,7 +173,7 @@ def _numbered(layout: TensorLayout) -> dict[str, torch.Tensor]:
 def test_layouts_cover_exactly_the_tensors_of_transformers(size: str) -> None:
     family, text, vision, num_parameters = PUBLISHED[size]
     config_class, model_class = TRANSFORMERS[family]
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         config = config_class(text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
     else:
         config = config_class(**text, vision_config=vision)
@@ -164,12 +184,14 @@ def test_layouts_cover_exactly_the_tensors_of_transformers(size: str) -> None:
     expected = {published_name(name, shapes): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if text["tie_word_embeddings"]:
         del expected["lm_head.weight"]  # the same tensor as the embedding, and not in the published files
-    assert shapes == expected
+    assert shapes.keys() == expected.keys()
+    for layout in layouts.values():  # transformers 5 has experts in memory as Megatron has them
+        assert all(layout.shapes_in_files(name)[-1] == expected[name] for name in layout.hf_shapes)
     assert sum(math.prod(shape) for shape in expected.values()) == num_parameters
     padding = 0
     if size in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B"):
         padding = 32 * 164 * (3 * 1280 + 2)  # 3420 becomes 3584
-    elif size in ("Qwen3-VL-8B", "Qwen3-VL-32B"):
+    elif size.startswith("Qwen3-VL") and vision["depth"] == 27:
         padding = 27 * 304 * (2 * 1152 + 1)  # 4304 becomes 4608
     assert sum(math.prod(layout.shape) for layout in layouts.values()) == num_parameters + padding
 
@@ -231,6 +253,15 @@ def test_gated_mlp_stacks_gate_on_up() -> None:
     hf = _numbered(layout)
     gate, up = (hf[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
     assert torch.equal(to_megatron(layout, hf), torch.cat((gate, up)))
+
+
+def test_experts_are_transposed_unless_a_file_has_them_as_megatron_does() -> None:
+    layout = _small_layouts("qwen3_vl_moe")["language_model.decoder.layers.0.mlp.experts.linear_fc1.weight"]
+    hf = _numbered(layout)
+    (name,) = hf
+    assert (layout.shape, hf[name].shape) == ((3, 20, 96), (3, 96, 20))
+    assert torch.equal(to_megatron(layout, hf), hf[name].transpose(1, 2))
+    assert torch.equal(to_megatron(layout, {name: hf[name].transpose(1, 2)}), hf[name].transpose(1, 2))
 
 
 def test_patch_embedding_is_the_flattened_convolution() -> None:

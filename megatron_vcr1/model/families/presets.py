@@ -58,7 +58,9 @@ def _qwen2(vocab: int, **language: Any) -> dict[str, Any]:
     return _config("qwen2_vl", tower, vocab=vocab, **language)
 
 
-def _qwen3(hidden_size: int, ffn: int, *, layers: int, heads: int, tied: bool = False) -> dict[str, Any]:
+def _qwen3(
+    hidden_size: int, ffn: int, *, layers: int, heads: int, kv_heads: int = 8, tied: bool = False
+) -> dict[str, Any]:
     """Return a Qwen3-VL configuration; the models with tied embeddings have the smaller vision tower."""
     tower = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
     if tied:
@@ -72,7 +74,7 @@ def _qwen3(hidden_size: int, ffn: int, *, layers: int, heads: int, tied: bool = 
             "intermediate_size": ffn,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": 8,
+            "num_key_value_heads": kv_heads,
             "head_dim": 128,
             "vocab_size": 151936,
             "max_position_embeddings": 262144,
@@ -94,6 +96,25 @@ def _qwen3(hidden_size: int, ffn: int, *, layers: int, heads: int, tied: bool = 
     }
 
 
+def _qwen3_moe(hidden_size: int, ffn: int, *, expert_ffn: int, layers: int, heads: int) -> dict[str, Any]:
+    """Return a Qwen3-VL configuration with 128 experts, 8 of them for each token, in every layer."""
+    dense = _qwen3(hidden_size, ffn, layers=layers, heads=heads, kv_heads=4)
+    experts = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": expert_ffn,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
+    return dense | {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "model_type": "qwen3_vl_moe",
+        "text_config": dense["text_config"] | {"model_type": "qwen3_vl_moe_text"} | experts,
+        "vision_config": dense["vision_config"] | {"model_type": "qwen3_vl_moe"},
+    }
+
+
 def _test_model(vision_ffn: int, vision: dict[str, Any], **language: Any) -> dict[str, Any]:
     special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     token_ids = {"bos_token_id": 0, "eos_token_id": 1} | {name: 10 + index for index, name in enumerate(special)}
@@ -109,6 +130,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-vl-4b": _qwen3(2560, 9728, layers=36, heads=32, tied=True),
     "qwen3-vl-8b": _qwen3(4096, 12288, layers=36, heads=32),
     "qwen3-vl-32b": _qwen3(5120, 25600, layers=64, heads=64),
+    "qwen3-vl-30b-a3b": _qwen3_moe(2048, 6144, expert_ffn=768, layers=48, heads=32),
+    "qwen3-vl-235b-a22b": _qwen3_moe(4096, 12288, expert_ffn=1536, layers=94, heads=64),
     "qwen2.5-vl-3b": _qwen2_5(151936, hidden_size=2048, ffn=11008, layers=36, heads=16, kv_heads=2, tied=True),
     "qwen2.5-vl-7b": _qwen2_5(152064, **SEVEN_B),
     "qwen2.5-vl-32b": _qwen2_5(152064, 3456, hidden_size=5120, ffn=27648, layers=64, heads=40, kv_heads=8),
