@@ -69,7 +69,7 @@ def test_host_syncs_are_counted_by_line(read: Callable[[Tensor], object]) -> Non
     "family, stage, options",
     [
         (
-            "qwen3_vl",
+            "qwen3_vl_moe",
             "sft",
             ["--recompute.granularity", "full", "--recompute.offload", "true", "--optimizer.state", "host"],
         ),

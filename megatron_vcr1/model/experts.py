@@ -51,13 +51,13 @@ class Router(nn.Module):
         """Route tokens.
 
         Args:
-            hidden: [tokens, hidden_size].
+            hidden: [tokens, 1, hidden_size].
 
         Returns:
             weights: [tokens, experts per token], positive, with a sum of 1 for each token.
             indices: int64 [tokens, experts per token].
         """
-        logits = F.linear(hidden, self.weight)
+        logits = F.linear(hidden[:, 0], self.weight)
         values, indices = logits.softmax(-1, dtype=torch.float32).topk(self.num_per_token, dim=-1)
         return (values / values.sum(-1, keepdim=True)).to(logits.dtype), indices
 
@@ -112,8 +112,8 @@ class MixtureOfExperts(MegatronModule):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """Apply the experts; [tokens, 1, hidden_size] to the same shape, and None for a bias."""
+        weights, indices = self.router(hidden_states)
         tokens = hidden_states[:, 0]
-        weights, indices = self.router(tokens)
         if self.num_ranks == 1:
             return self._compute(tokens, weights, indices)[:, None], None
         # Each rank needs all tokens. Backward sums the gradients over the ranks, each of which has only its experts'.
@@ -248,4 +248,4 @@ def _sum_slots(rows: Tensor, slots: Tensor, num_tokens: int, num_per_token: int)
         [num_tokens, hidden_size].
     """
     by_slot = rows.new_zeros(num_tokens * num_per_token, rows.shape[1]).index_copy_(0, slots, rows)
-    return by_slot.view(num_tokens, num_per_token, -1).sum(1)
+    return by_slot.view(num_tokens, num_per_token, rows.shape[1]).sum(1)

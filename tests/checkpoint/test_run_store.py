@@ -80,6 +80,7 @@ def _resume(model_dir: Path, directory: Path, settings: Settings) -> tuple[Any, 
         ("qwen2_vl", "tp2-vision-data", {"model": {"dtype": "bfloat16"}, "optimizer": {"distributed": False}}),
         ("qwen2_vl", "pp2", {"checkpoint": {"asynchronous": False}}),
         ("qwen3_vl", "pp4", {}),
+        ("qwen3_vl_moe", "tp2-sp", {}),
     ],
 )
 def test_resume_is_bitwise_identical(
@@ -95,7 +96,11 @@ def test_resume_is_bitwise_identical(
 
 @pytest.mark.parametrize(
     "family, saved_at, loaded_at",
-    [("qwen2_vl", "tp2-pp2", ("dp4", "tp2-vision-data", "pp4")), ("qwen2_5_vl", "tp2-vision-data", ("tp2-sp", "pp2"))],
+    [
+        ("qwen2_vl", "tp2-pp2", ("dp4", "tp2-vision-data", "pp4")),
+        ("qwen2_5_vl", "tp2-vision-data", ("tp2-sp", "pp2")),
+        ("qwen3_vl_moe", "tp2-sp", ("dp4",)),
+    ],
 )
 def test_a_run_resumes_under_another_layout(
     model_dirs: dict[str, Path],

@@ -52,10 +52,10 @@ def _attention_backward(grad, query, key, value, out, lse, dropout, is_causal, *
     return 8 * _pairs(query, key, is_causal)
 
 
-def _grouped_matmul(left, right, *args, out_val, **kwargs) -> int:
+def _grouped_matmul(left, right, *args, out_shape, **kwargs) -> int:
     """Count a grouped matmul of rows [rows, k] by group, or of two matrices whose inner dimension is in groups."""
     is_weight_gradient = len(right) == 2
-    return 2 * math.prod(left) * right[-1] if is_weight_gradient else 2 * math.prod(left) * out_val.shape[-1]
+    return 2 * math.prod(left) * right[-1] if is_weight_gradient else 2 * math.prod(left) * out_shape[-1]
 
 
 COUNTED = {  # PyTorch's counter has no entries for the CPU's attention

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_vcr1.data.encoding import EncodedPrompt, VisionInput
@@ -90,10 +91,19 @@ def create(family: str, folder: Path, seed: int = 0, **overrides: int) -> torch.
             parameter.copy_(noise + 1 if is_scale else noise)
     model = model.float().eval()
     model.save_pretrained(folder)
+    if family == "qwen3_vl_moe":
+        _transpose_experts(folder / "model.safetensors")
     if family.startswith("qwen3_vl"):  # the statistics that `_pixel_values` uses are not this family's defaults
         settings = {"patch_size": 14, "image_mean": MEAN, "image_std": STD}
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return model
+
+
+def _transpose_experts(path: Path) -> None:
+    """Store the experts as in the published files; transformers 5 writes them transposed, and reads both."""
+    tensors = load_file(path)
+    tensors |= {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items() if ".experts." in name}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def vision_input(

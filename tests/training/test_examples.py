@@ -20,7 +20,7 @@ FOLDERS = (FOLDER, FOLDER / "paper")
 EXAMPLES = sorted(path for folder in FOLDERS for stage in ("grpo", "sft") for path in folder.glob(f"{stage}_*.toml"))
 # Files that differ from another one only in what a single step on one process does not show.
 SAME_STEP = ("qa_thinking", "joint_thinking", "grounding_thinking", "_3_epochs", "_4_nodes", "_and_grounded_qa")
-SAME_STEP += ("sft_multiple_choice_qa", "sft_quality", "_qwen3_vl")
+SAME_STEP += ("sft_multiple_choice_qa", "sft_quality", "_qwen3_vl", "_qwen3_vl_moe")
 
 
 @pytest.fixture(scope="module")

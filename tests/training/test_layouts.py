@@ -97,6 +97,15 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a model whose layers have experts, which tensor-parallel ranks divide."""
+    folder = workspace.create(tmp_path_factory.mktemp("experts"), family="qwen3_vl_moe", num_videos=12)
+    for stage in ("sft", "grpo"):
+        assert train(_config(folder, stage, "alone", {})) == 0
+    return folder
+
+
 def _train(config: RunConfig) -> int:
     mesh.initialize(config.parallel)
     with late_parameters():
@@ -130,6 +139,15 @@ def test_curves_with_tied_embeddings_and_deepstack_match_in_a_pipeline(
     config = _config(tied_folder, stage, layout, LAYOUTS[layout])
     assert gloo_pool.run(_train, config) == [0] * 4
     _check_curve(config.train.run_dir, tied_folder / "runs" / f"{stage}-alone", ())
+
+
+@pytest.mark.parametrize("stage, layout", [("sft", "cp2-tp2-sp-vision-data-overlap"), ("grpo", "tp2-dp2")])
+def test_curves_with_experts_match_a_single_process(
+    experts_folder: Path, gloo_pool: GlooPool, stage: str, layout: str
+) -> None:
+    config = _config(experts_folder, stage, layout, LAYOUTS[layout])
+    assert gloo_pool.run(_train, config) == [0] * 4
+    _check_curve(config.train.run_dir, experts_folder / "runs" / f"{stage}-alone", ())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

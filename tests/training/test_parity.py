@@ -36,7 +36,7 @@ OPTIMIZER = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl_moe"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace.create(tmp_path_factory.mktemp("parity"), family=request.param, num_videos=6)
 
