@@ -51,7 +51,8 @@ def test_outputs_and_gradients_equal_those_of_transformers(world: None, num_toke
     assert bias is None
     torch.testing.assert_close(output, expected)
     (output * torch.linspace(-1, 1, TEXT.hidden_size)).sum().backward()
-    (expected * torch.linspace(-1, 1, TEXT.hidden_size)).sum().backward()
+    if num_tokens:  # otherwise transformers' result does not depend on its weights
+        (expected * torch.linspace(-1, 1, TEXT.hidden_size)).sum().backward()
     for weight, same in [*pairs, (hidden, same_hidden)]:
         gradient = torch.zeros_like(same) if same.grad is None else same.grad
         torch.testing.assert_close(weight.grad, gradient)
