@@ -9,10 +9,9 @@ import torch
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
 
 from megatron_vcr1.config.model_sections import ParallelSection, RecomputeSection
-from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.experts import MixtureOfExperts
-from megatron_vcr1.model.transformer_config import check_fp8, text_transformer_config
+from megatron_vcr1.model.transformer_config import text_transformer_config
 from megatron_vcr1.parallel import mesh
 from tests.model import tiny
 
@@ -56,8 +55,3 @@ def test_outputs_and_gradients_equal_those_of_transformers(world: None, num_toke
     for weight, same in [*pairs, (hidden, same_hidden)]:
         gradient = torch.zeros_like(same) if same.grad is None else same.grad
         torch.testing.assert_close(weight.grad, gradient)
-
-
-def test_experts_in_fp8_are_refused() -> None:
-    with pytest.raises(UserError, match="'tensorwise' is not supported for a model with experts; unset it"):
-        check_fp8("tensorwise", TEXT, ParallelSection(), (9, 0), "12.9")

@@ -38,7 +38,7 @@ def create(family: str, folder: Path, seed: int = 0) -> Path:
     processor = {"processor_class": PROCESSORS[family], "image_processor_type": "Qwen2VLImageProcessor"}
     settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor | settings))
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         processor["video_processor_type"] = "Qwen3VLVideoProcessor"
         (folder / "video_preprocessor_config.json").write_text(json.dumps(processor | settings))
     return folder

@@ -15,9 +15,12 @@ pytestmark = pytest.mark.xdist_group("sglang")
 TOLERANCE = 1e-4
 
 
-def test_log_probs_of_text_images_and_videos_with_time_stamps(world: None, sglang_python: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
+def test_log_probs_of_text_images_and_videos_with_time_stamps(
+    world: None, sglang_python: Path, tmp_path: Path, family: str
+) -> None:
     """Each temporal patch of a video is a run of pads; DeepStack's features are in the server's cache, too."""
-    with serve("qwen3_vl", tmp_path, sglang_python) as serving:
+    with serve(family, tmp_path, sglang_python) as serving:
         config = serving.config(weight_sync="tensor")
         model, engine = load(config), start_with(config)
         sent = requests(4, ("", "i", "v", "vv", "ivv"), timestamps=True)
