@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,16 @@ _MODELS = {
 }
 
 
-def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transformers.PretrainedConfig:
+def hf_config(
+    family: str, *, vision_ffn: int = 36, mlp_only_layers: Sequence[int] = (1,), **overrides: int
+) -> transformers.PretrainedConfig:
     """Return a configuration: 12 heads and 2 key-value heads of 8 features, windows of 2 x 2 merge units.
 
     Qwen2-VL and the dense Qwen3-VL have tied embeddings.
 
     Args:
         vision_ffn: inner features of the MLPs in Qwen2.5-VL's vision tower.
+        mlp_only_layers: layers with an ordinary MLP in a model with experts.
     """
     tokens = dict(image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD)
     tokens |= dict(vision_start_token_id=VISION_START, vision_end_token_id=VISION_END)
@@ -58,8 +62,9 @@ def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transfo
         bos_token_id=0,
         eos_token_id=1,
     )
-    if family == "qwen3_vl_moe":  # two of four experts for each token; one layer has an ordinary MLP
-        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, mlp_only_layers=[1])
+    if family == "qwen3_vl_moe":  # two of four experts for each token
+        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40)
+        text |= dict(mlp_only_layers=list(mlp_only_layers))
     if family.startswith("qwen3_vl"):  # heads of 10 features, which are not hidden_size / num_attention_heads
         text["rope_parameters"] |= {"mrope_section": [2, 2, 1], "mrope_interleaved": True}
         text |= dict(head_dim=10, pad_token_id=None)
@@ -80,7 +85,7 @@ def hf_config(family: str, *, vision_ffn: int = 36, **overrides: int) -> transfo
     )
 
 
-def create(family: str, folder: Path, seed: int = 0, **overrides: int) -> torch.nn.Module:
+def create(family: str, folder: Path, seed: int = 0, **overrides: Any) -> torch.nn.Module:
     """Create a random model and save it in Hugging Face format."""
     model = _MODELS[family](hf_config(family, **overrides))
     generator = torch.Generator().manual_seed(seed)

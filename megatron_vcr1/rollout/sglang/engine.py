@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_vcr1.config.model_sections import ModelSection
 from megatron_vcr1.config.rollout_sections import SglangSection
-from megatron_vcr1.model.config import ModelConfig
+from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.config import ModelConfig, TextConfig
 from megatron_vcr1.parallel import collectives, mesh
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams, WeightsNeeded
 from megatron_vcr1.rollout.placement import Placement
@@ -118,6 +119,7 @@ class SglangEngine:
             UserError: a setting cannot work.
             EngineError: a server does not start or does not respond; the message says where its log is.
         """
+        _check_experts(model_config.text)
         # A server allocates memory according to what is free on the GPU when it starts.
         _empty_cuda_cache(Placement.from_section(section))
         fleet = find_or_start_servers(section, model, run_dir=run_dir, seed=seed)
@@ -304,6 +306,15 @@ class SglangEngine:
             raise EngineError(
                 f"sglang.transport = 'file': {error}; free shared memory, or set it to 'inline'"
             ) from error
+
+
+def _check_experts(text: TextConfig) -> None:
+    """Refuse a model of which some layers have experts: SGLang gives all layers experts, and ignores their weights."""
+    if text.experts is not None and len(text.experts.layers) < text.num_layers:
+        raise UserError(
+            f"rollout.engine = 'sglang': {len(text.experts.layers)} of the model's {text.num_layers} layers have "
+            "experts, and SGLang supports experts in every layer only; set rollout.engine = 'local'"
+        )
 
 
 def _empty_cuda_cache(placement: Placement) -> bool:

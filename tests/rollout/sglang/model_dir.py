@@ -16,7 +16,7 @@ END = 1  # tiny's eos_token_id
 
 def create(family: str, folder: Path, seed: int = 0) -> Path:
     """Create a model directory whose tokens are the printable characters and numbers between `<` and `>`."""
-    tiny.create(family, folder, seed=seed)
+    tiny.create(family, folder, seed=seed, mlp_only_layers=())  # SGLang supports experts in every layer only
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["in_chans"] = 3  # SGLang reads this key, which published Qwen2-VL models have
     (folder / "config.json").write_text(json.dumps(config))

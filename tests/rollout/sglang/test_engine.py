@@ -15,6 +15,7 @@ import pytest
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
 from megatron_vcr1.config.schema import RunConfig
+from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.engine import EngineError, GenerationRequest, SamplingParams
@@ -307,3 +308,11 @@ def test_memory_that_a_killed_run_left_released_is_resumed(
     sent = requests(2, ("v",))
     assert largest_difference(model, sent, engine.generate(sent, SamplingParams(8))) < TOLERANCE
     assert serving.server().pid == server.pid
+
+
+def test_experts_in_some_layers_only_are_refused(tmp_path: Path) -> None:
+    """SGLang would give all layers experts, ignore the weights of the others, and sample from random ones."""
+    config = ModelConfig.from_dict(tiny.hf_config("qwen3_vl_moe").to_dict())
+    run = RunConfig.model_validate({"model": {"path": tmp_path}})
+    with pytest.raises(UserError, match="3 of the model's 4 layers have experts, and SGLang supports experts in every"):
+        SglangEngine.start(run.sglang, run.model, config, TOKENS, run_dir=tmp_path, seed=0)
