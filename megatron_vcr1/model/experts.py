@@ -19,19 +19,27 @@ import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from vcr1_kernels import swiglu
 
-from megatron_vcr1.model.config import ExpertsConfig
+from megatron_vcr1.model.config import ExpertsConfig, TextConfig
 from megatron_vcr1.model.layer_specs import recompute_in_backward
 from megatron_vcr1.parallel import mesh
 
 
-def experts_spec(experts: ExpertsConfig) -> ModuleSpec:
-    """Describe the MLP of a layer with experts."""
-    return ModuleSpec(module=MixtureOfExperts, params={"experts": experts})
+def expert_mlps(text: TextConfig, config: TransformerConfig) -> dict[int, ModuleSpec]:
+    """Describe the MLPs with experts of this pipeline stage, by 0-based index of the layer on the stage."""
+    first_layer = get_transformer_layer_offset(config)
+    specs = {}
+    for index in range(get_num_layers_to_build(config)):
+        experts = text.layer_experts(first_layer + index)
+        if experts is not None:
+            specs[index] = ModuleSpec(module=MixtureOfExperts, params={"experts": experts})
+    return specs
 
 
 class Router(nn.Module):

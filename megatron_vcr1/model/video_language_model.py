@@ -12,7 +12,6 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from vcr1_kernels import linear_log_probs
 from vcr1_kernels.ops.flash_attn import flash_attn_is_installed
@@ -24,7 +23,7 @@ from megatron_vcr1.model.attention import AttentionLayout, CachedAttention, Rota
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.cpu import decode
 from megatron_vcr1.model.cpu.skinny_linear import skinny_linear
-from megatron_vcr1.model.experts import experts_spec
+from megatron_vcr1.model.experts import expert_mlps
 from megatron_vcr1.model.kv_cache import KVCache
 from megatron_vcr1.model.layer_features import LayerFeatures
 from megatron_vcr1.model.layer_specs import LocalBackend, block_spec, choose_backend
@@ -72,17 +71,15 @@ class VideoLanguageModel(MegatronModule):
         self.vision_tower: VisionTower | None = None
         if self.pre_process:
             self.vision_tower = config.family.build_vision_tower(config.vision, vision_config, backend)
-        num_layers, first_layer = get_num_layers_to_build(text_config), get_transformer_layer_offset(text_config)
-        experts = {index: config.text.layer_experts(first_layer + index) for index in range(num_layers)}
         spec = block_spec(
             backend,
-            num_layers=num_layers,
+            num_layers=get_num_layers_to_build(text_config),
             causal=True,
             final_norm=True,
             qk_norm=config.text.qk_norm,
             adds_features=config.family.num_feature_layers(config.vision) > 0,
             selects_tokens=self.post_process,
-            mlps={index: experts_spec(of_layer) for index, of_layer in experts.items() if of_layer is not None},
+            mlps=expert_mlps(config.text, text_config),
         )
         self.language_model = GPTModel(
             text_config,
