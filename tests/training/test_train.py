@@ -14,13 +14,15 @@ import pytest
 from megatron_vcr1.checkpoint import run_lock
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.config.training_sections import TrainSection
+from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.build import build_engine
 from megatron_vcr1.rollout.engine import RolloutEngine
+from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from megatron_vcr1.training import train as train_module
-from megatron_vcr1.training.inputs import RunInputs, steps_of_epochs
+from megatron_vcr1.training.inputs import steps_of_epochs
 from megatron_vcr1.training.lifecycle import STOP_SIGNALS
-from megatron_vcr1.training.optimizer import Learner
 from megatron_vcr1.training.sft import SftTrainer
 from megatron_vcr1.training.train import train
 from megatron_vcr1.training.trainer import TrainingStopped
@@ -134,12 +136,14 @@ def test_gradients_have_no_memory_when_colocated_servers_start_and_when_a_run_re
 ) -> None:
     sizes: list[int] = []
 
-    def start_engine(config: RunConfig, learner: Learner, inputs: RunInputs) -> RolloutEngine:
-        sizes.append(sum(buffer.grad_data.untyped_storage().nbytes() for buffer in learner.ddp_model.buffers))
+    def build_local_engine(
+        config: RunConfig, model: VideoLanguageModel, processor: PromptProcessor, tokens: SpecialTokens
+    ) -> RolloutEngine:
+        sizes.append(sum(parameter.main_grad.untyped_storage().nbytes() for parameter in model.parameters()))
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "local"})})
-        return build_engine(config, learner.model, inputs.processor, inputs.tokens)
+        return build_engine(config, model, processor, tokens)
 
-    monkeypatch.setattr(train_module, "_start_engine", start_engine)
+    monkeypatch.setattr(train_module, "build_engine", build_local_engine)
 
     def run(name: str, engine: str, num_steps: int) -> list[dict[str, Any]]:
         keys = {"stage": "grpo", "num_steps": num_steps}
