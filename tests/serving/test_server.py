@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -251,8 +251,8 @@ def test_a_client_that_has_left_is_not_answered(processor: PromptProcessor, stre
             while server._batcher._waiting.empty():  # `run` has not been called yet
                 time.sleep(0.01)
         (left,) = server._batcher._waiting.queue
-        wait([left.result], timeout=60)  # the event loop sees the closed connection a moment later
-        assert left.result.cancelled()
+        while not left.result.cancelled():  # the event loop sees the closed connection a moment later
+            time.sleep(0.01)
         running = pool.submit(server.run)
         stays = pool.submit(ask, openai.OpenAI(base_url=url, api_key="none", timeout=60), text("when?"))
         prompt_tokens = stays.result().usage.prompt_tokens
