@@ -42,8 +42,15 @@ def build_engine(
             seed=config.train.seed,
             weights_change_while_sampling=config.grpo.one_step_off,
         )
+    return build_local_engine(config.rollout, model, processor, tokens)
+
+
+def build_local_engine(
+    rollout: RolloutSection, model: VideoLanguageModel, processor: PromptProcessor, tokens: SpecialTokens
+) -> LocalEngine:
+    """Build the in-process engine; the arguments are those of `build_engine`."""
     decode = partial(processor.decode, skip_special_tokens=False)
-    return LocalEngine(model, tokens, decode, max_batch_responses=config.rollout.max_batch_responses)
+    return LocalEngine(model, tokens, decode, max_batch_responses=rollout.max_batch_responses)
 
 
 def disable_nccl_cumem(rollout: RolloutSection, sglang: SglangSection) -> None:

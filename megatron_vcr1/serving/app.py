@@ -184,6 +184,7 @@ class ChatApp:
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()  # (response, token); None after the last one
 
+        # Called in the device's thread, and in that of the event loop if the result is cancelled.
         def put(item: tuple[int, int] | None) -> None:
             loop.call_soon_threadsafe(tokens.put_nowait, item)
 
@@ -191,7 +192,7 @@ class ChatApp:
         pending.result.add_done_callback(lambda _: put(None))
         chunks = ChunkWriter(self._name)
         texts = [StreamedText(self._processor.decode, pending.params.stop) for _ in range(pending.num_responses)]
-        self._num_in_flight += 1
+        self._num_in_flight += 1  # `chat_completions` counts the request only until it has returned this iterator
         try:
             self._batcher.submit(pending)
             for index in range(pending.num_responses):
@@ -206,7 +207,9 @@ class ChatApp:
                 yield chunks.delta(index, {}, str(rollout.finish_reason))
             if include_usage:
                 yield chunks.usage(len(pending.prompt.token_ids), sum(len(rollout.token_ids) for rollout in rollouts))
-        except Exception as error:  # logged in the batcher; the status has been sent, so the error is an event, too
+        except Exception as error:  # the status has been sent, so the error is an event
+            if pending.result.cancel() or pending.result.exception() is not error:  # the batcher has logged its own
+                logger.exception("a response could not be streamed")
             status = 503 if isinstance(error, ServerStopping) else 500
             yield event(error_body(f"{type(error).__name__}: {error}", status))
         finally:

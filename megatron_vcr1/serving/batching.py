@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -102,8 +103,11 @@ class Batcher:
             for index, pending in enumerate(batch)
         ]
 
+        begun: set[int] = set()  # prompts of which a token has been streamed
+
         def on_token(request: int, response: int, token_id: int) -> None:
             if (receive := batch[request].on_token) is not None:
+                begun.add(request)
                 receive(response, token_id)
 
         streams = any(pending.on_token is not None for pending in batch)
@@ -111,9 +115,11 @@ class Batcher:
             groups = self._engine.generate(requests, batch[0].params, on_token=on_token if streams else None)
         except Exception as error:  # the clients get the error, and the server goes on
             log.exception("a batch of %d prompts failed", len(batch))
-            for pending in batch:
-                # One prompt may be the cause, or they need too much memory together. A streamed response has begun.
-                if len(batch) > 1 and pending.on_token is None and not self._stopped.is_set():
+            # The error's frames hold the batch's KV cache. The memory is needed below.
+            traceback.clear_frames(error.__traceback__)
+            for index, pending in enumerate(batch):
+                # One prompt may be the cause, or they need too much memory together.
+                if len(batch) > 1 and index not in begun and not self._stopped.is_set():
                     self._generate([pending])
                 else:
                     pending.result.set_exception(error)

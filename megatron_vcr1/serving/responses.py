@@ -67,7 +67,7 @@ class StreamedText:
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
         self._decode = decode
         self._stop = stop
-        self._tokens: list[int] = []  # the context, and the tokens whose text is incomplete
+        self._tokens: list[int] = []  # the context: the latest tokens, of which the last may be incomplete
         self._context = ""  # text of the context
         self._held = ""  # text that has not been returned
         self._has_stopped = False  # a stop text was found
@@ -76,18 +76,19 @@ class StreamedText:
     def add(self, token_id: int) -> str:
         """Add the next token; return the piece of text that is complete now, which may be empty."""
         self._tokens.append(token_id)
-        text = self._decode(self._tokens)
-        if text.endswith("\ufffd"):  # a part of a character
-            return ""
-        text = self._held + text[len(self._context) :]
+        text = self._held + self._complete_text()[len(self._context) :]
         self._held = "" if self._has_stopped else cut_at_stop(text, self._stop)
         self._has_stopped |= len(self._held) < len(text)
         self._tokens = self._tokens[-_CONTEXT_TOKENS:]
-        self._context = self._decode(self._tokens)
+        self._context = self._complete_text()
         piece = self._held[: len(self._held) - self._length_of_stop_prefix()]
         self._held = self._held[len(piece) :]
         self._num_returned += len(piece)
         return piece
+
+    def _complete_text(self) -> str:
+        """Decode the tokens without the last character if it is incomplete."""
+        return self._decode(self._tokens).removesuffix("\ufffd")
 
     def rest(self, text: str) -> str:
         """Return what is left of the response's whole text."""

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from types import FrameType
 
 from megatron_vcr1.checkpoint.load import load_model_weights
@@ -16,7 +15,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.video_language_model import build_model
 from megatron_vcr1.parallel import mesh
-from megatron_vcr1.rollout.local.engine import LocalEngine
+from megatron_vcr1.rollout.build import build_local_engine
 from megatron_vcr1.rollout.special_tokens import SpecialTokens, read_repetition_penalty
 from megatron_vcr1.serving.app import Limits
 from megatron_vcr1.serving.server import ChatServer
@@ -48,8 +47,7 @@ def serve(
     with mesh.world(config.parallel):
         model = build_model(model_config, config.model, config.parallel, config.recompute).to(mesh.device()).eval()
         load_model_weights(model, folder)
-        decode = partial(processor.decode, skip_special_tokens=False)
-        engine = LocalEngine(model, tokens, decode, max_batch_responses=config.rollout.max_batch_responses)
+        engine = build_local_engine(config.rollout, model, processor, tokens)
         host, port = address
         try:
             server = ChatServer(address, name or folder.resolve().name, engine, processor, limits, extra_hosts)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -18,21 +19,31 @@ from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
 COLD, WARM = SamplingParams(8, temperature=0), SamplingParams(8, temperature=1)
 
 
+class Cache:
+    """Stands for the KV cache of a batch."""
+
+
 class Engine:
-    """Records the batches; runs `on_batch` for each."""
+    """Records the batches; runs `on_batch` for each, and `after_tokens` when its tokens have been streamed."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[list[int], SamplingParams]] = []
         self.on_batch = lambda: None
+        self.after_tokens = lambda: None
+        self.caches: WeakSet[Cache] = WeakSet()
 
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, *, on_token: OnToken | None
     ) -> list[RolloutGroup]:
+        cache = Cache()
+        self.caches.add(cache)
+        assert len(self.caches) == 1, "the memory of a failed batch is not free"
         self.batches.append(([request.seed for request in requests], params))
         self.on_batch()
         if on_token is not None:
             for index, request in enumerate(requests):
                 on_token(index, 0, request.seed)
+        self.after_tokens()
         return [
             RolloutGroup(request.id, (Rollout((request.seed,), (0.0,), FinishReason.STOP, 0),)) for request in requests
         ]
@@ -90,25 +101,33 @@ def test_an_error_of_the_engine_reaches_its_batch_and_the_next_batch_runs(engine
     assert prompts[1].result.result().rollouts[0].token_ids == (1,)
 
 
-def test_a_batch_that_fails_is_generated_prompt_by_prompt(engine: Engine, batcher: Batcher) -> None:
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_batch_that_fails_is_generated_prompt_by_prompt(engine: Engine, batcher: Batcher, has_begun: bool) -> None:
     def fail() -> None:
         seeds = engine.batches[-1][0]
         if 1 in seeds:
             raise RuntimeError(f"prompts {seeds}")
 
-    engine.on_batch = fail
+    if has_begun:
+        engine.after_tokens = fail
+    else:
+        engine.on_batch = fail
     tokens: list[tuple[int, int]] = []
     streamed = replace(pending(3), on_token=lambda response, token: tokens.append((response, token)))
     prompts = [pending(0), pending(1), streamed]
     for prompt in prompts:
         batcher.submit(prompt)
     run_until_done(batcher, prompts)
-    assert [seeds for seeds, _ in engine.batches] == [[0, 1, 3], [0], [1]]
+    assert [seeds for seeds, _ in engine.batches] == [[0, 1, 3], [0], [1], *([] if has_begun else [[3]])]
     assert prompts[0].result.result().rollouts[0].token_ids == (0,)
     with pytest.raises(RuntimeError, match=r"prompts \[1\]"):
         prompts[1].result.result()
-    with pytest.raises(RuntimeError, match=r"prompts \[0, 1, 3\]"):  # a part of it may have been sent
-        streamed.result.result()
+    assert tokens == [(0, 3)]
+    if has_begun:  # its first token was sent
+        with pytest.raises(RuntimeError, match=r"prompts \[0, 1, 3\]"):
+            streamed.result.result()
+    else:
+        assert streamed.result.result().rollouts[0].token_ids == (3,)
 
 
 def test_tokens_reach_the_prompts_that_want_them(engine: Engine, batcher: Batcher) -> None:

@@ -93,13 +93,20 @@ class LocalEngine:
                 # A rank decodes alone. An error of one must reach the others before the next prefill, in which they
                 # would wait for it.
                 decoded = collectives.run_on_context_ranks(partial(self._decode_wave, wave, end, on_token))
+                del wave  # its KV cache, before the next one is filled
                 for rank, (entries, groups) in enumerate(zip(entries_by_rank, decoded, strict=True)):
                     for entry, group in zip(entries, groups, strict=True):
                         rollouts[rank][entry.request] += group
                         cached_tokens[rank][entry.request] += self._cached_tokens(entry, shares[rank][entry.request])
+        # The share of each rank has the order of the requests.
         groups_by_rank = [
-            iter([RolloutGroup(r.id, tuple(g), tuple(c)) for r, g, c in zip(*of_rank, strict=True)])
-            for of_rank in zip(shares, rollouts, cached_tokens, strict=True)
+            iter(
+                [
+                    RolloutGroup(request.id, tuple(group), tuple(cached))
+                    for request, group, cached in zip(*share, strict=True)
+                ]
+            )
+            for share in zip(shares, rollouts, cached_tokens, strict=True)
         ]
         return [next(groups_by_rank[owner]) for owner in owners]
 
