@@ -101,9 +101,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def read_lines(path: str | Path, *, errors: str = "strict") -> Iterator[str]:
     """Yield the lines of a UTF-8 text file with their line ends, with or without a byte order mark.
 
-    Every line may begin with the mark, as where files were joined. Only line feeds and carriage returns end
-    a line: JSON strings may contain Unicode's line separators. A line longer
-    than `MAX_LINE_CHARACTERS` is cut to one more than that, so that it takes no more memory; it is not valid JSON then.
+    Every line may begin with the mark, because files may have been concatenated. Only line feeds and carriage returns
+    end a line: JSON strings may contain Unicode's line separators. A line longer than `MAX_LINE_CHARACTERS` is cut to
+    one more than that, so that it takes no more memory; it is not valid JSON then.
 
     Args:
         path: the file.

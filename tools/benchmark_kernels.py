@@ -78,7 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{_device_name(device)}: copy {peak.copy_gigabytes_per_s:.0f} GB/s, matmul {peak.matmul_teraflops:.2f} TFLOP/s"
     )
-    results = []
+    results: list[Result] = []
+
+    def write() -> None:
+        """Write the results so far, so that an interrupted call keeps them."""
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(_document(results, peak, rounds, device), indent=1) + "\n")
+
     for op in (arguments.op,) if arguments.op else OPS:
         try:
             cases = importlib.import_module(f"benchmarks.{op}").cases(device)
@@ -86,12 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(Result(op, "set-up", OURS, *(None,) * 5, failure=_describe(error)))
             print(f"\n{op}  set-up failed: {results[-1].failure}")
             cases = []
+        write()
         for case in cases:
             results += _measure(op, case, rounds, peak, device)
             _print_case(results, case)
-            if arguments.json:  # after each case, so that an interrupted call keeps its results
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(_document(results, peak, rounds, device), indent=1) + "\n")
+            write()
         del cases
         gc.collect()
     return 1 if any(result.provider == OURS and result.failure for result in results) else 0

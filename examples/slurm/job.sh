@@ -136,11 +136,11 @@ requeue() {
 }
 
 # Requeues the job after a crash, without the nodes that fail the health check; fails after too many crashes in a row.
-# A crash counts from 1 again if the start that it ended had resumed from another checkpoint than the start before.
+# The count starts again at 1 if this start resumed from another checkpoint than the start that crashed before it.
 # Otherwise a job that always crashes in the same step would use its nodes for ever, however late that step is.
 after_crash() {
     local crashes=1 resumed bad
-    resumed=$(grep -o 'resumed from .*' "$LOGS/train-0.log" 2>/dev/null | tail -n 1)
+    resumed=$(grep -a -o 'resumed from .*' "$LOGS/train-0.log" 2>/dev/null | tail -n 1)
     [ "$resumed" != "$(sed -n 2p "$LOGS/crashes" 2>/dev/null)" ] || crashes=$(($(sed -n 1p "$LOGS/crashes" 2>/dev/null) + 1))
     printf '%s\n' $crashes "$resumed" >"$LOGS/crashes"
     say "crashed; exit codes of the ranks that were not killed: $(sort -nu "$LOGS/exit-codes" 2>/dev/null | xargs)"
@@ -154,8 +154,8 @@ after_crash() {
 }
 
 # Prints the names of the nodes on which HEALTH_CHECK fails or hangs, separated by commas. Prints nothing if it fails on
-# all nodes of several: then the check itself does not work here. It does not wait for the processors of a step that
-# cannot end (--overlap).
+# all nodes of several: then the check itself does not work here. --overlap: a hung training step may still hold the
+# CPUs.
 unhealthy_nodes() {
     local healthy bad
     export HEALTH_CHECK=${HEALTH_CHECK:-'! command -v nvidia-smi || nvidia-smi'}

@@ -40,6 +40,8 @@ def file_named_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

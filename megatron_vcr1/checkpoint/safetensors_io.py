@@ -154,15 +154,17 @@ class SafetensorsReader:
 
         Raises:
             UserError: the file has become shorter.
+            OSError: the disk failed; it names the file.
         """
         data = _bytes_of(rows)
         position = tensor.position + row * tensor.num_columns * tensor.dtype.itemsize
-        while data:
-            # A read may return fewer bytes than requested.
-            count = os.preadv(self._descriptor, [data], position)
-            if count == 0:
-                raise UserError(f"{self.path}: ended inside {tensor.name}; the file changed while it was read")
-            data, position = data[count:], position + count
+        with file_named_in_errors(self.path):
+            while data:
+                # A read may return fewer bytes than requested.
+                count = os.preadv(self._descriptor, [data], position)
+                if count == 0:
+                    raise UserError(f"{self.path}: ended inside {tensor.name}; the file changed while it was read")
+                data, position = data[count:], position + count
 
     def close(self) -> None:
         os.close(self._descriptor)

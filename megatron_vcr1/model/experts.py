@@ -71,7 +71,14 @@ class Router(nn.Module):
 
 
 class GroupedLinear(MegatronModule):
-    """A linear layer without bias for each expert of this rank."""
+    """A linear layer without bias for each expert of this rank.
+
+    On Hopper and later, torch computes it in bfloat16 with one grouped GEMM. Elsewhere it loops over the experts, for
+    which it waits for the GPU.
+
+    The weight's gradient is a tensor of the model's dtype, which is then added to the gradient buffer. Those of other
+    linear layers are accumulated in the buffer's float32 by the GEMM, but torch's grouped GEMM cannot do that.
+    """
 
     def __init__(self, config: TransformerConfig, num_experts: int, input_size: int, output_size: int) -> None:
         """
@@ -96,7 +103,9 @@ class GroupedLinear(MegatronModule):
         Returns:
             [rows, output_size].
         """
-        return _GroupedLinear.apply(x, self.weight, ends)
+        if not len(x):  # no token is routed here; reductions wait for the weight's gradient, which is zero
+            return x @ self.weight[0].t()
+        return F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -154,9 +163,8 @@ class MixtureOfExperts(MegatronModule):
             first = torch.searchsorted(sorted_experts, local[:1])
             start, stop = torch.cat((first, ends[-1:])).tolist()  # waits for the GPU: the number of rows is not known
             slots, ends = slots[start:stop], ends - first
-        inputs = _Dispatch.apply(tokens, slots, num_per_token)
         scales = weights.flatten().index_select(0, slots)[:, None]
-        output = self.experts(inputs, scales, ends.to(torch.int32))
+        output = self.experts(tokens, slots, num_per_token, scales, ends.to(torch.int32))
         return _Combine.apply(output, slots, len(tokens), num_per_token)
 
 
@@ -169,48 +177,29 @@ class _Experts(MegatronModule):
         self.linear_fc1 = GroupedLinear(config, num_experts, config.hidden_size, 2 * ffn_hidden_size)
         self.linear_fc2 = GroupedLinear(config, num_experts, ffn_hidden_size, config.hidden_size)
 
-    def forward(self, inputs: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
-        """Compute scale * expert(input) for each row.
+    def forward(self, tokens: Tensor, slots: Tensor, num_per_token: int, scales: Tensor, ends: Tensor) -> Tensor:
+        """Compute scale * expert(token) for each slot.
+
+        Of the values in between, backward needs `inner` only: it computes the others again from `tokens` and `inner`.
 
         Args:
-            inputs: [rows, hidden_size], sorted by expert.
+            tokens: [tokens, hidden_size].
+            slots: int64 [rows], sorted by expert.
+            num_per_token: slots per token, those of other ranks included.
             scales: [rows, 1].
             ends: int32 [experts], the end of each expert's rows.
 
         Returns:
             [rows, hidden_size].
         """
-        inner = self.linear_fc1(inputs, ends)
-        scaled = swiglu(inner) * scales  # before the second layer, whose input is smaller than its output
-        # The second layer saves its input for backward; `inner` is saved anyway.
+        inputs = _Dispatch.apply(tokens, slots, num_per_token)
+        with recompute_in_backward(inputs, lambda: tokens.detach().index_select(0, slots // num_per_token)):
+            inner = self.linear_fc1(inputs, ends)
+        activated = swiglu(inner)
+        with recompute_in_backward(activated, lambda: swiglu(inner.detach())):
+            scaled = activated * scales  # before the second layer, whose input is smaller than its output
         with recompute_in_backward(scaled, lambda: swiglu(inner.detach()) * scales.detach()):
             return self.linear_fc2(scaled, ends)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """Row r of expert e becomes x[r] @ weight[e].T, with one grouped matmul instead of one matmul for each expert."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        return _grouped_matmul(x, weight.transpose(1, 2), ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, ends = ctx.saved_tensors
-        grad_output = grad_output.contiguous()
-        grad_x = _grouped_matmul(grad_output, weight, ends) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            # Every weight gets a gradient, even if no token was routed here: reductions wait for it.
-            grad_weight = F.grouped_mm(grad_output.t(), x, offs=ends) if len(x) else torch.zeros_like(weight)
-        return grad_x, grad_weight, None
-
-
-def _grouped_matmul(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Multiply the rows of each expert by its matrix; [rows, k], [experts, k, n] -> [rows, n]."""
-    return F.grouped_mm(x, matrices, offs=ends) if len(x) else x.new_empty(0, matrices.shape[2])
 
 
 class _Dispatch(torch.autograd.Function):

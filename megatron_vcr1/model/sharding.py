@@ -31,7 +31,7 @@ def mark_sharded_weights(model: nn.Module) -> None:
 
 
 def mark_replicated_weights(module: nn.Module) -> None:
-    """Mark the weights of a module as replicated: parallel layers that are built for this rank alone mark them, too."""
+    """Mark the weights of a module as replicated. Parallel layers mark theirs as sharded, even those of one rank."""
     for parameter in module.parameters():
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
 

@@ -208,7 +208,7 @@ def _common(
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=initialize_weights,
         variable_seq_lengths=True,  # packed microbatches differ in length
-        moe_token_dispatcher_type="alltoall",  # required with variable_seq_lengths, although there are no experts
+        moe_token_dispatcher_type="alltoall",  # required with variable_seq_lengths; not used
         calculate_per_token_loss=True,  # sum gradients over microbatches and replicas, without averaging
         batch_p2p_comm=False,
         **no_cuda_graphs(),

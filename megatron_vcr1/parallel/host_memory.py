@@ -47,15 +47,19 @@ def share_within_host(tensor: Tensor, group: dist.ProcessGroup) -> Tensor | None
     address: list[tuple[str, bytes] | None] = [None]
     descriptor: int | None = None
     memory: Tensor | None = None
-    with suppress(OSError, RuntimeError, AttributeError):  # AttributeError: only Linux has memfd_create
-        if dist.get_rank() == source:
+    can_create = hasattr(os, "memfd_create")
+    reason: object = "they do not see one file, as on different nodes" if can_create else "only Linux has memfd"
+    if dist.get_rank() == source and can_create:
+        try:
             descriptor = os.memfd_create("vcr1-frames", os.MFD_CLOEXEC)
             token = secrets.token_bytes(_TOKEN_BYTES)
             memory = _write(descriptor, tensor, num_bytes, token)
             address = [(f"/proc/{os.getpid()}/fd/{descriptor}", token)]
+        except OSError as error:
+            reason = error
     dist.broadcast_object_list(address, src=source, group=group)
     if memory is None and address[0] is not None:
-        with suppress(OSError, RuntimeError):
+        with suppress(OSError, RuntimeError):  # torch raises RuntimeErrors for files that it cannot map
             memory = _open(*address[0], num_bytes)
     num_without = torch.tensor([memory is None], dtype=torch.int32)
     dist.all_reduce(num_without, group=group)  # all ranks have opened the file, or never will
@@ -63,7 +67,9 @@ def share_within_host(tensor: Tensor, group: dist.ProcessGroup) -> Tensor | None
         os.close(descriptor)
     if int(num_without) or memory is None:
         _cannot_share.add(group)
-        logger.info("%d ranks of a first stage cannot share host memory: each has a copy of the frames", num_without)
+        if dist.get_rank() == source:
+            text = "%d ranks of a first stage cannot share host memory (%s): each has a copy of the frames"
+            logger.warning(text, num_without, reason)
         return None
     return memory[:num_bytes].view(tensor.dtype).view(tensor.shape)
 

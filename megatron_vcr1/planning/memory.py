@@ -7,7 +7,7 @@ the hidden size, q and k the sizes of all query heads and all key heads of the r
     attention       rotated queries and keys, values, output: 2q + 2k
     q and k norms   the query-key-value projection, in models that have them: q + 2k
     gated MLP       gate and up projection: 2f; their product is recomputed
-    experts         for each of a token's experts on this rank: its input, 2f, and the activation: h + 3f
+    experts         2f for each of a token's experts on this rank; h with sequence parallelism, which gathers tokens
 
 GPUs are assumed to run TransformerEngine layers. h is replicated on all tensor-parallel ranks, or sharded with sequence
 parallelism. Without sequence parallelism, the last layer keeps only the tokens that predict a target after its
@@ -91,7 +91,7 @@ def text_layer_activations(job: Job, layout: Layout, device: Device) -> LayerAct
     """Count the values per token in a layer of the language model."""
     text, ranks = job.config.text, layout.tensor
     key, query = key_size(text, ranks), query_size(text, ranks)
-    mlp = _gated_mlp(text.ffn_hidden_size / ranks) if text.experts is None else _experts(text, text.experts, ranks)
+    mlp = _gated_mlp(text.ffn_hidden_size / ranks) if text.experts is None else _experts(text, text.experts, layout)
     layer = _layer_activations(text.hidden_size, query, key, mlp, layout, device)
     if not text.qk_norm or layout.recompute == "full":
         return layer
@@ -123,12 +123,13 @@ def _gated_mlp(ffn: float) -> _MlpActivations:
     return _MlpActivations(2 * ffn, 4 * ffn)  # in backward: the gradients inside, and the recomputed product
 
 
-def _experts(text: TextConfig, experts: ExpertsConfig, ranks: int) -> _MlpActivations:
-    """Count the values of the experts of one of `ranks` tensor-parallel ranks, as if every layer had experts."""
-    per_token = experts.num_per_token
+def _experts(text: TextConfig, experts: ExpertsConfig, layout: Layout) -> _MlpActivations:
+    """Count the values of the experts of one tensor-parallel rank, as if every layer had experts."""
+    per_token, ranks = experts.num_per_token, layout.tensor
     inputs, ffn = per_token * text.hidden_size / ranks, per_token * experts.ffn_hidden_size / ranks
+    gathered = text.hidden_size if layout.sequence_parallel else 0
     # The rows of all of a token's experts, those of other ranks included, are summed in a buffer.
-    return _MlpActivations(inputs + 3 * ffn, inputs + 4 * ffn + per_token * text.hidden_size)
+    return _MlpActivations(gathered + 2 * ffn, 2 * inputs + 5 * ffn + per_token * text.hidden_size)
 
 
 def _layer_activations(
@@ -198,8 +199,10 @@ class HostMemory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def host_memory(job: Job, layout: Layout) -> tuple[HostMemory, ...]:
-    """Predict the host memory of a rank of each stage, first to last."""
+def host_memory(job: Job, layout: Layout, device: Device) -> tuple[HostMemory, ...]:
+    """Predict the host memory of a rank of each stage, first to last, in addition to the device's memory."""
+    if device.is_cpu:  # `training_memory` contains it, except for checkpoints that are written in the background
+        job = replace(job, reference_resident=True, optimizer_resident=True, offloads_inputs=False)
     return tuple(
         _stage_host_memory(job, layout, stage, parameters)
         for stage, parameters in enumerate(stage_parameters(job.config, layout))

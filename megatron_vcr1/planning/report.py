@@ -147,7 +147,7 @@ def _stage_table(plan: Plan) -> Table:
 
 
 def _host_memory(plan: Plan) -> str:
-    fullest = max(host_memory(plan.job, plan.layout), key=lambda stage: stage.total)
+    fullest = max(host_memory(plan.job, plan.layout, plan.cluster.device), key=lambda stage: stage.total)
     ranks = min(plan.cluster.gpus_per_node, plan.cluster.num_gpus)
     parts = ", ".join(f"{name} {ranks * value / 1e9:.0f}" for name, value in dataclasses.asdict(fullest).items())
     return (
@@ -280,7 +280,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "settings": settings(plan),
         "memory_bytes": [dataclasses.asdict(stage) | {"total": stage.total} for stage in plan.memory],
         "host_memory_bytes": [
-            dataclasses.asdict(stage) | {"total": stage.total} for stage in host_memory(plan.job, plan.layout)
+            dataclasses.asdict(stage) | {"total": stage.total}
+            for stage in host_memory(plan.job, plan.layout, plan.cluster.device)
         ],
         "engine": dataclasses.asdict(plan.engine),
         "seconds": dataclasses.asdict(plan.time) | {"total": plan.time.total},

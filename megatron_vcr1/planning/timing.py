@@ -142,15 +142,18 @@ def seconds_of_stage(
     )
     seconds = compute_seconds(device, stage_flops)
     forward, backward = tensor_traffic(job, layout, stage, num_layers)
-    passes_sent = (forward, backward) if training else (forward,)
     link = _bandwidth(device, within_node=True)
-    seconds += sum(_sending_seconds(sent, link, device) for sent in passes_sent)
+    seconds += _sending_seconds(forward, link, device)
+    if training:
+        seconds += _sending_seconds(backward, link, device)
     attention = compute_seconds(device, Flops(text_attention=once.text_attention * fraction * tokens)) / layout.tensor
     all_passes = attention * flops.text_attention / once.text_attention
     bandwidth = _bandwidth(device, within_node=layout.tensor * layout.context <= gpus_per_node)
-    context = context_traffic(job, layout, stage, num_layers)
-    for sent, hiding in zip(context, (attention, all_passes - attention) if training else (attention,), strict=False):
-        seconds += _exposed_seconds(sent, bandwidth, device, hiding, num_key_chunks(job, layout))
+    num_chunks = num_key_chunks(job, layout)
+    context_forward, context_backward = context_traffic(job, layout, stage, num_layers)
+    seconds += _exposed_seconds(context_forward, bandwidth, device, attention, num_chunks)
+    if training:
+        seconds += _exposed_seconds(context_backward, bandwidth, device, all_passes - attention, num_chunks)
     return seconds + device.microbatch_overhead_s * (3 if training else 1)
 
 
@@ -158,9 +161,7 @@ def _sending_seconds(sent: Sent, bandwidth: float, device: Device) -> float:
     return sent.bytes / bandwidth + sent.collectives * device.collective_latency_s
 
 
-def _exposed_seconds(
-    sent: ContextSent, bandwidth: float, device: Device, attention: float, num_key_chunks: int
-) -> float:
+def _exposed_seconds(sent: ContextSent, bandwidth: float, device: Device, attention: float, num_chunks: int) -> float:
     """Predict the exposed time of the context-parallel collectives of one pass: when a stage waits for them.
 
     Keys and values are sent in chunks of heads. All chunks but one overlap with the attention of another chunk; what
@@ -168,9 +169,10 @@ def _exposed_seconds(
 
     Args:
         attention: seconds of the stage's attention in this pass.
+        num_chunks: number of chunks of heads in which keys and values are sent.
     """
     keys = _sending_seconds(sent.keys, bandwidth, device)
-    exposed_keys = (keys + (num_key_chunks - 1) * max(keys - attention, 0.0)) / num_key_chunks
+    exposed_keys = (keys + (num_chunks - 1) * max(keys - attention, 0.0)) / num_chunks
     return _sending_seconds(sent.features, bandwidth, device) + exposed_keys
 
 

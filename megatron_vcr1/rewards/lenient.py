@@ -47,18 +47,19 @@ _SIXTIETHS = r"[0-5]?[0-9](?![0-9])(?:\.[0-9]*+)?+"  # minutes after hours, seco
 _SECONDS = r"\s?s(?:ec(?:ond)?s?)?(?![A-Za-z])"
 _MINUTES = r"\s?m(?:in(?:ute)?s?)?(?![A-Za-z])"
 _HOURS = r"\s?h(?:(?:ou)?rs?)?(?![A-Za-z])"
-_CLOCK = r"[0-9]++(?::[0-9]{1,2}){1,2}+(?:\.[0-9]++|,[0-9]{3}(?![0-9:]))?+"  # 1:05, 00:01:05.5, 00:01:05,500
+_CLOCK = r"[0-9]++(?::[0-9]{1,2}){1,2}+(?:\.[0-9]++|,[0-9]{3}(?![0-9:]))?"  # 1:05, 00:01:05.5, 00:01:05,500
 _AND = r"(?:,?\s(?:and\s)?+|,)?+"  # between the units of a moment
-_MORE_SECONDS = rf"(?:{_AND}{_SIXTIETHS}{_SECONDS})"
-_MORE_MINUTES = rf"(?:{_AND}{_SIXTIETHS}{_MINUTES}{_MORE_SECONDS}?+)"
+# These tails are not possessive: "[0 min, 30 s]" and "[1:05,130]" are two moments, not one.
+_MORE_SECONDS = rf"(?:{_AND}{_SIXTIETHS}{_SECONDS}|\s?{_DECIMAL}{_SECONDS})"
+_MORE_MINUTES = rf"(?:{_AND}{_SIXTIETHS}{_MINUTES}{_MORE_SECONDS}?)"
 _MOMENT = (
-    rf"(?:{_CLOCK}|{_DECIMAL}{_HOURS}(?:{_MORE_MINUTES}|{_MORE_SECONDS})?+|{_DECIMAL}{_MINUTES}{_MORE_SECONDS}?+"
+    rf"(?:{_CLOCK}|{_DECIMAL}{_HOURS}(?:{_MORE_MINUTES}|{_MORE_SECONDS})?|{_DECIMAL}{_MINUTES}{_MORE_SECONDS}?"
     rf"|{_DECIMAL}(?:{_SECONDS})?+)"
 )
 # A match must not start within a number, after the minutes of a clock time, or after a sign.
 _START = r"(?<![0-9.])(?<![0-9]:)((?:(?<!\w)-)?+"
 _RANGE = re.compile(
-    rf"{_START}{_MOMENT})\s*+(?:[-–—~→到至]|--?>|(?:to|and|until|till|through)(?![A-Za-z]))\s*+第?(-?+{_MOMENT})",  # noqa: RUF001
+    rf"{_START}{_MOMENT})\s*+(?:[-–—~→到至]|--?>|(?:to|and|until|till|through)(?![A-Za-z]))\s*+第?\s*+(-?+{_MOMENT})",  # noqa: RUF001
     re.IGNORECASE,
 )
 _PAIR = re.compile(rf"[\[(]\s*+[\"']?(-?+{_MOMENT})[\"']?\s*+,\s*+[\"']?(-?+{_MOMENT})[\"']?\s*+[\])]", re.IGNORECASE)

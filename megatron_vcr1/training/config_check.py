@@ -178,7 +178,7 @@ def _memory(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
     text = f"about {fullest.total / 1e9:.0f} GB of {device.memory_bytes / 1e9:.0f} per GPU ({device.name}; largest "
     text += f"part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
     if not device.is_cpu:
-        host = size.ranks_per_node * max(stage.total for stage in host_memory(job, layout))
+        host = size.ranks_per_node * max(stage.total for stage in host_memory(job, layout, device))
         text += f", and {host / 1e9:.0f} GB in the host memory of a node"
     if fullest.total > device.memory_bytes:
         return "warning", f"{text}: too much; `vcr1 plan` compares layouts"

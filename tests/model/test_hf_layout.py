@@ -156,7 +156,7 @@ def _small_layouts(family: str = "qwen2_5_vl") -> dict[str, TensorLayout]:
         rope = {"mrope_section": [2, 2, 1]}
         text = text | {"num_hidden_layers": 2, "head_dim": 10, "rope_theta": 1e4, "rope_scaling": rope}
     if family == "qwen3_vl_moe":
-        text = text | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 10}
+        text = text | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     return _layouts(family, text, {"depth": 1, "num_heads": 3, "spatial_merge_size": 2, **size})
 
 
@@ -259,7 +259,7 @@ def test_experts_are_transposed_unless_a_file_has_them_as_megatron_does() -> Non
     layout = _small_layouts("qwen3_vl_moe")["language_model.decoder.layers.0.mlp.experts.linear_fc1.weight"]
     hf = _numbered(layout)
     (name,) = hf
-    assert (layout.shape, hf[name].shape) == ((3, 20, 96), (3, 96, 20))
+    assert (layout.shape, hf[name].shape) == ((3, 32, 96), (3, 96, 32))
     assert torch.equal(to_megatron(layout, hf), hf[name].transpose(1, 2))
     assert torch.equal(to_megatron(layout, {name: hf[name].transpose(1, 2)}), hf[name].transpose(1, 2))
 

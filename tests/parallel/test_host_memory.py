@@ -54,7 +54,7 @@ def _broadcast(failure: str) -> tuple[bool, bool]:
         "no memory": mock.patch.object(host_memory.os, "posix_fallocate", side_effect=OSError),
         "hidden": mock.patch.object(host_memory.os, "open", side_effect=PermissionError),
         "another node's file": mock.patch.object(host_memory.os, "open", lambda *_: os.dup(other)),
-        "no memfd": mock.patch.object(host_memory.os, "memfd_create", side_effect=AttributeError),
+        "no memfd": mock.patch.object(host_memory.os, "memfd_create", side_effect=OSError),
     }
     with patches[failure] if mesh.rank() in (0, 2) else mock.patch.dict({}):
         shared = host_memory.share_within_host(tensor, mesh.first_stage_group())

@@ -77,22 +77,22 @@ def test_settings_of_the_optimizer_save_memory() -> None:
 
 def test_host_memory_equals_a_calculation_by_hand() -> None:
     layout = Layout(replicas=8, recompute="full")
-    (default,) = host_memory(Job(model_config("qwen2.5-vl-7b")), layout)
+    (default,) = host_memory(Job(model_config("qwen2.5-vl-7b")), layout, H100)
     # Weights, and 12 bytes of optimizer state per parameter: a rank writes an eighth of a checkpoint.
     assert default.checkpoint == pytest.approx((2 + 12) / 8 * NUM_PARAMETERS_7B)
     assert (default.reference, default.optimizer, default.activations) == (2 * NUM_PARAMETERS_7B, 0, 0)
     settings = {"optimizer_resident": False, "offloads_inputs": True, "saves_in_background": False}
     job = Job(model_config("qwen2.5-vl-7b"), **settings, reference_resident=True)
-    (most,) = host_memory(job, layout)
+    (most,) = host_memory(job, layout, H100)
     assert most.optimizer == 12 / 8 * NUM_PARAMETERS_7B
     # Inputs of 28 layers, 5,432 x 3,584 values, and of 32 layers, 14,896 x 1,280 values, in buffers of powers of two.
     assert most.activations == 28 * 2**26 + 32 * 2**26
     assert most.total == most.optimizer + most.activations
-    first, last = host_memory(job, dataclasses.replace(layout, replicas=4, pipeline=2))
+    first, last = host_memory(job, dataclasses.replace(layout, replicas=4, pipeline=2), H100)
     assert last.activations == 14 * 2**26 and first.activations == 2 * (14 + 32) * 2**26  # two microbatches in flight
-    (blocks,) = host_memory(job, dataclasses.replace(layout, recompute_layers=14))
+    (blocks,) = host_memory(job, dataclasses.replace(layout, recompute_layers=14), H100)
     assert blocks.activations == (2 + 32) * 2**26
-    (frozen,) = host_memory(dataclasses.replace(job, freeze=("vision_tower",)), layout)
+    (frozen,) = host_memory(dataclasses.replace(job, freeze=("vision_tower",)), layout, H100)
     assert frozen.activations == 28 * 2**26
 
 
@@ -102,6 +102,8 @@ def test_a_cpu_has_no_other_memory() -> None:
     in_host = dataclasses.replace(job, **settings)
     resident = dataclasses.replace(job, reference_resident=True)
     assert training_memory(in_host, layout, DEVICES["cpu"]) == training_memory(resident, layout, DEVICES["cpu"])
+    (host,) = host_memory(in_host, layout, DEVICES["cpu"])
+    assert host.total == host.checkpoint > 0
 
 
 def test_recomputed_blocks_of_layers_store_fewer_inputs_and_need_more_memory_while_they_are_recomputed() -> None:

@@ -68,6 +68,13 @@ def test_a_span_is_read_in_every_usual_form(answer: str) -> None:
         ("1h2m3s to 1 hour, 2 minutes and 10 seconds", [(3723, 3730)]),
         ("1 - 2 Hours", [(3600, 7200)]),
         ("00:01:23,400 --> 00:01:25,000", [(83.4, 85)]),
+        ("[1:05,130]", [(65, 130)]),
+        ("[0 min, 30 s]", [(0, 30)]),
+        ("(0 m, 45.5 s)", [(0, 45.5)]),
+        ("0 min, 30 s", [(0, 30)]),
+        ("90 min 75 s to 100 min", [(5475, 6000)]),
+        ("from 1 min 75 s to 3 min", [(135, 180)]),
+        ("第 3 秒 到 第 7 秒", [(3, 7)]),
         ("1分5秒到2分", [(65, 120)]),
         ("00：12 到 00：15", [(12, 15)]),  # noqa: RUF001
         ("[[1, 2], [3, 4.5]]", [(1, 2), (3, 4.5)]),
@@ -266,6 +273,7 @@ HOSTILE = [
         "- ",
     ),
     *("start", "start 1 ", "start: 1, end: ", '"from": 1', "<answer>", "<glue>", "<think>", "</think>", "<ANSWER>"),
+    *("1 min, 2 s ", "1 h 2 m, 3 s ", "1:05,130 "),
     *("[1, 2, 3, 4],", "1, ", "(1,2),(3,4)", " ", "\n", "the answer is ", "quality: ", "{", '"', "."),
 ]
 READERS = [lenient_answer, lenient_spans, lenient_glue, lambda text: lenient_boxes(text, 8), lenient_label]
@@ -273,11 +281,18 @@ READERS = [lenient_answer, lenient_spans, lenient_glue, lambda text: lenient_box
 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_any_text_takes_linear_time(unit: str) -> None:
-    """Linear time is milliseconds; quadratic time (1e10 steps) is minutes. CPU time is immune to a busy machine."""
+    """Linear time is milliseconds; quadratic time (1e10 steps) is minutes in every try.
+
+    CPU time hardly depends on a busy machine, but a virtual one may count what its host does for it, such as paging.
+    """
     body = (unit * NUM_CHARACTERS)[:NUM_CHARACTERS]
-    before_s = time.process_time()
-    for text in (body, f"[{body}", f"[{body}]", f"<answer>{body}", f"{body}1 - 2"):
-        for read in READERS:
-            with contextlib.suppress(UnparsableError):
-                read(text)
-    assert time.process_time() - before_s < 5
+
+    def read_all_s() -> float:
+        before_s = time.process_time()
+        for text in (body, f"[{body}", f"[{body}]", f"<answer>{body}", f"{body}1 - 2"):
+            for read in READERS:
+                with contextlib.suppress(UnparsableError):
+                    read(text)
+        return time.process_time() - before_s
+
+    assert any(read_all_s() < 5 for _ in range(3))

@@ -47,18 +47,20 @@ def test_every_provider_of_every_benchmark_runs(op: str) -> None:
 
 
 @without_gpu
+@pytest.mark.parametrize("ops", [("swiglu", "mrope"), ("mrope", "swiglu")])
 def test_failed_set_up_is_reported_and_the_other_ops_are_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ops: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(device: torch.device) -> list[benchmark_kernels.Case]:
         raise AssertionError
 
     file = tmp_path / "results.json"
-    monkeypatch.setattr(benchmark_kernels, "OPS", ("swiglu", "mrope"))
+    monkeypatch.setattr(benchmark_kernels, "OPS", ops)
     monkeypatch.setattr(benchmark_kernels, "_peak_megabytes", lambda *args: None)
     monkeypatch.setattr(importlib.import_module("benchmarks.swiglu"), "cases", fail)
     assert benchmark_kernels.main(["--rounds", "1", "--json", str(file)]) == 1
-    failed, *others = json.loads(file.read_text())["results"]
+    results = json.loads(file.read_text())["results"]
+    failed, *others = results if ops[0] == "swiglu" else reversed(results)
     assert (failed["case"], failed["failure"]) == ("swiglu", "AssertionError: ")
     assert len(others) == 4 and not any(result["failure"] for result in others)
     assert "swiglu  set-up failed: AssertionError" in capsys.readouterr().out

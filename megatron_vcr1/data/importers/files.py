@@ -185,7 +185,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 yield place, row
     except csv.Error as error:
         # line_num is the last line of the row before. A quotation mark without its pair is an "unexpected end of data".
-        raise UserError(f"{path}, row at line {reader.line_num + 1}: cannot be read as CSV: {error}") from error
+        raise UserError(f"{path}, after line {reader.line_num}: cannot be read as CSV: {error}") from error
 
 
 def _read_arrow(path: Path) -> Iterator[Row]:

@@ -29,7 +29,7 @@ def read_charades_sta(annotations: tuple[Path, ...]) -> Iterator[Row | Malformed
         yield from read_timestamps(annotations)
         return
     text_file, lengths_file = _file_of_each_suffix(annotations, (".txt", ".csv"))
-    lengths = _video_lengths(lengths_file)
+    lengths, malformed = _video_lengths(lengths_file)
     queries_per_video: Counter[str] = Counter()
     for number, line in enumerate(read_lines(text_file), start=1):
         match = _CHARADES_LINE.fullmatch(line)
@@ -44,6 +44,7 @@ def read_charades_sta(annotations: tuple[Path, ...]) -> Iterator[Row | Malformed
             yield _row(video, index, float(lengths[video]), [float(start), float(end)], query)
         except MALFORMED as error:
             yield MalformedRow(f"{video}_{index}", f"{line!r:.200}: {describe(error)}")
+    yield from malformed  # last: an import ends if its first row is malformed
 
 
 def read_timestamps(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
@@ -98,12 +99,14 @@ def _row(video: str, index: int, duration_s: float, span: list[float], query: st
     }
 
 
-def _video_lengths(path: Path) -> dict[str, str]:
-    """Return the published length of each video as text; a malformed one costs the rows of its video only."""
-    rows = [row for _, row in read_table(path) if not isinstance(row, MalformedRow)]
+def _video_lengths(path: Path) -> tuple[dict[str, str], list[MalformedRow]]:
+    """Return the published length of each video as text, and the malformed rows, which cost their videos' rows."""
+    entries = [row for _, row in read_table(path)]
+    rows = [row for row in entries if not isinstance(row, MalformedRow)]
     if rows and not {"id", "length"} <= rows[0].keys():
         raise UserError(f"{path}: expected the columns id and length, got {', '.join(map(str, rows[0]))}")
-    return {row["id"]: row["length"] for row in rows}
+    lengths = {row["id"]: row["length"] for row in rows}
+    return lengths, [row for row in entries if isinstance(row, MalformedRow)]
 
 
 def _file_of_each_suffix(annotations: tuple[Path, ...], suffixes: tuple[str, ...]) -> list[Path]:

@@ -54,7 +54,7 @@ def _run_layers(decoder: TransformerBlock, hidden: Tensor, rope: RotaryTables, c
         hidden = hidden + _attention(layer.self_attention, hidden, cos, signed_sin, cache)
         if isinstance(layer.mlp, PackedMLP):
             hidden = hidden + _mlp(layer.mlp, hidden)
-        else:  # experts, which have few modules
+        else:  # experts: their matmuls take longer than the Python of their few modules
             output, _ = layer.mlp(layer.pre_mlp_layernorm(hidden[:, None]))
             hidden = hidden + output[:, 0]
     return hidden if decoder.final_layernorm is None else decoder.final_layernorm(hidden)

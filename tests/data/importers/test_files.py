@@ -81,7 +81,7 @@ def test_a_text_with_a_comma_outside_of_quotes_is_not_cut(tmp_path: Path) -> Non
 
 def test_a_quotation_mark_that_is_never_closed_does_not_swallow_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'id,text\n1,a\n2,"b\n3,c\n')
-    with pytest.raises(UserError, match=r"a\.csv, row at line 3: cannot be read as CSV"):
+    with pytest.raises(UserError, match=r"a\.csv, after line 2: cannot be read as CSV"):
         list(read_table(path))
 
 

@@ -10,7 +10,8 @@ from megatron_vcr1.model.config import ExpertsConfig, ModelConfig
 from megatron_vcr1.model.families.qwen3_vl.family import Qwen3VL
 from megatron_vcr1.model.families.reading import language_model_fields
 
-_MAX_EXPERTS = 65536
+_MAX_EXPERTS = 1023
+"""Largest number of groups of torch's grouped GEMM."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ def read_experts(raw: Fields, num_layers: int) -> ExpertsConfig:
     """
     if not raw.boolean("norm_topk_prob", True):
         raise raw.error("norm_topk_prob", "must be true, as in every published model of this family")
+    for key in ("hidden_size", "moe_intermediate_size"):
+        if raw.integer(key) % 8:
+            raise raw.error(key, "must be a multiple of 8: rows of grouped GEMMs have a multiple of 16 bytes")
     num_experts, ffn_hidden_size = _num_experts(raw), raw.integer("moe_intermediate_size")
     if raw.integer("hidden_size") in (ffn_hidden_size, 2 * ffn_hidden_size):
         raise raw.error(

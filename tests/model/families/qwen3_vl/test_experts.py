@@ -36,6 +36,7 @@ def test_published_files_have_another_key_than_those_of_transformers_5() -> None
         ({"num_local_experts": None}, "lacks 'num_experts'"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it must be an integer from 1 to 4"),
         ({"moe_intermediate_size": 48}, "moe_intermediate_size is 48; it must not be hidden_size or half of it"),
+        ({"moe_intermediate_size": 36}, "moe_intermediate_size is 36; it must be a multiple of 8"),
         ({"decoder_sparse_step": 5}, "no layer has experts: decoder_sparse_step is 5, mlp_only_layers is [1] and"),
     ],
 )
