@@ -130,25 +130,24 @@ class MixtureOfExperts(MegatronModule):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """Apply the experts; [tokens, 1, hidden_size] to the same shape, and None for a bias."""
         weights, indices = self.router(hidden_states)
-        tokens = hidden_states[:, 0]
         if self.num_ranks == 1:
-            return self._compute(tokens, weights, indices)[:, None], None
+            return self._compute(hidden_states, weights, indices)[:, None], None
         # Each rank needs all tokens. Backward sums the gradients over the ranks, each of which has only its experts'.
         if self.config.sequence_parallel:
-            tokens, weights, indices = map(
-                tensor_parallel.gather_from_sequence_parallel_region, (tokens, weights, indices)
+            hidden, weights, indices = map(
+                tensor_parallel.gather_from_sequence_parallel_region, (hidden_states, weights, indices)
             )
-            output = tensor_parallel.reduce_scatter_to_sequence_parallel_region(self._compute(tokens, weights, indices))
+            output = tensor_parallel.reduce_scatter_to_sequence_parallel_region(self._compute(hidden, weights, indices))
         else:
-            tokens, weights = map(tensor_parallel.copy_to_tensor_model_parallel_region, (tokens, weights))
-            output = tensor_parallel.reduce_from_tensor_model_parallel_region(self._compute(tokens, weights, indices))
+            hidden, weights = map(tensor_parallel.copy_to_tensor_model_parallel_region, (hidden_states, weights))
+            output = tensor_parallel.reduce_from_tensor_model_parallel_region(self._compute(hidden, weights, indices))
         return output[:, None], None
 
-    def _compute(self, tokens: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    def _compute(self, hidden: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Compute the weighted sum of this rank's experts for each token.
 
         Args:
-            tokens: [tokens, hidden_size].
+            hidden: [tokens, 1, hidden_size].
             weights, indices: of all experts, from the router.
 
         Returns:
@@ -157,15 +156,15 @@ class MixtureOfExperts(MegatronModule):
         num_per_token = indices.shape[1]
         sorted_experts, slots = indices.flatten().sort(stable=True)  # a slot is a token and one of its experts
         num_local = self.experts.num_experts
-        local = torch.arange(self.first_expert, self.first_expert + num_local, device=tokens.device)
+        local = torch.arange(self.first_expert, self.first_expert + num_local, device=hidden.device)
         ends = torch.searchsorted(sorted_experts, local, right=True)
         if self.num_ranks > 1:
             first = torch.searchsorted(sorted_experts, local[:1])
             start, stop = torch.cat((first, ends[-1:])).tolist()  # waits for the GPU: the number of rows is not known
             slots, ends = slots[start:stop], ends - first
         scales = weights.flatten().index_select(0, slots)[:, None]
-        output = self.experts(tokens, slots, num_per_token, scales, ends.to(torch.int32))
-        return _Combine.apply(output, slots, len(tokens), num_per_token)
+        output = self.experts(hidden, slots, num_per_token, scales, ends.to(torch.int32))
+        return _Combine.apply(output, slots, len(hidden), num_per_token)
 
 
 class _Experts(MegatronModule):
@@ -177,13 +176,13 @@ class _Experts(MegatronModule):
         self.linear_fc1 = GroupedLinear(config, num_experts, config.hidden_size, 2 * ffn_hidden_size)
         self.linear_fc2 = GroupedLinear(config, num_experts, ffn_hidden_size, config.hidden_size)
 
-    def forward(self, tokens: Tensor, slots: Tensor, num_per_token: int, scales: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, slots: Tensor, num_per_token: int, scales: Tensor, ends: Tensor) -> Tensor:
         """Compute scale * expert(token) for each slot.
 
-        Of the values in between, backward needs `inner` only: it computes the others again from `tokens` and `inner`.
+        Of the values in between, backward needs `inner` only: it computes the others again from `hidden` and `inner`.
 
         Args:
-            tokens: [tokens, hidden_size].
+            hidden: [tokens, 1, hidden_size].
             slots: int64 [rows], sorted by expert.
             num_per_token: slots per token, those of other ranks included.
             scales: [rows, 1].
@@ -192,6 +191,7 @@ class _Experts(MegatronModule):
         Returns:
             [rows, hidden_size].
         """
+        tokens = hidden[:, 0]
         inputs = _Dispatch.apply(tokens, slots, num_per_token)
         with recompute_in_backward(inputs, lambda: tokens.detach().index_select(0, slots // num_per_token)):
             inner = self.linear_fc1(inputs, ends)

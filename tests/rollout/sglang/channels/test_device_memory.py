@@ -22,7 +22,7 @@ from megatron_vcr1.rollout.sglang.channels.device_memory import DeviceMemoryChan
 from megatron_vcr1.rollout.sglang.fleet import Fleet
 from megatron_vcr1.rollout.sglang.weight_sync import WeightSync, find_device_channel
 from tests.gloo import GlooPool
-from tests.rollout.sglang.channels.test_flat_bucket import open_bucket
+from tests.rollout.sglang.channels.test_flat_bucket import open_bucket, shared_files
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 pytestmark = pytest.mark.xdist_group("gloo")
@@ -97,13 +97,13 @@ def test_each_process_of_a_server_reads_the_memory_of_its_gpu(
 
 def test_a_rank_without_room_for_a_bucket_excludes_the_servers(tmp_path: Path, gloo_pool: GlooPool) -> None:
     receiver = Receiver()
-    before = set(flat_bucket.SHARED_MEMORY.glob("torch_*"))
+    before = gloo_pool.run(shared_files)
     with FakeServer(receiver) as server:
         gpus = {server.url: ["gpu 0", "gpu 3"]}
         results = gloo_pool.run(_sync, tmp_path, gpus, ParallelSection(tensor=4), full_rank=3)
         assert server.count("/update_weights_from_tensor") == 0
     assert results == [((), True)] * 4  # nobody waits for ever
-    assert set(flat_bucket.SHARED_MEMORY.glob("torch_*")) <= before
+    assert gloo_pool.run(shared_files) == before
 
 
 def _find_channel(first_gpu: int, unshareable_rank: int | None) -> tuple[str, dict[str, Sequence[str]]] | None:

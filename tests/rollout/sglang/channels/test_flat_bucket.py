@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,11 @@ BUCKET = [
     ("transposed", torch.randn(4, 2, dtype=torch.bfloat16).t()),
     ("scalar", torch.tensor(0.5, dtype=torch.float64)),
 ]
+
+
+def shared_files() -> set[Path]:
+    """Find the shared memory that this process has created; tests in other processes create some of their own."""
+    return set(SHARED_MEMORY.glob(f"torch_{os.getpid()}_*"))
 
 
 def open_bucket(description: str) -> list[tuple[str, torch.Tensor]]:

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from megatron_vcr1.rollout.sglang.channels.flat_bucket import SHARED_MEMORY
 from megatron_vcr1.rollout.sglang.channels.shared_memory import SharedMemoryChannel
 from megatron_vcr1.rollout.sglang.http import RequestRefused
+from tests.rollout.sglang.channels.test_flat_bucket import shared_files
 from tests.rollout.sglang.fake_server import FakeServer
 
 
@@ -37,13 +37,13 @@ def test_every_rank_of_every_server_can_open_the_memory() -> None:
 
 
 def test_memory_that_a_server_did_not_open_is_removed_with_the_bucket() -> None:
-    before = set(SHARED_MEMORY.glob("torch_*"))
+    before = shared_files()
     with FakeServer(lambda path, body: (200 if body is None else 400, {"tp_size": 2})) as server:
         channel = SharedMemoryChannel(timeout_s=5)
         prepared = channel.prepare([("first", torch.ones(3))])
         for _ in range(2):
             with pytest.raises(RequestRefused):
                 channel.send(server.url, prepared)
-        assert set(SHARED_MEMORY.glob("torch_*")) != before
+        assert shared_files() != before
         del prepared
-    assert set(SHARED_MEMORY.glob("torch_*")) == before
+    assert shared_files() == before
