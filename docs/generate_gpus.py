@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vcr1.model.presets import model_config
-from megatron_vcr1.planning.devices import DEVICES
+from megatron_vcr1.planning.devices import DEVICES, Cluster
 from megatron_vcr1.planning.job import Job
-from megatron_vcr1.planning.search import Cluster, search
+from megatron_vcr1.planning.search import search
 
 PAGE = Path(__file__).with_name("gpus.md")
 TOWER = ("vision_tower", "merger")
@@ -44,7 +44,7 @@ These are predictions from published peaks and assumed efficiencies. **They have
 def cell(model: str, freeze: tuple[str, ...], gpu: str, num_gpus: int) -> str:
     """Return the text of one cell."""
     job = Job(model_config(model), prompts_per_step=max(MIN_PROMPTS, num_gpus), freeze=freeze)
-    plans, refusals = search(job, Cluster(DEVICES[gpu], num_gpus, min(8, num_gpus)), LONGEST_RESPONSE)
+    plans, refusals = search(job, Cluster(DEVICES[gpu], num_gpus), LONGEST_RESPONSE)
     if not plans:
         least = min(refusal.needed_bytes for refusal in refusals if refusal.needed_bytes is not None)
         return f"no: {math.ceil(least / 1e9):,} GB"

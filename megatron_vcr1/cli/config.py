@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from megatron_vcr1.cli.arguments import path_argument, positive
-from megatron_vcr1.planning.devices import DEVICES
+from megatron_vcr1.planning.devices import DEVICES, Cluster
 
 _GPUS_PER_NODE, _GPU = 8, "h100"
 
@@ -66,14 +67,13 @@ def _check(args: argparse.Namespace) -> int:
     from megatron_vcr1.command_line import console, text_table
     from megatron_vcr1.config.loading import load_config
     from megatron_vcr1.model import cpu
-    from megatron_vcr1.training.config_check import JobSize, check_config
+    from megatron_vcr1.training.config_check import check_config
 
     config = load_config(args.check, args.overrides)
     cpu.install()
-    findings = check_config(
-        config, JobSize(args.ranks, args.gpus_per_node or _GPUS_PER_NODE, DEVICES[args.gpu or _GPU])
-    )
+    device = replace(DEVICES[args.gpu or _GPU], gpus_per_node=args.gpus_per_node or _GPUS_PER_NODE)
+    findings = check_config(config, Cluster(device, args.ranks))
     rows = [(finding.subject, finding.status, escape(finding.text)) for finding in findings]
-    title = f"{args.check} on {args.ranks} ranks"
+    title = f"{args.check} on {args.ranks} rank{'s' if args.ranks > 1 else ''}"
     console().print(text_table(title, ("", "", ""), rows, left_columns=(0, 1, 2), wrap=True))
     return 2 if any(finding.status == "error" for finding in findings) else 0

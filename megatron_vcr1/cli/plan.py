@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_vcr1.cli.arguments import path_argument, positive
 from megatron_vcr1.command_line import HelpFormatter, write_json
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.presets import add_model_argument, model_config
-from megatron_vcr1.planning.devices import DEVICES, Device
+from megatron_vcr1.planning.devices import DEVICES, Cluster, Device
 
 if TYPE_CHECKING:  # `vcr1 --help` must not load pydantic
     from rich.console import Console
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = _load(args)
     args.model = args.model or _MODEL
-    device = DEVICES[args.gpu]
+    device = replace(DEVICES[args.gpu], gpus_per_node=args.gpus_per_node)
     console = Console()
     if args.calibrate:
         runs = [Measured.from_file(path) for path in args.calibrate]
@@ -122,11 +122,11 @@ def run(args: argparse.Namespace) -> int:
         return _plan_run(args, config, device, console)
     if args.growth:
         return _growth(args, device, console)
-    from megatron_vcr1.planning.search import Cluster, search
+    from megatron_vcr1.planning.search import search
 
     num_gpus = args.nodes * args.gpus_per_node
     job = _paper_job(args, args.prompts_per_step or num_gpus)
-    plans, refusals = search(job, Cluster(device, num_gpus, args.gpus_per_node), args.longest_response)
+    plans, refusals = search(job, Cluster(device, num_gpus), args.longest_response)
     if plans:
         report.print_plans(console, plans)
     return _finish(args, device, console, plans, refusals, {})
@@ -156,7 +156,7 @@ def _plan_run(args: argparse.Namespace, config: RunConfig, device: Device, conso
     from megatron_vcr1.model.config import ModelConfig
     from megatron_vcr1.planning import report
     from megatron_vcr1.planning.run_job import job_of_run, layout_of_run
-    from megatron_vcr1.planning.search import Cluster, Plan, evaluate, search
+    from megatron_vcr1.planning.search import Plan, evaluate, search
 
     if config.train.stage != "grpo":
         raise UserError("train.stage: only GRPO runs can be planned; `vcr1 config --check` estimates the memory of SFT")
@@ -166,7 +166,7 @@ def _plan_run(args: argparse.Namespace, config: RunConfig, device: Device, conso
             "estimates the memory of training"
         )
     num_gpus = args.nodes * args.gpus_per_node
-    cluster = Cluster(device, num_gpus, args.gpus_per_node)
+    cluster = Cluster(device, num_gpus)
     job = _checked(
         job_of_run(
             config,
@@ -268,12 +268,12 @@ def _growth(args: argparse.Namespace, device: Device, console: Console) -> int:
     from tqdm import tqdm
 
     from megatron_vcr1.planning import report
-    from megatron_vcr1.planning.search import Cluster, Plan, search
+    from megatron_vcr1.planning.search import Plan, search
 
     rows: list[Plan | tuple[int, int, str]] = []
     for num_gpus in tqdm(GROWTH_GPUS, desc="cluster sizes", leave=False):
         job = _paper_job(args, args.prompts_per_step or num_gpus)
-        plans, refusals = search(job, Cluster(device, num_gpus, args.gpus_per_node), args.longest_response)
+        plans, refusals = search(job, Cluster(device, num_gpus), args.longest_response)
         rows.append(plans[0] if plans else (num_gpus, job.prompts_per_step, refusals[0].reason))
     best = [row for row in rows if isinstance(row, Plan)]
     title = f"{args.model} on {device.name}: {job.num_samples:,} samples, {job.num_epochs:g} epoch(s)"

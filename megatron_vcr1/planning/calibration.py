@@ -137,12 +137,12 @@ def _is_measured_on(run: Measured, device: Device) -> bool:
     return re.search(rf"\b{model}\b", run.device) is not None and bf16_peak(run.device) == device.flops_per_s
 
 
-def predicted_seconds(run: Measured, device: Device, gpus_per_node: int = 8) -> float:
+def predicted_seconds(run: Measured, device: Device) -> float:
     """Predict the seconds of a measured update: the reference's forward pass, if there is one, and the update.
 
     The clock of a CPU run is the CPU time of the busiest rank, which does not include waiting for other stages.
     """
-    args = (run.job, run.layout, device, gpus_per_node, pipeline_seconds if run.on_gpu else busiest_seconds)
+    args = (run.job, run.layout, device, pipeline_seconds if run.on_gpu else busiest_seconds)
     return reference_seconds(*args) + update_seconds(*args)
 
 

@@ -24,7 +24,7 @@ class Efficiency:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One GPU (or CPU core) and its connections."""
+    """One GPU (or CPU core), its connections and its node."""
 
     name: str
     memory_bytes: float
@@ -32,6 +32,7 @@ class Device:
     memory_bytes_per_s: float
     link_bytes_per_s: float  # one way, to GPUs of the same node
     network_bytes_per_s: float  # one way, this GPU's part of the node's network bandwidth
+    gpus_per_node: int = 8
     host_bytes_per_s: float = 50e9  # to and from host memory
     efficiency: Efficiency = field(default_factory=Efficiency)
     microbatch_overhead_s: float = 0.004  # kernel launches and Python, per microbatch, stage and pass
@@ -41,6 +42,19 @@ class Device:
     fixed_bytes: float = 3e9  # CUDA context, libraries, communication buffers
     fragmentation: float = 0.05  # additional memory that the allocator loses, as a fraction of what varies
     is_cpu: bool = False  # the host memory is the device memory, so a reference in host memory occupies it too
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The GPUs of a job, in identical nodes."""
+
+    device: Device
+    num_gpus: int
+
+    @property
+    def gpus_per_node(self) -> int:
+        """Return the GPUs of a node that belong to the job: fewer than the node has if the job is smaller."""
+        return min(self.num_gpus, self.device.gpus_per_node)
 
 
 # bfloat16 without sparsity; NVLink within nodes, and one 400 Gbit/s adapter (A100: 200 Gbit/s) per GPU.

@@ -10,11 +10,12 @@ from typing import Literal
 
 from megatron_vcr1.config.layout import check_layout
 from megatron_vcr1.errors import UserError
-from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.devices import Cluster
 from megatron_vcr1.planning.imbalance import work_imbalance
 from megatron_vcr1.planning.job import RECOMPUTES, Job, Layout
 from megatron_vcr1.planning.memory import EngineMemory, Memory, cache_bytes_per_token, engine_memory, training_memory
 from megatron_vcr1.planning.timing import (
+    Pass,
     StepTime,
     pipeline_bubble,
     seconds_of_stage,
@@ -28,15 +29,6 @@ PIPELINES = (1, 2, 4, 8, 16)
 CONTEXTS = (1, 2, 4, 8, 16)
 MIN_CONTEXT_TOKENS = 4096
 """Prompt tokens of a context-parallel rank: with fewer, a prompt fits onto fewer ranks, and matmuls become small."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """Identical GPUs in identical nodes."""
-
-    device: Device
-    num_gpus: int
-    gpus_per_node: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +97,8 @@ def search(job: Job, cluster: Cluster, longest_response: int) -> tuple[list[Plan
         The plans, fastest first, and the sizes that have no variant that can run.
     """
     # A tensor-parallel group must not span nodes.
-    tensors = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
+    per_node = cluster.device.gpus_per_node
+    tensors = [size for size in range(1, per_node + 1) if per_node % size == 0]
     sizes = [size for size in product(tensors, PIPELINES) if math.prod(size) <= cluster.num_gpus]
     found = [best_variant(job, cluster, tensor, pipeline, longest_response) for tensor, pipeline in sizes]
     plans = [plan for plan in found if isinstance(plan, Plan)]
@@ -187,11 +180,11 @@ def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) 
         )
         return Refusal(layout.tensor, layout.pipeline, reason, needed_bytes)
     traffic = step_traffic(job, layout)
-    stages = stage_seconds(job, layout, device, cluster.gpus_per_node, training=True)
+    stages = stage_seconds(job, layout, device, Pass.TRAINING)
     plans = []
     for engine in engines:
         if engine.tokens >= tokens:
-            time = step_seconds(job, layout, device, cluster.gpus_per_node, engine, longest_response)
+            time = step_seconds(job, layout, device, engine, longest_response)
             imbalance = work_imbalance(job, layout.replicas, longest_response)
             plans.append(Plan(job, layout, cluster, memory, engine, time, traffic, stages, imbalance))
     if plans:
@@ -205,7 +198,7 @@ def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) 
 
 def _engines(job: Job, cluster: Cluster, resident: float) -> Iterator[EngineMemory]:
     """Yield engines of 1, 2, 4, ... GPUs."""
-    for ranks in _powers_of_two(min(cluster.gpus_per_node, cluster.num_gpus)):
+    for ranks in _powers_of_two(cluster.gpus_per_node):
         if job.config.text.num_heads % ranks == 0:
             yield engine_memory(job, cluster.device, resident, ranks)
 
@@ -256,7 +249,6 @@ def balanced(job: Job, layout: Layout, cluster: Cluster) -> Layout:
 def _linear_cost(job: Job, layout: Layout, cluster: Cluster, stage: int) -> tuple[float, float]:
     """Return the seconds of a stage without layers, and the seconds of each layer."""
     one_layer, two_layers = (
-        seconds_of_stage(job, layout, cluster.device, stage, layers, cluster.gpus_per_node, training=True)
-        for layers in (1, 2)
+        seconds_of_stage(job, layout, cluster.device, stage, layers, Pass.TRAINING) for layers in (1, 2)
     )
     return 2 * one_layer - two_layers, two_layers - one_layer

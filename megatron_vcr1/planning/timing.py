@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from enum import Enum, auto
 
 from megatron_vcr1.model.flops import Flops, forward_flops, recomputed_flops, training_flops
 from megatron_vcr1.planning.devices import Device
@@ -47,6 +48,18 @@ SCORES_RECOMPUTED = 0.5
 OPTIMIZER_BYTES = 30  # bytes that Adam reads and writes for each parameter
 
 
+class Pass(Enum):
+    """Work of a stage on a microbatch."""
+
+    FORWARD = auto()
+    REPEATED = auto()  # a forward pass after another one of the step, which has computed the vision features
+    TRAINING = auto()  # forward and backward
+
+    @property
+    def is_training(self) -> bool:
+        return self is Pass.TRAINING
+
+
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Seconds of each phase of a step."""
@@ -76,16 +89,10 @@ def compute_seconds(device: Device, flops: Flops) -> float:
     return sum(scaled) / device.flops_per_s
 
 
-def stage_seconds(
-    job: Job, layout: Layout, device: Device, gpus_per_node: int, *, training: bool, repeated: bool = False
-) -> tuple[float, ...]:
-    """Predict the seconds of one microbatch on each stage.
-
-    Args:
-        training, repeated: as for `seconds_of_stage`.
-    """
+def stage_seconds(job: Job, layout: Layout, device: Device, kind: Pass) -> tuple[float, ...]:
+    """Predict the seconds of one microbatch on each stage."""
     return tuple(
-        seconds_of_stage(job, layout, device, stage, layers, gpus_per_node, training=training, repeated=repeated)
+        seconds_of_stage(job, layout, device, stage, layers, kind)
         for stage, layers in enumerate(layout.stages(job.config))
     )
 
@@ -96,23 +103,16 @@ def seconds_of_stage(
     device: Device,
     stage: int,
     num_layers: int,
-    gpus_per_node: int,
-    *,
-    training: bool,
-    repeated: bool = False,
+    kind: Pass,
 ) -> float:
     """Predict the seconds of one microbatch on a stage with a given number of language-model layers.
 
     They are linear in that number.
-
-    Args:
-        training: whether the forward pass is followed by a backward pass.
-        repeated: whether an earlier forward pass of the step has computed the vision features.
     """
     config, work = job.config, job.groups(layout.groups_per_microbatch)
     once = forward_flops(config, work)
     flops = once
-    if training:
+    if kind.is_training:
         flops = training_flops(config, work, freeze=job.freeze)
         flops += recomputed_flops(config, work, layout.recompute_section, freeze=job.freeze)
         flops += Flops(
@@ -120,7 +120,7 @@ def seconds_of_stage(
             vision_attention=SCORES_RECOMPUTED * once.vision_attention * ("vision_tower" not in job.freeze),
         )
     first, last = stage == 0, stage == layout.pipeline - 1
-    encodes = first and not (job.keeps_features and (training or repeated))
+    encodes = first and not (job.keeps_features and kind is not Pass.FORWARD)
     # The rank with the most responses or frames; prompts are split evenly.
     tokens, responses, frames = layout.token_share(job), layout.response_share(job), layout.frame_share(job)
     # Tensor-parallel ranks that encode the same frames divide the operations, except for those of the patch embedding.
@@ -144,17 +144,17 @@ def seconds_of_stage(
     forward, backward = tensor_traffic(job, layout, stage, num_layers)
     link = _bandwidth(device, within_node=True)
     seconds += _sending_seconds(forward, link, device)
-    if training:
+    if kind.is_training:
         seconds += _sending_seconds(backward, link, device)
     attention = compute_seconds(device, Flops(text_attention=once.text_attention * fraction * tokens)) / layout.tensor
     all_passes = attention * flops.text_attention / once.text_attention
-    bandwidth = _bandwidth(device, within_node=layout.tensor * layout.context <= gpus_per_node)
+    bandwidth = _bandwidth(device, within_node=layout.tensor * layout.context <= device.gpus_per_node)
     num_chunks = num_key_chunks(job, layout)
     context_forward, context_backward = context_traffic(job, layout, stage, num_layers)
     seconds += _exposed_seconds(context_forward, bandwidth, device, attention, num_chunks)
-    if training:
+    if kind.is_training:
         seconds += _exposed_seconds(context_backward, bandwidth, device, all_passes - attention, num_chunks)
-    return seconds + device.microbatch_overhead_s * (3 if training else 1)
+    return seconds + device.microbatch_overhead_s * (3 if kind.is_training else 1)
 
 
 def _sending_seconds(sent: Sent, bandwidth: float, device: Device) -> float:
@@ -196,7 +196,6 @@ def update_seconds(
     job: Job,
     layout: Layout,
     device: Device,
-    gpus_per_node: int,
     pipeline: Pipeline = pipeline_seconds,
     *,
     imbalance: float = 1.0,
@@ -209,12 +208,12 @@ def update_seconds(
     Args:
         imbalance: work of the busiest replica, for which the others wait, over the mean.
     """
-    compute = imbalance * _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=True)
-    holders_within_node = layout.tensor * layout.num_weight_holders <= gpus_per_node
+    compute = imbalance * _pass_seconds(job, layout, device, pipeline, Pass.TRAINING)
+    holders_within_node = layout.tensor * layout.num_weight_holders <= device.gpus_per_node
     bandwidth = _bandwidth(device, within_node=holders_within_node)
     reduction, gather = (sent / bandwidth for sent in data_traffic(job, layout))
     if job.overlaps_reduction:
-        forward, both = (stage_seconds(job, layout, device, gpus_per_node, training=each) for each in (False, True))
+        forward, both = (stage_seconds(job, layout, device, each) for each in (Pass.FORWARD, Pass.TRAINING))
         reduction -= min(reduction, max(both) - max(forward))
     reduction += vision_gradient_bytes(job, layout) / _bandwidth(device, within_node=True)
     trained = max(num_trained(job, stage) for stage in stage_parameters(job.config, layout)) / layout.num_weight_holders
@@ -228,7 +227,6 @@ def reference_seconds(
     job: Job,
     layout: Layout,
     device: Device,
-    gpus_per_node: int,
     pipeline: Pipeline = pipeline_seconds,
     *,
     imbalance: float = 1.0,
@@ -243,7 +241,7 @@ def reference_seconds(
     """
     if not job.with_reference:
         return 0.0
-    compute = imbalance * _pass_seconds(job, layout, device, gpus_per_node, pipeline, training=False)
+    compute = imbalance * _pass_seconds(job, layout, device, pipeline, Pass.FORWARD)
     compute *= job.num_minibatches
     if job.reference_resident or device.is_cpu:
         return compute
@@ -251,36 +249,30 @@ def reference_seconds(
     return compute + copied / device.host_bytes_per_s
 
 
-def old_log_prob_seconds(
-    job: Job, layout: Layout, device: Device, gpus_per_node: int, *, imbalance: float = 1.0
-) -> float:
+def old_log_prob_seconds(job: Job, layout: Layout, device: Device, *, imbalance: float = 1.0) -> float:
     """Predict the log-probs of the policy before several optimizer steps. A single one does not need them."""
     if job.num_updates == 1:
         return 0.0
-    has_features = job.with_reference  # whose pass comes first
-    each = _pass_seconds(job, layout, device, gpus_per_node, pipeline_seconds, training=False, repeated=has_features)
-    return imbalance * job.num_minibatches * each
+    kind = Pass.REPEATED if job.with_reference else Pass.FORWARD  # the reference's pass comes first
+    return imbalance * job.num_minibatches * _pass_seconds(job, layout, device, pipeline_seconds, kind)
 
 
 def _pass_seconds(
     job: Job,
     layout: Layout,
     device: Device,
-    gpus_per_node: int,
     pipeline: Pipeline,
-    *,
-    training: bool,
-    repeated: bool = False,
+    kind: Pass,
 ) -> float:
     """Predict the passes of a minibatch's microbatches through all stages, including sends between stages."""
     num_microbatches = layout.num_microbatches(job)
-    stages = stage_seconds(job, layout, device, gpus_per_node, training=training, repeated=repeated)
+    stages = stage_seconds(job, layout, device, kind)
     compute = pipeline(stages, num_microbatches)
     if layout.pipeline == 1:
         return compute
     # Stages are the outermost dimension of the ranks: they share a node only if the whole job does.
-    hop = boundary_bytes(job, layout) / _bandwidth(device, within_node=layout.num_gpus <= gpus_per_node)
-    return compute + (2 if training else 1) * (layout.pipeline - 1 + num_microbatches - 1) * hop
+    hop = boundary_bytes(job, layout) / _bandwidth(device, within_node=layout.num_gpus <= device.gpus_per_node)
+    return compute + (2 if kind.is_training else 1) * (layout.pipeline - 1 + num_microbatches - 1) * hop
 
 
 def _bandwidth(device: Device, *, within_node: bool) -> float:
@@ -312,9 +304,7 @@ def rollout_seconds(job: Job, device: Device, num_engines: int, engine: EngineMe
     return prefill + waves * longest_response * (device.token_overhead_s + collectives + weights) + cache
 
 
-def step_seconds(
-    job: Job, layout: Layout, device: Device, gpus_per_node: int, engine: EngineMemory, longest_response: int
-) -> StepTime:
+def step_seconds(job: Job, layout: Layout, device: Device, engine: EngineMemory, longest_response: int) -> StepTime:
     """Predict a whole GRPO step with engines colocated on the training GPUs."""
     num_engines = max(layout.num_gpus // engine.ranks, 1)
     rollout = rollout_seconds(job, device, num_engines, engine, longest_response)
@@ -322,10 +312,10 @@ def step_seconds(
     mean_groups = job.prompts_per_step / (job.num_minibatches * layout.replicas)
     imbalance = work_imbalance(job, layout.replicas, longest_response) * mean_groups / layout.groups_per_update(job)
     # A replica that is done with its reference pass goes on with its update: all wait at the end of the update only.
-    reference = reference_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
-    old_log_probs = old_log_prob_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
-    update = update_seconds(job, layout, device, gpus_per_node, imbalance=imbalance)
-    sync_bandwidth = _bandwidth(device, within_node=layout.num_gpus <= gpus_per_node)
+    reference = reference_seconds(job, layout, device, imbalance=imbalance)
+    old_log_probs = old_log_prob_seconds(job, layout, device, imbalance=imbalance)
+    update = update_seconds(job, layout, device, imbalance=imbalance)
+    sync_bandwidth = _bandwidth(device, within_node=layout.num_gpus <= device.gpus_per_node)
     sync = step_traffic(job, layout).sync / sync_bandwidth
     frames = job.frames_per_prompt * job.prompts_per_step / layout.num_gpus
     overlapped = rollout + reference + old_log_probs + update + sync

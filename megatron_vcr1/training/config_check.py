@@ -23,7 +23,7 @@ from megatron_vcr1.data.prompts import PromptTooLongError
 from megatron_vcr1.data.video_types import VideoError
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.planning.devices import Device
+from megatron_vcr1.planning.devices import Cluster
 from megatron_vcr1.planning.job import Job
 from megatron_vcr1.planning.memory import checkpoint_bytes, host_memory, training_memory
 from megatron_vcr1.planning.run_job import job_of_run, layout_of_run
@@ -52,21 +52,8 @@ class Finding:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class JobSize:
-    """The job that a configuration is checked for."""
-
-    num_ranks: int
-    gpus_per_node: int
-    device: Device
-
-    @property
-    def ranks_per_node(self) -> int:
-        return min(self.num_ranks, self.gpus_per_node)
-
-
-def check_config(config: RunConfig, size: JobSize) -> list[Finding]:
-    """Check a configuration and return what was found, in the order of the table."""
+def check_config(config: RunConfig, cluster: Cluster) -> list[Finding]:
+    """Check a configuration for a job and return what was found, in the order of the table."""
     findings: list[Finding] = []
 
     def check(subject: str, function: Callable[[], tuple[str, str]]) -> None:
@@ -78,38 +65,40 @@ def check_config(config: RunConfig, size: JobSize) -> list[Finding]:
 
     model: ModelConfig | None = None
     with suppress(UserError):  # the first check reports it
-        model = read_model_config(config, size.num_ranks)
-    check("model, layout", lambda: _layout(config, size))
+        model = read_model_config(config, cluster.num_gpus)
+    check("model, layout", lambda: _layout(config, cluster))
     if model is not None:
         inputs: list[RunInputs] = []
         job = _job(config, model)
-        check("batch", lambda: _batch(config, size, job))
-        check("settings, data", lambda: _inputs(config, model, size, inputs))
+        check("batch", lambda: _batch(config, cluster, job))
+        check("settings, data", lambda: _inputs(config, model, cluster, inputs))
         if inputs:
             check("first samples", lambda: _first_samples(config, inputs[0]))
-        check("memory", lambda: _memory(config, size, job))
+        check("memory", lambda: _memory(config, cluster, job))
         check("checkpoints", lambda: _checkpoints(config, job))
-    check("servers", lambda: _servers(config, size))
+    check("servers", lambda: _servers(config, cluster))
     check("run directory", lambda: _run_dir(config))
     return findings
 
 
-def _layout(config: RunConfig, size: JobSize) -> tuple[str, str]:
-    model, parallel = read_model_config(config, size.num_ranks), config.parallel
-    replicas = size.num_ranks // parallel.ranks_per_replica
+def _layout(config: RunConfig, cluster: Cluster) -> tuple[str, str]:
+    model, parallel = read_model_config(config, cluster.num_gpus), config.parallel
+    replicas = cluster.num_gpus // parallel.ranks_per_replica
     text = f"{model.family.title}, {model.text.num_layers} layers; tensor {parallel.tensor} x "
     text += f"context {parallel.context} x " if parallel.context > 1 else ""
     text += f"pipeline {parallel.pipeline} x {replicas} replicas"
-    if _crosses_nodes(parallel.tensor, size):
-        return "warning", f"{text}: tensor-parallel groups cross nodes of {size.gpus_per_node} GPUs, which is slow"
-    if parallel.context > 1 and _crosses_nodes(parallel.tensor * parallel.context, size):
-        return "warning", f"{text}: context-parallel groups cross nodes of {size.gpus_per_node} GPUs, which is slow"
+    slow = f"groups cross nodes of {cluster.device.gpus_per_node} GPUs, which is slow"
+    if _crosses_nodes(parallel.tensor, cluster):
+        return "warning", f"{text}: tensor-parallel {slow}"
+    if parallel.context > 1 and _crosses_nodes(parallel.tensor * parallel.context, cluster):
+        return "warning", f"{text}: context-parallel {slow}"
     return "ok", text
 
 
-def _crosses_nodes(num_ranks: int, size: JobSize) -> bool:
+def _crosses_nodes(num_ranks: int, cluster: Cluster) -> bool:
     """Return whether some groups of `num_ranks` successive ranks have GPUs of several nodes."""
-    return num_ranks > size.gpus_per_node or size.gpus_per_node % num_ranks > 0
+    per_node = cluster.device.gpus_per_node
+    return num_ranks > per_node or per_node % num_ranks > 0
 
 
 def _job(config: RunConfig, model: ModelConfig) -> Job:
@@ -118,10 +107,10 @@ def _job(config: RunConfig, model: ModelConfig) -> Job:
     return job_of_run(config, model, response_tokens=tokens, num_samples=1)
 
 
-def _batch(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
-    replicas = size.num_ranks // config.parallel.ranks_per_replica
+def _batch(config: RunConfig, cluster: Cluster, job: Job) -> tuple[str, str]:
+    replicas = cluster.num_gpus // config.parallel.ranks_per_replica
     check_batch_size(config.train, config.grpo, replicas)
-    layout = layout_of_run(config, job, size.num_ranks)
+    layout = layout_of_run(config, job, cluster.num_gpus)
     per_replica = config.train.prompts_per_step // replicas
     text = f"{config.train.prompts_per_step} prompts per step, {per_replica} per replica in about "
     text += f"{layout.num_microbatches(job)} microbatches"
@@ -131,8 +120,8 @@ def _batch(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
     return "ok", text
 
 
-def _inputs(config: RunConfig, model: ModelConfig, size: JobSize, found: list[RunInputs]) -> tuple[str, str]:
-    inputs = read_inputs(config, model, num_ranks=size.num_ranks)
+def _inputs(config: RunConfig, model: ModelConfig, cluster: Cluster, found: list[RunInputs]) -> tuple[str, str]:
+    inputs = read_inputs(config, model, num_ranks=cluster.num_gpus)
     found.append(inputs)
     samples = sum(map(len, inputs.stream.samples))
     text = f"{samples:,} samples of {len(inputs.stream.samples)} sources; {inputs.num_steps:,} steps"
@@ -170,15 +159,15 @@ def _prepare(function: PrepareFn, samples: Sequence[Sample]) -> Iterator[int | s
             yield f"{sample.id} would be skipped: {error}"
 
 
-def _memory(config: RunConfig, size: JobSize, job: Job) -> tuple[str, str]:
-    layout, device = layout_of_run(config, job, size.num_ranks), size.device
+def _memory(config: RunConfig, cluster: Cluster, job: Job) -> tuple[str, str]:
+    layout, device = layout_of_run(config, job, cluster.num_gpus), cluster.device
     stages = training_memory(job, layout, device)
     fullest = max(stages, key=lambda stage: stage.total)
     part = fullest.largest_part
     text = f"about {fullest.total / 1e9:.0f} GB of {device.memory_bytes / 1e9:.0f} per GPU ({device.name}; largest "
     text += f"part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
     if not device.is_cpu:
-        host = size.ranks_per_node * max(stage.total for stage in host_memory(job, layout, device))
+        host = cluster.gpus_per_node * max(stage.total for stage in host_memory(job, layout, device))
         text += f", and {host / 1e9:.0f} GB in the host memory of a node"
     if fullest.total > device.memory_bytes:
         return "warning", f"{text}: too much; `vcr1 plan` compares layouts"
@@ -205,19 +194,19 @@ def _checkpoints(config: RunConfig, job: Job) -> tuple[str, str]:
     return ("warning" if number * each > free else "ok"), text
 
 
-def _servers(config: RunConfig, size: JobSize) -> tuple[str, str]:
+def _servers(config: RunConfig, cluster: Cluster) -> tuple[str, str]:
     section = config.sglang
     needs_engine = config.train.stage == "grpo" or config.validation.benchmarks
     if config.rollout.engine != "sglang" or not needs_engine:
         return "ok", "none: the in-process engine" if needs_engine else "none"
     if section.urls:
         return "ok", f"{len(section.urls)} URLs, which are not contacted here"
-    placement = replace(Placement.from_section(section), num_gpus=size.gpus_per_node)
+    placement = replace(Placement.from_section(section), num_gpus=cluster.device.gpus_per_node)
     check_server_args(section)
-    placement.server_gpus(size.ranks_per_node)
+    placement.server_gpus(cluster.gpus_per_node)
     if section.colocated:
         ranks = config.parallel.ranks_per_replica
-        placement.check_sharing(max(1, size.ranks_per_node // ranks), section.num_servers)
+        placement.check_sharing(max(1, cluster.gpus_per_node // ranks), section.num_servers)
     require_sglang(section.python)
     kind = "colocated" if section.colocated else "separate"
     return "ok", f"{section.num_servers} {kind} per node, {section.tensor} GPUs each; sglang is installed"

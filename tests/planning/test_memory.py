@@ -11,7 +11,7 @@ from megatron_vcr1.planning.devices import DEVICES
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import cache_bytes_per_token, engine_memory, host_memory, training_memory
 from megatron_vcr1.planning.parameters import stage_parameters
-from megatron_vcr1.planning.timing import stage_seconds
+from megatron_vcr1.planning.timing import Pass, stage_seconds
 
 NUM_PARAMETERS_7B = 8_292_166_656 + 20_162_816  # published, and the padding of the vision tower's MLPs
 H100 = DEVICES["h100"]
@@ -178,5 +178,5 @@ def test_a_whole_vision_tower_takes_more_memory_for_weights_and_less_time() -> N
     assert memory.optimizer - without.optimizer == 12 / 2 * (tower.vision - shard.vision)
     # A video of 19 temporal steps: the busiest of 4 ranks encodes 5 of them.
     assert whole.frame_share(job) == 5 / 19 and sharded.frame_share(job) == 1
-    seconds = [stage_seconds(job, layout, H100, 8, training=True)[0] for layout in (sharded, whole)]
+    seconds = [stage_seconds(job, layout, H100, Pass.TRAINING)[0] for layout in (sharded, whole)]
     assert seconds[1] < 0.95 * seconds[0]

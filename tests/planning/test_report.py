@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from megatron_vcr1.model.presets import model_config
-from megatron_vcr1.planning.devices import DEVICES
+from megatron_vcr1.planning.devices import DEVICES, Cluster
 from megatron_vcr1.planning.job import Job
 from megatron_vcr1.planning.report import growth_table, plot, print_plans, refusals_table, settings
-from megatron_vcr1.planning.search import Cluster, Plan, Refusal, search
+from megatron_vcr1.planning.search import Plan, Refusal, search
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 
 from megatron_vcr1.model.presets import model_config
-from megatron_vcr1.planning.devices import DEVICES
+from megatron_vcr1.planning.devices import DEVICES, Cluster
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.memory import training_memory
 from megatron_vcr1.planning.report import settings
-from megatron_vcr1.planning.search import Cluster, Plan, Refusal, balanced, best_variant, evaluate, search
-from megatron_vcr1.planning.timing import stage_seconds
+from megatron_vcr1.planning.search import Plan, Refusal, balanced, best_variant, evaluate, search
+from megatron_vcr1.planning.timing import Pass, stage_seconds
 
 H100 = DEVICES["h100"]
 
@@ -76,8 +76,8 @@ def test_balancing_moves_layers_away_from_the_stage_with_the_vision_tower() -> N
     better = balanced(job, even, Cluster(H100, 8))
     stages = better.stages(job.config)
     assert stages[0] < 7 and sum(stages) == 28
-    slowest = [max(stage_seconds(job, layout, H100, 8, training=True)) for layout in (even, better)]
+    slowest = [max(stage_seconds(job, layout, H100, Pass.TRAINING)) for layout in (even, better)]
     assert slowest[1] < slowest[0]
     for first in range(1, 26, 3):  # no other size of the first stage alone is better
         other = dataclasses.replace(even, first_stage_layers=first)
-        assert max(stage_seconds(job, other, H100, 8, training=True)) >= slowest[1] * 0.999
+        assert max(stage_seconds(job, other, H100, Pass.TRAINING)) >= slowest[1] * 0.999

@@ -15,6 +15,7 @@ from megatron_vcr1.planning.memory import EngineMemory
 from megatron_vcr1.planning.parameters import stage_parameters
 from megatron_vcr1.planning.timing import (
     SCORES_RECOMPUTED,
+    Pass,
     busiest_seconds,
     old_log_prob_seconds,
     pipeline_bubble,
@@ -44,7 +45,7 @@ def test_the_last_layer_computes_only_target_tokens_after_its_attention() -> Non
     exact = Efficiency(1, 1, 1, 1, 1, 1, 1)
     unit = dataclasses.replace(DEVICES["h100"], microbatch_overhead_s=0.0, flops_per_s=1.0, efficiency=exact)
     layout = Layout(pipeline=2)
-    first, second = (seconds_of_stage(job, layout, unit, stage, 14, 8, training=False) for stage in (0, 1))
+    first, second = (seconds_of_stage(job, layout, unit, stage, 14, Pass.FORWARD) for stage in (0, 1))
     work = forward_flops(job.config, job.groups(1))
     assert first + second == pytest.approx(work.total)
     saved = 2 * (tokens - targets) * (3584 * 3584 + 3 * 3584 * 18944)  # output projection and MLP
@@ -55,18 +56,19 @@ def test_the_last_layer_computes_only_target_tokens_after_its_attention() -> Non
 def test_context_parallelism_divides_the_work_and_sends_more_between_nodes() -> None:
     job = Job(model_config("qwen2.5-vl-7b"), prompt_tokens=65_536)
     device = dataclasses.replace(DEVICES["h100"], microbatch_overhead_s=0, collective_latency_s=0)
-    (alone,) = stage_seconds(job, Layout(), device, 8, training=True)
-    (split,) = stage_seconds(job, Layout(context=4), device, 8, training=True)
+    (alone,) = stage_seconds(job, Layout(), device, Pass.TRAINING)
+    (split,) = stage_seconds(job, Layout(context=4), device, Pass.TRAINING)
     assert alone / 4 < split < 1.05 * alone / 4  # the rest of the time: keys and values
-    (between_nodes,) = stage_seconds(job, Layout(context=4), device, 2, training=True)
+    small_nodes = dataclasses.replace(device, gpus_per_node=2)
+    (between_nodes,) = stage_seconds(job, Layout(context=4), small_nodes, Pass.TRAINING)
     sent = sum(traffic.bytes for traffic in context_traffic(job, Layout(context=4), 0, 28))
     keys = 3 * 28 * key_bytes(job, Layout(context=4))  # two gathers and a reduce-scatter
     network = device.network_bytes_per_s * device.efficiency.network
     link = device.link_bytes_per_s * device.efficiency.link
     seen = sent - 3 / 4 * keys  # three of four chunks overlap with attention
     assert between_nodes - split == pytest.approx(seen / network - seen / link)
-    slow = dataclasses.replace(device, network_bytes_per_s=device.network_bytes_per_s / 1000)
-    (waiting,) = stage_seconds(job, Layout(context=4), slow, 2, training=True)
+    slow = dataclasses.replace(small_nodes, network_bytes_per_s=device.network_bytes_per_s / 1000)
+    (waiting,) = stage_seconds(job, Layout(context=4), slow, Pass.TRAINING)
     attention = forward_flops(job.config, job.groups(1)).text_attention * Layout(context=4).token_share(job)
     hiding = 3 / 4 * (1 + 2 + SCORES_RECOMPUTED) * attention / device.flops_per_s / device.efficiency.attention
     assert waiting - split == pytest.approx(1000 * sent / network - hiding - seen / link)
@@ -75,12 +77,13 @@ def test_context_parallelism_divides_the_work_and_sends_more_between_nodes() -> 
 def test_update_seconds_grow_with_recomputation_prompts_and_network_traffic() -> None:
     job, device = Job(model_config("qwen2.5-vl-7b")), DEVICES["h100"]
     layout = Layout(tensor=2, replicas=4, sequence_parallel=True)
-    base = update_seconds(job, layout, device, 8)
-    assert update_seconds(job, dataclasses.replace(layout, recompute="full"), device, 8) > 1.2 * base
+    base = update_seconds(job, layout, device)
+    assert update_seconds(job, dataclasses.replace(layout, recompute="full"), device) > 1.2 * base
     twice = dataclasses.replace(job, prompts_per_step=16)
-    assert 1.5 * base < update_seconds(twice, layout, device, 8) < 2 * base
+    assert 1.5 * base < update_seconds(twice, layout, device) < 2 * base
     assert useful_flops(twice) == 2 * useful_flops(job)
-    assert update_seconds(job, layout, device, 2) > base  # the replicas are on different nodes
+    small_nodes = dataclasses.replace(device, gpus_per_node=2)
+    assert update_seconds(job, layout, small_nodes) > base  # the replicas are on different nodes
 
 
 def test_several_updates_per_rollout_add_passes_and_the_old_log_probs() -> None:
@@ -92,18 +95,18 @@ def test_several_updates_per_rollout_add_passes_and_the_old_log_probs() -> None:
     several = dataclasses.replace(once, num_passes=3, num_minibatches=2)
     assert (once.num_updates, several.num_updates) == (1, 6)
     assert [layout.num_microbatches(job) for job in (once, several)] == [4, 2]
-    assert update_seconds(several, layout, device, 8) == pytest.approx(3 * update_seconds(once, layout, device, 8))
-    reference = reference_seconds(once, layout, device, 8)
-    assert old_log_prob_seconds(once, layout, device, 8) == 0
-    assert reference_seconds(several, layout, device, 8) == pytest.approx(reference)
-    assert old_log_prob_seconds(several, layout, device, 8) == pytest.approx(reference)
+    assert update_seconds(several, layout, device) == pytest.approx(3 * update_seconds(once, layout, device))
+    reference = reference_seconds(once, layout, device)
+    assert old_log_prob_seconds(once, layout, device) == 0
+    assert reference_seconds(several, layout, device) == pytest.approx(reference)
+    assert old_log_prob_seconds(several, layout, device) == pytest.approx(reference)
     assert useful_flops(several) == pytest.approx(
         3 * useful_flops(once) - forward_flops(once.config, once.groups(8)).total
     )
     # Vision features are kept: the old log-probs compute them if there is no reference, and nothing else does.
     kept = [dataclasses.replace(several, freeze=("vision_tower", "merger"), with_reference=on) for on in (True, False)]
-    before = reference_seconds(kept[0], layout, device, 8), old_log_prob_seconds(kept[1], layout, device, 8)
-    assert before[0] == pytest.approx(before[1]) and old_log_prob_seconds(kept[0], layout, device, 8) < 0.95 * before[1]
+    before = reference_seconds(kept[0], layout, device), old_log_prob_seconds(kept[1], layout, device)
+    assert before[0] == pytest.approx(before[1]) and old_log_prob_seconds(kept[0], layout, device) < 0.95 * before[1]
     work = forward_flops(once.config, once.groups(8))
     assert useful_flops(kept[0]) - useful_flops(kept[1]) == pytest.approx(work.total - work.vision)
 
@@ -113,8 +116,8 @@ def test_a_minibatch_with_fewer_groups_than_replicas_takes_the_time_of_one_group
     layout = Layout(replicas=8)
     assert layout.groups_per_update(job) == layout.num_microbatches(job) == 1
     engine = EngineMemory(1, 1e9, 1e9, 10**6)
-    whole = step_seconds(dataclasses.replace(job, num_minibatches=1), layout, DEVICES["h100"], 8, engine, 500)
-    parts = step_seconds(job, layout, DEVICES["h100"], 8, engine, 500)
+    whole = step_seconds(dataclasses.replace(job, num_minibatches=1), layout, DEVICES["h100"], engine, 500)
+    parts = step_seconds(job, layout, DEVICES["h100"], engine, 500)
     assert 3.5 * whole.update < parts.update < 4.5 * whole.update
 
 
@@ -125,10 +128,10 @@ def test_the_backward_pass_hides_the_reduction_of_gradients() -> None:
     device = dataclasses.replace(DEVICES["h100"], microbatch_overhead_s=0.0)
     reduced, _ = data_traffic(job, layout)
     for network_bytes_per_s, is_hidden in ((1e12, True), (1e9, False)):
-        slow = dataclasses.replace(device, network_bytes_per_s=network_bytes_per_s)
-        seconds = [update_seconds(each, layout, slow, 1) for each in (job, overlapped)]
+        slow = dataclasses.replace(device, network_bytes_per_s=network_bytes_per_s, gpus_per_node=1)
+        seconds = [update_seconds(each, layout, slow) for each in (job, overlapped)]
         reduction = reduced / (network_bytes_per_s * device.efficiency.network)
-        (forward,), (both,) = (stage_seconds(job, layout, slow, 1, training=each) for each in (False, True))
+        (forward,), (both,) = (stage_seconds(job, layout, slow, each) for each in (Pass.FORWARD, Pass.TRAINING))
         assert seconds[0] - seconds[1] == pytest.approx(reduction if is_hidden else both - forward)
 
 
@@ -142,10 +145,10 @@ def test_the_optimizer_updates_only_trained_parameters() -> None:
     job = Job(model_config("qwen2.5-vl-7b"))
     (whole,) = stage_parameters(job.config, Layout())
     in_host = dataclasses.replace(job, optimizer_resident=False)
-    resident, copied = (update_seconds(each, Layout(replicas=8), device, 8) for each in (job, in_host))
+    resident, copied = (update_seconds(each, Layout(replicas=8), device) for each in (job, in_host))
     assert copied - resident == pytest.approx(2 * 12 * whole.total / 8 / 50e9)
     frozen = dataclasses.replace(job, freeze=("vision_tower",))
-    both = [update_seconds(each, Layout(replicas=8), device, 8) for each in (job, frozen)]
+    both = [update_seconds(each, Layout(replicas=8), device) for each in (job, frozen)]
     assert both[1] / both[0] == pytest.approx((whole.text + whole.embedding) / whole.total)
 
 
@@ -155,7 +158,7 @@ def test_the_reference_in_host_memory_costs_a_copy_of_the_trained_parameters() -
 
     def copy_seconds(job: Job, device: Device, imbalance: float = 1.0) -> float:
         jobs = (job, dataclasses.replace(job, reference_resident=True))
-        in_host, resident = (reference_seconds(each, layout, device, 8, imbalance=imbalance) for each in jobs)
+        in_host, resident = (reference_seconds(each, layout, device, imbalance=imbalance) for each in jobs)
         return in_host - resident
 
     assert copy_seconds(job, device) == pytest.approx(2 * stage.total / 50e9)

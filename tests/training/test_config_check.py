@@ -17,14 +17,14 @@ from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.manifest import read_manifest, write_manifest
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.planning.devices import DEVICES
+from megatron_vcr1.planning.devices import DEVICES, Cluster, Device
 from megatron_vcr1.planning.memory import checkpoint_bytes, training_memory
 from megatron_vcr1.planning.run_job import job_of_run, layout_of_run
 from megatron_vcr1.training import train as train_module
-from megatron_vcr1.training.config_check import JobSize, check_config
+from megatron_vcr1.training.config_check import check_config
 from tests.training import workspace
 
-SIZE = JobSize(4, 8, DEVICES["h100"])
+CLUSTER = Cluster(DEVICES["h100"], 4)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_layouts_are_accepted_or_refused_alike(folder: Path, monkeypatch: pytest
             grpo={"num_minibatches": minibatches},
         )
         refusal = _refusal_of_train(config, num_ranks)
-        findings = check_config(config, JobSize(num_ranks, 8, DEVICES["h100"]))
+        findings = check_config(config, Cluster(DEVICES["h100"], num_ranks))
         errors = [finding.text for finding in findings if finding.status == "error"]
         assert errors == ([] if refusal is None else [refusal]), (num_ranks, parallel, prompts)
         assert (refusal is None) == is_possible, (num_ranks, parallel, prompts, refusal)
@@ -151,9 +151,9 @@ def test_layouts_are_accepted_or_refused_alike(folder: Path, monkeypatch: pytest
 )
 def test_other_mistakes_are_refused_with_the_words_of_train(folder: Path, sections: dict[str, Any]) -> None:
     config = _config(folder, **sections)
-    refusal = _refusal_of_train(config, SIZE.num_ranks)
+    refusal = _refusal_of_train(config, CLUSTER.num_gpus)
     assert refusal is not None
-    assert refusal in [finding.text for finding in check_config(config, SIZE) if finding.status == "error"]
+    assert refusal in [finding.text for finding in check_config(config, CLUSTER) if finding.status == "error"]
 
 
 def test_a_good_configuration_is_summarized_in_a_table(
@@ -172,8 +172,8 @@ def test_a_good_configuration_is_summarized_in_a_table(
     assert main(["config", "--ranks", "3"]) == 2
 
 
-def _finding(config: RunConfig, subject: str, size: JobSize = SIZE) -> tuple[str, str]:
-    (finding,) = [finding for finding in check_config(config, size) if finding.subject == subject]
+def _finding(config: RunConfig, subject: str, cluster: Cluster = CLUSTER) -> tuple[str, str]:
+    (finding,) = [finding for finding in check_config(config, cluster) if finding.subject == subject]
     return finding.status, finding.text
 
 
@@ -199,12 +199,12 @@ def test_prompts_whose_responses_would_leave_the_range_of_positions_are_named(fo
 def test_parallel_groups_that_cross_nodes_are_noticed(folder: Path) -> None:
     for context, expected in ((2, "ok"), (4, "warning")):
         layout = {"tensor": 4, "context": context, "sequence_parallel": True}
-        status, text = _finding(_config(folder, parallel=layout), "model, layout", JobSize(16, 8, DEVICES["h100"]))
+        status, text = _finding(_config(folder, parallel=layout), "model, layout", Cluster(DEVICES["h100"], 16))
         assert status == expected and ("context-parallel groups cross nodes of 8 GPUs" in text) == (context == 4)
 
 
 def test_memory_disk_servers_and_the_other_stage_are_noticed(folder: Path, tmp_path: Path) -> None:
-    small = JobSize(4, 8, DEVICES["cpu"].__class__("tiny GPU", 1e9, 1.0, 1.0, 1.0, 1.0))
+    small = Cluster(Device("tiny GPU", 1e9, 1.0, 1.0, 1.0, 1.0), 4)
     status, text = _finding(_config(folder), "memory", small)
     assert status == "warning" and "too much" in text
     assert text.count("in the host memory of a node") == 1
@@ -234,7 +234,7 @@ def test_servers_of_a_validation_share_the_memory_of_sft(folder: Path) -> None:
     (memory,) = training_memory(job, layout_of_run(config, job, 1), DEVICES["h100"])
     for factor, expected in ((2.1, "ok"), (1.9, "warning")):
         device = dataclasses.replace(DEVICES["h100"], memory_bytes=factor * memory.resident)
-        status, text = _finding(config, "memory", JobSize(1, 8, device))
+        status, text = _finding(config, "memory", Cluster(device, 1))
         assert status == expected and ("lower sglang.memory_fraction" in text) == (expected == "warning")
 
 
