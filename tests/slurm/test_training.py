@@ -14,7 +14,7 @@ from tests.training import workspace
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
-NUM_STEPS = 30
+NUM_STEPS = 16
 TIMED = ("time/", "tokens_per_s", "tflops_per_s", "mfu", "memory/")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=30", "examples/slurm/train.sbatch")
 
@@ -30,7 +30,7 @@ def settings(submit_dir: Path) -> Path:
         "grpo",
         train={"stage": "grpo", "num_steps": NUM_STEPS, "prompts_per_step": 4},
         data={**workspace.config(submit_dir, "grpo").data.model_dump(), "sources": [source]},
-        checkpoint={"every_steps": 5, "export": "never"},
+        checkpoint={"every_steps": 3, "export": "never"},
     )
     (submit_dir / "run.toml").write_text(render_toml(config, documented=False))
     return submit_dir
@@ -59,11 +59,11 @@ def test_a_run_over_three_starts_equals_an_uninterrupted_run(cluster, settings):
 
     job = cluster.submit(settings, *TWO_NODES, "run.toml", "--train.run_dir", parts, **environment)
     log = settings / f"vcr1-{job}.out"
-    wait_for_step(parts, 4, log)
+    wait_for_step(parts, 2, log)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
     saved = max(int(path.name.removeprefix("step_")) for path in (parts / "checkpoints").glob("step_*"))
-    wait_for_step(parts, saved + 7, log)
+    wait_for_step(parts, saved + 4, log)
     cluster.cut_power("n2")
     try:
         cluster.wait(job, until=lambda fields: fields["Restarts"] == "2")

@@ -33,7 +33,7 @@ from tests.training import workspace
 
 pytestmark = pytest.mark.xdist_group("gloo")
 
-NUM_KILLS = int(os.environ.get("VCR1_KILLS", "4"))
+NUM_KILLS = int(os.environ.get("VCR1_KILLS", "3"))
 NUM_STEPS = 3 * NUM_KILLS
 VALIDATION_STEPS = 4  # each starts decoding processes
 TIMEOUT_S = HANG_S  # the machine may be loaded
