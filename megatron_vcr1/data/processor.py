@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_vcr1.data.chat_template import JINJA_FILE, JSON_FILES, check_chat_template, read_chat_template
 from megatron_vcr1.data.control_tokens import ControlTokens
@@ -251,6 +251,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         os.close(open_regular(folder / _MERGES_FILE))
     if not any((folder / name).exists() for name in _VOCABULARY_FILES):
         raise UserError(f"{folder}: no tokenizer ({' or '.join(_VOCABULARY_FILES)}); add the model's tokenizer files")
+    from transformers import AutoTokenizer  # takes over a second, which decoding processes need not spend
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ImportError, MemoryError):

@@ -22,6 +22,7 @@ from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.model.families.base import Family
 
 Activation = Literal["silu", "quick_gelu", "gelu_tanh"]
+VISION_ROTARY_BASE = 10_000.0  # of the vision towers' rotary positions, in every family
 
 
 @dataclass(frozen=True, slots=True)

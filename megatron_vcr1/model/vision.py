@@ -27,14 +27,12 @@ from vcr1_kernels import SegmentLayout, frames_to_patches
 
 from megatron_vcr1.data.encoding import VisionInput
 from megatron_vcr1.model.attention import AttentionLayout, RotaryTables
-from megatron_vcr1.model.config import VisionConfig
+from megatron_vcr1.model.config import VISION_ROTARY_BASE, VisionConfig
 from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.layer_specs import block_spec, process_groups, recompute_in_backward
 from megatron_vcr1.model.patch_layers import PatchEmbed, PatchMerger
 from megatron_vcr1.model.vision_features import VisionFeatures
 from megatron_vcr1.parallel import mesh
-
-ROTARY_BASE = 10_000.0
 
 
 def patch_coordinates(grid: Grid, merge_size: int) -> Tensor:
@@ -56,7 +54,7 @@ def rotary_angles(coordinates: Tensor, head_dim: int) -> Tensor:
         float32 [patches, head_dim]: the angles of all frequencies, repeated twice.
     """
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=coordinates.device) / (head_dim // 2)
-    angles = (coordinates[:, :, None].float() / ROTARY_BASE**exponents).flatten(1)
+    angles = (coordinates[:, :, None].float() / VISION_ROTARY_BASE**exponents).flatten(1)
     return torch.cat((angles, angles), dim=-1)
 
 

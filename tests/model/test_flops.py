@@ -15,7 +15,7 @@ from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.config.schema import RunConfig
 from megatron_vcr1.data.packing import Group
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.families.qwen2_5_vl import window_order
+from megatron_vcr1.model.families.qwen2_5_vl.tower import window_order
 from megatron_vcr1.model.flops import (
     Flops,
     Workload,

@@ -9,7 +9,7 @@ import torch
 from transformers import vision_utils
 
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.families.qwen2_5_vl import window_order
+from megatron_vcr1.model.families.qwen2_5_vl.tower import window_order
 from megatron_vcr1.model.vision import join_inputs, patch_coordinates, rotary_angles
 from tests.model import tiny
 

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,10 +17,12 @@ import pytest
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.data.processor import PromptProcessor
 from megatron_vcr1.errors import UserError
+from megatron_vcr1.evaluation.prepared_samples import prepare_or_explain
 from megatron_vcr1.model.config import ModelConfig
 from megatron_vcr1.model.mrope import check_prompt
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.training.prompts import PromptStream
+from tests.model import tiny
 from tests.training import workspace
 
 pytestmark = pytest.mark.one_lane
@@ -69,6 +74,23 @@ def test_ids_of_a_sample_differ_between_epochs(folder: Path) -> None:
     assert [prompt.position for prompt in prompts] == list(range(16))
     assert len({prompt.id for prompt in prompts}) == 16
     assert stream.epoch_size == 8
+
+
+def test_decoding_processes_do_not_import_megatron_core(folder: Path, tmp_path: Path) -> None:
+    """A second and 100 MB per process. They import what they unpickle: the functions that prepare samples."""
+    data = workspace.config(folder, "sft").data
+    prepare_fns = []
+    for family in tiny.FAMILIES:
+        tiny.create(family, tmp_path / family)
+        model = ModelConfig.from_pretrained(tmp_path / family)
+        stream = _stream(folder, config_of_targets=model, sources=data.model_dump()["sources"])
+        prepare_fns += [prepare for prepare, _ in stream.sources(data)]
+        prepare_fns.append(partial(prepare_or_explain, prepare=partial(check_prompt, config=model)))
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); print('megatron.core' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(prepare_fns), capture_output=True, check=True
+    )
+    assert done.stdout == b"False\n"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

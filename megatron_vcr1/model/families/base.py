@@ -2,6 +2,9 @@
 
 A family is a stateless object that `ModelConfig.family` refers to. Training, rollout, checkpoints, evaluation and
 throughput use this interface, and the facts in `ModelConfig`; only the modules of a family name it.
+
+Trap: decoding processes have a `ModelConfig`, and must not spend a second and 100 MB on importing megatron-core. So a
+family imports its vision tower in `build_vision_tower`.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_vcr1.json_fields import Fields
@@ -14,7 +13,12 @@ from megatron_vcr1.model.families.base import Grid
 from megatron_vcr1.model.families.qwen2_common import PIXEL_MEAN, PIXEL_STD, Qwen2Family
 from megatron_vcr1.model.families.reading import MAX_LAYERS, check_vision_keys
 from megatron_vcr1.model.mrope import vision_positions
-from megatron_vcr1.model.vision import VisionTower
+
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_vcr1.model.vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -50,4 +54,6 @@ class Qwen2VL(Qwen2Family):
     def build_vision_tower(
         self, vision: VisionConfig, config: TransformerConfig, backend: BackendSpecProvider
     ) -> VisionTower:
+        from megatron_vcr1.model.vision import VisionTower
+
         return VisionTower(vision, config, backend)

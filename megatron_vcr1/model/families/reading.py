@@ -8,8 +8,7 @@ from typing import Any
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
-from megatron_vcr1.model.config import TextConfig, Yarn
-from megatron_vcr1.model.vision import ROTARY_BASE
+from megatron_vcr1.model.config import VISION_ROTARY_BASE, TextConfig, Yarn
 
 MAX_LAYERS = 4096
 IMAGE_PAD_ID, VIDEO_PAD_ID = 151655, 151656
@@ -144,8 +143,8 @@ def check_vision_keys(raw: Fields, *, hidden_act: str) -> None:
         if key in raw and raw.values[key] != supported:
             raise raw.error(key, f"must be {supported!r}; no other value is supported")
     rope = raw.section("rope_parameters")
-    if rope.number("rope_theta", ROTARY_BASE) != ROTARY_BASE:
-        raise rope.error("rope_theta", f"must be {ROTARY_BASE:g}; no other value is supported")
+    if rope.number("rope_theta", VISION_ROTARY_BASE) != VISION_ROTARY_BASE:
+        raise rope.error("rope_theta", f"must be {VISION_ROTARY_BASE:g}; no other value is supported")
 
 
 def pad_id(raw: Fields, key: str, default: int, vocab_size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.model.families.base import Family
-from megatron_vcr1.model.families.qwen2_5_vl import Qwen25VL
+from megatron_vcr1.model.families.qwen2_5_vl.family import Qwen25VL
 from megatron_vcr1.model.families.qwen2_vl import Qwen2VL
 from megatron_vcr1.model.families.qwen3_vl.experts import Qwen3VLMoe
 from megatron_vcr1.model.families.qwen3_vl.family import Qwen3VL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.json_fields import Fields
@@ -19,6 +20,13 @@ class Qwen3VisionConfig(VisionConfig):
 
     positions_per_side: int  # the learned positions are a square grid, which is interpolated to the grid of patches
     deepstack_layers: tuple[int, ...]  # 0-based, ascending: language layer i adds the features of the i-th of them
+
+
+def segment_bounds(vision: Qwen3VisionConfig) -> list[tuple[int, int]]:
+    """Return the first layer, and the one after the last, of each segment: a segment ends after a DeepStack layer."""
+    ends = [layer + 1 for layer in vision.deepstack_layers]
+    bounds = sorted({0, *ends, vision.num_layers})
+    return list(pairwise(bounds))
 
 
 def read_vision_config(raw: Fields, num_text_layers: int) -> Qwen3VisionConfig:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_vcr1.data.frame_rules import WholeVideoRules
@@ -14,8 +13,7 @@ from megatron_vcr1.data.media_rules import MediaRules
 from megatron_vcr1.json_fields import Fields
 from megatron_vcr1.model.config import ModelConfig, VisionConfig
 from megatron_vcr1.model.families.base import Family, Grid
-from megatron_vcr1.model.families.qwen3_vl.config import Qwen3VisionConfig, read_vision_config
-from megatron_vcr1.model.families.qwen3_vl.tower import DeepStackTower, segment_bounds
+from megatron_vcr1.model.families.qwen3_vl.config import Qwen3VisionConfig, read_vision_config, segment_bounds
 from megatron_vcr1.model.families.reading import (
     IMAGE_PAD_ID,
     VIDEO_PAD_ID,
@@ -33,7 +31,12 @@ from megatron_vcr1.model.hf_layout import (
     whole,
 )
 from megatron_vcr1.model.mrope import vision_positions
-from megatron_vcr1.model.vision import VisionTower
+
+if TYPE_CHECKING:
+    from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_vcr1.model.vision import VisionTower
 
 _VISUAL = "model.visual"
 
@@ -99,6 +102,8 @@ class Qwen3VL(Family):
     def build_vision_tower(
         self, vision: VisionConfig, config: TransformerConfig, backend: BackendSpecProvider
     ) -> VisionTower:
+        from megatron_vcr1.model.families.qwen3_vl.tower import DeepStackTower
+
         return DeepStackTower(_checked(vision), config, backend)
 
     def num_feature_layers(self, vision: VisionConfig) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +14,10 @@ from torch import Tensor
 
 from megatron_vcr1.model.attention import AttentionLayout
 from megatron_vcr1.model.families.base import Grid
-from megatron_vcr1.model.families.qwen3_vl.config import Qwen3VisionConfig
+from megatron_vcr1.model.families.qwen3_vl.config import Qwen3VisionConfig, segment_bounds
 from megatron_vcr1.model.patch_layers import new_parameter
 from megatron_vcr1.model.vision import VisionTower, vision_block
 from megatron_vcr1.model.vision_features import VisionFeatures
-
-
-def segment_bounds(vision: Qwen3VisionConfig) -> list[tuple[int, int]]:
-    """Return the first layer, and the one after the last, of each segment: a segment ends after a DeepStack layer."""
-    ends = [layer + 1 for layer in vision.deepstack_layers]
-    bounds = sorted({0, *ends, vision.num_layers})
-    return list(pairwise(bounds))
 
 
 class ModuleSequence(MegatronModule):

@@ -10,8 +10,8 @@ import torch
 from transformers import vision_utils
 
 from megatron_vcr1.model.config import ModelConfig
-from megatron_vcr1.model.families.qwen3_vl.config import Qwen3VisionConfig
-from megatron_vcr1.model.families.qwen3_vl.tower import DeepStackTower, segment_bounds
+from megatron_vcr1.model.families.qwen3_vl.config import Qwen3VisionConfig, segment_bounds
+from megatron_vcr1.model.families.qwen3_vl.tower import DeepStackTower
 from tests.model import tiny
 
 VISION = ModelConfig.from_dict(tiny.hf_config("qwen3_vl").to_dict()).vision
