@@ -175,6 +175,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     # Strict: otherwise, a quotation mark that is never closed would make the rest of the file one cell.
     reader = csv.DictReader(io.StringIO(text_files.read_text(path), newline=""), strict=True)
     try:
+        _check_columns(path, reader.fieldnames or ())
         for number, row in enumerate(reader, start=1):
             place = f"{path.name}, row {number}"
             # The cells beyond the last column are under the key None.
@@ -202,5 +203,16 @@ def _read_arrow(path: Path) -> Iterator[Row]:
                 table = pyarrow.ipc.open_stream(file).read_all()
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    _check_columns(path, table.column_names)
     for batch in table.to_batches(max_chunksize=1024):
         yield from batch.to_pylist()
+
+
+def _check_columns(path: Path, names: Iterable[str]) -> None:
+    """Refuse a table with several columns of one name: a row would keep only the last one's value.
+
+    Columns without a name, as a spreadsheet may append them, cannot be asked for and do no harm.
+    """
+    for name, count in Counter(names).items():
+        if name and count > 1:
+            raise UserError(f"{path}: {count} columns are named {name!r}; rename or remove all but one")

@@ -85,6 +85,20 @@ def test_a_quotation_mark_that_is_never_closed_does_not_swallow_rows(tmp_path: P
         list(read_table(path))
 
 
+def test_several_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    message = r"rows\.\w+: 2 columns are named 'start'"
+    with pytest.raises(UserError, match=message):
+        list(read_table(write(tmp_path / "rows.csv", "id,start,start\n1,2,3\n")))
+    unnamed = write(tmp_path / "rows.csv", "id,start,,\n1,2,,\n")  # as a spreadsheet saves it
+    assert [row["start"] for _, row in read_table(unnamed)] == ["2"]
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table([[1], [2]], names=["start", "start"])
+    with pyarrow.ipc.new_stream(tmp_path / "rows.arrow", table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(UserError, match=message):
+        list(read_table(tmp_path / "rows.arrow"))
+
+
 def test_unreadable_files_are_user_errors_that_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x81")
     (tmp_path / "empty").mkdir()
