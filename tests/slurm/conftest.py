@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.limits import HANG_S
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
@@ -84,7 +85,9 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="vcr1-slurm-", dir="/tmp"))  # a short path, because it contains Unix sockets
     folder.chmod(0o755)
     try:
-        started = subprocess.run(["bash", CLUSTER, folder, "start"], capture_output=True, text=True, timeout=HANG_S)
+        environment = os.environ | {"BASE_PORT": str(free_ports(4))}  # of slurmctld and three slurmd
+        command = ["bash", CLUSTER, folder, "start"]
+        started = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S)
         assert started.returncode == 0, started.stderr
         yield Cluster(folder)
     finally:
