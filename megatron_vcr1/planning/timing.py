@@ -97,14 +97,7 @@ def stage_seconds(job: Job, layout: Layout, device: Device, kind: Pass) -> tuple
     )
 
 
-def seconds_of_stage(
-    job: Job,
-    layout: Layout,
-    device: Device,
-    stage: int,
-    num_layers: int,
-    kind: Pass,
-) -> float:
+def seconds_of_stage(job: Job, layout: Layout, device: Device, stage: int, num_layers: int, kind: Pass) -> float:
     """Predict the seconds of one microbatch on a stage with a given number of language-model layers.
 
     They are linear in that number.
