@@ -13,6 +13,7 @@ if find_spec("megatron") is not None:  # missing on a machine that runs tests/ke
     import megatron_vcr1.training.train  # noqa: F401
     import tests.checkpoint.toy_run  # noqa: F401
 
-# Garbage collections then skip these half a million objects: each would take 0.2 s, and a fork would copy their pages.
+# Garbage collections skip frozen objects. For these half a million, each collection would take 0.2 s, and copy their
+# pages in a fork.
 gc.collect()
 gc.freeze()

@@ -1,4 +1,4 @@
-"""Words and constructions that must not come back; docs/glossary.md has the terms to use instead."""
+"""Words and constructions that must not come back; docs/glossary.md has the terms to use instead. Repeated sections."""
 
 from __future__ import annotations
 
@@ -96,6 +96,13 @@ def test_python_uses_the_glossary(path: Path) -> None:
 def test_documents_use_the_glossary(path: Path) -> None:
     lines = list(enumerate(path.read_text(encoding="utf-8").splitlines(), 1))
     assert not list(faults(lines, IN_PROSE))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_a_document_has_no_section_twice(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ .*", text, flags=re.MULTILINE)
+    assert len(headings) == len(set(headings))
 
 
 @pytest.mark.parametrize(

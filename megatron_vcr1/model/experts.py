@@ -181,6 +181,10 @@ class _Experts(MegatronModule):
 
         Of the values in between, backward needs `inner` only: it computes the others again from `hidden` and `inner`.
 
+        Trap: the argument must not be the view `hidden[:, 0]`. A view that is made under recomputation, in the forward
+        function of an autograd function, claims to require a gradient but has no node in the graph. Hooks on modules,
+        such as those of torch's FLOP counter, fail for it.
+
         Args:
             hidden: [tokens, 1, hidden_size].
             slots: int64 [rows], sorted by expert.

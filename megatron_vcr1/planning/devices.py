@@ -52,8 +52,8 @@ class Cluster:
     num_gpus: int
 
     @property
-    def gpus_per_node(self) -> int:
-        """Return the GPUs of a node that belong to the job: fewer than the node has if the job is smaller."""
+    def used_per_node(self) -> int:
+        """Return how many GPUs of a node the job uses: all, or fewer if the job is smaller than a node."""
         return min(self.num_gpus, self.device.gpus_per_node)
 
 

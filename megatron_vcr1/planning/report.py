@@ -148,7 +148,7 @@ def _stage_table(plan: Plan) -> Table:
 
 def _host_memory(plan: Plan) -> str:
     fullest = max(host_memory(plan.job, plan.layout, plan.cluster.device), key=lambda stage: stage.total)
-    ranks = plan.cluster.gpus_per_node
+    ranks = plan.cluster.used_per_node
     parts = ", ".join(f"{name} {ranks * value / 1e9:.0f}" for name, value in dataclasses.asdict(fullest).items())
     return (
         f"Training keeps up to {ranks * fullest.total / 1e9:.0f} GB in the host memory of a node ({parts} GB), beside "
@@ -173,7 +173,7 @@ def settings(plan: Plan) -> dict[str, Any]:
         # With some room: responses of a real run are longer or shorter than the mean.
         "train.microbatch_tokens": layout.groups_per_microbatch * (job.group_tokens + job.group_size),
         "rollout.engine": "sglang",
-        "sglang.num_servers": max(1, plan.cluster.gpus_per_node // plan.engine.ranks),
+        "sglang.num_servers": max(1, plan.cluster.used_per_node // plan.engine.ranks),
         "sglang.tensor": plan.engine.ranks,
         "sglang.memory_fraction": f"{plan.engine_memory_fraction - 0.01:.2f}",
     }

@@ -198,7 +198,7 @@ def evaluate(job: Job, layout: Layout, cluster: Cluster, longest_response: int) 
 
 def _engines(job: Job, cluster: Cluster, resident: float) -> Iterator[EngineMemory]:
     """Yield engines of 1, 2, 4, ... GPUs."""
-    for ranks in _powers_of_two(cluster.gpus_per_node):
+    for ranks in _powers_of_two(cluster.used_per_node):
         if job.config.text.num_heads % ranks == 0:
             yield engine_memory(job, cluster.device, resident, ranks)
 

@@ -167,7 +167,7 @@ def _memory(config: RunConfig, cluster: Cluster, job: Job) -> tuple[str, str]:
     text = f"about {fullest.total / 1e9:.0f} GB of {device.memory_bytes / 1e9:.0f} per GPU ({device.name}; largest "
     text += f"part: {part}, {getattr(fullest, part) / 1e9:.0f} GB)"
     if not device.is_cpu:
-        host = cluster.gpus_per_node * max(stage.total for stage in host_memory(job, layout, device))
+        host = cluster.used_per_node * max(stage.total for stage in host_memory(job, layout, device))
         text += f", and {host / 1e9:.0f} GB in the host memory of a node"
     if fullest.total > device.memory_bytes:
         return "warning", f"{text}: too much; `vcr1 plan` compares layouts"
@@ -203,10 +203,10 @@ def _servers(config: RunConfig, cluster: Cluster) -> tuple[str, str]:
         return "ok", f"{len(section.urls)} URLs, which are not contacted here"
     placement = replace(Placement.from_section(section), num_gpus=cluster.device.gpus_per_node)
     check_server_args(section)
-    placement.server_gpus(cluster.gpus_per_node)
+    placement.server_gpus(cluster.used_per_node)
     if section.colocated:
         ranks = config.parallel.ranks_per_replica
-        placement.check_sharing(max(1, cluster.gpus_per_node // ranks), section.num_servers)
+        placement.check_sharing(max(1, cluster.used_per_node // ranks), section.num_servers)
     require_sglang(section.python)
     kind = "colocated" if section.colocated else "separate"
     return "ok", f"{section.num_servers} {kind} per node, {section.tensor} GPUs each; sglang is installed"
