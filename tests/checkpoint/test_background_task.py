@@ -5,11 +5,12 @@ import threading
 import pytest
 
 from megatron_vcr1.checkpoint.background_task import BackgroundTask
+from tests.limits import HANG_S
 
 
 def test_finish_waits_for_the_task() -> None:
     task, release, done = BackgroundTask(), threading.Event(), []
-    task.start(lambda: done.append(release.wait(60)), "test")
+    task.start(lambda: done.append(release.wait(HANG_S)), "test")
     assert not done
     release.set()
     task.finish()

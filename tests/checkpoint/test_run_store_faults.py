@@ -319,7 +319,7 @@ def test_processes_killed_at_any_moment_leave_an_intact_checkpoint(
         theirs.close()
         first = True
         deadline = time.monotonic() + HANG_S
-        while time.monotonic() < deadline and reports.poll(60):
+        while time.monotonic() < deadline and reports.poll(HANG_S):
             step, *numbers = reports.recv()
             assert seen.setdefault(step, tuple(numbers)) == tuple(numbers)
             if first:

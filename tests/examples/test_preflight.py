@@ -10,6 +10,7 @@ import pytest
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.parallel import mesh
 from tests.gloo import GlooPool
+from tests.limits import HANG_S
 
 pytestmark = pytest.mark.xdist_group("gloo")
 
@@ -23,7 +24,7 @@ def _preflight() -> float:
     spec.loader.exec_module(module)
     mesh.initialize(ParallelSection())
     module.measure(1)
-    module.connect_with_gloo(timeout_s=60)
+    module.connect_with_gloo(timeout_s=HANG_S)
     return module.all_reduce_gb_per_s(2**20)
 
 

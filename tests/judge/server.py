@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_vcr1.config.evaluation_sections import JudgeSection
 from megatron_vcr1.judge.lexical import LexicalBackend
+from tests.limits import HANG_S
 
 
 class JudgeServer(ThreadingHTTPServer):
@@ -41,7 +42,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     def section(self, **settings: Any) -> JudgeSection:
         url = f"http://127.0.0.1:{self.server_port}/v1"
-        defaults = {"kind": "openai", "base_url": url, "model": "judge-model", "timeout_s": 0.5, "max_retries": 2}
+        defaults = {"kind": "openai", "base_url": url, "model": "judge-model", "timeout_s": HANG_S, "max_retries": 2}
         return JudgeSection.model_validate(defaults | {"concurrency": 4} | settings)
 
     @property
@@ -129,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if fault == "slow":
-            time.sleep(1)
+            time.sleep(2)
         if fault == "short_delay":
             time.sleep(0.05)
         if fault is not None and fault.isdigit():

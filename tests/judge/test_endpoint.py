@@ -79,7 +79,8 @@ def test_a_caption_without_events_has_precision_1(server: JudgeServer, tmp_path:
 )
 def test_a_request_is_retried_after_a_temporary_failure(server: JudgeServer, tmp_path: Path, fault: str) -> None:
     server.faults = [fault]
-    assert judge_at(server, tmp_path).recalls([sample()], [REFERENCE]) == [1]
+    judge = judge_at(server, tmp_path, timeout_s=1 if fault == "slow" else HANG_S)
+    assert judge.recalls([sample()], [REFERENCE]) == [1]
     assert len(server.bodies) == 2
 
 
@@ -130,7 +131,7 @@ def test_a_failed_request_leaves_the_rest_of_the_batch_alone(server: JudgeServer
 
 def test_concurrency_is_limited(server: JudgeServer, tmp_path: Path) -> None:
     server.always = "short_delay"
-    judge = judge_at(server, tmp_path, concurrency=3, timeout_s=5)
+    judge = judge_at(server, tmp_path, concurrency=3)
     judge.recalls([sample()] * 12, [f"Caption {number}." for number in range(12)])
     assert server.max_concurrent == 3
 
@@ -213,7 +214,7 @@ CAPTIONS = [f"Caption {number}." for number in range(60)]
 
 def test_cached_responses_survive_a_kill(server: JudgeServer, tmp_path: Path) -> None:
     server.always = "short_delay"
-    section = server.section(timeout_s=5)
+    section = server.section()
     command = [sys.executable, "-c", KILLED_RUN, section.model_dump_json(), str(tmp_path)]
     root = str(Path(__file__).parents[2])
     run = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": f"{root}:{root}/kernels"})

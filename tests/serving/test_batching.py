@@ -15,6 +15,7 @@ from megatron_vcr1.rollout.local.engine import LocalEngine
 from megatron_vcr1.rollout.local.wave import OnToken
 from megatron_vcr1.serving.batching import Batcher, PendingPrompt, ServerStopping
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
+from tests.limits import HANG_S
 
 COLD, WARM = SamplingParams(8, temperature=0), SamplingParams(8, temperature=1)
 
@@ -154,7 +155,7 @@ def test_an_interrupt_leaves_nobody_waiting(engine: Engine, batcher: Batcher) ->
     batcher.submit(late)
     for prompt in (*prompts, late):
         with pytest.raises(ServerStopping):
-            prompt.result.result(timeout=60)
+            prompt.result.result(timeout=HANG_S)
 
 
 def test_stop_lets_the_running_batch_finish(engine: Engine, batcher: Batcher) -> None:
@@ -176,4 +177,4 @@ def test_stop_lets_the_running_batch_finish(engine: Engine, batcher: Batcher) ->
     thread.join()
     assert first.result.result().rollouts[0].token_ids == (0,)
     with pytest.raises(ServerStopping, match="shutting down"):
-        second.result.result(timeout=60)
+        second.result.result(timeout=HANG_S)

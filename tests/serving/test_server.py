@@ -34,6 +34,7 @@ from megatron_vcr1.serving import connections
 from megatron_vcr1.serving.app import Limits
 from megatron_vcr1.serving.server import ChatServer
 from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
+from tests.limits import HANG_S
 from tests.serving.requests import ask, first_video, image, picture, picture_file, text, video
 
 QUESTIONS = ["when?", "where?", "which and when?", "how good?"]
@@ -203,7 +204,7 @@ class Stuttering:
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, *, on_token: OnToken) -> Any:
         on_token(0, 0, 40)
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(HANG_S)
         raise RuntimeError("out of memory")
 
 
@@ -213,7 +214,7 @@ def test_a_token_is_sent_before_the_next_one_is_sampled(processor: PromptProcess
     server = server_of(engine, processor)
     with server.listening(), ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.run)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=60)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=HANG_S)
         stream = iter(ask(client, text("when?"), stream=True))
         assert next(stream).choices[0].delta.content == ""
         assert next(stream).choices[0].delta.content == processor.decode([40]) != ""
@@ -230,7 +231,7 @@ def test_many_clients_may_connect_at_once(processor: PromptProcessor) -> None:
 
     def is_healthy(_: int) -> bool:
         barrier.wait()
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=60) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=HANG_S) as answer:
             return answer.status == 200
 
     with server.listening(), ThreadPoolExecutor(150) as pool:
@@ -251,12 +252,12 @@ def test_a_client_that_has_left_is_not_answered(processor: PromptProcessor, stre
             while server._batcher._waiting.empty():  # `run` has not been called yet
                 time.sleep(0.01)
         (left,) = server._batcher._waiting.queue
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while not left.result.cancelled():  # the event loop sees the closed connection a moment later
             assert time.monotonic() < deadline, "the prompt was not cancelled"
             time.sleep(0.01)
         running = pool.submit(server.run)
-        stays = pool.submit(ask, openai.OpenAI(base_url=url, api_key="none", timeout=60), text("when?"))
+        stays = pool.submit(ask, openai.OpenAI(base_url=url, api_key="none", timeout=HANG_S), text("when?"))
         prompt_tokens = stays.result().usage.prompt_tokens
         server.stop()
         running.result()
@@ -282,10 +283,10 @@ def test_connections_above_the_limit_get_503(processor: PromptProcessor, monkeyp
     address = ("127.0.0.1", server.port)
     with server.listening(), ExitStack() as stack:
         for _ in range(2):
-            other = stack.enter_context(socket.create_connection(address, timeout=60))
+            other = stack.enter_context(socket.create_connection(address, timeout=HANG_S))
             other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert other.recv(1000).startswith(b"HTTP/1.1 200")
         with pytest.raises(urllib.error.HTTPError) as raised:
-            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=60)
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=HANG_S)
         assert raised.value.code == 503
         assert "2 open connections" in json.load(raised.value)["error"]["message"]

@@ -100,7 +100,7 @@ class Serving:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health_generate", timeout=30, trust_env=False).status_code == 200
+        return httpx.get(f"{url}/health_generate", timeout=HANG_S, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -134,7 +134,7 @@ def serve(family: str, folder: Path, sglang_python: Path) -> Iterator[Serving]:
         yield Serving(line.split()[1], process, model, folder, sglang_python)
         descendants = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(HANG_S) == 0
         assert not [child for child in descendants if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     finally:
         process.kill()

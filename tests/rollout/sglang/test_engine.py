@@ -113,7 +113,7 @@ def test_log_probs_are_those_of_the_new_weights_after_a_sync(
     """Also checks that the weights are those that SGLang loads from a Hugging Face directory, bit for bit."""
     engine = start_engine(weight_sync="tensor" if weight_sync == "device" else weight_sync)
     if weight_sync == "device":  # with memory of the CPU in place of a GPU's
-        engine._weight_sync._device_channel = DeviceMemoryChannel("gpu 0", {serving.url: ["gpu 0"]}, timeout_s=60)
+        engine._weight_sync._device_channel = DeviceMemoryChannel("gpu 0", {serving.url: ["gpu 0"]}, timeout_s=HANG_S)
     sent = requests(4)
     engine.update_weights(stream_hf_tensors(model), 1)
     before = engine.generate(sent, SamplingParams(12))
@@ -126,7 +126,7 @@ def test_log_probs_are_those_of_the_new_weights_after_a_sync(
     assert {rollout.policy_version for group in after for rollout in group.rollouts} == {2}
     assert engine.policy_version == 2
     checksums.add(
-        call(serving.url, "POST", "/weights_checker", {"action": "checksum"}, timeout_s=60)["per_engine_checksum"]
+        call(serving.url, "POST", "/weights_checker", {"action": "checksum"}, timeout_s=HANG_S)["per_engine_checksum"]
     )
     assert len(checksums) == 1
     if weight_sync == "disk":
@@ -161,7 +161,7 @@ def test_abort_ends_running_requests(start_engine: Start, model: VideoLanguageMo
     thread.start()
     wait_for_load(serving.url)
     engine.abort()
-    thread.join(60)
+    thread.join(HANG_S)
     assert not thread.is_alive()
     assert "sampling was aborted" in str(errors[0])
     engine.generate(requests(1, ("",)), SamplingParams(4))
@@ -240,7 +240,7 @@ def wait_for_load(url: str) -> None:
     """Wait until the server is sampling."""
     deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
-        states = httpx.get(f"{url}/server_info", timeout=30).json()["internal_states"]
+        states = httpx.get(f"{url}/server_info", timeout=HANG_S).json()["internal_states"]
         if any(state.get("num_running_reqs", state.get("last_gen_throughput", 0)) for state in states):
             return
         time.sleep(0.05)
@@ -250,13 +250,13 @@ def test_generation_continues_after_a_pause(start_engine: Start, model: VideoLan
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
     sent, groups = requests(4, ("v",)), []
-    httpx.post(f"{serving.url}/pause_generation", json={"mode": "in_place"}, timeout=60)
+    httpx.post(f"{serving.url}/pause_generation", json={"mode": "in_place"}, timeout=HANG_S)
     thread = threading.Thread(target=lambda: groups.extend(engine.sample(sent, SamplingParams(12))))
     thread.start()
     thread.join(1.0)
     assert thread.is_alive() and not groups
-    httpx.post(f"{serving.url}/continue_generation", json={}, timeout=60)
-    thread.join(60)
+    httpx.post(f"{serving.url}/continue_generation", json={}, timeout=HANG_S)
+    thread.join(HANG_S)
     assert largest_difference(model, sent, groups) < TOLERANCE
 
 
@@ -265,7 +265,7 @@ def test_memory_release_and_resume(start_engine: Start, model: VideoLanguageMode
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
     version = weight_version(serving.url)
-    memory = MemoryRelease([serving.url], None, timeout_s=60)
+    memory = MemoryRelease([serving.url], None, timeout_s=HANG_S)
     steps = (
         (memory.release, RELEASED),
         (memory.resume, ""),
@@ -287,7 +287,7 @@ def test_memory_stays_from_the_weight_sync_to_the_end_of_the_rollout(
     start_engine: Start, model: VideoLanguageModel, serving: Serving
 ) -> None:
     engine = start_engine()
-    engine._memory = MemoryRelease([serving.url], None, timeout_s=60)
+    engine._memory = MemoryRelease([serving.url], None, timeout_s=HANG_S)
     for version, sent in enumerate((requests(1), requests(1), [])):  # without requests, too
         engine.update_weights(stream_hf_tensors(model), version)
         # The KV cache is resumed after the sync, except in the first one, before which nothing was released.
@@ -301,7 +301,7 @@ def test_memory_stays_from_the_weight_sync_to_the_end_of_the_rollout(
 def test_memory_that_a_killed_run_left_released_is_resumed(
     start_engine: Start, model: VideoLanguageModel, serving: Serving
 ) -> None:
-    MemoryRelease([serving.url], None, timeout_s=60).release()
+    MemoryRelease([serving.url], None, timeout_s=HANG_S).release()
     server = serving.server()
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)

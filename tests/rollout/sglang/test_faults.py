@@ -18,6 +18,7 @@ from megatron_vcr1.model.video_language_model import VideoLanguageModel
 from megatron_vcr1.rollout.engine import EngineError, SamplingParams
 from megatron_vcr1.rollout.sglang.engine import SglangEngine
 from megatron_vcr1.rollout.sglang.http import weight_version
+from tests.limits import HANG_S
 from tests.ports import free_ports
 from tests.rollout.sglang import model_dir
 from tests.rollout.sglang.conftest import (
@@ -101,7 +102,7 @@ def test_a_hung_server_times_out_and_returns(start_engine: Start, model: VideoLa
         assert not groups
     finally:
         os.kill(server.pid, signal.SIGCONT)
-    thread.join(120)
+    thread.join(HANG_S)
     assert largest_difference(model, sent, groups) < TOLERANCE
     assert versions(groups) == {1}
 
@@ -134,7 +135,7 @@ def test_a_server_that_dies_between_two_buckets_of_an_update(
         return None
 
     with proxy(serving.url, intervene) as front:
-        engine = start_engine(urls=[front.url], weight_sync="broadcast", request_timeout_s=60)
+        engine = start_engine(urls=[front.url], weight_sync="broadcast", request_timeout_s=HANG_S)
         change(model, seed=2)
         engine.update_weights(stream_hf_tensors(model), 1)
         assert killed

@@ -77,5 +77,5 @@ def test_the_guard_returns_the_servers_exit_code_and_kills_its_children(tmp_path
     command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *guarded(tmp_path / "ids", 0)]
     process = subprocess.Popen(command)
     pids = started(tmp_path / "ids")
-    assert process.wait(60) == 0
+    assert process.wait(HANG_S) == 0
     wait_until_gone(pids)

@@ -23,6 +23,7 @@ from megatron_vcr1.rollout.sglang.http import (
     server_info,
     weight_version,
 )
+from tests.limits import HANG_S
 from tests.rollout.sglang.fake_server import FakeServer
 
 
@@ -37,7 +38,7 @@ from tests.rollout.sglang.fake_server import FakeServer
 def test_the_error_of_a_status_quotes_the_server(status: int, error: type[Exception], body: Any) -> None:
     with FakeServer(lambda path, _: (status, body)) as server:
         with pytest.raises(error, match=f"{server.url}/x: status {status}: .*no memory") as raised:
-            call(server.url, "GET", "/x", timeout_s=5)
+            call(server.url, "GET", "/x", timeout_s=HANG_S)
         assert not getattr(raised.value, "unreachable", False)
         assert not is_ready(server.url)
 
@@ -60,7 +61,7 @@ def test_a_server_that_does_not_respond_is_unreachable() -> None:
                 attempt()
             assert raised.value.unreachable
     with pytest.raises(ServerFault) as raised:
-        call(server.url, "GET", "/x", timeout_s=5)  # closed
+        call(server.url, "GET", "/x", timeout_s=HANG_S)  # closed
     assert raised.value.unreachable
 
 
@@ -74,12 +75,12 @@ def test_no_connection_is_used_twice() -> None:
     async def call_twice(url: str) -> None:
         async with async_client() as client:
             for _ in range(2):
-                await call_async(client, "GET", url, timeout_s=5)
+                await call_async(client, "GET", url, timeout_s=HANG_S)
 
     with FakeServer(reply) as server:
         asyncio.run(call_twice(server.url))
         for _ in range(2):
-            call(server.url, "GET", "/", timeout_s=5)
+            call(server.url, "GET", "/", timeout_s=HANG_S)
     assert len(threads) == len({*threads}) == 4
 
 
@@ -96,7 +97,7 @@ def test_a_hostile_response_is_an_error_of_the_server(status: int, content: byte
     with FakeServer(lambda path, body: (status, content)) as server:
         for ask in (weight_version, server_info):
             with pytest.raises(RequestRefused if status == 400 else ServerFault):
-                ask(server.url, timeout_s=5)
+                ask(server.url, timeout_s=HANG_S)
         if status != 200:
             with pytest.raises(RequestRefused if status == 400 else ServerFault):
                 asyncio.run(ask_async(f"{server.url}/x"))
@@ -104,7 +105,7 @@ def test_a_hostile_response_is_an_error_of_the_server(status: int, content: byte
 
 async def ask_async(url: str) -> Any:
     async with async_client() as client:
-        return await call_async(client, "GET", url, timeout_s=5)
+        return await call_async(client, "GET", url, timeout_s=HANG_S)
 
 
 @pytest.mark.parametrize("size", ["2", None, 0, -1, 10**9, 1e999, True, [1]])
@@ -114,13 +115,16 @@ def test_sizes_that_no_server_has_are_refused(key: str, size: Any) -> None:
         FakeServer(lambda path, body: (200, {"tp_size": 1, key: size})) as server,
         pytest.raises(ServerFault, match=f"{key}.*an SGLang server"),
     ):
-        server_info(server.url, timeout_s=5)
+        server_info(server.url, timeout_s=HANG_S)
 
 
 def test_a_huge_response_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_RESPONSE_BYTES", 10**6)
     with FakeServer(lambda path, body: (200, "x" * 10**7)) as server:
-        for ask in (lambda: call(server.url, "GET", "/x", timeout_s=5), lambda: asyncio.run(ask_async(server.url))):
+        for ask in (
+            lambda: call(server.url, "GET", "/x", timeout_s=HANG_S),
+            lambda: asyncio.run(ask_async(server.url)),
+        ):
             with pytest.raises(ServerFault, match="more than 1000000 bytes"):
                 ask()
 

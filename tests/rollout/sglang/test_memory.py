@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vcr1.rollout.sglang.http import weight_version
 from megatron_vcr1.rollout.sglang.memory import RELEASED, WEIGHTS_ONLY, MemoryRelease, has_weights_only
+from tests.limits import HANG_S
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 
@@ -30,7 +31,7 @@ class ReleasingServer:
             self.version = body["new_version"]
         elif path == "/release_memory_occupation":
             self.has_ended |= bool(self.released & {*body["tags"]}) or not self.is_paused
-            self.may_release.wait(60)
+            self.may_release.wait(HANG_S)
             self.released |= {*body["tags"]} if self.release[0] == 200 else set()
             self.has_released.set()
             return self.release
@@ -44,7 +45,7 @@ class ReleasingServer:
         return bool(self.released)
 
 
-def memory_of(server: FakeServer, timeout_s: float = 30) -> MemoryRelease:
+def memory_of(server: FakeServer, timeout_s: float = HANG_S) -> MemoryRelease:
     return MemoryRelease([server.url], None, timeout_s=timeout_s)
 
 
@@ -84,12 +85,12 @@ def test_servers_release_and_resume_at_the_same_time() -> None:
     class Slow(ReleasingServer):
         def __call__(self, path: str, body: Any) -> Reply:
             if path in ("/release_memory_occupation", "/resume_memory_occupation"):
-                both.wait(30)
+                both.wait(HANG_S)
             return super().__call__(path, body)
 
     first, second = Slow(), Slow()
     with FakeServer(first) as server, FakeServer(second) as other:
-        memory = MemoryRelease([server.url, other.url], None, timeout_s=60)
+        memory = MemoryRelease([server.url, other.url], None, timeout_s=HANG_S)
         memory.release()
         assert first.is_released and second.is_released
         memory.resume()
@@ -103,7 +104,7 @@ def test_memory_that_was_released_after_the_timeout_is_resumed() -> None:
         memory = memory_of(server, timeout_s=2)
         memory.release()
         behavior.may_release.set()
-        assert behavior.has_released.wait(60)
+        assert behavior.has_released.wait(HANG_S)
         memory.resume()
         assert (behavior.is_released, behavior.is_paused, behavior.version) == (False, False, "3@run")
 

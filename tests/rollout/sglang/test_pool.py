@@ -16,6 +16,7 @@ from megatron_vcr1.rollout.engine import EngineError, WeightsNeeded
 from megatron_vcr1.rollout.sglang import pool as pool_module
 from megatron_vcr1.rollout.sglang.http import call_async
 from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, UnusableResponse
+from tests.limits import HANG_S
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 
@@ -40,11 +41,11 @@ def run_all(
     bodies: Sequence[Any],
     *,
     unavailable: Sequence[str] = (),
-    timeout_s: float = 5,
+    timeout_s: float = HANG_S,
     **options: Any,
 ) -> list[Any]:
     async def run() -> list[Any]:
-        settings = {"concurrency": 4, "return_timeout_s": 2.0} | options
+        settings = {"concurrency": 4, "return_timeout_s": HANG_S} | options
         pool = ServerPool(
             [server.url for server in servers if server.url not in unavailable], unavailable, "1", **settings
         )
@@ -78,7 +79,7 @@ def test_requests_go_to_the_least_loaded_server_with_a_free_slot(
             with lock:
                 running[name] = running.get(name, 0) + 1
                 most[name] = max(most.get(name, 0), running[name])
-            barrier.wait(60)  # four at once: two on each server
+            barrier.wait(HANG_S)  # four at once: two on each server
             with lock:
                 running[name] -= 1
             return 200, {"echo": body}
@@ -149,10 +150,10 @@ def test_a_silent_server_is_dropped_after_the_timeout_and_returns(start: Any) ->
     def reply(path: str, body: Any) -> Reply:
         if path == "/generate" and silent[0]:
             silent[0] = False
-            release.wait(60)
+            release.wait(HANG_S)
         return healthy(path, body)
 
-    assert run_all([start(reply)], ["x"], timeout_s=0.3) == ["x"]
+    assert run_all([start(reply)], ["x"], timeout_s=1) == ["x"]
     release.set()
 
 
@@ -212,14 +213,14 @@ def test_a_server_that_will_not_be_restarted_is_not_waited_for(start: Any) -> No
     dead = start(healthy)
     dead.close()
     with pytest.raises(EngineError, match="no SGLang server is left: has no restart left"):
-        run_all([dead], ["x"], supervisor=supervisor, return_timeout_s=60)
+        run_all([dead], ["x"], supervisor=supervisor, return_timeout_s=HANG_S)
 
 
 def test_a_server_that_fails_again_right_after_its_return_is_waited_for(start: Any) -> None:
     server = start(healthy)
 
     async def run() -> str:
-        pool = ServerPool([], [server.url], "1", concurrency=1, return_timeout_s=60)
+        pool = ServerPool([], [server.url], "1", concurrency=1, return_timeout_s=HANG_S)
         try:
             async with pool._changed:  # the task that waits for the server cannot announce its return
                 while server.url not in pool._usable:

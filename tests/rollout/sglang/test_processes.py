@@ -57,7 +57,7 @@ Start = Callable[..., ServerGroup]
 def start(tmp_path: Path) -> Iterator[Start]:
     groups = []
 
-    def start(*arguments: str, max_restarts: int = 1, startup_timeout_s: float = 60) -> ServerGroup:
+    def start(*arguments: str, max_restarts: int = 1, startup_timeout_s: float = HANG_S) -> ServerGroup:
         port = free_ports()
         command = (sys.executable, "-c", SCRIPT, str(port), *arguments)
         spec = ServerSpec(port, command, os.environ, tmp_path / "server.log")
@@ -159,15 +159,15 @@ def test_a_check_that_is_under_way_restarts_nothing_after_the_pause(
 
     def slow_check() -> str:
         is_checking.set()
-        assert is_paused.wait(60)
+        assert is_paused.wait(HANG_S)
         is_checked.set()
         return "does not respond"
 
     monkeypatch.setattr(server, "check", slow_check)
-    assert is_checking.wait(60)
+    assert is_checking.wait(HANG_S)
     group.pause_restarts()
     is_paused.set()
-    assert is_checked.wait(60)
+    assert is_checked.wait(HANG_S)
     group.close()  # waits for the end of the check, in which the watcher would have replaced the server
     assert server.restarts_left == 1 and server.ready.is_set() and not psutil.pid_exists(pid)
 
@@ -196,7 +196,7 @@ def test_servers_survive_the_signals_of_the_job(start: Start, number: signal.Sig
 def test_a_release_waits_for_starting_servers_and_kills_those_that_fail(start: Start) -> None:
     """A server that starts would allocate memory during training, and a server that fails would keep it."""
     group = start()
-    memory = MemoryRelease(group.urls, group, timeout_s=5)
+    memory = MemoryRelease(group.urls, group, timeout_s=HANG_S)
     memory.resume()  # the server is not ready yet
     memory.release()
     assert group.is_ready(group.urls[0]) and group.restarts_paused  # `release` has waited

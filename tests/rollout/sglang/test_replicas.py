@@ -22,6 +22,7 @@ from megatron_vcr1.rollout.sglang.engine import SglangEngine
 from megatron_vcr1.rollout.sglang.http import ServerFault, call
 from megatron_vcr1.rollout.special_tokens import SpecialTokens
 from tests.gloo import GlooPool
+from tests.limits import HANG_S
 from tests.model import tiny
 from tests.ports import free_ports
 from tests.rollout.sglang.conftest import start_with
@@ -68,7 +69,7 @@ def _engine(folder: Path, url: str, parallel: dict[str, Any], **sglang: Any) -> 
             "model": {"path": folder},
             "train": {"run_dir": folder / "run"},
             "parallel": parallel,
-            "sglang": {"urls": [url], "weight_sync": "tensor", "weight_sync_bucket_mb": 1, "request_timeout_s": 60}
+            "sglang": {"urls": [url], "weight_sync": "tensor", "weight_sync_bucket_mb": 1, "request_timeout_s": HANG_S}
             | sglang,
         }
     )
@@ -132,7 +133,7 @@ def _lose_the_server(folder: Path, url: str, first: int) -> set[int]:
         engine.generate(sent, SamplingParams(64))
     collectives.gather_objects(None)
     if mesh.is_first_rank():
-        call(url, "POST", "/update_weight_version", {"new_version": "default"}, timeout_s=10)
+        call(url, "POST", "/update_weight_version", {"new_version": "default"}, timeout_s=HANG_S)
     collectives.gather_objects(None)
     groups = engine.generate(sent, SamplingParams(64)) if mesh.replica_index() != first else []
     return {rollout.policy_version for group in groups for rollout in group.rollouts}
@@ -205,13 +206,13 @@ def _start_own(folder: Path, port: int) -> tuple[list[str], bool]:
         if processes is None:
             return [], False
         (url,) = processes.urls
-        pid = call(url, "GET", "/model_info", timeout_s=10)["pid"]
+        pid = call(url, "GET", "/model_info", timeout_s=HANG_S)["pid"]
         processes.restart(url, "a test")
-        deadline, is_new = time.monotonic() + 60, False
+        deadline, is_new = time.monotonic() + HANG_S, False
         while not is_new and time.monotonic() < deadline:
             time.sleep(0.1)
             with suppress(ServerFault):
-                is_new = call(url, "GET", "/model_info", timeout_s=10)["pid"] != pid
+                is_new = call(url, "GET", "/model_info", timeout_s=HANG_S)["pid"] != pid
         return [url], is_new
     finally:
         engine.close()

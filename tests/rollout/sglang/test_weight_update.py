@@ -10,6 +10,7 @@ import torch
 from megatron_vcr1.rollout.sglang.channels.base import NamedTensors
 from megatron_vcr1.rollout.sglang.memory import WEIGHTS_ONLY
 from megatron_vcr1.rollout.sglang.weight_update import WeightUpdate, split_into_buckets
+from tests.limits import HANG_S
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
 
@@ -66,7 +67,7 @@ BUCKET = [("w", torch.zeros(1))]
 def test_the_calls_to_a_server_are_in_order() -> None:
     with FakeServer(Versioned()) as server:
         channel = Recorder()
-        update = WeightUpdate([server.url], "2@run", channel, timeout_s=5)
+        update = WeightUpdate([server.url], "2@run", channel, timeout_s=HANG_S)
         assert server.requests[-1] == ("/update_weight_version", {"new_version": "loading", "abort_all_requests": True})
         update.send(BUCKET)
         update.finish()
@@ -85,7 +86,7 @@ def test_a_server_that_fails_is_excluded_and_stays_marked() -> None:
                 raise RuntimeError("connection closed by peer")
 
         channel = Recorder(fails)
-        update = WeightUpdate([server.url, failing.url], "2@run", channel, timeout_s=5)
+        update = WeightUpdate([server.url, failing.url], "2@run", channel, timeout_s=HANG_S)
         update.send(BUCKET)
         update.send(BUCKET)
         update.finish()
@@ -110,7 +111,7 @@ def test_a_server_with_memory_for_its_weights_only_stays_paused_and_marked() -> 
             if url == failing.url:
                 raise RuntimeError("out of memory")
 
-        update = WeightUpdate([server.url, failing.url, released.url], "2@run", Recorder(fails), timeout_s=5)
+        update = WeightUpdate([server.url, failing.url, released.url], "2@run", Recorder(fails), timeout_s=HANG_S)
         assert behavior.version == f"{WEIGHTS_ONLY}loading"
         update.send(BUCKET)
         update.finish()
@@ -122,7 +123,7 @@ def test_a_server_with_memory_for_its_weights_only_stays_paused_and_marked() -> 
 
 def test_a_version_that_did_not_arrive_is_detected() -> None:
     with FakeServer(Versioned(reports="1@run")) as server:
-        update = WeightUpdate([server.url], "2@run", Recorder(), timeout_s=5)
+        update = WeightUpdate([server.url], "2@run", Recorder(), timeout_s=HANG_S)
         update.finish()
         assert update.current == []
         assert "reports weights '1@run' after an update to '2@run'" in update.failed[server.url]
@@ -135,7 +136,7 @@ def test_a_full_disk_excludes_all_servers_without_an_error() -> None:
 
     with FakeServer(Versioned()) as server:
         channel = Full()
-        update = WeightUpdate([server.url], "2@run", channel, timeout_s=5)
+        update = WeightUpdate([server.url], "2@run", channel, timeout_s=HANG_S)
         update.send(BUCKET)
         update.send(BUCKET)
         assert channel.aborted == [server.url]

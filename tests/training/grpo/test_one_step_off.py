@@ -32,6 +32,7 @@ from megatron_vcr1.training.grpo.trainer import GrpoTrainer
 from megatron_vcr1.training.metrics import Metrics
 from megatron_vcr1.training.train import build, read_inputs_of_rank
 from megatron_vcr1.types import RolloutGroup, Video
+from tests.limits import HANG_S
 from tests.training import workspace
 
 NUM_STEPS = 3
@@ -226,7 +227,7 @@ def test_close_aborts_sampling_in_progress(folder: Path, monkeypatch: pytest.Mon
         aborted = threading.Event()
 
         def sample_until_aborted(*args: object) -> list[RolloutGroup]:
-            assert aborted.wait(60)
+            assert aborted.wait(HANG_S)
             return []
 
         engine.sample = sample_until_aborted  # type: ignore[method-assign]

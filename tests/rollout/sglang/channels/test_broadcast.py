@@ -32,7 +32,7 @@ import torch, torch.distributed as dist
 from torch.distributed.distributed_c10d import _new_process_group_helper
 address, port, name = sys.argv[1:]
 store = dist.PrefixStore(name, dist.TCPStore(address, int(port), 2, is_master=False))
-timeout = timedelta(seconds=60)
+timeout = timedelta(seconds=600)
 group, _ = _new_process_group_helper(2, 1, [], dist.Backend("gloo"), store, group_name=name, timeout=timeout)
 options = dist.BroadcastOptions()
 options.rootRank, options.rootTensor = 0, 0
@@ -71,7 +71,7 @@ class Server:
                 self.peers[-1].kill()
                 return 502, {"error": "the scheduler is gone"}
             if self.hangs:
-                self.end.wait(60)
+                self.end.wait(HANG_S)
             for (size,) in body["shapes"]:
                 self.peers[-1].stdin.write(f"{size}\n")  # type: ignore[union-attr]
                 self.peers[-1].stdin.flush()  # type: ignore[union-attr]
@@ -98,7 +98,7 @@ BUCKET = [("first", torch.ones(3)), ("second", torch.ones(1_000_000))]
 
 def test_tensors_arrive_and_the_group_is_removed(server: tuple[Server, str]) -> None:
     _, url = server
-    channel = BroadcastChannel("gloo", timeout_s=60)
+    channel = BroadcastChannel("gloo", timeout_s=HANG_S)
     channel.begin(url)
     for _ in range(2):
         channel.send(url, channel.prepare(BUCKET))
@@ -115,7 +115,7 @@ def first_broadcast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 def test_a_server_that_dies_ends_the_broadcast(server: tuple[Server, str], first_broadcast: None) -> None:
     behavior, url = server
-    update = WeightUpdate([url], "2@run", BroadcastChannel("gloo", timeout_s=600), timeout_s=60)
+    update = WeightUpdate([url], "2@run", BroadcastChannel("gloo", timeout_s=HANG_S), timeout_s=HANG_S)
     behavior.dies = True
     update.send(BUCKET)
     assert url in update.failed
@@ -126,8 +126,8 @@ def test_a_server_that_hangs_ends_the_broadcast_after_the_timeout(
     server: tuple[Server, str], first_broadcast: None
 ) -> None:
     behavior, url = server
-    channel = BroadcastChannel("gloo", timeout_s=60)
-    update = WeightUpdate([url], "2@run", channel, timeout_s=60)
+    channel = BroadcastChannel("gloo", timeout_s=HANG_S)
+    update = WeightUpdate([url], "2@run", channel, timeout_s=HANG_S)
     behavior.hangs, channel._groups[url].timeout_s = True, 0.5
     update.send(BUCKET)
     assert url in update.failed
@@ -137,7 +137,7 @@ def test_a_server_that_hangs_ends_the_broadcast_after_the_timeout(
 def test_no_group_is_left_if_the_server_refuses_the_update(server: tuple[Server, str]) -> None:
     behavior, url = server
     behavior.refuses = "/begin_weight_update"
-    update = WeightUpdate([url], "2@run", BroadcastChannel("gloo", timeout_s=60), timeout_s=60)
+    update = WeightUpdate([url], "2@run", BroadcastChannel("gloo", timeout_s=HANG_S), timeout_s=HANG_S)
     assert "status 400" in update.failed[url]
     assert not _world.pg_map
 
@@ -145,7 +145,7 @@ def test_no_group_is_left_if_the_server_refuses_the_update(server: tuple[Server,
 def test_no_group_is_left_if_the_server_joins_after_an_error(server: tuple[Server, str]) -> None:
     behavior, url = server
     behavior.joins_late = True
-    update = WeightUpdate([url], "2@run", BroadcastChannel("gloo", timeout_s=60), timeout_s=60)
+    update = WeightUpdate([url], "2@run", BroadcastChannel("gloo", timeout_s=HANG_S), timeout_s=HANG_S)
     assert "status 400" in update.failed[url]
     behavior._expect("joined")
     deadline = time.monotonic() + HANG_S
@@ -165,12 +165,12 @@ def test_nccl_does_not_end_the_process_if_a_server_is_lost(
     def create(
         size: int, rank: int, ranks: list[int], backend: str, *rest: Any, timeout: timedelta, **more: Any
     ) -> Any:
-        created.append((backend, os.environ.get(name), timeout.total_seconds() > 60 + LIVENESS_TIMEOUT_S))
+        created.append((backend, os.environ.get(name), timeout.total_seconds() > HANG_S + LIVENESS_TIMEOUT_S))
         return _new_process_group_helper(size, rank, ranks, dist.Backend("gloo"), *rest, timeout=timeout, **more)
 
     monkeypatch.setattr(broadcast, "_new_process_group_helper", create)
     monkeypatch.setenv(name, "3")
-    channel = BroadcastChannel("nccl", timeout_s=60)
+    channel = BroadcastChannel("nccl", timeout_s=HANG_S)
     channel.begin(url)
     channel.abort(url)
     assert created == [("nccl", "0", True)]

@@ -22,6 +22,7 @@ from megatron_vcr1.rollout.sglang.channels.device_memory import DeviceMemoryChan
 from megatron_vcr1.rollout.sglang.fleet import Fleet
 from megatron_vcr1.rollout.sglang.weight_sync import WeightSync, find_device_channel
 from tests.gloo import GlooPool
+from tests.limits import HANG_S
 from tests.rollout.sglang.channels.test_flat_bucket import open_bucket, shared_files
 from tests.rollout.sglang.fake_server import FakeServer, Reply
 
@@ -57,7 +58,7 @@ def _sync(
     urls = tuple(server_gpus) if is_leader and mesh.replica_index() == 0 else ()
     section = SglangSection(weight_sync="tensor")
     fleet = Fleet(urls, False, urls, None, is_leader, "job", Placement.from_section(section))
-    device = DeviceMemoryChannel(f"gpu {rank}", {url: server_gpus[url] for url in urls}, timeout_s=60)
+    device = DeviceMemoryChannel(f"gpu {rank}", {url: server_gpus[url] for url in urls}, timeout_s=HANG_S)
     sync = WeightSync(fleet, section, folder, folder, device)
     if rank == full_rank:
         flat_bucket._allocate = _no_room

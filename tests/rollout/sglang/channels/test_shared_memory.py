@@ -10,6 +10,7 @@ import torch
 
 from megatron_vcr1.rollout.sglang.channels.shared_memory import SharedMemoryChannel
 from megatron_vcr1.rollout.sglang.http import RequestRefused
+from tests.limits import HANG_S
 from tests.rollout.sglang.channels.test_flat_bucket import shared_files
 from tests.rollout.sglang.fake_server import FakeServer
 
@@ -19,7 +20,7 @@ def test_every_rank_of_every_server_can_open_the_memory() -> None:
         FakeServer(lambda path, body: (200, {"tp_size": 2})) as first,
         FakeServer(lambda path, body: (200, {"tp_size": 2})) as second,
     ):
-        channel = SharedMemoryChannel(timeout_s=5)
+        channel = SharedMemoryChannel(timeout_s=HANG_S)
         ones = torch.ones(32, dtype=torch.uint8)  # no padding between the tensors
         prepared = channel.prepare([("first", ones), ("second", ones)])
         for server in (first, second):
@@ -39,7 +40,7 @@ def test_every_rank_of_every_server_can_open_the_memory() -> None:
 def test_memory_that_a_server_did_not_open_is_removed_with_the_bucket() -> None:
     before = shared_files()
     with FakeServer(lambda path, body: (200 if body is None else 400, {"tp_size": 2})) as server:
-        channel = SharedMemoryChannel(timeout_s=5)
+        channel = SharedMemoryChannel(timeout_s=HANG_S)
         prepared = channel.prepare([("first", torch.ones(3))])
         for _ in range(2):
             with pytest.raises(RequestRefused):
