@@ -14,7 +14,6 @@ the exposed part of a rank with up to four heads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,10 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from vcr1_kernels import SegmentLayout, attention_backward, attention_forward
 
+from megatron_vcr1.model.key_chunks import MAX_CHUNKS
 from megatron_vcr1.parallel.context import KeyGather, Started, one_ahead, start_gather, start_scatter
-
-# With more chunks, less communication would be exposed, but the attention of a chunk would be too small for a GPU.
-MAX_CHUNKS = 4
 
 
 def attend_across_ranks(
@@ -130,12 +127,6 @@ class _AttentionAcrossRanks(torch.autograd.Function):
         grads_of_chunks = [grads.chunk(2, dim=1) for grads in one_ahead(scatters())]
         grad_key, grad_value = map(_join, zip(*grads_of_chunks, strict=True))
         return _join(grad_queries), grad_key, grad_value, None, None, None, None
-
-
-def num_chunks(num_kv_heads: int) -> int:
-    """Return the number of chunks that a rank's key-value heads are computed in."""
-    heads_per_chunk = math.ceil(num_kv_heads / MAX_CHUNKS)
-    return math.ceil(num_kv_heads / heads_per_chunk)
 
 
 def _gather(key: Tensor, value: Tensor, plan: KeyGather) -> Iterator[Tensor]:

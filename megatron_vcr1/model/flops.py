@@ -15,11 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 from megatron_vcr1.config.model_sections import RecomputeSection
 from megatron_vcr1.model.config import ModelConfig, TextConfig, VisionConfig
 from megatron_vcr1.model.families.base import Grid
-from megatron_vcr1.model.packed_batch import PackedBatch
+
+if TYPE_CHECKING:  # the planner must not load megatron-core, which takes seconds
+    from megatron_vcr1.model.packed_batch import PackedBatch
 
 # Published peaks of dense bfloat16 matmuls with float32 accumulation, in FLOP/s. The first entry whose words are all in
 # the device's name is used, so longer names come before the names that they contain.

@@ -31,7 +31,7 @@ from dataclasses import dataclass, fields, replace
 from vcr1_kernels.ops.linear_log_probs import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
 
 from megatron_vcr1.model.config import ExpertsConfig, TextConfig
-from megatron_vcr1.model.context_attention import num_chunks
+from megatron_vcr1.model.key_chunks import num_chunks
 from megatron_vcr1.planning.devices import Device
 from megatron_vcr1.planning.job import Job, Layout
 from megatron_vcr1.planning.parameters import StageParameters, num_parameters, stage_parameters

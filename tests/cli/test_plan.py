@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import plan_cluster
@@ -29,6 +31,15 @@ def test_plans_are_printed_and_written_to_json(tmp_path: Path, capsys: pytest.Ca
         sum(value for key, value in best["seconds"].items() if key != "total")
     )
     assert {refusal["tensor"] for refusal in document["refused"]} == {8}
+
+
+def test_a_plan_does_not_wait_for_megatron_core_to_load() -> None:
+    code = (
+        "import sys; from megatron_vcr1.cli.main import main; main(['plan', '--model', 'qwen2.5-vl-7b']); "
+        "print('megatron.core' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("cluster", [["--nodes", "2", "--gpu", "h200"], ["--nodes", "128"]], ids=" ".join)

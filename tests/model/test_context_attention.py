@@ -18,7 +18,8 @@ from vcr1_kernels import SegmentLayout, shared_prefix_attention
 
 from megatron_vcr1.config.model_sections import ParallelSection
 from megatron_vcr1.model import context_attention
-from megatron_vcr1.model.context_attention import attend_across_ranks, num_chunks
+from megatron_vcr1.model.context_attention import attend_across_ranks
+from megatron_vcr1.model.key_chunks import num_chunks
 from megatron_vcr1.parallel import mesh
 from megatron_vcr1.parallel.context import KeyGather
 from tests.gloo import GlooPool
