@@ -18,7 +18,12 @@ SHARED_BYTES = 227 * 1024
 ATTENTION = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
 
 
-@pytest.fixture(scope="module", params=[90, 100])
+def _on_one_worker(capability: int) -> object:
+    """All tests of a capability share its report, which takes half a minute to compile."""
+    return pytest.param(capability, marks=pytest.mark.xdist_group(f"sm_{capability}"))
+
+
+@pytest.fixture(scope="module", params=map(_on_one_worker, (90, 100)))
 def capability(request: pytest.FixtureRequest) -> int:
     """Return the compute capability that the kernels are compiled for, times 10."""
     return request.param

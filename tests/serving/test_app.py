@@ -28,6 +28,8 @@ from tests.serving.requests import (
     video,
 )
 
+pytestmark = pytest.mark.xdist_group("serving")  # one worker, one server
+
 
 def test_the_servers_token_limit_applies(client: openai.OpenAI) -> None:
     answer = ask(client, text("when?"), max_tokens=1000)

@@ -7,8 +7,11 @@ import socket
 import time
 
 import openai
+import pytest
 
 from tests.serving.requests import HEADER_TIMEOUT_S, STALL_TIMEOUT_S, ServerProcess, ask, text
+
+pytestmark = pytest.mark.xdist_group("serving")  # one worker, one server
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 BODY = json.dumps({"messages": [{"role": "user", "content": "when?"}], "max_tokens": 2}).encode()

@@ -76,6 +76,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
+@pytest.mark.xdist_group("serving")  # one worker, one server
 def test_the_server_outlives_its_decoders(server: ServerProcess, client: openai.OpenAI) -> None:
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": picture()}}, text("what?")]
     expected = ask(client, *parts).choices[0].message.content

@@ -7,6 +7,8 @@ import pytest
 from megatron_vcr1.serving.hosts import allowed_hosts
 from tests.serving.requests import ServerProcess, post
 
+pytestmark = pytest.mark.xdist_group("serving")  # one worker, one server
+
 BODY = json.dumps({"messages": [{"role": "user", "content": "when?"}], "max_tokens": 1}).encode()
 
 

@@ -37,6 +37,8 @@ from megatron_vcr1.types import FinishReason, Rollout, RolloutGroup
 from tests.limits import HANG_S
 from tests.serving.requests import ask, first_video, image, picture, picture_file, text, video
 
+pytestmark = pytest.mark.xdist_group("serving")  # one worker, one server
+
 QUESTIONS = ["when?", "where?", "which and when?", "how good?"]
 
 
