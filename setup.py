@@ -19,7 +19,7 @@ REQUIREMENTS = [
     "pydantic>=2.7,<3",
     "rich>=13,<16",
     "safetensors>=0.4.3,<0.9",
-    "torch>=2.11,<2.15",
+    "torch>=2.11,<2.16",
     "tqdm>=4.66,<5",
     "transformers>=5.0,<5.25",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from megatron_vcr1.parallel.tested_versions import NEWEST_TESTED
 
@@ -75,7 +76,9 @@ def test_the_tested_versions_lie_within_the_bounds(constraints: str) -> None:
 def test_a_version_newer_than_the_newest_tested_one_is_warned_about() -> None:
     newest = pins("constraints_newest.txt")
     for package, version in NEWEST_TESTED.items():
-        if package in newest:
+        if package in ("torch", "triton"):  # SGLang pins them; newer ones are tested without it
+            assert Version(newest[package]) < Version(f"{version}.9")
+        elif package in newest:
             assert newest[package].startswith(f"{version}."), package
     bounds = {requirement.name: requirement.specifier for requirement in requirements()}
     for package, version in NEWEST_TESTED.items():

@@ -51,7 +51,7 @@ def compile_instead_of_launching(kernel: JITFunction, *args: Any, grid: Any, war
     compiler = make_backend(TARGET)
     binder = create_function_from_signature(kernel.signature, kernel.params, compiler)
     bound_args, specialization, _ = binder(*args, **kwargs, debug=False)
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
     _, signature, constants, attributes = kernel._pack_args(compiler, options, bound_args, specialization, None)
     key = repr((specialization, options))
     descriptors = [argument for argument in bound_args.values() if isinstance(argument, TensorDescriptor)]

@@ -14,10 +14,10 @@ from packaging.version import Version
 logger = logging.getLogger(__name__)
 
 NEWEST_TESTED = {
-    "torch": "2.14",
+    "torch": "2.15",
     "megatron-core": "0.19",
     "transformers": "5.24",
-    "triton": "3.8",
+    "triton": "3.9",
     "transformer-engine": "2.20",
     "av": "19",
     "numpy": "2.5",

@@ -17,7 +17,7 @@ def test_a_newer_library_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytes
         "megatron-core": "0.19.7",
         "transformers": "5.9.0",
         "av": "18.1.0",
-        "triton": "3.8rc1+git12",
+        "triton": "3.9rc1+git12",
     }
 
     def version(package: str) -> str:
@@ -32,7 +32,7 @@ def test_a_newer_library_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytes
         warn_about_untested_versions()
     warn_about_untested_versions.cache_clear()
     assert caplog.messages == [
-        "torch 3.0.0a0+1f2e is newer than 2.14, the newest version that megatron_vcr1 is tested with"
+        "torch 3.0.0a0+1f2e is newer than 2.15, the newest version that megatron_vcr1 is tested with"
     ]
 
 

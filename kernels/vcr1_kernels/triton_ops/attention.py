@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vcr1_kernels.backend import int32_tensor, on_its_gpu
 from vcr1_kernels.layout import QuerySpan, SegmentLayout
+from vcr1_kernels.triton_ops import FUSED
 from vcr1_kernels.triton_ops.attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from vcr1_kernels.triton_ops.sum_parts import sum_parts
 
@@ -34,7 +35,7 @@ class _Tiles(NamedTuple):
 
 # Float32 does not use the tensor cores. For each value of a product, Triton keeps a row of the left and a column of the
 # right matrix in registers: with head size 64, 128 of the 255 of a thread. In the backward pass a thread therefore
-# computes one value of the scores. Head sizes above 64 spill even so (kernels/README.md).
+# computes one value of the scores.
 _FLOAT32_TILES = _Tiles(16, 16, num_warps=8, num_stages=1)
 
 
@@ -223,6 +224,7 @@ def _constants(query: Tensor, key: Tensor, layout: SegmentLayout, tiles: _Tiles)
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # half precision ignores it
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
+        **FUSED,
     }
 
 
@@ -275,8 +277,9 @@ def _key_blocks(layout: SegmentLayout, tiles: _Tiles, num_splits: int, device: t
     Columns of a key block: first key, end of its segment, its first range of queries on the causal diagonal, its first
     range of queries that attend to all of its keys, end of its ranges, index of the split. The queries that attend to
     all keys of a block are the rest of its segment and the segments whose prefix it is in. Columns of a range: first
-    and end row of the query tensor, and the first query's token minus its row. The queries of a block are divided among
-    `num_splits` rows; the first one has the diagonal. The rows with the most queries come first.
+    and end row of the query tensor, and the first query's token minus its row. Where the queries attend to all keys,
+    the last one is the number of tokens, with which the causal mask hides nothing. The queries of a block are divided
+    among `num_splits` rows; the first one has the diagonal. The rows with the most queries come first.
     """
     own: list[list[QuerySpan]] = [[] for _ in layout.lengths]
     followers: list[list[tuple[int, int]]] = [[] for _ in layout.lengths]  # rows of the segments with this prefix
@@ -303,7 +306,7 @@ def _key_blocks(layout: SegmentLayout, tiles: _Tiles, num_splits: int, device: t
                 bounds = (len(ranges), len(ranges) + len(masked), len(ranges) + len(masked) + len(part))
                 num_queries = _num_tokens(part) + (num_diagonal if index == 0 else 0)
                 rows.append((num_queries, (start, end, *bounds, index)))
-                ranges += [*masked, *((first, last, 0) for first, last in part)]
+                ranges += [*masked, *((first, last, layout.num_tokens) for first, last in part)]
     return _table([row for _, row in sorted(rows, reverse=True)], 6, device), _table(ranges, 3, device)
 
 

@@ -256,6 +256,9 @@ def query_gradient_kernel(
     prefix_whole, own_whole, prefix_rest, own_rest = _count_key_blocks(
         start, end, own_start, prefix_start, prefix_end, CAUSAL, BLOCK_QUERIES, BLOCK_KEYS
     )
+    if PRECISION == "ieee":  # one loop, as in the other gradient
+        prefix_rest, own_rest = prefix_whole + prefix_rest, own_whole + own_rest
+        prefix_whole, own_whole = 0, 0
     for block in range(prefix_whole + own_whole):
         first = tl.where(block < prefix_whole, prefix_start, own_start - prefix_whole * BLOCK_KEYS)
         grad_query = _accumulate_query_gradient(
@@ -290,7 +293,8 @@ def _accumulate_key_gradients(
     transposed, [keys, queries], so that both matmuls use P and dS as their left operand. lse and delta are loaded from
     multiples of 16 bytes, which Triton demands, so that the first tile may begin up to 3 rows before `start`.
     """
-    for query_start in range(start // 4 * 4, end, BLOCK_QUERIES):
+    # On Blackwell, a second accumulator for each product would take more registers than a thread has.
+    for query_start in tl.range(start // 4 * 4, end, BLOCK_QUERIES, disallow_acc_multi_buffer=True):
         rows = query_start + tl.arange(0, BLOCK_QUERIES)
         query = _load_tile(query_desc, head, query_start, BLOCK_QUERIES, BLOCK_DIM)
         grad_out = _load_tile(grad_out_desc, head, query_start, BLOCK_QUERIES, BLOCK_DIM)
@@ -319,7 +323,7 @@ def key_gradient_kernel(
     grad_key_ptr,  # contiguous [tokens, num_heads, NUM_SPLITS, head_dim], like grad_value
     grad_value_ptr,
     blocks_ptr,  # int32 [num_blocks, 6]: first key, end of its segment, first masked, first whole and end range, split
-    ranges_ptr,  # int32 [num_ranges, 3]: first and end row of queries, the first query's token minus its row
+    ranges_ptr,  # int32 [num_ranges, 3]: first and end row of queries, shift from rows to tokens (see `_key_blocks`)
     scale,
     exp2_scale,
     NUM_HEADS: tl.constexpr,
@@ -346,6 +350,8 @@ def key_gradient_kernel(
     grad_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
 
     if CAUSAL:
+        if PRECISION == "ieee":  # one loop: two need more registers than a thread has
+            first_whole = end_range
         for range_index in range(first_masked, first_whole):
             range_ptr = ranges_ptr + 3 * range_index
             range_start, range_end, shift = tl.load(range_ptr), tl.load(range_ptr + 1), tl.load(range_ptr + 2)

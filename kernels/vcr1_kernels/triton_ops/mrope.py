@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vcr1_kernels.backend import on_its_gpu
+from vcr1_kernels.triton_ops import FUSED
 
 
 @triton.jit
@@ -140,6 +141,7 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transpose
         TRANSPOSED=transposed,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        **FUSED,
     )
 
 
@@ -191,4 +193,5 @@ def _launch_qkv(
         JOIN=join,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        **FUSED,
     )

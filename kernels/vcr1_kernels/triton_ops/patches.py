@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vcr1_kernels.backend import on_its_gpu
+from vcr1_kernels.triton_ops import FUSED
 
 _BLOCK_PATCHES = 16
 
@@ -102,5 +103,6 @@ def launch_frames_to_patches(
             MERGE=merge_size,
             BLOCK_PATCHES=_BLOCK_PATCHES,
             BLOCK_PIXELS=triton.next_power_of_2(patch_size**2),
+            **FUSED,
         )
     return out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vcr1_kernels.backend import on_its_gpu
 from vcr1_kernels.records import RowSoftmax
+from vcr1_kernels.triton_ops import FUSED
 
 # Enough programs to fill any GPU. With fewer rows than this, the vocabulary is split among several programs per row.
 _MIN_PROGRAMS = 1024
@@ -159,6 +160,7 @@ def launch_row_statistics(logits: Tensor, columns: Tensor, temperature: float, w
             DEPTH=_DEPTH,
             LANES=_LANES,
             num_warps=_NUM_WARPS,
+            **FUSED,
         )
     return parts
 
@@ -194,4 +196,5 @@ def launch_logit_gradient(
         HAS_GRAD_ENTROPY=grad_entropy is not None,
         BLOCK=_BLOCK,
         num_warps=_NUM_WARPS,
+        **FUSED,
     )

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vcr1_kernels.triton_ops import FUSED
+
 
 def sum_parts(parts: Tensor, num_parts: int, dtype: torch.dtype) -> Tensor:
     """Add consecutive parts in float32, in their order.
@@ -29,6 +31,7 @@ def sum_parts(parts: Tensor, num_parts: int, dtype: torch.dtype) -> Tensor:
         HEAD_DIM=head_dim,
         BLOCK_ROWS=block_rows,
         BLOCK_DIM=triton.next_power_of_2(head_dim),
+        **FUSED,
     )
     return total
 

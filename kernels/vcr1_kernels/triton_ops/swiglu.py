@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vcr1_kernels.backend import on_its_gpu
+from vcr1_kernels.triton_ops import FUSED
 
 _BLOCK = 1024
 
@@ -67,7 +68,7 @@ def launch_swiglu(gate_up: Tensor, bias: Tensor | None) -> Tensor:
     ffn_size = gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], ffn_size, dtype=gate_up.dtype, device=gate_up.device)
     _swiglu_kernel[(len(rows), triton.cdiv(ffn_size, _BLOCK))](
-        rows, bias, out, rows.stride(0), ffn_size, HAS_BIAS=bias is not None, BLOCK=_BLOCK
+        rows, bias, out, rows.stride(0), ffn_size, HAS_BIAS=bias is not None, BLOCK=_BLOCK, **FUSED
     )
     return out
 
@@ -79,6 +80,14 @@ def launch_swiglu_backward(gate_up: Tensor, bias: Tensor | None, grad_out: Tenso
     ffn_size = gate_up.shape[-1] // 2
     grad = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     _swiglu_backward_kernel[(len(rows), triton.cdiv(ffn_size, _BLOCK))](
-        rows, bias, grad_out.contiguous(), grad, rows.stride(0), ffn_size, HAS_BIAS=bias is not None, BLOCK=_BLOCK
+        rows,
+        bias,
+        grad_out.contiguous(),
+        grad,
+        rows.stride(0),
+        ffn_size,
+        HAS_BIAS=bias is not None,
+        BLOCK=_BLOCK,
+        **FUSED,
     )
     return grad

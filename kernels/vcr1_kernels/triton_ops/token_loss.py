@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vcr1_kernels.backend import on_its_gpu
 from vcr1_kernels.records import Objective, TokenInputs, TokenLoss
+from vcr1_kernels.triton_ops import FUSED
 
 _BLOCK = 256
 
@@ -144,5 +145,6 @@ def launch_token_loss(
             HAS_ROLLOUT=inputs.rollout_log_probs is not None,
             KL_ESTIMATOR=objective.kl_estimator,
             BLOCK=_BLOCK,
+            **FUSED,
         )
     return TokenLoss(loss, kl, ratio, clipped), grad
