@@ -34,8 +34,8 @@ class _Tiles(NamedTuple):
 
 
 # Float32 does not use the tensor cores. For each value of a product, Triton keeps a row of the left and a column of the
-# right matrix in registers: with head size 64, 128 of the 255 of a thread. In the backward pass a thread therefore
-# computes one value of the scores.
+# right matrix in registers: with head size 64, 128 of the 255 of a thread. In the backward pass, therefore, a thread
+# computes one value of the scores, and the kernels have one loop instead of two.
 _FLOAT32_TILES = _Tiles(16, 16, num_warps=8, num_stages=1)
 
 

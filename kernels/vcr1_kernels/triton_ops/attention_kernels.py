@@ -256,7 +256,7 @@ def query_gradient_kernel(
     prefix_whole, own_whole, prefix_rest, own_rest = _count_key_blocks(
         start, end, own_start, prefix_start, prefix_end, CAUSAL, BLOCK_QUERIES, BLOCK_KEYS
     )
-    if PRECISION == "ieee":  # one loop, as in the other gradient
+    if PRECISION == "ieee":  # all blocks in the masked loop: with two loops, float32 spills registers
         prefix_rest, own_rest = prefix_whole + prefix_rest, own_whole + own_rest
         prefix_whole, own_whole = 0, 0
     for block in range(prefix_whole + own_whole):
@@ -293,7 +293,7 @@ def _accumulate_key_gradients(
     transposed, [keys, queries], so that both matmuls use P and dS as their left operand. lse and delta are loaded from
     multiples of 16 bytes, which Triton demands, so that the first tile may begin up to 3 rows before `start`.
     """
-    # On Blackwell, a second accumulator for each product would take more registers than a thread has.
+    # With several accumulators for each product, the kernel spills registers on Blackwell (triton 3.9).
     for query_start in tl.range(start // 4 * 4, end, BLOCK_QUERIES, disallow_acc_multi_buffer=True):
         rows = query_start + tl.arange(0, BLOCK_QUERIES)
         query = _load_tile(query_desc, head, query_start, BLOCK_QUERIES, BLOCK_DIM)
@@ -350,7 +350,7 @@ def key_gradient_kernel(
     grad_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
 
     if CAUSAL:
-        if PRECISION == "ieee":  # one loop: two need more registers than a thread has
+        if PRECISION == "ieee":  # all ranges in the masked loop: with two loops, float32 spills registers
             first_whole = end_range
         for range_index in range(first_masked, first_whole):
             range_ptr = ranges_ptr + 3 * range_index
