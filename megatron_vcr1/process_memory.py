@@ -1,6 +1,7 @@
 """The resident memory of this process, read from /proc (Linux).
 
 getrusage is not an alternative: after fork and exec, its peak includes the memory of the parent process.
+Linux counts pages per core and adds them up now and then: values are exact to a few hundred kilobytes only.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def test_import_export_and_verify(hf_dir: Path, tmp_path: Path, capsys: pytest.C
     report = json.loads(capsys.readouterr().out)
     assert report["bytes"] == num_bytes
     assert report["bytes_per_second"] == pytest.approx(num_bytes / report["seconds"], rel=0.1)
-    assert 0 < report["libraries_memory_mb"] <= report["peak_memory_mb"]
+    assert 0 < report["libraries_memory_mb"] <= report["peak_memory_mb"] + 1  # exact to 1 MB
 
     assert convert_checkpoint.main(["export", "--checkpoint", imported, "--out", exported]) == 0
     assert "GB/s" in capsys.readouterr().out

@@ -12,5 +12,5 @@ def test_conversions_are_compared_with_cp() -> None:
     assert 2e6 < result["bytes"] < 6e6
     assert set(result["cases"]) == set(CASES)
     assert result["cases"]["cp"]["relative_to_cp"] == 1.0
-    assert 0 < result["libraries_memory_mb"] <= result["peak_memory_mb"]
+    assert 0 < result["libraries_memory_mb"] <= result["peak_memory_mb"] + 1  # exact to 1 MB
     assert all(len(case["seconds"]) == 1 for case in result["cases"].values())
