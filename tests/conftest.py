@@ -16,6 +16,11 @@ from tests.gloo import GlooPool
 # These take effect only before torch and huggingface_hub are imported, by the tests or by processes that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("http_proxy", "https_proxy", "all_proxy"):  # the tests' own servers are on this host
+    os.environ.pop(name, None)
+    os.environ.pop(name.upper(), None)
+for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "COLUMNS"):  # printed text is compared
+    os.environ.pop(name, None)
 os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # set in NVIDIA's containers; the tests need full float32
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run in the interpreter; triton reads this once
@@ -23,9 +28,10 @@ if not Path("/dev/nvidiactl").exists():
 if find_spec("hypothesis") is not None:  # missing on a machine that runs tests/kernels only
     from hypothesis import settings
 
-    settings.register_profile("patient", deadline=None)  # a test may be slow on a busy machine
+    # The same examples in every run; and a test may be slow on a busy machine.
+    settings.register_profile("patient", deadline=None, derandomize=True)
     # pytest --hypothesis-profile=thorough tests/rewards tests/evaluation/test_metrics.py
-    settings.register_profile("thorough", deadline=None, max_examples=10_000)
+    settings.register_profile("thorough", deadline=None, derandomize=False, max_examples=10_000)
     settings.load_profile("patient")
 
 

@@ -58,11 +58,12 @@ step() {
 # Runs a step until it ends, prints the log of its first rank, and forwards the signal that Slurm sends before the time
 # limit. Returns the exit code of the step.
 watch_step() {
-    local log=$LOGS/$1-0.log code shown
+    local log=$LOGS/$1-0.log code shown first
     touch "$log"
+    first=$(($(wc -c <"$log") + 1)) # the log of earlier starts has been printed
     step "$@" &
     STEP_PID=$!
-    tail --pid=$STEP_PID --lines=0 --follow=name "$log" 2>/dev/null &
+    tail --pid=$STEP_PID --bytes=+$first --follow=name "$log" 2>/dev/null &
     shown=$!
     while :; do # `wait` also returns when a signal arrives: repeat it until the step has ended
         wait "$STEP_PID"

@@ -5,8 +5,10 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -35,7 +37,9 @@ def test_lock_run_waits_for_a_lock_of_another_process(tmp_path: Path, caplog: py
         pytest.raises(UserError, match="another process is training here; end it"),
     ):
         lock_run(tmp_path)
-    with mock.patch.object(run_lock.time, "sleep", lambda seconds: ours.send(True) or process.join()):
+    # Not time.sleep itself, which other threads may call.
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: ours.send(True) or process.join())
+    with mock.patch.object(run_lock, "time", clock):
         lock_run(tmp_path).close()
     assert "another process holds this directory's lock; waiting up to 120 s" in caplog.text
 

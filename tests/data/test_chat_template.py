@@ -100,10 +100,10 @@ def test_a_template_that_fails_is_refused(template: str, message: str) -> None:
     ],
 )
 def test_a_template_that_does_not_end_is_refused(template: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(UserError, match=r"^t: the chat template does not end within 5 s, or needs too much memory"):
         check_chat_template(template, {}, PADS, Path("t"))
-    assert time.process_time() - start < 5  # the work is done, and ended, in another process
+    assert time.thread_time() - start < 5  # the work is done, and ended, in another process
 
 
 @pytest.mark.parametrize(

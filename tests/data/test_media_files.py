@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -19,8 +20,9 @@ def _make(path: Path, kind: str) -> Path:
         case "fifo":
             os.mkfifo(path)
         case "socket":
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(str(path))
+            # A socket's path has at most 107 bytes, and that of a test's folder may be longer.
+            with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path.name)
         case "device":
             return Path("/dev/zero")
         case "folder":

@@ -14,6 +14,7 @@ import torch
 from megatron_vcr1.data.video import VideoError
 from megatron_vcr1.data.video_process import VideoReader
 from tests.data.video_clips import write_clip
+from tests.limits import HANG_S
 
 FILES_PER_KIND = 40
 FAST_VPX = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}
@@ -71,7 +72,7 @@ def test_damaged_files_are_refused_or_decoded_correctly(reader: VideoReader, tmp
     for seed in range(FILES_PER_KIND):
         path.write_bytes(damage(content, f"{kind} {seed}"))
         try:
-            video = reader.read_frames(path, fps=10, time_limit_s=20)
+            video = reader.read_frames(path, fps=10, time_limit_s=HANG_S)
         except VideoError as error:
             # The decoder of PyAV 19 crashes on some damaged HEVC files. It runs in a process of its own.
             assert "crashed" not in error.reason or (kind == "hevc.mp4" and int(av.__version__.split(".")[0]) >= 19)

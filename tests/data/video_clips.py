@@ -55,6 +55,9 @@ def write_clip(
 ) -> Path:
     """Write a clip at 25 fps, or with the given presentation times.
 
+    Its bytes do not depend on the number of cores, which several encoders take for their number of threads, and have no
+    random numbers, which Matroska takes for its ids: some tests edit or damage them.
+
     Args:
         options: options of the encoder.
         container_options: options of the muxer.
@@ -67,7 +70,7 @@ def write_clip(
         rate: frame rate that the stream states.
     """
     frame_ticks, time_base = (1, Fraction(1, RATE)) if path.suffix == ".avi" else (40, Fraction(1, 1000))
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with av.open(str(path), "w", options={"fflags": "+bitexact"} | (container_options or {})) as container:
         container.metadata.update(metadata or {})
         small = container.add_stream("mpeg4", rate=RATE, width=32, height=32) if extra_streams else None
         sound = container.add_stream("aac", rate=8000, layout="mono") if extra_streams else None
@@ -75,6 +78,9 @@ def write_clip(
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop_size
+        for video in (stream, small):
+            if video is not None:
+                video.codec_context.thread_count = 1
         is_raw = path.suffix in (".mpg", ".h264", ".hevc")  # the stream itself states the rate
         stream.codec_context.time_base = Fraction(1, rate) if is_raw else time_base
         if rotation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -145,19 +146,34 @@ def test_videos_that_were_made_smaller_are_counted(folder: Path, tmp_path: Path)
     assert json.loads((here / "metrics.json").read_text())["num_reduced"] == len(reductions)
 
 
+def vcr1_until_the_first_batch(*argv: object) -> int:
+    """Run a command that evaluates; after its first batch, wait to be killed."""
+    append = evaluate.PredictionLog.append
+
+    def append_and_wait(*arguments: Any) -> None:
+        append(*arguments)
+        threading.Event().wait()
+
+    with mock.patch.object(evaluate.PredictionLog, "append", append_and_wait):
+        return vcr1(*argv)
+
+
 def test_a_killed_evaluation_resumes_with_the_same_result(folder: Path, whole: dict[str, Any]) -> None:
     config = folder / "killed.toml"
     config.write_text(render_toml(run_config(folder, folder / "killed"), documented=False))
     process = Process(
-        vcr1, "evaluate", config, "--data.num_workers", 1, stdout=Path(os.devnull), stderr=Path(os.devnull)
+        vcr1_until_the_first_batch,
+        *("evaluate", config, "--data.num_workers", 1),
+        stdout=Path(os.devnull),
+        stderr=Path(os.devnull),
     )
     first = folder / "killed" / "evaluation" / str(TASKS[0]) / "predictions.jsonl"
     deadline = time.monotonic() + HANG_S
     while not (first.exists() and first.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
-    assert len(first.read_text().splitlines()) < 12
+    assert process.wait() == -signal.SIGKILL
+    assert len(first.read_text().splitlines()) == 2
     wait_for_end_of_session(process.pid)
     with first.open("a") as file:
         file.write('{"id": "half a li')

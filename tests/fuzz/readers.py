@@ -40,8 +40,8 @@ from megatron_vcr1.serving.batching import ServerStopping
 from megatron_vcr1.serving.decoding import Decoders
 from tests.data.tiny_processor import tiny_processor
 from tests.fuzz.mutate import mutate_bytes, mutate_json
+from tests.limits import HANG_S
 
-SECONDS_PER_INPUT = 120  # of wall time, on a machine that may be busy
 MAX_GROWTH_BYTES = 300e6
 """Growth of the resident memory over all inputs: allocator caches and thread stacks, but no leak. While an input is
 read, only the limit of the address space counts: an image may have a canvas of many megapixels."""
@@ -119,7 +119,7 @@ READERS: dict[str, tuple[Callable[[Path], object], tuple[type[Exception], ...]]]
         for suffix in ("png", "jpg", "webp", "gif", "tiff", "bmp", "avif")
     },
     **{
-        f"video.{suffix}": (lambda path: read_frames(path, fps=10, num_threads=1, time_limit_s=10), (VideoError,))
+        f"video.{suffix}": (lambda path: read_frames(path, fps=10, num_threads=1, time_limit_s=HANG_S), (VideoError,))
         for suffix in ("mp4", "mkv", "avi", "ts", "mpg", "webm", "flv", "gif", "h264", "png", "webp", "avif")
     },
 }
@@ -151,7 +151,7 @@ def main(folder: Path, name: str, first_seed: int, num_inputs: int) -> None:
         else:
             path.write_bytes(mutate_bytes(content, rng))
         print("input", name, seed, flush=True)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_INPUT)
+        signal.setitimer(signal.ITIMER_REAL, HANG_S)
         try:
             read(path)
             print("accepted")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +38,8 @@ class JudgeServer(ThreadingHTTPServer):
         self.max_concurrent = 0
         self._num_active = 0
         self.lock = threading.Lock()
+        self.is_over = threading.Event()
+        self.three = threading.Barrier(3)
 
     def section(self, **settings: Any) -> JudgeSection:
         url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -74,6 +75,7 @@ def judge_server() -> Iterator[JudgeServer]:
         try:
             yield server
         finally:
+            server.is_over.set()
             server.shutdown()
             thread.join()
 
@@ -129,10 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hangs_up":
             self.close_connection = True
             return
-        if fault == "slow":
-            time.sleep(2)
-        if fault == "short_delay":
-            time.sleep(0.05)
+        if fault == "stuck":
+            self.server.is_over.wait(HANG_S)
+        if fault == "waits_for_two_more":
+            self.server.three.wait(HANG_S)
         if fault is not None and fault.isdigit():
             return self._send(int(fault), json.dumps({"error": {"message": f"status {fault}"}}), "application/json")
         if fault == "html":

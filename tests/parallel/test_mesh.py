@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -31,12 +33,16 @@ def test_a_node_name_that_does_not_resolve_is_named_at_once(monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    # Some networks' name servers resolve every name.
+    resolve = mock.Mock(side_effect=socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+    monkeypatch.setattr(mesh, "socket", SimpleNamespace(getaddrinfo=resolve, gethostname=socket.gethostname))
     monkeypatch.setattr(mesh.dist, "init_process_group", lambda *_, **__: pytest.fail("it would retry for an hour"))
     monkeypatch.setattr(mesh.dist, "is_initialized", lambda: False)
     before = dict(os.environ)
     try:
         with pytest.raises(UserError, match=r"MASTER_ADDR = 'no-such-node\.invalid'.* does not resolve on "):
             mesh.initialize(ParallelSection())
+        assert resolve.call_args.args[0] == "no-such-node.invalid"
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -227,8 +227,9 @@ def test_a_browser_renders_the_page(tmp_path, run_dir, manifest):
 def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     flags = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync", "hide-scrollbars")
     quiet = ("disable-background-networking", "disable-component-update", "enable-logging=stderr")
+    own = ("disable-dev-shm-usage", f"user-data-dir={folder / 'profile'}")  # the machine's /dev/shm may be full
     return subprocess.run(
-        [BROWSER, *(f"--{flag}" for flag in (*flags, *quiet, f"user-data-dir={folder / 'profile'}")), *arguments],
+        [BROWSER, *(f"--{flag}" for flag in (*flags, *quiet, *own)), *arguments],
         capture_output=True,
         text=True,
         check=True,

@@ -101,8 +101,8 @@ def test_the_format_agrees_with_a_regular_expression(before: str, after: str) ->
 def test_checking_takes_linear_time(unit: str) -> None:
     """A pattern of lazy wildcards would try every pair of boundaries, which takes minutes. CPU time is measured."""
     text = "<think>" + (unit * 200_000)[:200_000]
-    before_s = time.process_time()
+    before_s = time.thread_time()
     for task in task_names():
         format_fault(task, text, thinking=True)
         format_fault(task, text + "</think><answer></answer><glue>", thinking=True)
-    assert time.process_time() - before_s < 5
+    assert time.thread_time() - before_s < 5

@@ -288,11 +288,11 @@ def test_any_text_takes_linear_time(unit: str) -> None:
     body = (unit * NUM_CHARACTERS)[:NUM_CHARACTERS]
 
     def read_all_s() -> float:
-        before_s = time.process_time()
+        before_s = time.thread_time()
         for text in (body, f"[{body}", f"[{body}]", f"<answer>{body}", f"{body}1 - 2"):
             for read in READERS:
                 with contextlib.suppress(UnparsableError):
                     read(text)
-        return time.process_time() - before_s
+        return time.thread_time() - before_s
 
     assert any(read_all_s() < 5 for _ in range(3))

@@ -24,7 +24,7 @@ from tests.limits import HANG_S
 
 ROOT = Path(__file__).parents[2]
 
-HEADER_TIMEOUT_S = STALL_TIMEOUT_S = 6.0
+STALL_TIMEOUT_S = 6.0
 MAX_BODY_BYTES = 8 << 20
 MAX_IN_FLIGHT = 40
 _PROGRAM = f"""
@@ -42,11 +42,12 @@ sys.exit(main())
 class ServerProcess:
     """`vcr1 serve` with smaller limits, so that tests reach them soon."""
 
-    def __init__(self, model: Path, *options: str, stall_timeout_s: float = STALL_TIMEOUT_S) -> None:
+    def __init__(self, model: Path, *options: str, stall_timeout_s: float = HANG_S) -> None:
         command = [sys.executable, "-c", _PROGRAM, str(stall_timeout_s), "serve", "--model", str(model)]
         command += ["--port", "0", "--dtype", "float32"]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
+        # To append, because the process has the same file position, which `errors` changes.
+        self._errors = tempfile.TemporaryFile("a+")  # noqa: SIM115  (open as long as the process)
         self.process = subprocess.Popen(
             [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 
-from tests.serving.requests import HEADER_TIMEOUT_S, STALL_TIMEOUT_S, ServerProcess, ask, text
+from tests.limits import HANG_S
+from tests.serving.requests import STALL_TIMEOUT_S, ServerProcess, ask, post, text
 
 pytestmark = pytest.mark.xdist_group("serving")  # one worker, one server
 
@@ -36,7 +39,15 @@ def read_response(connection: socket.socket) -> tuple[int, bytes]:
     return int(head.split()[1]), body
 
 
-def test_slow_clients_are_disconnected(server: ServerProcess, client: openai.OpenAI) -> None:
+@pytest.fixture
+def strict_server(folder: Path) -> Iterator[ServerProcess]:
+    """A server with short time limits, which on a busy machine a good client may exceed, too."""
+    with ServerProcess(folder / "model", stall_timeout_s=STALL_TIMEOUT_S) as server:
+        yield server
+
+
+def test_slow_clients_are_disconnected(strict_server: ServerProcess) -> None:
+    server = strict_server
     starts = {
         "nothing": b"",
         "part of the headers": HEAD,
@@ -49,7 +60,7 @@ def test_slow_clients_are_disconnected(server: ServerProcess, client: openai.Ope
     dripping = server.connect()
     start = time.monotonic()
     dripping.settimeout(0.2)
-    while time.monotonic() - start < HEADER_TIMEOUT_S + 60:  # one byte of a header at a time
+    while time.monotonic() - start < HANG_S:  # one byte of a header at a time
         try:
             dripping.sendall(b"a")
             if dripping.recv(1) == b"":
@@ -62,9 +73,8 @@ def test_slow_clients_are_disconnected(server: ServerProcess, client: openai.Ope
         raise AssertionError("a client that sends its headers byte by byte keeps its connection")
     assert read_response(connections["a refused request without its body"])[0] == 404
     for name, connection in connections.items():
-        connection.settimeout(STALL_TIMEOUT_S + 60)
         assert is_closed(connection), name
-    assert ask(client, text("when?")).choices
+    assert post(server.url, BODY)[0] == 200
 
 
 def test_keep_alive_stays_in_sync_after_refused_requests(server: ServerProcess) -> None:

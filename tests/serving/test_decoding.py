@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -71,19 +72,14 @@ def test_decoding_has_a_memory_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     decoders.close()
 
 
-def children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
 @pytest.mark.xdist_group("serving")  # one worker, one server
 def test_the_server_outlives_its_decoders(server: ServerProcess, client: openai.OpenAI) -> None:
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": picture()}}, text("what?")]
     expected = ask(client, *parts).choices[0].message.content
-    decoders = children(server.process.pid)
+    decoders = psutil.Process(server.process.pid).children()
     assert decoders
-    for pid in decoders:
-        os.kill(pid, signal.SIGKILL)
+    for decoder in decoders:
+        decoder.kill()
     # One request only: the decoder that is used last is used next, however many the requests before have started.
     with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\]: the decoder crashed"):
         ask(client, *parts)

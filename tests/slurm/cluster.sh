@@ -51,8 +51,10 @@ ReturnToService=2
 JobRequeue=1
 KillWait=20
 MinJobAge=3600
-SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmctldTimeout=600
+SlurmdTimeout=600
+BatchStartTimeout=600
+MessageTimeout=100
 OverTimeLimit=5
 CONF
         for i in "${!nodes[@]}"; do
@@ -93,7 +95,7 @@ start() {
     slurmctld
     local node
     for node in "${nodes[@]}"; do boot "$node"; done
-    wait_until 30 all_nodes_up || { tail -n 20 "$dir"/*.log >&2; return 1; }
+    wait_until 500 all_nodes_up || { tail -n 20 "$dir"/*.log >&2; return 1; }
 }
 
 descendants() {
@@ -137,6 +139,6 @@ case $2 in
     start) start ;;
     stop) stop ;;
     cut-power) cut_power "$3" ;;
-    boot) boot "$3" && wait_until 30 all_nodes_up ;;
+    boot) boot "$3" && wait_until 500 all_nodes_up ;;
     *) echo "usage: $0 DIR start | stop | cut-power NODE | boot NODE" >&2; exit 2 ;;
 esac

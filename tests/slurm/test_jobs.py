@@ -85,7 +85,8 @@ def wait_for_ranks(folder: Path, job: str, text: str, num_ranks: int) -> None:
 
 
 def test_a_job_saves_before_its_time_limit_and_continues(cluster, workdir):
-    job = cluster.submit(workdir, *SMALL, "--time=1", "--signal=B:USR1@50", SCRIPT, "stop")
+    # Slurm compares the times every 30 s, and rounds up: it sends the signal 20 s to 50 s after the start.
+    job = cluster.submit(workdir, *SMALL, "--time=2", "--signal=B:USR1@70", SCRIPT, "stop")
     fields = cluster.wait(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
     printed = output(workdir, job)

@@ -24,7 +24,7 @@ def settings(submit_dir: Path) -> Path:
     """The directory to submit from, with a run.toml; the run directory is given on the command line."""
     workspace.create(submit_dir, num_videos=8)
     source = {"manifest": submit_dir / "data" / "train.jsonl", "thinking": False}
-    source["rewards"] = ["tests.training.own_rewards:variety"]
+    source["rewards"] = ["tests.slurm.gated_reward:variety"]
     config = workspace.config(
         submit_dir,
         "grpo",
@@ -50,9 +50,17 @@ def wait_for_step(run_dir: Path, step: int, log: Path) -> None:
         time.sleep(0.1)
 
 
+def wait_for_line(log: Path, line: str) -> None:
+    end = time.monotonic() + HANG_S
+    while line not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+
+
 def test_a_run_over_three_starts_equals_an_uninterrupted_run(cluster, settings):
     # The host names of the nodes exist only in Slurm's configuration, so the master address is given.
-    environment = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    gate = settings / "gate"
+    environment = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[2]), "GATE": str(gate)}
     whole, parts = settings / "whole", settings / "parts"
     job = cluster.submit(settings, *TWO_NODES, "run.toml", "--train.run_dir", whole, **environment)
     assert cluster.wait(job, timeout_s=HANG_S)["JobState"] == "COMPLETED", (settings / f"vcr1-{job}.out").read_text()
@@ -60,11 +68,16 @@ def test_a_run_over_three_starts_equals_an_uninterrupted_run(cluster, settings):
     job = cluster.submit(settings, *TWO_NODES, "run.toml", "--train.run_dir", parts, **environment)
     log = settings / f"vcr1-{job}.out"
     wait_for_step(parts, 2, log)
+    gate.touch()
     cluster.call("scancel", "--batch", "--signal=USR1", job)
+    wait_for_line(log, "Slurm asks the job to stop: saving")
+    gate.unlink()
     cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
     saved = max(int(path.name.removeprefix("step_")) for path in (parts / "checkpoints").glob("step_*"))
     wait_for_step(parts, saved + 4, log)
+    gate.touch()
     cluster.cut_power("n2")
+    gate.unlink()
     try:
         cluster.wait(job, until=lambda fields: fields["Restarts"] == "2")
     finally:

@@ -188,7 +188,10 @@ def test_a_killed_run_resumes_at_the_same_and_at_another_context_parallel_size(
     undisturbed = _config(folder, "grpo", "undisturbed", {**LAYOUTS["cp2-dp2"], **saves})
     assert gloo_pool.run(_train, undisturbed) == [0] * 4
     whole = workspace.metrics(undisturbed.train.run_dir)
-    killed = _config(folder, "grpo", "killed", {**LAYOUTS["cp2-dp2"], **saves})
+    # Training waits for the first checkpoint: on a slow disk, one that is written meanwhile may be complete only after
+    # the second step, which is then not killed.
+    waits = {"checkpoint": {"every_steps": 1, "asynchronous": False}}
+    killed = _config(folder, "grpo", "killed", {**LAYOUTS["cp2-dp2"], **waits})
     with pytest.raises(RankFailure, match="rank 3: the process was killed"):
         gloo_pool.run(_train_until_killed, killed)
     assert saved_steps(killed.train.run_dir / "checkpoints") == [1]

@@ -22,7 +22,8 @@ from tests.training import workspace
 
 pytestmark = pytest.mark.one_lane
 
-STEP_TIMEOUT_S = 40
+SHORT_TIMEOUT_S = 20
+_armed: list[Lifecycle] = []
 
 
 def _lifecycle(finish_saving: mock.Mock | None = None) -> Lifecycle:
@@ -48,24 +49,49 @@ def test_saving_is_finished_only_after_errors_that_all_ranks_raise(error: Except
 
 
 def test_watchdog_is_disarmed_at_the_end() -> None:
-    code = """
-import time
+    """The watchdog is a thread: while it exists, it can end the process."""
+    code = f"""
+import os, time
 from megatron_vcr1.training.lifecycle import Lifecycle
-with Lifecycle(step_timeout_s=2, finish_saving=lambda: None) as lifecycle:
+num_threads = lambda: len(os.listdir("/proc/self/task"))
+before = num_threads()
+with Lifecycle(step_timeout_s={HANG_S}, finish_saving=lambda: None) as lifecycle:
     lifecycle.expect_progress()
-time.sleep(3)
-with Lifecycle(step_timeout_s=2, finish_saving=lambda: None) as lifecycle:
-    lifecycle.expect_progress()
+    assert num_threads() == before + 1
+while num_threads() > before:
+    time.sleep(0.01)
+with Lifecycle(step_timeout_s=1, finish_saving=lambda: None) as lifecycle:
     print("hangs now", flush=True)
-    time.sleep(60)
+    lifecycle.expect_progress()
+    time.sleep({HANG_S})
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False)
-    assert process.stdout == "hangs now\n" and process.returncode == 1
-    assert "Timeout (0:00:02)!" in process.stderr
+    assert process.stdout == "hangs now\n" and process.returncode == 1, process.stderr
+    assert "Timeout (0:00:01)!" in process.stderr
+
+
+def train_and_keep_the_lifecycle(file: Path) -> int:
+    """Run `vcr1 train`; `_armed` gets the lifecycle whose watchdog it arms."""
+    expect_progress = Lifecycle.expect_progress
+
+    def noted(lifecycle: Lifecycle) -> None:
+        _armed.append(lifecycle)
+        expect_progress(lifecycle)
+
+    with mock.patch.object(Lifecycle, "expect_progress", noted):
+        return vcr1("train", file)
 
 
 def never_returns_on_the_last_rank(sample: object, completion: str) -> float:
-    """A user's reward that waits for a lock forever."""
+    """A user's reward that waits for a lock forever.
+
+    The first call lowers the watchdog's time, and arms it again: how long a busy machine takes for the step until here
+    does not matter.
+    """
+    lifecycle = _armed[-1]
+    if lifecycle._step_timeout_s == HANG_S:
+        lifecycle._step_timeout_s = SHORT_TIMEOUT_S
+        lifecycle.expect_progress()
     while os.environ["RANK"] == "1":
         time.sleep(0.1)
     return 0.5
@@ -76,7 +102,7 @@ def test_hung_run_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
     source = {"manifest": tmp_path / "data" / "train.jsonl", "thinking": False}
     source["rewards"] = [f"{__name__}:{never_returns_on_the_last_rank.__name__}"]
     config = workspace.config(
-        tmp_path, "grpo", data={"sources": [source]}, train={"stage": "grpo", "step_timeout_s": STEP_TIMEOUT_S}
+        tmp_path, "grpo", data={"sources": [source]}, train={"stage": "grpo", "step_timeout_s": HANG_S}
     )
     file = tmp_path / "run.toml"
     file.write_text(render_toml(config, documented=False))
@@ -84,8 +110,7 @@ def test_hung_run_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
     logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
     ranks = [
         Process(
-            vcr1,
-            "train",
+            train_and_keep_the_lifecycle,
             file,
             stdout=tmp_path / "stdout",
             stderr=log,
@@ -95,6 +120,6 @@ def test_hung_run_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
     ]
     assert [rank.wait() for rank in ranks] == [1, 1]
     first, last = [log.read_text() for log in logs]
-    assert "Timeout (0:00:40)!" in last and never_returns_on_the_last_rank.__name__ in last, last
+    assert "Timeout (0:00:20)!" in last and never_returns_on_the_last_rank.__name__ in last, last
     # Rank 0 either dumps its own stacks, or, if rank 1 ended earlier, fails in the collective that waits for rank 1.
     assert "distributed_c10d" in first and never_returns_on_the_last_rank.__name__ not in first, first

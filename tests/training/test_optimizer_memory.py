@@ -18,7 +18,10 @@ pytestmark = pytest.mark.xdist_group("gloo")
 OPTIMIZER = {"beta2": 0.95}
 LAYOUT: dict[str, Any] = {"parallel": {"tensor": 2, "sequence_parallel": True}, "model": {"dtype": "bfloat16"}}
 NUM_STEPS = 4
-TOLERANCE = 5e-3  # relative, of losses and gradient norms whose gradients or moments are rounded to bfloat16
+# Relative, for gradients or moments that are rounded to bfloat16. With AVX-512, AVX2 and SSE, losses differed by up to
+# 8e-4, and gradient norms by up to 4e-3.
+LOSS_TOLERANCE = 3e-3
+NORM_TOLERANCE = 1.5e-2
 
 Results = list[tuple[float, float]]
 
@@ -63,8 +66,9 @@ def expected(model_dir: Path, default_dir: Path, gloo_pool: GlooPool) -> Results
 
 def _check(results: list[Results], expected: Results) -> None:
     for rank_results in results:
-        for step, expected_step in zip(rank_results, expected, strict=True):
-            assert step == pytest.approx(expected_step, rel=TOLERANCE)
+        for (loss, norm), (expected_loss, expected_norm) in zip(rank_results, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE)
+            assert norm == pytest.approx(expected_norm, rel=NORM_TOLERANCE)
 
 
 def test_bfloat16_gradients_change_losses_by_rounding_alone(

@@ -38,7 +38,15 @@ def test_terminal_metrics_have_short_names_and_formats() -> None:
     }
 
 
-def test_log_file_gets_the_first_and_last_step_and_skips_steps_between(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that stands still: the log gets a line every few seconds."""
+    monkeypatch.setattr(sinks, "time", SimpleNamespace(monotonic=lambda: 0.0))
+
+
+def test_log_file_gets_the_first_and_last_step_and_skips_steps_between(
+    stopped_clock: None, caplog: pytest.LogCaptureFixture
+) -> None:
     sink = LogFileSink(first_step=0, num_steps=1000)
     with caplog.at_level(logging.INFO, "megatron_vcr1"):
         for step in (1, 2, 3, 1000):
@@ -48,7 +56,9 @@ def test_log_file_gets_the_first_and_last_step_and_skips_steps_between(caplog: p
 
 
 @pytest.mark.parametrize("last", [1, 3])
-def test_log_file_gets_the_last_step_of_a_run_that_ends_early(caplog: pytest.LogCaptureFixture, last: int) -> None:
+def test_log_file_gets_the_last_step_of_a_run_that_ends_early(
+    stopped_clock: None, caplog: pytest.LogCaptureFixture, last: int
+) -> None:
     sink = LogFileSink(first_step=0, num_steps=1000)
     with caplog.at_level(logging.INFO, "megatron_vcr1"):
         for step in range(1, last + 1):
@@ -64,7 +74,8 @@ def test_log_lines_have_labelled_times(caplog: pytest.LogCaptureFixture, monkeyp
     assert "step 12/40: elapsed 0:01:40, ETA 0:23:20, loss 0.1235" in caplog.text
 
 
-def test_terminal_shows_progress_phase_and_the_newest_metrics_in_80_columns() -> None:
+def test_terminal_shows_progress_phase_and_the_newest_metrics_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # with "dumb", rich shows no progress
     output = io.StringIO()
     everything = {name: 1234.5678 for name, _, _ in sinks.TERMINAL_METRICS}
     with timeline.span("rollout"):

@@ -81,7 +81,7 @@ def kill_descendants() -> None:
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while time.monotonic() < deadline:
         descendants = psutil.Process().children(recursive=True)
-        running = [process for process in descendants if process.status() != psutil.STATUS_ZOMBIE]
+        running = [process for process in descendants if _is_running(process)]
         if not running:
             return
         for process in running:
@@ -90,6 +90,13 @@ def kill_descendants() -> None:
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(running, timeout=0.5)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it has ended since it was listed, and its parent has noticed
+        return False
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import pytest
 from demo.data import video_sets, write_manifests
 from demo.plan import QUICK_SIZES, ROOT
 
+from tests.limits import HANG_S
+
 RunDemo = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -23,7 +25,7 @@ def run_demo() -> RunDemo:
         path = os.pathsep.join((str(ROOT / "tools"), str(ROOT / "examples")))
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         command = [sys.executable, "-W", "ignore", "-m", "demo", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3 * HANG_S)
 
     return run
 

@@ -13,6 +13,11 @@ from megatron_vcr1.model.cpu.cuda_emulation import CudaMeansCpu
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
+@pytest.fixture(autouse=True)
+def emulation() -> None:
+    cpu.install()
+
+
 def test_cuda_tensors_are_created_on_the_cpu() -> None:
     x = torch.ones(2, device="cuda")
     assert x.device.type == "cpu"

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,10 @@ class Serving:
     def server(self) -> psutil.Process:
         """Return the main process of the server; a restart changes it."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if "sglang.launch_server" in process.cmdline() and "-I" not in process.cmdline():  # -I: the guard
-                return process
+            with suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+                arguments = process.cmdline()
+                if "sglang.launch_server" in arguments and "-I" not in arguments:  # -I: the guard
+                    return process
         raise AssertionError("no server")
 
     def config(self, **sglang: Any) -> RunConfig:
@@ -96,6 +98,30 @@ class Serving:
         while not _answers(self.url):
             assert time.monotonic() < deadline, "the server is not back"
             time.sleep(0.5)
+
+    def wait_until_sampling(self) -> None:
+        deadline = time.monotonic() + HANG_S
+        while not any(load["num_running_reqs"] for load in self._loads()):
+            assert time.monotonic() < deadline, "the server does not sample"
+            time.sleep(0.05)
+
+    def _loads(self) -> list[dict[str, Any]]:
+        return httpx.get(f"{self.url}/v1/loads?include=core", timeout=HANG_S, trust_env=False).json()["loads"]
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs. One that has ended may be listed until its parent, or init, has noticed."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until_gone(pids: Sequence[int]) -> None:
+    deadline = time.monotonic() + HANG_S
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, "some processes are left"
+        time.sleep(0.05)
 
 
 def _answers(url: str) -> bool:
@@ -132,10 +158,10 @@ def serve(family: str, folder: Path, sglang_python: Path) -> Iterator[Serving]:
             pytest.fail(f"the server is not ready: {log.read_text()[-3000:]}")
         assert line == f"ready: http://127.0.0.1:{port}\n"
         yield Serving(line.split()[1], process, model, folder, sglang_python)
-        descendants = psutil.Process(process.pid).children(recursive=True)
+        descendants = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         process.send_signal(signal.SIGINT)
         assert process.wait(HANG_S) == 0
-        assert not [child for child in descendants if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        wait_until_gone(descendants)
     finally:
         process.kill()
 

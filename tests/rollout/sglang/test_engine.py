@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from megatron_vcr1.checkpoint.hf_stream import stream_hf_tensors
@@ -37,13 +35,21 @@ TOLERANCE = 1e-4
 Start = Callable[..., SglangEngine]
 
 
-def payload_files() -> set[Path]:
-    return set(payload.payload_dir().glob("*"))  # empty if the folder does not exist yet
-
-
 @pytest.mark.parametrize("transport", ["inline", "file"])
-def test_responses_to_text_images_and_videos(start_engine: Start, model: VideoLanguageModel, transport: str) -> None:
-    before = payload_files()
+def test_responses_to_text_images_and_videos(
+    start_engine: Start, model: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    # The server reads files of one folder, to which other tests and other runs on this machine write, too.
+    files: list[Path] = []
+    pack_to_file = payload.pack_to_file
+
+    def record_file(contents: payload.Payload) -> str:
+        packed = pack_to_file(contents)
+        files.append(Path(packed.removeprefix(payload.FILE_PREFIX)))
+        assert files[-1].exists()
+        return packed
+
+    monkeypatch.setattr(payload, "pack_to_file", record_file)
     engine = start_engine(transport=transport)
     engine.update_weights(stream_hf_tensors(model), 0)
     sent = requests(8, ("", "i", "v", "vv", "vi", "ivv"))
@@ -60,7 +66,7 @@ def test_responses_to_text_images_and_videos(start_engine: Start, model: VideoLa
             assert rollout.finish_reason == (FinishReason.STOP if ended else FinishReason.LENGTH)
             assert model_dir.END not in rollout.token_ids[:-1]
             assert ended or len(rollout.token_ids) == 12
-    assert payload_files() <= before  # files of processes that were killed before are removed, too
+    assert bool(files) == (transport == "file") and not any(file.exists() for file in files)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +165,7 @@ def test_abort_ends_running_requests(start_engine: Start, model: VideoLanguageMo
 
     thread = threading.Thread(target=sample)
     thread.start()
-    wait_for_load(serving.url)
+    serving.wait_until_sampling()
     engine.abort()
     thread.join(HANG_S)
     assert not thread.is_alive()
@@ -214,8 +220,12 @@ def test_abort_ends_waiting_for_servers_that_other_replicas_use_too(world: None,
         go_on.set()
 
 
-def test_abort_while_a_prompt_is_packed_leaves_no_file(world: None, tmp_path: Path) -> None:
-    before, has_begun, is_aborted = payload_files(), threading.Event(), threading.Event()
+def test_abort_while_a_prompt_is_packed_leaves_no_file(
+    world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "payloads"
+    monkeypatch.setattr(payload, "payload_dir", lambda: folder)
+    has_begun, is_aborted = threading.Event(), threading.Event()
     reply = (200, {"tp_size": 1, "weight_version": "default"})
     with FakeServer(lambda path, body: reply) as server, ThreadPoolExecutor(1) as pool:
         engine = pretended(tmp_path, server, transport="file")
@@ -233,29 +243,19 @@ def test_abort_while_a_prompt_is_packed_leaves_no_file(world: None, tmp_path: Pa
         is_aborted.set()
         with pytest.raises(EngineError, match="sampling was aborted"):
             responses.result()
-        assert payload_files() <= before and server.count("/generate") == 0
-
-
-def wait_for_load(url: str) -> None:
-    """Wait until the server is sampling."""
-    deadline = time.monotonic() + HANG_S
-    while time.monotonic() < deadline:
-        states = httpx.get(f"{url}/server_info", timeout=HANG_S).json()["internal_states"]
-        if any(state.get("num_running_reqs", state.get("last_gen_throughput", 0)) for state in states):
-            return
-        time.sleep(0.05)
+        assert not list(folder.iterdir()) and server.count("/generate") == 0
 
 
 def test_generation_continues_after_a_pause(start_engine: Start, model: VideoLanguageModel, serving: Serving) -> None:
     engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 0)
     sent, groups = requests(4, ("v",)), []
-    httpx.post(f"{serving.url}/pause_generation", json={"mode": "in_place"}, timeout=HANG_S)
+    call(serving.url, "POST", "/pause_generation", {"mode": "in_place"}, timeout_s=HANG_S)
     thread = threading.Thread(target=lambda: groups.extend(engine.sample(sent, SamplingParams(12))))
     thread.start()
     thread.join(1.0)
     assert thread.is_alive() and not groups
-    httpx.post(f"{serving.url}/continue_generation", json={}, timeout=HANG_S)
+    call(serving.url, "POST", "/continue_generation", {}, timeout_s=HANG_S)
     thread.join(HANG_S)
     assert largest_difference(model, sent, groups) < TOLERANCE
 

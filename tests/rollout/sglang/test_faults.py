@@ -25,11 +25,13 @@ from tests.rollout.sglang.conftest import (
     ENVIRONMENT,
     Serving,
     change,
+    is_alive,
     largest_difference,
     load,
     requests,
     settings,
     start_with,
+    wait_until_gone,
 )
 from tests.rollout.sglang.fake_server import Reply, proxy
 
@@ -89,9 +91,10 @@ def test_a_server_that_refuses_every_weight_update_gets_no_requests(
 
 
 def test_a_hung_server_times_out_and_returns(start_engine: Start, model: VideoLanguageModel, serving: Serving) -> None:
-    engine = start_engine(request_timeout_s=20)
+    engine = start_engine()
     engine.update_weights(stream_hf_tensors(model), 1)
     engine.generate(requests(1, ("v",)), SamplingParams(4))
+    engine._section = engine._section.model_copy(update={"request_timeout_s": 20})
     server = serving.server()
     sent, groups = requests(2, ("", "v")), []
     thread = threading.Thread(target=lambda: groups.extend(engine.sample(sent, SamplingParams(8))))
@@ -114,10 +117,17 @@ def test_a_server_that_dies_while_sampling_is_restarted_and_gets_the_policys_wei
     change(model, seed=1)
     engine.update_weights(stream_hf_tensors(model), 1)
     server = serving.server()
-    threading.Timer(1.0, server.kill).start()
+
+    def kill() -> None:
+        serving.wait_until_sampling()
+        server.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
     sent = requests(32, ("", "v"))
     groups = engine.generate(sent, SamplingParams(400, top_p=0.99))
-    assert not psutil.pid_exists(server.pid) or not server.is_running()
+    killer.join(HANG_S)
+    assert not is_alive(server.pid)
     assert versions(groups) == {1}  # the restarted server had version 0 at first
     assert largest_difference(model, sent, groups) < TOLERANCE
 
@@ -156,7 +166,8 @@ def test_a_server_that_the_run_starts_itself(
     world: None, sglang_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Uses two ranks, and a model of the other family with tied embeddings and without safetensors (as if imported)."""
-    for key, value in (ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{(os.cpu_count() or 1) - 1}"}).items():
+    cpus = sorted(os.sched_getaffinity(0))
+    for key, value in (ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}"}).items():
         monkeypatch.setenv(key, value)
     folder = model_dir.create("qwen2_vl", tmp_path / "model")
     weights = folder / "model.safetensors"
@@ -184,4 +195,4 @@ def test_a_server_that_the_run_starts_itself(
         processes = processes_of(engine)
     finally:
         engine.close()
-    assert not [child for child in processes if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    wait_until_gone([process.pid for process in processes])

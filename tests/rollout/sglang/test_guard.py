@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_vcr1.rollout.sglang import guard
 from tests.limits import HANG_S
+from tests.rollout.sglang.conftest import wait_until_gone
 
 # A server that ignores SIGTERM, starts a process in another session, and writes both process ids to a file.
 SERVER = """
@@ -38,13 +38,6 @@ def started(ids: Path) -> list[int]:
         assert time.monotonic() < deadline, "the server has not started"
         time.sleep(0.05)
     return [int(pid) for pid in ids.read_text().split()]
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + HANG_S
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
-        assert time.monotonic() < deadline, "some processes are left"
-        time.sleep(0.05)
 
 
 def guarded(ids: Path, seconds: float = 600) -> list[str]:

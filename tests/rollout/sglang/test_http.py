@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from typing import Any
 
 import psutil
@@ -44,15 +43,17 @@ def test_the_error_of_a_status_quotes_the_server(status: int, error: type[Except
 
 
 def test_a_server_that_does_not_respond_is_unreachable() -> None:
-    def slow(path: str, body: Any) -> tuple[int, Any]:
-        time.sleep(1)
+    is_over = threading.Event()
+
+    def silent(path: str, body: Any) -> tuple[int, Any]:
+        is_over.wait(HANG_S)
         return 200, {}
 
     async def call_with_timeout(url: str) -> None:
         async with async_client() as client:
             await call_async(client, "GET", f"{url}/x", timeout_s=0.1)
 
-    with FakeServer(slow) as server:
+    with FakeServer(silent) as server:
         for attempt in (
             lambda: call(server.url, "GET", "/x", timeout_s=0.1),
             lambda: asyncio.run(call_with_timeout(server.url)),
@@ -60,6 +61,7 @@ def test_a_server_that_does_not_respond_is_unreachable() -> None:
             with pytest.raises(ServerFault) as raised:
                 attempt()
             assert raised.value.unreachable
+        is_over.set()
     with pytest.raises(ServerFault) as raised:
         call(server.url, "GET", "/x", timeout_s=HANG_S)  # closed
     assert raised.value.unreachable

@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from megatron_vcr1.rollout.sglang.http import weight_version
+import pytest
+
+from megatron_vcr1.rollout.sglang import memory as memory_module
+from megatron_vcr1.rollout.sglang.http import call, weight_version
 from megatron_vcr1.rollout.sglang.memory import RELEASED, WEIGHTS_ONLY, MemoryRelease, has_weights_only
 from tests.limits import HANG_S
 from tests.rollout.sglang.fake_server import FakeServer, Reply
@@ -45,8 +48,8 @@ class ReleasingServer:
         return bool(self.released)
 
 
-def memory_of(server: FakeServer, timeout_s: float = HANG_S) -> MemoryRelease:
-    return MemoryRelease([server.url], None, timeout_s=timeout_s)
+def memory_of(server: FakeServer) -> MemoryRelease:
+    return MemoryRelease([server.url], None, timeout_s=HANG_S)
 
 
 def test_resume_restores_the_weight_version() -> None:
@@ -97,11 +100,15 @@ def test_servers_release_and_resume_at_the_same_time() -> None:
         assert not (first.is_released or second.is_released)
 
 
-def test_memory_that_was_released_after_the_timeout_is_resumed() -> None:
+def test_memory_that_was_released_after_the_timeout_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call_with_timeout(url: str, method: str, path: str, body: Any, *, timeout_s: float) -> Any:
+        return call(url, method, path, body, timeout_s=0.5 if path == "/release_memory_occupation" else timeout_s)
+
+    monkeypatch.setattr(memory_module, "call", call_with_timeout)
     behavior = ReleasingServer()
     behavior.may_release.clear()
     with FakeServer(behavior) as server:
-        memory = memory_of(server, timeout_s=2)
+        memory = memory_of(server)
         memory.release()
         behavior.may_release.set()
         assert behavior.has_released.wait(HANG_S)

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import httpx
 import pytest
 
 from megatron_vcr1.rollout.engine import EngineError, WeightsNeeded
 from megatron_vcr1.rollout.sglang import pool as pool_module
-from megatron_vcr1.rollout.sglang.http import call_async
+from megatron_vcr1.rollout.sglang.http import async_client, call_async
 from megatron_vcr1.rollout.sglang.pool import Server, ServerPool, UnusableResponse
 from tests.limits import HANG_S
 from tests.rollout.sglang.fake_server import FakeServer, Reply
@@ -41,18 +40,21 @@ def run_all(
     bodies: Sequence[Any],
     *,
     unavailable: Sequence[str] = (),
-    timeout_s: float = HANG_S,
+    first_timeout_s: float = HANG_S,
     **options: Any,
 ) -> list[Any]:
+    timeouts = iter([first_timeout_s])
+
     async def run() -> list[Any]:
         settings = {"concurrency": 4, "return_timeout_s": HANG_S} | options
         pool = ServerPool(
             [server.url for server in servers if server.url not in unavailable], unavailable, "1", **settings
         )
-        async with httpx.AsyncClient() as client:
+        async with async_client() as client:
 
             async def send(server: Server, body: Any) -> Any:
-                answer = await call_async(client, "POST", f"{server.url}/generate", body, timeout_s=timeout_s)
+                limit_s = next(timeouts, HANG_S)
+                answer = await call_async(client, "POST", f"{server.url}/generate", body, timeout_s=limit_s)
                 if answer.get("unusable"):
                     raise UnusableResponse("cut off")
                 return answer["echo"]
@@ -145,15 +147,14 @@ def test_the_others_take_over_the_requests_of_a_dead_server(start: Any) -> None:
 
 
 def test_a_silent_server_is_dropped_after_the_timeout_and_returns(start: Any) -> None:
-    silent, release = [True], threading.Event()
+    is_silent, release = iter([True]), threading.Event()
 
     def reply(path: str, body: Any) -> Reply:
-        if path == "/generate" and silent[0]:
-            silent[0] = False
+        if path == "/generate" and next(is_silent, False):
             release.wait(HANG_S)
         return healthy(path, body)
 
-    assert run_all([start(reply)], ["x"], timeout_s=1) == ["x"]
+    assert run_all([start(reply)], ["x"], first_timeout_s=1) == ["x"]
     release.set()
 
 

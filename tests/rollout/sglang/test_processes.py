@@ -24,6 +24,7 @@ from megatron_vcr1.rollout.sglang.memory import MemoryRelease
 from megatron_vcr1.rollout.sglang.processes import ServerGroup
 from tests.limits import HANG_S
 from tests.ports import free_ports
+from tests.rollout.sglang.conftest import is_alive
 
 # Responds to everything with status 200; with "refuse" it is never ready, with "crash" it ends at once.
 SCRIPT = """
@@ -45,9 +46,8 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 
 
 @pytest.fixture(autouse=True)
-def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "WATCH_INTERVAL_S", 0.05)
-    monkeypatch.setattr(processes, "PROBE_INTERVAL_S", 0.5)
 
 
 Start = Callable[..., ServerGroup]
@@ -74,7 +74,7 @@ def response(group: ServerGroup) -> dict[str, Any]:
     deadline = time.monotonic() + HANG_S
     while True:
         try:
-            return httpx.get(group.urls[0], timeout=0.5).json()
+            return httpx.get(group.urls[0], timeout=0.5, trust_env=False).json()
         except httpx.HTTPError:
             assert time.monotonic() < deadline, "no response"
             time.sleep(0.05)
@@ -97,7 +97,7 @@ def test_close_ends_a_ready_server(start: Start) -> None:
     group.wait_until_ready()
     pid = response(group)["pid"]
     group.close()
-    assert not psutil.pid_exists(pid)
+    assert not is_alive(pid)
 
 
 def test_a_killed_server_is_restarted_until_no_restart_is_left(start: Start) -> None:
@@ -115,13 +115,16 @@ def test_a_killed_server_is_restarted_until_no_restart_is_left(start: Start) -> 
     assert failure.count("stand-in starts") == 2  # the log keeps the output of both, and is quoted
 
 
-def test_a_hung_server_is_replaced(start: Start) -> None:
+def test_a_hung_server_is_replaced(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     group = start()
     group.wait_until_ready()
     pid = response(group)["pid"]
     os.kill(pid, signal.SIGSTOP)
+    # Only now, and until it is killed: on a busy machine, a good server may miss such short probes, too.
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "PROBE_INTERVAL_S", 0.5)
+        wait_for(lambda: not is_alive(pid))
     response_of_new_process(group, pid)
-    assert not psutil.pid_exists(pid)
 
 
 def test_a_restart_can_load_other_weights(start: Start) -> None:
@@ -142,7 +145,7 @@ def test_nothing_is_restarted_while_memory_is_released(start: Start) -> None:
     os.kill(pid, signal.SIGKILL)
     time.sleep(0.5)
     with pytest.raises(httpx.HTTPError):
-        httpx.get(group.urls[0], timeout=0.5)
+        httpx.get(group.urls[0], timeout=0.5, trust_env=False)
     group.resume_restarts()
     response_of_new_process(group, pid)
 
@@ -169,7 +172,7 @@ def test_a_check_that_is_under_way_restarts_nothing_after_the_pause(
     is_paused.set()
     assert is_checked.wait(HANG_S)
     group.close()  # waits for the end of the check, in which the watcher would have replaced the server
-    assert server.restarts_left == 1 and server.ready.is_set() and not psutil.pid_exists(pid)
+    assert server.restarts_left == 1 and server.ready.is_set() and not is_alive(pid)
 
 
 def children_of(pid: int) -> list[psutil.Process]:
@@ -190,18 +193,18 @@ def test_servers_survive_the_signals_of_the_job(start: Start, number: signal.Sig
     time.sleep(0.5)
     assert response(group)["pid"] == pid and group.is_ready(group.urls[0])
     group.close()  # the rank can still end them
-    assert not any(process.is_running() for process in tree)
+    assert not any(is_alive(process.pid) for process in tree)
 
 
 def test_a_release_waits_for_starting_servers_and_kills_those_that_fail(start: Start) -> None:
     """A server that starts would allocate memory during training, and a server that fails would keep it."""
-    group = start()
+    group = start(max_restarts=2)
     memory = MemoryRelease(group.urls, group, timeout_s=HANG_S)
-    memory.resume()  # the server is not ready yet
+    memory.resume()  # the server is not ready yet; on a busy machine it may be, and is then restarted twice
     memory.release()
     assert group.is_ready(group.urls[0]) and group.restarts_paused  # `release` has waited
     with pytest.raises(httpx.HTTPError):
-        httpx.get(group.urls[0], timeout=0.5)  # it cannot release memory, and was killed
+        httpx.get(group.urls[0], timeout=0.5, trust_env=False)  # it cannot release memory, and was killed
     memory.resume()
     assert response(group)  # it was restarted
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,10 @@ def test_frozen_parts_keep_their_weights_bitwise(folder: Path, world: None, froz
     assert changed == trainable != set(before)
 
 
+class _Memo(FeatureMemo):
+    """A memo that weak references can refer to."""
+
+
 def test_features_of_a_frozen_vision_tower_are_computed_once_per_step(
     folder: Path, world: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,12 +191,19 @@ def test_features_of_a_frozen_vision_tower_are_computed_once_per_step(
         return forward(tower, inputs)
 
     monkeypatch.setattr(VisionTower, "forward", counting_forward)
+    memos: list[weakref.ref[_Memo]] = []
+
+    def new_memo() -> _Memo:
+        memo = _Memo()
+        memos.append(weakref.ref(memo))
+        return memo
+
+    monkeypatch.setattr("megatron_vcr1.training.grpo.trainer.FeatureMemo", new_memo)
     learner, trainer = build_trainer(run)
     policy_updated = trainer._source.policy_updated
 
     def check_memory(*args: Any) -> None:
-        kept = [memo for memo in gc.get_objects() if isinstance(memo, FeatureMemo)]
-        assert not kept, "colocated servers take their memory back now"
+        assert memos and not any(memo() for memo in memos), "colocated servers take their memory back now"
         policy_updated(*args)
 
     monkeypatch.setattr(trainer._source, "policy_updated", check_memory)
