@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ MAX_TOML_BYTES = 2**20
 # The parser's time grows with the square of the number of a key's parts, a.b.c. Possessive quantifiers (++): this
 # search never goes back, so its own time grows with the length of the text only.
 _VERY_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
+
+PairsHook = Callable[[list[tuple[str, Any]]], Any]
 
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -80,13 +82,18 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_BYTES) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def read_json(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Any:
+def read_json(path: str | Path, *, max_bytes: int = MAX_BYTES, object_pairs_hook: PairsHook | None = None) -> Any:
     """Decode a whole JSON file.
+
+    Args:
+        path: the file.
+        max_bytes: largest size that is read.
+        object_pairs_hook: builds each object from its keys and values, as for `json.loads`.
 
     Raises:
         UserError: as `read_text`, or the text is not JSON.
     """
-    return parse_json(read_text(path, max_bytes=max_bytes), path)
+    return parse_json(read_text(path, max_bytes=max_bytes), path, object_pairs_hook)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -126,14 +133,16 @@ def read_lines(path: str | Path, *, errors: str = "strict") -> Iterator[str]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, object_pairs_hook: PairsHook | None = None) -> Any:
     """Decode a JSON text; `where` names it in errors: a file, or a file and line.
 
     Raises:
         UserError: the text is not JSON, is nested too deeply, or holds a number with thousands of digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
+    except UserError:  # a ValueError, too; of the hook
+        raise
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     except RecursionError:

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, read_table
+from megatron_vcr1.data.importers.files import MalformedRow, Row, convert_rows, id_of_file, read_table
 
 
 def read_captions(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
     """Read CaReBench and FIBER-1k: rows of ``video`` and ``caption``, in a JSON list or JSON lines."""
     for path in annotations:
-        yield from convert_rows(read_table(path), _caption_row, lambda entry: Path(entry["video"]).stem)
+        yield from convert_rows(read_table(path), _caption_row, lambda entry: id_of_file(entry["video"]))
 
 
 def _caption_row(entry: Row) -> Row:
     return {
-        "id": Path(entry["video"]).stem,
+        "id": id_of_file(entry["video"]),
         "task": "captioning",
         "video": entry["video"],
         "duration_s": None,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -20,6 +22,8 @@ from megatron_vcr1.errors import UserError
 Row = dict[str, Any]
 
 T = TypeVar("T")
+
+_SUFFIX = re.compile(r"\.[0-9]?[A-Za-z][A-Za-z0-9]*$")
 
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 """Errors of code that takes a row apart whose values are of other types, missing, or out of range."""
@@ -74,7 +78,11 @@ def read_json_list(path: Path) -> list[tuple[str, Any]]:
     Raises:
         UserError: the file is missing, not JSON, or holds something else than a list.
     """
-    content = text_files.read_json(path)
+    try:
+        content = text_files.read_json(path)
+    except UserError as error:
+        hint = "; if each of its lines is an object, rename it to .jsonl" if "Extra data" in str(error) else ""
+        raise UserError(f"{error}{hint}") from None
     if not isinstance(content, list):
         kind = "an object" if isinstance(content, dict) else f"{content!r:.40}"
         raise UserError(f"{path}: expected a JSON list of rows, got {kind}; is it a file of another format?")
@@ -85,9 +93,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        UserError: the file is missing, not JSON, or holds something else than an object.
+        UserError: the file is missing, not JSON, holds something else than an object, or has a key twice.
     """
-    content = text_files.read_json(path)
+    content = text_files.read_json(path, object_pairs_hook=partial(_without_repeated_keys, path))
     if not isinstance(content, dict):
         kind = "a list" if isinstance(content, list) else f"{content!r:.40}"
         raise UserError(
@@ -138,9 +146,14 @@ def read_table(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: expected a .json, .jsonl, .csv, .parquet or .arrow file, or a folder of them")
 
 
+def id_of_file(path: str) -> str:
+    """Return an id for the only row of a video: its path without suffix. Names such as ``a_1.5`` have no suffix."""
+    return _SUFFIX.sub("", str(PurePosixPath(path))).strip("/").replace("/", "_")
+
+
 def numbered_id(path: str, num_rows_of: Counter[str]) -> str:
     """Return an id for the next row of a video or image: its path without suffix, and a number that counts its rows."""
-    name = str(PurePosixPath(path).with_suffix("")).strip("/").replace("/", "_")
+    name = id_of_file(path)
     number = num_rows_of[name]
     num_rows_of[name] += 1
     return f"{name}_{number}"
@@ -149,6 +162,14 @@ def numbered_id(path: str, num_rows_of: Counter[str]) -> str:
 def visible_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """List the files of a folder by name, without hidden ones such as the ``._a.json`` that macOS writes."""
     return sorted(file for file in folder.iterdir() if file.suffix in suffixes and not file.name.startswith("."))
+
+
+def _without_repeated_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of JSON. Refuse a repeated key: Python would keep only the last of a video's entries."""
+    if len(content := dict(pairs)) < len(pairs):
+        name = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise UserError(f"{path}: the key {name!r} occurs more than once in an object; merge or rename its entries")
+    return content
 
 
 def _readable_id(entry: Any, row_id: Callable[[Any], str] | None) -> str | None:

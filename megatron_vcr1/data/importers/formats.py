@@ -92,9 +92,9 @@ def import_dataset(
         The samples, and the report of the import.
 
     Raises:
-        UserError: a file is missing or not in this format: the first row does not fit it, two columns have the same
-            name, or a quotation mark of a CSV file has no pair. A later row that does not fit is skipped and reported
-            as an `invalid_row`.
+        UserError: a file is missing or not in this format: the first row does not fit it, two columns of a table or two
+            videos of a JSON object have the same name, or a quotation mark of a CSV file has no pair. A later row that
+            does not fit is skipped and reported as an `invalid_row`.
     """
     if name not in FORMATS:
         raise UserError(f"{name}: unknown format; known formats are {', '.join(FORMATS)}")

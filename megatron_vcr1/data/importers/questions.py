@@ -14,6 +14,7 @@ from megatron_vcr1.data.importers.files import (
     Row,
     convert_rows,
     describe,
+    id_of_file,
     read_json_list,
     read_json_object,
     read_table,
@@ -23,7 +24,7 @@ from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import find_task
 from megatron_vcr1.types import OPTION_LETTERS
 
-_OPTION_LABEL = re.compile(r"(?:\([A-G]\)|[A-G]\.)\s*")
+_OPTION_LABEL = re.compile(r"(?:\(([A-G])\)|([A-G])[.):])\s*")
 
 MVBENCH_FOLDERS = {
     "action_antonym": "ssv2_video",
@@ -103,8 +104,20 @@ def _nextgqa_csv_row(entry: dict[str, str], spans_of: Row, folder_of: dict[str, 
 
 
 def without_labels(options: list[str]) -> list[str]:
-    """Remove the labels of options: ``(A) text`` and ``A. text`` become ``text``."""
-    return [option[label.end() :].strip() if (label := _OPTION_LABEL.match(option)) else option for option in options]
+    """Remove the labels of options: ``(A) text``, ``A. text``, ``A) text`` and ``A: text`` become ``text``.
+
+    They are labels only if every option has one; otherwise, an option may begin with a name such as "A.I.".
+
+    Raises:
+        ValueError: the labels are not in the order of the letters, so a letter may stand for either of two options.
+    """
+    labels = [label for option in options if (label := _OPTION_LABEL.match(option))]
+    if len(labels) < len(options):
+        return options
+    letters = "".join(label[1] or label[2] for label in labels)
+    if not OPTION_LETTERS.startswith(letters):
+        raise ValueError(f"the options are labelled {', '.join(letters)}; put them in the order of their letters")
+    return [label.string[label.end() :].strip() for label in labels]
 
 
 def _grounded_row(
@@ -156,7 +169,7 @@ def read_mvbench(annotations: tuple[Path, ...], split: str | None) -> Iterator[R
 
 
 def _mvbench_row(row_id: str, sub_task: str, entry: Row) -> Row:
-    clip = [entry["start"], entry["end"]] if "start" in entry else None
+    clip = [entry["start"], entry["end"]] if entry.get("start") is not None else None
     return {
         "id": row_id,
         "task": "multiple_choice_qa",
@@ -235,12 +248,12 @@ def _perception_row(video: str, metadata: dict[str, Any], question: Row) -> Row:
 def read_vidtab_quality(annotations: tuple[Path, ...]) -> Iterator[Row | MalformedRow]:
     """Read VidTAB's quality task: a JSON list of ``video``, ``instruction`` and ``answer``."""
     for path in annotations:
-        yield from convert_rows(read_json_list(path), _quality_row, lambda entry: Path(entry["video"]).stem)
+        yield from convert_rows(read_json_list(path), _quality_row, lambda entry: id_of_file(entry["video"]))
 
 
 def _quality_row(entry: Row) -> Row:
     return {
-        "id": Path(entry["video"]).stem,
+        "id": id_of_file(entry["video"]),
         "task": "quality",
         "video": entry["video"],
         "duration_s": None,

@@ -18,7 +18,7 @@ from megatron_vcr1.errors import UserError
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _ASCII_WORD = re.compile(r"[A-Za-z0-9]")
-_LETTER = re.compile(r"\(?([A-G])\b")
+_LETTER = re.compile(r"\(?([A-G])(?:[).:,]|$)")  # not the article of "A man"
 
 
 def read_video_r1(annotations: tuple[Path, ...]) -> Iterator[Row | Issue | MalformedRow]:
@@ -60,7 +60,7 @@ def _video_r1_target(kind: str, entry: Row) -> Row | None:
     match kind:
         case "multiple choice":
             options = without_labels(entry["options"])
-            return {"task": "multiple_choice_qa", "options": options, "target": {"choice": _letter(answer)}}
+            return {"task": "multiple_choice_qa", "options": options, "target": _choice(answer, options)}
         case "numerical":
             return {"task": "numeric", "target": {"value": _number(answer), "metric": "exact", "tolerance": 0.005}}
         case "regression":
@@ -127,10 +127,11 @@ def _videochat_row(entry: Row, num_rows_of: Counter[str]) -> Row | Issue:
             raise ValueError("the row has neither options nor spans")
         # A list of spans: the prompt of this model asks for a list, also for a single span.
         return {**row, "task": "temporal_grounding", "target": {"intervals": spans}}
-    options, choice = without_labels(entry["options"]), _letter(entry["answer"])
+    options = without_labels(entry["options"])
+    choice = _choice(entry["answer"], options)
     if not spans:
-        return {**row, "task": "multiple_choice_qa", "options": options, "target": {"choice": choice}}
-    return {**row, "task": "grounded_qa", "options": options, "target": {"choice": choice, "intervals": spans}}
+        return {**row, "task": "multiple_choice_qa", "options": options, "target": choice}
+    return {**row, "task": "grounded_qa", "options": options, "target": {**choice, "intervals": spans}}
 
 
 def _spans(glue: Any) -> list[list[float]]:
@@ -138,12 +139,15 @@ def _spans(glue: Any) -> list[list[float]]:
     return glue if isinstance(glue[0], list) else [glue]
 
 
-def _letter(answer: str) -> str:
-    """Return the letter of an answer such as ``B``, ``(B)`` or ``B. the text``."""
-    match = _LETTER.match(answer.strip())
+def _choice(answer: str, options: list[str]) -> Row:
+    """Return the target's key for an answer: the text of an option, or a letter as in ``B``, ``(B)`` or ``B. text``."""
+    answer = answer.strip()
+    if answer in options:
+        return {"answer": answer}
+    match = _LETTER.match(answer)
     if match is None:
-        raise ValueError(f"the answer {answer!r:.40} does not begin with the letter of an option")
-    return match[1]
+        raise ValueError(f"the answer {answer!r:.40} is neither an option nor begins with the letter of one")
+    return {"choice": match[1]}
 
 
 def _inside(pattern: re.Pattern[str], text: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from megatron_vcr1.data.importers.files import (
     MalformedRow,
     convert_rows,
+    id_of_file,
     read_json_list,
     read_json_object,
     read_lines,
@@ -135,6 +136,24 @@ def test_a_line_that_is_not_json_does_not_end_the_file(tmp_path: Path) -> None:
 def test_json_of_another_shape_is_a_user_error(tmp_path: Path, read: Any, content: Any, message: str) -> None:
     with pytest.raises(UserError, match=rf"a\.json: {message}"):
         read(write(tmp_path / "a.json", content))
+
+
+def test_a_repeated_key_does_not_hide_the_entry_before_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.json: the key 'v1' occurs more than once"):
+        read_json_object(write(tmp_path / "a.json", '{"v1": {"duration": 9}, "v2": {}, "v1": {"duration": 8}}'))
+
+
+def test_json_lines_under_the_name_of_json_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.json: not JSON: Extra data.*rename it to \.jsonl"):
+        read_json_list(write(tmp_path / "a.json", '{"a": 1}\n{"a": 2}\n'))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("a/b.mp4", "a_b"), ("./b.m2ts", "b"), ("/b.3gp", "b"), ("b_60.0_210.5", "b_60.0_210.5"), ("b_1.5.mp4", "b_1.5")],
+)
+def test_ids_keep_the_folders_and_the_numbers_of_a_name(path: str, name: str) -> None:
+    assert id_of_file(path) == name
 
 
 def test_malformed_entries_are_named_by_their_id_or_their_place() -> None:

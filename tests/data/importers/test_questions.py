@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcr1.data.importers.questions import MVBENCH_FOLDERS
+from megatron_vcr1.data.importers.questions import MVBENCH_FOLDERS, without_labels
 from megatron_vcr1.errors import UserError
 from megatron_vcr1.tasks import ChoiceTarget, GroundedChoiceTarget, QualityTarget
 from megatron_vcr1.types import Interval, Sample, Video
@@ -92,6 +92,29 @@ def test_mvbench_rows_become_samples_with_clips_and_folders(tmp_path: Path) -> N
     assert len(MVBENCH_FOLDERS) == 20
 
 
+def test_mvbench_rows_without_a_clip_may_have_null_times(tmp_path: Path) -> None:
+    row = {"video": "Z.mp4", "question": "what?", "candidates": ["x", "y"], "answer": "y", "start": None, "end": None}
+    (sample,), _ = run("mvbench", write(tmp_path / "action_sequence.json", [row]))
+    assert sample.media == (Video("star/Charades_v1_480/Z.mp4"),)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (["(A) a cat", "(B) A.I."], ["a cat", "A.I."]),
+        (["A) a cat", "B: a dog"], ["a cat", "a dog"]),
+        (["Stanford", "A.I. lab"], ["Stanford", "A.I. lab"]),
+    ],
+)
+def test_labels_of_options_are_removed_and_names_are_not(options: list[str], texts: list[str]) -> None:
+    assert without_labels(options) == texts
+
+
+def test_labels_in_another_order_than_that_of_the_letters_are_refused() -> None:
+    with pytest.raises(ValueError, match="the options are labelled B, A"):
+        without_labels(["B. a dog", "A. a cat"])
+
+
 def test_perception_test_rows_of_a_split_become_samples(tmp_path: Path) -> None:
     question = {
         "id": 4,
@@ -121,6 +144,12 @@ def test_perception_test_rows_of_a_split_become_samples(tmp_path: Path) -> None:
 def test_vidtab_quality_rows_become_samples(tmp_path: Path) -> None:
     rows = write(tmp_path / "quality.json", [{"video": "7.mp4", "instruction": "How good?", "answer": "low quality"}])
     assert run("vidtab_quality", rows)[0] == [Sample("7", (Video("7.mp4"),), QualityTarget("low quality"), "How good?")]
+
+
+def test_videos_of_the_same_name_in_two_folders_are_two_samples(tmp_path: Path) -> None:
+    rows = [{"video": f"{folder}/7.mp4", "instruction": "How good?", "answer": "low quality"} for folder in "ab"]
+    samples, report = run("vidtab_quality", write(tmp_path / "quality.json", rows))
+    assert [sample.id for sample in samples] == ["a_7", "b_7"] and not report.issues
 
 
 def test_real_nextgqa_csv_and_json_agree(realdata: Path) -> None:

@@ -98,6 +98,16 @@ def test_videochat_r1_5_rows_have_the_task_of_their_keys(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize(("answer", "choice"), [("A dog", "B"), ("B) A dog", "B"), ("(B)", "B"), ("B. any", "B")])
+def test_the_article_of_an_answer_is_not_the_letter_of_an_option(tmp_path: Path, answer: str, choice: str) -> None:
+    row = {"video": "b.mp4", "question": "who?", "options": ["A man", "A dog"], "answer": answer}
+    (sample,), _ = run("videochat_r1_5", write(tmp_path / "rows.json", [row]))
+    assert sample.target.choice == choice
+    row = problem(1, options=row["options"], solution=f"<answer>{answer}</answer>")
+    (sample,), _ = run("video_r1", write(tmp_path / "a.json", [row]))
+    assert sample.target.choice == choice
+
+
 def test_the_index_of_videochat_r1_5_lists_files_beside_it(tmp_path: Path) -> None:
     write(tmp_path / "tg.json", [{"video": "a.mp4", "question": "a dog barks", "glue": [1, 4]}])
     entry = {"media_type": "video", "task_type": "tg", "visual_base": "s3://x", "json_path": "/elsewhere/tg.json"}
