@@ -36,6 +36,10 @@ _KNOWN_SUFFIXES = {
     *(".3gp", ".avif", ".flv", ".gif", ".m2ts", ".m4v", ".mpeg", ".mpg", ".ogv", ".tif", ".tiff", ".ts", ".wmv"),
 }
 
+_MAX_COORDINATE = 2.0
+"""Largest coordinate of a box, in fractions of the frame, that is taken for a box beyond the frame's edge. Cut there, a
+box in pixels would become the whole frame."""
+
 
 @dataclass(frozen=True, slots=True)
 class Issue:
@@ -222,9 +226,11 @@ def _clean_span(
 
 
 def _clean_boxes(row_id: str, target: Row) -> list[Issue]:
-    """Cut boxes at the frame's edges; a row with a box outside of the frame is skipped."""
+    """Cut boxes at the frame's edges; a row with a box outside of the frame, or in pixels, is skipped."""
     notes: list[Issue] = []
     for index, box in enumerate(target.get("boxes", [])):
+        if max(box) > _MAX_COORDINATE:
+            raise SkipRow("box_in_pixels", f"box {index} is {box}; divide it by the frame's width and height")
         inside = [min(max(value, 0.0), 1.0) for value in box]
         if not (inside[0] < inside[2] and inside[1] < inside[3]):
             raise SkipRow("empty_box", f"box {index} is {box}")

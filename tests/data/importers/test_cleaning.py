@@ -34,6 +34,16 @@ def test_empty_and_inverted_spans_are_told_apart(tmp_path: Path, span: list[floa
     assert issues(report) == [("v_1_0", problem, "skipped")]
 
 
+def test_boxes_in_pixels_are_not_cut_to_the_whole_frame(tmp_path: Path) -> None:
+    rows = [
+        {"path": "GOT_1", "object": "dog", "gt": [[-0.1, 0.2, 1.1, 0.5]] * 8},
+        {"path": "GOT_2", "object": "dog", "gt": [[0, 0, 320, 240]] * 8},
+    ]
+    samples, report = run("got10k", write(tmp_path / "val.json", rows))
+    assert [sample.id for sample in samples] == ["GOT_1"]
+    assert ("GOT_2", "box_in_pixels", "skipped") in issues(report)
+
+
 def test_repeated_and_invalid_rows_are_reported(tmp_path: Path) -> None:
     row = {"id": "a", "task": "quality", "video": "a.mp4", "query": "how?", "target": {"label": "good"}}
     rows = write(tmp_path / "rows.json", [row, row, {**row, "id": "b", "target": {}}, {**row, "id": "c", "fps": 2}])
