@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vcr1.data.media_files import open_media
 from megatron_vcr1.data.resize import resize_frame
 from megatron_vcr1.data.video_frames import Orientation, orientation_of
+from megatron_vcr1.data.video_in_order import holds_fields
 from megatron_vcr1.data.video_index import PacketIndex, read_packet_index
 from megatron_vcr1.data.video_open import VideoSource, open_video
 from megatron_vcr1.data.video_types import Deadline, Sampling, VideoError, VideoFrames, choose_frames
@@ -57,7 +58,8 @@ def decode_with_dali(file: str, sampling: Sampling, *, device: str, deadline: De
 
 def _check_countable(source: VideoSource, index: PacketIndex) -> None:
     """Check that every packet gives one frame, in the order of the time stamps: DALI selects frames by number."""
-    if not (source.has_pts and index.is_timed and index.shown.all()) or index.is_spliced:
+    is_countable = source.has_pts and index.is_timed and index.shown.all() and not index.is_spliced
+    if not is_countable or holds_fields(source, index):
         raise VideoError(source.file, "DALI numbers its frames differently from its time stamps; use backend='pyav'")
 
 

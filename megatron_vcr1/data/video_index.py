@@ -220,7 +220,7 @@ def _index_packets(packets: Sequence[_PacketInfo], splices: dict[int, int], sour
     shown &= pts >= pts[keyframes[0]]
     last_duration = packets[int(np.argmax(np.where(shown, pts, pts.min())))].duration
     if last_duration <= 0:
-        last_duration = _typical_duration(np.sort(pts[shown]), source)
+        last_duration = typical_duration(np.sort(pts[shown]), source)
     smallest_packet = min(packet.size for packet in packets)
     is_timed = all(packet.pts is not None for packet in packets) and _times_fit_order(source, pts, shown)
     return PacketIndex(
@@ -251,7 +251,7 @@ def _times_fit_order(source: VideoSource, pts: NDArray[np.int64], shown: NDArray
     return not source.stream.codec_context.has_b_frames or len(pts) < 3 or bool((np.diff(pts) < 0).any())
 
 
-def _typical_duration(sorted_pts: NDArray[np.int64], source: VideoSource) -> int:
+def typical_duration(sorted_pts: NDArray[np.int64], source: VideoSource) -> int:
     """Estimate a frame's duration for packets that carry none, in units of the time base.
 
     It is the median distance of the frames, or follows from the stream's frame rate if there is a single frame.

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_vcr1.data import video_webp
 from megatron_vcr1.data.resize import resize_frame
 from megatron_vcr1.data.video_frames import intact_frames, upright_rgb
-from megatron_vcr1.data.video_in_order import decode_in_order, may_hold_empty_frames
+from megatron_vcr1.data.video_in_order import decode_in_order, holds_fields, may_hold_empty_frames, may_hold_fields
 from megatron_vcr1.data.video_index import PacketIndex, read_packet_index, read_packets
 from megatron_vcr1.data.video_open import VideoSource, open_video
 from megatron_vcr1.data.video_types import Deadline, Sampling, VideoError, VideoFrames, choose_frames
@@ -53,7 +53,7 @@ def decode_with_pyav(file: str, sampling: Sampling, *, deadline: Deadline, num_t
         is_webp = source.container.format.name in video_webp.FFMPEG_FORMATS
         if not is_webp:
             index = read_packet_index(source)
-            if index.is_timed and not may_hold_empty_frames(source, index):
+            if index.is_timed and not may_hold_empty_frames(source, index) and not holds_fields(source, index):
                 return _decode_timed(source, index, sampling)
     if is_webp:
         return video_webp.decode_webp(file, sampling, deadline=deadline)
@@ -150,7 +150,8 @@ def _decode_range(
             skipped.
     """
     codec = source.stream.codec_context
-    skips_nonref = codec.name in NONREF_SKIPPING_CODECS and source.has_pts
+    # Not in an interlaced stream: the packet of a chosen frame may be followed by one with its other field.
+    skips_nonref = codec.name in NONREF_SKIPPING_CODECS and source.has_pts and not may_hold_fields(source)
     start_pts = index.pts[packet_range.start]
     for packet in _packets_of_range(source, index, packet_range):
         if packet_range.start > 0 and packet.pts < start_pts:
@@ -167,12 +168,14 @@ def _packets_of_range(source: VideoSource, index: PacketIndex, packet_range: Pac
         source.container.seek(0, unsupported_byte_offset=True)
     else:
         source.container.seek(int(index.dts[packet_range.start]), stream=source.stream)
+    # In a container without presentation time stamps, FFmpeg may guess others after seeking. Decoding times stay.
+    stored = index.pts if source.has_pts else index.dts
     position = None
     for packet in read_packets(source, source.stream):
         if index.is_spliced:
             position = position or 0
             packet.pts, packet.dts = int(index.pts[position]), int(index.dts[position])
-        elif position is None and packet.pts == index.pts[packet_range.start]:
+        elif position is None and (packet.pts if source.has_pts else packet.dts) == stored[packet_range.start]:
             position = packet_range.start
         if position is None:
             continue  # seeking may end at an earlier keyframe

@@ -6,12 +6,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 
 from megatron_vcr1.data.video import read_frames
 from megatron_vcr1.data.video_in_order import _frame_times
 from megatron_vcr1.data.video_types import VideoError
-from tests.data.odd_clips import set_edit_list, write_packed_bitstream, write_vfw_matroska
+from tests.data.odd_clips import set_edit_list, write_field_coded, write_packed_bitstream, write_vfw_matroska
 from tests.data.video_clips import RATE, numbers_of, write_clip
 
 CLIPS: dict[str, dict[str, Any]] = {
@@ -41,6 +42,19 @@ def test_every_frame_is_read_at_its_time(tmp_path: Path, name: str) -> None:
     clip = read_frames(path, fps=5, start_s=0.5, end_s=1.3)
     assert numbers_of(clip.frames) == [12, 19, 25, 32]  # 12 since 0.48 s
     assert clip.timestamps_s == pytest.approx([0, 0.26, 0.5, 0.78], abs=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(av.VideoCodecContext, "field_order"), reason="PyAV 17 does not tell interlaced streams")
+@pytest.mark.parametrize("is_split", [True, False])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".h264"])
+def test_two_fields_are_one_frame(tmp_path: Path, suffix: str, is_split: bool) -> None:
+    path = write_field_coded(tmp_path / f"fields{suffix}", is_split=is_split)
+    video = read_frames(path, fps=RATE)
+    assert numbers_of(video.frames) == list(range(20))
+    assert video.timestamps_s == pytest.approx([number / RATE for number in range(20)], abs=1e-3)
+    assert video.duration_s == pytest.approx(0.8, abs=2e-3)
+    clip = read_frames(path, fps=10, start_s=0.2, end_s=0.6)
+    assert numbers_of(clip.frames) == [5, 8, 11, 14]
 
 
 def test_damaged_frame_without_a_time_is_an_error(tmp_path: Path) -> None:

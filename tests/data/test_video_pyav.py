@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12"}},
     "mpeg4_b_frames.avi": {"codec": "mpeg4", "options": {"bf": "2"}},
     "mpeg4_b_frames.mp4": {"codec": "mpeg4", "options": {"bf": "2"}},
+    "mpeg1_b_frames.avi": {"codec": "mpeg1video", "options": {"bf": "2"}},
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "streams.mkv": {"extra_streams": True},
     "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
