@@ -66,7 +66,16 @@ def _check_url(value: Any) -> Any:
     raise ValueError('must be an object with the key "url", for example {"url": "data:image/png;base64,..."}')
 
 
+class VideoUrl(_Object):
+    """The address of a video, with the reading options that SGLang takes here."""
+
+    url: str
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    max_frames: int | None = Field(default=None, ge=2)
+
+
 UrlField = Annotated[Url, BeforeValidator(_check_url)]
+VideoUrlField = Annotated[VideoUrl, BeforeValidator(_check_url)]
 
 
 class ImagePart(_Object):
@@ -76,17 +85,19 @@ class ImagePart(_Object):
     image_url: UrlField
     min_pixels: int | None = Field(default=None, ge=1)
     max_pixels: int | None = Field(default=None, ge=1)
+    modalities: Literal["image", "multi-images"] = "image"
+    """A hint of SGLang's clients for other models; it changes nothing."""
 
     def options(self) -> dict[str, float]:
         """Return the options of an image part as `encode_messages` takes them."""
-        return self.model_dump(exclude={"type", "image_url"}, exclude_none=True)
+        return self.model_dump(exclude={"type", "image_url", "modalities"}, exclude_none=True)
 
 
 class VideoPart(_Object):
     """A video, in the format of vLLM and SGLang, optionally with Qwen's reading options."""
 
     type: Literal["video_url"]
-    video_url: UrlField
+    video_url: VideoUrlField
     fps: float | None = Field(default=None, gt=0, le=1000)
     min_frames: int | None = Field(default=None, ge=2)
     max_frames: int | None = Field(default=None, ge=2)
@@ -95,9 +106,10 @@ class VideoPart(_Object):
     max_pixels: int | None = Field(default=None, ge=1)
 
     def options(self) -> dict[str, float]:
-        """Return the options of a video part as `encode_messages` takes them."""
-        options = self.model_dump(exclude={"type", "video_url"}, exclude_none=True)
-        return options | _frame_limits(self.min_frames, self.max_frames)
+        """Return the options of a video part as `encode_messages` takes them; they override those beside its URL."""
+        options = self.video_url.model_dump(exclude={"url"}, exclude_none=True)
+        options |= self.model_dump(exclude={"type", "video_url"}, exclude_none=True)
+        return options | _frame_limits(self.min_frames, options.get("max_frames"))
 
 
 _PART_TYPES = ("text", "image_url", "video_url")
@@ -189,6 +201,7 @@ _HARMLESS = frozenset(
         "parallel_tool_calls",
         "priority",
         "request_id",
+        "return_flat_raw_top_logprobs_b64",
         "rid",
     }
 )
@@ -209,6 +222,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "ignore_eos": (False,),
+    "include_reasoning": (True,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
@@ -218,14 +232,19 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "no_repeat_ngram_size": (0,),
+    "no_stop_trim": (False,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
+    "routed_experts_start_len": (0,),
+    "separate_reasoning": (True,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stop_token_ids": ([],),
+    "stream_reasoning": (True,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "use_audio_in_video": (False,),
     "use_beam_search": (False,),
 }
 """Known keys of OpenAI, SGLang and vLLM that this server does not follow, with the values that change nothing."""
@@ -235,6 +254,7 @@ class StreamOptions(_Object):
     """OpenAI's options of a streamed response."""
 
     include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
     include_obfuscation: bool = False
     """Random padding of the events against eavesdroppers; this server never writes it."""
 
@@ -271,6 +291,8 @@ class ChatRequest(_Object):
         for key, value in body.items():
             if value is None or key in _HARMLESS:
                 continue
+            if key.startswith("return_") and value is False:
+                continue  # asks SGLang and vLLM to leave something out that this server never returns
             if key not in _NEUTRAL:
                 kept[key] = value  # a field of this class, or an unknown key, which pydantic refuses
             elif value not in _NEUTRAL[key]:

@@ -53,6 +53,8 @@ def test_sampling_follows_the_request_and_the_models_defaults(keys: dict[str, An
                 "truncate_prompt_tokens": 10,
                 "skip_special_tokens": False,
                 "tool_choice": "required",
+                "separate_reasoning": False,
+                "return_token_ids": True,
                 "made_up": 1,
                 "stream_options": {"made_up": 1},
             }.items()
@@ -95,3 +97,22 @@ def test_messages_of_the_openai_client_are_accepted() -> None:
     request = parse(messages=[named, answer, named])
     assert [message.role for message in request.messages] == ["user", "assistant", "user"]
     assert request.num_characters() == 17
+
+
+def test_defaults_that_sglangs_and_vllms_clients_send_change_nothing() -> None:
+    sent = {"separate_reasoning": True, "stream_reasoning": True, "no_stop_trim": False, "include_reasoning": True}
+    sent |= {"return_hidden_states": False, "return_token_ids": False, "return_meta_info": False}
+    sent |= {"stream_options": {"include_usage": True, "continuous_usage_stats": False}, "use_audio_in_video": False}
+    image = {"type": "image_url", "image_url": {"url": "data:"}, "modalities": "multi-images"}
+    request = parse(messages=[{"role": "user", "content": [image]}], seed=0, **sent)
+    assert request.sampling(64, 1.05) == parse().sampling(64, 1.05)
+    assert request.parts()[0].options() == {}
+
+
+def test_options_beside_the_url_of_a_video_are_followed() -> None:
+    url = {"url": "data:", "fps": 4, "max_frames": 3}
+    (part,) = parse(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": url}]}]).parts()
+    assert part.options() == {"fps": 4, "max_frames": 3, "min_frames": 3}
+    both = {"type": "video_url", "video_url": url, "fps": 1, "max_frames": 8}
+    (part,) = parse(messages=[{"role": "user", "content": [both]}]).parts()
+    assert part.options() == {"fps": 1, "max_frames": 8, "min_frames": 4}
