@@ -25,6 +25,7 @@ CHECKSUMS_FILE = "checksums.json"
 STATE_FILE = "state.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
 _HF_LAYOUT_VERSION = 1
 _OWN_FILES = (HF_LAYOUT_FILE, CHECKSUMS_FILE, STATE_FILE)  # not copied: the copy gets its own
 _TEMPLATES_DIR = "additional_chat_templates"  # the only folder that transformers writes beside the other files
@@ -40,7 +41,8 @@ def weight_files(hf_dir: Path) -> list[str]:
     """Return the names of the safetensors files of a Hugging Face directory, sorted.
 
     Raises:
-        UserError: the directory is missing, its index is damaged, or it holds no safetensors or two models.
+        UserError: the directory is missing, its index is damaged, or it holds no safetensors, two models, or an adapter
+            beside the model.
     """
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir}: no such directory; give the path of a downloaded Hugging Face model")
@@ -56,11 +58,16 @@ def weight_files(hf_dir: Path) -> list[str]:
         )
     if not single | indexed:
         raise UserError(f"{hf_dir}: has neither {INDEX_FILE} nor {SINGLE_FILE}; {_advice_without_weights(hf_dir)}")
+    if (hf_dir / ADAPTER_FILE).exists():
+        raise UserError(
+            f"{hf_dir}: holds a LoRA adapter ({ADAPTER_FILE}) beside the model, and transformers would add it to the "
+            "model; merge it, or, if the weights contain it already, remove the adapter's files"
+        )
     return sorted(single | indexed)
 
 
 def _advice_without_weights(hf_dir: Path) -> str:
-    if (hf_dir / "adapter_config.json").exists():
+    if (hf_dir / ADAPTER_FILE).exists():
         return "it holds a LoRA adapter: merge it into its base model, and name the directory of the result"
     if others := sorted(path.name for path in hf_dir.iterdir() if path.suffix in _WEIGHT_SUFFIXES):
         return f"{others[0]} cannot be read: save the model again with save_pretrained of transformers"

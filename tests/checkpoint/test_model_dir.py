@@ -77,6 +77,12 @@ def test_two_models_in_one_directory_are_refused(hf_dir: Path) -> None:
     read_headers(hf_dir)
 
 
+def test_an_adapter_beside_the_model_is_not_left_out_silently(hf_dir: Path) -> None:
+    (hf_dir / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct"}')
+    with pytest.raises(UserError, match=r"holds a LoRA adapter \(adapter_config\.json\) beside the model"):
+        read_headers(hf_dir)
+
+
 def test_a_directory_without_safetensors_is_refused(hf_dir: Path, imported_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its weights are a Megatron checkpoint, not safetensors"):
         read_headers(imported_dir)
