@@ -20,6 +20,7 @@ STEP_PID= # the srun process that this script waits for
 export PYTHONSAFEPATH=1 # otherwise the working directory's kernels/ would hide Hugging Face's package `kernels`
 export PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # decoding and data loading run in processes of their own
+export SLURM_EXPORT_ENV=ALL # after `sbatch --export=NONE`, srun would give the ranks an environment without PATH
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit --cpus-per-task from sbatch
 # NCCL's watchdog: if a collective times out, each rank writes which collective it was waiting for.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
@@ -84,8 +85,8 @@ trap on_usr1 USR1
 
 # The command of each rank, run by bash. It records the rank's own exit code, because srun only reports the largest code
 # of all ranks. A rank that saved after a signal (85) exits with 0, so that Slurm does not kill the ranks that still
-# save. shellcheck disable=SC2016
-AS_RANK='trap : TERM USR1; codes=$1; shift; "$@"; code=$?; echo $code >>"$codes"; [ $code = 85 ] || exit $code'
+# save; with 85 if the code could not be recorded, or the job would count as done. shellcheck disable=SC2016
+AS_RANK='trap : TERM USR1; codes=$1; shift; "$@"; code=$?; echo $code >>"$codes" && [ $code = 85 ] || exit $code'
 
 # Succeeds if any rank of this start has ended with the exit code.
 ended_with() { grep -qx "$1" "$LOGS/exit-codes" 2>/dev/null; }
@@ -143,7 +144,10 @@ after_crash() {
     local crashes=1 resumed bad
     resumed=$(grep -a -o 'resumed from .*' "$LOGS/train-0.log" 2>/dev/null | tail -n 1)
     [ "$resumed" != "$(sed -n 2p "$LOGS/crashes" 2>/dev/null)" ] || crashes=$(($(sed -n 1p "$LOGS/crashes" 2>/dev/null) + 1))
-    printf '%s\n' $crashes "$resumed" >"$LOGS/crashes"
+    if ! printf '%s\n' $crashes "$resumed" >"$LOGS/crashes"; then # without a count, it would be requeued for ever
+        say "crashed, and $LOGS/crashes cannot be written: giving up"
+        exit 1
+    fi
     say "crashed; exit codes of the ranks that were not killed: $(sort -nu "$LOGS/exit-codes" 2>/dev/null | xargs)"
     grep -l -E '^(Traceback|Timeout|Fatal)' "$LOGS"/train-*.log | head -n 3 | xargs -r tail -n 25
     if [ $crashes -ge "${MAX_CRASHES:-3}" ]; then
@@ -155,19 +159,28 @@ after_crash() {
 }
 
 # Prints the names of the nodes on which HEALTH_CHECK fails or hangs, separated by commas. Prints nothing if it fails on
-# all nodes of several: then the check itself does not work here. --overlap: a hung training step may still hold the
-# CPUs.
+# all nodes of several: then the check itself does not work here.
 unhealthy_nodes() {
-    local healthy bad
+    local group list hosts nodes= healthy=
     export HEALTH_CHECK=${HEALTH_CHECK:-'! command -v nvidia-smi || nvidia-smi'}
-    healthy=$(timeout 120 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=90 --overlap \
-        bash -c 'timeout 60 bash -c "$HEALTH_CHECK" >/dev/null 2>&1 && echo $SLURMD_NODENAME' 2>/dev/null)
-    bad=$(comm -23 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(sort <<<"$healthy") | paste -sd, -)
-    if [ -z "$healthy" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    for ((group = 0; group < ${SLURM_HET_SIZE:-1}; group++)); do
+        list=SLURM_JOB_NODELIST${SLURM_HET_SIZE:+_HET_GROUP_$group}
+        hosts=$(scontrol show hostnames "${!list}")
+        nodes+=$hosts$'\n'
+        healthy+=$(healthy_nodes ${SLURM_HET_SIZE:+--het-group=$group} --ntasks="$(wc -l <<<"$hosts")")$'\n'
+    done
+    if [ -z "${healthy//$'\n'/}" ] && [ "$(wc -w <<<"$nodes")" -gt 1 ]; then
         say "the health check fails on all nodes: no node is excluded" >&2
     else
-        echo "$bad"
+        comm -23 <(sort <<<"$nodes") <(sort <<<"$healthy") | paste -sd, -
     fi
+}
+
+# healthy_nodes SRUN_OPTIONS...
+# Prints the names of the nodes on which HEALTH_CHECK succeeds. --overlap: a hung training step may still hold the CPUs.
+healthy_nodes() {
+    timeout 120 srun "$@" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=90 --overlap \
+        bash -c 'timeout 60 bash -c "$HEALTH_CHECK" >/dev/null 2>&1 && echo $SLURMD_NODENAME' 2>/dev/null
 }
 
 # exclude NODES

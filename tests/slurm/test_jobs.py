@@ -24,7 +24,9 @@ def save_and_stop(*_):
 
 if sys.argv[1] != "train":
     print(os.environ["SLURMD_NODENAME"], *sys.argv[1:], flush=True)
-    time.sleep(300 if sys.argv[1] == "rollout" else 0)
+    print("CPUs:", os.environ["SLURM_CPUS_PER_TASK"], flush=True)
+    slow = sys.argv[1] == "rollout" or (sys.argv[2:3] == ["slow"] and "SLURM_RESTART_COUNT" not in os.environ)
+    time.sleep(300 if slow else 0)
     sys.exit()
 scenario, start, node = sys.argv[2], int(os.environ.get("SLURM_RESTART_COUNT", 0)), os.environ["SLURMD_NODENAME"]
 if scenario == "stop" and start == 0:
@@ -44,6 +46,7 @@ elif scenario == "crash" or (scenario == "crash once" and start == 0):
 elif scenario == "progress" and start < 2:
     print(f"resumed from runs/own run/checkpoints/step_{{start}}", flush=True)
     raise RuntimeError("something broke")
+print("CPUs:", os.environ["SLURM_CPUS_PER_TASK"], flush=True)
 print("finished", *sys.argv[3:], flush=True)
 """
 
@@ -96,14 +99,22 @@ def test_a_job_saves_before_its_time_limit_and_continues(cluster, workdir):
     assert set(ranks) == {f"train-{rank}.log" for rank in range(4)}
     for rank, text in enumerate(ranks[f"train-{rank}.log"] for rank in range(4)):
         node = "n1" if rank < 2 else "n2"
-        assert text.splitlines()[-4:] == [
+        assert text.splitlines()[-5:] == [
             f"start 0 of stop as rank {rank} on {node}",
             "saved",
             f"start 1 of stop as rank {rank} on {node}",
+            "CPUs: 2",
             "finished",
         ]
     # Only the log of the first rank is printed.
     assert "start 0 of stop as rank 0" in printed and "as rank 1" not in printed
+
+
+def test_ranks_get_the_environment_although_the_user_exports_nothing(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, "--export=NONE", SCRIPT, "done")
+    fields = cluster.wait(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "0"), output(workdir, job)
+    assert all("finished" in text for text in logs(workdir, job).values())
 
 
 def test_a_signal_during_loading_requeues_the_job(cluster, workdir):
@@ -176,6 +187,26 @@ def test_repeated_crashes_end_the_job(cluster, workdir):
     assert "2 crashes without a new checkpoint: giving up" in output(workdir, job)
 
 
+def test_a_crash_on_a_full_disk_ends_the_job(cluster, workdir):
+    """Crashes that cannot be counted would requeue the job for ever."""
+    job = cluster.submit(workdir, *SMALL, "--hold", SCRIPT, "crash once")
+    (workdir / f"logs/vcr1-{job}/crashes").mkdir(parents=True)  # a folder, to which the job cannot write
+    cluster.call("scontrol", "release", job)
+    fields = cluster.wait(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "0")
+    assert f"logs/vcr1-{job}/crashes cannot be written: giving up" in output(workdir, job)
+
+
+def test_a_job_that_saves_on_a_full_disk_is_not_done(cluster, workdir):
+    job = cluster.submit(workdir, *SMALL, "--hold", SCRIPT, "stop")
+    (workdir / f"logs/vcr1-{job}/exit-codes").mkdir(parents=True)  # a folder, to which no rank can write
+    cluster.call("scontrol", "release", job)
+    wait_for_ranks(workdir, job, "start 0", 4)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    fields = cluster.wait(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output(workdir, job)
+
+
 def test_crashes_with_a_new_checkpoint_between_them_do_not_add_up(cluster, workdir):
     job = cluster.submit(workdir, *SMALL, SCRIPT, "progress", MAX_CRASHES="2", HEALTH_CHECK="[ 'sick' = all ]")
     fields = cluster.wait(job)
@@ -235,6 +266,7 @@ def test_rollouts_and_judge_run_on_separate_nodes(cluster, workdir):
         assert option in finished
     folder = workdir / f"logs/vcr1-{job}"
     assert (folder / "rollout-0.log").read_text().startswith("n2 rollout serve none --train.num_steps 2")
+    assert "CPUs: 12" in ranks["train-0.log"] and "CPUs: 96" in (folder / "rollout-0.log").read_text()
     assert not (folder / "rollout-1.log").exists()
     assert "n3 python -m sglang.launch_server --model-path models/judge --tp 4" in (folder / "judge-0.log").read_text()
 
@@ -246,6 +278,30 @@ def test_a_heterogeneous_job_continues_after_a_signal(cluster, workdir):
     cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
     assert cluster.wait(job)["JobState"] == "COMPLETED", output(workdir, job)
     assert "saved; requeued" in output(workdir, job)
+
+
+def test_a_sick_node_in_the_second_group_is_excluded(cluster, workdir):
+    script = ("examples/slurm/train_separate.sbatch", "crash once")
+    check = "[ $SLURMD_NODENAME != 'n2' ]"
+    job = cluster.submit(workdir, "--nodes=1", ":", "--nodes=1", *script, HEALTH_CHECK=check)
+    cluster.wait(job, until=lambda fields: fields["Restarts"] == "1")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", output(workdir, job)
+    assert "crash 1; requeued, without n2\n" in output(workdir, job)
+    assert (workdir / f"logs/vcr1-{job}/rollout-0.log").read_text().count("n3 rollout serve") == 1
+
+
+def test_an_evaluation_continues_after_its_time_limit(cluster, workdir):
+    script = ("examples/slurm/evaluate.sbatch", "slow", "models/a")
+    job = cluster.submit(workdir, "--array=0", "--ntasks-per-node=2", *script)
+    log = workdir / f"logs/vcr1-evaluate-{job}/evaluate-1.log"
+    end = time.monotonic() + HANG_S
+    while not log.exists() or "CPUs" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    fields = cluster.wait(f"{job}_0")
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
+    assert "stopped; requeued" in (workdir / f"vcr1-evaluate-{job}_0.out").read_text()
 
 
 def test_an_array_evaluates_one_model_per_task(cluster, workdir):
