@@ -39,10 +39,15 @@ class UserReward:
             UserCodeError: the function raises an exception, or does not return a finite number.
         """
         where = f"sample {sample.id}: reward {self.source}"
-        part = call_user_code(lambda: _as_part(self.function(sample, completion)), where)
-        if part.value is None or not math.isfinite(part.value):
-            raise UserCodeError(f"{where} returned {part.value}, not a finite number")
-        return part
+        result = call_user_code(lambda: self.function(sample, completion), where)
+        part = result if isinstance(result, RewardPart) else RewardPart(result)
+        try:
+            value = float(part.value)  # type: ignore[arg-type]  # also of NumPy and torch, which JSON cannot hold
+        except (ArithmeticError, RuntimeError, TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserCodeError(f"{where} returned {part.value!r}, not a finite number")
+        return RewardPart(value, None if part.reason is None else str(part.reason))
 
 
 def load_reward(name: str) -> UserReward:
@@ -68,14 +73,10 @@ def load_reward(name: str) -> UserReward:
             f"iou=my_rewards:soft_iou (part must not be {' or '.join(RESERVED_PARTS)})"
         )
     function = getattr(import_user_module(module_name, f"reward {name!r}"), function_name, None)
-    if not inspect.isfunction(function):
+    if not callable(function) or inspect.isclass(function):  # decorated and partial functions are not isfunction
         raise UserError(f"reward {name!r}: the module has no function {function_name}; define it or correct the name")
     try:
         inspect.signature(function).bind("sample", "completion")
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: some built-in functions have no signature
         raise UserError(f"reward {name!r}: it is called as {function_name}(sample, completion), but {error}") from error
     return UserReward(part.strip() or source, source, function)
-
-
-def _as_part(value: object) -> RewardPart:
-    return value if isinstance(value, RewardPart) else RewardPart(float(value))  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from megatron_vcr1.user_modules import UserCodeError
 from tests.rewards.samples import sample
 
 SOURCE = """
+from functools import cache, partial
+from math import hypot
+
+import numpy as np
+import torch
+
 from megatron_vcr1.types import RewardPart
 
 SCALE = 2
@@ -26,6 +33,27 @@ def not_a_number(sample, completion):
 
 def returns_nothing(sample, completion):
     completion.upper()
+
+def a_pair(sample, completion):
+    return 0.5, "too long"
+
+def numpy_part(sample, completion):
+    return RewardPart(np.float32(0.5), ValueError("too long"))
+
+def torch_part(sample, completion):
+    return RewardPart(torch.tensor(0.5))
+
+def scaled(sample, completion, scale):
+    return scale
+
+half = partial(scaled, scale=0.5)
+
+@cache
+def cached(sample, completion):
+    return 0.5
+
+class Reward:
+    def __init__(self, sample, completion): ...
 
 def takes_only_a_sample(sample):
     return 1.0
@@ -53,6 +81,17 @@ def test_a_function_may_name_its_part_and_give_a_reason(my_rewards: str) -> None
     assert reward(sample("quality"), "four") == RewardPart(0.0, "too long")
 
 
+@pytest.mark.parametrize("function", ["half", "cached"])
+def test_partial_and_decorated_functions_are_called(my_rewards: str, function: str) -> None:
+    assert load_reward(f"{my_rewards}:{function}")(sample("quality"), "four") == RewardPart(0.5)
+
+
+@pytest.mark.parametrize("function, reason", [("numpy_part", "too long"), ("torch_part", None)])
+def test_numbers_of_other_libraries_become_floats(my_rewards: str, function: str, reason: str | None) -> None:
+    part = load_reward(f"{my_rewards}:{function}")(sample("quality"), "four")
+    assert json.loads(json.dumps([part.value, part.reason])) == [0.5, reason]
+
+
 @pytest.mark.parametrize(
     "name",
     ["", "brevity", "my.module:", ":brevity", "my module:f", "m:f()", "a:b:c", "..m:f", "=m:f", "total=m:f", "a b=m:f"],
@@ -67,7 +106,9 @@ def test_a_malformed_name_is_refused(name: str) -> None:
     [
         (":length", "the module has no function length"),
         (":SCALE", "the module has no function SCALE"),
+        (":Reward", "the module has no function Reward"),
         (":takes_only_a_sample", r"called as takes_only_a_sample\(sample, completion\), but too many positional"),
+        (":hypot", "called as hypot"),
         ("_absent:f", "there is no module .*_absent; .* PYTHONPATH"),
         ("_broken:f", "Traceback(.|\\n)*RuntimeError: no licence"),
     ],
@@ -81,11 +122,8 @@ def test_an_unusable_function_is_refused(my_rewards: str, suffix: str, message: 
     "function, completion, message",
     [
         ("brevity", "", r"sample clip-7: reward \w+:brevity raised an exception:\nTraceback(.|\n)*ZeroDivisionError"),
-        (
-            "returns_nothing",
-            "x",
-            r"sample clip-7: reward \w+:returns_nothing raised an exception:\nTraceback(.|\n)*NoneType",
-        ),
+        ("returns_nothing", "x", r"sample clip-7: reward \w+:returns_nothing returned None, not a finite number"),
+        ("a_pair", "x", r"sample clip-7: reward \w+:a_pair returned \(0.5, 'too long'\), not a finite number"),
         ("not_a_number", "x", r"sample clip-7: reward \w+:not_a_number returned nan, not a finite number"),
     ],
 )
