@@ -31,7 +31,7 @@ from megatron_vcr1.rollout.placement import Placement
 from megatron_vcr1.rollout.sglang.launch import check_server_args, require_sglang
 from megatron_vcr1.training.inputs import RunInputs, read_inputs, read_model_config
 from megatron_vcr1.training.run_dir import RunDir
-from megatron_vcr1.training.settings_checks import check_stage
+from megatron_vcr1.training.settings_checks import check_stage, ignored_epochs
 from megatron_vcr1.types import Sample
 
 NUM_SAMPLES = 2  # that are decoded of each source
@@ -129,6 +129,8 @@ def _inputs(config: RunConfig, model: ModelConfig, cluster: Cluster, found: list
         text += f"; validation of {', '.join(inputs.validator.metric_names)}"
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         raise UserError("logging.wandb_project is set, but wandb cannot be imported: pip install wandb")
+    if ignored := ignored_epochs(config.train):
+        return "warning", f"{text}; {ignored}"
     return "ok", text
 
 

@@ -23,6 +23,16 @@ def check_warmup(section: OptimizerSection, num_steps: int) -> None:
         )
 
 
+def ignored_epochs(section: TrainSection) -> str | None:
+    """Return a warning if train.num_epochs has no effect."""
+    if section.num_steps is None or section.num_epochs == TrainSection.model_fields["num_epochs"].default:
+        return None
+    return (
+        f"train.num_epochs = {section.num_epochs:g} has no effect, because train.num_steps = {section.num_steps} is "
+        "set: remove one of the two"
+    )
+
+
 def check_grpo_settings(grpo: GrpoSection, rollout: RolloutSection, sglang: SglangSection) -> None:
     """Raise UserError for settings of GRPO and of its engine that exclude each other."""
     uses_servers = rollout.engine == "sglang"

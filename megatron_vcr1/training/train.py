@@ -30,6 +30,7 @@ from megatron_vcr1.training.reference import Reference
 from megatron_vcr1.training.reporter import Reporter
 from megatron_vcr1.training.run import Run
 from megatron_vcr1.training.run_dir import RunDir
+from megatron_vcr1.training.settings_checks import ignored_epochs
 from megatron_vcr1.training.sft import SftTrainer
 from megatron_vcr1.training.sinks import Sink, open_sinks
 from megatron_vcr1.training.trainer import Trainer
@@ -68,6 +69,8 @@ def train_in_world(config: RunConfig, model_config: ModelConfig) -> int:
     logger.info("ranks: %d, device: %s", dist.get_world_size(), device_name() or "CPU (torch finds no GPU)")
     logger.info("reading %d manifests", len(config.data.sources))
     inputs = read_inputs_of_rank(config, model_config)
+    if ignored := ignored_epochs(config.train):
+        logger.warning(ignored)
     learner, trainer = build(config, inputs)
     num_steps = inputs.num_steps
     with closing(trainer):

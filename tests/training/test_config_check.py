@@ -189,6 +189,11 @@ def test_unreadable_samples_are_named(folder: Path, tmp_path: Path) -> None:
     assert status == "warning" and text.count("would be skipped") == 2
 
 
+def test_ignored_epochs_are_noticed(folder: Path) -> None:
+    status, text = _finding(_config(folder, train={"num_steps": 3, "num_epochs": 2.0}), "settings, data")
+    assert status == "warning" and "3 steps; train.num_epochs = 2 has no effect" in text
+
+
 def test_prompts_whose_responses_would_leave_the_range_of_positions_are_named(folder: Path) -> None:
     benchmark = {"name": "temporal_grounding", "manifest": folder / "data" / "train.jsonl", "thinking": False}
     config = _config(folder, rollout={"max_new_tokens": 512}, validation={"benchmarks": [benchmark]})
