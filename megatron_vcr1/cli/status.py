@@ -40,6 +40,7 @@ def _lines(status: RunStatus) -> Iterator[str]:
     where = f" ({status.host}, process {status.pid})" if status.pid is not None else f" ({status.host})"
     yield f"{status.path}: {status.stage.upper()}, {status.process}{where if status.process != 'not running' else ''}"
     planned = f" of {status.num_steps}" if status.num_steps is not None else ""
+    planned += ", stopped early" if status.stopped_early else ""
     newest = "no step yet" if status.idle_s is None else f"newest record {_duration(status.idle_s)} ago"
     yield f"step        {status.step}{planned}; {newest}"
     if status.eta_s and status.seconds_per_step is not None:

@@ -34,6 +34,7 @@ class RunStatus:
         host, pid: where its newest start ran.
         step: steps done; 0 before the first.
         num_steps: planned length; None if it is not recorded.
+        stopped_early: whether validation.patience has ended the run before that.
         idle_s: seconds since the newest record; None before the first.
         seconds_per_step: median of the newest steps; None before the first.
         eta_s: estimate of the seconds that are left; None if unknown.
@@ -52,6 +53,7 @@ class RunStatus:
     pid: int | None
     step: int
     num_steps: int | None
+    stopped_early: bool
     idle_s: float | None
     seconds_per_step: float | None
     eta_s: float | None
@@ -90,6 +92,10 @@ def read_status(path: Path) -> RunStatus:
     pairs = [] if values is None else zip(metrics.steps.tolist(), values.tolist(), strict=True)
     measured = [(step, value) for step, value in pairs if np.isfinite(value)]
     trained = [pair for pair in measured if pair[0] > 0]
+    best = max(trained, key=lambda pair: (pair[1], -pair[0])) if trained else None
+    patience = config_table(config, "validation").get("patience")
+    stopped_early = patience is not None and best is not None and sum(pair[0] > best[0] for pair in trained) >= patience
+    num_left = 0 if stopped_early or num_steps is None else max(num_steps - step, 0)
     return RunStatus(
         path=str(path),
         stage=str(config_table(config, "train").get("stage", "run")),
@@ -98,12 +104,13 @@ def read_status(path: Path) -> RunStatus:
         pid=starts[-1].get("pid"),
         step=step,
         num_steps=num_steps,
+        stopped_early=stopped_early,
         idle_s=time.time() - file.stat().st_mtime if len(metrics) else None,
         seconds_per_step=duration_s,
-        eta_s=None if duration_s is None or num_steps is None else duration_s * max(num_steps - step, 0),
+        eta_s=None if duration_s is None or num_steps is None else duration_s * num_left,
         checkpoints=saved_steps(path / "checkpoints"),
         metric=metric,
-        best=max(trained, key=lambda pair: (pair[1], -pair[0])) if trained else None,
+        best=best,
         last=measured[-1] if measured else None,
         num_skipped=len({str(row.get("id")) for row in read_json_lines(path / "skipped.jsonl", problems)}),
         notes=problems,

@@ -50,6 +50,17 @@ def test_status_has_step_time_left_checkpoint_and_best_metric(
     assert json.loads(capsys.readouterr().out)["step"] == 5
 
 
+def test_an_early_stop_leaves_no_time(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for patience, is_stopped in ((1, True), (2, False)):
+        validation = default_config().validation.model_copy(update={"patience": patience})
+        config = default_config().model_copy(update={"validation": validation})
+        (run_dir / "config.toml").write_text(render_toml(config, documented=False))
+        assert main(["status", str(run_dir)]) == 0
+        printed = capsys.readouterr().out
+        assert ("5 of 100, stopped early; newest" in printed) == is_stopped
+        assert ("time left" in printed) != is_stopped
+
+
 def test_lines_that_cannot_be_read_are_noted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not read_status(run_dir).notes
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
