@@ -122,11 +122,17 @@ class RunDir:
         """Remove an earlier export of that name, and incomplete exports of killed runs.
 
         Raises:
-            UserError: the directory holds exports of single steps, written with `checkpoint.export = "always"`.
+            UserError: the directory holds exports of single steps, written with `checkpoint.export = "always"`; or it
+                is for such an export, and the folder above holds one that was written with another value.
         """
         if any(directory.glob("step_*")):
             raise UserError(
                 f"{directory} holds exports of single steps: move them elsewhere and run the same command again"
+            )
+        if directory != self.export and any(self.export.glob("*.safetensors")):
+            raise UserError(  # whoever loads train.run_dir/export would get the old weights
+                f"{self.export} holds an export that checkpoint.export = 'always' does not update: move its files "
+                "elsewhere and run the same command again"
             )
         for old in (directory, *directory.parent.glob(f".{directory.name}.partial-*")):
             shutil.rmtree(old, ignore_errors=True)

@@ -130,6 +130,17 @@ def test_exports_of_single_steps_are_not_removed(tmp_path: Path) -> None:
     assert (run_dir.export / "step_3").is_dir()
 
 
+def test_exports_of_single_steps_are_not_mixed_with_an_older_export(tmp_path: Path) -> None:
+    run_dir = _run_dir(tmp_path)
+    run_dir.export.mkdir()
+    (run_dir.export / "model.safetensors").write_text("")
+    with pytest.raises(UserError, match="holds an export that .* does not update: move its files"):
+        run_dir.remove_old_export(run_dir.export_dir(3, "always"))
+    assert (run_dir.export / "model.safetensors").exists()
+    (run_dir.export / "model.safetensors").unlink()
+    run_dir.remove_old_export(run_dir.export_dir(3, "always"))
+
+
 def test_full_disk_error_names_the_file(tmp_path: Path) -> None:
     run_dir = _run_dir(tmp_path)
     run_dir.open(default_config(), 0)
