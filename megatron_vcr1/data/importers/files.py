@@ -192,16 +192,22 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a CSV file with a header line; columns that a row lacks are None."""
+    """Yield the rows of a CSV file with a header line, separated by commas, semicolons or tabs.
+
+    Columns that a row lacks are None.
+    """
+    text = text_files.read_text(path)
+    header = text.partition("\n")[0]
+    separator = max(",;\t", key=header.count)  # spreadsheets write semicolons where the decimal sign is a comma
     # Strict: otherwise, a quotation mark that is never closed would make the rest of the file one cell.
-    reader = csv.DictReader(io.StringIO(text_files.read_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         _check_columns(path, reader.fieldnames or ())
         for number, row in enumerate(reader, start=1):
             place = f"{path.name}, row {number}"
             # The cells beyond the last column are under the key None.
             if (surplus := row.get(None)) is not None:  # type: ignore[call-overload]
-                problem = f"{len(surplus)} more cells than columns; put quotes around a text that contains commas"
+                problem = f"{len(surplus)} more cells than columns; put quotes around a text that contains {separator!r}"
                 yield place, MalformedRow(place, problem)
             else:
                 yield place, row

@@ -67,6 +67,13 @@ def test_unicode_line_separators_do_not_split_lines(tmp_path: Path) -> None:
     assert len(read_lines(path)) == 2
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_csv_of_spreadsheets_in_other_languages_is_read(tmp_path: Path, separator: str) -> None:
+    lines = "\ufeffid;text;x,y\r\n1;a, b;\r\n2;c;3\r\n".replace(";", separator)
+    rows = [row for _, row in read_table(write(tmp_path / "a.csv", lines))]
+    assert rows == [{"id": "1", "text": "a, b", "x,y": ""}, {"id": "2", "text": "c", "x,y": "3"}]
+
+
 def test_csv_rows_are_keyed_by_the_header(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'id,text\n1,"a, b"\n2\n')
     assert [row for _, row in read_table(path)] == [{"id": "1", "text": "a, b"}, {"id": "2", "text": None}]
