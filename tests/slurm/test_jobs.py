@@ -307,19 +307,20 @@ def test_an_evaluation_continues_after_its_time_limit(cluster, workdir):
 def test_an_array_evaluates_one_model_per_task(cluster, workdir):
     job = cluster.submit(
         workdir,
-        "--array=0-1",
+        "--array=0-2",
         "--ntasks-per-node=2",
         "examples/slurm/evaluate.sbatch",
         "run.toml",
         "models/a",
         "runs/b",
+        "../c",
         "--judge.kind",
         "openai",
     )
-    for task, name in ((0, "models/a"), (1, "runs/b")):
+    elsewhere = str(workdir.parent / "c").replace("/", "-")
+    for task, name, folder in ((0, "models/a", "models-a"), (1, "runs/b", "runs-b"), (2, "../c", elsewhere)):
         assert cluster.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
         text = (workdir / f"vcr1-evaluate-{job}_{task}.out").read_text()
-        folder = name.replace("/", "-")
         assert f"evaluate run.toml --model.path {name} --train.run_dir evaluations/{folder} --judge.kind openai" in text
 
 
