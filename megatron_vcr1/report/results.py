@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_vcr1.evaluation.benchmarks import BENCHMARKS
 from megatron_vcr1.report.charts import words
 from megatron_vcr1.report.run_record import Estimate, EvaluationResult, RunRecord
 
@@ -113,12 +114,14 @@ def result_json(table: ResultTable) -> list[dict[str, Any]]:
 
 
 def num_answers_and_samples(runs: Sequence[RunRecord]) -> tuple[int, int]:
-    """Return the number of answers that all results are based on, and of samples; each manifest counts once."""
+    """Return the number of answers that all results are based on, and of samples: those of a manifest by task."""
     num_answers, num_samples = 0, dict[object, int]()
     for run in runs:
         for result in run.evaluations:
             num_answers += result.num_samples
-            test = result.details.get("manifest") or result.label
+            benchmark = BENCHMARKS.get(result.benchmark)
+            task = result.benchmark if benchmark is None else benchmark.task
+            test = (result.details.get("manifest") or result.label, task)
             num_samples[test] = max(num_samples.get(test, 0), result.num_samples)
     return num_answers, sum(num_samples.values())
 

@@ -110,3 +110,11 @@ def test_two_labels_without_difference_in_thinking_are_two_columns(runs):
 
 def test_every_answer_is_counted_and_every_sample_once(runs):
     assert num_answers_and_samples(runs) == (5 * 50, 2 * 50)
+
+
+def test_the_tasks_of_a_manifest_have_samples_of_their_own(runs):
+    base, *_ = runs
+    result = grounding(base, "a", 0.3, thinking=False)
+    names = ("temporal_grounding", "charades_sta", "tracking")  # the first two have the same task
+    results = tuple(replace(result, label=name, benchmark=name) for name in names)
+    assert num_answers_and_samples([replace(base, evaluations=results)]) == (3 * 50, 2 * 50)

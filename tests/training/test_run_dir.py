@@ -134,7 +134,7 @@ def test_exports_of_single_steps_are_not_mixed_with_an_older_export(tmp_path: Pa
     run_dir = _run_dir(tmp_path)
     run_dir.export.mkdir()
     (run_dir.export / "model.safetensors").write_text("")
-    with pytest.raises(UserError, match="holds an export that .* does not update: move its files"):
+    with pytest.raises(UserError, match=r"holds an export that .* does not update: move its files"):
         run_dir.remove_old_export(run_dir.export_dir(3, "always"))
     assert (run_dir.export / "model.safetensors").exists()
     (run_dir.export / "model.safetensors").unlink()

@@ -207,7 +207,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             place = f"{path.name}, row {number}"
             # The cells beyond the last column are under the key None.
             if (surplus := row.get(None)) is not None:  # type: ignore[call-overload]
-                problem = f"{len(surplus)} more cells than columns; put quotes around a text that contains {separator!r}"
+                problem = (
+                    f"{len(surplus)} more cells than columns; put quotes around a text that contains {separator!r}"
+                )
                 yield place, MalformedRow(place, problem)
             else:
                 yield place, row
