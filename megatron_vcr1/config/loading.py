@@ -6,7 +6,7 @@ and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def _explain(detail: Mapping[str, Any], files: Sequence[_File], overrides: Mappi
     """Turn one of pydantic's error details into a line that says where the value came from and what to do."""
     loc: Key = detail["loc"]
     if not loc:  # raised by a validator of RunConfig: its message names the keys of all sections that it compares
-        return f"{files[0].path}: {detail['ctx']['error']}"
+        return f"{_origins(files[0].path, overrides)}: {detail['ctx']['error']}"
     section, *keys = (str(part) for part in loc)
     name = ".".join([section, *keys])
     path = _origin(loc, files)
@@ -124,11 +124,19 @@ def _explain(detail: Mapping[str, Any], files: Sequence[_File], overrides: Mappi
             return f"{source}: unknown key; {suggest(keys[-1], _fields_of(section, keys[:-1]))}"
         case "extra_forbidden":
             return f"{source}: unknown section; {suggest(section, [*section_classes(), EXTENDS])}"
-        case "value_error":  # raised by a section's own validator, whose message names the key
+        case "value_error" if not keys:  # raised by a section's own validator, whose message names the keys
+            where = _origins(path, [key for key in overrides if key[0] == section])
+            return f"{where}: {section}: {detail['ctx']['error']}"
+        case "value_error":
             return f"{source}: {detail['ctx']['error']}"
         case "tuple_type":
             return f"{source}: must be a list, not {detail['input']!r}; {_list_advice(section, keys[0])}"
     return f"{source}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+
+
+def _origins(path: Path, overrides: Collection[Key]) -> str:
+    """Return where values come from that do not fit together: the file, and options if any are given."""
+    return f"{path} and the command line" if overrides else str(path)
 
 
 def _origin(loc: Key, files: Sequence[_File]) -> Path:

@@ -204,7 +204,7 @@ def _judge_captions(judge: Judge, samples: Sequence[Sample], captions: Mapping[s
     """Return the judge's verdicts by id, without the captions that it could not judge."""
     to_judge = [sample for sample in samples if sample.id in captions]
     verdicts: dict[str, CaptionVerdicts] = {}
-    with tqdm(total=len(to_judge), unit="caption", desc="judge") as bar:
+    with tqdm(total=len(to_judge), unit="caption", desc="judge", disable=not to_judge) as bar:
         for start in range(0, len(to_judge), _CAPTIONS_PER_CALL):
             chunk = to_judge[start : start + _CAPTIONS_PER_CALL]
             found = judge.compare(chunk, [captions[sample.id] for sample in chunk])

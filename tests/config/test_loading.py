@@ -139,7 +139,15 @@ def test_every_problem_is_reported_at_once(run_toml):
 
 def test_settings_of_two_sections_that_exclude_each_other_are_named(run_toml):
     message = error_of(run_toml, "--model.dtype", "float32", "--optimizer.grad_dtype", "bfloat16")
-    assert "run.toml: optimizer.grad_dtype = 'bfloat16' needs model.dtype = 'bfloat16', not 'float32'" in message
+    problem = "optimizer.grad_dtype = 'bfloat16' needs model.dtype = 'bfloat16', not 'float32'"
+    assert f"run.toml and the command line: {problem}" in message
+
+
+def test_settings_that_exclude_each_other_come_from_the_file_or_the_command_line(run_toml):
+    problem = "optimizer: min_learning_rate = 1.0 is above learning_rate = 1e-06"
+    assert f"run.toml and the command line: {problem}" in error_of(run_toml, "--optimizer.min_learning_rate=1")
+    run_toml.write_text(f"{run_toml.read_text()}[optimizer]\nmin_learning_rate = 1\n")
+    assert f"run.toml: {problem}" in error_of(run_toml, "--parallel.tensor", "1")
 
 
 def test_unreadable_files_are_named(tmp_path):

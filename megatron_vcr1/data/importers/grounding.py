@@ -105,7 +105,10 @@ def _video_lengths(path: Path) -> tuple[dict[str, str], list[MalformedRow]]:
     rows = [row for row in entries if not isinstance(row, MalformedRow)]
     if rows and not {"id", "length"} <= rows[0].keys():
         raise UserError(f"{path}: expected the columns id and length, got {', '.join(map(str, rows[0]))}")
-    lengths = {row["id"]: row["length"] for row in rows}
+    lengths: dict[str, str] = {}
+    for row in rows:
+        if (length := lengths.setdefault(row["id"], row["length"])) != row["length"]:
+            raise UserError(f"{path}: {row['id']} has the lengths {length} and {row['length']}; remove one of its rows")
     return lengths, [row for row in entries if isinstance(row, MalformedRow)]
 
 

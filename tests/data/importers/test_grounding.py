@@ -105,3 +105,11 @@ def test_lengths_without_the_columns_are_a_user_error(tmp_path: Path) -> None:
     text = write(tmp_path / "a.txt", "AAA 1.0 2.0##one.")
     with pytest.raises(UserError, match=r"a\.csv: expected the columns id and length, got video, seconds"):
         run("charades_sta", text, write(tmp_path / "a.csv", "video,seconds\nAAA,9\n"))
+
+
+def test_two_lengths_of_one_video_are_a_user_error(tmp_path: Path) -> None:
+    text = write(tmp_path / "a.txt", "AAA 1.0 2.0##a person waves.\n")
+    run("charades_sta", text, write(tmp_path / "same.csv", "id,length\nAAA,9\nAAA,9\n"))
+    lengths = write(tmp_path / "a.csv", "id,length\nAAA,9\nAAA,12\n")
+    with pytest.raises(UserError, match=r"a\.csv: AAA has the lengths 9 and 12; remove one of its rows"):
+        run("charades_sta", text, lengths)
