@@ -124,6 +124,8 @@ class RowCleaner:
         notes: list[Issue] = []
         try:
             row = {**row, "target": dict(row["target"])}
+            if not isinstance(row.get("duration_s"), int | float | None):
+                raise TypeError(f"the duration {row['duration_s']!r:.100} is not a number")
             if find_task(row["task"]).needs_query and not row["query"].strip():
                 raise SkipRow("empty_query", "the query is empty")
             for kind in _KINDS:

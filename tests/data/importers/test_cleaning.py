@@ -34,6 +34,15 @@ def test_empty_and_inverted_spans_are_told_apart(tmp_path: Path, span: list[floa
     assert issues(report) == [("v_1_0", problem, "skipped")]
 
 
+def test_a_duration_that_is_text_is_named(tmp_path: Path) -> None:
+    rows = {"duration": 9, "timestamps": [[0, 4]], "sentences": ["Two men talk."]}
+    content = {"v_1": rows, "v_2": {**rows, "duration": "9 s"}}
+    samples, report = run("activitynet", write(tmp_path / "val.json", content))
+    assert [sample.id for sample in samples] == ["v_1_0"]
+    assert issues(report) == [("v_2_0", "invalid_row", "skipped")]
+    assert "the duration '9 s' is not a number" in report.issues[0].detail
+
+
 def test_boxes_in_pixels_are_not_cut_to_the_whole_frame(tmp_path: Path) -> None:
     rows = [
         {"path": "GOT_1", "object": "dog", "gt": [[-0.1, 0.2, 1.1, 0.5]] * 8},
