@@ -66,10 +66,9 @@ def _check_url(value: Any) -> Any:
     raise ValueError('must be an object with the key "url", for example {"url": "data:image/png;base64,..."}')
 
 
-class VideoUrl(_Object):
+class VideoUrl(Url):
     """The address of a video, with the reading options that SGLang takes here."""
 
-    url: str
     fps: float | None = Field(default=None, gt=0, le=1000)
     max_frames: int | None = Field(default=None, ge=2)
 
@@ -107,7 +106,7 @@ class VideoPart(_Object):
 
     def options(self) -> dict[str, float]:
         """Return the options of a video part as `encode_messages` takes them; they override those beside its URL."""
-        options = self.video_url.model_dump(exclude={"url"}, exclude_none=True)
+        options = self.video_url.model_dump(exclude={"url", "detail"}, exclude_none=True)
         options |= self.model_dump(exclude={"type", "video_url"}, exclude_none=True)
         return options | _frame_limits(self.min_frames, options.get("max_frames"))
 

@@ -110,7 +110,7 @@ def test_defaults_that_sglangs_and_vllms_clients_send_change_nothing() -> None:
 
 
 def test_options_beside_the_url_of_a_video_are_followed() -> None:
-    url = {"url": "data:", "fps": 4, "max_frames": 3}
+    url = {"url": "data:", "detail": "auto", "fps": 4, "max_frames": 3}
     (part,) = parse(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": url}]}]).parts()
     assert part.options() == {"fps": 4, "max_frames": 3, "min_frames": 3}
     both = {"type": "video_url", "video_url": url, "fps": 1, "max_frames": 8}

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 T = TypeVar("T")
 
-_SUFFIX = re.compile(r"\.[0-9]?[A-Za-z][A-Za-z0-9]*$")
+_SUFFIX = re.compile(r"\.[0-9]?[A-Za-z][A-Za-z0-9]*$")  # .mp4, .m2ts and .3gp, but no decimals
 
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 """Errors of code that takes a row apart whose values are of other types, missing, or out of range."""
@@ -147,7 +147,7 @@ def read_table(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def id_of_file(path: str) -> str:
-    """Return an id for the only row of a video: its path without suffix. Names such as ``a_1.5`` have no suffix."""
+    """Return an id for a video that has one row: its path without suffix. Names such as ``a_1.5`` have no suffix."""
     return _SUFFIX.sub("", str(PurePosixPath(path))).strip("/").replace("/", "_")
 
 
